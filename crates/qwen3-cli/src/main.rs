@@ -1,0 +1,2 @@
+//! The program `qwen3`.
+fn main() {}
