@@ -1,0 +1,375 @@
+//! `config.json` of a Qwen3 checkpoint, dense or mixture-of-experts, read once and validated as a whole.
+
+use std::path::Path;
+
+use serde_json::Value;
+
+use crate::fields::{ConfigError, Fields, read_json};
+use crate::rope_config::{RopeConfig, RopeScaling};
+
+/// What a Qwen3 checkpoint's `config.json` says; the names are that file's.
+///
+/// Every size is at least 1 and at most 2³¹ − 1, `num_attention_heads` is a multiple of `num_key_value_heads`, `head_dim` is even,
+/// and the parameters in f32 fit in 63 bits of bytes.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Config {
+    /// Width of the residual stream.
+    pub hidden_size: usize,
+    /// Columns of the dense feed-forward blocks (0 in a model that has none and does not state it).
+    pub intermediate_size: usize,
+    /// Decoder layers.
+    pub num_hidden_layers: usize,
+    /// Query heads of a layer.
+    pub num_attention_heads: usize,
+    /// Key and value heads of a layer.
+    pub num_key_value_heads: usize,
+    /// Elements of a head.
+    pub head_dim: usize,
+    /// Rows of the embedding and of the head.
+    pub vocab_size: usize,
+    /// Positions that the model states it can reach; see [`Config::context_length`].
+    pub max_position_embeddings: usize,
+    /// Added to the mean square in RMSNorm.
+    pub rms_norm_eps: f32,
+    /// Whether the head is the embedding.
+    pub tie_word_embeddings: bool,
+    /// Rotary positions.
+    pub rope: RopeConfig,
+    /// The mixture of experts; `None` in a dense model.
+    pub moe: Option<MoeConfig>,
+    /// Ids that end an answer, as far as this file says (`generation_config.json` says more).
+    pub eos_token_ids: Vec<u32>,
+    /// The id that begins a text.
+    pub bos_token_id: Option<u32>,
+    /// `dtype` or `torch_dtype`; the weights' own headers decide, this is what the file claims.
+    pub dtype: Option<String>,
+    /// Bits of the weights (8 or 4) where the checkpoint was quantized in groups of 32 by this project.
+    pub quantization_bits: Option<u32>,
+}
+
+/// The feed-forward blocks of a mixture of experts.
+#[derive(Clone, Debug, PartialEq)]
+pub struct MoeConfig {
+    /// Experts of a layer (`num_experts` or `num_local_experts`).
+    pub num_experts: usize,
+    /// Experts that each token visits.
+    pub num_experts_per_tok: usize,
+    /// Columns of one expert.
+    pub moe_intermediate_size: usize,
+    /// Whether the weights of the visited experts are scaled to a sum of 1.
+    pub norm_topk_prob: bool,
+    /// Every how many layers one is sparse.
+    pub decoder_sparse_step: usize,
+    /// Layers that are dense all the same.
+    pub mlp_only_layers: Vec<usize>,
+}
+
+impl Config {
+    /// Reads `config.json` in the folder `dir`.
+    pub fn read(dir: &Path) -> Result<Self, ConfigError> {
+        let file = dir.join("config.json");
+        Self::from_json(&file, &read_json(&file)?)
+    }
+
+    /// Reads a parsed `config.json`; errors name `file`.
+    pub fn from_json(file: &Path, value: &Value) -> Result<Self, ConfigError> {
+        let fields = Fields::top(file, value)?;
+        let sparse = model_type(&fields)?;
+        reject_variants(&fields)?;
+
+        let hidden_size = fields.size("hidden_size")?;
+        let num_hidden_layers = fields.size("num_hidden_layers")?;
+        let num_attention_heads = fields.size("num_attention_heads")?;
+        let num_key_value_heads = fields.size("num_key_value_heads")?;
+        if !num_attention_heads.is_multiple_of(num_key_value_heads) {
+            return Err(fields.contradiction(
+                ("num_attention_heads", num_attention_heads),
+                ("num_key_value_heads", num_key_value_heads),
+                "a multiple of it",
+            ));
+        }
+        let head_dim = head_dim(&fields, hidden_size, num_attention_heads)?;
+        let max_position_embeddings = fields.size("max_position_embeddings")?;
+        let rope = RopeConfig::parse(&fields, max_position_embeddings)?;
+        let moe = if sparse {
+            Some(MoeConfig::parse(&fields)?)
+        } else {
+            None
+        };
+
+        let mut config = Self {
+            hidden_size,
+            intermediate_size: 0,
+            num_hidden_layers,
+            num_attention_heads,
+            num_key_value_heads,
+            head_dim,
+            vocab_size: fields.size("vocab_size")?,
+            max_position_embeddings,
+            rms_norm_eps: rms_norm_eps(&fields)?,
+            tie_word_embeddings: fields.boolean("tie_word_embeddings", false)?,
+            rope,
+            moe,
+            eos_token_ids: fields.token_ids("eos_token_id")?,
+            bos_token_id: fields.token_ids("bos_token_id")?.first().copied(),
+            dtype: dtype(&fields)?,
+            quantization_bits: quantization_bits(&fields)?,
+        };
+        // A model whose layers are all sparse may leave the dense size out, or state it without using it.
+        config.intermediate_size = if config.any_dense() {
+            fields.size("intermediate_size")?
+        } else {
+            fields.count("intermediate_size", 0)?.unwrap_or(0)
+        };
+        config.check_sliding_window(&fields, sparse)?;
+        config.check_total(&fields)?;
+        Ok(config)
+    }
+
+    /// Whether the feed-forward block of `layer` is a mixture of experts.
+    pub fn is_sparse(&self, layer: usize) -> bool {
+        self.moe.as_ref().is_some_and(|moe| {
+            (layer + 1).is_multiple_of(moe.decoder_sparse_step)
+                && !moe.mlp_only_layers.contains(&layer)
+        })
+    }
+
+    /// Positions that a cache may hold: the stated ones, or more where YaRN extends the original window further.
+    pub fn context_length(&self) -> usize {
+        match &self.rope.scaling {
+            RopeScaling::Default => self.max_position_embeddings,
+            RopeScaling::Yarn(yarn) => {
+                let extended = yarn.factor * yarn.original_max_position_embeddings as f64;
+                self.max_position_embeddings.max(extended as usize)
+            }
+        }
+    }
+
+    /// Query heads that share a KV head.
+    pub fn group_size(&self) -> usize {
+        self.num_attention_heads / self.num_key_value_heads
+    }
+
+    /// Rows of `q_proj`: `num_attention_heads * head_dim`.
+    pub fn query_size(&self) -> usize {
+        self.num_attention_heads * self.head_dim
+    }
+
+    /// Rows of `k_proj` and of `v_proj`: `num_key_value_heads * head_dim`.
+    pub fn key_value_size(&self) -> usize {
+        self.num_key_value_heads * self.head_dim
+    }
+
+    fn any_dense(&self) -> bool {
+        match &self.moe {
+            None => true,
+            // Layer 0 decides for steps above 1; looking at each layer costs nothing either.
+            Some(_) => (0..self.num_hidden_layers).any(|layer| !self.is_sparse(layer)),
+        }
+    }
+
+    /// Sliding windows are refused where they would change an answer.
+    fn check_sliding_window(&self, fields: &Fields<'_>, sparse: bool) -> Result<(), ConfigError> {
+        let supported = "full attention in every layer";
+        if let Some(value) = fields.value("layer_types") {
+            let kinds = value
+                .as_array()
+                .ok_or_else(|| fields.mistyped("layer_types", value, "a list of strings"))?;
+            if kinds.len() != self.num_hidden_layers {
+                return Err(fields.contradiction(
+                    ("layer_types", format!("a list of {}", kinds.len())),
+                    ("num_hidden_layers", self.num_hidden_layers),
+                    "one entry for each layer",
+                ));
+            }
+            if let Some(other) = kinds
+                .iter()
+                .find(|kind| kind.as_str() != Some("full_attention"))
+            {
+                return Err(fields.unsupported("layer_types", other, supported));
+            }
+            return Ok(());
+        }
+        if !fields.boolean("use_sliding_window", false)? {
+            return Ok(());
+        }
+        let Some(window) = fields.count("sliding_window", 0)? else {
+            return Ok(());
+        };
+        // Dense Qwen3 slides from layer `max_window_layers` on; the mixture of experts slides everywhere.
+        let first = if sparse {
+            0
+        } else {
+            fields.count("max_window_layers", 0)?.unwrap_or(0)
+        };
+        if window < self.context_length() && first < self.num_hidden_layers {
+            return Err(fields.unsupported(
+                "use_sliding_window",
+                format!("true (a window of {window})"),
+                supported,
+            ));
+        }
+        Ok(())
+    }
+
+    /// The parameters must be countable: later arithmetic on sizes relies on it.
+    fn check_total(&self, fields: &Fields<'_>) -> Result<(), ConfigError> {
+        let product = |a: usize, b: usize| (a as u128).saturating_mul(b as u128);
+        let hidden = self.hidden_size as u128;
+        let heads = product(
+            self.num_attention_heads + self.num_key_value_heads,
+            self.head_dim,
+        )
+        .saturating_mul(2 * hidden);
+        let experts = self
+            .moe
+            .as_ref()
+            .map_or(0, |moe| product(moe.num_experts, moe.moe_intermediate_size));
+        let columns = experts
+            .saturating_add(self.intermediate_size as u128)
+            .saturating_mul(3 * hidden);
+        let layers = heads
+            .saturating_add(columns)
+            .saturating_mul(self.num_hidden_layers as u128);
+        let total = layers.saturating_add(2 * product(self.vocab_size, self.hidden_size));
+        if total.saturating_mul(4) > i64::MAX as u128 {
+            return Err(fields.range(
+                "hidden_size",
+                format!(
+                    "{} and the model has about {total} parameters",
+                    self.hidden_size
+                ),
+                "at most 2^61 parameters",
+            ));
+        }
+        Ok(())
+    }
+}
+
+impl MoeConfig {
+    fn parse(fields: &Fields<'_>) -> Result<Self, ConfigError> {
+        let num_experts = match (
+            fields.count("num_experts", 1)?,
+            fields.count("num_local_experts", 1)?,
+        ) {
+            (Some(older), Some(newer)) if older != newer => {
+                return Err(fields.contradiction(
+                    ("num_experts", older),
+                    ("num_local_experts", newer),
+                    "the same value in both",
+                ));
+            }
+            (older, newer) => older
+                .or(newer)
+                .ok_or_else(|| fields.missing("num_experts", "a whole number, at least 1"))?,
+        };
+        let num_experts_per_tok = fields.size("num_experts_per_tok")?;
+        if num_experts_per_tok > num_experts {
+            return Err(fields.contradiction(
+                ("num_experts_per_tok", num_experts_per_tok),
+                ("num_experts", num_experts),
+                "at most as many",
+            ));
+        }
+        let mlp_only_layers = match fields.value("mlp_only_layers") {
+            None => Vec::new(),
+            Some(value) => {
+                let expected = "a list of layer numbers";
+                let list = value
+                    .as_array()
+                    .ok_or_else(|| fields.mistyped("mlp_only_layers", value, expected))?;
+                let layer = |value: &Value| {
+                    let number = value.as_u64().and_then(|layer| usize::try_from(layer).ok());
+                    number.ok_or_else(|| fields.mistyped("mlp_only_layers", value, expected))
+                };
+                list.iter().map(layer).collect::<Result<_, _>>()?
+            }
+        };
+        Ok(Self {
+            num_experts,
+            num_experts_per_tok,
+            moe_intermediate_size: fields.size("moe_intermediate_size")?,
+            norm_topk_prob: fields.boolean("norm_topk_prob", false)?,
+            decoder_sparse_step: fields.count("decoder_sparse_step", 1)?.unwrap_or(1),
+            mlp_only_layers,
+        })
+    }
+}
+
+/// Whether the model is a mixture of experts.
+fn model_type(fields: &Fields<'_>) -> Result<bool, ConfigError> {
+    let expected = "\"qwen3\" or \"qwen3_moe\"";
+    match fields.string("model_type")? {
+        Some("qwen3") => Ok(false),
+        Some("qwen3_moe") => Ok(true),
+        Some(other) => Err(fields.unsupported("model_type", format!("{other:?}"), expected)),
+        None => Err(fields.missing("model_type", expected)),
+    }
+}
+
+/// Valid variants of the architecture that no published Qwen3 uses.
+fn reject_variants(fields: &Fields<'_>) -> Result<(), ConfigError> {
+    if fields.boolean("attention_bias", false)? {
+        return Err(fields.unsupported("attention_bias", true, "false"));
+    }
+    match fields.string("hidden_act")? {
+        None | Some("silu") => Ok(()),
+        Some(other) => Err(fields.unsupported("hidden_act", format!("{other:?}"), "\"silu\"")),
+    }
+}
+
+fn head_dim(fields: &Fields<'_>, hidden_size: usize, heads: usize) -> Result<usize, ConfigError> {
+    let head_dim = match fields.count("head_dim", 1)? {
+        Some(head_dim) => head_dim,
+        None if hidden_size.is_multiple_of(heads) => hidden_size / heads,
+        None => {
+            return Err(fields.missing(
+                "head_dim",
+                "an even number, as hidden_size does not divide by the heads",
+            ));
+        }
+    };
+    // Rotary positions turn pairs of elements.
+    if !head_dim.is_multiple_of(2) {
+        return Err(fields.range("head_dim", head_dim, "an even number"));
+    }
+    Ok(head_dim)
+}
+
+fn rms_norm_eps(fields: &Fields<'_>) -> Result<f32, ConfigError> {
+    let expected = "a number in 0..=1";
+    match fields.number("rms_norm_eps")? {
+        None => Err(fields.missing("rms_norm_eps", expected)),
+        Some(eps) if (0.0..=1.0).contains(&eps) => Ok(eps as f32),
+        Some(eps) => Err(fields.range("rms_norm_eps", eps, expected)),
+    }
+}
+
+fn dtype(fields: &Fields<'_>) -> Result<Option<String>, ConfigError> {
+    let newer = fields.string("dtype")?;
+    let older = fields.string("torch_dtype")?;
+    Ok(newer.or(older).map(str::to_owned))
+}
+
+fn quantization_bits(fields: &Fields<'_>) -> Result<Option<u32>, ConfigError> {
+    let Some(quantization) = fields.object("quantization_config")? else {
+        return Ok(None);
+    };
+    match quantization.string("quant_method")? {
+        Some("group32") => {}
+        Some(other) => {
+            return Err(quantization.unsupported(
+                "quant_method",
+                format!("{other:?}"),
+                "\"group32\"",
+            ));
+        }
+        None => return Err(quantization.missing("quant_method", "\"group32\"")),
+    }
+    match quantization.count("bits", 0)? {
+        Some(8) => Ok(Some(8)),
+        Some(4) => Ok(Some(4)),
+        Some(other) => Err(quantization.unsupported("bits", other, "8 or 4")),
+        None => Err(quantization.missing("bits", "8 or 4")),
+    }
+}
