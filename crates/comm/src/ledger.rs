@@ -1,0 +1,257 @@
+//! The ledger: calls, payload bytes, seconds and waiting per collective and phase.
+
+use std::fmt;
+use std::sync::atomic::{AtomicU8, AtomicU64, AtomicUsize, Ordering::Relaxed};
+use std::time::Duration;
+
+/// The kinds of communication that the ledger tells apart.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+#[repr(u8)]
+pub enum Collective {
+    /// Every rank gets the elementwise sum or maximum.
+    Allreduce,
+    /// Every rank gets the blocks of all ranks, all of one size.
+    Allgather,
+    /// Every rank gets the blocks of all ranks, each of its own size.
+    Allgatherv,
+    /// Every rank gets its share of the elementwise sum.
+    ReduceScatter,
+    /// Every rank gets the root's data.
+    Broadcast,
+    /// One message to one rank.
+    Send,
+    /// One message from one rank.
+    Recv,
+    /// Nobody leaves before everybody has come.
+    Barrier,
+    /// The ranks agree on smaller groups.
+    Split,
+}
+
+impl Collective {
+    /// All kinds, in the order in which the ledger lists them.
+    pub const ALL: [Collective; 9] = [
+        Collective::Allreduce,
+        Collective::Allgather,
+        Collective::Allgatherv,
+        Collective::ReduceScatter,
+        Collective::Broadcast,
+        Collective::Send,
+        Collective::Recv,
+        Collective::Barrier,
+        Collective::Split,
+    ];
+
+    /// The name as reports print it: `"Allreduce"`, `"Reduce-scatter"`.
+    pub fn name(self) -> &'static str {
+        match self {
+            Collective::Allreduce => "Allreduce",
+            Collective::Allgather => "Allgather",
+            Collective::Allgatherv => "Allgatherv",
+            Collective::ReduceScatter => "Reduce-scatter",
+            Collective::Broadcast => "Broadcast",
+            Collective::Send => "Send",
+            Collective::Recv => "Recv",
+            Collective::Barrier => "Barrier",
+            Collective::Split => "Split",
+        }
+    }
+}
+
+impl fmt::Display for Collective {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(self.name())
+    }
+}
+
+/// What the program is doing while it communicates.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+#[repr(u8)]
+pub enum Phase {
+    /// Reading and placing weights.
+    Load,
+    /// Reading the prompt.
+    Prefill,
+    /// Writing one token after the other.
+    Decode,
+    /// Everything else.
+    Other,
+}
+
+impl Phase {
+    /// All phases, in the order in which the ledger lists them.
+    pub const ALL: [Phase; 4] = [Phase::Load, Phase::Prefill, Phase::Decode, Phase::Other];
+
+    /// The name as reports print it, in lower case.
+    pub fn name(self) -> &'static str {
+        match self {
+            Phase::Load => "load",
+            Phase::Prefill => "prefill",
+            Phase::Decode => "decode",
+            Phase::Other => "other",
+        }
+    }
+}
+
+impl fmt::Display for Phase {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(self.name())
+    }
+}
+
+/// One line of the ledger: everything one rank did of one kind in one phase.
+#[derive(Clone, Copy, PartialEq, Debug)]
+pub struct Entry {
+    /// The kind of communication.
+    pub collective: Collective,
+    /// The phase that was set when it began.
+    pub phase: Phase,
+    /// Finished calls, whether or not they succeeded.
+    pub calls: u64,
+    /// Bytes of payload: the whole input of an Allreduce, Reduce-scatter or Broadcast (as encoded for
+    /// the wire), the whole result of an Allgather or Allgatherv, the message of a Send or Recv.
+    pub payload_bytes: u64,
+    /// Wall-clock time inside the calls.
+    pub seconds: f64,
+    /// The part of `seconds` in which this rank only waited for a slower one.
+    pub wait_seconds: f64,
+}
+
+#[derive(Default, Debug)]
+struct Cell {
+    calls: AtomicU64,
+    payload_bytes: AtomicU64,
+    nanos: AtomicU64,
+    wait_nanos: AtomicU64,
+}
+
+const NO_LAYER: usize = usize::MAX;
+
+/// Counts what one rank communicates; a communicator and all that is split from it share one.
+///
+/// The counters are relaxed atomics in a fixed table: recording a call allocates nothing and takes no lock.
+#[derive(Debug)]
+pub struct Ledger {
+    cells: [[Cell; Phase::ALL.len()]; Collective::ALL.len()],
+    phase: AtomicU8,
+    layer: AtomicUsize,
+}
+
+impl Default for Ledger {
+    fn default() -> Self {
+        Ledger {
+            cells: Default::default(),
+            phase: AtomicU8::new(Phase::Other as u8),
+            layer: AtomicUsize::new(NO_LAYER),
+        }
+    }
+}
+
+impl Ledger {
+    /// From now on calls count under `phase`. A new ledger stands at [`Phase::Other`].
+    pub fn set_phase(&self, phase: Phase) {
+        self.phase.store(phase as u8, Relaxed);
+    }
+
+    /// The phase under which calls count now.
+    pub fn phase(&self) -> Phase {
+        Phase::ALL[self.phase.load(Relaxed) as usize]
+    }
+
+    /// The decoder layer that error messages name from now on, if any.
+    pub fn set_layer(&self, layer: Option<usize>) {
+        self.layer.store(layer.unwrap_or(NO_LAYER), Relaxed);
+    }
+
+    /// The decoder layer that error messages name now.
+    pub fn layer(&self) -> Option<usize> {
+        Some(self.layer.load(Relaxed)).filter(|&layer| layer != NO_LAYER)
+    }
+
+    /// The lines with at least one call, by phase, then by kind.
+    pub fn entries(&self) -> Vec<Entry> {
+        let mut entries = Vec::new();
+        for phase in Phase::ALL {
+            for collective in Collective::ALL {
+                let cell = &self.cells[collective as usize][phase as usize];
+                let calls = cell.calls.load(Relaxed);
+                if calls > 0 {
+                    entries.push(Entry {
+                        collective,
+                        phase,
+                        calls,
+                        payload_bytes: cell.payload_bytes.load(Relaxed),
+                        seconds: cell.nanos.load(Relaxed) as f64 * 1e-9,
+                        wait_seconds: cell.wait_nanos.load(Relaxed) as f64 * 1e-9,
+                    });
+                }
+            }
+        }
+        entries
+    }
+
+    /// Sets all counters to zero; phase and layer stay.
+    pub fn reset(&self) {
+        for cell in self.cells.iter().flatten() {
+            for counter in [
+                &cell.calls,
+                &cell.payload_bytes,
+                &cell.nanos,
+                &cell.wait_nanos,
+            ] {
+                counter.store(0, Relaxed);
+            }
+        }
+    }
+
+    /// Adds one call.
+    pub(crate) fn record(
+        &self,
+        collective: Collective,
+        phase: Phase,
+        payload_bytes: usize,
+        total: Duration,
+        waited: Duration,
+    ) {
+        let cell = &self.cells[collective as usize][phase as usize];
+        cell.calls.fetch_add(1, Relaxed);
+        cell.payload_bytes.fetch_add(payload_bytes as u64, Relaxed);
+        cell.nanos.fetch_add(total.as_nanos() as u64, Relaxed);
+        if !waited.is_zero() {
+            cell.wait_nanos
+                .fetch_add(waited.min(total).as_nanos() as u64, Relaxed);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn entries_keep_kinds_and_phases_apart_and_reset_clears_them() {
+        let ledger = Ledger::default();
+        assert_eq!((ledger.phase(), ledger.layer()), (Phase::Other, None));
+        ledger.set_layer(Some(0));
+        assert_eq!(ledger.layer(), Some(0));
+        let (ms, us) = (Duration::from_millis(1), Duration::from_micros(1));
+        ledger.record(Collective::Allreduce, Phase::Prefill, 4096, ms, us);
+        ledger.record(Collective::Allreduce, Phase::Decode, 100, ms, us);
+        ledger.record(Collective::Allreduce, Phase::Decode, 50, ms, ms * 9);
+        let entries = ledger.entries();
+        assert_eq!(entries.len(), 2);
+        assert_eq!(
+            (entries[0].phase, entries[0].payload_bytes),
+            (Phase::Prefill, 4096)
+        );
+        assert_eq!((entries[1].calls, entries[1].payload_bytes), (2, 150));
+        assert!((entries[1].seconds - 2e-3).abs() < 1e-12);
+        assert!(
+            (entries[1].wait_seconds - 1.001e-3).abs() < 1e-12,
+            "waiting never exceeds the call"
+        );
+        ledger.reset();
+        assert!(ledger.entries().is_empty());
+        assert_eq!(ledger.layer(), Some(0));
+    }
+}
