@@ -1,1 +1,46 @@
 //! Activations, weight formats, packed weight matrices, balanced splits and a checkpoint reader that reads only what a rank owns.
+#![deny(unsafe_code)]
+
+#[cfg(target_endian = "big")]
+compile_error!("safetensors files and packed panels are little endian");
+
+// Which indices belong to which rank or thread.
+mod split;
+
+// F32, Bf16, F16, Q8, Q4 and their sizes.
+mod format;
+
+// Groups of 32 weights to 8 or 4 bits and back.
+mod quantize;
+
+// A checkpoint on disk: what can be wrong with it, an open file, its header, a rectangle of a matrix in it, the folder.
+mod error;
+
+mod source;
+
+mod header;
+
+mod matrix;
+
+mod checkpoint;
+
+// Weights in memory: huge pages, the layout of a panel, the way from a file to a panel, the whole matrix.
+#[allow(unsafe_code)]
+mod buffer;
+
+mod panel;
+
+mod packer;
+
+mod packed;
+
+pub use checkpoint::Checkpoint;
+pub use error::CheckpointError;
+pub use format::{GROUP, PANEL, UnknownFormat, WeightFormat};
+pub use matrix::Matrix;
+pub use packed::{PackedData, PackedMatrix, PanelChunk};
+pub use quantize::{GroupQ4, GroupQ8, quantize_group_q4, quantize_group_q8};
+pub use split::{split_granular, split_range};
+
+/// Row-major f32 activations, `[tokens, features]`.
+pub type Activations = ndarray::Array2<f32>;

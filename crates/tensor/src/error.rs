@@ -1,0 +1,278 @@
+//! What can be wrong with a checkpoint folder, and how each case is told to its user.
+
+use std::{io, path::PathBuf};
+
+use crate::WeightFormat;
+
+/// Why a checkpoint cannot be opened or read. Every variant names the file, and the tensor where there is one, with what
+/// was found and what was expected.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum CheckpointError {
+    /// The folder does not exist or is not a folder.
+    #[error("checkpoint folder {} does not exist or is not a folder", folder.display())]
+    NoFolder {
+        /// The path as given.
+        folder: PathBuf,
+    },
+    /// The folder holds no weights under the names that Hugging Face uses.
+    #[error("{} holds neither model.safetensors nor model.safetensors.index.json", folder.display())]
+    NoWeights {
+        /// The checkpoint folder.
+        folder: PathBuf,
+    },
+    /// A file could not be opened or its size not be found.
+    #[error("cannot open {}: {source}", file.display())]
+    Open {
+        /// The file.
+        file: PathBuf,
+        /// The system's reason.
+        source: io::Error,
+    },
+    /// A file could not be read.
+    #[error("cannot read {bytes} bytes at offset {offset} of {} for {what}: {source}", file.display())]
+    Read {
+        /// The file.
+        file: PathBuf,
+        /// The tensor, or the part of the file.
+        what: String,
+        /// Where in the file.
+        offset: u64,
+        /// How many bytes were wanted.
+        bytes: usize,
+        /// The system's reason; `UnexpectedEof` if the file became shorter after it was opened.
+        source: io::Error,
+    },
+    /// A file is too short for the length of its header.
+    #[error("{} has {found} bytes, a safetensors file has at least 8", file.display())]
+    NoHeader {
+        /// The file.
+        file: PathBuf,
+        /// Its size.
+        found: u64,
+    },
+    /// The header's stated length goes beyond the file, or beyond any sane header.
+    #[error("the header of {} claims {found} bytes, at most {max} are possible", file.display())]
+    HeaderLength {
+        /// The file.
+        file: PathBuf,
+        /// Length stated by the first 8 bytes.
+        found: u64,
+        /// What the file's size and the format's limit (100 MB) allow.
+        max: u64,
+    },
+    /// The header is not a JSON object.
+    #[error("the header of {} is not a JSON object: {reason}", file.display())]
+    HeaderJson {
+        /// The file.
+        file: PathBuf,
+        /// Where and why the parser stopped.
+        reason: String,
+    },
+    /// A field of a tensor's header entry is absent or of the wrong kind.
+    #[error("tensor {tensor} in {}: field {field:?} is {found}, expected {expected}", file.display())]
+    HeaderField {
+        /// The file.
+        file: PathBuf,
+        /// The tensor (`__metadata__` for the metadata).
+        tensor: String,
+        /// The field.
+        field: &'static str,
+        /// Its value as JSON, or `absent`.
+        found: String,
+        /// What belongs there.
+        expected: &'static str,
+    },
+    /// The dtype is none of the format's.
+    #[error("tensor {tensor} in {}: unknown dtype {found:?}, expected F32, BF16, F16 or another safetensors dtype", file.display())]
+    UnknownDtype {
+        /// The file.
+        file: PathBuf,
+        /// The tensor.
+        tensor: String,
+        /// The dtype as written.
+        found: String,
+    },
+    /// The size computed from shape and dtype does not fit in 64 bits.
+    #[error("tensor {tensor} in {}: the size of {dtype} {shape:?} overflows", file.display())]
+    SizeOverflow {
+        /// The file.
+        file: PathBuf,
+        /// The tensor.
+        tensor: String,
+        /// Its dtype.
+        dtype: String,
+        /// Its shape.
+        shape: Vec<usize>,
+    },
+    /// The data offsets run backwards or beyond the file.
+    #[error("tensor {tensor} in {}: data offsets {start}..{end} do not lie within the file's {available} bytes of data", file.display())]
+    OutOfRange {
+        /// The file.
+        file: PathBuf,
+        /// The tensor.
+        tensor: String,
+        /// First byte, counted from the end of the header.
+        start: u64,
+        /// Byte after the last.
+        end: u64,
+        /// Bytes that the file has after its header.
+        available: u64,
+    },
+    /// The data offsets do not span the size that shape and dtype ask for.
+    #[error("tensor {tensor} in {}: its offsets span {found} bytes, {dtype} {shape:?} needs {expected}", file.display())]
+    SizeMismatch {
+        /// The file.
+        file: PathBuf,
+        /// The tensor.
+        tensor: String,
+        /// Its dtype.
+        dtype: String,
+        /// Its shape.
+        shape: Vec<usize>,
+        /// Bytes between the offsets.
+        found: u64,
+        /// Bytes by shape and dtype.
+        expected: u64,
+    },
+    /// Two tensors share bytes.
+    #[error("tensor {tensor} in {} starts at byte {start}, inside tensor {other}, which ends at {end}", file.display())]
+    Overlap {
+        /// The file.
+        file: PathBuf,
+        /// The tensor that starts too early.
+        tensor: String,
+        /// The tensor before it.
+        other: String,
+        /// Where it starts.
+        start: u64,
+        /// Where the other ends.
+        end: u64,
+    },
+    /// Bytes that belong to no tensor.
+    #[error("{} has {} bytes of data that belong to no tensor, {start}..{end}", file.display(), end - start)]
+    Hole {
+        /// The file.
+        file: PathBuf,
+        /// First byte, counted from the end of the header.
+        start: u64,
+        /// Byte after the last.
+        end: u64,
+    },
+    /// One name twice in one header.
+    #[error("tensor {tensor} occurs twice in the header of {}", file.display())]
+    RepeatedTensor {
+        /// The file.
+        file: PathBuf,
+        /// The name.
+        tensor: String,
+    },
+    /// One name in two files.
+    #[error("tensor {tensor} occurs in {} and in {}", file.display(), other.display())]
+    DuplicateTensor {
+        /// The tensor.
+        tensor: String,
+        /// The first file.
+        file: PathBuf,
+        /// The second file.
+        other: PathBuf,
+    },
+    /// The index file is not a JSON object.
+    #[error("the index {} is not a JSON object: {reason}", file.display())]
+    IndexJson {
+        /// The index.
+        file: PathBuf,
+        /// Where and why the parser stopped.
+        reason: String,
+    },
+    /// The index has no usable `weight_map`.
+    #[error("the index {}: {field} is {found}, expected {expected}", file.display())]
+    IndexField {
+        /// The index.
+        file: PathBuf,
+        /// `weight_map` or an entry of it.
+        field: String,
+        /// Its value as JSON, or `absent`.
+        found: String,
+        /// What belongs there.
+        expected: &'static str,
+    },
+    /// The index names a file that is not there.
+    #[error("the index {} puts tensor {tensor} into {}, which does not exist", file.display(), missing.display())]
+    IndexFile {
+        /// The index.
+        file: PathBuf,
+        /// A tensor that should be in the file.
+        tensor: String,
+        /// The file that is missing.
+        missing: PathBuf,
+    },
+    /// The index names a tensor that its file lacks.
+    #[error("the index {} puts tensor {tensor} into {}, which does not hold it", file.display(), shard.display())]
+    IndexTensor {
+        /// The index.
+        file: PathBuf,
+        /// The tensor.
+        tensor: String,
+        /// The file that should hold it.
+        shard: PathBuf,
+    },
+    /// A tensor that was asked for is not in the checkpoint.
+    #[error("{} has no tensor {tensor}", folder.display())]
+    NoTensor {
+        /// The checkpoint folder.
+        folder: PathBuf,
+        /// The tensor.
+        tensor: String,
+    },
+    /// A tensor has another shape than the model asks for.
+    #[error("tensor {tensor} in {} has shape {found:?}, expected {expected:?}", file.display())]
+    Shape {
+        /// The file.
+        file: PathBuf,
+        /// The tensor.
+        tensor: String,
+        /// Shape in the file.
+        found: Vec<usize>,
+        /// Shape that was asked for.
+        expected: Vec<usize>,
+    },
+    /// A tensor's dtype cannot serve as weights.
+    #[error("tensor {tensor} in {} has dtype {found}, expected {expected}", file.display())]
+    Dtype {
+        /// The file.
+        file: PathBuf,
+        /// The tensor.
+        tensor: String,
+        /// Dtype in the file.
+        found: String,
+        /// What would do.
+        expected: &'static str,
+    },
+    /// The metadata that marks a quantized tensor is wrong or contradicts the tensor.
+    #[error("tensor {tensor} in {} is marked as quantized by {found:?}, expected {expected}", file.display())]
+    QuantizationMark {
+        /// The file.
+        file: PathBuf,
+        /// The tensor.
+        tensor: String,
+        /// The mark.
+        found: String,
+        /// What it should look like.
+        expected: String,
+    },
+    /// A weight cannot be expressed in the format it is converted to.
+    #[error("tensor {tensor} in {}, row {row}: {found} cannot be stored as {format}", file.display())]
+    NotRepresentable {
+        /// The file.
+        file: PathBuf,
+        /// The tensor.
+        tensor: String,
+        /// Row in the stored tensor.
+        row: usize,
+        /// The weight.
+        found: f32,
+        /// The format of the packed matrix.
+        format: WeightFormat,
+    },
+}

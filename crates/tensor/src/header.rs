@@ -1,0 +1,261 @@
+//! The header of a safetensors file, fully checked: after this, no tensor of the file can reach outside it.
+//!
+//! Layout (<https://huggingface.co/docs/safetensors>): 8 bytes of little-endian header length N, N bytes of JSON that maps
+//! names to `{dtype, shape, data_offsets}`, then the data that the offsets count into. The data must be covered exactly.
+
+use std::{collections::HashMap, fmt, path::Path};
+
+use safetensors::Dtype;
+use serde::de::{Deserialize, Deserializer, MapAccess, Visitor};
+use serde_json::Value;
+
+use crate::{CheckpointError, source::Source};
+
+/// The format's own limit for headers (safetensors `MAX_HEADER_SIZE`).
+const MAX_HEADER: u64 = 100_000_000;
+
+/// Where a tensor lies in its file.
+#[derive(Clone, Debug)]
+pub(crate) struct Entry {
+    pub(crate) dtype: Dtype,
+    pub(crate) shape: Vec<usize>,
+    /// From the start of the file.
+    pub(crate) offset: u64,
+    pub(crate) bytes: u64,
+}
+
+/// What a file says about itself.
+#[derive(Debug)]
+pub(crate) struct Header {
+    /// In order of their data.
+    pub(crate) tensors: Vec<(String, Entry)>,
+    pub(crate) metadata: HashMap<String, String>,
+}
+
+/// Reads and checks the header of `source`.
+pub(crate) fn read_header(source: &Source) -> Result<Header, CheckpointError> {
+    let file = source.path();
+    if source.len() < 8 {
+        return Err(CheckpointError::NoHeader {
+            file: file.to_owned(),
+            found: source.len(),
+        });
+    }
+    let mut length = [0; 8];
+    source.read_at("the header's length", 0, &mut length)?;
+    let length = u64::from_le_bytes(length);
+    let max = (source.len() - 8).min(MAX_HEADER);
+    if length > max {
+        return Err(CheckpointError::HeaderLength {
+            file: file.to_owned(),
+            found: length,
+            max,
+        });
+    }
+    let mut json = vec![0; length as usize];
+    source.read_at("the header", 8, &mut json)?;
+    parse_header(file, &json, source.len() - 8 - length)
+}
+
+/// Checks the JSON of a header whose file has `available` bytes of data behind it.
+fn parse_header(file: &Path, json: &[u8], available: u64) -> Result<Header, CheckpointError> {
+    let Fields(fields) =
+        serde_json::from_slice(json).map_err(|error| CheckpointError::HeaderJson {
+            file: file.to_owned(),
+            reason: error.to_string(),
+        })?;
+    let mut metadata = HashMap::new();
+    let mut tensors = Vec::with_capacity(fields.len());
+    for (name, value) in fields {
+        if name == "__metadata__" {
+            metadata = parse_metadata(file, value)?;
+            continue;
+        }
+        let entry = parse_entry(file, &name, &value, available, 8 + json.len() as u64)?;
+        tensors.push((name, entry));
+    }
+    // Before the cover: a repeated name is also an overlap, and the less telling message.
+    let mut names: Vec<&str> = tensors
+        .iter()
+        .map(|(name, _): &(String, Entry)| name.as_str())
+        .collect();
+    names.sort_unstable();
+    if let Some(pair) = names.windows(2).find(|pair| pair[0] == pair[1]) {
+        return Err(CheckpointError::RepeatedTensor {
+            file: file.to_owned(),
+            tensor: pair[0].to_owned(),
+        });
+    }
+    tensors.sort_by(|(a_name, a), (b_name, b)| {
+        (a.offset, a.bytes, a_name).cmp(&(b.offset, b.bytes, b_name))
+    });
+    check_cover(file, &tensors, 8 + json.len() as u64, available)?;
+    Ok(Header { tensors, metadata })
+}
+
+fn parse_metadata(file: &Path, value: Value) -> Result<HashMap<String, String>, CheckpointError> {
+    serde_json::from_value(value.clone()).map_err(|_| CheckpointError::HeaderField {
+        file: file.to_owned(),
+        tensor: "__metadata__".to_owned(),
+        field: "__metadata__",
+        found: excerpt(Some(&value)),
+        expected: "an object of strings",
+    })
+}
+
+/// One tensor's entry; `data_start` is where the file's data begins.
+fn parse_entry(
+    file: &Path,
+    tensor: &str,
+    value: &Value,
+    available: u64,
+    data_start: u64,
+) -> Result<Entry, CheckpointError> {
+    let field = |field: &'static str, expected: &'static str| CheckpointError::HeaderField {
+        file: file.to_owned(),
+        tensor: tensor.to_owned(),
+        field,
+        found: excerpt(value.get(field)),
+        expected,
+    };
+    let dtype_name = value
+        .get("dtype")
+        .and_then(Value::as_str)
+        .ok_or_else(|| field("dtype", "a string"))?;
+    let dtype: Dtype = serde_json::from_value(Value::from(dtype_name)).map_err(|_| {
+        CheckpointError::UnknownDtype {
+            file: file.to_owned(),
+            tensor: tensor.to_owned(),
+            found: dtype_name.to_owned(),
+        }
+    })?;
+    let shape =
+        whole_numbers(value.get("shape")).ok_or_else(|| field("shape", "a list of sizes"))?;
+    let (start, end) = match whole_numbers(value.get("data_offsets")).as_deref() {
+        Some(&[start, end]) => (start as u64, end as u64),
+        _ => return Err(field("data_offsets", "two byte offsets")),
+    };
+    if start > end || end > available {
+        let (file, tensor) = (file.to_owned(), tensor.to_owned());
+        return Err(CheckpointError::OutOfRange {
+            file,
+            tensor,
+            start,
+            end,
+            available,
+        });
+    }
+    let bits = shape
+        .iter()
+        .try_fold(dtype.bitsize() as u64, |product, &size| {
+            product.checked_mul(size as u64)
+        })
+        .ok_or_else(|| CheckpointError::SizeOverflow {
+            file: file.to_owned(),
+            tensor: tensor.to_owned(),
+            dtype: dtype.to_string(),
+            shape: shape.clone(),
+        })?;
+    let expected = bits.div_ceil(8);
+    if end - start != expected {
+        return Err(CheckpointError::SizeMismatch {
+            file: file.to_owned(),
+            tensor: tensor.to_owned(),
+            dtype: dtype.to_string(),
+            shape,
+            found: end - start,
+            expected,
+        });
+    }
+    Ok(Entry {
+        dtype,
+        shape,
+        offset: data_start + start,
+        bytes: expected,
+    })
+}
+
+/// Sorted tensors must follow each other without a gap and fill the data.
+fn check_cover(
+    file: &Path,
+    tensors: &[(String, Entry)],
+    data_start: u64,
+    available: u64,
+) -> Result<(), CheckpointError> {
+    let mut covered = 0;
+    let mut previous = "";
+    for (name, entry) in tensors {
+        let start = entry.offset - data_start;
+        if start < covered {
+            return Err(CheckpointError::Overlap {
+                file: file.to_owned(),
+                tensor: name.clone(),
+                other: previous.to_owned(),
+                start,
+                end: covered,
+            });
+        }
+        if start > covered {
+            return Err(CheckpointError::Hole {
+                file: file.to_owned(),
+                start: covered,
+                end: start,
+            });
+        }
+        covered = start + entry.bytes;
+        previous = name;
+    }
+    if covered != available {
+        return Err(CheckpointError::Hole {
+            file: file.to_owned(),
+            start: covered,
+            end: available,
+        });
+    }
+    Ok(())
+}
+
+fn whole_numbers(value: Option<&Value>) -> Option<Vec<usize>> {
+    value?
+        .as_array()?
+        .iter()
+        .map(|item| item.as_u64().and_then(|item| usize::try_from(item).ok()))
+        .collect()
+}
+
+/// A JSON value for a message, not longer than a line.
+pub(crate) fn excerpt(value: Option<&Value>) -> String {
+    let Some(value) = value else {
+        return "absent".to_owned();
+    };
+    let text = value.to_string();
+    match text.char_indices().nth(60) {
+        Some((cut, _)) => format!("{}…", &text[..cut]),
+        None => text,
+    }
+}
+
+/// A JSON object with its repeated keys, which a map would silently drop.
+pub(crate) struct Fields(pub(crate) Vec<(String, Value)>);
+
+impl<'de> Deserialize<'de> for Fields {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct Pairs;
+        impl<'de> Visitor<'de> for Pairs {
+            type Value = Fields;
+
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("an object")
+            }
+
+            fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Fields, A::Error> {
+                let mut fields = Vec::with_capacity(map.size_hint().unwrap_or(0));
+                while let Some(field) = map.next_entry()? {
+                    fields.push(field);
+                }
+                Ok(Fields(fields))
+            }
+        }
+        deserializer.deserialize_map(Pairs)
+    }
+}

@@ -1,0 +1,134 @@
+//! The layout of one panel, [`PANEL`] rows interleaved so that a kernel reads one stream and needs no horizontal sums.
+//!
+//! With k the column, r the row in the panel and g = k / 32 the group:
+//!
+//! - F32 and F16: element `k·16 + r`.
+//! - Bf16: element `k·16 + 2·(r % 8) + r / 8`. One 32-byte load has rows 0..8 in the even halves (shift left by 16 to widen)
+//!   and rows 8..16 in the odd ones (mask).
+//! - Q8: 544 bytes a group: 16 f16 scales, then code (k, r) at byte `32 + (k/2 % 16)·32 + 2·r + k % 2`. Widening 16 bytes to
+//!   16 bits gives 8 rows x 2 columns, what a multiply-add of pairs takes.
+//! - Q4: 288 bytes a group: 16 f16 scales, then code (k, r) in byte `32 + (k/4 % 8)·32 + 4·(r % 8) + k % 4`, the low nibble for
+//!   r < 8, the high one for r ≥ 8.
+//!
+//! Rows that are missing in the last panel and columns missing in the last group are zero weights: code 0 in Q8, 8 in Q4;
+//! missing rows have scale 0.
+
+use half::f16;
+
+use crate::{
+    GROUP, PANEL,
+    quantize::{GroupQ4, GroupQ8},
+};
+
+/// Bytes of the scales at the start of a quantized block.
+const SCALES: usize = 2 * PANEL;
+
+/// Bytes of one group of a Q8 panel.
+pub(crate) const BLOCK_Q8: usize = SCALES + PANEL * GROUP;
+
+/// Bytes of one group of a Q4 panel.
+pub(crate) const BLOCK_Q4: usize = SCALES + PANEL * GROUP / 2;
+
+/// Columns moved at once: a cache line of each of 16 rows, read once, against 1 or 2 KiB of panel.
+const STEP: usize = 32;
+
+/// `tile` `[16, cols]` to `panel` `[cols, 16]`, for F32 and F16.
+pub(crate) fn interleave<T: Copy>(tile: &[T], cols: usize, panel: &mut [T]) {
+    for start in (0..cols).step_by(STEP) {
+        let end = (start + STEP).min(cols);
+        let out = &mut panel[start * PANEL..end * PANEL];
+        for r in 0..PANEL {
+            let row = &tile[r * cols + start..r * cols + end];
+            for (slots, &value) in out.as_chunks_mut::<PANEL>().0.iter_mut().zip(row) {
+                slots[r] = value;
+            }
+        }
+    }
+}
+
+/// `tile` `[16, cols]` to `panel` in the Bf16 layout: pairs of rows r, r + 8 written together.
+pub(crate) fn interleave_bf16(tile: &[u16], cols: usize, panel: &mut [u16]) {
+    let panel: &mut [u32] = bytemuck::cast_slice_mut(panel);
+    for start in (0..cols).step_by(STEP) {
+        let end = (start + STEP).min(cols);
+        let out = &mut panel[start * PANEL / 2..end * PANEL / 2];
+        for r in 0..PANEL / 2 {
+            let low = &tile[r * cols + start..r * cols + end];
+            let high = &tile[(r + 8) * cols + start..(r + 8) * cols + end];
+            for ((slots, &low), &high) in out
+                .as_chunks_mut::<{ PANEL / 2 }>()
+                .0
+                .iter_mut()
+                .zip(low)
+                .zip(high)
+            {
+                slots[r] = u32::from(low) | u32::from(high) << 16;
+            }
+        }
+    }
+}
+
+/// Position of row `r` of a Bf16 panel among the 16 of its column.
+pub(crate) fn slot_bf16(r: usize) -> usize {
+    2 * (r % 8) + r / 8
+}
+
+/// The groups of 16 rows to a Q8 block.
+pub(crate) fn pack_q8(groups: &[GroupQ8; PANEL], block: &mut [u8]) {
+    let (scales, codes) = block.split_at_mut(SCALES);
+    for (r, group) in groups.iter().enumerate() {
+        scales[2 * r..2 * r + 2].copy_from_slice(&group.scale.to_le_bytes());
+        for (pair, out) in group
+            .codes
+            .as_chunks::<2>()
+            .0
+            .iter()
+            .zip(codes.as_chunks_mut::<{ 2 * PANEL }>().0)
+        {
+            out[2 * r] = pair[0] as u8;
+            out[2 * r + 1] = pair[1] as u8;
+        }
+    }
+}
+
+/// The groups of 16 rows to a Q4 block.
+pub(crate) fn pack_q4(groups: &[GroupQ4; PANEL], block: &mut [u8]) {
+    let (scales, codes) = block.split_at_mut(SCALES);
+    for (r, group) in groups.iter().enumerate() {
+        scales[2 * r..2 * r + 2].copy_from_slice(&group.scale.to_le_bytes());
+    }
+    for r in 0..PANEL / 2 {
+        let (low, high) = (
+            groups[r].codes.as_chunks::<4>().0,
+            groups[r + 8].codes.as_chunks::<4>().0,
+        );
+        for ((low, high), out) in low
+            .iter()
+            .zip(high)
+            .zip(codes.as_chunks_mut::<{ 2 * PANEL }>().0)
+        {
+            for k in 0..4 {
+                out[4 * r + k] = low[k] | high[k] << 4;
+            }
+        }
+    }
+}
+
+/// Weight (`k`, `r`) of a Q8 panel.
+pub(crate) fn weight_q8(panel: &[u8], k: usize, r: usize) -> f32 {
+    let block = &panel[k / GROUP * BLOCK_Q8..][..BLOCK_Q8];
+    scale(block, r)
+        * f32::from(block[SCALES + k / 2 % (GROUP / 2) * 2 * PANEL + 2 * r + k % 2] as i8)
+}
+
+/// Weight (`k`, `r`) of a Q4 panel.
+pub(crate) fn weight_q4(panel: &[u8], k: usize, r: usize) -> f32 {
+    let block = &panel[k / GROUP * BLOCK_Q4..][..BLOCK_Q4];
+    let byte = block[SCALES + k / 4 % (GROUP / 4) * 2 * PANEL + 4 * (r % 8) + k % 4];
+    let code = if r < 8 { byte & 15 } else { byte >> 4 };
+    scale(block, r) * (f32::from(code) - 8.0)
+}
+
+fn scale(block: &[u8], r: usize) -> f32 {
+    f16::from_le_bytes([block[2 * r], block[2 * r + 1]]).to_f32()
+}
