@@ -1,0 +1,68 @@
+//! Eight f32 lanes over slices: loads, stores, masked tails and folds, shared by the AVX2 kernels.
+//!
+//! The array references prove the bounds, so that the kernels above need no unsafe code for whole vectors.
+
+use std::arch::x86_64::*;
+
+/// Lanes of one AVX register of f32.
+pub(crate) const LANES: usize = 8;
+
+/// Eight consecutive floats, at any alignment.
+#[inline]
+#[target_feature(enable = "avx2,fma,f16c")]
+pub(crate) fn load(x: &[f32; LANES]) -> __m256 {
+    // SAFETY: the array is eight readable floats, and the unaligned load asks for nothing else.
+    unsafe { _mm256_loadu_ps(x.as_ptr()) }
+}
+
+/// Writes eight consecutive floats, at any alignment.
+#[inline]
+#[target_feature(enable = "avx2,fma,f16c")]
+pub(crate) fn store(x: &mut [f32; LANES], v: __m256) {
+    // SAFETY: the array is eight writable floats, and the unaligned store asks for nothing else.
+    unsafe { _mm256_storeu_ps(x.as_mut_ptr(), v) }
+}
+
+/// All bits set in the first `n` lanes (all eight from n = 8 on).
+#[inline]
+#[target_feature(enable = "avx2,fma,f16c")]
+pub(crate) fn first(n: usize) -> __m256i {
+    let lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+    _mm256_cmpgt_epi32(_mm256_set1_epi32(n.min(LANES) as i32), lane)
+}
+
+/// The at most eight floats of `x`, zero in the lanes beyond.
+#[inline]
+#[target_feature(enable = "avx2,fma,f16c")]
+pub(crate) fn load_tail(x: &[f32]) -> __m256 {
+    debug_assert!(x.len() <= LANES, "a tail of {} floats, at most {LANES} fit", x.len());
+    // SAFETY: the masked load touches only lanes below x.len(), all inside the slice.
+    unsafe { _mm256_maskload_ps(x.as_ptr(), first(x.len())) }
+}
+
+/// Writes the first `x.len()` lanes, at most eight.
+#[inline]
+#[target_feature(enable = "avx2,fma,f16c")]
+pub(crate) fn store_tail(x: &mut [f32], v: __m256) {
+    debug_assert!(x.len() <= LANES, "a tail of {} floats, at most {LANES} fit", x.len());
+    // SAFETY: the masked store touches only lanes below x.len(), all inside the slice.
+    unsafe { _mm256_maskstore_ps(x.as_mut_ptr(), first(x.len()), v) }
+}
+
+/// The sum of the eight lanes, pairwise.
+#[inline]
+#[target_feature(enable = "avx2,fma,f16c")]
+pub(crate) fn sum(v: __m256) -> f32 {
+    let four = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps::<1>(v));
+    let two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+    _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)))
+}
+
+/// The largest of the eight lanes.
+#[inline]
+#[target_feature(enable = "avx2,fma,f16c")]
+pub(crate) fn max(v: __m256) -> f32 {
+    let four = _mm_max_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps::<1>(v));
+    let two = _mm_max_ps(four, _mm_movehl_ps(four, four));
+    _mm_cvtss_f32(_mm_max_ss(two, _mm_movehdup_ps(two)))
+}

@@ -1,0 +1,91 @@
+//! Matrix products with packed weights: the entry points and the choice of the kernel.
+
+use std::ops::Range;
+
+use crate::input::{Input, InputKind};
+use crate::isa::Isa;
+use crate::matrix::MatMut;
+use crate::panels::Panels;
+
+mod scalar;
+
+/// What happens to the old contents of an output.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Store {
+    /// The result replaces them.
+    Set,
+    /// The result is added to them.
+    Add,
+}
+
+/// `out[t, c] = Σ_k w[16 panels.start + c, k] x[t, k]`, or `+=` with [`Store::Add`].
+///
+/// `out` is `[x.tokens(), rows that the panels cover]`; the last panel of the matrix may be short. Few tokens read
+/// the weights as one stream, many go through a widened panel in L1.
+///
+/// # Panics
+/// When shapes differ, or `x` was prepared for another kind of weights.
+pub fn matmul(
+    isa: Isa,
+    w: Panels<'_>,
+    panels: Range<usize>,
+    x: &Input,
+    out: MatMut<'_>,
+    store: Store,
+) {
+    check(w, &panels, x, &out);
+    if out.rows() == 0 || out.cols() == 0 {
+        return;
+    }
+    let _ = isa;
+    scalar::matmul(w, panels, x, out, store);
+}
+
+/// `out[t, c] = silu(gate[c] · x[t]) * (up[c] · x[t])` for the rows that `panels` of both matrices cover.
+///
+/// # Panics
+/// When shapes differ, or `x` was prepared for another kind of weights.
+pub fn matmul_swiglu(
+    isa: Isa,
+    gate: Panels<'_>,
+    up: Panels<'_>,
+    panels: Range<usize>,
+    x: &Input,
+    out: MatMut<'_>,
+) {
+    check(gate, &panels, x, &out);
+    check(up, &panels, x, &out);
+    assert!(
+        gate.rows() == up.rows(),
+        "gate has {} rows, up has {}",
+        gate.rows(),
+        up.rows()
+    );
+    if out.rows() == 0 || out.cols() == 0 {
+        return;
+    }
+    let _ = isa;
+    scalar::matmul_swiglu(gate, up, panels, x, out);
+}
+
+fn check(w: Panels<'_>, panels: &Range<usize>, x: &Input, out: &MatMut<'_>) {
+    let (rows, kind) = (w.rows_in(panels), InputKind::of(&w.data()));
+    assert!(
+        x.kind() == kind,
+        "the weights take {kind:?} activations, got {:?}",
+        x.kind()
+    );
+    assert!(
+        w.cols() == x.cols(),
+        "weights of {} columns, activations of {}",
+        w.cols(),
+        x.cols()
+    );
+    assert!(
+        out.rows() == x.tokens() && out.cols() == rows,
+        "{} tokens and {rows} rows into an output of [{}, {}]",
+        x.tokens(),
+        out.rows(),
+        out.cols()
+    );
+}

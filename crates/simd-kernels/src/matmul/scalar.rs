@@ -1,0 +1,193 @@
+//! The reference products in plain Rust, and `matrixmultiply` for many tokens of float weights.
+
+use std::ops::Range;
+
+use super::Store;
+use crate::input::{Input, InputKind};
+use crate::matrix::MatMut;
+use crate::panels::{
+    GROUP, PANEL, PanelData, Panels, Q4_BLOCK, Q8_BLOCK, block_scale, q4_at, q8_at, widen_panel,
+};
+
+/// Tokens from which packing for a general matrix product pays.
+const MANY_TOKENS: usize = 16;
+
+pub(super) fn matmul(
+    w: Panels<'_>,
+    panels: Range<usize>,
+    x: &Input,
+    mut out: MatMut<'_>,
+    store: Store,
+) {
+    if x.kind() == InputKind::Float && x.tokens() >= MANY_TOKENS && x.cols() > 0 {
+        return general(w, panels, x, out, store);
+    }
+    let mut widened = vec![
+        0.0;
+        if x.kind() == InputKind::Float {
+            w.cols() * PANEL
+        } else {
+            0
+        }
+    ];
+    for (i, panel) in panels.enumerate() {
+        if x.kind() == InputKind::Float {
+            widen_panel(w.data(), panel, w.cols(), &mut widened);
+        }
+        for tile in 0..x.tiles() {
+            for (i_token, token) in x.tile_tokens(tile).enumerate() {
+                let sums = match w.data() {
+                    PanelData::Q8(data) => {
+                        dot_q8(&data[panel * w.stride()..][..w.stride()], x, tile, i_token)
+                    }
+                    PanelData::Q4(data) => {
+                        dot_q4(&data[panel * w.stride()..][..w.stride()], x, tile, i_token)
+                    }
+                    _ => dot_float(&widened, x, tile, i_token),
+                };
+                let row = out.row_mut(token);
+                let end = row.len().min((i + 1) * PANEL);
+                for (out, sum) in row[i * PANEL..end].iter_mut().zip(sums) {
+                    match store {
+                        Store::Set => *out = sum,
+                        Store::Add => *out += sum,
+                    }
+                }
+            }
+        }
+    }
+}
+
+pub(super) fn matmul_swiglu(
+    gate: Panels<'_>,
+    up: Panels<'_>,
+    panels: Range<usize>,
+    x: &Input,
+    mut out: MatMut<'_>,
+) {
+    let (tokens, rows) = (out.rows(), out.cols());
+    let mut products = vec![0.0; tokens * rows];
+    matmul(
+        up,
+        panels.clone(),
+        x,
+        MatMut::new(&mut products, tokens, rows, rows),
+        Store::Set,
+    );
+    matmul(gate, panels, x, out.reborrow(), Store::Set);
+    for (token, up) in products.chunks_exact(rows).enumerate() {
+        for (out, &up) in out.row_mut(token).iter_mut().zip(up) {
+            let gate = *out;
+            *out = gate / (1.0 + (-gate).exp()) * up;
+        }
+    }
+}
+
+/// The sixteen outputs of a panel of f32 for one token.
+fn dot_float(panel: &[f32], x: &Input, tile: usize, token: usize) -> [f32; PANEL] {
+    let tile = x.float_tile(tile);
+    let mut sums = [0.0; PANEL];
+    for (column, x) in panel.chunks_exact(PANEL).zip(tile.x.chunks_exact(tile.m)) {
+        for (sum, w) in sums.iter_mut().zip(column) {
+            *sum += w * x[token];
+        }
+    }
+    sums
+}
+
+/// The sixteen outputs of a Q8 panel for one token: integer sums within a group, f32 across groups.
+fn dot_q8(panel: &[u8], x: &Input, tile: usize, token: usize) -> [f32; PANEL] {
+    let tile = x.int16_tile(tile);
+    let mut sums = [0.0; PANEL];
+    for (g, block) in panel.chunks_exact(Q8_BLOCK).enumerate() {
+        let (x, scale) = (
+            &tile.x[g * tile.m * GROUP..],
+            tile.scales[g * tile.m + token],
+        );
+        for (r, sum) in sums.iter_mut().enumerate() {
+            let products = (0..GROUP).map(|k| {
+                i32::from(q8_at(block, k, r)) * i32::from(x[2 * (tile.m * (k / 2) + token) + k % 2])
+            });
+            *sum += block_scale(block, r) * scale * products.sum::<i32>() as f32;
+        }
+    }
+    sums
+}
+
+/// The sixteen outputs of a Q4 panel for one token: integer sums within a group, f32 across groups.
+fn dot_q4(panel: &[u8], x: &Input, tile: usize, token: usize) -> [f32; PANEL] {
+    let tile = x.int8_tile(tile);
+    let mut sums = [0.0; PANEL];
+    for (g, block) in panel.chunks_exact(Q4_BLOCK).enumerate() {
+        let (x, scale) = (
+            &tile.x[g * tile.m * GROUP..],
+            tile.scales[g * tile.m + token],
+        );
+        for (r, sum) in sums.iter_mut().enumerate() {
+            let products = (0..GROUP).map(|k| {
+                i32::from(q4_at(block, k, r)) * i32::from(x[4 * (tile.m * (k / 4) + token) + k % 4])
+            });
+            *sum += block_scale(block, r) * scale * products.sum::<i32>() as f32;
+        }
+    }
+    sums
+}
+
+/// Panels that one call of `sgemm` multiplies: wide enough that packing the activations again costs little.
+const PANELS_AT_ONCE: usize = 8;
+
+/// Float weights and many tokens: widen some panels side by side, then one general matrix product.
+fn general(w: Panels<'_>, panels: Range<usize>, x: &Input, mut out: MatMut<'_>, store: Store) {
+    let (tokens, cols) = (x.tokens(), x.cols());
+    // [tokens, cols]
+    let mut rows = vec![0.0; tokens * cols];
+    for tile in 0..x.tiles() {
+        let packed = x.float_tile(tile);
+        for (i, token) in x.tile_tokens(tile).enumerate() {
+            for (k, out) in rows[token * cols..(token + 1) * cols]
+                .iter_mut()
+                .enumerate()
+            {
+                *out = packed.x[packed.m * k + i];
+            }
+        }
+    }
+    let width = PANELS_AT_ONCE * PANEL;
+    // [cols, width]
+    let (mut block, mut panel) = (vec![0.0; cols * width], vec![0.0; cols * PANEL]);
+    for first in panels.clone().step_by(PANELS_AT_ONCE) {
+        let some = first..(first + PANELS_AT_ONCE).min(panels.end);
+        for (i, p) in some.clone().enumerate() {
+            widen_panel(w.data(), p, cols, &mut panel);
+            for (block, panel) in block.chunks_exact_mut(width).zip(panel.chunks_exact(PANEL)) {
+                block[i * PANEL..(i + 1) * PANEL].copy_from_slice(panel);
+            }
+        }
+        let offset = (first - panels.start) * PANEL;
+        let covered = w.rows_in(&some);
+        let (_, right) = out.reborrow().split_cols(offset);
+        let (mut target, _) = right.split_cols(covered);
+        let (start, stride) = target.as_mut_ptr();
+        let beta = if store == Store::Set { 0.0 } else { 1.0 };
+        // SAFETY: `rows` is [tokens, cols], `block` is [cols, width] with `covered <= width`, and `target` is an
+        // exclusive block of [tokens, covered] with rows `stride` apart; with beta 0 its contents are not read.
+        unsafe {
+            matrixmultiply::sgemm(
+                tokens,
+                cols,
+                covered,
+                1.0,
+                rows.as_ptr(),
+                cols as isize,
+                1,
+                block.as_ptr(),
+                width as isize,
+                1,
+                beta,
+                start,
+                stride as isize,
+                1,
+            );
+        }
+    }
+}

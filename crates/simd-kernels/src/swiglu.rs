@@ -1,0 +1,105 @@
+//! SwiGLU: silu(gate) · up.
+
+use crate::isa::{Isa, dispatch};
+
+/// out[i] = gate[i] / (1 + e^(−gate[i])) · up[i].
+///
+/// # Panics
+/// When the lengths differ.
+pub fn swiglu(isa: Isa, gate: &[f32], up: &[f32], out: &mut [f32]) {
+    assert_eq!(gate.len(), up.len(), "swiglu: gate has {} elements, up {}", gate.len(), up.len());
+    assert_eq!(gate.len(), out.len(), "swiglu: gate has {} elements, out {}", gate.len(), out.len());
+    dispatch!(isa, avx2::swiglu, scalar::swiglu, (gate, up, out))
+}
+
+mod scalar {
+    use crate::exp::scalar::exp1;
+
+    pub(super) fn swiglu(gate: &[f32], up: &[f32], out: &mut [f32]) {
+        for ((out, &gate), &up) in out.iter_mut().zip(gate).zip(up) {
+            *out = gate / (1.0 + exp1(-gate)) * up;
+        }
+    }
+}
+
+#[cfg(target_arch = "x86_64")]
+mod avx2 {
+    use crate::exp::exp256;
+    use crate::lanes::{load, load_tail, store, store_tail};
+    use std::arch::x86_64::*;
+
+    #[target_feature(enable = "avx2,fma,f16c")]
+    pub(super) fn swiglu(gate: &[f32], up: &[f32], out: &mut [f32]) {
+        let (gate, gate_tail) = gate.as_chunks();
+        let (up, up_tail) = up.as_chunks();
+        let (out, out_tail) = out.as_chunks_mut();
+        for ((out, gate), up) in out.iter_mut().zip(gate).zip(up) {
+            store(out, gated(load(gate), load(up)));
+        }
+        store_tail(out_tail, gated(load_tail(gate_tail), load_tail(up_tail)));
+    }
+
+    #[inline]
+    #[target_feature(enable = "avx2,fma,f16c")]
+    fn gated(gate: __m256, up: __m256) -> __m256 {
+        let e = exp256(_mm256_sub_ps(_mm256_setzero_ps(), gate));
+        let silu = _mm256_div_ps(gate, _mm256_add_ps(_mm256_set1_ps(1.0), e));
+        _mm256_mul_ps(silu, up)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::guarded::{Guarded, lengths_and_offsets, noise};
+    use crate::isa::witness::assert_entered;
+    use proptest::prelude::*;
+
+    fn exact(gate: &[f32], up: &[f32]) -> Vec<f32> {
+        let silu = |g: f64| g / (1.0 + (-g).exp());
+        gate.iter().zip(up).map(|(&g, &u)| (silu(g.into()) * f64::from(u)) as f32).collect()
+    }
+
+    /// 2 ulp of the exponential and one rounding each of sum, quotient and product.
+    fn tolerance(e: f32) -> f32 {
+        4.0 * f32::EPSILON * e + f32::MIN_POSITIVE
+    }
+
+    #[test]
+    fn every_length_and_offset() {
+        for isa in [Isa::scalar()].into_iter().chain(Isa::avx2()) {
+            for (len, offset) in lengths_and_offsets() {
+                let gate = Guarded::of(noise(len, 4).iter().map(|x| x * 30.0), offset);
+                let up = Guarded::of(noise(len, 5), offset ^ 2);
+                let mut out = Guarded::output(len, offset ^ 1);
+                swiglu(isa, &gate, &up, &mut out);
+                out.assert_close(&exact(&gate, &up), tolerance);
+            }
+        }
+        assert_entered("avx2::swiglu");
+    }
+
+    #[test]
+    fn large_gates_saturate() {
+        for isa in [Isa::scalar()].into_iter().chain(Isa::avx2()) {
+            let mut out = [f32::NAN; 4];
+            swiglu(isa, &[-1.0e4, -89.0, 89.0, 1.0e4], &[1.0; 4], &mut out);
+            assert!(out[0].abs() < 1.0e-30 && out[1].abs() < 1.0e-30, "{out:?}");
+            assert_eq!(&out[2..], [89.0, 1.0e4]);
+            swiglu(isa, &[f32::NAN; 4], &[1.0; 4], &mut out);
+            assert!(out.iter().all(|x| x.is_nan()));
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn matches_f64(pairs in prop::collection::vec((-80.0f32..80.0, -1.0e3f32..1.0e3), 0..200)) {
+            let (gate, up): (Vec<f32>, Vec<f32>) = pairs.into_iter().unzip();
+            if let Some(isa) = Isa::avx2() {
+                let mut out = Guarded::output(gate.len(), gate.len() % 8);
+                swiglu(isa, &gate, &up, &mut out);
+                out.assert_close(&exact(&gate, &up), tolerance);
+            }
+        }
+    }
+}
