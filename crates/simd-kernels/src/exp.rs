@@ -81,7 +81,13 @@ mod avx2 {
         let r = _mm256_fmadd_ps(n, _mm256_set1_ps(1.904_654_3e-9), r);
 
         let mut p = _mm256_set1_ps(1.987_569_1e-4);
-        for c in [1.398_2e-3, 8.333_452e-3, 4.166_579_6e-2, 1.666_666_5e-1, 5.000_000_1e-1] {
+        for c in [
+            1.398_2e-3,
+            8.333_452e-3,
+            4.166_579_6e-2,
+            1.666_666_5e-1,
+            0.5,
+        ] {
             p = _mm256_fmadd_ps(p, r, _mm256_set1_ps(c));
         }
         let p = _mm256_fmadd_ps(p, _mm256_mul_ps(r, r), r);
@@ -102,7 +108,8 @@ mod tests {
     /// |y − e^x| in units of the last place of the exact value.
     fn ulps(x: f32, y: f32) -> f64 {
         let exact = f64::from(x).exp();
-        let place = f64::from(f32::from_bits((exact as f32).to_bits() + 1)) - f64::from(exact as f32);
+        let place =
+            f64::from(f32::from_bits((exact as f32).to_bits() + 1)) - f64::from(exact as f32);
         (f64::from(y) - exact).abs() / place
     }
 
@@ -126,8 +133,25 @@ mod tests {
     #[test]
     fn limits_and_special_values_agree() {
         let xs = [
-            0.0, -0.0, LOWEST, LOWEST - 1.0e-5, -87.4, -100.0, f32::MIN, f32::NEG_INFINITY, 88.0, HIGHEST, 89.0, 1.0e4,
-            f32::MAX, f32::INFINITY, f32::NAN, -f32::NAN, 1.0, -1.0, 1.0e-30,
+            0.0,
+            -0.0,
+            LOWEST,
+            LOWEST - 1.0e-5,
+            -87.4,
+            -100.0,
+            f32::MIN,
+            f32::NEG_INFINITY,
+            88.0,
+            HIGHEST,
+            89.0,
+            1.0e4,
+            f32::MAX,
+            f32::INFINITY,
+            f32::NAN,
+            -f32::NAN,
+            1.0,
+            -1.0,
+            1.0e-30,
         ];
         for isa in [Isa::scalar()].into_iter().chain(Isa::avx2()) {
             for x in xs {

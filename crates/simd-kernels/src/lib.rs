@@ -2,9 +2,22 @@
 
 // Modules in reading order, lowest first; a module uses only those above it.
 
+#[cfg(test)]
+mod guarded;
+
 // The instruction set and the number formats.
 mod half_float;
 mod isa;
+#[cfg(target_arch = "x86_64")]
+mod lanes;
+
+// Elementwise kernels and one row at a time.
+mod exp;
+mod norm;
+mod rope;
+mod softmax;
+mod swiglu;
+mod vector;
 
 // Matrix products with packed weights.
 mod panels;
@@ -20,9 +33,15 @@ mod matmul;
 // Threads.
 mod fork_join;
 
+pub use exp::exp;
 pub use fork_join::ForkJoin;
 pub use input::{Input, InputKind, InputPart};
 pub use isa::{Isa, IsaError};
 pub use matmul::{Store, matmul, matmul_swiglu};
 pub use matrix::MatMut;
+pub use norm::{add_rms_norm, rms_norm, rms_norm_in_place};
 pub use panels::{GROUP, PANEL, PanelData, Panels};
+pub use rope::{norm_rope, rope};
+pub use softmax::{log_sum_exp, softmax};
+pub use swiglu::swiglu;
+pub use vector::{add, argmax, dot, scale, scale_add};

@@ -7,8 +7,20 @@ use crate::isa::{Isa, dispatch};
 /// # Panics
 /// When the lengths differ.
 pub fn swiglu(isa: Isa, gate: &[f32], up: &[f32], out: &mut [f32]) {
-    assert_eq!(gate.len(), up.len(), "swiglu: gate has {} elements, up {}", gate.len(), up.len());
-    assert_eq!(gate.len(), out.len(), "swiglu: gate has {} elements, out {}", gate.len(), out.len());
+    assert_eq!(
+        gate.len(),
+        up.len(),
+        "swiglu: gate has {} elements, up {}",
+        gate.len(),
+        up.len()
+    );
+    assert_eq!(
+        gate.len(),
+        out.len(),
+        "swiglu: gate has {} elements, out {}",
+        gate.len(),
+        out.len()
+    );
     dispatch!(isa, avx2::swiglu, scalar::swiglu, (gate, up, out))
 }
 
@@ -57,7 +69,10 @@ mod tests {
 
     fn exact(gate: &[f32], up: &[f32]) -> Vec<f32> {
         let silu = |g: f64| g / (1.0 + (-g).exp());
-        gate.iter().zip(up).map(|(&g, &u)| (silu(g.into()) * f64::from(u)) as f32).collect()
+        gate.iter()
+            .zip(up)
+            .map(|(&g, &u)| (silu(g.into()) * f64::from(u)) as f32)
+            .collect()
     }
 
     /// 2 ulp of the exponential and one rounding each of sum, quotient and product.
