@@ -1,0 +1,44 @@
+//! `cargo xtask mpirun`: builds the program with MPI and becomes its launcher.
+
+use std::ffi::OsString;
+use std::os::unix::process::CommandExt;
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use anyhow::{Context, Result, bail};
+
+use crate::mpi::{Bind, Mpi};
+use crate::{setup, workspace};
+
+/// The release build of the program `qwen3`, with the MPI backend where an MPI is given.
+pub fn build_program(mpi: Option<&Mpi>) -> Result<PathBuf> {
+    let mut command = workspace::cargo();
+    command.args(["build", "--release", "--package", "qwen3-cli", "--bin", "qwen3"]);
+    if let Some(mpi) = mpi {
+        command.args(["--features", "mpi"]);
+        mpi.prepare(&mut command, Bind::None, true);
+    }
+    let built = workspace::build(&mut command)?;
+    let program = built.into_iter().find(|executable| executable.target == "qwen3");
+    Ok(program.context("the build made no program qwen3")?.path)
+}
+
+/// Replaces this process by `mpirun … qwen3 args`: signals go straight to it and its exit status is this one's.
+pub fn command(ranks: usize, hostfile: Option<PathBuf>, bind: Bind, args: &[OsString]) -> Result<ExitCode> {
+    if ranks == 0 {
+        bail!("-n 0: at least one rank is needed");
+    }
+    if let Some(file) = hostfile.as_ref().filter(|file| !file.is_file()) {
+        bail!("--hostfile {}: there is no such file", file.display());
+    }
+    let mpi = match setup::ensure(true) {
+        Ok(mpi) => mpi,
+        Err(missing) => {
+            eprintln!("error: {missing}");
+            return Ok(missing.exit_code());
+        }
+    };
+    let program = build_program(Some(&mpi))?;
+    let error = mpi.launcher(ranks, hostfile.as_deref(), bind, program.as_os_str()).args(args).exec();
+    Err(error).with_context(|| format!("cannot start {}", mpi.mpirun.display()))
+}

@@ -1,0 +1,209 @@
+//! `cargo xtask mpi-test`: the tests that need real MPI processes, on several rank counts.
+//!
+//! Such a test is a program (`tests/mpi.rs` with `harness = false`) that runs its checks on whatever world it finds;
+//! rank 0 ends with a line "N passed, M failed", and a failure anywhere gives a non-zero status.
+
+use std::path::Path;
+use std::process::ExitCode;
+use std::time::{Duration, Instant};
+
+use anyhow::{Result, bail};
+
+use crate::mpi::{Bind, Mpi};
+use crate::process::{self, Finished, Output};
+use crate::setup;
+use crate::workspace::{self, Executable, Package};
+
+/// The packages that have such tests, lowest first.
+const PACKAGES: [&str; 3] = ["comm", "ops", "qwen3-model"];
+
+/// Default deadline of one run.
+pub const DEADLINE_SECONDS: u64 = 300;
+
+/// What all runs together gave.
+#[derive(Debug, Default, PartialEq, Eq)]
+pub struct Tally {
+    /// Runs in which every check passed.
+    pub passed: usize,
+    /// The others.
+    pub failed: usize,
+    /// Packages without such a test.
+    pub skipped: usize,
+}
+
+impl Tally {
+    /// Whether something ran and nothing failed.
+    pub fn ok(&self) -> bool {
+        self.failed == 0 && self.passed > 0
+    }
+}
+
+/// The command of its own: MPI must be there.
+pub fn command(ranks: &[usize], package: Option<&str>, deadline: u64) -> Result<ExitCode> {
+    let mpi = match setup::ensure(true) {
+        Ok(mpi) => mpi,
+        Err(missing) => {
+            eprintln!("error: {missing}");
+            return Ok(missing.exit_code());
+        }
+    };
+    let tally = run(&mpi, ranks, package, Duration::from_secs(deadline))?;
+    Ok(if tally.ok() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+}
+
+/// Builds and runs the tests, shows their output, and prints a table and the closing line.
+pub fn run(mpi: &Mpi, ranks: &[usize], package: Option<&str>, deadline: Duration) -> Result<Tally> {
+    if ranks.is_empty() || ranks.contains(&0) {
+        bail!("-n {ranks:?}: rank counts start at 1");
+    }
+    let packages = workspace::packages(&workspace::root())?;
+    let (with, without) = select(&packages, package)?;
+    for name in &without {
+        println!("mpi-test: SKIPPED {name}: the package has no test named mpi");
+    }
+    let mut rows = Vec::new();
+    let mut tally = Tally { skipped: without.len(), ..Tally::default() };
+    for executable in build(mpi, &with)? {
+        let name = with.iter().find(|p| p.folder == executable.package).map_or("?", |p| p.name.as_str());
+        for &count in ranks {
+            println!("\nmpi-test: {name} on {count} {}", if count == 1 { "rank" } else { "ranks" });
+            let finished = launch(mpi, &executable, count, deadline)?;
+            let outcome = judge(&finished);
+            println!("mpi-test: {name} on {count}: {} ({:.1} s)", text(&outcome), finished.elapsed.as_secs_f64());
+            *if outcome.is_ok() { &mut tally.passed } else { &mut tally.failed } += 1;
+            rows.push(format!("{name:<12} {count:>5} {:>8.1}  {}", finished.elapsed.as_secs_f64(), text(&outcome)));
+        }
+    }
+    println!("\n{:<12} {:>5} {:>8}  result ({})\n{}", "package", "ranks", "seconds", mpi.version, rows.join("\n"));
+    for name in &without {
+        println!("{name:<12} {:>5} {:>8}  SKIPPED: no such test", "-", "-");
+    }
+    if tally.passed + tally.failed == 0 {
+        println!("mpi-test: nothing was run");
+    }
+    println!("mpi-test: {} passed, {} failed", tally.passed, tally.failed);
+    Ok(tally)
+}
+
+/// The packages to test, with and without such a test.
+fn select<'a>(packages: &'a [Package], only: Option<&str>) -> Result<(Vec<&'a Package>, Vec<&'static str>)> {
+    if let Some(name) = only.filter(|name| !PACKAGES.contains(name)) {
+        bail!("-p {name}: MPI tests belong to {}", PACKAGES.join(", "));
+    }
+    let (mut with, mut without) = (Vec::new(), Vec::new());
+    for name in PACKAGES.into_iter().filter(|&name| only.is_none_or(|only| only == name)) {
+        match packages.iter().find(|p| p.name == name && p.tests.iter().any(|test| test == "mpi")) {
+            Some(package) => with.push(package),
+            None => without.push(name),
+        }
+    }
+    Ok((with, without))
+}
+
+fn build(mpi: &Mpi, packages: &[&Package]) -> Result<Vec<Executable>> {
+    if packages.is_empty() {
+        return Ok(Vec::new());
+    }
+    let started = Instant::now();
+    let mut command = workspace::cargo();
+    command.args(["test", "--no-run", "--test", "mpi"]);
+    for package in packages {
+        command.args(["--package", &package.name, "--features", &format!("{}/mpi", package.name)]);
+    }
+    mpi.prepare(&mut command, Bind::None, true);
+    let mut built = workspace::build(&mut command)?;
+    built.retain(|executable| executable.target == "mpi");
+    if built.len() != packages.len() {
+        bail!("cargo built {} tests named mpi for {} packages", built.len(), packages.len());
+    }
+    // Cargo reports them as they become ready; the reader wants the lowest layer first.
+    built.sort_by_key(|executable| packages.iter().position(|package| package.folder == executable.package));
+    println!("mpi-test: built {} programs in {:.1} s", built.len(), started.elapsed().as_secs_f64());
+    Ok(built)
+}
+
+fn launch(mpi: &Mpi, executable: &Executable, ranks: usize, deadline: Duration) -> Result<Finished> {
+    let mut command = mpi.launcher(ranks, None, Bind::None, executable.path.as_os_str());
+    // As under `cargo test`.
+    command.current_dir(&executable.package).env("CARGO_MANIFEST_DIR", Path::new(&executable.package));
+    process::run(&mut command, deadline, Output::Shown)
+}
+
+/// How many checks passed, or why the run counts as failed.
+fn judge(finished: &Finished) -> Result<usize, String> {
+    if !finished.ok() {
+        return Err(finished.reason());
+    }
+    let counts: Vec<(usize, usize)> = finished.stdout.lines().filter_map(counts).collect();
+    match counts[..] {
+        [(0, 0)] => Err("status 0, but no check was run".to_owned()),
+        [(passed, 0)] => Ok(passed),
+        [(_, failed)] => Err(format!("status 0, but {failed} checks failed")),
+        [] => Err("status 0, but no line \"N passed, M failed\"".to_owned()),
+        _ => Err(format!(
+            "{} ranks took themselves for rank 0: program and launcher belong to different MPIs",
+            counts.len()
+        )),
+    }
+}
+
+/// The numbers of a line that contains "N passed, M failed".
+fn counts(line: &str) -> Option<(usize, usize)> {
+    let (before, after) = line.split_once(" passed, ")?;
+    let passed = before.rsplit(|c: char| !c.is_ascii_digit()).next()?.parse().ok()?;
+    let failed = after.split_once(" failed")?.0.parse().ok()?;
+    Some((passed, failed))
+}
+
+fn text(outcome: &Result<usize, String>) -> String {
+    match outcome {
+        Ok(passed) => format!("{passed} checks passed"),
+        Err(reason) => format!("FAILED: {reason}"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::process::Command;
+
+    use super::*;
+
+    fn ended(script: &str) -> Finished {
+        let mut command = Command::new("sh");
+        process::run(command.args(["-c", script]), Duration::from_secs(20), Output::Silent).unwrap()
+    }
+
+    #[test]
+    fn a_run_passes_only_when_one_rank_says_so() {
+        assert_eq!(judge(&ended("echo comm on 3 ranks: 41 passed, 0 failed")), Ok(41));
+        let reason = |script: &str| judge(&ended(script)).unwrap_err();
+        assert!(reason("echo 41 passed, 0 failed; exit 1").contains("exit status: 1"));
+        assert!(reason("echo 40 passed, 1 failed").contains("1 checks failed"));
+        assert!(reason("echo 0 passed, 0 failed").contains("no check"));
+        assert!(reason("echo fine").contains("no line"));
+        assert!(reason("echo 4 passed, 0 failed; echo 4 passed, 0 failed").contains("different MPIs"));
+    }
+
+    #[test]
+    fn nothing_run_is_not_a_pass() {
+        assert!(!Tally::default().ok());
+        assert!(Tally { passed: 1, failed: 0, skipped: 2 }.ok());
+        assert!(!Tally { passed: 9, failed: 1, skipped: 0 }.ok());
+    }
+
+    #[test]
+    fn packages_without_the_test_are_named() {
+        let package = |name: &str, tests: &[&str]| Package {
+            name: name.to_owned(),
+            folder: name.into(),
+            dependencies: vec![],
+            features: vec![],
+            tests: tests.iter().map(|&t| t.to_owned()).collect(),
+        };
+        let packages = [package("comm", &["mpi", "other"]), package("ops", &["other"]), package("tensor", &["mpi"])];
+        let (with, without) = select(&packages, None).unwrap();
+        assert_eq!(with.iter().map(|p| p.name.as_str()).collect::<Vec<_>>(), ["comm"]);
+        assert_eq!(without, ["ops", "qwen3-model"]);
+        assert!(select(&packages, Some("tensor")).unwrap_err().to_string().contains("tensor"));
+    }
+}

@@ -1,0 +1,216 @@
+//! Child processes that cannot outlive their deadline, and none of whose descendants can.
+//!
+//! `mpirun` puts its ranks into process groups of their own, so killing one group would leave the others running.
+//! Each job therefore carries a mark in its environment, which every descendant inherits; whoever carries
+//! the mark when the job is over is found through `/proc` and killed. The job stays in the terminal's process
+//! group, so Ctrl-C reaches it.
+
+use std::fs;
+use std::io::{BufRead, BufReader, Write};
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result};
+use rustix::process::{Pid, Signal, kill_process};
+
+const MARK: &str = "XTASK_JOB";
+/// What a terminated job gets to clean up after itself before it is killed.
+const GRACE: Duration = Duration::from_secs(3);
+
+/// How a job ended.
+pub struct Finished {
+    /// The exit status; `None` when the deadline passed.
+    pub status: Option<ExitStatus>,
+    /// What it wrote to standard output (it was shown as it came, unless the job was silent).
+    pub stdout: String,
+    /// Wall-clock time it took.
+    pub elapsed: Duration,
+    /// Descendants that were still running after the job itself had ended, and had to be killed.
+    pub left_behind: usize,
+}
+
+impl Finished {
+    /// Whether it ended in time with status 0 and left nothing behind.
+    pub fn ok(&self) -> bool {
+        self.status.is_some_and(|status| status.success()) && self.left_behind == 0
+    }
+
+    /// Why it is not [`ok`](Self::ok), in a few words.
+    pub fn reason(&self) -> String {
+        match self.status {
+            None => format!("hung: killed after {:.0} s", self.elapsed.as_secs_f64()),
+            Some(status) if !status.success() => status.to_string(),
+            Some(_) if self.left_behind > 0 => {
+                format!("left {} processes running", self.left_behind)
+            }
+            Some(_) => "ok".to_owned(),
+        }
+    }
+}
+
+/// What happens to a job's output.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub enum Output {
+    /// Standard output is shown line by line, standard error as it is.
+    Shown,
+    /// Standard output is collected; standard error is dropped.
+    Silent,
+}
+
+/// Runs `command` without input until it ends or `deadline` passes; afterwards none of its descendants runs.
+pub fn run(command: &mut Command, deadline: Duration, output: Output) -> Result<Finished> {
+    static JOBS: AtomicU32 = AtomicU32::new(0);
+    let mark = format!("{}-{}", std::process::id(), JOBS.fetch_add(1, Ordering::Relaxed));
+    command.env(MARK, &mark).stdin(Stdio::null()).stdout(Stdio::piped());
+    if output == Output::Silent {
+        command.stderr(Stdio::null());
+    }
+    let started = Instant::now();
+    let name = command.get_program().to_string_lossy().into_owned();
+    let mut child = command.spawn().with_context(|| format!("cannot start {name}"))?;
+    let pipe = child.stdout.take().context("the child has no standard output")?;
+    let reader = thread::spawn(move || collect(pipe, output));
+
+    let status = wait(&mut child, started + deadline)?;
+    if status.is_none() {
+        signal(child.id(), Signal::TERM);
+        wait(&mut child, Instant::now() + GRACE)?;
+    } else {
+        // Daemons of a launcher need a moment to notice that the job is over.
+        let settled = Instant::now() + GRACE;
+        while !marked(&mark).is_empty() && Instant::now() < settled {
+            thread::sleep(Duration::from_millis(20));
+        }
+    }
+    let left_behind = kill_marked(&mark);
+    if status.is_none() {
+        child.kill().ok();
+        child.wait()?;
+    }
+    let stdout = reader.join().unwrap_or_default();
+    Ok(Finished { status, stdout, elapsed: started.elapsed(), left_behind })
+}
+
+fn wait(child: &mut Child, until: Instant) -> Result<Option<ExitStatus>> {
+    // Short sleeps first: most jobs of `setup` end within milliseconds.
+    let mut pause = Duration::from_millis(1);
+    loop {
+        if let Some(status) = child.try_wait()? {
+            return Ok(Some(status));
+        }
+        if Instant::now() >= until {
+            return Ok(None);
+        }
+        thread::sleep(pause);
+        pause = (pause * 2).min(Duration::from_millis(50));
+    }
+}
+
+fn collect(pipe: impl std::io::Read, output: Output) -> String {
+    let mut reader = BufReader::new(pipe);
+    let mut all = String::new();
+    let mut line = Vec::new();
+    while reader.read_until(b'\n', &mut line).is_ok_and(|n| n > 0) {
+        if output == Output::Shown {
+            let mut stdout = std::io::stdout().lock();
+            stdout.write_all(&line).and_then(|()| stdout.flush()).ok();
+        }
+        all.push_str(&String::from_utf8_lossy(&line));
+        line.clear();
+    }
+    all
+}
+
+/// Kills every process that carries the mark, again and again until a look finds none; returns how many it saw.
+fn kill_marked(mark: &str) -> usize {
+    let mut seen = std::collections::BTreeSet::new();
+    // A process can fork between the look and the signal; its child is found by the next look.
+    for _ in 0..100 {
+        let pids = marked(mark);
+        if pids.is_empty() {
+            break;
+        }
+        for &pid in &pids {
+            signal(pid, Signal::KILL);
+        }
+        seen.extend(pids);
+        thread::sleep(Duration::from_millis(10));
+    }
+    seen.len()
+}
+
+/// Running processes whose environment carries the mark. Empty where there is no `/proc`.
+fn marked(mark: &str) -> Vec<u32> {
+    let entry = format!("{MARK}={mark}");
+    let Ok(processes) = fs::read_dir("/proc") else {
+        return Vec::new();
+    };
+    processes
+        .filter_map(|process| process.ok()?.file_name().to_str()?.parse().ok())
+        .filter(|pid| {
+            // Unreadable: another user's process, or one that has just ended.
+            fs::read(format!("/proc/{pid}/environ"))
+                .is_ok_and(|environ| environ.split(|&b| b == 0).any(|variable| variable == entry.as_bytes()))
+        })
+        .collect()
+}
+
+fn signal(pid: u32, signal: Signal) {
+    if let Some(pid) = i32::try_from(pid).ok().and_then(Pid::from_raw) {
+        // It may have ended meanwhile; there is nothing to do then.
+        kill_process(pid, signal).ok();
+    }
+}
+
+/// The full path of `program` in the folders of `PATH` and then in `further` ones.
+pub fn find_program(program: &str, further: &[std::path::PathBuf]) -> Option<std::path::PathBuf> {
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    std::env::split_paths(&path)
+        .chain(further.iter().cloned())
+        .map(|folder| folder.join(program))
+        .find(|candidate| candidate.is_file())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn shell(script: &str) -> Command {
+        let mut command = Command::new("sh");
+        command.args(["-c", script]);
+        command
+    }
+
+    #[test]
+    fn status_and_output_come_back() {
+        let finished = run(&mut shell("echo one; echo two; exit 7"), Duration::from_secs(30), Output::Silent).unwrap();
+        assert_eq!(finished.stdout, "one\ntwo\n");
+        assert_eq!(finished.status.unwrap().code(), Some(7));
+        assert!(!finished.ok());
+        assert!(finished.reason().contains('7'), "{}", finished.reason());
+    }
+
+    #[test]
+    fn a_hung_job_dies_with_its_descendants() {
+        // The grandchild ignores the polite signal, and the shell that started it waits for it.
+        let script = "(trap '' TERM; echo $$; sleep 1000 & wait) & (trap '' TERM; sleep 1000); wait";
+        let started = Instant::now();
+        let finished = run(&mut shell(script), Duration::from_millis(300), Output::Silent).unwrap();
+        assert!(finished.status.is_none());
+        assert!(finished.reason().starts_with("hung"), "{}", finished.reason());
+        assert!(finished.left_behind >= 1, "{} killed", finished.left_behind);
+        assert!(started.elapsed() < Duration::from_secs(30), "took {:?}", started.elapsed());
+    }
+
+    #[test]
+    fn a_job_that_leaves_a_process_behind_is_not_ok() {
+        let finished =
+            run(&mut shell("sleep 1000 >/dev/null & exit 0"), Duration::from_secs(30), Output::Silent).unwrap();
+        assert!(finished.status.unwrap().success());
+        assert!(!finished.ok());
+        assert_eq!(finished.left_behind, 1);
+        assert_eq!(finished.reason(), "left 1 processes running");
+    }
+}

@@ -1,0 +1,126 @@
+//! Who may use whom: the arrows of the design, and nothing beside them.
+
+use std::path::Path;
+
+use super::Finding;
+use crate::workspace::Package;
+
+/// Each crate and what it may use of this workspace, lowest first.
+const MAY_USE: [(&str, &[&str]); 7] = [
+    ("simd-kernels", &[]),
+    ("tensor", &[]),
+    ("comm", &[]),
+    ("ops", &["simd-kernels", "tensor", "comm"]),
+    ("qwen3-model", &["ops", "tensor", "comm"]),
+    ("qwen3-cli", &["qwen3-model"]),
+    ("xtask", &[]),
+];
+
+/// Packages that measure; they may use every crate, and no one may use them.
+const BENCHES: &str = "benches";
+
+/// Checks every dependency between packages of the workspace, and that each crate has a README.
+pub fn check(root: &Path, packages: &[Package]) -> Vec<Finding> {
+    let mut findings = Vec::new();
+    for package in packages {
+        let folder = package.folder.strip_prefix(root).unwrap_or(&package.folder);
+        let mut find = |text: String| {
+            findings.push(Finding { file: folder.join("Cargo.toml"), line: 0, text });
+        };
+        let rule = MAY_USE.iter().find(|(name, _)| *name == package.name);
+        if rule.is_none() && package.name != BENCHES {
+            find(format!(
+                "{} is no crate of the design; docs/architecture.md and this check list them all",
+                package.name
+            ));
+        }
+        if folder.starts_with("crates") && !package.folder.join("README.md").is_file() {
+            find(format!("{} has no README.md", package.name));
+        }
+        for dependency in &package.dependencies {
+            let name = dependency.name.as_str();
+            if !packages.iter().any(|other| other.name == name) {
+                continue;
+            }
+            if name == BENCHES || name == "xtask" {
+                find(format!("{} uses {name}, which nothing may use", package.name));
+            } else if let Some((_, allowed)) = rule
+                && !allowed.contains(&name)
+                // Tests above the leaves may reach further down, e.g. to build inputs; leaves stay alone in tests too.
+                && !(dependency.dev && is_below(name, &package.name) && !allowed.is_empty())
+            {
+                find(format!("{} may not use {name}, only: {}", package.name, list(allowed)));
+            }
+        }
+    }
+    findings
+}
+
+fn is_below(lower: &str, upper: &str) -> bool {
+    let level = |name: &str| MAY_USE.iter().position(|(known, _)| *known == name);
+    level(lower) < level(upper)
+}
+
+fn list(names: &[&str]) -> String {
+    if names.is_empty() { "no crate of the workspace".to_owned() } else { names.join(", ") }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::trees::findings;
+
+    const COMM: &str = "[package]\nname = \"comm\"\nedition = \"2024\"\n";
+
+    #[test]
+    fn a_leaf_that_uses_a_leaf() {
+        let kernels = ("crates/simd-kernels/Cargo.toml", "[package]\nname = \"simd-kernels\"\nedition = \"2024\"\n");
+        let rest = [("crates/simd-kernels/src/lib.rs", "//! K.\n"), ("crates/simd-kernels/README.md", "K\n")];
+        let documents =
+            [("README.md", "`comm` `ops` `simd-kernels`\n"), ("docs/architecture.md", "`comm` `ops` `simd-kernels`\n")];
+        for section in ["dependencies", "dev-dependencies", "build-dependencies"] {
+            let manifest = format!("{COMM}[{section}]\nsimd-kernels.path = \"../simd-kernels\"\n");
+            let changes =
+                [kernels, rest[0], rest[1], documents[0], documents[1], ("crates/comm/Cargo.toml", &manifest)];
+            let text = findings(&changes);
+            assert_eq!(
+                text, "crates/comm/Cargo.toml: comm may not use simd-kernels, only: no crate of the workspace",
+                "{section}"
+            );
+        }
+    }
+
+    #[test]
+    fn an_arrow_that_points_up() {
+        let ops = ("crates/ops/Cargo.toml", "[package]\nname = \"ops\"\nedition = \"2024\"\n");
+        let comm = format!("{COMM}[dependencies]\nops.path = \"../ops\"\n");
+        let text = findings(&[ops, ("crates/comm/Cargo.toml", &comm)]);
+        assert!(text.contains("comm may not use ops"), "{text}");
+    }
+
+    #[test]
+    fn a_use_of_the_benches() {
+        let benches = "[package]\nname = \"benches\"\nedition = \"2024\"\n";
+        let ops = "[package]\nname = \"ops\"\nedition = \"2024\"\n[dependencies]\nbenches.path = \"../benches\"\n";
+        let text = findings(&[
+            ("crates/benches/Cargo.toml", benches),
+            ("crates/benches/src/lib.rs", "//! B.\n"),
+            ("crates/benches/README.md", "B\n"),
+            ("README.md", "`comm` `ops` `benches`\n"),
+            ("docs/architecture.md", "`comm` `ops` `benches`\n"),
+            ("crates/ops/Cargo.toml", ops),
+        ]);
+        assert_eq!(text, "crates/ops/Cargo.toml: ops uses benches, which nothing may use");
+    }
+
+    #[test]
+    fn a_crate_that_the_design_does_not_know() {
+        let text = findings(&[
+            ("crates/helpers/Cargo.toml", "[package]\nname = \"helpers\"\nedition = \"2024\"\n"),
+            ("crates/helpers/src/lib.rs", "//! H.\n"),
+            ("README.md", "`comm` `ops` `helpers`\n"),
+            ("docs/architecture.md", "`comm` `ops` `helpers`\n"),
+        ]);
+        assert!(text.contains("helpers is no crate of the design"), "{text}");
+        assert!(text.contains("helpers has no README.md"), "{text}");
+    }
+}
