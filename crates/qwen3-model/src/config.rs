@@ -91,11 +91,7 @@ impl Config {
         let head_dim = head_dim(&fields, hidden_size, num_attention_heads)?;
         let max_position_embeddings = fields.size("max_position_embeddings")?;
         let rope = RopeConfig::parse(&fields, max_position_embeddings)?;
-        let moe = if sparse {
-            Some(MoeConfig::parse(&fields)?)
-        } else {
-            None
-        };
+        let moe = if sparse { Some(MoeConfig::parse(&fields)?) } else { None };
 
         let mut config = Self {
             hidden_size,
@@ -129,8 +125,7 @@ impl Config {
     /// Whether the feed-forward block of `layer` is a mixture of experts.
     pub fn is_sparse(&self, layer: usize) -> bool {
         self.moe.as_ref().is_some_and(|moe| {
-            (layer + 1).is_multiple_of(moe.decoder_sparse_step)
-                && !moe.mlp_only_layers.contains(&layer)
+            (layer + 1).is_multiple_of(moe.decoder_sparse_step) && !moe.mlp_only_layers.contains(&layer)
         })
     }
 
@@ -172,9 +167,7 @@ impl Config {
     fn check_sliding_window(&self, fields: &Fields<'_>, sparse: bool) -> Result<(), ConfigError> {
         let supported = "full attention in every layer";
         if let Some(value) = fields.value("layer_types") {
-            let kinds = value
-                .as_array()
-                .ok_or_else(|| fields.mistyped("layer_types", value, "a list of strings"))?;
+            let kinds = value.as_array().ok_or_else(|| fields.mistyped("layer_types", value, "a list of strings"))?;
             if kinds.len() != self.num_hidden_layers {
                 return Err(fields.contradiction(
                     ("layer_types", format!("a list of {}", kinds.len())),
@@ -182,10 +175,7 @@ impl Config {
                     "one entry for each layer",
                 ));
             }
-            if let Some(other) = kinds
-                .iter()
-                .find(|kind| kind.as_str() != Some("full_attention"))
-            {
+            if let Some(other) = kinds.iter().find(|kind| kind.as_str() != Some("full_attention")) {
                 return Err(fields.unsupported("layer_types", other, supported));
             }
             return Ok(());
@@ -197,17 +187,9 @@ impl Config {
             return Ok(());
         };
         // Dense Qwen3 slides from layer `max_window_layers` on; the mixture of experts slides everywhere.
-        let first = if sparse {
-            0
-        } else {
-            fields.count("max_window_layers", 0)?.unwrap_or(0)
-        };
+        let first = if sparse { 0 } else { fields.count("max_window_layers", 0)?.unwrap_or(0) };
         if window < self.context_length() && first < self.num_hidden_layers {
-            return Err(fields.unsupported(
-                "use_sliding_window",
-                format!("true (a window of {window})"),
-                supported,
-            ));
+            return Err(fields.unsupported("use_sliding_window", format!("true (a window of {window})"), supported));
         }
         Ok(())
     }
@@ -216,29 +198,16 @@ impl Config {
     fn check_total(&self, fields: &Fields<'_>) -> Result<(), ConfigError> {
         let product = |a: usize, b: usize| (a as u128).saturating_mul(b as u128);
         let hidden = self.hidden_size as u128;
-        let heads = product(
-            self.num_attention_heads + self.num_key_value_heads,
-            self.head_dim,
-        )
-        .saturating_mul(2 * hidden);
-        let experts = self
-            .moe
-            .as_ref()
-            .map_or(0, |moe| product(moe.num_experts, moe.moe_intermediate_size));
-        let columns = experts
-            .saturating_add(self.intermediate_size as u128)
-            .saturating_mul(3 * hidden);
-        let layers = heads
-            .saturating_add(columns)
-            .saturating_mul(self.num_hidden_layers as u128);
+        let heads =
+            product(self.num_attention_heads + self.num_key_value_heads, self.head_dim).saturating_mul(2 * hidden);
+        let experts = self.moe.as_ref().map_or(0, |moe| product(moe.num_experts, moe.moe_intermediate_size));
+        let columns = experts.saturating_add(self.intermediate_size as u128).saturating_mul(3 * hidden);
+        let layers = heads.saturating_add(columns).saturating_mul(self.num_hidden_layers as u128);
         let total = layers.saturating_add(2 * product(self.vocab_size, self.hidden_size));
         if total.saturating_mul(4) > i64::MAX as u128 {
             return Err(fields.range(
                 "hidden_size",
-                format!(
-                    "{} and the model has about {total} parameters",
-                    self.hidden_size
-                ),
+                format!("{} and the model has about {total} parameters", self.hidden_size),
                 "at most 2^61 parameters",
             ));
         }
@@ -248,10 +217,7 @@ impl Config {
 
 impl MoeConfig {
     fn parse(fields: &Fields<'_>) -> Result<Self, ConfigError> {
-        let num_experts = match (
-            fields.count("num_experts", 1)?,
-            fields.count("num_local_experts", 1)?,
-        ) {
+        let num_experts = match (fields.count("num_experts", 1)?, fields.count("num_local_experts", 1)?) {
             (Some(older), Some(newer)) if older != newer => {
                 return Err(fields.contradiction(
                     ("num_experts", older),
@@ -259,9 +225,9 @@ impl MoeConfig {
                     "the same value in both",
                 ));
             }
-            (older, newer) => older
-                .or(newer)
-                .ok_or_else(|| fields.missing("num_experts", "a whole number, at least 1"))?,
+            (older, newer) => {
+                older.or(newer).ok_or_else(|| fields.missing("num_experts", "a whole number, at least 1"))?
+            }
         };
         let num_experts_per_tok = fields.size("num_experts_per_tok")?;
         if num_experts_per_tok > num_experts {
@@ -275,9 +241,7 @@ impl MoeConfig {
             None => Vec::new(),
             Some(value) => {
                 let expected = "a list of layer numbers";
-                let list = value
-                    .as_array()
-                    .ok_or_else(|| fields.mistyped("mlp_only_layers", value, expected))?;
+                let list = value.as_array().ok_or_else(|| fields.mistyped("mlp_only_layers", value, expected))?;
                 let layer = |value: &Value| {
                     let number = value.as_u64().and_then(|layer| usize::try_from(layer).ok());
                     number.ok_or_else(|| fields.mistyped("mlp_only_layers", value, expected))
@@ -323,10 +287,7 @@ fn head_dim(fields: &Fields<'_>, hidden_size: usize, heads: usize) -> Result<usi
         Some(head_dim) => head_dim,
         None if hidden_size.is_multiple_of(heads) => hidden_size / heads,
         None => {
-            return Err(fields.missing(
-                "head_dim",
-                "an even number, as hidden_size does not divide by the heads",
-            ));
+            return Err(fields.missing("head_dim", "an even number, as hidden_size does not divide by the heads"));
         }
     };
     // Rotary positions turn pairs of elements.
@@ -358,11 +319,7 @@ fn quantization_bits(fields: &Fields<'_>) -> Result<Option<u32>, ConfigError> {
     match quantization.string("quant_method")? {
         Some("group32") => {}
         Some(other) => {
-            return Err(quantization.unsupported(
-                "quant_method",
-                format!("{other:?}"),
-                "\"group32\"",
-            ));
+            return Err(quantization.unsupported("quant_method", format!("{other:?}"), "\"group32\""));
         }
         None => return Err(quantization.missing("quant_method", "\"group32\"")),
     }

@@ -93,14 +93,8 @@ pub enum ConfigError {
 
 /// Reads `file` as JSON.
 pub(crate) fn read_json(file: &Path) -> Result<Value, ConfigError> {
-    let bytes = std::fs::read(file).map_err(|source| ConfigError::Read {
-        file: file.to_owned(),
-        source,
-    })?;
-    serde_json::from_slice(&bytes).map_err(|source| ConfigError::Json {
-        file: file.to_owned(),
-        source,
-    })
+    let bytes = std::fs::read(file).map_err(|source| ConfigError::Read { file: file.to_owned(), source })?;
+    serde_json::from_slice(&bytes).map_err(|source| ConfigError::Json { file: file.to_owned(), source })
 }
 
 /// One JSON object of a file. An absent field and a `null` are the same, as in the configurations that Hugging Face writes.
@@ -115,11 +109,7 @@ impl<'a> Fields<'a> {
     /// The whole file, which must be an object.
     pub fn top(file: &'a Path, value: &'a Value) -> Result<Self, ConfigError> {
         match value {
-            Value::Object(object) => Ok(Self {
-                file,
-                prefix: String::new(),
-                object,
-            }),
+            Value::Object(object) => Ok(Self { file, prefix: String::new(), object }),
             other => Err(ConfigError::Type {
                 file: file.to_owned(),
                 field: "(the whole file)".into(),
@@ -138,11 +128,9 @@ impl<'a> Fields<'a> {
     pub fn object(&self, field: &str) -> Result<Option<Fields<'a>>, ConfigError> {
         match self.value(field) {
             None => Ok(None),
-            Some(Value::Object(object)) => Ok(Some(Fields {
-                file: self.file,
-                prefix: format!("{}{field}.", self.prefix),
-                object,
-            })),
+            Some(Value::Object(object)) => {
+                Ok(Some(Fields { file: self.file, prefix: format!("{}{field}.", self.prefix), object }))
+            }
             Some(other) => Err(self.mistyped(field, other, "an object")),
         }
     }
@@ -183,10 +171,7 @@ impl<'a> Fields<'a> {
         if !(value.is_u64() || value.is_i64()) {
             return Err(self.mistyped(field, value, &expected));
         }
-        match value
-            .as_u64()
-            .and_then(|number| usize::try_from(number).ok())
-        {
+        match value.as_u64().and_then(|number| usize::try_from(number).ok()) {
             Some(number) if (low..=MAX_SIZE).contains(&number) => Ok(Some(number)),
             _ => Err(self.range(field, value, &expected)),
         }
@@ -207,10 +192,7 @@ impl<'a> Fields<'a> {
         };
         let expected = "a token id or a list of token ids";
         let id = |value: &Value| {
-            value
-                .as_u64()
-                .and_then(|id| u32::try_from(id).ok())
-                .ok_or_else(|| self.mistyped(field, value, expected))
+            value.as_u64().and_then(|id| u32::try_from(id).ok()).ok_or_else(|| self.mistyped(field, value, expected))
         };
         match value {
             Value::Array(list) => list.iter().map(id).collect(),
@@ -219,11 +201,7 @@ impl<'a> Fields<'a> {
     }
 
     pub fn missing(&self, field: &str, expected: &str) -> ConfigError {
-        ConfigError::Missing {
-            file: self.file.to_owned(),
-            field: self.name(field),
-            expected: expected.into(),
-        }
+        ConfigError::Missing { file: self.file.to_owned(), field: self.name(field), expected: expected.into() }
     }
 
     pub fn mistyped(&self, field: &str, found: &Value, expected: &str) -> ConfigError {

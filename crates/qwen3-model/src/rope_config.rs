@@ -39,10 +39,7 @@ pub struct Yarn {
 
 impl RopeConfig {
     /// Reads either form. Where both are present they must agree on theta.
-    pub(crate) fn parse(
-        fields: &Fields<'_>,
-        max_position_embeddings: usize,
-    ) -> Result<Self, ConfigError> {
+    pub(crate) fn parse(fields: &Fields<'_>, max_position_embeddings: usize) -> Result<Self, ConfigError> {
         let newer = fields.object("rope_parameters")?;
         let older = fields.object("rope_scaling")?;
         let theta = read_theta(fields, newer.as_ref())?;
@@ -70,17 +67,12 @@ fn read_theta(fields: &Fields<'_>, newer: Option<&Fields<'_>>) -> Result<f64, Co
     match inner.or(outer) {
         None => Err(fields.missing("rope_theta", expected)),
         // A base of 1 has no wavelengths and divides by its logarithm, which is 0.
-        Some(theta) if theta <= 1.0 || theta > f64::from(f32::MAX) => {
-            Err(fields.range("rope_theta", theta, expected))
-        }
+        Some(theta) if theta <= 1.0 || theta > f64::from(f32::MAX) => Err(fields.range("rope_theta", theta, expected)),
         Some(theta) => Ok(theta),
     }
 }
 
-fn parse_scaling(
-    parameters: &Fields<'_>,
-    max_position_embeddings: usize,
-) -> Result<RopeScaling, ConfigError> {
+fn parse_scaling(parameters: &Fields<'_>, max_position_embeddings: usize) -> Result<RopeScaling, ConfigError> {
     if let Some(part) = parameters.number("partial_rotary_factor")?
         && part != 1.0
     {
@@ -92,24 +84,14 @@ fn parse_scaling(
     };
     match kind {
         None | Some("default") => Ok(RopeScaling::Default),
-        Some("yarn") => Ok(RopeScaling::Yarn(parse_yarn(
-            parameters,
-            max_position_embeddings,
-        )?)),
+        Some("yarn") => Ok(RopeScaling::Yarn(parse_yarn(parameters, max_position_embeddings)?)),
         Some(other) => Err(parameters.unsupported("rope_type", other, "\"default\" or \"yarn\"")),
     }
 }
 
-fn parse_yarn(
-    parameters: &Fields<'_>,
-    max_position_embeddings: usize,
-) -> Result<Yarn, ConfigError> {
-    let original = parameters
-        .count("original_max_position_embeddings", 1)?
-        .unwrap_or(max_position_embeddings);
-    let factor = parameters
-        .number("factor")?
-        .ok_or_else(|| parameters.missing("factor", "a number, at least 1"))?;
+fn parse_yarn(parameters: &Fields<'_>, max_position_embeddings: usize) -> Result<Yarn, ConfigError> {
+    let original = parameters.count("original_max_position_embeddings", 1)?.unwrap_or(max_position_embeddings);
+    let factor = parameters.number("factor")?.ok_or_else(|| parameters.missing("factor", "a number, at least 1"))?;
     if !(1.0..=1e6).contains(&factor) {
         return Err(parameters.range("factor", factor, "a number in 1..=1e6"));
     }
@@ -128,43 +110,20 @@ fn parse_yarn(
         ));
     }
     let mscale = parameters.number("mscale")?.filter(|&scale| scale != 0.0);
-    let mscale_all_dim = parameters
-        .number("mscale_all_dim")?
-        .filter(|&scale| scale != 0.0);
-    let attention_factor = match (
-        parameters.number("attention_factor")?,
-        mscale,
-        mscale_all_dim,
-    ) {
+    let mscale_all_dim = parameters.number("mscale_all_dim")?.filter(|&scale| scale != 0.0);
+    let attention_factor = match (parameters.number("attention_factor")?, mscale, mscale_all_dim) {
         (Some(given), _, _) => given,
-        (None, Some(mscale), Some(all_dim)) => {
-            attention_scale(factor, mscale) / attention_scale(factor, all_dim)
-        }
+        (None, Some(mscale), Some(all_dim)) => attention_scale(factor, mscale) / attention_scale(factor, all_dim),
         (None, _, _) => attention_scale(factor, 1.0),
     };
     if !(attention_factor > 0.0 && attention_factor.is_finite()) {
-        return Err(parameters.range(
-            "attention_factor",
-            attention_factor,
-            "a finite number above 0",
-        ));
+        return Err(parameters.range("attention_factor", attention_factor, "a finite number above 0"));
     }
     let truncate = parameters.boolean("truncate", true)?;
-    Ok(Yarn {
-        factor,
-        original_max_position_embeddings: original,
-        attention_factor,
-        beta_fast,
-        beta_slow,
-        truncate,
-    })
+    Ok(Yarn { factor, original_max_position_embeddings: original, attention_factor, beta_fast, beta_slow, truncate })
 }
 
 /// `get_mscale` of transformers' `_compute_yarn_parameters`.
 fn attention_scale(factor: f64, mscale: f64) -> f64 {
-    if factor <= 1.0 {
-        1.0
-    } else {
-        0.1 * mscale * factor.ln() + 1.0
-    }
+    if factor <= 1.0 { 1.0 } else { 0.1 * mscale * factor.ln() + 1.0 }
 }

@@ -1,0 +1,63 @@
+//! `generation_config.json`: what the publisher of a checkpoint recommends for sampling.
+
+use std::path::Path;
+
+use serde_json::Value;
+
+use crate::fields::{ConfigError, Fields, read_json};
+
+/// The publisher's recommendation; what the file leaves out is `None` or empty.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct GenerationConfig {
+    /// Ids that end an answer.
+    pub eos_token_ids: Vec<u32>,
+    /// Whether to sample at all.
+    pub do_sample: Option<bool>,
+    /// Divisor of the logits, at least 0.
+    pub temperature: Option<f32>,
+    /// How many candidates are kept; 0 keeps all.
+    pub top_k: Option<usize>,
+    /// Probability mass that is kept, above 0 and at most 1.
+    pub top_p: Option<f32>,
+    /// Least probability that is kept, relative to the largest, in 0..=1.
+    pub min_p: Option<f32>,
+    /// Divisor of the positive logits of tokens that occurred, above 0.
+    pub repetition_penalty: Option<f32>,
+}
+
+impl GenerationConfig {
+    /// Reads `generation_config.json` in the folder `dir`; a folder without one recommends nothing.
+    pub fn read(dir: &Path) -> Result<Self, ConfigError> {
+        let file = dir.join("generation_config.json");
+        match read_json(&file) {
+            Ok(value) => Self::from_json(&file, &value),
+            Err(ConfigError::Read { source, .. }) if source.kind() == std::io::ErrorKind::NotFound => {
+                Ok(Self::default())
+            }
+            Err(error) => Err(error),
+        }
+    }
+
+    /// Reads a parsed `generation_config.json`; errors name `file`.
+    pub fn from_json(file: &Path, value: &Value) -> Result<Self, ConfigError> {
+        let fields = Fields::top(file, value)?;
+        let number = |field: &str, valid: fn(f64) -> bool, expected: &str| match fields.number(field)? {
+            None => Ok(None),
+            Some(number) if valid(number) => Ok(Some(number as f32)),
+            Some(number) => Err(fields.range(field, number, expected)),
+        };
+        let do_sample = match fields.value("do_sample") {
+            None => None,
+            Some(_) => Some(fields.boolean("do_sample", false)?),
+        };
+        Ok(Self {
+            eos_token_ids: fields.token_ids("eos_token_id")?,
+            do_sample,
+            temperature: number("temperature", |t| (0.0..=1e6).contains(&t), "a number in 0..=1e6")?,
+            top_k: fields.count("top_k", 0)?,
+            top_p: number("top_p", |p| p > 0.0 && p <= 1.0, "a number above 0, at most 1")?,
+            min_p: number("min_p", |p| (0.0..=1.0).contains(&p), "a number in 0..=1")?,
+            repetition_penalty: number("repetition_penalty", |r| r > 0.0 && r <= 1e6, "a number above 0, at most 1e6")?,
+        })
+    }
+}

@@ -1,0 +1,453 @@
+//! Configuration files: published forms, defaults, and one malformed input for each error.
+
+use std::path::Path;
+
+use qwen3_model::{Config, ConfigError, GenerationConfig, RopeScaling};
+use serde_json::{Value, json};
+
+fn dense() -> Value {
+    json!({
+        "architectures": ["Qwen3ForCausalLM"], "attention_bias": false, "attention_dropout": 0.0, "bos_token_id": 151643,
+        "eos_token_id": 151645, "head_dim": 128, "hidden_act": "silu", "hidden_size": 1024, "initializer_range": 0.02,
+        "intermediate_size": 3072, "max_position_embeddings": 40960, "max_window_layers": 28, "model_type": "qwen3",
+        "num_attention_heads": 16, "num_hidden_layers": 28, "num_key_value_heads": 8, "rms_norm_eps": 1e-6,
+        "rope_scaling": null, "rope_theta": 1000000, "sliding_window": null, "tie_word_embeddings": true,
+        "torch_dtype": "bfloat16", "transformers_version": "4.51.0", "use_cache": true, "use_sliding_window": false,
+        "vocab_size": 151936
+    })
+}
+
+fn sparse() -> Value {
+    let mut config = dense();
+    let moe = json!({
+        "model_type": "qwen3_moe", "hidden_size": 2048, "intermediate_size": 6144, "num_attention_heads": 32,
+        "num_hidden_layers": 48, "num_key_value_heads": 4, "tie_word_embeddings": false, "decoder_sparse_step": 1,
+        "mlp_only_layers": [], "moe_intermediate_size": 768, "norm_topk_prob": true, "num_experts": 128,
+        "num_experts_per_tok": 8
+    });
+    for (field, value) in moe.as_object().expect("an object") {
+        config[field] = value.clone();
+    }
+    config
+}
+
+fn parse(value: &Value) -> Result<Config, ConfigError> {
+    Config::from_json(Path::new("models/x/config.json"), value)
+}
+
+/// The base with some fields replaced; `null` is the same as absent.
+fn with(base: Value, fields: Value) -> Result<Config, ConfigError> {
+    let mut config = base;
+    for (field, value) in fields.as_object().expect("an object") {
+        config[field] = value.clone();
+    }
+    parse(&config)
+}
+
+#[test]
+fn published_dense() {
+    let config = parse(&dense()).expect("a published configuration");
+    assert_eq!((config.hidden_size, config.num_hidden_layers, config.group_size()), (1024, 28, 2));
+    assert_eq!((config.query_size(), config.key_value_size()), (2048, 1024));
+    assert_eq!(config.eos_token_ids, [151645]);
+    assert_eq!(config.bos_token_id, Some(151643));
+    assert_eq!((config.rope.theta, &config.rope.scaling), (1e6, &RopeScaling::Default));
+    assert_eq!(config.dtype.as_deref(), Some("bfloat16"));
+    assert_eq!((config.context_length(), config.rms_norm_eps), (40960, 1e-6));
+    assert!(config.tie_word_embeddings && config.moe.is_none() && !config.is_sparse(0));
+}
+
+#[test]
+fn counts_of_the_published_sizes() {
+    let dense = parse(&dense()).expect("dense");
+    // 596,049,920 is the size of the published 0.6B file.
+    assert_eq!(dense.parameters(), 596_049_920);
+    assert_eq!(dense.layer_flops_per_token(), 2 * 28 * (1024 * 2 * (2048 + 1024) + 3 * 1024 * 3072));
+    assert_eq!(dense.head_flops_per_row(), 2 * 151_936 * 1024);
+    let moe = parse(&sparse()).expect("sparse");
+    assert_eq!(moe.parameters(), 30_532_122_624);
+    // Each of 48 layers: attention, 8 experts, the router.
+    let layer = 2048 * (2 * (4096 + 512) + 8 * 3 * 768 + 128);
+    assert_eq!(moe.active_matrix_elements(), 48 * layer);
+}
+
+#[test]
+fn attention_flops_count_each_key_that_is_seen() {
+    let config = with(dense(), json!({"num_hidden_layers": 1})).expect("one layer");
+    // Three tokens after five others see 6, 7 and 8 keys.
+    assert_eq!(config.attention_flops(3, 5), (6 + 7 + 8) * 4 * 2048);
+    let total = 3 * config.layer_flops_per_token() + config.attention_flops(3, 5) + config.head_flops_per_row();
+    assert_eq!(config.forward_flops(3, 5, 1), total);
+}
+
+#[test]
+fn newer_fields_mean_the_same() {
+    let older = parse(&dense()).expect("older");
+    let newer = with(
+        dense(),
+        json!({
+            "rope_theta": null, "torch_dtype": null, "dtype": "bfloat16",
+            "rope_parameters": {"rope_theta": 1000000.0, "rope_type": "default"},
+            "layer_types": vec!["full_attention"; 28]
+        }),
+    );
+    assert_eq!(newer.expect("newer"), older);
+    let older = parse(&sparse()).expect("older");
+    let newer = with(sparse(), json!({"num_experts": null, "num_local_experts": 128}));
+    assert_eq!(newer.expect("newer"), older);
+}
+
+#[test]
+fn yarn_in_both_forms() {
+    let scaling = json!({"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768});
+    let older = with(dense(), json!({"rope_scaling": scaling})).expect("older");
+    let RopeScaling::Yarn(yarn) = &older.rope.scaling else { panic!("found {:?}", older.rope.scaling) };
+    assert_eq!((yarn.factor, yarn.original_max_position_embeddings, yarn.truncate), (4.0, 32768, true));
+    assert_eq!((yarn.beta_fast, yarn.beta_slow), (32.0, 1.0));
+    assert_eq!(yarn.attention_factor, 0.1 * 4f64.ln() + 1.0);
+    assert_eq!(older.context_length(), 131_072);
+
+    let mut parameters = scaling.clone();
+    parameters["rope_theta"] = json!(1e6);
+    let newer = with(dense(), json!({"rope_theta": null, "rope_parameters": parameters})).expect("newer");
+    assert_eq!(newer, older);
+    let mut oldest = scaling;
+    oldest["type"] = oldest["rope_type"].take();
+    assert_eq!(with(dense(), json!({"rope_scaling": oldest})).expect("oldest"), older);
+}
+
+#[test]
+fn yarn_attention_factor_variants() {
+    let factor = |fields: Value| {
+        let mut scaling = json!({"rope_type": "yarn", "factor": 8.0});
+        for (field, value) in fields.as_object().expect("an object") {
+            scaling[field] = value.clone();
+        }
+        match with(dense(), json!({"rope_scaling": scaling})).expect("yarn").rope.scaling {
+            RopeScaling::Yarn(yarn) => yarn.attention_factor,
+            RopeScaling::Default => panic!("expected YaRN"),
+        }
+    };
+    let scale = |mscale: f64| 0.1 * mscale * 8f64.ln() + 1.0;
+    assert_eq!(factor(json!({})), scale(1.0));
+    assert_eq!(factor(json!({"attention_factor": 0.75, "mscale": 2.0, "mscale_all_dim": 1.0})), 0.75);
+    assert_eq!(factor(json!({"mscale": 2.0, "mscale_all_dim": 0.5})), scale(2.0) / scale(0.5));
+    assert_eq!(factor(json!({"mscale": 2.0})), scale(1.0));
+    assert_eq!(factor(json!({"factor": 1.0})), 1.0);
+}
+
+#[test]
+fn defaults() {
+    let config = with(
+        dense(),
+        json!({
+            "head_dim": null, "tie_word_embeddings": null, "attention_bias": null, "hidden_act": null, "eos_token_id": null,
+            "use_sliding_window": null, "torch_dtype": null, "bos_token_id": null
+        }),
+    );
+    let config = config.expect("optional fields may be absent");
+    assert_eq!(config.head_dim, 64);
+    assert!(!config.tie_word_embeddings && config.eos_token_ids.is_empty() && config.dtype.is_none());
+    let list = with(dense(), json!({"eos_token_id": [151645, 151643]})).expect("a list");
+    assert_eq!(list.eos_token_ids, [151645, 151643]);
+}
+
+#[test]
+fn which_layers_are_sparse() {
+    let config = with(
+        sparse(),
+        json!({"num_hidden_layers": 8, "decoder_sparse_step": 2, "mlp_only_layers": [3], "max_window_layers": 8}),
+    );
+    let config = config.expect("every second layer");
+    let found: Vec<_> = (0..8).filter(|&layer| config.is_sparse(layer)).collect();
+    assert_eq!(found, [1, 5, 7]);
+    // The dense layers need their size; a model without any does not.
+    let field = |error: ConfigError| match error {
+        ConfigError::Missing { field, .. } => field,
+        other => panic!("found {other}"),
+    };
+    let error = with(sparse(), json!({"decoder_sparse_step": 2, "intermediate_size": null}));
+    assert_eq!(field(error.expect_err("dense layers without a size")), "intermediate_size");
+    assert_eq!(with(sparse(), json!({"intermediate_size": null})).expect("all sparse").intermediate_size, 0);
+}
+
+#[test]
+fn sliding_windows_without_effect() {
+    for fields in [
+        json!({"use_sliding_window": false, "sliding_window": 128, "max_window_layers": 0}),
+        json!({"use_sliding_window": true, "sliding_window": null}),
+        json!({"use_sliding_window": true, "sliding_window": 128, "max_window_layers": 28}),
+        json!({"use_sliding_window": true, "sliding_window": 40960, "max_window_layers": 0}),
+    ] {
+        assert!(with(dense(), fields.clone()).is_ok(), "{fields}");
+    }
+    for fields in [
+        json!({"use_sliding_window": true, "sliding_window": 128, "max_window_layers": 27}),
+        json!({"use_sliding_window": true, "sliding_window": 128, "max_window_layers": null}),
+        json!({"layer_types": (0..28).map(|i| if i == 9 { "sliding_attention" } else { "full_attention" }).collect::<Vec<_>>()}),
+    ] {
+        let error = with(dense(), fields.clone()).expect_err("a window that has an effect");
+        assert!(matches!(error, ConfigError::Unsupported { .. }), "{fields}: {error}");
+    }
+    // The mixture of experts slides in every layer, whatever max_window_layers says.
+    let fields = json!({"use_sliding_window": true, "sliding_window": 128, "max_window_layers": 48});
+    assert!(matches!(with(sparse(), fields), Err(ConfigError::Unsupported { .. })));
+}
+
+#[test]
+fn quantized_by_this_project() {
+    for bits in [4, 8] {
+        let fields = json!({"quantization_config": {"quant_method": "group32", "bits": bits}});
+        assert_eq!(with(dense(), fields).expect("quantized").quantization_bits, Some(bits));
+    }
+}
+
+/// (fields, the error's variant, the field it names)
+fn rejected(base: fn() -> Value, cases: &[(Value, &str, &str)]) {
+    for (fields, variant, name) in cases {
+        let error = with(base(), fields.clone()).expect_err(&format!("{fields} must be rejected"));
+        let (found, field) = match &error {
+            ConfigError::Missing { field, .. } => ("missing", field),
+            ConfigError::Type { field, .. } => ("type", field),
+            ConfigError::Range { field, .. } => ("range", field),
+            ConfigError::Contradiction { field, .. } => ("contradiction", field),
+            ConfigError::Unsupported { field, .. } => ("unsupported", field),
+            ConfigError::Read { .. } | ConfigError::Json { .. } => panic!("{fields}: {error}"),
+        };
+        assert_eq!((found, field.as_str()), (*variant, *name), "{fields}: {error}");
+        let message = error.to_string();
+        assert!(message.starts_with("models/x/config.json: "), "{message}");
+        assert!(message.contains("expected "), "{message}");
+        assert!(!message.contains('\n'), "{message}");
+    }
+}
+
+#[test]
+fn missing_fields() {
+    let required = [
+        "model_type",
+        "hidden_size",
+        "intermediate_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "num_key_value_heads",
+        "vocab_size",
+        "max_position_embeddings",
+        "rms_norm_eps",
+        "rope_theta",
+    ];
+    let cases: Vec<_> = required.map(|field| (json!({field: null}), "missing", field)).into();
+    rejected(dense, &cases);
+    let required = ["num_experts", "num_experts_per_tok", "moe_intermediate_size"];
+    let cases: Vec<_> = required.map(|field| (json!({field: null}), "missing", field)).into();
+    rejected(sparse, &cases);
+    rejected(
+        dense,
+        &[
+            (json!({"head_dim": null, "hidden_size": 1000}), "missing", "head_dim"),
+            (json!({"rope_scaling": {"rope_type": "yarn"}}), "missing", "rope_scaling.factor"),
+            (json!({"quantization_config": {"bits": 4}}), "missing", "quantization_config.quant_method"),
+            (json!({"quantization_config": {"quant_method": "group32"}}), "missing", "quantization_config.bits"),
+        ],
+    );
+}
+
+#[test]
+fn mistyped_fields() {
+    rejected(
+        dense,
+        &[
+            (json!({"model_type": 3}), "type", "model_type"),
+            (json!({"hidden_size": "1024"}), "type", "hidden_size"),
+            (json!({"hidden_size": 1024.5}), "type", "hidden_size"),
+            (json!({"hidden_size": [1024]}), "type", "hidden_size"),
+            (json!({"rms_norm_eps": "1e-6"}), "type", "rms_norm_eps"),
+            (json!({"tie_word_embeddings": 1}), "type", "tie_word_embeddings"),
+            (json!({"attention_bias": "no"}), "type", "attention_bias"),
+            (json!({"eos_token_id": "x"}), "type", "eos_token_id"),
+            (json!({"eos_token_id": [1, -1]}), "type", "eos_token_id"),
+            (json!({"eos_token_id": 1u64 << 40}), "type", "eos_token_id"),
+            (json!({"rope_scaling": "yarn"}), "type", "rope_scaling"),
+            (json!({"rope_scaling": {"rope_type": 7}}), "type", "rope_scaling.rope_type"),
+            (json!({"rope_parameters": 5}), "type", "rope_parameters"),
+            (json!({"torch_dtype": 16}), "type", "torch_dtype"),
+            (json!({"layer_types": "full_attention"}), "type", "layer_types"),
+            (json!({"quantization_config": true}), "type", "quantization_config"),
+        ],
+    );
+    rejected(
+        sparse,
+        &[
+            (json!({"mlp_only_layers": 3}), "type", "mlp_only_layers"),
+            (json!({"mlp_only_layers": ["3"]}), "type", "mlp_only_layers"),
+            (json!({"norm_topk_prob": "true"}), "type", "norm_topk_prob"),
+        ],
+    );
+    let error = parse(&json!([1, 2])).expect_err("a list is no configuration");
+    assert_eq!(error.to_string(), "models/x/config.json: field (the whole file) is [1,2], expected an object");
+}
+
+#[test]
+fn fields_out_of_range() {
+    let sizes = [
+        "hidden_size",
+        "intermediate_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "num_key_value_heads",
+        "vocab_size",
+        "max_position_embeddings",
+        "head_dim",
+    ];
+    for value in [json!(0), json!(-1), json!(1u64 << 31), json!(u64::MAX)] {
+        let cases: Vec<_> = sizes.map(|field| (json!({field: value}), "range", field)).into();
+        rejected(dense, &cases);
+    }
+    rejected(
+        dense,
+        &[
+            (json!({"head_dim": 127}), "range", "head_dim"),
+            (json!({"rms_norm_eps": -1e-6}), "range", "rms_norm_eps"),
+            (json!({"rms_norm_eps": 2.0}), "range", "rms_norm_eps"),
+            (json!({"rope_theta": 1.0}), "range", "rope_theta"),
+            (json!({"rope_theta": -5.0}), "range", "rope_theta"),
+            (json!({"rope_theta": 1e300}), "range", "rope_theta"),
+            (json!({"rope_scaling": {"rope_type": "yarn", "factor": 0.5}}), "range", "rope_scaling.factor"),
+            (
+                json!({"rope_scaling": {"rope_type": "yarn", "factor": 4, "beta_slow": -1}}),
+                "range",
+                "rope_scaling.beta_slow",
+            ),
+            (
+                json!({"rope_scaling": {"rope_type": "yarn", "factor": 4, "attention_factor": 0}}),
+                "range",
+                "rope_scaling.attention_factor",
+            ),
+            (
+                json!({"rope_scaling": {"rope_type": "yarn", "factor": 4, "original_max_position_embeddings": 0}}),
+                "range",
+                "rope_scaling.original_max_position_embeddings",
+            ),
+            // Each size is allowed by itself, all together are not.
+            (
+                json!({"hidden_size": 2147483646, "intermediate_size": 2147483647, "head_dim": 128}),
+                "range",
+                "hidden_size",
+            ),
+        ],
+    );
+    rejected(
+        sparse,
+        &[
+            (json!({"num_experts": 0}), "range", "num_experts"),
+            (json!({"num_local_experts": 0}), "range", "num_local_experts"),
+            (json!({"num_experts_per_tok": 0}), "range", "num_experts_per_tok"),
+            (json!({"moe_intermediate_size": 0}), "range", "moe_intermediate_size"),
+            (json!({"decoder_sparse_step": 0}), "range", "decoder_sparse_step"),
+        ],
+    );
+}
+
+#[test]
+fn contradictions() {
+    rejected(
+        dense,
+        &[
+            (json!({"num_key_value_heads": 3}), "contradiction", "num_attention_heads"),
+            (json!({"num_key_value_heads": 32}), "contradiction", "num_attention_heads"),
+            (json!({"rope_parameters": {"rope_theta": 5e6}}), "contradiction", "rope_theta"),
+            (json!({"layer_types": ["full_attention"]}), "contradiction", "layer_types"),
+            (
+                json!({"rope_scaling": {"rope_type": "yarn", "factor": 4, "beta_fast": 1, "beta_slow": 32}}),
+                "contradiction",
+                "rope_scaling.beta_fast",
+            ),
+        ],
+    );
+    rejected(
+        sparse,
+        &[
+            (json!({"num_experts_per_tok": 129}), "contradiction", "num_experts_per_tok"),
+            (json!({"num_local_experts": 64}), "contradiction", "num_experts"),
+        ],
+    );
+}
+
+#[test]
+fn unsupported_variants() {
+    rejected(
+        dense,
+        &[
+            (json!({"model_type": "llama"}), "unsupported", "model_type"),
+            (json!({"attention_bias": true}), "unsupported", "attention_bias"),
+            (json!({"hidden_act": "gelu"}), "unsupported", "hidden_act"),
+            (json!({"rope_scaling": {"rope_type": "llama3", "factor": 8}}), "unsupported", "rope_scaling.rope_type"),
+            (
+                json!({"rope_scaling": {"partial_rotary_factor": 0.5}}),
+                "unsupported",
+                "rope_scaling.partial_rotary_factor",
+            ),
+            (
+                json!({"quantization_config": {"quant_method": "gptq", "bits": 4}}),
+                "unsupported",
+                "quantization_config.quant_method",
+            ),
+            (
+                json!({"quantization_config": {"quant_method": "group32", "bits": 3}}),
+                "unsupported",
+                "quantization_config.bits",
+            ),
+        ],
+    );
+}
+
+#[test]
+fn files_that_cannot_be_read() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let error = Config::read(folder.path()).expect_err("no file");
+    assert!(matches!(&error, ConfigError::Read { file, .. } if file.ends_with("config.json")), "{error}");
+    for text in ["{\"hidden_size\": ", "", "\u{feff}{}", "not json", "{\"a\": NaN}"] {
+        std::fs::write(folder.path().join("config.json"), text).expect("writable");
+        let error = Config::read(folder.path()).expect_err("not JSON");
+        assert!(matches!(&error, ConfigError::Json { .. }), "{text:?}: {error}");
+        assert!(error.to_string().contains("config.json: is not JSON: "), "{error}");
+    }
+    std::fs::write(folder.path().join("config.json"), [0xff, 0xfe, 0x00]).expect("writable");
+    assert!(matches!(Config::read(folder.path()), Err(ConfigError::Json { .. })));
+    std::fs::write(folder.path().join("config.json"), dense().to_string()).expect("writable");
+    assert_eq!(Config::read(folder.path()).expect("valid"), parse(&dense()).expect("valid"));
+}
+
+#[test]
+fn generation_config() {
+    let folder = tempfile::tempdir().expect("a folder");
+    assert_eq!(GenerationConfig::read(folder.path()).expect("absent is fine"), GenerationConfig::default());
+    let published = json!({
+        "bos_token_id": 151643, "do_sample": true, "eos_token_id": [151645, 151643], "pad_token_id": 151643,
+        "temperature": 0.6, "top_k": 20, "top_p": 0.95, "transformers_version": "4.51.0"
+    });
+    std::fs::write(folder.path().join("generation_config.json"), published.to_string()).expect("writable");
+    let config = GenerationConfig::read(folder.path()).expect("published");
+    assert_eq!(config.eos_token_ids, [151645, 151643]);
+    assert_eq!((config.do_sample, config.temperature), (Some(true), Some(0.6)));
+    assert_eq!((config.top_k, config.top_p), (Some(20), Some(0.95)));
+    assert_eq!((config.min_p, config.repetition_penalty), (None, None));
+
+    let file = Path::new("generation_config.json");
+    for (fields, variant) in [
+        (json!({"temperature": -0.1}), "Range"),
+        (json!({"top_p": 0.0}), "Range"),
+        (json!({"top_p": 1.1}), "Range"),
+        (json!({"top_k": -1}), "Range"),
+        (json!({"min_p": 2}), "Range"),
+        (json!({"repetition_penalty": 0}), "Range"),
+        (json!({"do_sample": "yes"}), "Type"),
+        (json!({"eos_token_id": {}}), "Type"),
+    ] {
+        let error = GenerationConfig::from_json(file, &fields).expect_err("malformed");
+        assert!(format!("{error:?}").starts_with(variant), "{fields}: {error:?}");
+        assert!(error.to_string().starts_with("generation_config.json: field "), "{error}");
+    }
+    std::fs::write(folder.path().join("generation_config.json"), "{").expect("writable");
+    assert!(matches!(GenerationConfig::read(folder.path()), Err(ConfigError::Json { .. })));
+}

@@ -1,0 +1,139 @@
+//! What each rank owns, and the tensors that it owns parts of.
+
+use std::path::Path;
+
+use qwen3_model::{Config, HeadPlan, Imbalance, RankPlan, TensorRole, tensor_specs};
+use serde_json::json;
+
+fn config(heads: usize, kv_heads: usize, columns: usize, vocabulary: usize) -> Config {
+    let value = json!({
+        "model_type": "qwen3", "hidden_size": 64, "intermediate_size": columns, "num_hidden_layers": 2,
+        "num_attention_heads": heads, "num_key_value_heads": kv_heads, "head_dim": 16, "vocab_size": vocabulary,
+        "max_position_embeddings": 128, "rms_norm_eps": 1e-6, "rope_theta": 1e4
+    });
+    Config::from_json(Path::new("config.json"), &value).expect("a valid configuration")
+}
+
+fn sparse() -> Config {
+    let value = json!({
+        "model_type": "qwen3_moe", "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "vocab_size": 100, "num_experts": 5,
+        "num_experts_per_tok": 2, "moe_intermediate_size": 40, "mlp_only_layers": [1],
+        "max_position_embeddings": 128, "rms_norm_eps": 1e-6, "rope_theta": 1e4
+    });
+    Config::from_json(Path::new("config.json"), &value).expect("a valid configuration")
+}
+
+#[test]
+fn every_query_head_is_on_one_rank_beside_its_kv_head() {
+    for (heads, kv_heads) in [(1, 1), (2, 1), (6, 3), (8, 2), (8, 8), (16, 8), (40, 8), (12, 4), (64, 4)] {
+        let config = config(heads, kv_heads, 32, 32);
+        for ranks in 1..=heads + 3 {
+            let mut next = 0;
+            for rank in 0..ranks {
+                let plan = HeadPlan::new(&config, ranks, rank);
+                let label = format!("{heads}/{kv_heads} heads, rank {rank} of {ranks}: {plan:?}");
+                assert_eq!(plan.query_heads.start, if plan.query_heads.is_empty() { heads } else { next }, "{label}");
+                next = plan.query_heads.end;
+                assert!(plan.query_heads.len().abs_diff(heads / ranks) <= 1, "{label}");
+                assert_eq!(plan.groups.len(), plan.kv_heads.len(), "{label}");
+                let mut covered = 0;
+                for (kv, group) in plan.kv_heads.clone().zip(&plan.groups) {
+                    assert_eq!(group.start, covered, "{label}");
+                    assert!(!group.is_empty(), "{label}");
+                    covered = group.end;
+                    for local in group.clone() {
+                        let head = plan.query_heads.start + local;
+                        assert_eq!(head / config.group_size(), kv, "{label}");
+                        assert_eq!(plan.kv_of(local), Some(kv - plan.kv_heads.start), "{label}");
+                    }
+                }
+                assert_eq!(covered, plan.query_heads.len(), "{label}");
+                assert_eq!(plan.kv_of(covered), None, "{label}");
+            }
+            assert_eq!(next, heads);
+        }
+    }
+}
+
+#[test]
+fn kv_heads_are_replicated_where_ranks_share_one() {
+    let config = config(6, 3, 32, 32);
+    let plan = |rank| HeadPlan::new(&config, 4, rank);
+    // 2, 2, 1 and 1 query heads: the last two ranks share the last KV head.
+    assert_eq!((plan(0).query_heads, plan(0).kv_heads), (0..2, 0..1));
+    assert_eq!((plan(2).query_heads, plan(2).kv_heads), (4..5, 2..3));
+    assert_eq!((plan(3).query_heads, plan(3).kv_heads), (5..6, 2..3));
+    // 8 heads in groups of 4 on 3 ranks: the middle rank sees both KV heads.
+    let config = self::config(8, 2, 32, 32);
+    let middle = HeadPlan::new(&config, 3, 1);
+    assert_eq!((middle.query_heads, middle.kv_heads, middle.groups), (3..6, 0..2, vec![0..1, 1..3]));
+}
+
+#[test]
+fn columns_and_rows_are_covered_once() {
+    let config = config(8, 2, 200, 331);
+    for (ranks, granularity) in [(1, 1), (2, 32), (3, 32), (4, 1), (9, 32)] {
+        let (mut column, mut row) = (0, 0);
+        for rank in 0..ranks {
+            let plan = RankPlan::new(&config, ranks, rank, granularity);
+            assert_eq!((plan.columns.start, plan.vocabulary.start), (column, row));
+            assert!(plan.columns.end.is_multiple_of(granularity) || plan.columns.end == 200, "{plan:?}");
+            (column, row) = (plan.columns.end, plan.vocabulary.end);
+        }
+        assert_eq!((column, row), (200, 331));
+    }
+}
+
+#[test]
+fn shares_sum_to_the_model() {
+    for config in [config(8, 2, 200, 331), sparse()] {
+        let matrices = |role: TensorRole| tensor_specs(&config).filter(move |spec| spec.role == role);
+        let layers: usize = [TensorRole::Matrix, TensorRole::Router]
+            .into_iter()
+            .flat_map(matrices)
+            .filter(|spec| spec.name.starts_with("model.layers."))
+            .map(|spec| spec.elements())
+            .sum();
+        assert_eq!(RankPlan::new(&config, 1, 0, 1).layer_elements(&config), layers as u64);
+        // On 2 ranks only the router is replicated: 2 KV heads, one for each.
+        let both: u64 = (0..2).map(|rank| RankPlan::new(&config, 2, rank, 1).layer_elements(&config)).sum();
+        let routers: usize = matrices(TensorRole::Router).map(|spec| spec.elements()).sum();
+        assert_eq!(both, (layers + routers) as u64);
+    }
+}
+
+#[test]
+fn imbalance_is_the_largest_share_over_the_mean() {
+    let config = config(16, 8, 200, 331);
+    let even = Imbalance::new(&config, 4, 1);
+    assert_eq!((even.query_heads.imbalance(), even.kv_heads.imbalance(), even.columns.imbalance()), (1.0, 1.0, 1.0));
+    assert_eq!((even.vocabulary.most, even.vocabulary.least), (83, 82));
+    let uneven = Imbalance::new(&config, 12, 32);
+    assert_eq!((uneven.query_heads.most, uneven.query_heads.least), (2, 1));
+    assert_eq!(uneven.query_heads.imbalance(), 1.5);
+    // 16 heads on 12 ranks: 8 of the ranks share their KV head with a neighbour.
+    assert_eq!((uneven.kv_heads.sum, uneven.kv_heads.total), (12, 8));
+    // 7 granules of 32 columns: one each for 7 ranks, none for 5.
+    assert_eq!((uneven.columns.most, uneven.columns.least), (32, 0));
+}
+
+#[test]
+fn tensors_of_a_published_checkpoint() {
+    let specs: Vec<_> = tensor_specs(&sparse()).collect();
+    let shape = |name: &str| {
+        let spec = specs.iter().find(|spec| spec.name == name).unwrap_or_else(|| panic!("{name} is missing"));
+        (spec.shape.clone(), spec.role)
+    };
+    assert_eq!(shape("model.embed_tokens.weight"), (vec![100, 64], TensorRole::Matrix));
+    assert_eq!(shape("model.layers.0.self_attn.q_norm.weight"), (vec![16], TensorRole::Norm));
+    assert_eq!(shape("model.layers.2.self_attn.k_proj.weight"), (vec![32, 64], TensorRole::Matrix));
+    assert_eq!(shape("model.layers.0.mlp.experts.4.down_proj.weight"), (vec![64, 40], TensorRole::Matrix));
+    assert_eq!(shape("model.layers.0.mlp.gate.weight"), (vec![5, 64], TensorRole::Router));
+    assert_eq!(shape("model.layers.1.mlp.gate_proj.weight"), (vec![96, 64], TensorRole::Matrix));
+    assert_eq!(shape("lm_head.weight"), (vec![100, 64], TensorRole::Matrix));
+    // 3 outside of layers, 8 a layer, 3 * 5 + 1 in the two sparse ones, 3 in the dense one.
+    assert_eq!(specs.len(), 3 + 3 * 8 + 2 * 16 + 3);
+    let total: usize = specs.iter().map(|spec| spec.elements()).sum();
+    assert_eq!(total as u64, sparse().parameters());
+}
