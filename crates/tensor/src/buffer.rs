@@ -34,11 +34,7 @@ impl HugeBuffer {
     /// `len` zero bytes. Out of memory ends the process as it does for `Vec`.
     pub(crate) fn zeroed(len: usize) -> Self {
         if len == 0 {
-            return Self {
-                data: NonNull::<u64>::dangling().cast(),
-                len,
-                origin: Origin::Empty,
-            };
+            return Self { data: NonNull::<u64>::dangling().cast(), len, origin: Origin::Empty };
         }
         if len < SMALL {
             return Self::zeroed_small(len);
@@ -51,11 +47,7 @@ impl HugeBuffer {
         // SAFETY: the layout has a size above 0: `zeroed` handles 0.
         let data = unsafe { alloc::alloc_zeroed(layout) };
         let data = NonNull::new(data).unwrap_or_else(|| alloc::handle_alloc_error(layout));
-        Self {
-            data,
-            len,
-            origin: Origin::Heap(layout),
-        }
+        Self { data, len, origin: Origin::Heap(layout) }
     }
 
     fn zeroed_mapped(len: usize) -> Self {
@@ -66,12 +58,8 @@ impl HugeBuffer {
             }
         };
         let page = page_size();
-        let Some(mapped) = len.checked_next_multiple_of(page) else {
-            failed()
-        };
-        let Some(reserved) = mapped.checked_add(HUGE_PAGE) else {
-            failed()
-        };
+        let Some(mapped) = len.checked_next_multiple_of(page) else { failed() };
+        let Some(reserved) = mapped.checked_add(HUGE_PAGE) else { failed() };
         // SAFETY: a new private anonymous mapping touches no existing memory.
         let base = unsafe {
             libc::mmap(
@@ -108,11 +96,7 @@ impl HugeBuffer {
             libc::madvise(data, mapped, libc::MADV_HUGEPAGE);
         }
         let data = NonNull::new(data.cast()).expect("mmap never maps address 0 unasked");
-        Self {
-            data,
-            len,
-            origin: Origin::Map(mapped),
-        }
+        Self { data, len, origin: Origin::Map(mapped) }
     }
 
     pub(crate) fn len(&self) -> usize {
@@ -148,8 +132,5 @@ impl Drop for HugeBuffer {
 fn page_size() -> usize {
     // SAFETY: sysconf reads a constant of the system.
     let size = unsafe { libc::sysconf(libc::_SC_PAGESIZE) };
-    usize::try_from(size)
-        .ok()
-        .filter(|size| size.is_power_of_two())
-        .unwrap_or(HUGE_PAGE)
+    usize::try_from(size).ok().filter(|size| size.is_power_of_two()).unwrap_or(HUGE_PAGE)
 }

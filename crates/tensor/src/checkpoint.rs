@@ -52,23 +52,15 @@ impl Checkpoint {
     pub fn open(folder: impl AsRef<Path>) -> Result<Self, CheckpointError> {
         let folder = folder.as_ref();
         if !folder.is_dir() {
-            return Err(CheckpointError::NoFolder {
-                folder: folder.to_owned(),
-            });
+            return Err(CheckpointError::NoFolder { folder: folder.to_owned() });
         }
-        let mut checkpoint = Self {
-            folder: folder.to_owned(),
-            tensors: HashMap::new(),
-            bytes_read: Arc::default(),
-        };
+        let mut checkpoint = Self { folder: folder.to_owned(), tensors: HashMap::new(), bytes_read: Arc::default() };
         if folder.join(INDEX).exists() {
             checkpoint.open_index(&folder.join(INDEX))?;
         } else if folder.join(SINGLE).exists() {
             checkpoint.add_file(folder.join(SINGLE))?;
         } else {
-            return Err(CheckpointError::NoWeights {
-                folder: folder.to_owned(),
-            });
+            return Err(CheckpointError::NoWeights { folder: folder.to_owned() });
         }
         Ok(checkpoint)
     }
@@ -137,10 +129,7 @@ impl Checkpoint {
     fn tensor(&self, name: &str) -> Result<&Tensor, CheckpointError> {
         self.tensors
             .get(name)
-            .ok_or_else(|| CheckpointError::NoTensor {
-                folder: self.folder.clone(),
-                tensor: name.to_owned(),
-            })
+            .ok_or_else(|| CheckpointError::NoTensor { folder: self.folder.clone(), tensor: name.to_owned() })
     }
 
     fn open_index(&mut self, index: &Path) -> Result<(), CheckpointError> {
@@ -155,14 +144,8 @@ impl Checkpoint {
         for (tensor, file) in files {
             let path = self.folder.join(file);
             self.add_file(path.clone()).map_err(|error| match error {
-                CheckpointError::Open { source, .. }
-                    if source.kind() == io::ErrorKind::NotFound =>
-                {
-                    CheckpointError::IndexFile {
-                        file: index.to_owned(),
-                        tensor: tensor.to_owned(),
-                        missing: path,
-                    }
+                CheckpointError::Open { source, .. } if source.kind() == io::ErrorKind::NotFound => {
+                    CheckpointError::IndexFile { file: index.to_owned(), tensor: tensor.to_owned(), missing: path }
                 }
                 other => other,
             })?;
@@ -170,11 +153,7 @@ impl Checkpoint {
         for (name, file) in weight_map {
             let shard = self.folder.join(file);
             if self.file(&name) != Some(&shard) {
-                return Err(CheckpointError::IndexTensor {
-                    file: index.to_owned(),
-                    tensor: name,
-                    shard,
-                });
+                return Err(CheckpointError::IndexTensor { file: index.to_owned(), tensor: name, shard });
             }
         }
         Ok(())
@@ -196,14 +175,7 @@ impl Checkpoint {
                     other: source.path().to_owned(),
                 });
             }
-            self.tensors.insert(
-                name,
-                Tensor {
-                    source: Arc::clone(&source),
-                    entry,
-                    mark,
-                },
-            );
+            self.tensors.insert(name, Tensor { source: Arc::clone(&source), entry, mark });
         }
         Ok(())
     }
@@ -245,43 +217,23 @@ impl Tensor {
     }
 
     fn matrix(&self, name: &str, format: WeightFormat, rows: usize, cols: usize) -> Matrix {
-        Matrix::new(Stored::new(
-            Arc::clone(&self.source),
-            name,
-            format,
-            self.entry.offset,
-            rows,
-            cols,
-        ))
+        Matrix::new(Stored::new(Arc::clone(&self.source), name, format, self.entry.offset, rows, cols))
     }
 }
 
 /// The index's `weight_map`: tensor and file name, sorted.
-fn read_weight_map(
-    index: &Path,
-    bytes_read: &Arc<AtomicU64>,
-) -> Result<Vec<(String, String)>, CheckpointError> {
-    let text = std::fs::read(index).map_err(|source| CheckpointError::Open {
-        file: index.to_owned(),
-        source,
-    })?;
+fn read_weight_map(index: &Path, bytes_read: &Arc<AtomicU64>) -> Result<Vec<(String, String)>, CheckpointError> {
+    let text = std::fs::read(index).map_err(|source| CheckpointError::Open { file: index.to_owned(), source })?;
     bytes_read.fetch_add(text.len() as u64, Ordering::Relaxed);
-    let Fields(fields) =
-        serde_json::from_slice(&text).map_err(|error| CheckpointError::IndexJson {
-            file: index.to_owned(),
-            reason: error.to_string(),
-        })?;
-    let field =
-        |field: &str, found: Option<&Value>, expected: &'static str| CheckpointError::IndexField {
-            file: index.to_owned(),
-            field: field.to_owned(),
-            found: excerpt(found),
-            expected,
-        };
-    let map = fields
-        .iter()
-        .find(|(key, _)| key == "weight_map")
-        .map(|(_, value)| value);
+    let Fields(fields) = serde_json::from_slice(&text)
+        .map_err(|error| CheckpointError::IndexJson { file: index.to_owned(), reason: error.to_string() })?;
+    let field = |field: &str, found: Option<&Value>, expected: &'static str| CheckpointError::IndexField {
+        file: index.to_owned(),
+        field: field.to_owned(),
+        found: excerpt(found),
+        expected,
+    };
+    let map = fields.iter().find(|(key, _)| key == "weight_map").map(|(_, value)| value);
     let object = map
         .and_then(Value::as_object)
         .filter(|object| !object.is_empty())
@@ -291,13 +243,7 @@ fn read_weight_map(
         let name = file
             .as_str()
             .filter(|name| stays_in_folder(name))
-            .ok_or_else(|| {
-                field(
-                    &format!("weight_map[{tensor:?}]"),
-                    Some(file),
-                    "a file name inside the folder",
-                )
-            })?;
+            .ok_or_else(|| field(&format!("weight_map[{tensor:?}]"), Some(file), "a file name inside the folder"))?;
         weight_map.push((tensor.clone(), name.to_owned()));
     }
     weight_map.sort_unstable();
@@ -332,13 +278,8 @@ fn parse_mark(
         return Err(wrong("q8 or q4, a space, and ROWSxCOLS".to_owned()));
     };
     let row_bytes = format.stored_row_bytes(cols);
-    if entry.dtype != Dtype::U8
-        || row_bytes.is_none_or(|row_bytes| entry.shape != [rows, row_bytes])
-    {
-        return Err(wrong(format!(
-            "a mark that fits the stored {} {:?}",
-            entry.dtype, entry.shape
-        )));
+    if entry.dtype != Dtype::U8 || row_bytes.is_none_or(|row_bytes| entry.shape != [rows, row_bytes]) {
+        return Err(wrong(format!("a mark that fits the stored {} {:?}", entry.dtype, entry.shape)));
     }
     Ok((format, [rows, cols]))
 }

@@ -34,18 +34,9 @@ pub struct EncodeError {
 /// # Panics
 ///
 /// If `values` are no whole number of rows.
-pub fn encode_rows(
-    format: WeightFormat,
-    cols: usize,
-    values: &[f32],
-    out: &mut Vec<u8>,
-) -> Result<(), EncodeError> {
+pub fn encode_rows(format: WeightFormat, cols: usize, values: &[f32], out: &mut Vec<u8>) -> Result<(), EncodeError> {
     assert!(
-        if cols == 0 {
-            values.is_empty()
-        } else {
-            values.len().is_multiple_of(cols)
-        },
+        if cols == 0 { values.is_empty() } else { values.len().is_multiple_of(cols) },
         "{} values are no rows of {cols}",
         values.len()
     );
@@ -53,51 +44,30 @@ pub fn encode_rows(
     match format {
         WeightFormat::F32 => out.extend_from_slice(bytemuck::cast_slice(values)),
         WeightFormat::Bf16 => encode_16(values, out, |part, bits| {
-            bits.reinterpret_cast_mut::<bf16>()
-                .convert_from_f32_slice(part);
+            bits.reinterpret_cast_mut::<bf16>().convert_from_f32_slice(part);
         }),
         WeightFormat::F16 => {
-            encode_16(values, out, |part, bits| {
-                bits.reinterpret_cast_mut::<f16>()
-                    .convert_from_f32_slice(part)
-            });
+            encode_16(values, out, |part, bits| bits.reinterpret_cast_mut::<f16>().convert_from_f32_slice(part));
             let infinite = |bytes: &[u8; 2]| f16::from_le_bytes(*bytes).is_infinite();
             let written = out[start..].as_chunks::<2>().0;
             let lost = |(value, bytes): (&f32, &[u8; 2])| value.is_finite() && infinite(bytes);
             if let Some(index) = values.iter().zip(written).position(lost) {
-                return Err(EncodeError {
-                    row: index / cols,
-                    found: values[index],
-                    format,
-                });
+                return Err(EncodeError { row: index / cols, found: values[index], format });
             }
         }
         WeightFormat::Q8 | WeightFormat::Q4 => {
             let mut block = [0; 2 + GROUP];
             let block = &mut block[..format.group_bytes().expect("a quantized format")];
-            for (index, group) in values
-                .chunks(cols.max(1))
-                .flat_map(|row| row.chunks(GROUP))
-                .enumerate()
-            {
+            for (index, group) in values.chunks(cols.max(1)).flat_map(|row| row.chunks(GROUP)).enumerate() {
                 let mut weights = [0.0; GROUP];
                 weights[..group.len()].copy_from_slice(group);
                 let stored = match format {
-                    WeightFormat::Q8 => {
-                        quantize_group_q8(&weights).map(|group| store_q8(&group, block))
-                    }
+                    WeightFormat::Q8 => quantize_group_q8(&weights).map(|group| store_q8(&group, block)),
                     _ => quantize_group_q4(&weights).map(|group| store_q4(&group, block)),
                 };
                 if stored.is_none() {
-                    let found = weights
-                        .into_iter()
-                        .find(|weight| !weight.is_finite())
-                        .unwrap_or(f32::NAN);
-                    return Err(EncodeError {
-                        row: index / cols.div_ceil(GROUP),
-                        found,
-                        format,
-                    });
+                    let found = weights.into_iter().find(|weight| !weight.is_finite()).unwrap_or(f32::NAN);
+                    return Err(EncodeError { row: index / cols.div_ceil(GROUP), found, format });
                 }
                 out.extend_from_slice(block);
             }

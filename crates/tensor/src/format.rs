@@ -59,18 +59,14 @@ impl WeightFormat {
     pub fn packed_bytes(self, rows: usize, cols: usize) -> usize {
         rows.div_ceil(PANEL)
             .checked_mul(self.panel_bytes(cols))
-            .unwrap_or_else(|| {
-                panic!("a packed {self} matrix [{rows}, {cols}] exceeds the address space")
-            })
+            .unwrap_or_else(|| panic!("a packed {self} matrix [{rows}, {cols}] exceeds the address space"))
     }
 
     /// Bytes of one panel: [`PANEL`] rows of `cols` weights.
     pub(crate) fn panel_bytes(self, cols: usize) -> usize {
         self.stored_row_bytes(cols)
             .and_then(|row| row.checked_mul(PANEL))
-            .unwrap_or_else(|| {
-                panic!("a packed {self} panel of {cols} columns exceeds the address space")
-            })
+            .unwrap_or_else(|| panic!("a packed {self} panel of {cols} columns exceeds the address space"))
     }
 
     /// Bytes of one weight of an unquantized format (of one code byte for the others).
@@ -113,8 +109,6 @@ impl FromStr for WeightFormat {
         Self::ALL
             .into_iter()
             .find(|format| format.name() == text)
-            .ok_or_else(|| UnknownFormat {
-                found: text.to_owned(),
-            })
+            .ok_or_else(|| UnknownFormat { found: text.to_owned() })
     }
 }

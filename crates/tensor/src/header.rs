@@ -36,21 +36,14 @@ pub(crate) struct Header {
 pub(crate) fn read_header(source: &Source) -> Result<Header, CheckpointError> {
     let file = source.path();
     if source.len() < 8 {
-        return Err(CheckpointError::NoHeader {
-            file: file.to_owned(),
-            found: source.len(),
-        });
+        return Err(CheckpointError::NoHeader { file: file.to_owned(), found: source.len() });
     }
     let mut length = [0; 8];
     source.read_at("the header's length", 0, &mut length)?;
     let length = u64::from_le_bytes(length);
     let max = (source.len() - 8).min(MAX_HEADER);
     if length > max {
-        return Err(CheckpointError::HeaderLength {
-            file: file.to_owned(),
-            found: length,
-            max,
-        });
+        return Err(CheckpointError::HeaderLength { file: file.to_owned(), found: length, max });
     }
     let mut json = vec![0; length as usize];
     source.read_at("the header", 8, &mut json)?;
@@ -59,11 +52,8 @@ pub(crate) fn read_header(source: &Source) -> Result<Header, CheckpointError> {
 
 /// Checks the JSON of a header whose file has `available` bytes of data behind it.
 fn parse_header(file: &Path, json: &[u8], available: u64) -> Result<Header, CheckpointError> {
-    let Fields(fields) =
-        serde_json::from_slice(json).map_err(|error| CheckpointError::HeaderJson {
-            file: file.to_owned(),
-            reason: error.to_string(),
-        })?;
+    let Fields(fields) = serde_json::from_slice(json)
+        .map_err(|error| CheckpointError::HeaderJson { file: file.to_owned(), reason: error.to_string() })?;
     let mut metadata = HashMap::new();
     let mut tensors = Vec::with_capacity(fields.len());
     for (name, value) in fields {
@@ -75,20 +65,12 @@ fn parse_header(file: &Path, json: &[u8], available: u64) -> Result<Header, Chec
         tensors.push((name, entry));
     }
     // Before the cover: a repeated name is also an overlap, and the less telling message.
-    let mut names: Vec<&str> = tensors
-        .iter()
-        .map(|(name, _): &(String, Entry)| name.as_str())
-        .collect();
+    let mut names: Vec<&str> = tensors.iter().map(|(name, _): &(String, Entry)| name.as_str()).collect();
     names.sort_unstable();
     if let Some(pair) = names.windows(2).find(|pair| pair[0] == pair[1]) {
-        return Err(CheckpointError::RepeatedTensor {
-            file: file.to_owned(),
-            tensor: pair[0].to_owned(),
-        });
+        return Err(CheckpointError::RepeatedTensor { file: file.to_owned(), tensor: pair[0].to_owned() });
     }
-    tensors.sort_by(|(a_name, a), (b_name, b)| {
-        (a.offset, a.bytes, a_name).cmp(&(b.offset, b.bytes, b_name))
-    });
+    tensors.sort_by(|(a_name, a), (b_name, b)| (a.offset, a.bytes, a_name).cmp(&(b.offset, b.bytes, b_name)));
     check_cover(file, &tensors, 8 + json.len() as u64, available)?;
     Ok(Header { tensors, metadata })
 }
@@ -118,38 +100,24 @@ fn parse_entry(
         found: excerpt(value.get(field)),
         expected,
     };
-    let dtype_name = value
-        .get("dtype")
-        .and_then(Value::as_str)
-        .ok_or_else(|| field("dtype", "a string"))?;
-    let dtype: Dtype = serde_json::from_value(Value::from(dtype_name)).map_err(|_| {
-        CheckpointError::UnknownDtype {
-            file: file.to_owned(),
-            tensor: tensor.to_owned(),
-            found: dtype_name.to_owned(),
-        }
+    let dtype_name = value.get("dtype").and_then(Value::as_str).ok_or_else(|| field("dtype", "a string"))?;
+    let dtype: Dtype = serde_json::from_value(Value::from(dtype_name)).map_err(|_| CheckpointError::UnknownDtype {
+        file: file.to_owned(),
+        tensor: tensor.to_owned(),
+        found: dtype_name.to_owned(),
     })?;
-    let shape =
-        whole_numbers(value.get("shape")).ok_or_else(|| field("shape", "a list of sizes"))?;
+    let shape = whole_numbers(value.get("shape")).ok_or_else(|| field("shape", "a list of sizes"))?;
     let (start, end) = match whole_numbers(value.get("data_offsets")).as_deref() {
         Some(&[start, end]) => (start as u64, end as u64),
         _ => return Err(field("data_offsets", "two byte offsets")),
     };
     if start > end || end > available {
         let (file, tensor) = (file.to_owned(), tensor.to_owned());
-        return Err(CheckpointError::OutOfRange {
-            file,
-            tensor,
-            start,
-            end,
-            available,
-        });
+        return Err(CheckpointError::OutOfRange { file, tensor, start, end, available });
     }
     let bits = shape
         .iter()
-        .try_fold(dtype.bitsize() as u64, |product, &size| {
-            product.checked_mul(size as u64)
-        })
+        .try_fold(dtype.bitsize() as u64, |product, &size| product.checked_mul(size as u64))
         .ok_or_else(|| CheckpointError::SizeOverflow {
             file: file.to_owned(),
             tensor: tensor.to_owned(),
@@ -167,12 +135,7 @@ fn parse_entry(
             expected,
         });
     }
-    Ok(Entry {
-        dtype,
-        shape,
-        offset: data_start + start,
-        bytes: expected,
-    })
+    Ok(Entry { dtype, shape, offset: data_start + start, bytes: expected })
 }
 
 /// Sorted tensors must follow each other without a gap and fill the data.
@@ -196,31 +159,19 @@ fn check_cover(
             });
         }
         if start > covered {
-            return Err(CheckpointError::Hole {
-                file: file.to_owned(),
-                start: covered,
-                end: start,
-            });
+            return Err(CheckpointError::Hole { file: file.to_owned(), start: covered, end: start });
         }
         covered = start + entry.bytes;
         previous = name;
     }
     if covered != available {
-        return Err(CheckpointError::Hole {
-            file: file.to_owned(),
-            start: covered,
-            end: available,
-        });
+        return Err(CheckpointError::Hole { file: file.to_owned(), start: covered, end: available });
     }
     Ok(())
 }
 
 fn whole_numbers(value: Option<&Value>) -> Option<Vec<usize>> {
-    value?
-        .as_array()?
-        .iter()
-        .map(|item| item.as_u64().and_then(|item| usize::try_from(item).ok()))
-        .collect()
+    value?.as_array()?.iter().map(|item| item.as_u64().and_then(|item| usize::try_from(item).ok())).collect()
 }
 
 /// A JSON value for a message, not longer than a line.

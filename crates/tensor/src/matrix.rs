@@ -44,18 +44,8 @@ impl Stored {
         rows: usize,
         cols: usize,
     ) -> Self {
-        let row_bytes = format
-            .stored_row_bytes(cols)
-            .expect("checked with the header");
-        Self {
-            source,
-            name: name.to_owned(),
-            format,
-            offset,
-            row_bytes,
-            rows,
-            cols,
-        }
+        let row_bytes = format.stored_row_bytes(cols).expect("checked with the header");
+        Self { source, name: name.to_owned(), format, offset, row_bytes, rows, cols }
     }
 }
 
@@ -78,11 +68,7 @@ pub(crate) struct Scratch {
 impl Matrix {
     pub(crate) fn new(stored: Stored) -> Self {
         let (rows, cols) = (0..stored.rows, 0..stored.cols);
-        Self {
-            stored: Arc::new(stored),
-            rows,
-            cols,
-        }
+        Self { stored: Arc::new(stored), rows, cols }
     }
 
     /// Rows of this rectangle (outputs of a linear layer).
@@ -149,24 +135,14 @@ impl Matrix {
     ///
     /// If the rows are out of range or `out` has another length.
     pub fn read_rows(&self, rows: Range<usize>, out: &mut [f32]) -> Result<(), CheckpointError> {
-        assert_eq!(
-            out.len(),
-            rows.len() * self.cols(),
-            "f32 values for {} x {} weights",
-            rows.len(),
-            self.cols()
-        );
+        assert_eq!(out.len(), rows.len() * self.cols(), "f32 values for {} x {} weights", rows.len(), self.cols());
         if out.is_empty() {
             return Ok(());
         }
         let mut scratch = Scratch::default();
         // Whole rows at a time, so that the bytes on their way to f32 take little memory.
         let batch = (PIECE / self.stored.row_bytes.max(1)).max(1);
-        for (start, out) in rows
-            .clone()
-            .step_by(batch)
-            .zip(out.chunks_mut(batch * self.cols()))
-        {
+        for (start, out) in rows.clone().step_by(batch).zip(out.chunks_mut(batch * self.cols())) {
             self.read_f32(start..(start + batch).min(rows.end), out, &mut scratch)?;
         }
         Ok(())
@@ -180,12 +156,9 @@ impl Matrix {
         scratch: &mut Scratch,
     ) -> Result<(), CheckpointError> {
         match self.format() {
-            WeightFormat::F32 => self.read_span(
-                rows,
-                self.element_span(),
-                bytemuck::cast_slice_mut(out),
-                &mut scratch.merged,
-            ),
+            WeightFormat::F32 => {
+                self.read_span(rows, self.element_span(), bytemuck::cast_slice_mut(out), &mut scratch.merged)
+            }
             format @ (WeightFormat::Bf16 | WeightFormat::F16) => {
                 let mut bits = std::mem::take(&mut scratch.bits);
                 bits.resize(out.len(), 0);
@@ -209,12 +182,7 @@ impl Matrix {
         out: &mut [u16],
         scratch: &mut Scratch,
     ) -> Result<(), CheckpointError> {
-        self.read_span(
-            rows,
-            self.element_span(),
-            bytemuck::cast_slice_mut(out),
-            &mut scratch.merged,
-        )
+        self.read_span(rows, self.element_span(), bytemuck::cast_slice_mut(out), &mut scratch.merged)
     }
 
     /// Whether the first column begins a group, so that [`Self::read_groups`] gives this rectangle's own codes.
@@ -246,10 +214,7 @@ impl Matrix {
         let block_bytes = self.format().group_bytes().expect("a quantized format");
         let skipped = self.cols.start % GROUP;
         if !out.is_empty() {
-            for (row, out) in blocks
-                .chunks_exact(span.len())
-                .zip(out.chunks_exact_mut(self.cols()))
-            {
+            for (row, out) in blocks.chunks_exact(span.len()).zip(out.chunks_exact_mut(self.cols())) {
                 for (group, block) in row.chunks_exact(block_bytes).enumerate() {
                     let values = match self.format() {
                         WeightFormat::Q8 => dequantize_q8(block),
@@ -292,19 +257,12 @@ impl Matrix {
     ) -> Result<(), CheckpointError> {
         let stored = &*self.stored;
         assert!(rows.end <= self.rows(), "rows {rows:?} of {}", self.rows());
-        assert_eq!(
-            out.len(),
-            rows.len() * span.len(),
-            "bytes for {} rows of {}",
-            rows.len(),
-            span.len()
-        );
+        assert_eq!(out.len(), rows.len() * span.len(), "bytes for {} rows of {}", rows.len(), span.len());
         if out.is_empty() {
             return Ok(());
         }
         let read = |row: usize, out: &mut [u8]| {
-            let offset =
-                stored.offset + ((self.rows.start + row) * stored.row_bytes + span.start) as u64;
+            let offset = stored.offset + ((self.rows.start + row) * stored.row_bytes + span.start) as u64;
             stored.source.read_at(&stored.name, offset, out)
         };
         let gap = stored.row_bytes - span.len();
@@ -322,10 +280,7 @@ impl Matrix {
             let count = out.len() / span.len();
             merged.resize((count - 1) * stored.row_bytes + span.len(), 0);
             read(row, merged)?;
-            for (from, to) in merged
-                .chunks(stored.row_bytes)
-                .zip(out.chunks_exact_mut(span.len()))
-            {
+            for (from, to) in merged.chunks(stored.row_bytes).zip(out.chunks_exact_mut(span.len())) {
                 to.copy_from_slice(&from[..span.len()]);
             }
         }
@@ -339,10 +294,6 @@ impl Matrix {
 }
 
 fn narrow(what: &str, outer: &Range<usize>, inner: Range<usize>) -> Range<usize> {
-    assert!(
-        inner.start <= inner.end && inner.end <= outer.len(),
-        "{what} {inner:?} of {}",
-        outer.len()
-    );
+    assert!(inner.start <= inner.end && inner.end <= outer.len(), "{what} {inner:?} of {}", outer.len());
     outer.start + inner.start..outer.start + inner.end
 }

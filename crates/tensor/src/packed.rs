@@ -50,12 +50,7 @@ pub struct PanelChunk<'a> {
 impl PackedMatrix {
     /// A zero matrix whose memory is not yet resident.
     pub fn allocate(format: WeightFormat, rows: usize, cols: usize) -> Self {
-        Self {
-            format,
-            rows,
-            cols,
-            buffer: HugeBuffer::zeroed(format.packed_bytes(rows, cols)),
-        }
+        Self { format, rows, cols, buffer: HugeBuffer::zeroed(format.packed_bytes(rows, cols)) }
     }
 
     /// Loads the matrices of `stack`, one below the other, on this thread.
@@ -130,37 +125,20 @@ impl PackedMatrix {
         let mut done = 0;
         cuts.iter()
             .map(|cut| {
-                assert!(
-                    done <= cut.start && cut.start <= cut.end,
-                    "panels {cut:?} after panel {done}"
-                );
+                assert!(done <= cut.start && cut.start <= cut.end, "panels {cut:?} after panel {done}");
                 assert!(cut.end <= panels, "panels {cut:?} of {panels}");
-                let (_, from) =
-                    std::mem::take(&mut rest).split_at_mut((cut.start - done) * panel_bytes);
+                let (_, from) = std::mem::take(&mut rest).split_at_mut((cut.start - done) * panel_bytes);
                 let (data, after) = from.split_at_mut(cut.len() * panel_bytes);
                 (rest, done) = (after, cut.end);
-                PanelChunk {
-                    format,
-                    rows,
-                    cols,
-                    panels: cut.clone(),
-                    data,
-                }
+                PanelChunk { format, rows, cols, panels: cut.clone(), data }
             })
             .collect()
     }
 
     /// All panels in one piece.
     fn whole(&mut self) -> PanelChunk<'_> {
-        let (format, rows, cols, panels) =
-            (self.format, self.rows, self.cols, 0..self.panel_count());
-        PanelChunk {
-            format,
-            rows,
-            cols,
-            panels,
-            data: self.buffer.bytes_mut(),
-        }
+        let (format, rows, cols, panels) = (self.format, self.rows, self.cols, 0..self.panel_count());
+        PanelChunk { format, rows, cols, panels, data: self.buffer.bytes_mut() }
     }
 
     /// Reads one row back as f32: `out` has [`Self::cols`] elements.
@@ -170,25 +148,17 @@ impl PackedMatrix {
     /// If the row is out of range or `out` has another length.
     pub fn read_row(&self, row: usize, out: &mut [f32]) {
         assert!(row < self.rows, "row {row} of {}", self.rows);
-        assert_eq!(
-            out.len(),
-            self.cols,
-            "f32 values for a row of {} columns",
-            self.cols
-        );
+        assert_eq!(out.len(), self.cols, "f32 values for a row of {} columns", self.cols);
         let bytes = self.format.panel_bytes(self.cols);
         let panel = &self.buffer.bytes()[row / PANEL * bytes..][..bytes];
         let r = row % PANEL;
         for (k, out) in out.iter_mut().enumerate() {
             *out = match self.format {
                 WeightFormat::F32 => bytemuck::cast_slice::<u8, f32>(panel)[k * PANEL + r],
-                WeightFormat::F16 => {
-                    f16::from_bits(bytemuck::cast_slice::<u8, u16>(panel)[k * PANEL + r]).to_f32()
+                WeightFormat::F16 => f16::from_bits(bytemuck::cast_slice::<u8, u16>(panel)[k * PANEL + r]).to_f32(),
+                WeightFormat::Bf16 => {
+                    bf16::from_bits(bytemuck::cast_slice::<u8, u16>(panel)[k * PANEL + slot_bf16(r)]).to_f32()
                 }
-                WeightFormat::Bf16 => bf16::from_bits(
-                    bytemuck::cast_slice::<u8, u16>(panel)[k * PANEL + slot_bf16(r)],
-                )
-                .to_f32(),
                 WeightFormat::Q8 => weight_q8(panel, k, r),
                 WeightFormat::Q4 => weight_q4(panel, k, r),
             };
@@ -198,11 +168,7 @@ impl PackedMatrix {
 
 impl fmt::Debug for PackedMatrix {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(
-            f,
-            "PackedMatrix({} [{}, {}])",
-            self.format, self.rows, self.cols
-        )
+        write!(f, "PackedMatrix({} [{}, {}])", self.format, self.rows, self.cols)
     }
 }
 
@@ -224,17 +190,9 @@ impl PanelChunk<'_> {
     /// If the matrices of `stack` do not have the packed matrix's columns, or not its rows in all.
     pub fn load(self, stack: &[Matrix]) -> Result<(), CheckpointError> {
         let rows: usize = stack.iter().map(Matrix::rows).sum();
-        assert_eq!(
-            rows, self.rows,
-            "rows of the stack, rows of the packed matrix"
-        );
+        assert_eq!(rows, self.rows, "rows of the stack, rows of the packed matrix");
         for matrix in stack {
-            assert_eq!(
-                matrix.cols(),
-                self.cols,
-                "columns of {}, columns of the packed matrix",
-                matrix.name()
-            );
+            assert_eq!(matrix.cols(), self.cols, "columns of {}, columns of the packed matrix", matrix.name());
         }
         if self.data.is_empty() {
             return Ok(());

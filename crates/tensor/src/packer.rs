@@ -43,11 +43,7 @@ impl<'a> Packer<'a> {
         let same = stack.iter().all(|matrix| matrix.format() == format);
         let route = match format {
             WeightFormat::Bf16 | WeightFormat::F16 if same => Route::Bits,
-            WeightFormat::Q8 | WeightFormat::Q4
-                if same && stack.iter().all(Matrix::starts_on_group) =>
-            {
-                Route::Groups
-            }
+            WeightFormat::Q8 | WeightFormat::Q4 if same && stack.iter().all(Matrix::starts_on_group) => Route::Groups,
             _ => Route::Floats,
         };
         let mut packer = Self {
@@ -73,28 +69,16 @@ impl<'a> Packer<'a> {
         self.read(panel)?;
         let cols = self.cols;
         match (self.route, self.format) {
-            (_, WeightFormat::F32) => {
-                interleave(&self.floats, cols, bytemuck::cast_slice_mut(data))
-            }
+            (_, WeightFormat::F32) => interleave(&self.floats, cols, bytemuck::cast_slice_mut(data)),
             (Route::Bits, _) => self.interleave_bits(data),
             (Route::Groups, WeightFormat::Q8) => {
                 for (g, block) in data.chunks_exact_mut(BLOCK_Q8).enumerate() {
-                    pack_q8(
-                        &std::array::from_fn(|r| {
-                            mask_q8(load_q8(self.block(r, g)), cols - g * GROUP)
-                        }),
-                        block,
-                    );
+                    pack_q8(&std::array::from_fn(|r| mask_q8(load_q8(self.block(r, g)), cols - g * GROUP)), block);
                 }
             }
             (Route::Groups, _) => {
                 for (g, block) in data.chunks_exact_mut(BLOCK_Q4).enumerate() {
-                    pack_q4(
-                        &std::array::from_fn(|r| {
-                            mask_q4(load_q4(self.block(r, g)), cols - g * GROUP)
-                        }),
-                        block,
-                    );
+                    pack_q4(&std::array::from_fn(|r| mask_q4(load_q4(self.block(r, g)), cols - g * GROUP)), block);
                 }
             }
             (Route::Floats, WeightFormat::Bf16 | WeightFormat::F16) => {
@@ -122,9 +106,7 @@ impl<'a> Packer<'a> {
         for matrix in self.stack {
             // Rows of this matrix in the panel, counted from the matrix' first row.
             let start = (panel * PANEL).max(above) - above;
-            let end = ((panel + 1) * PANEL)
-                .min(above + matrix.rows())
-                .saturating_sub(above);
+            let end = ((panel + 1) * PANEL).min(above + matrix.rows()).saturating_sub(above);
             above += matrix.rows();
             if start >= end {
                 continue;
@@ -154,11 +136,7 @@ impl<'a> Packer<'a> {
                 Route::Floats => self.floats[filled * self.cols..].fill(0.0),
                 // Scale 0; the codes are those of zero weights.
                 Route::Groups => {
-                    self.blocks[filled * row_bytes..].fill(if self.format == WeightFormat::Q4 {
-                        0x88
-                    } else {
-                        0
-                    });
+                    self.blocks[filled * row_bytes..].fill(if self.format == WeightFormat::Q4 { 0x88 } else { 0 });
                     let group = self.format.group_bytes().expect("a quantized format");
                     for block in self.blocks[filled * row_bytes..].chunks_exact_mut(group) {
                         block[..2].fill(0);
@@ -181,21 +159,14 @@ impl<'a> Packer<'a> {
     fn round(&mut self, panel: usize) -> Result<(), CheckpointError> {
         self.bits.resize(self.floats.len(), 0);
         if self.format == WeightFormat::Bf16 {
-            self.bits
-                .reinterpret_cast_mut::<bf16>()
-                .convert_from_f32_slice(&self.floats);
+            self.bits.reinterpret_cast_mut::<bf16>().convert_from_f32_slice(&self.floats);
             return Ok(());
         }
-        self.bits
-            .reinterpret_cast_mut::<f16>()
-            .convert_from_f32_slice(&self.floats);
+        self.bits.reinterpret_cast_mut::<f16>().convert_from_f32_slice(&self.floats);
         // A bf16 or f32 weight beyond 65504 would silently become infinite.
-        let lost =
-            |(&from, &to): (&f32, &u16)| from.is_finite() && f16::from_bits(to).is_infinite();
+        let lost = |(&from, &to): (&f32, &u16)| from.is_finite() && f16::from_bits(to).is_infinite();
         match self.floats.iter().zip(&self.bits).position(lost) {
-            Some(index) => {
-                Err(self.not_representable(panel, index / self.cols, self.floats[index]))
-            }
+            Some(index) => Err(self.not_representable(panel, index / self.cols, self.floats[index])),
             None => Ok(()),
         }
     }
@@ -241,10 +212,7 @@ impl<'a> Packer<'a> {
             }
             row -= matrix.rows();
         }
-        unreachable!(
-            "row {} of a panel beyond the stack is zero",
-            panel * PANEL + r
-        )
+        unreachable!("row {} of a panel beyond the stack is zero", panel * PANEL + r)
     }
 }
 

@@ -55,13 +55,7 @@ pub(crate) fn interleave_bf16(tile: &[u16], cols: usize, panel: &mut [u16]) {
         for r in 0..PANEL / 2 {
             let low = &tile[r * cols + start..r * cols + end];
             let high = &tile[(r + 8) * cols + start..(r + 8) * cols + end];
-            for ((slots, &low), &high) in out
-                .as_chunks_mut::<{ PANEL / 2 }>()
-                .0
-                .iter_mut()
-                .zip(low)
-                .zip(high)
-            {
+            for ((slots, &low), &high) in out.as_chunks_mut::<{ PANEL / 2 }>().0.iter_mut().zip(low).zip(high) {
                 slots[r] = u32::from(low) | u32::from(high) << 16;
             }
         }
@@ -78,13 +72,7 @@ pub(crate) fn pack_q8(groups: &[GroupQ8; PANEL], block: &mut [u8]) {
     let (scales, codes) = block.split_at_mut(SCALES);
     for (r, group) in groups.iter().enumerate() {
         scales[2 * r..2 * r + 2].copy_from_slice(&group.scale.to_le_bytes());
-        for (pair, out) in group
-            .codes
-            .as_chunks::<2>()
-            .0
-            .iter()
-            .zip(codes.as_chunks_mut::<{ 2 * PANEL }>().0)
-        {
+        for (pair, out) in group.codes.as_chunks::<2>().0.iter().zip(codes.as_chunks_mut::<{ 2 * PANEL }>().0) {
             out[2 * r] = pair[0] as u8;
             out[2 * r + 1] = pair[1] as u8;
         }
@@ -98,15 +86,8 @@ pub(crate) fn pack_q4(groups: &[GroupQ4; PANEL], block: &mut [u8]) {
         scales[2 * r..2 * r + 2].copy_from_slice(&group.scale.to_le_bytes());
     }
     for r in 0..PANEL / 2 {
-        let (low, high) = (
-            groups[r].codes.as_chunks::<4>().0,
-            groups[r + 8].codes.as_chunks::<4>().0,
-        );
-        for ((low, high), out) in low
-            .iter()
-            .zip(high)
-            .zip(codes.as_chunks_mut::<{ 2 * PANEL }>().0)
-        {
+        let (low, high) = (groups[r].codes.as_chunks::<4>().0, groups[r + 8].codes.as_chunks::<4>().0);
+        for ((low, high), out) in low.iter().zip(high).zip(codes.as_chunks_mut::<{ 2 * PANEL }>().0) {
             for k in 0..4 {
                 out[4 * r + k] = low[k] | high[k] << 4;
             }
@@ -117,8 +98,7 @@ pub(crate) fn pack_q4(groups: &[GroupQ4; PANEL], block: &mut [u8]) {
 /// Weight (`k`, `r`) of a Q8 panel.
 pub(crate) fn weight_q8(panel: &[u8], k: usize, r: usize) -> f32 {
     let block = &panel[k / GROUP * BLOCK_Q8..][..BLOCK_Q8];
-    scale(block, r)
-        * f32::from(block[SCALES + k / 2 % (GROUP / 2) * 2 * PANEL + 2 * r + k % 2] as i8)
+    scale(block, r) * f32::from(block[SCALES + k / 2 % (GROUP / 2) * 2 * PANEL + 2 * r + k % 2] as i8)
 }
 
 /// Weight (`k`, `r`) of a Q4 panel.

@@ -1,8 +1,8 @@
 //! Groups of 32 weights with one scale, chosen for the least squared error.
 //!
 //! For a group w and codes q the best scale is s = Σwq / Σq², and leaves Σw² − (Σwq)² / Σq². So several trial scales give
-//! codes, the codes with the largest (Σwq)² / Σq² win, and their best scale, rounded to f16, gives the codes that are
-//! kept. The largest weight alone, as in plain absmax, is among the trials, so the result is never worse.
+//! codes, the codes with the largest (Σwq)² / Σq² win, and their best scale, rounded to the f16 that is stored, gives the
+//! codes that are kept, unless one more round of the same does better.
 
 use half::f16;
 
@@ -29,160 +29,141 @@ pub struct GroupQ4 {
 /// Lanes that sums run in side by side, so that the compiler can use vector registers.
 const LANES: usize = 8;
 
-/// Trial steps for q8, as the code that the largest weight gets.
-const TOPS_Q8: [f32; 6] = [127.0, 126.6, 126.2, 125.8, 127.4, 128.2];
+/// Trials for q8, as the code that the weight of largest magnitude would get. Below 127 all weights keep within the range.
+/// Against plain absmax (127 alone) these four lower the RMS error by 8 % (normally distributed weights); 300 trials from 110
+/// to 140 would by 13 %, which is a thousandth of the error that q4 has.
+const TRIALS_Q8: [f32; 4] = [127.0, 126.4, 125.8, 125.2];
 
-/// Trial steps for q4, as the code that the largest weight gets; both signs are tried.
-const TOPS_Q4: [f32; 9] = [8.0, 7.6, 7.2, 6.8, 6.4, 8.4, 8.8, 9.2, 9.6];
+/// Trials for q4. The largest weight gets the code −8 or thereabouts, the range's longer side, or one around 7 with the
+/// other sign; trials beyond the range clip it in favour of the rest. The RMS error is 6 % below that of −8 alone, and within
+/// 0.2 % of what 800 trials find.
+const TRIALS_Q4: [f32; 8] = [-8.0, -7.6, -8.4, -9.0, -9.7, 7.0, 7.5, 8.1];
 
-/// Quantizes a group to 8 bits; `None` if a weight is infinite or not a number.
+/// Quantizes a group to 8 bits; `None` if a weight is not finite, or beyond 127 times the largest f16.
 pub fn quantize_group_q8(weights: &[f32; GROUP]) -> Option<GroupQ8> {
-    let (scale, codes) = search::<-127, 127>(weights, &TOPS_Q8, false)?;
-    Some(GroupQ8 {
-        scale,
-        codes: codes.map(|code| code as i8),
-    })
+    let (scale, codes) = search::<-127, 127>(weights, &TRIALS_Q8)?;
+    Some(GroupQ8 { scale, codes: codes.map(|code| code as i8) })
 }
 
-/// Quantizes a group to 4 bits; `None` if a weight is infinite or not a number.
+/// Quantizes a group to 4 bits; `None` if a weight is not finite, or beyond 7 times the largest f16.
 pub fn quantize_group_q4(weights: &[f32; GROUP]) -> Option<GroupQ4> {
-    let (scale, codes) = search::<-8, 7>(weights, &TOPS_Q4, true)?;
-    Some(GroupQ4 {
-        scale,
-        codes: codes.map(|code| (code + 8.0) as u8),
-    })
+    let (scale, codes) = search::<-8, 7>(weights, &TRIALS_Q4)?;
+    Some(GroupQ4 { scale, codes: codes.map(|code| (code + 8) as u8) })
 }
 
-/// The best scale among `tops`, and the codes (whole numbers in `MIN..=MAX`) for it.
-fn search<const MIN: i32, const MAX: i32>(
-    weights: &[f32; GROUP],
-    tops: &[f32],
-    both_signs: bool,
-) -> Option<(f16, [f32; GROUP])> {
+/// The best scale among the trials, and the codes (in `MIN..=MAX`) for it.
+#[inline(always)]
+fn search<const MIN: i32, const MAX: i32>(weights: &[f32; GROUP], trials: &[f32]) -> Option<(f16, [i32; GROUP])> {
     let extreme = extreme(weights)?;
-    if extreme == 0.0 {
-        return Some((f16::ZERO, [0.0; GROUP]));
+    if extreme.abs() > MAX as f32 * f16::MAX.to_f32_const() {
+        return None;
     }
+    // Half of the smallest f16 is 2⁻²⁵: groups below that times the range have scale 0, and 1 / extreme could overflow.
+    if extreme.abs() < 1e-12 {
+        return Some((f16::ZERO, [0; GROUP]));
+    }
+    let inverse = 1.0 / extreme;
+    // (Σwq)² / Σq² and Σwq / Σq² of the best trial.
     let mut best = (0.0, 0.0);
-    for &top in tops {
-        for sign in if both_signs {
-            &[-1.0, 1.0][..]
-        } else {
-            &[1.0][..]
-        } {
-            let inverse = sign * top / extreme;
-            let (product, square) = correlate::<MIN, MAX>(weights, inverse);
-            if product * product > best.0 * square {
-                best = (product * product / square, product / square);
-            }
+    for &trial in trials {
+        let (product, square) = correlate::<MIN, MAX>(weights, trial * inverse);
+        // The largest weight has a code other than 0, so Σq² is at least 1.
+        let fit = product / square;
+        if product * fit > best.0 {
+            best = (product * fit, fit);
         }
     }
-    let plain = if both_signs {
-        extreme / MIN as f32
-    } else {
-        extreme / MAX as f32
-    };
-    let mut kept = (f16::ZERO, [0.0; GROUP], f32::INFINITY);
-    let mut trial = best.1;
-    for step in 0..3 {
-        let scale = storable(if step == 0 { plain } else { trial });
-        let (codes, error) = encode::<MIN, MAX>(weights, scale);
-        if error < kept.2 {
-            kept = (scale, codes, error);
-        }
-        if step > 0 {
-            let (product, square) = correlate_codes(weights, &codes);
-            if square > 0.0 {
-                trial = product / square;
-            }
-        }
-    }
-    Some((kept.0, kept.1))
+    let first = Encoded::new::<MIN, MAX>(weights, best.1);
+    let second = Encoded::new::<MIN, MAX>(weights, first.fit);
+    let kept = if second.error < first.error { second } else { first };
+    Some((kept.scale, kept.codes))
 }
 
 /// The weight of largest magnitude, with its sign; `None` if any is not finite.
+#[inline(always)]
 fn extreme(weights: &[f32; GROUP]) -> Option<f32> {
     let (mut low, mut high, mut check) = ([0.0_f32; LANES], [0.0_f32; LANES], [0.0_f32; LANES]);
     for part in weights.as_chunks::<LANES>().0 {
         for lane in 0..LANES {
-            low[lane] = low[lane].min(part[lane]);
-            high[lane] = high[lane].max(part[lane]);
+            // Comparisons instead of `min` and `max`, whose care for NaN costs instructions.
+            low[lane] = if part[lane] < low[lane] { part[lane] } else { low[lane] };
+            high[lane] = if part[lane] > high[lane] { part[lane] } else { high[lane] };
             // 0 for finite weights, and not a number for all others.
             check[lane] += part[lane] * 0.0;
         }
     }
-    let low = low.into_iter().fold(0.0, f32::min);
-    let high = high.into_iter().fold(0.0, f32::max);
-    if check.into_iter().sum::<f32>() != 0.0 {
+    if total(check) != 0.0 {
         return None;
     }
+    let low = low.into_iter().fold(0.0, f32::min);
+    let high = high.into_iter().fold(0.0, f32::max);
     Some(if high >= -low { high } else { low })
 }
 
-/// Nearest whole number in `MIN..=MAX`. Adding 1.5·2²³ leaves no room for a fraction, so the sum rounds to nearest even;
-/// `f32::round_ties_even` would call a library function for each weight on CPUs without SSE4.1.
+/// 1.5·2²³: added to a small f32 it leaves no room for a fraction, so the sum is rounded to nearest even, and its low bits are
+/// the whole number. `f32::round_ties_even` calls a library function for each weight on CPUs without SSE4.1.
+const SHIFT: f32 = 12_582_912.0;
+
+/// Nearest whole number in `MIN..=MAX`, plus [`SHIFT`].
 #[inline(always)]
 fn nearest<const MIN: i32, const MAX: i32>(value: f32) -> f32 {
-    const SHIFT: f32 = 12_582_912.0;
-    (value.max(MIN as f32).min(MAX as f32) + SHIFT) - SHIFT
+    let value = if value < MIN as f32 { MIN as f32 } else { value };
+    let value = if value > MAX as f32 { MAX as f32 } else { value };
+    value + SHIFT
 }
 
 /// (Σwq, Σq²) for the codes that `inverse` (1 / scale) gives.
+#[inline(always)]
 fn correlate<const MIN: i32, const MAX: i32>(weights: &[f32; GROUP], inverse: f32) -> (f32, f32) {
     let (mut product, mut square) = ([0.0; LANES], [0.0; LANES]);
     for part in weights.as_chunks::<LANES>().0 {
         for lane in 0..LANES {
-            let code = nearest::<MIN, MAX>(part[lane] * inverse);
+            let code = nearest::<MIN, MAX>(part[lane] * inverse) - SHIFT;
             product[lane] += part[lane] * code;
             square[lane] += code * code;
         }
     }
-    (product.into_iter().sum(), square.into_iter().sum())
+    (total(product), total(square))
 }
 
-fn correlate_codes(weights: &[f32; GROUP], codes: &[f32; GROUP]) -> (f32, f32) {
-    let (mut product, mut square) = ([0.0; LANES], [0.0; LANES]);
-    for (part, code) in weights
-        .as_chunks::<LANES>()
-        .0
-        .iter()
-        .zip(codes.as_chunks::<LANES>().0)
-    {
-        for lane in 0..LANES {
-            product[lane] += part[lane] * code[lane];
-            square[lane] += code[lane] * code[lane];
-        }
-    }
-    (product.into_iter().sum(), square.into_iter().sum())
+/// Sum of the lanes, as a tree: in sequence the additions would wait for each other.
+#[inline(always)]
+fn total(lanes: [f32; LANES]) -> f32 {
+    let half: [f32; LANES / 2] = std::array::from_fn(|lane| lanes[lane] + lanes[lane + LANES / 2]);
+    (half[0] + half[2]) + (half[1] + half[3])
 }
 
-/// The nearest scale that the format can store.
-fn storable(scale: f32) -> f16 {
-    f16::from_f32(scale.clamp(f16::MIN.to_f32(), f16::MAX.to_f32()))
-}
-
-/// Codes for a stored scale, and their squared error.
-fn encode<const MIN: i32, const MAX: i32>(
-    weights: &[f32; GROUP],
+/// Codes for a scale as it is stored, what they leave, and the scale that would suit them best.
+struct Encoded {
     scale: f16,
-) -> ([f32; GROUP], f32) {
-    let scale = scale.to_f32();
-    let inverse = if scale == 0.0 { 0.0 } else { 1.0 / scale };
-    let mut codes = [0.0; GROUP];
-    let mut error = [0.0; LANES];
-    for (part, code) in weights
-        .as_chunks::<LANES>()
-        .0
-        .iter()
-        .zip(codes.as_chunks_mut::<LANES>().0)
-    {
-        for lane in 0..LANES {
-            code[lane] = nearest::<MIN, MAX>(part[lane] * inverse);
-            let rest = part[lane] - scale * code[lane];
-            error[lane] += rest * rest;
+    codes: [i32; GROUP],
+    error: f32,
+    fit: f32,
+}
+
+impl Encoded {
+    #[inline(always)]
+    fn new<const MIN: i32, const MAX: i32>(weights: &[f32; GROUP], scale: f32) -> Self {
+        let stored = f16::from_f32(scale.clamp(f16::MIN.to_f32_const(), f16::MAX.to_f32_const()));
+        let scale = stored.to_f32();
+        let inverse = if scale == 0.0 { 0.0 } else { 1.0 / scale };
+        let mut codes = [0; GROUP];
+        let (mut error, mut product, mut square) = ([0.0; LANES], [0.0; LANES], [0.0; LANES]);
+        for (part, codes) in weights.as_chunks::<LANES>().0.iter().zip(codes.as_chunks_mut::<LANES>().0) {
+            for lane in 0..LANES {
+                let shifted = nearest::<MIN, MAX>(part[lane] * inverse);
+                codes[lane] = shifted.to_bits() as i32 - SHIFT.to_bits() as i32;
+                let code = shifted - SHIFT;
+                let rest = part[lane] - scale * code;
+                error[lane] += rest * rest;
+                product[lane] += part[lane] * code;
+                square[lane] += code * code;
+            }
         }
+        let square = total(square);
+        let fit = if square > 0.0 { total(product) / square } else { scale };
+        Self { scale: stored, codes, error: total(error), fit }
     }
-    (codes, error.into_iter().sum())
 }
 
 /// Stored form of a q8 group: the scale, little endian, and the codes (llama.cpp's Q8_0).
@@ -205,10 +186,7 @@ pub(crate) fn store_q4(group: &GroupQ4, block: &mut [u8]) {
 pub(crate) fn load_q8(block: &[u8]) -> GroupQ8 {
     let mut codes = [0; GROUP];
     codes.copy_from_slice(bytemuck::cast_slice(&block[2..]));
-    GroupQ8 {
-        scale: f16::from_le_bytes([block[0], block[1]]),
-        codes,
-    }
+    GroupQ8 { scale: f16::from_le_bytes([block[0], block[1]]), codes }
 }
 
 /// Inverse of [`store_q4`].
@@ -218,10 +196,7 @@ pub(crate) fn load_q4(block: &[u8]) -> GroupQ4 {
         codes[index] = byte & 15;
         codes[index + GROUP / 2] = byte >> 4;
     }
-    GroupQ4 {
-        scale: f16::from_le_bytes([block[0], block[1]]),
-        codes,
-    }
+    GroupQ4 { scale: f16::from_le_bytes([block[0], block[1]]), codes }
 }
 
 /// Weights of a stored q8 group.

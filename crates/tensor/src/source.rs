@@ -33,12 +33,7 @@ impl Source {
             Ok((file, metadata.len()))
         });
         match opened {
-            Ok((file, len)) => Ok(Self {
-                path,
-                file,
-                len,
-                bytes_read,
-            }),
+            Ok((file, len)) => Ok(Self { path, file, len, bytes_read }),
             Err(source) => Err(CheckpointError::Open { file: path, source }),
         }
     }
@@ -53,23 +48,15 @@ impl Source {
     }
 
     /// Fills `out` from `offset`; `what` is for the message if that fails.
-    pub(crate) fn read_at(
-        &self,
-        what: &str,
-        offset: u64,
-        out: &mut [u8],
-    ) -> Result<(), CheckpointError> {
-        self.file
-            .read_exact_at(out, offset)
-            .map_err(|source| CheckpointError::Read {
-                file: self.path.clone(),
-                what: what.to_owned(),
-                offset,
-                bytes: out.len(),
-                source,
-            })?;
-        self.bytes_read
-            .fetch_add(out.len() as u64, Ordering::Relaxed);
+    pub(crate) fn read_at(&self, what: &str, offset: u64, out: &mut [u8]) -> Result<(), CheckpointError> {
+        self.file.read_exact_at(out, offset).map_err(|source| CheckpointError::Read {
+            file: self.path.clone(),
+            what: what.to_owned(),
+            offset,
+            bytes: out.len(),
+            source,
+        })?;
+        self.bytes_read.fetch_add(out.len() as u64, Ordering::Relaxed);
         Ok(())
     }
 }

@@ -127,27 +127,13 @@ impl CheckpointWriter {
         metadata: &[(String, String)],
     ) -> Result<Self, WriteError> {
         let path = path.as_ref().to_owned();
-        let pending = tensors
-            .iter()
-            .map(|spec| Pending::new(&path, spec))
-            .collect::<Result<Vec<_>, _>>()?;
+        let pending = tensors.iter().map(|spec| Pending::new(&path, spec)).collect::<Result<Vec<_>, _>>()?;
         let header = header(&path, tensors, &pending, metadata)?;
-        let io_error = |source| WriteError::Io {
-            file: path.clone(),
-            source,
-        };
+        let io_error = |source| WriteError::Io { file: path.clone(), source };
         let mut file = File::create(&path).map_err(io_error)?;
-        file.write_all(&(header.len() as u64).to_le_bytes())
-            .map_err(io_error)?;
+        file.write_all(&(header.len() as u64).to_le_bytes()).map_err(io_error)?;
         file.write_all(&header).map_err(io_error)?;
-        let mut writer = Self {
-            path,
-            file,
-            tensors: pending,
-            current: 0,
-            written: 0,
-            encoded: Vec::new(),
-        };
+        let mut writer = Self { path, file, tensors: pending, current: 0, written: 0, encoded: Vec::new() };
         writer.skip_complete();
         Ok(writer)
     }
@@ -169,23 +155,14 @@ impl CheckpointWriter {
         let (format, cols, row_bytes) = (pending.format, pending.cols, pending.row_bytes);
         // An unquantized tensor may be cut inside its rows, so its elements count as rows of one.
         let cols = if format.is_quantized() { cols } else { 1 };
-        assert!(
-            values.len().is_multiple_of(cols.max(1)),
-            "{} values are no rows of {cols} of {tensor}",
-            values.len()
-        );
+        assert!(values.len().is_multiple_of(cols.max(1)), "{} values are no rows of {cols} of {tensor}", values.len());
         let mut encoded = std::mem::take(&mut self.encoded);
         for part in values.chunks((PIECE / cols.max(1)).max(1) * cols.max(1)) {
             encoded.clear();
             encode_rows(format, cols, part, &mut encoded).map_err(|mut source| {
-                let bytes_before = self.written
-                    + source.row as u64 * format.stored_row_bytes(cols).unwrap_or(1) as u64;
+                let bytes_before = self.written + source.row as u64 * format.stored_row_bytes(cols).unwrap_or(1) as u64;
                 source.row = bytes_before.checked_div(row_bytes).unwrap_or(0) as usize;
-                WriteError::Encode {
-                    file: self.path.clone(),
-                    tensor: tensor.to_owned(),
-                    source,
-                }
+                WriteError::Encode { file: self.path.clone(), tensor: tensor.to_owned(), source }
             })?;
             self.write_encoded(tensor, &encoded)?;
         }
@@ -200,12 +177,7 @@ impl CheckpointWriter {
     /// If it is another tensor's turn, there are too many bytes, or the file cannot be written.
     pub fn write_encoded(&mut self, tensor: &str, bytes: &[u8]) -> Result<(), WriteError> {
         self.check_turn(tensor, bytes.len() as u64)?;
-        self.file
-            .write_all(bytes)
-            .map_err(|source| WriteError::Io {
-                file: self.path.clone(),
-                source,
-            })?;
+        self.file.write_all(bytes).map_err(|source| WriteError::Io { file: self.path.clone(), source })?;
         self.written += bytes.len() as u64;
         self.skip_complete();
         Ok(())
@@ -219,16 +191,9 @@ impl CheckpointWriter {
     pub fn finish(mut self) -> Result<(), WriteError> {
         if let Some(pending) = self.tensors.get(self.current) {
             let (tensor, missing) = (pending.name.clone(), pending.bytes - self.written);
-            return Err(WriteError::Unfinished {
-                file: self.path,
-                tensor,
-                missing,
-            });
+            return Err(WriteError::Unfinished { file: self.path, tensor, missing });
         }
-        self.file.flush().map_err(|source| WriteError::Io {
-            file: self.path,
-            source,
-        })
+        self.file.flush().map_err(|source| WriteError::Io { file: self.path, source })
     }
 
     fn check_turn(&self, tensor: &str, bytes: u64) -> Result<(), WriteError> {
@@ -237,27 +202,16 @@ impl CheckpointWriter {
                 return Ok(());
             }
             None if bytes == 0 => return Ok(()),
-            Some(pending) => format!(
-                "it is {}'s turn, of which {} are missing",
-                pending.name,
-                pending.bytes - self.written
-            ),
+            Some(pending) => {
+                format!("it is {}'s turn, of which {} are missing", pending.name, pending.bytes - self.written)
+            }
             None => "all tensors are complete".to_owned(),
         };
-        Err(WriteError::Order {
-            file: self.path.clone(),
-            found: tensor.to_owned(),
-            bytes,
-            expected,
-        })
+        Err(WriteError::Order { file: self.path.clone(), found: tensor.to_owned(), bytes, expected })
     }
 
     fn skip_complete(&mut self) {
-        while self
-            .tensors
-            .get(self.current)
-            .is_some_and(|pending| pending.bytes == self.written)
-        {
+        while self.tensors.get(self.current).is_some_and(|pending| pending.bytes == self.written) {
             self.current += 1;
             self.written = 0;
         }
@@ -278,17 +232,9 @@ impl Pending {
         let cols = spec.shape.last().copied().unwrap_or(1);
         let row_bytes = spec.format.stored_row_bytes(cols).ok_or_else(wrong)? as u64;
         let outer = spec.shape.split_last().map_or(&[][..], |(_, outer)| outer);
-        let bytes = outer
-            .iter()
-            .try_fold(row_bytes, |product, &size| product.checked_mul(size as u64))
-            .ok_or_else(wrong)?;
-        Ok(Self {
-            name: spec.name.clone(),
-            format: spec.format,
-            cols,
-            row_bytes,
-            bytes,
-        })
+        let bytes =
+            outer.iter().try_fold(row_bytes, |product, &size| product.checked_mul(size as u64)).ok_or_else(wrong)?;
+        Ok(Self { name: spec.name.clone(), format: spec.format, cols, row_bytes, bytes })
     }
 }
 
@@ -299,10 +245,7 @@ fn header(
     pending: &[Pending],
     metadata: &[(String, String)],
 ) -> Result<Vec<u8>, WriteError> {
-    let mut notes: Map<String, Value> = metadata
-        .iter()
-        .map(|(key, value)| (key.clone(), json!(value)))
-        .collect();
+    let mut notes: Map<String, Value> = metadata.iter().map(|(key, value)| (key.clone(), json!(value))).collect();
     let mut entries = Map::new();
     let mut offset = 0_u64;
     for (spec, pending) in tensors.iter().zip(pending) {
@@ -312,10 +255,7 @@ fn header(
             WeightFormat::F16 => ("F16", spec.shape.clone()),
             WeightFormat::Q8 | WeightFormat::Q4 => {
                 let [rows, cols] = [spec.shape[0], spec.shape[1]];
-                notes.insert(
-                    format!("{MARK}{}", spec.name),
-                    json!(format!("{} {rows}x{cols}", spec.format)),
-                );
+                notes.insert(format!("{MARK}{}", spec.name), json!(format!("{} {rows}x{cols}", spec.format)));
                 ("U8", vec![rows, pending.row_bytes as usize])
             }
         };
@@ -328,10 +268,7 @@ fn header(
         let end = offset.checked_add(pending.bytes).ok_or_else(overflow)?;
         let entry = json!({ "dtype": dtype, "shape": shape, "data_offsets": [offset, end] });
         if entries.insert(spec.name.clone(), entry).is_some() {
-            return Err(WriteError::Repeated {
-                file: path.to_owned(),
-                tensor: spec.name.clone(),
-            });
+            return Err(WriteError::Repeated { file: path.to_owned(), tensor: spec.name.clone() });
         }
         offset = end;
     }
