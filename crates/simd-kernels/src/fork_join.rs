@@ -104,11 +104,7 @@ impl ForkJoin {
             panic: Mutex::new(None),
             cores: thread::available_parallelism().map_or(1, |n| n.get()),
         });
-        let mut team = ForkJoin {
-            shared,
-            workers: Vec::new(),
-            turn: Mutex::new(()),
-        };
+        let mut team = ForkJoin { shared, workers: Vec::new(), turn: Mutex::new(()) };
         for index in 1..threads {
             let (shared, on_start) = (Arc::clone(&team.shared), Arc::clone(&on_start));
             let worker = thread::Builder::new()
@@ -117,9 +113,7 @@ impl ForkJoin {
                     shared.serve(|| on_start(index));
                     shared.work(index);
                 })
-                .unwrap_or_else(|error| {
-                    panic!("cannot start thread {index} of {threads}: {error}")
-                });
+                .unwrap_or_else(|error| panic!("cannot start thread {index} of {threads}: {error}"));
             team.workers.push(worker);
         }
         // A start is served as a job is, so a panic in it ends here and not in a run that waits for ever.
@@ -144,11 +138,7 @@ impl ForkJoin {
     pub fn run(&self, job: &(dyn Fn(usize) + Sync)) {
         let team = Arc::as_ptr(&self.shared).addr();
         let nested = WORKING_FOR.with_borrow(|teams| teams.contains(&team));
-        assert!(
-            !nested,
-            "a job runs its own team of {} threads",
-            self.threads()
-        );
+        assert!(!nested, "a job runs its own team of {} threads", self.threads());
         if self.workers.is_empty() {
             let _turn = lock(&self.turn);
             let _working = Working::enter(team);
@@ -333,11 +323,7 @@ mod tests {
                     assert_eq!(*lock(&ids[i]).get_or_insert(id), id, "thread {i} changed");
                 });
                 for (i, count) in counts.iter().enumerate() {
-                    assert_eq!(
-                        count.load(Ordering::Relaxed),
-                        run,
-                        "thread {i} of {threads}"
-                    );
+                    assert_eq!(count.load(Ordering::Relaxed), run, "thread {i} of {threads}");
                 }
             }
         }
@@ -406,10 +392,7 @@ mod tests {
         for threads in [1, 2] {
             let (outer, inner) = (team(threads), team(threads));
             let result = catch_unwind(AssertUnwindSafe(|| outer.run(&|_| outer.run(&|_| ()))));
-            assert_eq!(
-                message(result),
-                format!("a job runs its own team of {threads} threads")
-            );
+            assert_eq!(message(result), format!("a job runs its own team of {threads} threads"));
             let calls = AtomicUsize::new(0);
             outer.run(&|_| {
                 inner.run(&|_| {
@@ -452,10 +435,6 @@ mod tests {
         );
         team.run(&|_| ());
         drop(team);
-        assert_eq!(
-            Arc::strong_count(&alive),
-            1,
-            "a thread still holds its start callback"
-        );
+        assert_eq!(Arc::strong_count(&alive), 1, "a thread still holds its start callback");
     }
 }

@@ -14,11 +14,7 @@ pub(crate) fn f16_to_f32(bits: u16) -> f32 {
         0 => magnitude as f32 * f32::from_bits(0x3380_0000),
         // Infinity and NaN keep their payload; VCVTPH2PS also makes a NaN quiet.
         31 => {
-            let quiet = if magnitude & 0x3ff != 0 {
-                0x0040_0000
-            } else {
-                0
-            };
+            let quiet = if magnitude & 0x3ff != 0 { 0x0040_0000 } else { 0 };
             f32::from_bits(0x7f80_0000 | quiet | (magnitude << 13))
         }
         // The exponent bias changes from 15 to 127.
@@ -65,11 +61,7 @@ mod tests {
         for bits in 0..0x7bff_u16 {
             let (low, high) = (f16_to_f32(bits), f16_to_f32(bits + 1));
             let middle = 0.5 * (low + high);
-            assert_eq!(
-                f32_to_f16(middle),
-                bits + (bits & 1),
-                "tie above {bits:#06x}"
-            );
+            assert_eq!(f32_to_f16(middle), bits + (bits & 1), "tie above {bits:#06x}");
             assert_eq!(f32_to_f16(f32::from_bits(middle.to_bits() - 1)), bits);
             assert_eq!(f32_to_f16(f32::from_bits(middle.to_bits() + 1)), bits + 1);
         }
@@ -79,16 +71,12 @@ mod tests {
     #[test]
     fn agrees_with_the_cpu() {
         use std::arch::x86_64::{
-            _mm_cvtph_ps, _mm_cvtps_ph, _mm_cvtsi32_si128, _mm_cvtsi128_si32, _mm_cvtss_f32,
-            _mm_set_ss,
+            _mm_cvtph_ps, _mm_cvtps_ph, _mm_cvtsi32_si128, _mm_cvtsi128_si32, _mm_cvtss_f32, _mm_set_ss,
         };
         #[target_feature(enable = "avx2,fma,f16c")]
         fn both(bits: u16, value: f32) -> (u32, u16) {
             let widened = _mm_cvtss_f32(_mm_cvtph_ps(_mm_cvtsi32_si128(i32::from(bits))));
-            (
-                widened.to_bits(),
-                _mm_cvtsi128_si32(_mm_cvtps_ph::<0>(_mm_set_ss(value))) as u16,
-            )
+            (widened.to_bits(), _mm_cvtsi128_si32(_mm_cvtps_ph::<0>(_mm_set_ss(value))) as u16)
         }
         if crate::Isa::avx2().is_none() {
             return;

@@ -4,6 +4,7 @@ use std::ops::Range;
 
 use crate::isa::Isa;
 use crate::pack::{pack_float, pack_int8, pack_int16};
+
 use crate::panels::{GROUP, PanelData};
 
 /// How activations are prepared; the weight format decides.
@@ -27,29 +28,36 @@ impl InputKind {
             PanelData::Q4(_) => InputKind::Int8,
         }
     }
+
+    /// 32-bit words of one token and group.
+    pub(crate) fn words_per_group(self) -> usize {
+        match self {
+            InputKind::Float => 0,
+            InputKind::Int16 => GROUP / 2,
+            InputKind::Int8 => GROUP / 4,
+        }
+    }
 }
 
 /// Activations `[tokens, cols]` in the order in which the kernels read them. Reusable; owns its buffers.
 ///
 /// Six tokens make a tile (the last one may be shorter, `m` tokens). A tile is contiguous:
 /// - Float: `x[m k + i]` for column k and token i of the tile;
-/// - Int16: column pairs, `x[2 (m (k / 2) + i) + k % 2]`;
-/// - Int8: column quads, `x[4 (m (k / 4) + i) + k % 4]`;
-///
-/// and `scales[m (k / 32) + i]` for the quantized kinds. Their last group is filled up with zeros.
+/// - quantized: words of 32 bits, which the kernels broadcast: `words[m (k / 2) + i]` holds the int16 of columns
+///   `k` and `k + 1` (the lower one in the low half), `words[m (k / 4) + i]` the int8 of four columns; and
+///   `scales[m (k / 32) + i]`. The last group is filled up with zeros.
 #[derive(Debug)]
 pub struct Input {
     kind: InputKind,
     tokens: usize,
     cols: usize,
     float: Vec<f32>,
-    int16: Vec<i16>,
-    int8: Vec<i8>,
+    words: Vec<i32>,
     scales: Vec<f32>,
-    zeros: Vec<[i16; 2]>,
+    offsets: Vec<i32>,
 }
 
-/// One tile of activations; all slices hold the whole tile.
+/// One tile of f32 activations.
 #[derive(Clone, Copy)]
 pub(crate) struct FloatTile<'a> {
     /// `[cols, m]`
@@ -58,29 +66,32 @@ pub(crate) struct FloatTile<'a> {
     pub m: usize,
 }
 
-/// One tile of int16 activations.
+/// One tile of quantized activations.
 #[derive(Clone, Copy)]
-pub(crate) struct Int16Tile<'a> {
-    /// `[groups, 16, m, 2]`
-    pub x: &'a [i16],
+pub(crate) struct IntTile<'a> {
+    /// `[groups, 16, m]` pairs of int16 or `[groups, 8, m]` quads of int8.
+    pub words: &'a [i32],
     /// `[groups, m]`
     pub scales: &'a [f32],
+    /// `[groups, m]`, for int8 only: two int16, -8 times the sum of the columns with k % 4 in {0, 1}, and of those
+    /// in {2, 3}. A sum of products with unsigned nibbles that starts here is one with nibbles minus 8.
+    pub offsets: &'a [i32],
     /// Tokens, 1..=6.
     pub m: usize,
 }
 
-/// One tile of int8 activations.
-#[derive(Clone, Copy)]
-pub(crate) struct Int8Tile<'a> {
-    /// `[groups, 8, m, 4]`
-    pub x: &'a [i8],
-    /// `[groups, m]`
-    pub scales: &'a [f32],
-    /// `[groups, m]`: -8 times the sum of the columns with k % 4 in {0, 1}, and of those in {2, 3}. A sum of
-    /// products with unsigned nibbles that starts from these is a sum of products with nibbles minus 8.
-    pub zeros: &'a [[i16; 2]],
-    /// Tokens, 1..=6.
-    pub m: usize,
+impl<'a> IntTile<'a> {
+    /// Some groups of columns of this tile.
+    pub(crate) fn groups(&self, groups: Range<usize>) -> IntTile<'a> {
+        let words = self.words.len() / (self.scales.len() / self.m).max(1);
+        let range = groups.start * self.m..groups.end * self.m;
+        IntTile {
+            words: &self.words[groups.start * words..groups.end * words],
+            scales: &self.scales[range.clone()],
+            offsets: if self.offsets.is_empty() { &[] } else { &self.offsets[range] },
+            m: self.m,
+        }
+    }
 }
 
 impl Default for Input {
@@ -100,10 +111,9 @@ impl Input {
             tokens: 0,
             cols: 0,
             float: Vec::new(),
-            int16: Vec::new(),
-            int8: Vec::new(),
+            words: Vec::new(),
             scales: Vec::new(),
-            zeros: Vec::new(),
+            offsets: Vec::new(),
         }
     }
 
@@ -128,7 +138,7 @@ impl Input {
     /// When the length of `x` is not `tokens * cols`.
     pub fn prepare(&mut self, isa: Isa, kind: InputKind, x: &[f32], tokens: usize, cols: usize) {
         self.reset(kind, tokens, cols);
-        self.part(0..tokens).0.fill(isa, x);
+        self.part(tokens).0.fill(isa, x);
     }
 
     /// Makes room for `[tokens, cols]`; the contents are unspecified until all parts of a [`Input::split`] are filled.
@@ -137,14 +147,12 @@ impl Input {
         let groups = tokens * cols.div_ceil(GROUP);
         match kind {
             InputKind::Float => self.float.resize(tokens * cols, 0.0),
-            InputKind::Int16 => {
-                self.int16.resize(groups * GROUP, 0);
+            InputKind::Int16 | InputKind::Int8 => {
+                self.words.resize(groups * kind.words_per_group(), 0);
                 self.scales.resize(groups, 0.0);
-            }
-            InputKind::Int8 => {
-                self.int8.resize(groups * GROUP, 0);
-                self.scales.resize(groups, 0.0);
-                self.zeros.resize(groups, [0; 2]);
+                if kind == InputKind::Int8 {
+                    self.offsets.resize(groups, 0);
+                }
             }
         }
     }
@@ -156,7 +164,7 @@ impl Input {
     pub fn split(&mut self, cuts: &[Range<usize>]) -> Vec<InputPart<'_>> {
         let tokens = self.tokens;
         let mut parts = Vec::with_capacity(cuts.len());
-        let (_, mut rest) = self.part(0..0);
+        let (_, mut rest) = self.part(0);
         let mut next = 0;
         for cut in cuts {
             assert!(
@@ -177,26 +185,19 @@ impl Input {
         parts
     }
 
-    fn part(&mut self, tokens: Range<usize>) -> (InputPart<'_>, InputPart<'_>) {
+    /// The first `tokens` tokens and the rest.
+    fn part(&mut self, tokens: usize) -> (InputPart<'_>, InputPart<'_>) {
         let groups = self.tokens * self.cols.div_ceil(GROUP);
+        let words = groups * self.kind.words_per_group();
         let data = match self.kind {
             InputKind::Float => PartData::Float(&mut self.float[..self.tokens * self.cols]),
-            InputKind::Int16 => PartData::Int16(
-                &mut self.int16[..groups * GROUP],
-                &mut self.scales[..groups],
-            ),
-            InputKind::Int8 => PartData::Int8(
-                &mut self.int8[..groups * GROUP],
-                &mut self.scales[..groups],
-                &mut self.zeros[..groups],
-            ),
+            InputKind::Int16 => PartData::Int16(&mut self.words[..words], &mut self.scales[..groups]),
+            InputKind::Int8 => {
+                let (words, scales) = (&mut self.words[..words], &mut self.scales[..groups]);
+                PartData::Int8(words, scales, &mut self.offsets[..groups])
+            }
         };
-        InputPart {
-            tokens: self.tokens,
-            cols: self.cols,
-            data,
-        }
-        .split_at(tokens.end)
+        InputPart { tokens: self.tokens, cols: self.cols, data }.split_at(tokens)
     }
 
     /// Tiles: `ceil(tokens / 6)`.
@@ -212,31 +213,17 @@ impl Input {
     pub(crate) fn float_tile(&self, tile: usize) -> FloatTile<'_> {
         debug_assert_eq!(self.kind, InputKind::Float);
         let t = self.tile_tokens(tile);
-        FloatTile {
-            x: &self.float[t.start * self.cols..t.end * self.cols],
-            m: t.len(),
-        }
+        FloatTile { x: &self.float[t.start * self.cols..t.end * self.cols], m: t.len() }
     }
 
-    pub(crate) fn int16_tile(&self, tile: usize) -> Int16Tile<'_> {
-        debug_assert_eq!(self.kind, InputKind::Int16);
+    pub(crate) fn int_tile(&self, tile: usize) -> IntTile<'_> {
+        debug_assert_ne!(self.kind, InputKind::Float);
         let (t, groups) = (self.tile_tokens(tile), self.cols.div_ceil(GROUP));
-        let range = t.start * groups..t.end * groups;
-        Int16Tile {
-            x: &self.int16[range.start * GROUP..range.end * GROUP],
-            scales: &self.scales[range],
-            m: t.len(),
-        }
-    }
-
-    pub(crate) fn int8_tile(&self, tile: usize) -> Int8Tile<'_> {
-        debug_assert_eq!(self.kind, InputKind::Int8);
-        let (t, groups) = (self.tile_tokens(tile), self.cols.div_ceil(GROUP));
-        let range = t.start * groups..t.end * groups;
-        Int8Tile {
-            x: &self.int8[range.start * GROUP..range.end * GROUP],
+        let (range, size) = (t.start * groups..t.end * groups, self.kind.words_per_group());
+        IntTile {
+            words: &self.words[range.start * size..range.end * size],
             scales: &self.scales[range.clone()],
-            zeros: &self.zeros[range],
+            offsets: if self.kind == InputKind::Int8 { &self.offsets[range] } else { &[] },
             m: t.len(),
         }
     }
@@ -253,8 +240,8 @@ pub struct InputPart<'a> {
 #[derive(Debug)]
 enum PartData<'a> {
     Float(&'a mut [f32]),
-    Int16(&'a mut [i16], &'a mut [f32]),
-    Int8(&'a mut [i8], &'a mut [f32], &'a mut [[i16; 2]]),
+    Int16(&'a mut [i32], &'a mut [f32]),
+    Int8(&'a mut [i32], &'a mut [f32], &'a mut [i32]),
 }
 
 impl<'a> InputPart<'a> {
@@ -269,39 +256,28 @@ impl<'a> InputPart<'a> {
     /// When the length of `x` differs.
     pub fn fill(self, isa: Isa, x: &[f32]) {
         let (tokens, cols) = (self.tokens, self.cols);
-        assert!(
-            x.len() == tokens * cols,
-            "[{tokens}, {cols}] activations, got {} numbers",
-            x.len()
-        );
+        assert!(x.len() == tokens * cols, "[{tokens}, {cols}] activations, got {} numbers", x.len());
         if x.is_empty() {
             return;
         }
-        let (rows, groups) = (
-            x.chunks(Input::TILE * cols),
-            Input::TILE * cols.div_ceil(GROUP),
-        );
+        let (rows, groups) = (x.chunks(Input::TILE * cols), Input::TILE * cols.div_ceil(GROUP));
         match self.data {
             PartData::Float(out) => {
                 for (rows, out) in rows.zip(out.chunks_mut(Input::TILE * cols)) {
                     pack_float(isa, rows, cols, out);
                 }
             }
-            PartData::Int16(out, scales) => {
-                let tiles = out
-                    .chunks_mut(groups * GROUP)
-                    .zip(scales.chunks_mut(groups));
-                for (rows, (out, scales)) in rows.zip(tiles) {
-                    pack_int16(isa, rows, cols, out, scales);
+            PartData::Int16(words, scales) => {
+                let words = words.chunks_mut(groups * InputKind::Int16.words_per_group());
+                for (rows, (words, scales)) in rows.zip(words.zip(scales.chunks_mut(groups))) {
+                    pack_int16(isa, rows, cols, words, scales);
                 }
             }
-            PartData::Int8(out, scales, zeros) => {
-                let tiles = out
-                    .chunks_mut(groups * GROUP)
-                    .zip(scales.chunks_mut(groups));
-                for (rows, ((out, scales), zeros)) in rows.zip(tiles.zip(zeros.chunks_mut(groups)))
-                {
-                    pack_int8(isa, rows, cols, out, scales, zeros);
+            PartData::Int8(words, scales, offsets) => {
+                let words = words.chunks_mut(groups * InputKind::Int8.words_per_group());
+                let scales = scales.chunks_mut(groups).zip(offsets.chunks_mut(groups));
+                for (rows, (words, (scales, offsets))) in rows.zip(words.zip(scales)) {
+                    pack_int8(isa, rows, cols, words, scales, offsets);
                 }
             }
         }
@@ -315,29 +291,17 @@ impl<'a> InputPart<'a> {
                 let (a, b) = x.split_at_mut(tokens * cols);
                 (PartData::Float(a), PartData::Float(b))
             }
-            PartData::Int16(x, scales) => {
-                let ((a, b), (s, t)) =
-                    (x.split_at_mut(groups * GROUP), scales.split_at_mut(groups));
+            PartData::Int16(words, scales) => {
+                let (a, b) = words.split_at_mut(groups * InputKind::Int16.words_per_group());
+                let (s, t) = scales.split_at_mut(groups);
                 (PartData::Int16(a, s), PartData::Int16(b, t))
             }
-            PartData::Int8(x, scales, zeros) => {
-                let ((a, b), (s, t)) =
-                    (x.split_at_mut(groups * GROUP), scales.split_at_mut(groups));
-                let (y, z) = zeros.split_at_mut(groups);
+            PartData::Int8(words, scales, offsets) => {
+                let (a, b) = words.split_at_mut(groups * InputKind::Int8.words_per_group());
+                let ((s, t), (y, z)) = (scales.split_at_mut(groups), offsets.split_at_mut(groups));
                 (PartData::Int8(a, s, y), PartData::Int8(b, t, z))
             }
         };
-        (
-            InputPart {
-                tokens,
-                cols,
-                data: left,
-            },
-            InputPart {
-                tokens: self.tokens - tokens,
-                cols,
-                data: right,
-            },
-        )
+        (InputPart { tokens, cols, data: left }, InputPart { tokens: self.tokens - tokens, cols, data: right })
     }
 }

@@ -28,10 +28,7 @@ impl Isa {
     /// AVX2 with FMA and F16C, or `None` when the CPU or the operating system lacks one of the three.
     pub fn avx2() -> Option<Isa> {
         #[cfg(target_arch = "x86_64")]
-        if is_x86_feature_detected!("avx2")
-            && is_x86_feature_detected!("fma")
-            && is_x86_feature_detected!("f16c")
-        {
+        if is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") && is_x86_feature_detected!("f16c") {
             return Some(Isa(Kind::Avx2));
         }
         None
@@ -87,9 +84,7 @@ impl FromStr for Isa {
             "auto" => Ok(Isa::avx2().unwrap_or(Isa::scalar())),
             "scalar" => Ok(Isa::scalar()),
             "avx2" => Isa::avx2().ok_or(IsaError::Missing { name: "avx2" }),
-            other => Err(IsaError::Unknown {
-                name: other.to_owned(),
-            }),
+            other => Err(IsaError::Unknown { name: other.to_owned() }),
         }
     }
 }
@@ -112,10 +107,7 @@ pub enum IsaError {
 impl fmt::Display for IsaError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            IsaError::Unknown { name } => write!(
-                f,
-                "unknown instruction set {name:?}, expected auto, scalar or avx2"
-            ),
+            IsaError::Unknown { name } => write!(f, "unknown instruction set {name:?}, expected auto, scalar or avx2"),
             IsaError::Missing { name } => {
                 write!(f, "this CPU does not have {name} (with FMA and F16C)")
             }
@@ -162,12 +154,8 @@ pub(crate) mod witness {
 
     /// Fails when the CPU has AVX2 and this thread has not entered the AVX2 function `name` (as written in `dispatch!`).
     pub(crate) fn assert_entered(name: &str) {
-        let entered =
-            ENTERED.with_borrow(|set| set.iter().any(|path| path.replace(' ', "") == name));
-        assert!(
-            entered || super::Isa::avx2().is_none(),
-            "the CPU has AVX2, but {name} was not exercised"
-        );
+        let entered = ENTERED.with_borrow(|set| set.iter().any(|path| path.replace(' ', "") == name));
+        assert!(entered || super::Isa::avx2().is_none(), "the CPU has AVX2, but {name} was not exercised");
     }
 }
 
@@ -182,21 +170,13 @@ mod tests {
         let best: Isa = "auto".parse().expect("auto always works");
         match Isa::avx2() {
             Some(isa) => assert_eq!((best, isa.name()), (isa, "avx2")),
-            None => assert_eq!(
-                "avx2".parse::<Isa>(),
-                Err(IsaError::Missing { name: "avx2" })
-            ),
+            None => assert_eq!("avx2".parse::<Isa>(), Err(IsaError::Missing { name: "avx2" })),
         }
     }
 
     #[test]
     fn unknown_names_are_errors() {
-        let error = "avx512"
-            .parse::<Isa>()
-            .expect_err("not an instruction set of this crate");
-        assert_eq!(
-            error.to_string(),
-            "unknown instruction set \"avx512\", expected auto, scalar or avx2"
-        );
+        let error = "avx512".parse::<Isa>().expect_err("not an instruction set of this crate");
+        assert_eq!(error.to_string(), "unknown instruction set \"avx512\", expected auto, scalar or avx2");
     }
 }

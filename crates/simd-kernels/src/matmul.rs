@@ -3,10 +3,12 @@
 use std::ops::Range;
 
 use crate::input::{Input, InputKind};
-use crate::isa::Isa;
+use crate::isa::{Isa, dispatch};
 use crate::matrix::MatMut;
 use crate::panels::Panels;
 
+#[cfg(target_arch = "x86_64")]
+mod avx2;
 mod scalar;
 
 /// What happens to the old contents of an output.
@@ -25,62 +27,32 @@ pub enum Store {
 ///
 /// # Panics
 /// When shapes differ, or `x` was prepared for another kind of weights.
-pub fn matmul(
-    isa: Isa,
-    w: Panels<'_>,
-    panels: Range<usize>,
-    x: &Input,
-    out: MatMut<'_>,
-    store: Store,
-) {
+pub fn matmul(isa: Isa, w: Panels<'_>, panels: Range<usize>, x: &Input, out: MatMut<'_>, store: Store) {
     check(w, &panels, x, &out);
     if out.rows() == 0 || out.cols() == 0 {
         return;
     }
-    let _ = isa;
-    scalar::matmul(w, panels, x, out, store);
+    dispatch!(isa, avx2::matmul, scalar::matmul, (w, panels, x, out, store))
 }
 
 /// `out[t, c] = silu(gate[c] · x[t]) * (up[c] · x[t])` for the rows that `panels` of both matrices cover.
 ///
 /// # Panics
 /// When shapes differ, or `x` was prepared for another kind of weights.
-pub fn matmul_swiglu(
-    isa: Isa,
-    gate: Panels<'_>,
-    up: Panels<'_>,
-    panels: Range<usize>,
-    x: &Input,
-    out: MatMut<'_>,
-) {
+pub fn matmul_swiglu(isa: Isa, gate: Panels<'_>, up: Panels<'_>, panels: Range<usize>, x: &Input, out: MatMut<'_>) {
     check(gate, &panels, x, &out);
     check(up, &panels, x, &out);
-    assert!(
-        gate.rows() == up.rows(),
-        "gate has {} rows, up has {}",
-        gate.rows(),
-        up.rows()
-    );
+    assert!(gate.rows() == up.rows(), "gate has {} rows, up has {}", gate.rows(), up.rows());
     if out.rows() == 0 || out.cols() == 0 {
         return;
     }
-    let _ = isa;
-    scalar::matmul_swiglu(gate, up, panels, x, out);
+    dispatch!(isa, avx2::matmul_swiglu, scalar::matmul_swiglu, (gate, up, panels, x, out))
 }
 
 fn check(w: Panels<'_>, panels: &Range<usize>, x: &Input, out: &MatMut<'_>) {
     let (rows, kind) = (w.rows_in(panels), InputKind::of(&w.data()));
-    assert!(
-        x.kind() == kind,
-        "the weights take {kind:?} activations, got {:?}",
-        x.kind()
-    );
-    assert!(
-        w.cols() == x.cols(),
-        "weights of {} columns, activations of {}",
-        w.cols(),
-        x.cols()
-    );
+    assert!(x.kind() == kind, "the weights take {kind:?} activations, got {:?}", x.kind());
+    assert!(w.cols() == x.cols(), "weights of {} columns, activations of {}", w.cols(), x.cols());
     assert!(
         out.rows() == x.tokens() && out.cols() == rows,
         "{} tokens and {rows} rows into an output of [{}, {}]",
@@ -89,3 +61,6 @@ fn check(w: Panels<'_>, panels: &Range<usize>, x: &Input, out: &MatMut<'_>) {
         out.cols()
     );
 }
+
+#[cfg(test)]
+mod tests;

@@ -25,27 +25,14 @@ impl<'a> MatMut<'a> {
     /// # Panics
     /// When the rows overlap (`cols > stride`) or the last one ends beyond `data`.
     pub fn new(data: &'a mut [f32], rows: usize, cols: usize, stride: usize) -> MatMut<'a> {
-        assert!(
-            rows <= 1 || cols <= stride,
-            "rows of {cols} columns at a stride of {stride} overlap"
-        );
-        let needed = if rows == 0 {
-            0
-        } else {
-            (rows - 1) * stride + cols
-        };
+        assert!(rows <= 1 || cols <= stride, "rows of {cols} columns at a stride of {stride} overlap");
+        let needed = if rows == 0 { 0 } else { (rows - 1) * stride + cols };
         assert!(
             needed <= data.len(),
             "[{rows}, {cols}] at stride {stride} takes {needed} elements, got {}",
             data.len()
         );
-        MatMut {
-            start: data.as_mut_ptr(),
-            rows,
-            cols,
-            stride,
-            owner: PhantomData,
-        }
+        MatMut { start: data.as_mut_ptr(), rows, cols, stride, owner: PhantomData }
     }
 
     /// Rows of the block.
@@ -79,14 +66,7 @@ impl<'a> MatMut<'a> {
         let offset = if self.rows == 0 { 0 } else { at };
         // SAFETY: with a row, `offset <= cols` stays within that row of the buffer or one past its end.
         let right = unsafe { self.start.add(offset) };
-        (
-            MatMut { cols: at, ..self },
-            MatMut {
-                start: right,
-                cols: self.cols - at,
-                ..self
-            },
-        )
+        (MatMut { cols: at, ..self }, MatMut { start: right, cols: self.cols - at, ..self })
     }
 
     /// The rows before `at` and those from `at` on.
@@ -100,25 +80,12 @@ impl<'a> MatMut<'a> {
         let offset = if at == self.rows { 0 } else { at * self.stride };
         // SAFETY: row `at` exists here, so its start is inside the buffer.
         let lower = unsafe { self.start.add(offset) };
-        (
-            MatMut { rows: at, ..self },
-            MatMut {
-                start: lower,
-                rows: self.rows - at,
-                ..self
-            },
-        )
+        (MatMut { rows: at, ..self }, MatMut { start: lower, rows: self.rows - at, ..self })
     }
 
     /// The same block for a shorter time, for a callee that takes it by value.
     pub fn reborrow(&mut self) -> MatMut<'_> {
-        MatMut {
-            start: self.start,
-            rows: self.rows,
-            cols: self.cols,
-            stride: self.stride,
-            owner: PhantomData,
-        }
+        MatMut { start: self.start, rows: self.rows, cols: self.cols, stride: self.stride, owner: PhantomData }
     }
 
     /// The first element and the distance between rows, for libraries that take a pointer.
@@ -136,14 +103,9 @@ mod tests {
         for (rows, cols, stride) in [(0, 0, 0), (0, 5, 5), (1, 3, 3), (4, 5, 7), (3, 0, 2)] {
             for row_cut in 0..=rows {
                 for col_cut in 0..=cols {
-                    let len = if rows == 0 {
-                        0
-                    } else {
-                        (rows - 1) * stride + cols
-                    };
+                    let len = if rows == 0 { 0 } else { (rows - 1) * stride + cols };
                     let mut data = vec![0.0; len];
-                    let (top, bottom) =
-                        MatMut::new(&mut data, rows, cols, stride).split_rows(row_cut);
+                    let (top, bottom) = MatMut::new(&mut data, rows, cols, stride).split_rows(row_cut);
                     for part in [top, bottom] {
                         let (left, right) = part.split_cols(col_cut);
                         for mut piece in [left, right] {
@@ -154,11 +116,7 @@ mod tests {
                     }
                     for (i, &x) in data.iter().enumerate() {
                         let inside = i % stride.max(1) < cols;
-                        assert_eq!(
-                            x,
-                            f32::from(u8::from(inside)),
-                            "[{rows}, {cols}] stride {stride} at {i}"
-                        );
+                        assert_eq!(x, f32::from(u8::from(inside)), "[{rows}, {cols}] stride {stride} at {i}");
                     }
                 }
             }

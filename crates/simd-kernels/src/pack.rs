@@ -18,24 +18,14 @@ pub(crate) fn pack_float(_isa: Isa, rows: &[f32], cols: usize, out: &mut [f32]) 
 }
 
 /// Quantizes to int16 per group and interleaves column pairs; see `Input` for the order.
-pub(crate) fn pack_int16(
-    _isa: Isa,
-    rows: &[f32],
-    cols: usize,
-    out: &mut [i16],
-    scales: &mut [f32],
-) {
+pub(crate) fn pack_int16(_isa: Isa, rows: &[f32], cols: usize, words: &mut [i32], scales: &mut [f32]) {
     let m = rows.len() / cols;
     for (i, row) in rows.chunks_exact(cols).enumerate() {
         for (g, group) in row.chunks(GROUP).enumerate() {
-            let (scale, inverse) = scale_for(group, 32767.0);
+            let (q, scale) = quantize(group, 32767.0);
             scales[g * m + i] = scale;
-            let out = &mut out[g * m * GROUP..(g + 1) * m * GROUP];
-            for k in 0..GROUP {
-                let q = group
-                    .get(k)
-                    .map_or(0.0, |x| (x * inverse).round_ties_even());
-                out[2 * (m * (k / 2) + i) + k % 2] = q as i16;
+            for (j, pair) in q.as_chunks::<2>().0.iter().enumerate() {
+                words[m * (g * GROUP / 2 + j) + i] = join_pair(*pair);
             }
         }
     }
@@ -46,27 +36,43 @@ pub(crate) fn pack_int8(
     _isa: Isa,
     rows: &[f32],
     cols: usize,
-    out: &mut [i8],
+    words: &mut [i32],
     scales: &mut [f32],
-    zeros: &mut [[i16; 2]],
+    offsets: &mut [i32],
 ) {
     let m = rows.len() / cols;
     for (i, row) in rows.chunks_exact(cols).enumerate() {
         for (g, group) in row.chunks(GROUP).enumerate() {
-            let (scale, inverse) = scale_for(group, 127.0);
+            let (q, scale) = quantize(group, 127.0);
             scales[g * m + i] = scale;
-            let out = &mut out[g * m * GROUP..(g + 1) * m * GROUP];
-            let mut sums = [0_i16; 2];
-            for k in 0..GROUP {
-                let q = group
-                    .get(k)
-                    .map_or(0.0, |x| (x * inverse).round_ties_even()) as i8;
-                out[4 * (m * (k / 4) + i) + k % 4] = q;
-                sums[k % 4 / 2] += i16::from(q);
+            let mut sums = [0; 2];
+            for (j, quad) in q.as_chunks::<4>().0.iter().enumerate() {
+                words[m * (g * GROUP / 4 + j) + i] = i32::from_le_bytes(quad.map(|q| q as u8));
+                sums = [sums[0] + quad[0] + quad[1], sums[1] + quad[2] + quad[3]];
             }
-            zeros[g * m + i] = sums.map(|sum| -8 * sum);
+            offsets[g * m + i] = join_pair(sums.map(|sum| -8 * sum));
         }
     }
+}
+
+/// Two int16 as one word, the first in the low half.
+fn join_pair([low, high]: [i16; 2]) -> i32 {
+    i32::from(high) << 16 | i32::from(low as u16)
+}
+
+/// The two int16 of a word, the low half first.
+pub(crate) fn split_pair(word: i32) -> [i16; 2] {
+    [word as i16, (word >> 16) as i16]
+}
+
+/// Up to 32 numbers as integers of at most `limit`, filled up with zeros, and their scale.
+fn quantize(group: &[f32], limit: f32) -> ([i16; GROUP], f32) {
+    let (scale, inverse) = scale_for(group, limit);
+    let mut q = [0; GROUP];
+    for (q, x) in q.iter_mut().zip(group) {
+        *q = (x * inverse).round_ties_even() as i16;
+    }
+    (q, scale)
 }
 
 /// The scale of a group whose largest magnitude becomes `limit`, and its inverse.
@@ -75,11 +81,7 @@ pub(crate) fn pack_int8(
 /// its scale and zeros as its integers, so that every sum it enters is NaN rather than a plausible number.
 fn scale_for(group: &[f32], limit: f32) -> (f32, f32) {
     // Compared as integers, magnitudes order as the floats do, and NaN is the largest.
-    let bits = group
-        .iter()
-        .map(|x| x.to_bits() & 0x7fff_ffff)
-        .max()
-        .unwrap_or(0);
+    let bits = group.iter().map(|x| x.to_bits() & 0x7fff_ffff).max().unwrap_or(0);
     let largest = f32::from_bits(bits);
     if largest < limit * f32::MIN_POSITIVE {
         (0.0, 0.0)

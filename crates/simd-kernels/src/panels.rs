@@ -132,18 +132,11 @@ impl<'a> Panels<'a> {
 pub(crate) fn widen_panel(data: PanelData<'_>, panel: usize, cols: usize, out: &mut [f32]) {
     let len = data.panel_len(cols);
     let range = panel * len..(panel + 1) * len;
-    assert!(
-        out.len() == cols * PANEL,
-        "a panel of {cols} columns into {} numbers",
-        out.len()
-    );
+    assert!(out.len() == cols * PANEL, "a panel of {cols} columns into {} numbers", out.len());
     match data {
         PanelData::F32(data) => out.copy_from_slice(&data[range]),
         PanelData::Bf16(data) => {
-            for (out, column) in out
-                .chunks_exact_mut(PANEL)
-                .zip(data[range].chunks_exact(PANEL))
-            {
+            for (out, column) in out.chunks_exact_mut(PANEL).zip(data[range].chunks_exact(PANEL)) {
                 for (r, out) in out.iter_mut().enumerate() {
                     *out = bf16_to_f32(column[2 * (r % 8) + r / 8]);
                 }
@@ -155,10 +148,7 @@ pub(crate) fn widen_panel(data: PanelData<'_>, panel: usize, cols: usize, out: &
             }
         }
         PanelData::Q8(data) => {
-            for (out, block) in out
-                .chunks_mut(GROUP * PANEL)
-                .zip(data[range].chunks_exact(Q8_BLOCK))
-            {
+            for (out, block) in out.chunks_mut(GROUP * PANEL).zip(data[range].chunks_exact(Q8_BLOCK)) {
                 for (i, out) in out.iter_mut().enumerate() {
                     let (k, r) = (i / PANEL, i % PANEL);
                     *out = block_scale(block, r) * f32::from(q8_at(block, k, r));
@@ -166,10 +156,7 @@ pub(crate) fn widen_panel(data: PanelData<'_>, panel: usize, cols: usize, out: &
             }
         }
         PanelData::Q4(data) => {
-            for (out, block) in out
-                .chunks_mut(GROUP * PANEL)
-                .zip(data[range].chunks_exact(Q4_BLOCK))
-            {
+            for (out, block) in out.chunks_mut(GROUP * PANEL).zip(data[range].chunks_exact(Q4_BLOCK)) {
                 for (i, out) in out.iter_mut().enumerate() {
                     let (k, r) = (i / PANEL, i % PANEL);
                     *out = block_scale(block, r) * f32::from(q4_at(block, k, r));

@@ -1,5 +1,8 @@
 //! SwiGLU: silu(gate) · up.
 
+#[cfg(target_arch = "x86_64")]
+pub(crate) use avx2::gated256;
+
 use crate::isa::{Isa, dispatch};
 
 /// out[i] = gate[i] / (1 + e^(−gate[i])) · up[i].
@@ -7,20 +10,8 @@ use crate::isa::{Isa, dispatch};
 /// # Panics
 /// When the lengths differ.
 pub fn swiglu(isa: Isa, gate: &[f32], up: &[f32], out: &mut [f32]) {
-    assert_eq!(
-        gate.len(),
-        up.len(),
-        "swiglu: gate has {} elements, up {}",
-        gate.len(),
-        up.len()
-    );
-    assert_eq!(
-        gate.len(),
-        out.len(),
-        "swiglu: gate has {} elements, out {}",
-        gate.len(),
-        out.len()
-    );
+    assert_eq!(gate.len(), up.len(), "swiglu: gate has {} elements, up {}", gate.len(), up.len());
+    assert_eq!(gate.len(), out.len(), "swiglu: gate has {} elements, out {}", gate.len(), out.len());
     dispatch!(isa, avx2::swiglu, scalar::swiglu, (gate, up, out))
 }
 
@@ -46,14 +37,15 @@ mod avx2 {
         let (up, up_tail) = up.as_chunks();
         let (out, out_tail) = out.as_chunks_mut();
         for ((out, gate), up) in out.iter_mut().zip(gate).zip(up) {
-            store(out, gated(load(gate), load(up)));
+            store(out, gated256(load(gate), load(up)));
         }
-        store_tail(out_tail, gated(load_tail(gate_tail), load_tail(up_tail)));
+        store_tail(out_tail, gated256(load_tail(gate_tail), load_tail(up_tail)));
     }
 
+    /// silu(gate) · up in each lane.
     #[inline]
     #[target_feature(enable = "avx2,fma,f16c")]
-    fn gated(gate: __m256, up: __m256) -> __m256 {
+    pub(crate) fn gated256(gate: __m256, up: __m256) -> __m256 {
         let e = exp256(_mm256_sub_ps(_mm256_setzero_ps(), gate));
         let silu = _mm256_div_ps(gate, _mm256_add_ps(_mm256_set1_ps(1.0), e));
         _mm256_mul_ps(silu, up)
@@ -69,10 +61,7 @@ mod tests {
 
     fn exact(gate: &[f32], up: &[f32]) -> Vec<f32> {
         let silu = |g: f64| g / (1.0 + (-g).exp());
-        gate.iter()
-            .zip(up)
-            .map(|(&g, &u)| (silu(g.into()) * f64::from(u)) as f32)
-            .collect()
+        gate.iter().zip(up).map(|(&g, &u)| (silu(g.into()) * f64::from(u)) as f32).collect()
     }
 
     /// 2 ulp of the exponential and one rounding each of sum, quotient and product.

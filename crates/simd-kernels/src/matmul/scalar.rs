@@ -3,33 +3,19 @@
 use std::ops::Range;
 
 use super::Store;
-use crate::input::{Input, InputKind};
+use crate::input::{FloatTile, Input, InputKind, IntTile};
 use crate::matrix::MatMut;
-use crate::panels::{
-    GROUP, PANEL, PanelData, Panels, Q4_BLOCK, Q8_BLOCK, block_scale, q4_at, q8_at, widen_panel,
-};
+use crate::pack::split_pair;
+use crate::panels::{GROUP, PANEL, PanelData, Panels, Q4_BLOCK, Q8_BLOCK, block_scale, q4_at, q8_at, widen_panel};
 
 /// Tokens from which packing for a general matrix product pays.
 const MANY_TOKENS: usize = 16;
 
-pub(super) fn matmul(
-    w: Panels<'_>,
-    panels: Range<usize>,
-    x: &Input,
-    mut out: MatMut<'_>,
-    store: Store,
-) {
+pub(super) fn matmul(w: Panels<'_>, panels: Range<usize>, x: &Input, mut out: MatMut<'_>, store: Store) {
     if x.kind() == InputKind::Float && x.tokens() >= MANY_TOKENS && x.cols() > 0 {
         return general(w, panels, x, out, store);
     }
-    let mut widened = vec![
-        0.0;
-        if x.kind() == InputKind::Float {
-            w.cols() * PANEL
-        } else {
-            0
-        }
-    ];
+    let mut widened = vec![0.0; if x.kind() == InputKind::Float { w.cols() * PANEL } else { 0 }];
     for (i, panel) in panels.enumerate() {
         if x.kind() == InputKind::Float {
             widen_panel(w.data(), panel, w.cols(), &mut widened);
@@ -37,13 +23,9 @@ pub(super) fn matmul(
         for tile in 0..x.tiles() {
             for (i_token, token) in x.tile_tokens(tile).enumerate() {
                 let sums = match w.data() {
-                    PanelData::Q8(data) => {
-                        dot_q8(&data[panel * w.stride()..][..w.stride()], x, tile, i_token)
-                    }
-                    PanelData::Q4(data) => {
-                        dot_q4(&data[panel * w.stride()..][..w.stride()], x, tile, i_token)
-                    }
-                    _ => dot_float(&widened, x, tile, i_token),
+                    PanelData::Q8(data) => dot_q8(&data[panel * w.stride()..][..w.stride()], x.int_tile(tile), i_token),
+                    PanelData::Q4(data) => dot_q4(&data[panel * w.stride()..][..w.stride()], x.int_tile(tile), i_token),
+                    _ => dot_float(&widened, x.float_tile(tile), i_token),
                 };
                 let row = out.row_mut(token);
                 let end = row.len().min((i + 1) * PANEL);
@@ -58,22 +40,10 @@ pub(super) fn matmul(
     }
 }
 
-pub(super) fn matmul_swiglu(
-    gate: Panels<'_>,
-    up: Panels<'_>,
-    panels: Range<usize>,
-    x: &Input,
-    mut out: MatMut<'_>,
-) {
+pub(super) fn matmul_swiglu(gate: Panels<'_>, up: Panels<'_>, panels: Range<usize>, x: &Input, mut out: MatMut<'_>) {
     let (tokens, rows) = (out.rows(), out.cols());
     let mut products = vec![0.0; tokens * rows];
-    matmul(
-        up,
-        panels.clone(),
-        x,
-        MatMut::new(&mut products, tokens, rows, rows),
-        Store::Set,
-    );
+    matmul(up, panels.clone(), x, MatMut::new(&mut products, tokens, rows, rows), Store::Set);
     matmul(gate, panels, x, out.reborrow(), Store::Set);
     for (token, up) in products.chunks_exact(rows).enumerate() {
         for (out, &up) in out.row_mut(token).iter_mut().zip(up) {
@@ -84,10 +54,9 @@ pub(super) fn matmul_swiglu(
 }
 
 /// The sixteen outputs of a panel of f32 for one token.
-fn dot_float(panel: &[f32], x: &Input, tile: usize, token: usize) -> [f32; PANEL] {
-    let tile = x.float_tile(tile);
+fn dot_float(panel: &[f32], x: FloatTile<'_>, token: usize) -> [f32; PANEL] {
     let mut sums = [0.0; PANEL];
-    for (column, x) in panel.chunks_exact(PANEL).zip(tile.x.chunks_exact(tile.m)) {
+    for (column, x) in panel.chunks_exact(PANEL).zip(x.x.chunks_exact(x.m)) {
         for (sum, w) in sums.iter_mut().zip(column) {
             *sum += w * x[token];
         }
@@ -96,17 +65,14 @@ fn dot_float(panel: &[f32], x: &Input, tile: usize, token: usize) -> [f32; PANEL
 }
 
 /// The sixteen outputs of a Q8 panel for one token: integer sums within a group, f32 across groups.
-fn dot_q8(panel: &[u8], x: &Input, tile: usize, token: usize) -> [f32; PANEL] {
-    let tile = x.int16_tile(tile);
+fn dot_q8(panel: &[u8], x: IntTile<'_>, token: usize) -> [f32; PANEL] {
     let mut sums = [0.0; PANEL];
     for (g, block) in panel.chunks_exact(Q8_BLOCK).enumerate() {
-        let (x, scale) = (
-            &tile.x[g * tile.m * GROUP..],
-            tile.scales[g * tile.m + token],
-        );
+        let scale = x.scales[g * x.m + token];
         for (r, sum) in sums.iter_mut().enumerate() {
             let products = (0..GROUP).map(|k| {
-                i32::from(q8_at(block, k, r)) * i32::from(x[2 * (tile.m * (k / 2) + token) + k % 2])
+                let pair = split_pair(x.words[x.m * ((g * GROUP + k) / 2) + token]);
+                i32::from(q8_at(block, k, r)) * i32::from(pair[k % 2])
             });
             *sum += block_scale(block, r) * scale * products.sum::<i32>() as f32;
         }
@@ -115,17 +81,14 @@ fn dot_q8(panel: &[u8], x: &Input, tile: usize, token: usize) -> [f32; PANEL] {
 }
 
 /// The sixteen outputs of a Q4 panel for one token: integer sums within a group, f32 across groups.
-fn dot_q4(panel: &[u8], x: &Input, tile: usize, token: usize) -> [f32; PANEL] {
-    let tile = x.int8_tile(tile);
+fn dot_q4(panel: &[u8], x: IntTile<'_>, token: usize) -> [f32; PANEL] {
     let mut sums = [0.0; PANEL];
     for (g, block) in panel.chunks_exact(Q4_BLOCK).enumerate() {
-        let (x, scale) = (
-            &tile.x[g * tile.m * GROUP..],
-            tile.scales[g * tile.m + token],
-        );
+        let scale = x.scales[g * x.m + token];
         for (r, sum) in sums.iter_mut().enumerate() {
             let products = (0..GROUP).map(|k| {
-                i32::from(q4_at(block, k, r)) * i32::from(x[4 * (tile.m * (k / 4) + token) + k % 4])
+                let quad = x.words[x.m * ((g * GROUP + k) / 4) + token].to_le_bytes();
+                i32::from(q4_at(block, k, r)) * i32::from(quad[k % 4] as i8)
             });
             *sum += block_scale(block, r) * scale * products.sum::<i32>() as f32;
         }
@@ -144,10 +107,7 @@ fn general(w: Panels<'_>, panels: Range<usize>, x: &Input, mut out: MatMut<'_>, 
     for tile in 0..x.tiles() {
         let packed = x.float_tile(tile);
         for (i, token) in x.tile_tokens(tile).enumerate() {
-            for (k, out) in rows[token * cols..(token + 1) * cols]
-                .iter_mut()
-                .enumerate()
-            {
+            for (k, out) in rows[token * cols..(token + 1) * cols].iter_mut().enumerate() {
                 *out = packed.x[packed.m * k + i];
             }
         }

@@ -1,0 +1,140 @@
+//! The tile of float products: up to 6 tokens times the 16 rows of a panel, in registers.
+//!
+//! ```text
+//! for each column k of the panel:
+//!     w0, w1 = the 16 weights of column k, widened to f32
+//!     for each token m of the tile:
+//!         acc[m][0] += x[k][m] * w0
+//!         acc[m][1] += x[k][m] * w1
+//! ```
+//!
+//! 1. Six tokens make twelve accumulators; with two registers of weights and one broadcast that is 15 of 16.
+//!    Twelve also cover the latency of two FMA units (4 cycles each), so the loop runs at their full rate.
+//! 2. With fewer tokens there are several sets of accumulators, for columns k, k + 1, ..., added at the end:
+//!    one token and one set would wait for the previous sum in each step.
+//! 3. Packing has put a tile's activations in the order of use, one stream next to the stream of weights.
+//! 4. When the weights come from memory, a prefetch runs ahead of them. The processor's own prefetchers stop at
+//!    each 4 KiB page and need a few misses to start again.
+
+use std::arch::x86_64::*;
+
+use crate::lanes::{load, store};
+use crate::panels::PANEL;
+
+/// How the sixteen weights of a column are held.
+pub(super) trait Column {
+    /// One weight.
+    type Bits: Copy;
+    const WIDTH: Width;
+}
+
+/// What `widen` has to do.
+pub(super) enum Width {
+    F32,
+    Bf16,
+    F16,
+}
+
+/// `PanelData::F32`, and panels that were widened.
+pub(super) struct F32;
+/// `PanelData::Bf16`.
+pub(super) struct Bf16;
+/// `PanelData::F16`.
+pub(super) struct F16;
+
+impl Column for F32 {
+    type Bits = f32;
+    const WIDTH: Width = Width::F32;
+}
+
+impl Column for Bf16 {
+    type Bits = u16;
+    const WIDTH: Width = Width::Bf16;
+}
+
+impl Column for F16 {
+    type Bits = u16;
+    const WIDTH: Width = Width::F16;
+}
+
+/// How far ahead of the weights in use the prefetch runs.
+const AHEAD: usize = 2048;
+
+/// `acc[m] += Σ_k panel[k] x[k][m]`, where `panel` is `[k, 16]` and `x` is `[k, M]`.
+#[inline]
+#[target_feature(enable = "avx2,fma,f16c")]
+pub(super) fn add_products<C: Column, const M: usize, const SETS: usize, const PREFETCH: bool>(
+    panel: &[C::Bits],
+    x: &[f32],
+    acc: &mut [[f32; PANEL]; M],
+) {
+    let (columns, x) = (panel.as_chunks::<PANEL>().0, x.as_chunks::<M>().0);
+    assert!(columns.len() == x.len(), "{} columns of weights, {} of activations", columns.len(), x.len());
+    let mut sums = [[[_mm256_setzero_ps(); 2]; M]; SETS];
+    let ((columns, last_columns), (x, last_x)) = (columns.as_chunks::<SETS>(), x.as_chunks::<SETS>());
+    for (columns, x) in columns.iter().zip(x) {
+        for ((column, x), sums) in columns.iter().zip(x).zip(&mut sums) {
+            if PREFETCH {
+                _mm_prefetch::<_MM_HINT_T0>(column.as_ptr().wrapping_byte_add(AHEAD).cast());
+            }
+            step::<C, M>(column, x, sums);
+        }
+    }
+    for (column, x) in last_columns.iter().zip(last_x) {
+        step::<C, M>(column, x, &mut sums[0]);
+    }
+    for (m, acc) in acc.iter_mut().enumerate() {
+        for (half, acc) in acc.as_chunks_mut().0.iter_mut().enumerate() {
+            let mut sum = load(acc);
+            for set in &sums {
+                sum = _mm256_add_ps(sum, set[m][half]);
+            }
+            store(acc, sum);
+        }
+    }
+}
+
+#[inline]
+#[target_feature(enable = "avx2,fma,f16c")]
+fn step<C: Column, const M: usize>(column: &[C::Bits; PANEL], x: &[f32; M], sums: &mut [[__m256; 2]; M]) {
+    let (w0, w1) = widen::<C>(column);
+    for (x, sums) in x.iter().zip(sums) {
+        let x = _mm256_set1_ps(*x);
+        sums[0] = _mm256_fmadd_ps(x, w0, sums[0]);
+        sums[1] = _mm256_fmadd_ps(x, w1, sums[1]);
+    }
+}
+
+/// Rows 0..8 and rows 8..16 of a column.
+#[inline]
+#[target_feature(enable = "avx2,fma,f16c")]
+fn widen<C: Column>(column: &[C::Bits; PANEL]) -> (__m256, __m256) {
+    let start = column.as_ptr();
+    // SAFETY: an array of 16 weights is 64 readable bytes for F32 and 32 for Bf16 and F16, the types that implement
+    // `Column`; the loads ask for no alignment.
+    unsafe {
+        match C::WIDTH {
+            Width::F32 => (_mm256_loadu_ps(start.cast()), _mm256_loadu_ps(start.cast::<f32>().add(8))),
+            Width::Bf16 => {
+                let both = _mm256_loadu_si256(start.cast());
+                let upper = _mm256_and_si256(both, _mm256_set1_epi32(0xffff_0000_u32 as i32));
+                (_mm256_castsi256_ps(_mm256_slli_epi32::<16>(both)), _mm256_castsi256_ps(upper))
+            }
+            Width::F16 => (
+                _mm256_cvtph_ps(_mm_loadu_si128(start.cast())),
+                _mm256_cvtph_ps(_mm_loadu_si128(start.cast::<u16>().add(8).cast())),
+            ),
+        }
+    }
+}
+
+/// Widens columns of 16-bit weights to f32, `[k, 16]`.
+#[target_feature(enable = "avx2,fma,f16c")]
+pub(super) fn widen_columns<C: Column>(panel: &[C::Bits], out: &mut [[f32; PANEL]]) {
+    for (column, out) in panel.as_chunks::<PANEL>().0.iter().zip(out) {
+        let (w0, w1) = widen::<C>(column);
+        let [out0, out1] = out.as_chunks_mut().0 else { unreachable!("16 is twice 8") };
+        store(out0, w0);
+        store(out1, w1);
+    }
+}

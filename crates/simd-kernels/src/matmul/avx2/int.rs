@@ -1,0 +1,191 @@
+//! The tile of integer products: up to 6 quantized tokens times the 16 rows of a Q8 or Q4 panel.
+//!
+//! ```text
+//! for each group of 32 columns:
+//!     for each word of the group (2 columns of int16 or 4 of int8):
+//!         w0, w1 = the weights of these columns, rows 0..8 and 8..16, one 32-bit lane a row
+//!         for each token m: sum[m] += dot(word[m], w)             in each lane
+//!     for each token m: acc[m] += sum[m] * (scale of the row * scale of the token)
+//! ```
+//!
+//! 1. Q8: `vpmaddwd` multiplies pairs of int16 and adds each two products in int32. 32 products of at most
+//!    127 * 32767 stay far below 2^31.
+//! 2. Q4: `vpmaddubsw` multiplies unsigned nibbles by int8 and adds each two products in int16. All eight words of
+//!    a group are summed there: the largest sum of magnitudes is 16 * 8 * 127 < 2^15, because the sum starts from
+//!    the zero point (see `IntTile::offsets`), which makes every partial sum one of products with nibbles minus 8
+//!    or with -8. One `vpmaddwd` with ones per group then adds the halves in int32.
+//! 3. The sums of a group take twelve registers for six tokens, so the f32 totals live in memory (L1) and are
+//!    touched once a group. The sums of the first word are set, not added.
+
+use std::arch::x86_64::*;
+
+use crate::input::IntTile;
+use crate::lanes::{load, store};
+use crate::panels::{PANEL, Q4_BLOCK, Q8_BLOCK};
+
+/// A word's weights after widening: 16 rows of 32 bits.
+pub(super) type WideWord = [u8; 64];
+
+/// How far ahead of the weights in use the prefetch runs.
+const AHEAD: usize = 2048;
+
+/// Words in a group: 8 quads or 16 pairs.
+pub(super) const fn words_in_group(q4: bool) -> usize {
+    if q4 { 8 } else { 16 }
+}
+
+/// Bytes of a packed group.
+pub(super) const fn block_bytes(q4: bool) -> usize {
+    if q4 { Q4_BLOCK } else { Q8_BLOCK }
+}
+
+/// `acc[m] += Σ_k w[k] x[k][m]` over the groups of `panel`, as packed.
+#[inline]
+#[target_feature(enable = "avx2,fma,f16c")]
+pub(super) fn add_products<const Q4: bool, const M: usize>(panel: &[u8], x: IntTile<'_>, acc: &mut [[f32; PANEL]; M]) {
+    let groups = panel.chunks_exact(block_bytes(Q4));
+    let words = x.words.as_chunks::<M>().0.chunks_exact(words_in_group(Q4));
+    assert!(groups.len() == words.len(), "{} groups of weights, {} of activations", groups.len(), words.len());
+    let (scales, mut offsets) = (x.scales.as_chunks::<M>().0, x.offsets.as_chunks::<M>().0.iter());
+    for ((block, words), scales) in groups.zip(words).zip(scales) {
+        let (row_scales, weights) = block.as_chunks::<32>().0.split_first().expect("a block starts with its scales");
+        let sums = sum_group::<Q4, M>(words, offsets.next(), |word| {
+            if word % 2 == 0 {
+                _mm_prefetch::<_MM_HINT_T0>(weights[word].as_ptr().wrapping_add(AHEAD).cast());
+            }
+            widen::<Q4>(&weights[word])
+        });
+        add_scaled(&sums, widen_scales(row_scales), scales, acc);
+    }
+}
+
+/// As `add_products`, over groups that `widen_groups` has prepared.
+#[inline]
+#[target_feature(enable = "avx2,fma,f16c")]
+pub(super) fn add_wide_products<const Q4: bool, const M: usize>(
+    wide: &[WideWord],
+    row_scales: &[[f32; PANEL]],
+    x: IntTile<'_>,
+    acc: &mut [[f32; PANEL]; M],
+) {
+    let groups = wide.chunks_exact(words_in_group(Q4));
+    let words = x.words.as_chunks::<M>().0.chunks_exact(words_in_group(Q4));
+    assert!(groups.len() == words.len(), "{} groups of weights, {} of activations", groups.len(), words.len());
+    let (scales, mut offsets) = (x.scales.as_chunks::<M>().0, x.offsets.as_chunks::<M>().0.iter());
+    for (((wide, words), scales), row_scales) in groups.zip(words).zip(scales).zip(row_scales) {
+        let sums = sum_group::<Q4, M>(words, offsets.next(), |word| {
+            let [w0, w1] = wide[word].as_chunks().0 else { unreachable!("64 is twice 32") };
+            [load_bytes(w0), load_bytes(w1)]
+        });
+        let [s0, s1] = row_scales.as_chunks().0 else { unreachable!("16 is twice 8") };
+        add_scaled(&sums, [load(s0), load(s1)], scales, acc);
+    }
+}
+
+/// The integer sums of a group in int32 lanes, one a row.
+#[inline]
+#[target_feature(enable = "avx2,fma,f16c")]
+fn sum_group<const Q4: bool, const M: usize>(
+    words: &[[i32; M]],
+    offsets: Option<&[i32; M]>,
+    weights: impl Fn(usize) -> [__m256i; 2],
+) -> [[__m256i; 2]; M] {
+    let mut sums = [[_mm256_setzero_si256(); 2]; M];
+    if Q4 {
+        let offsets = offsets.expect("int8 activations have offsets");
+        for (sums, offset) in sums.iter_mut().zip(offsets) {
+            *sums = [_mm256_set1_epi32(*offset); 2];
+        }
+    }
+    for (i, word) in words.iter().enumerate() {
+        let w = weights(i);
+        for (sums, x) in sums.iter_mut().zip(word) {
+            let x = _mm256_set1_epi32(*x);
+            for (sum, w) in sums.iter_mut().zip(w) {
+                *sum = if Q4 {
+                    _mm256_add_epi16(*sum, _mm256_maddubs_epi16(w, x))
+                } else {
+                    _mm256_add_epi32(*sum, _mm256_madd_epi16(w, x))
+                };
+            }
+        }
+    }
+    if Q4 {
+        for sum in sums.as_flattened_mut() {
+            *sum = _mm256_madd_epi16(*sum, _mm256_set1_epi16(1));
+        }
+    }
+    sums
+}
+
+/// `acc[m] += sums[m] * row_scales * scales[m]`.
+#[inline]
+#[target_feature(enable = "avx2,fma,f16c")]
+fn add_scaled<const M: usize>(
+    sums: &[[__m256i; 2]; M],
+    row_scales: [__m256; 2],
+    scales: &[f32; M],
+    acc: &mut [[f32; PANEL]; M],
+) {
+    for ((sums, scale), acc) in sums.iter().zip(scales).zip(acc) {
+        let scale = _mm256_set1_ps(*scale);
+        for ((sum, row_scale), acc) in sums.iter().zip(row_scales).zip(acc.as_chunks_mut().0) {
+            let both = _mm256_mul_ps(row_scale, scale);
+            store(acc, _mm256_fmadd_ps(_mm256_cvtepi32_ps(*sum), both, load(acc)));
+        }
+    }
+}
+
+/// Widens packed groups: their words to `wide`, their row scales to `row_scales`.
+#[target_feature(enable = "avx2,fma,f16c")]
+pub(super) fn widen_groups<const Q4: bool>(panel: &[u8], wide: &mut [WideWord], row_scales: &mut [[f32; PANEL]]) {
+    let wide = wide.chunks_exact_mut(words_in_group(Q4));
+    for ((block, wide), out) in panel.chunks_exact(block_bytes(Q4)).zip(wide).zip(row_scales) {
+        let (scales, weights) = block.as_chunks::<32>().0.split_first().expect("a block starts with its scales");
+        for (out, scales) in out.as_chunks_mut().0.iter_mut().zip(widen_scales(scales)) {
+            store(out, scales);
+        }
+        for (out, word) in wide.iter_mut().zip(weights) {
+            for (out, w) in out.as_chunks_mut().0.iter_mut().zip(widen::<Q4>(word)) {
+                store_bytes(out, w);
+            }
+        }
+    }
+}
+
+/// A packed word as two registers of int16 pairs (Q8) or of unsigned bytes (Q4), rows 0..8 and 8..16.
+#[inline]
+#[target_feature(enable = "avx2,fma,f16c")]
+fn widen<const Q4: bool>(word: &[u8; 32]) -> [__m256i; 2] {
+    let packed = load_bytes(word);
+    if Q4 {
+        let low = _mm256_set1_epi8(15);
+        [_mm256_and_si256(packed, low), _mm256_and_si256(_mm256_srli_epi16::<4>(packed), low)]
+    } else {
+        let halves = [_mm256_castsi256_si128(packed), _mm256_extracti128_si256::<1>(packed)];
+        [_mm256_cvtepi8_epi16(halves[0]), _mm256_cvtepi8_epi16(halves[1])]
+    }
+}
+
+/// The sixteen f16 scales of a block.
+#[inline]
+#[target_feature(enable = "avx2,fma,f16c")]
+fn widen_scales(scales: &[u8; 32]) -> [__m256; 2] {
+    let packed = load_bytes(scales);
+    let halves = [_mm256_castsi256_si128(packed), _mm256_extracti128_si256::<1>(packed)];
+    [_mm256_cvtph_ps(halves[0]), _mm256_cvtph_ps(halves[1])]
+}
+
+#[inline]
+#[target_feature(enable = "avx2,fma,f16c")]
+fn load_bytes(bytes: &[u8; 32]) -> __m256i {
+    // SAFETY: the array is 32 readable bytes, and the unaligned load asks for nothing else.
+    unsafe { _mm256_loadu_si256(bytes.as_ptr().cast()) }
+}
+
+#[inline]
+#[target_feature(enable = "avx2,fma,f16c")]
+fn store_bytes(bytes: &mut [u8; 32], v: __m256i) {
+    // SAFETY: the array is 32 writable bytes, and the unaligned store asks for nothing else.
+    unsafe { _mm256_storeu_si256(bytes.as_mut_ptr().cast(), v) }
+}

@@ -1,0 +1,346 @@
+//! Both implementations of the products against sums in f64, in every format and around every edge.
+
+use std::ops::Range;
+
+use proptest::prelude::*;
+
+use super::*;
+use crate::guarded::{Guarded, noise};
+use crate::half_float::{f16_to_f32, f32_to_f16};
+use crate::isa::witness::assert_entered;
+use crate::panels::{GROUP, PANEL, PanelData, Q4_BLOCK, Q8_BLOCK};
+
+#[derive(Clone, Copy, PartialEq, Debug)]
+enum Format {
+    F32,
+    Bf16,
+    F16,
+    Q8,
+    Q4,
+}
+
+const FORMATS: [Format; 5] = [Format::F32, Format::Bf16, Format::F16, Format::Q8, Format::Q4];
+
+/// A matrix with its packed form, which starts at an odd address of its element's size.
+struct Weights {
+    format: Format,
+    rows: usize,
+    cols: usize,
+    floats: Vec<f32>,
+    halves: Vec<u16>,
+    bytes: Vec<u8>,
+    /// `[rows, cols]`
+    values: Vec<f32>,
+}
+
+impl Weights {
+    fn new(format: Format, rows: usize, cols: usize, seed: u64) -> Weights {
+        let (panels, groups) = (rows.div_ceil(PANEL), cols.div_ceil(GROUP));
+        let (mut floats, mut halves, mut bytes) = (vec![0.0; 1], vec![0; 1], vec![0; 1]);
+        match format {
+            Format::F32 => floats.resize(1 + panels * PANEL * cols, 0.0),
+            Format::Bf16 | Format::F16 => halves.resize(1 + panels * PANEL * cols, 0),
+            Format::Q8 => bytes.resize(1 + panels * groups * Q8_BLOCK, 0),
+            Format::Q4 => bytes.resize(1 + panels * groups * Q4_BLOCK, 0x88),
+        }
+        let random = noise(rows * cols, seed);
+        let scales = noise(rows * groups, seed + 1);
+        let mut values = vec![0.0; rows * cols];
+        for row in 0..rows {
+            let (panel, r) = (row / PANEL, row % PANEL);
+            for k in 0..cols {
+                let x = random[row * cols + k];
+                let at = 1 + panel * PANEL * cols + PANEL * k;
+                let (group, j) = (k / GROUP, k % GROUP);
+                let scale = f32_to_f16(scales[row * groups + group]);
+                let block = 1 + (panel * groups + group) * if format == Format::Q8 { Q8_BLOCK } else { Q4_BLOCK };
+                if matches!(format, Format::Q8 | Format::Q4) {
+                    bytes[block + 2 * r..block + 2 * r + 2].copy_from_slice(&scale.to_le_bytes());
+                }
+                values[row * cols + k] = match format {
+                    Format::F32 => {
+                        floats[at + r] = x;
+                        x
+                    }
+                    Format::Bf16 => {
+                        let bits = (x.to_bits() >> 16) as u16;
+                        halves[at + 2 * (r % 8) + r / 8] = bits;
+                        f32::from_bits(u32::from(bits) << 16)
+                    }
+                    Format::F16 => {
+                        halves[at + r] = f32_to_f16(x);
+                        f16_to_f32(f32_to_f16(x))
+                    }
+                    Format::Q8 => {
+                        // Stretched, so that the largest magnitudes occur often.
+                        let q = (x * 160.0).round().clamp(-127.0, 127.0);
+                        bytes[block + 32 + 32 * (j / 2) + 2 * r + j % 2] = q as i8 as u8;
+                        f16_to_f32(scale) * q
+                    }
+                    Format::Q4 => {
+                        let nibble = (8.0 + x * 10.0).round().clamp(0.0, 15.0);
+                        let byte = &mut bytes[block + 32 + 32 * (j / 4) + 4 * (r % 8) + j % 4];
+                        *byte = if r < 8 { *byte & 0xf0 | nibble as u8 } else { *byte & 0x0f | (nibble as u8) << 4 };
+                        f16_to_f32(scale) * (nibble - 8.0)
+                    }
+                };
+            }
+        }
+        Weights { format, rows, cols, floats, halves, bytes, values }
+    }
+
+    fn panels(&self) -> Panels<'_> {
+        let data = match self.format {
+            Format::F32 => PanelData::F32(&self.floats[1..]),
+            Format::Bf16 => PanelData::Bf16(&self.halves[1..]),
+            Format::F16 => PanelData::F16(&self.halves[1..]),
+            Format::Q8 => PanelData::Q8(&self.bytes[1..]),
+            Format::Q4 => PanelData::Q4(&self.bytes[1..]),
+        };
+        Panels::new(data, self.rows, self.cols)
+    }
+
+    /// The product of a row with a token in f64, and how far f32 arithmetic may be from it.
+    ///
+    /// Each of the n products and sums rounds once, relative to at most the sum of magnitudes; quantized
+    /// activations are off by up to half a step of their group.
+    fn dot(&self, row: usize, x: &[f32]) -> (f64, f64) {
+        let w = &self.values[row * self.cols..(row + 1) * self.cols];
+        let steps = match self.format {
+            Format::Q8 => 32767.0,
+            Format::Q4 => 127.0,
+            _ => f64::INFINITY,
+        };
+        let (mut sum, mut magnitude, mut rounding) = (0.0, 0.0, 0.0);
+        for (w, x) in w.chunks(GROUP).zip(x.chunks(GROUP)) {
+            let largest = x.iter().fold(0.0_f32, |a, x| a.max(x.abs()));
+            for (&w, &x) in w.iter().zip(x) {
+                let (w, x) = (f64::from(w), f64::from(x));
+                sum += w * x;
+                magnitude += (w * x).abs();
+                rounding += w.abs() * f64::from(largest) * 0.5 / steps;
+            }
+        }
+        // The scales of both sides are products themselves: a few roundings more.
+        let terms = self.cols as f64 + 4.0;
+        (sum, rounding * 1.001 + terms * f64::from(f32::EPSILON) * (magnitude + rounding) + 1.0e-30)
+    }
+}
+
+fn isas() -> impl Iterator<Item = Isa> {
+    [Isa::scalar()].into_iter().chain(Isa::avx2())
+}
+
+/// A strided output block with NaN between and sentinels around.
+struct Output {
+    buffer: Guarded,
+    rows: usize,
+    cols: usize,
+    stride: usize,
+}
+
+impl Output {
+    fn new(rows: usize, cols: usize, fill: f32) -> Output {
+        let stride = cols + rows % 3;
+        let len = if rows == 0 { 0 } else { (rows - 1) * stride + cols };
+        let values = (0..len).map(|i| if i % stride.max(1) < cols { fill } else { f32::NAN });
+        Output { buffer: Guarded::of(values, cols % 4), rows, cols, stride }
+    }
+
+    fn block(&mut self) -> MatMut<'_> {
+        MatMut::new(&mut self.buffer, self.rows, self.cols, self.stride)
+    }
+
+    fn check(&self, what: &str, expected: impl Fn(usize, usize) -> (f64, f64)) {
+        for (i, &found) in self.buffer.iter().enumerate() {
+            let (t, c) = (i / self.stride, i % self.stride);
+            if c >= self.cols {
+                assert!(found.is_nan(), "{what}: wrote {found} between the rows, at [{t}, {c}]");
+                continue;
+            }
+            let (value, tolerance) = expected(t, c);
+            let error = (f64::from(found) - value).abs();
+            assert!(error <= tolerance, "{what}: [{t}, {c}] is {found}, expected {value} within {tolerance:e}");
+        }
+    }
+}
+
+fn check_matmul(format: Format, rows: usize, cols: usize, tokens: usize, panels: Range<usize>) {
+    let weights = Weights::new(format, rows, cols, (rows * 1000 + cols) as u64);
+    let x = Guarded::of(noise(tokens * cols, tokens as u64), 1);
+    let covered = weights.panels().rows_in(&panels);
+    let first = panels.start * PANEL;
+    for isa in isas() {
+        let mut input = Input::new();
+        input.prepare(isa, InputKind::of(&weights.panels().data()), &x, tokens, cols);
+        for (store, old) in [(Store::Set, f32::NAN), (Store::Add, 3.0)] {
+            let mut out = Output::new(tokens, covered, old);
+            matmul(isa, weights.panels(), panels.clone(), &input, out.block(), store);
+            let base = if store == Store::Set { 0.0 } else { 3.0 };
+            let what = format!("{isa} {format:?} [{rows}, {cols}] x {tokens} tokens, panels {panels:?}, {store:?}");
+            out.check(&what, |t, c| {
+                let (sum, tolerance) = weights.dot(first + c, &x[t * cols..(t + 1) * cols]);
+                (base + sum, tolerance + base * 2.0 * f64::from(f32::EPSILON))
+            });
+        }
+    }
+}
+
+fn check_swiglu(format: Format, rows: usize, cols: usize, tokens: usize, panels: Range<usize>) {
+    let gate = Weights::new(format, rows, cols, 77);
+    let up = Weights::new(format, rows, cols, 99);
+    let x = noise(tokens * cols, tokens as u64);
+    let covered = gate.panels().rows_in(&panels);
+    let first = panels.start * PANEL;
+    for isa in isas() {
+        let mut input = Input::new();
+        input.prepare(isa, InputKind::of(&gate.panels().data()), &x, tokens, cols);
+        let mut out = Output::new(tokens, covered, f32::NAN);
+        matmul_swiglu(isa, gate.panels(), up.panels(), panels.clone(), &input, out.block());
+        let what = format!("{isa} {format:?} SwiGLU [{rows}, {cols}] x {tokens} tokens, panels {panels:?}");
+        out.check(&what, |t, c| {
+            let x = &x[t * cols..(t + 1) * cols];
+            let ((g, dg), (u, du)) = (gate.dot(first + c, x), up.dot(first + c, x));
+            let silu = g / (1.0 + (-g).exp());
+            // |silu'| <= 1.1; the function itself costs a few roundings.
+            let own = 8.0 * f64::from(f32::EPSILON) * (silu * u).abs();
+            (silu * u, own + 1.1 * dg * (u.abs() + du) + du * silu.abs() + 1.0e-30)
+        });
+    }
+}
+
+#[test]
+fn every_number_of_columns() {
+    for format in FORMATS {
+        for cols in 0..=130 {
+            let tokens = [1, 2, 3, 4, 5, 6, 7, 13, 20][cols % 9];
+            check_matmul(format, 33, cols, tokens, 0..3);
+        }
+        for cols in [255, 256, 257, 288, 511, 513, 800] {
+            for tokens in [1, 6, 11] {
+                check_matmul(format, 20, cols, tokens, 0..2);
+            }
+        }
+    }
+    assert_entered("avx2::matmul");
+}
+
+#[test]
+fn every_number_of_rows() {
+    for format in FORMATS {
+        for rows in 0..=130_usize {
+            let tokens = [1, 8, 3, 16, 2, 31][rows % 6];
+            check_matmul(format, rows, 40, tokens, 0..rows.div_ceil(PANEL));
+        }
+    }
+    assert_entered("avx2::matmul");
+}
+
+#[test]
+fn every_number_of_tokens() {
+    for format in FORMATS {
+        for tokens in (0..=14).chain([15, 16, 17, 64, 509, 510, 511, 512, 517]) {
+            check_matmul(format, 17, if tokens > 64 { 33 } else { 270 }, tokens, 0..2);
+        }
+    }
+    assert_entered("avx2::matmul");
+}
+
+#[test]
+fn every_range_of_panels() {
+    for format in FORMATS {
+        for start in 0..=4 {
+            for end in start..=4 {
+                for tokens in [1, 9] {
+                    check_matmul(format, 55, 64, tokens, start..end);
+                    check_swiglu(format, 55, 64, tokens, start..end);
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn swiglu_of_every_size() {
+    for format in FORMATS {
+        for cols in (0..=130).step_by(7).chain([300]) {
+            for tokens in (0..=14).chain([64]) {
+                check_swiglu(format, 1 + cols % 35, cols, tokens, 0..(1 + cols % 35_usize).div_ceil(PANEL));
+            }
+        }
+    }
+    assert_entered("avx2::matmul_swiglu");
+}
+
+#[test]
+fn extreme_integers_do_not_overflow() {
+    // All weights and activations at their largest magnitude, with the signs that add up and cancel.
+    for (format, fill) in [(Format::Q8, [0x7f, 0x81]), (Format::Q4, [0x00, 0xff])] {
+        for fill in fill {
+            let mut weights = Weights::new(format, 16, 256, 5);
+            let block = if format == Format::Q8 { Q8_BLOCK } else { Q4_BLOCK };
+            for block in weights.bytes[1..].chunks_exact_mut(block) {
+                block[..32].as_chunks_mut().0.fill(f32_to_f16(1.0).to_le_bytes());
+                block[32..].fill(fill);
+            }
+            let w = match format {
+                Format::Q8 => f32::from(fill as i8),
+                _ => f32::from(fill & 15) - 8.0,
+            };
+            for signs in [[1.0, 1.0], [-1.0, -1.0], [1.0, -1.0]] {
+                for tokens in [1, 7] {
+                    let x: Vec<f32> = (0..256 * tokens).map(|i| signs[i % 2] * 0.5).collect();
+                    for isa in isas() {
+                        let mut input = Input::new();
+                        input.prepare(isa, InputKind::of(&weights.panels().data()), &x, tokens, 256);
+                        let mut out = Output::new(tokens, 16, f32::NAN);
+                        matmul(isa, weights.panels(), 0..1, &input, out.block(), Store::Set);
+                        let expected = f64::from(w * 64.0 * (signs[0] + signs[1]));
+                        let tolerance = 256.0 * f64::from(f32::EPSILON) * f64::from(w.abs()) * 128.0;
+                        out.check("extremes", |_, _| (expected, tolerance));
+                    }
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn infinities_and_nans_are_not_hidden() {
+    for format in FORMATS {
+        let weights = Weights::new(format, 16, 64, 3);
+        for bad in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
+            for tokens in [1, 8] {
+                let mut x = noise(64 * tokens, 9);
+                x[40] = bad;
+                for isa in isas() {
+                    let mut input = Input::new();
+                    input.prepare(isa, InputKind::of(&weights.panels().data()), &x, tokens, 64);
+                    let mut out = vec![0.0; 16 * tokens];
+                    let block = MatMut::new(&mut out, tokens, 16, 16);
+                    matmul(isa, weights.panels(), 0..1, &input, block, Store::Set);
+                    assert!(out[..16].iter().all(|x| !x.is_finite()), "{isa} {format:?} {bad}: {:?}", &out[..16]);
+                    assert!(out[16..].iter().all(|x| x.is_finite()), "another token of {isa} {format:?} {bad}");
+                }
+            }
+        }
+    }
+}
+
+#[test]
+#[should_panic(expected = "the weights take Int16 activations, got Float")]
+fn activations_of_another_kind_are_refused() {
+    let weights = Weights::new(Format::Q8, 16, 32, 1);
+    let mut input = Input::new();
+    input.prepare(Isa::scalar(), InputKind::Float, &[0.0; 32], 1, 32);
+    matmul(Isa::scalar(), weights.panels(), 0..1, &input, MatMut::new(&mut [0.0; 16], 1, 16, 16), Store::Set);
+}
+
+proptest! {
+    #[test]
+    fn any_shape(format in 0..5_usize, rows in 1..200_usize, cols in 1..600_usize, tokens in 0..40_usize, cut in 0.0..1.0_f64) {
+        let panels = rows.div_ceil(PANEL);
+        let start = (cut * panels as f64) as usize;
+        check_matmul(FORMATS[format], rows, cols, tokens, start..panels);
+    }
+}
