@@ -1,31 +1,55 @@
-//! Zeroed memory for weights: 2 MiB-aligned, backed by huge pages where that costs no memory.
+//! Zeroed memory for weights, in huge pages as far as that costs no memory.
+//!
+//! A matrix of one layer is often smaller than a few 2 MiB pages, and ends in the middle of one. So:
+//!
+//! - large buffers have a mapping of their own, whose end is in small pages;
+//! - middling ones are cut from a shared mapping, one after the other, so that huge pages have no gaps; what a process
+//!   can lose is the rest of the last page of each shared mapping, below 1 %;
+//! - small ones come from the ordinary allocator.
+//!
+//! Cuts of a shared mapping are never used again: the mapping goes when its last buffer does. Models are loaded and
+//! dropped as a whole, so nothing smarter pays.
 
-use std::{alloc, ptr, ptr::NonNull, slice};
+use std::{
+    alloc, ptr,
+    ptr::NonNull,
+    slice,
+    sync::{Arc, Mutex, PoisonError, Weak},
+};
 
 const HUGE_PAGE: usize = 2 << 20;
 
-/// Below this size a buffer comes from the ordinary allocator, aligned to a cache line.
-const SMALL: usize = 1 << 20;
+/// From this size on a buffer has its own mapping.
+const LARGE: usize = 32 << 20;
 
-/// Alignment of small buffers: a cache line, which is also the widest load of any kernel.
-const SMALL_ALIGN: usize = 64;
+/// Below this size a buffer comes from the ordinary allocator.
+const SMALL: usize = 64 << 10;
 
-/// A fixed number of bytes, zero until written. Pages become resident when first touched, so the thread that fills a
-/// part decides on which NUMA node it lives.
+/// Address space of a shared mapping; only what is touched takes memory.
+const SHARED: usize = 256 << 20;
+
+/// A cache line, which is also the widest load of any kernel.
+const ALIGN: usize = 64;
+
+/// The shared mapping that is being cut, and how much of it is gone.
+static CURRENT: Mutex<(Weak<Mapping>, usize)> = Mutex::new((Weak::new(), 0));
+
+/// A fixed number of bytes, zero until written, aligned to a cache line. Pages become resident when first touched, so the
+/// thread that fills a part decides on which NUMA node it lives.
 pub(crate) struct HugeBuffer {
     data: NonNull<u8>,
     len: usize,
-    origin: Origin,
+    owner: Owner,
 }
 
-enum Origin {
-    Empty,
+/// What is freed with the buffer.
+enum Owner {
+    Nothing,
     Heap(alloc::Layout),
-    /// An anonymous mapping of this many bytes that starts at `data`.
-    Map(usize),
+    Mapping { _keep: Arc<Mapping> },
 }
 
-// SAFETY: the buffer owns its memory alone; shared access is reads only, writes need `&mut`.
+// SAFETY: the buffer alone refers to its bytes; shared access is reads only, writes need `&mut`.
 unsafe impl Send for HugeBuffer {}
 // SAFETY: as above.
 unsafe impl Sync for HugeBuffer {}
@@ -33,70 +57,42 @@ unsafe impl Sync for HugeBuffer {}
 impl HugeBuffer {
     /// `len` zero bytes. Out of memory ends the process as it does for `Vec`.
     pub(crate) fn zeroed(len: usize) -> Self {
-        if len == 0 {
-            return Self { data: NonNull::<u64>::dangling().cast(), len, origin: Origin::Empty };
+        match len {
+            0 => Self { data: NonNull::<CacheLine>::dangling().cast(), len, owner: Owner::Nothing },
+            _ if len < SMALL => Self::on_heap(len),
+            _ if len < LARGE => Self::cut(len),
+            _ => {
+                let mapping = Arc::new(Mapping::new(len));
+                Self { data: mapping.start, len, owner: Owner::Mapping { _keep: mapping } }
+            }
         }
-        if len < SMALL {
-            return Self::zeroed_small(len);
-        }
-        Self::zeroed_mapped(len)
     }
 
-    fn zeroed_small(len: usize) -> Self {
-        let layout = alloc::Layout::from_size_align(len, SMALL_ALIGN).expect("below 1 MiB");
+    fn on_heap(len: usize) -> Self {
+        let layout = alloc::Layout::from_size_align(len, ALIGN).expect("a small size");
         // SAFETY: the layout has a size above 0: `zeroed` handles 0.
         let data = unsafe { alloc::alloc_zeroed(layout) };
         let data = NonNull::new(data).unwrap_or_else(|| alloc::handle_alloc_error(layout));
-        Self { data, len, origin: Origin::Heap(layout) }
+        Self { data, len, owner: Owner::Heap(layout) }
     }
 
-    fn zeroed_mapped(len: usize) -> Self {
-        let failed = || -> ! {
-            match alloc::Layout::from_size_align(len, HUGE_PAGE) {
-                Ok(layout) => alloc::handle_alloc_error(layout),
-                Err(_) => panic!("{len} bytes exceed the address space"),
+    /// The next piece of the shared mapping.
+    fn cut(len: usize) -> Self {
+        let mut current = CURRENT.lock().unwrap_or_else(PoisonError::into_inner);
+        let mapping = match current.0.upgrade() {
+            Some(mapping) if len <= mapping.len - current.1 => mapping,
+            _ => {
+                let mapping = Arc::new(Mapping::new(SHARED));
+                *current = (Arc::downgrade(&mapping), 0);
+                mapping
             }
         };
-        let page = page_size();
-        let Some(mapped) = len.checked_next_multiple_of(page) else { failed() };
-        let Some(reserved) = mapped.checked_add(HUGE_PAGE) else { failed() };
-        // SAFETY: a new private anonymous mapping touches no existing memory.
-        let base = unsafe {
-            libc::mmap(
-                ptr::null_mut(),
-                reserved,
-                libc::PROT_READ | libc::PROT_WRITE,
-                libc::MAP_PRIVATE | libc::MAP_ANONYMOUS,
-                -1,
-                0,
-            )
-        };
-        if base == libc::MAP_FAILED {
-            failed()
-        }
-        // mmap aligns to small pages only: cut an aligned piece out of a mapping that is one huge page longer.
-        let before = base.align_offset(HUGE_PAGE);
-        let after = reserved - before - mapped;
-        let data = base.wrapping_byte_add(before);
-        // SAFETY: both pieces lie inside the mapping made above, on page borders (`before` because the base and 2 MiB
-        // are, `mapped` by rounding), and nothing refers to them. A length of 0 is skipped.
-        unsafe {
-            if before > 0 {
-                libc::munmap(base, before);
-            }
-            if after > 0 {
-                libc::munmap(data.wrapping_byte_add(mapped), after);
-            }
-        }
-        // The end of a mapping that does not fill a huge page stays in small pages: nothing is resident beyond it.
-        #[cfg(target_os = "linux")]
-        // SAFETY: the range is the mapping that remains; the advice changes no contents. Its failure (a kernel
-        // without huge pages) only costs speed.
-        unsafe {
-            libc::madvise(data, mapped, libc::MADV_HUGEPAGE);
-        }
-        let data = NonNull::new(data.cast()).expect("mmap never maps address 0 unasked");
-        Self { data, len, origin: Origin::Map(mapped) }
+        let offset = current.1;
+        current.1 = (offset + len).next_multiple_of(ALIGN).min(mapping.len);
+        // SAFETY: `offset + len` is within the mapping. No other buffer has these bytes: offsets only grow while the
+        // mapping lives, and a new mapping starts anew.
+        let data = unsafe { mapping.start.add(offset) };
+        Self { data, len, owner: Owner::Mapping { _keep: mapping } }
     }
 
     pub(crate) fn len(&self) -> usize {
@@ -104,8 +100,8 @@ impl HugeBuffer {
     }
 
     pub(crate) fn bytes(&self) -> &[u8] {
-        // SAFETY: `data` points at `len` initialized (zeroed) bytes owned by self; `len` fits in isize because it was
-        // allocated; for 0 bytes the pointer is dangling but aligned.
+        // SAFETY: `data` points at `len` initialized (zeroed) bytes that live as long as the owner and belong to this
+        // buffer; for 0 bytes the pointer is dangling but aligned.
         unsafe { slice::from_raw_parts(self.data.as_ptr(), self.len) }
     }
 
@@ -117,14 +113,82 @@ impl HugeBuffer {
 
 impl Drop for HugeBuffer {
     fn drop(&mut self) {
-        match self.origin {
-            Origin::Empty => {}
-            // SAFETY: allocated with this layout in `zeroed_small`, freed once.
-            Origin::Heap(layout) => unsafe { alloc::dealloc(self.data.as_ptr(), layout) },
-            // SAFETY: what `zeroed_mapped` kept of its mapping, unmapped once.
-            Origin::Map(mapped) => unsafe {
-                libc::munmap(self.data.as_ptr().cast(), mapped);
-            },
+        if let Owner::Heap(layout) = self.owner {
+            // SAFETY: allocated with this layout in `on_heap`, freed once.
+            unsafe { alloc::dealloc(self.data.as_ptr(), layout) }
+        }
+    }
+}
+
+#[repr(align(64))]
+struct CacheLine;
+
+/// An anonymous mapping that starts at a multiple of 2 MiB and asks for huge pages.
+struct Mapping {
+    start: NonNull<u8>,
+    len: usize,
+}
+
+// SAFETY: the mapping is only an address range here; its bytes are reached through the buffers that own parts of it.
+unsafe impl Send for Mapping {}
+// SAFETY: as above.
+unsafe impl Sync for Mapping {}
+
+impl Mapping {
+    /// At least `len` bytes (`len` > 0), rounded up to small pages: nothing beyond the last one can become resident.
+    fn new(len: usize) -> Self {
+        let failed = || -> ! {
+            match alloc::Layout::from_size_align(len, HUGE_PAGE) {
+                Ok(layout) => alloc::handle_alloc_error(layout),
+                Err(_) => panic!("{len} bytes exceed the address space"),
+            }
+        };
+        let Some(kept) = len.checked_next_multiple_of(page_size()) else { failed() };
+        let Some(reserved) = kept.checked_add(HUGE_PAGE) else { failed() };
+        // SAFETY: a new private anonymous mapping touches no existing memory.
+        let base = unsafe {
+            libc::mmap(
+                ptr::null_mut(),
+                reserved,
+                libc::PROT_READ | libc::PROT_WRITE,
+                libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE,
+                -1,
+                0,
+            )
+        };
+        if base == libc::MAP_FAILED {
+            failed()
+        }
+        // mmap aligns to small pages only: cut an aligned piece out of a mapping that is one huge page longer.
+        let before = base.align_offset(HUGE_PAGE);
+        let start = base.wrapping_byte_add(before);
+        let after = reserved - before - kept;
+        // SAFETY: both pieces lie inside the mapping made above, on page borders (`before` because the base and 2 MiB
+        // are, `kept` by rounding), and nothing refers to them. A length of 0 is skipped.
+        unsafe {
+            if before > 0 {
+                libc::munmap(base, before);
+            }
+            if after > 0 {
+                libc::munmap(start.wrapping_byte_add(kept), after);
+            }
+        }
+        #[cfg(target_os = "linux")]
+        // SAFETY: the range is the mapping that remains; the advice changes no contents. Its failure (a kernel without
+        // huge pages) only costs speed.
+        unsafe {
+            libc::madvise(start, kept, libc::MADV_HUGEPAGE);
+        }
+        let start = NonNull::new(start.cast()).expect("mmap never chooses address 0");
+        Self { start, len: kept }
+    }
+}
+
+impl Drop for Mapping {
+    fn drop(&mut self) {
+        // SAFETY: what `new` kept of its mapping, unmapped once; the last buffer in it is gone, since each holds an `Arc`.
+        unsafe {
+            libc::munmap(self.start.as_ptr().cast(), self.len);
         }
     }
 }
@@ -133,4 +197,68 @@ fn page_size() -> usize {
     // SAFETY: sysconf reads a constant of the system.
     let size = unsafe { libc::sysconf(libc::_SC_PAGESIZE) };
     usize::try_from(size).ok().filter(|size| size.is_power_of_two()).unwrap_or(HUGE_PAGE)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Sizes around every border between the three kinds.
+    const SIZES: [usize; 10] =
+        [0, 1, 100, SMALL - 1, SMALL, SMALL + 1, 3 << 20, LARGE - 1, LARGE, LARGE + HUGE_PAGE + 12345];
+
+    #[test]
+    fn zeroed_aligned_and_writable_to_the_last_byte() {
+        for len in SIZES {
+            let mut buffer = HugeBuffer::zeroed(len);
+            assert_eq!(buffer.len(), len);
+            assert_eq!(buffer.bytes().as_ptr() as usize % ALIGN, 0, "{len}");
+            assert!(buffer.bytes().iter().all(|&byte| byte == 0), "{len}");
+            buffer.bytes_mut().fill(7);
+            assert!(buffer.bytes().iter().all(|&byte| byte == 7), "{len}");
+        }
+    }
+
+    #[test]
+    fn buffers_do_not_share_bytes() {
+        // More than one shared mapping's worth of address space, little of it touched.
+        let mut buffers: Vec<HugeBuffer> = (0..40).map(|_| HugeBuffer::zeroed(LARGE - 4097)).collect();
+        for (index, buffer) in buffers.iter_mut().enumerate() {
+            let bytes = buffer.bytes_mut();
+            bytes[0] = index as u8 + 1;
+            *bytes.last_mut().unwrap() = index as u8 + 1;
+        }
+        buffers.remove(3);
+        for (index, buffer) in buffers.iter().enumerate() {
+            let expected = if index < 3 { index as u8 + 1 } else { index as u8 + 2 };
+            assert_eq!((buffer.bytes()[0], *buffer.bytes().last().unwrap()), (expected, expected));
+        }
+    }
+
+    #[test]
+    fn a_freed_shared_mapping_does_not_come_back_dirty() {
+        for _ in 0..3 {
+            let mut buffer = HugeBuffer::zeroed(SMALL);
+            assert!(buffer.bytes().iter().all(|&byte| byte == 0));
+            buffer.bytes_mut().fill(9);
+        }
+    }
+
+    #[test]
+    fn threads_may_allocate_side_by_side() {
+        let buffers = std::thread::scope(|scope| {
+            let run = |mark: u8| {
+                move || {
+                    let mut buffers: Vec<_> = (0..20).map(|_| HugeBuffer::zeroed(SMALL + 3)).collect();
+                    buffers.iter_mut().for_each(|buffer| buffer.bytes_mut().fill(mark));
+                    buffers
+                }
+            };
+            let threads: Vec<_> = (1..=4).map(|mark| (mark, scope.spawn(run(mark)))).collect();
+            threads.into_iter().map(|(mark, thread)| (mark, thread.join().unwrap())).collect::<Vec<_>>()
+        });
+        for (mark, buffers) in buffers {
+            assert!(buffers.iter().all(|buffer| buffer.bytes().iter().all(|&byte| byte == mark)));
+        }
+    }
 }
