@@ -14,7 +14,11 @@ pub fn command(model: Option<PathBuf>, ranks: usize) -> Result<ExitCode> {
         bail!("-n 0: at least one rank is needed");
     }
     let model = model.unwrap_or_else(|| workspace::root().join("models/austen"));
-    let (mut command, mpi) = prepare(ranks)?;
+    let (program, mpi) = prepare()?;
+    let mut command = match &mpi {
+        Some(mpi) => mpi.launcher(ranks, None, Bind::None, program.as_os_str()),
+        None => Command::new(&program),
+    };
     let shown = model.strip_prefix(workspace::root()).unwrap_or(&model);
     match &mpi {
         Some(mpi) => eprintln!("demo: {}, {ranks} MPI ranks ({})", shown.display(), mpi.version),
@@ -29,31 +33,30 @@ pub fn command(model: Option<PathBuf>, ranks: usize) -> Result<ExitCode> {
         eprintln!("demo: failed ({status})");
         return Ok(ExitCode::FAILURE);
     }
-    print!("{}", next_steps(mpi.is_some(), ranks));
+    let here = std::env::current_dir().unwrap_or_default();
+    print!("{}", next_steps(mpi.is_some(), program.strip_prefix(here).unwrap_or(&program), ranks));
     Ok(ExitCode::SUCCESS)
 }
 
-/// The command that runs the program, up to the program's arguments; with the MPI it runs on.
-fn prepare(ranks: usize) -> Result<(Command, Option<Mpi>)> {
+/// The built program, and the MPI that it was built with, if any.
+fn prepare() -> Result<(PathBuf, Option<Mpi>)> {
     let mpi = setup::ensure(true).map_err(|missing| eprintln!("demo: {missing}")).ok();
     if let Some(mpi) = mpi {
         match launch::build_program(Some(&mpi)) {
             Ok(program) => {
-                return Ok((mpi.launcher(ranks, None, Bind::None, program.as_os_str()), Some(mpi)));
+                return Ok((program, Some(mpi)));
             }
             Err(error) => eprintln!("demo: building with {}: {error:#}", mpi.version),
         }
     }
     eprintln!("demo: going on without MPI; the ranks are threads of one process and pass messages through memory");
-    let program = launch::build_program(None)?;
-    Ok((Command::new(program), None))
+    Ok((launch::build_program(None)?, None))
 }
 
-fn next_steps(mpi: bool, ranks: usize) -> String {
+fn next_steps(mpi: bool, program: &Path, ranks: usize) -> String {
     let run = if mpi {
         format!("cargo xtask mpirun -n {ranks} -- chat --model ~/models/Qwen3-0.6B")
     } else {
-        let program = Path::new("target/release/qwen3");
         format!("{} chat --model ~/models/Qwen3-0.6B --ranks {ranks}", program.display())
     };
     format!(
@@ -70,8 +73,13 @@ mod tests {
 
     #[test]
     fn next_steps_fit_what_is_there() {
-        assert!(next_steps(true, 2).contains("cargo xtask mpirun -n 2 -- chat"));
-        let without = next_steps(false, 3);
-        assert!(without.contains("--ranks 3") && !without.contains("mpirun"), "{without}");
+        assert!(next_steps(true, Path::new("target/release/qwen3"), 2).contains("cargo xtask mpirun -n 2 -- chat"));
+        let without = next_steps(false, Path::new("target/release/qwen3"), 3);
+        assert!(
+            without.contains("target/release/qwen3 chat")
+                && without.contains("--ranks 3")
+                && !without.contains("mpirun"),
+            "{without}"
+        );
     }
 }

@@ -100,7 +100,15 @@ pub fn ensure(install: bool) -> Result<Mpi, Missing> {
         return Err(Missing::NotInstalled { parts: missing(&parts), advice });
     }
     eprintln!("setup: missing: {}", missing(&parts).join(", "));
-    if let Err(error) = packages::install(&commands, right) {
+    let installed = packages::install(&commands, right).or_else(|error| {
+        // Old package lists name versions that the mirrors no longer have.
+        if commands.len() > 1 {
+            return Err(error);
+        }
+        eprintln!("setup: {error}; trying once more with fresh package lists");
+        packages::install(&manager.commands(&manager.packages(&parts), true), right)
+    });
+    if let Err(error) = installed {
         let line = packages::shell_line(&commands, right);
         return Err(Missing::InstallFailed { reason: format!("{error}. To try again: {line}") });
     }
