@@ -158,7 +158,7 @@ mod tests {
         let (low, high) = correction_range(theta, &exact, 32);
         let expected = 32.0 * (64.0 / (2.0 * std::f64::consts::PI)).ln() / (2.0 * theta.ln());
         assert_eq!((low, high), (0.0, expected));
-        let steep = Yarn { beta_fast: 11.0, beta_slow: 11.0, ..exact };
+        let steep = Yarn { beta_fast: 2.0, beta_slow: 2.0, ..exact };
         let (low, high) = correction_range(theta, &steep, 32);
         assert!(high > low, "a ramp from {low} to {high}");
         let table = RotaryTable::new(&RopeConfig { theta, scaling: RopeScaling::Yarn(steep) }, 32);
