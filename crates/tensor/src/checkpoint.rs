@@ -44,7 +44,7 @@ struct Tensor {
 }
 
 impl Checkpoint {
-    /// Opens `folder`, which holds `model.safetensors.index.json` with the files it names, or `model.safetensors`.
+    /// Opens `folder`, which holds `model.safetensors`, or `model.safetensors.index.json` with the files it names.
     ///
     /// # Errors
     ///
@@ -55,10 +55,11 @@ impl Checkpoint {
             return Err(CheckpointError::NoFolder { folder: folder.to_owned() });
         }
         let mut checkpoint = Self { folder: folder.to_owned(), tensors: HashMap::new(), bytes_read: Arc::default() };
-        if folder.join(INDEX).exists() {
-            checkpoint.open_index(&folder.join(INDEX))?;
-        } else if folder.join(SINGLE).exists() {
+        // A folder with both is read as Hugging Face's transformers does: the single file counts.
+        if folder.join(SINGLE).exists() {
             checkpoint.add_file(folder.join(SINGLE))?;
+        } else if folder.join(INDEX).exists() {
+            checkpoint.open_index(&folder.join(INDEX))?;
         } else {
             return Err(CheckpointError::NoWeights { folder: folder.to_owned() });
         }
