@@ -81,13 +81,7 @@ mod avx2 {
         let r = _mm256_fmadd_ps(n, _mm256_set1_ps(1.904_654_3e-9), r);
 
         let mut p = _mm256_set1_ps(1.987_569_1e-4);
-        for c in [
-            1.398_2e-3,
-            8.333_452e-3,
-            4.166_579_6e-2,
-            1.666_666_5e-1,
-            0.5,
-        ] {
+        for c in [1.398_2e-3, 8.333_452e-3, 4.166_579_6e-2, 1.666_666_5e-1, 0.5] {
             p = _mm256_fmadd_ps(p, r, _mm256_set1_ps(c));
         }
         let p = _mm256_fmadd_ps(p, _mm256_mul_ps(r, r), r);
@@ -108,8 +102,7 @@ mod tests {
     /// |y − e^x| in units of the last place of the exact value.
     fn ulps(x: f32, y: f32) -> f64 {
         let exact = f64::from(x).exp();
-        let place =
-            f64::from(f32::from_bits((exact as f32).to_bits() + 1)) - f64::from(exact as f32);
+        let place = f64::from(f32::from_bits((exact as f32).to_bits() + 1)) - f64::from(exact as f32);
         (f64::from(y) - exact).abs() / place
     }
 

@@ -75,11 +75,7 @@ impl Drop for Guarded {
                     x.to_bits(),
                     SENTINEL,
                     "a kernel wrote {} floats outside a slice of {}",
-                    if i < self.start {
-                        self.start - i
-                    } else {
-                        i + 1 - end
-                    },
+                    if i < self.start { self.start - i } else { i + 1 - end },
                     self.len
                 );
             }
@@ -92,9 +88,7 @@ pub(crate) fn noise(len: usize, seed: u64) -> Vec<f32> {
     let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) ^ 0x2545_f491_4f6c_dd1d;
     (0..len)
         .map(|_| {
-            state = state
-                .wrapping_mul(6_364_136_223_846_793_005)
-                .wrapping_add(1_442_695_040_888_963_407);
+            state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
             (state >> 40) as f32 / (1u64 << 23) as f32 - 1.0
         })
         .collect()

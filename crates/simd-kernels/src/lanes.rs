@@ -35,11 +35,7 @@ pub(crate) fn first(n: usize) -> __m256i {
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c")]
 pub(crate) fn load_tail(x: &[f32]) -> __m256 {
-    debug_assert!(
-        x.len() <= LANES,
-        "a tail of {} floats, at most {LANES} fit",
-        x.len()
-    );
+    debug_assert!(x.len() <= LANES, "a tail of {} floats, at most {LANES} fit", x.len());
     // SAFETY: the masked load touches only lanes below x.len(), all inside the slice.
     unsafe { _mm256_maskload_ps(x.as_ptr(), first(x.len())) }
 }
@@ -48,11 +44,7 @@ pub(crate) fn load_tail(x: &[f32]) -> __m256 {
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c")]
 pub(crate) fn store_tail(x: &mut [f32], v: __m256) {
-    debug_assert!(
-        x.len() <= LANES,
-        "a tail of {} floats, at most {LANES} fit",
-        x.len()
-    );
+    debug_assert!(x.len() <= LANES, "a tail of {} floats, at most {LANES} fit", x.len());
     // SAFETY: the masked store touches only lanes below x.len(), all inside the slice.
     unsafe { _mm256_maskstore_ps(x.as_mut_ptr(), first(x.len()), v) }
 }

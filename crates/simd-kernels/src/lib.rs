@@ -19,6 +19,11 @@ mod softmax;
 mod swiglu;
 mod vector;
 
+// Attention over the cache of one KV head.
+mod kv;
+
+mod attention;
+
 // Matrix products with packed weights.
 mod panels;
 
@@ -33,10 +38,12 @@ mod matmul;
 // Threads.
 mod fork_join;
 
+pub use attention::{AttentionInput, SoftmaxState, attention_materialized, attention_streaming};
 pub use exp::exp;
 pub use fork_join::ForkJoin;
 pub use input::{Input, InputKind, InputPart};
 pub use isa::{Isa, IsaError};
+pub use kv::{KvFormat, KvHead, UnknownKvFormat};
 pub use matmul::{Store, matmul, matmul_swiglu};
 pub use matrix::MatMut;
 pub use norm::{add_rms_norm, rms_norm, rms_norm_in_place};

@@ -7,20 +7,8 @@ use crate::isa::{Isa, dispatch};
 /// # Panics
 /// When the lengths differ.
 pub fn rms_norm(isa: Isa, x: &[f32], weight: &[f32], eps: f32, out: &mut [f32]) {
-    assert_eq!(
-        x.len(),
-        weight.len(),
-        "rms_norm: x has {} elements, weight {}",
-        x.len(),
-        weight.len()
-    );
-    assert_eq!(
-        x.len(),
-        out.len(),
-        "rms_norm: x has {} elements, out {}",
-        x.len(),
-        out.len()
-    );
+    assert_eq!(x.len(), weight.len(), "rms_norm: x has {} elements, weight {}", x.len(), weight.len());
+    assert_eq!(x.len(), out.len(), "rms_norm: x has {} elements, out {}", x.len(), out.len());
     dispatch!(isa, avx2::rms_norm, scalar::rms_norm, (x, weight, eps, out))
 }
 
@@ -29,19 +17,8 @@ pub fn rms_norm(isa: Isa, x: &[f32], weight: &[f32], eps: f32, out: &mut [f32]) 
 /// # Panics
 /// When the lengths differ.
 pub fn rms_norm_in_place(isa: Isa, x: &mut [f32], weight: &[f32], eps: f32) {
-    assert_eq!(
-        x.len(),
-        weight.len(),
-        "rms_norm_in_place: x has {} elements, weight {}",
-        x.len(),
-        weight.len()
-    );
-    dispatch!(
-        isa,
-        avx2::rms_norm_in_place,
-        scalar::rms_norm_in_place,
-        (x, weight, eps)
-    )
+    assert_eq!(x.len(), weight.len(), "rms_norm_in_place: x has {} elements, weight {}", x.len(), weight.len());
+    dispatch!(isa, avx2::rms_norm_in_place, scalar::rms_norm_in_place, (x, weight, eps))
 }
 
 /// The residual and the norm that follows it in one pass: x[i] += y[i], then `out` is the [`rms_norm`] of x.
@@ -49,33 +26,10 @@ pub fn rms_norm_in_place(isa: Isa, x: &mut [f32], weight: &[f32], eps: f32) {
 /// # Panics
 /// When the lengths differ.
 pub fn add_rms_norm(isa: Isa, x: &mut [f32], y: &[f32], weight: &[f32], eps: f32, out: &mut [f32]) {
-    assert_eq!(
-        x.len(),
-        y.len(),
-        "add_rms_norm: x has {} elements, y {}",
-        x.len(),
-        y.len()
-    );
-    assert_eq!(
-        x.len(),
-        weight.len(),
-        "add_rms_norm: x has {} elements, weight {}",
-        x.len(),
-        weight.len()
-    );
-    assert_eq!(
-        x.len(),
-        out.len(),
-        "add_rms_norm: x has {} elements, out {}",
-        x.len(),
-        out.len()
-    );
-    dispatch!(
-        isa,
-        avx2::add_rms_norm,
-        scalar::add_rms_norm,
-        (x, y, weight, eps, out)
-    )
+    assert_eq!(x.len(), y.len(), "add_rms_norm: x has {} elements, y {}", x.len(), y.len());
+    assert_eq!(x.len(), weight.len(), "add_rms_norm: x has {} elements, weight {}", x.len(), weight.len());
+    assert_eq!(x.len(), out.len(), "add_rms_norm: x has {} elements, out {}", x.len(), out.len());
+    dispatch!(isa, avx2::add_rms_norm, scalar::add_rms_norm, (x, y, weight, eps, out))
 }
 
 /// 1 / sqrt(sum/n + eps).
@@ -105,13 +59,7 @@ pub(crate) mod scalar {
         }
     }
 
-    pub(super) fn add_rms_norm(
-        x: &mut [f32],
-        y: &[f32],
-        weight: &[f32],
-        eps: f32,
-        out: &mut [f32],
-    ) {
+    pub(super) fn add_rms_norm(x: &mut [f32], y: &[f32], weight: &[f32], eps: f32, out: &mut [f32]) {
         x.iter_mut().zip(y).for_each(|(x, y)| *x += y);
         rms_norm(x, weight, eps, out);
     }
@@ -150,10 +98,7 @@ pub(crate) mod avx2 {
         let (weight, weight_tail) = weight.as_chunks();
         let (out, out_tail) = out.as_chunks_mut();
         for ((out, x), weight) in out.iter_mut().zip(x).zip(weight) {
-            store(
-                out,
-                _mm256_mul_ps(_mm256_mul_ps(load(x), factor), load(weight)),
-            );
+            store(out, _mm256_mul_ps(_mm256_mul_ps(load(x), factor), load(weight)));
         }
         let scaled = _mm256_mul_ps(load_tail(x_tail), factor);
         store_tail(out_tail, _mm256_mul_ps(scaled, load_tail(weight_tail)));
@@ -165,23 +110,14 @@ pub(crate) mod avx2 {
         let (x, x_tail) = x.as_chunks_mut();
         let (weight, weight_tail) = weight.as_chunks();
         for (x, weight) in x.iter_mut().zip(weight) {
-            store(
-                x,
-                _mm256_mul_ps(_mm256_mul_ps(load(x), factor), load(weight)),
-            );
+            store(x, _mm256_mul_ps(_mm256_mul_ps(load(x), factor), load(weight)));
         }
         let scaled = _mm256_mul_ps(load_tail(x_tail), factor);
         store_tail(x_tail, _mm256_mul_ps(scaled, load_tail(weight_tail)));
     }
 
     #[target_feature(enable = "avx2,fma,f16c")]
-    pub(super) fn add_rms_norm(
-        x: &mut [f32],
-        y: &[f32],
-        weight: &[f32],
-        eps: f32,
-        out: &mut [f32],
-    ) {
+    pub(super) fn add_rms_norm(x: &mut [f32], y: &[f32], weight: &[f32], eps: f32, out: &mut [f32]) {
         let (chunks, tail) = x.as_chunks_mut::<LANES>();
         let (y_chunks, y_tail) = y.as_chunks();
         let mut sums = [_mm256_setzero_ps(); 2];
@@ -200,15 +136,9 @@ pub(crate) mod avx2 {
         let (weight, weight_tail) = weight.as_chunks();
         let (out, out_tail) = out.as_chunks_mut();
         for ((out, x), weight) in out.iter_mut().zip(chunks).zip(weight) {
-            store(
-                out,
-                _mm256_mul_ps(_mm256_mul_ps(load(x), factor), load(weight)),
-            );
+            store(out, _mm256_mul_ps(_mm256_mul_ps(load(x), factor), load(weight)));
         }
-        store_tail(
-            out_tail,
-            _mm256_mul_ps(_mm256_mul_ps(total, factor), load_tail(weight_tail)),
-        );
+        store_tail(out_tail, _mm256_mul_ps(_mm256_mul_ps(total, factor), load_tail(weight_tail)));
     }
 }
 
@@ -224,10 +154,7 @@ mod tests {
     fn exact(x: &[f32], weight: &[f32]) -> Vec<f32> {
         let squares: f64 = x.iter().map(|&x| f64::from(x).powi(2)).sum();
         let factor = 1.0 / (squares / x.len() as f64 + f64::from(EPS)).sqrt();
-        x.iter()
-            .zip(weight)
-            .map(|(&x, &w)| (f64::from(x) * factor * f64::from(w)) as f32)
-            .collect()
+        x.iter().zip(weight).map(|(&x, &w)| (f64::from(x) * factor * f64::from(w)) as f32).collect()
     }
 
     /// Relative: half of the n roundings of the sum of squares (the root halves them), and four operations after it.
@@ -259,11 +186,7 @@ mod tests {
                 out.assert_close(&exact(&total, &weight), tolerance(len));
             }
         }
-        for name in [
-            "avx2::rms_norm",
-            "avx2::rms_norm_in_place",
-            "avx2::add_rms_norm",
-        ] {
+        for name in ["avx2::rms_norm", "avx2::rms_norm_in_place", "avx2::add_rms_norm"] {
             assert_entered(name);
         }
     }

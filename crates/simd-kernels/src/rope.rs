@@ -10,20 +10,8 @@ use crate::isa::{Isa, dispatch};
 /// # Panics
 /// When the lengths do not fit.
 pub fn rope(isa: Isa, head: &mut [f32], cos: &[f32], sin: &[f32]) {
-    assert_eq!(
-        head.len(),
-        2 * cos.len(),
-        "rope: head has {} elements, cos {}",
-        head.len(),
-        cos.len()
-    );
-    assert_eq!(
-        cos.len(),
-        sin.len(),
-        "rope: cos has {} elements, sin {}",
-        cos.len(),
-        sin.len()
-    );
+    assert_eq!(head.len(), 2 * cos.len(), "rope: head has {} elements, cos {}", head.len(), cos.len());
+    assert_eq!(cos.len(), sin.len(), "rope: cos has {} elements, sin {}", cos.len(), sin.len());
     dispatch!(isa, avx2::rope, scalar::rope, (head, cos, sin))
 }
 
@@ -34,41 +22,14 @@ pub fn rope(isa: Isa, head: &mut [f32], cos: &[f32], sin: &[f32]) {
 /// # Panics
 /// When the lengths do not fit.
 pub fn norm_rope(isa: Isa, heads: &mut [f32], weight: &[f32], eps: f32, cos: &[f32], sin: &[f32]) {
-    assert_eq!(
-        weight.len(),
-        2 * cos.len(),
-        "norm_rope: weight has {} elements, cos {}",
-        weight.len(),
-        cos.len()
-    );
-    assert_eq!(
-        cos.len(),
-        sin.len(),
-        "norm_rope: cos has {} elements, sin {}",
-        cos.len(),
-        sin.len()
-    );
+    assert_eq!(weight.len(), 2 * cos.len(), "norm_rope: weight has {} elements, cos {}", weight.len(), cos.len());
+    assert_eq!(cos.len(), sin.len(), "norm_rope: cos has {} elements, sin {}", cos.len(), sin.len());
     if weight.is_empty() {
-        assert!(
-            heads.is_empty(),
-            "norm_rope: {} elements in heads of size 0",
-            heads.len()
-        );
+        assert!(heads.is_empty(), "norm_rope: {} elements in heads of size 0", heads.len());
         return;
     }
-    assert_eq!(
-        heads.len() % weight.len(),
-        0,
-        "norm_rope: {} elements in heads of {}",
-        heads.len(),
-        weight.len()
-    );
-    dispatch!(
-        isa,
-        avx2::norm_rope,
-        scalar::norm_rope,
-        (heads, weight, eps, cos, sin)
-    )
+    assert_eq!(heads.len() % weight.len(), 0, "norm_rope: {} elements in heads of {}", heads.len(), weight.len());
+    dispatch!(isa, avx2::norm_rope, scalar::norm_rope, (heads, weight, eps, cos, sin))
 }
 
 mod scalar {
@@ -84,9 +45,7 @@ mod scalar {
     pub(super) fn norm_rope(heads: &mut [f32], weight: &[f32], eps: f32, cos: &[f32], sin: &[f32]) {
         for head in heads.chunks_exact_mut(weight.len()) {
             let factor = inverse_rms(sum_of_squares(head), head.len(), eps);
-            head.iter_mut()
-                .zip(weight)
-                .for_each(|(x, w)| *x *= factor * w);
+            head.iter_mut().zip(weight).for_each(|(x, w)| *x *= factor * w);
             rope(head, cos, sin);
         }
     }
@@ -126,12 +85,7 @@ mod avx2 {
     /// Turns the pairs of a head after `before(low, high, i)` has seen the i-th vector of each half.
     #[inline]
     #[target_feature(enable = "avx2,fma,f16c")]
-    fn rotate(
-        head: &mut [f32],
-        cos: &[f32],
-        sin: &[f32],
-        before: impl Fn(__m256, __m256, usize) -> (__m256, __m256),
-    ) {
+    fn rotate(head: &mut [f32], cos: &[f32], sin: &[f32], before: impl Fn(__m256, __m256, usize) -> (__m256, __m256)) {
         let turn = |low, high, cos, sin, i| {
             let (low, high) = before(low, high, i);
             let new_low = _mm256_fmsub_ps(low, cos, _mm256_mul_ps(high, sin));
@@ -143,19 +97,13 @@ mod avx2 {
         let (high, high_tail) = high.as_chunks_mut();
         let (cos, cos_tail) = cos.as_chunks();
         let (sin, sin_tail) = sin.as_chunks();
-        for (i, (((low, high), cos), sin)) in low.iter_mut().zip(high).zip(cos).zip(sin).enumerate()
-        {
+        for (i, (((low, high), cos), sin)) in low.iter_mut().zip(high).zip(cos).zip(sin).enumerate() {
             let (new_low, new_high) = turn(load(low), load(high), load(cos), load(sin), i);
             store(low, new_low);
             store(high, new_high);
         }
-        let (new_low, new_high) = turn(
-            load_tail(low_tail),
-            load_tail(high_tail),
-            load_tail(cos_tail),
-            load_tail(sin_tail),
-            cos.len(),
-        );
+        let (new_low, new_high) =
+            turn(load_tail(low_tail), load_tail(high_tail), load_tail(cos_tail), load_tail(sin_tail), cos.len());
         store_tail(low_tail, new_low);
         store_tail(high_tail, new_high);
     }
@@ -169,10 +117,7 @@ mod tests {
     use proptest::prelude::*;
 
     fn angles(half: usize, position: f32) -> (Vec<f32>, Vec<f32>) {
-        (0..half)
-            .map(|i| (position * 0.7f32.powi(i as i32)).sin_cos())
-            .map(|(s, c)| (c, s))
-            .unzip()
+        (0..half).map(|i| (position * 0.7f32.powi(i as i32)).sin_cos()).map(|(s, c)| (c, s)).unzip()
     }
 
     fn exact(head: &[f32], cos: &[f32], sin: &[f32]) -> Vec<f32> {
@@ -190,10 +135,7 @@ mod tests {
     fn exact_norm(head: &[f32], weight: &[f32], eps: f32) -> Vec<f32> {
         let squares: f64 = head.iter().map(|&x| f64::from(x).powi(2)).sum();
         let factor = 1.0 / (squares / head.len() as f64 + f64::from(eps)).sqrt();
-        head.iter()
-            .zip(weight)
-            .map(|(&x, &w)| (f64::from(x) * factor * f64::from(w)) as f32)
-            .collect()
+        head.iter().zip(weight).map(|(&x, &w)| (f64::from(x) * factor * f64::from(w)) as f32).collect()
     }
 
     /// A rotation mixes two values of at most `size`: three roundings of that size.
@@ -234,10 +176,7 @@ mod tests {
         for isa in [Isa::scalar()].into_iter().chain(Isa::avx2()) {
             let mut head: Vec<f32> = (0..22).map(|i| i as f32).collect();
             rope(isa, &mut head, &[0.0; 11], &[1.0; 11]);
-            let expected: Vec<f32> = (11..22)
-                .map(|i| -(i as f32))
-                .chain((0..11).map(|i| i as f32))
-                .collect();
+            let expected: Vec<f32> = (11..22).map(|i| -(i as f32)).chain((0..11).map(|i| i as f32)).collect();
             assert_eq!(head, expected);
         }
     }

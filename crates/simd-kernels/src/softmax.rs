@@ -34,14 +34,7 @@ mod scalar {
     pub(super) fn log_sum_exp(x: &[f32]) -> (f32, f32) {
         let max = max(x);
         if max == f32::NEG_INFINITY {
-            return (
-                max,
-                if x.iter().any(|x| x.is_nan()) {
-                    f32::NAN
-                } else {
-                    0.0
-                },
-            );
+            return (max, if x.iter().any(|x| x.is_nan()) { f32::NAN } else { 0.0 });
         }
         (max, x.iter().map(|x| exp1(x - max)).sum())
     }
@@ -94,14 +87,7 @@ mod avx2 {
     pub(super) fn log_sum_exp(x: &[f32]) -> (f32, f32) {
         let most = max(x);
         if most == f32::NEG_INFINITY {
-            return (
-                most,
-                if x.iter().any(|x| x.is_nan()) {
-                    f32::NAN
-                } else {
-                    0.0
-                },
-            );
+            return (most, if x.iter().any(|x| x.is_nan()) { f32::NAN } else { 0.0 });
         }
         let m = _mm256_set1_ps(most);
         let (chunks, tail) = x.as_chunks::<LANES>();
@@ -116,10 +102,7 @@ mod avx2 {
         }
         let e = exp256(_mm256_sub_ps(load_tail(tail), m));
         let e = _mm256_and_ps(e, _mm256_castsi256_ps(first(tail.len())));
-        (
-            most,
-            lanes::sum(_mm256_add_ps(_mm256_add_ps(sums[0], sums[1]), e)),
-        )
+        (most, lanes::sum(_mm256_add_ps(_mm256_add_ps(sums[0], sums[1]), e)))
     }
 }
 
@@ -133,10 +116,7 @@ mod tests {
     /// Softmax in f64.
     fn exact(x: &[f32]) -> Vec<f32> {
         let max = x.iter().copied().fold(f32::NEG_INFINITY, f32::max);
-        let e: Vec<f64> = x
-            .iter()
-            .map(|&x| (f64::from(x) - f64::from(max)).exp())
-            .collect();
+        let e: Vec<f64> = x.iter().map(|&x| (f64::from(x) - f64::from(max)).exp()).collect();
         let sum: f64 = e.iter().sum();
         e.iter().map(|e| (e / sum) as f32).collect()
     }
@@ -160,10 +140,7 @@ mod tests {
                     assert_eq!((max, sum), (f32::NEG_INFINITY, 0.0));
                 } else {
                     let found = f64::from(max) + f64::from(sum).ln();
-                    assert!(
-                        (found - log).abs() <= f64::from(tolerance(len, 40.0)(1.0)),
-                        "{found}, expected {log}"
-                    );
+                    assert!((found - log).abs() <= f64::from(tolerance(len, 40.0)(1.0)), "{found}, expected {log}");
                 }
             }
         }

@@ -7,13 +7,7 @@ use crate::isa::{Isa, dispatch};
 /// # Panics
 /// When the lengths differ.
 pub fn dot(isa: Isa, a: &[f32], b: &[f32]) -> f32 {
-    assert_eq!(
-        a.len(),
-        b.len(),
-        "dot: {} and {} elements",
-        a.len(),
-        b.len()
-    );
+    assert_eq!(a.len(), b.len(), "dot: {} and {} elements", a.len(), b.len());
     dispatch!(isa, avx2::dot, scalar::dot, (a, b))
 }
 
@@ -30,13 +24,7 @@ pub fn add(isa: Isa, x: &mut [f32], y: &[f32]) {
 /// # Panics
 /// When the lengths differ.
 pub fn scale_add(isa: Isa, x: &mut [f32], s: f32, y: &[f32]) {
-    assert_eq!(
-        x.len(),
-        y.len(),
-        "scale_add: {} and {} elements",
-        x.len(),
-        y.len()
-    );
+    assert_eq!(x.len(), y.len(), "scale_add: {} and {} elements", x.len(), y.len());
     dispatch!(isa, avx2::scale_add, scalar::scale_add, (x, s, y))
 }
 
@@ -108,10 +96,7 @@ mod avx2 {
         for (x, y) in x.iter_mut().zip(y) {
             store(x, _mm256_fmadd_ps(s, load(y), load(x)));
         }
-        store_tail(
-            x_tail,
-            _mm256_fmadd_ps(s, load_tail(y_tail), load_tail(x_tail)),
-        );
+        store_tail(x_tail, _mm256_fmadd_ps(s, load_tail(y_tail), load_tail(x_tail)));
     }
 
     #[target_feature(enable = "avx2,fma,f16c")]
@@ -141,9 +126,7 @@ mod avx2 {
         }
         let [b0, b1, b2, b3] = best;
         let most = max(_mm256_max_ps(_mm256_max_ps(b0, b1), _mm256_max_ps(b2, b3)));
-        let most = tail
-            .iter()
-            .fold(most, |most, &x| if x > most { x } else { most });
+        let most = tail.iter().fold(most, |most, &x| if x > most { x } else { most });
         let wanted = _mm256_set1_ps(most);
         for (i, x) in chunks.iter().enumerate() {
             let equal = _mm256_movemask_ps(_mm256_cmp_ps::<_CMP_EQ_OQ>(load(x), wanted));
@@ -173,10 +156,7 @@ mod tests {
         let expected = dot(Isa::scalar(), a, b);
         let found = dot(isa, a, b);
         let allowed = dot_tolerance(a, b);
-        assert!(
-            (found - expected).abs() <= allowed,
-            "{found}, expected {expected} within {allowed:e}"
-        );
+        assert!((found - expected).abs() <= allowed, "{found}, expected {expected} within {allowed:e}");
     }
 
     #[test]
@@ -205,12 +185,7 @@ mod tests {
 
             assert_eq!(argmax(isa, &y), argmax(Isa::scalar(), &y), "{len} elements");
         }
-        for name in [
-            "avx2::dot",
-            "avx2::scale_add",
-            "avx2::scale",
-            "avx2::argmax",
-        ] {
+        for name in ["avx2::dot", "avx2::scale_add", "avx2::scale", "avx2::argmax"] {
             assert_entered(name);
         }
     }
@@ -222,10 +197,7 @@ mod tests {
             assert_eq!(argmax(isa, &[]), None);
             assert_eq!(argmax(isa, &[nan; 11]), None);
             assert_eq!(argmax(isa, &[inf; 11]), Some(0));
-            assert_eq!(
-                argmax(isa, &[nan, inf, nan, 2.0, 1.0, 2.0, nan, 0.0, nan, 2.0]),
-                Some(3)
-            );
+            assert_eq!(argmax(isa, &[nan, inf, nan, 2.0, 1.0, 2.0, nan, 0.0, nan, 2.0]), Some(3));
             let mut x = vec![nan; 40];
             x[33] = inf;
             assert_eq!(argmax(isa, &x), Some(33));

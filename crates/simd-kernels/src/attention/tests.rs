@@ -1,0 +1,317 @@
+//! Attention against a naive f64 softmax over what the cache holds: all formats, shapes, ranges and merges.
+
+use super::*;
+use crate::guarded::noise;
+use crate::isa::witness::assert_entered;
+use crate::kv::KvFormat;
+use proptest::prelude::*;
+
+const FORMATS: [KvFormat; 3] = [KvFormat::F32, KvFormat::F16, KvFormat::Q8];
+
+fn isas() -> impl Iterator<Item = Isa> {
+    [Isa::scalar()].into_iter().chain(Isa::avx2())
+}
+
+/// A problem: a filled cache, queries, and what each row sees.
+struct Case {
+    kv: KvHead,
+    q: Vec<f32>,
+    visible: Vec<usize>,
+    keys: Range<usize>,
+    scale: f32,
+}
+
+impl Case {
+    fn new(format: KvFormat, head_dim: usize, tokens: usize, visible: Vec<usize>, keys: Range<usize>) -> Case {
+        let mut kv = KvHead::new(format, head_dim);
+        let seed = (head_dim * 1000 + tokens) as u64;
+        let (k, v) = (noise(tokens * head_dim, seed), noise(tokens * head_dim, seed + 1));
+        kv.push_many(Isa::scalar(), &k, &v, tokens, head_dim);
+        // Scores of a few units, as trained models have them, so that no key drowns the others.
+        let q = noise(visible.len() * head_dim, seed + 2).iter().map(|x| x * 6.0).collect();
+        Case { kv, q, visible, keys, scale: 1.0 / (head_dim as f32).sqrt() }
+    }
+
+    fn input(&self, keys: Range<usize>) -> AttentionInput<'_> {
+        AttentionInput { q: &self.q, visible: &self.visible, kv: &self.kv, keys, scale: self.scale }
+    }
+
+    fn state(&self) -> SoftmaxState {
+        let mut state = SoftmaxState::new();
+        state.reset(self.visible.len(), self.kv.head_dim());
+        state
+    }
+
+    /// (attention, log-sum-exp, Σ |scores' rounding|) of a row in f64; `None` when it sees nothing.
+    fn exact(&self, row: usize) -> Option<(Vec<f64>, f64, f64)> {
+        let head_dim = self.kv.head_dim();
+        let q = &self.q[row * head_dim..(row + 1) * head_dim];
+        let end = self.visible[row].min(self.keys.end);
+        let mut vector = vec![0.0; head_dim];
+        let mut scores = Vec::new();
+        let mut rounding = 0.0f64;
+        for key in self.keys.start..end {
+            self.kv.key(key, &mut vector);
+            let products = || q.iter().zip(&vector).map(|(&q, &k)| f64::from(q) * f64::from(k));
+            scores.push(products().sum::<f64>() * f64::from(self.scale));
+            let size = products().map(f64::abs).sum::<f64>() * f64::from(self.scale);
+            rounding = rounding.max(size * (head_dim as f64 + 2.0) * f64::from(f32::EPSILON));
+        }
+        let most = scores.iter().copied().fold(f64::NEG_INFINITY, f64::max);
+        if scores.is_empty() {
+            return None;
+        }
+        let sum: f64 = scores.iter().map(|x| (x - most).exp()).sum();
+        let mut attention = vec![0.0; head_dim];
+        for (key, score) in (self.keys.start..end).zip(&scores) {
+            self.kv.value(key, &mut vector);
+            let weight = (score - most).exp() / sum;
+            attention.iter_mut().zip(&vector).for_each(|(a, &v)| *a += weight * f64::from(v));
+        }
+        Some((attention, most + sum.ln(), rounding))
+    }
+
+    fn check(&self, isa: Isa, state: &SoftmaxState, what: &str) {
+        let head_dim = self.kv.head_dim();
+        let mut out = vec![f32::NAN; head_dim];
+        for row in 0..self.visible.len() {
+            state.write(isa, row, &mut out);
+            let Some((attention, log_sum, rounding)) = self.exact(row) else {
+                assert_eq!((state.max[row], state.sum[row]), (f32::NEG_INFINITY, 0.0), "{what}: row {row}");
+                assert!(out.iter().all(|&x| x == 0.0), "{what}: row {row} sees nothing, but gave {out:?}");
+                continue;
+            };
+            let n = self.keys.len() as f64;
+            // Rounded scores shift each weight by that much; the exponentials and the sum of n of them add the rest.
+            // Values are below 1.01.
+            let allowed = 2.0 * rounding + (n + 16.0) * f64::from(f32::EPSILON);
+            let found = f64::from(state.max[row]) + f64::from(state.sum[row]).ln();
+            assert!(
+                (found - log_sum).abs() <= allowed * (1.0 + log_sum.abs()),
+                "{what}: row {row}: {found}, {log_sum}"
+            );
+            for (d, (&found, &expected)) in out.iter().zip(&attention).enumerate() {
+                assert!(
+                    (f64::from(found) - expected).abs() <= allowed,
+                    "{what}: row {row}, element {d}: {found}, expected {expected} within {allowed:e}"
+                );
+            }
+        }
+    }
+
+    /// Both algorithms, whole and in parts.
+    fn check_all(&self, isa: Isa, cut: usize) {
+        let cut = cut.clamp(self.keys.start, self.keys.end);
+        let what = |name: &str| {
+            format!(
+                "{name}, {isa}, {}, head_dim {}, {} rows, keys {:?} cut at {cut}",
+                self.kv.format(),
+                self.kv.head_dim(),
+                self.visible.len(),
+                self.keys
+            )
+        };
+        for (name, run) in [
+            ("streaming", attention_streaming as fn(Isa, &AttentionInput<'_>, &mut SoftmaxState)),
+            ("materialized", attention_materialized),
+        ] {
+            let mut whole = self.state();
+            run(isa, &self.input(self.keys.clone()), &mut whole);
+            self.check(isa, &whole, &what(name));
+
+            let (mut left, mut right) = (self.state(), self.state());
+            run(isa, &self.input(self.keys.start..cut), &mut left);
+            run(isa, &self.input(cut..self.keys.end), &mut right);
+            let mut continued = left.clone();
+            left.merge(isa, &right);
+            self.check(isa, &left, &what(&format!("{name}, merged")));
+            run(isa, &self.input(cut..self.keys.end), &mut continued);
+            self.check(isa, &continued, &what(&format!("{name}, continued")));
+        }
+    }
+}
+
+/// Not sorted, some rows see nothing and some everything.
+fn ragged(rows: usize, tokens: usize) -> Vec<usize> {
+    (0..rows).map(|row| row * 7919 % (tokens + 9)).collect()
+}
+
+#[test]
+fn every_head_size() {
+    for isa in isas() {
+        for format in FORMATS {
+            for head_dim in (2..=40).step_by(2).chain([64, 72, 80, 96, 112, 128, 130]) {
+                Case::new(format, head_dim, 45, ragged(5, 45), 0..45).check_all(isa, 19);
+            }
+        }
+    }
+    assert_entered("tiles::attention");
+}
+
+#[test]
+fn every_number_of_rows() {
+    for isa in isas() {
+        for format in FORMATS {
+            for rows in (0..=20).chain([127, 128, 143, 144, 145, 200, 289]) {
+                Case::new(format, 16, 150, ragged(rows, 150), 0..150).check_all(isa, 128);
+            }
+        }
+    }
+    assert_entered("tiles::attention");
+}
+
+#[test]
+fn every_number_of_keys() {
+    for isa in isas() {
+        for format in FORMATS {
+            for tokens in (0..=130usize).chain([255, 256, 257, 300]) {
+                for rows in [1, 2, 13] {
+                    let visible = (0..rows).map(|row| (tokens + row).saturating_sub(rows / 2)).collect();
+                    Case::new(format, 8, tokens, visible, 0..tokens).check_all(isa, tokens / 3);
+                }
+            }
+        }
+    }
+    assert_entered("tiles::attention");
+}
+
+#[test]
+fn every_first_key() {
+    for isa in isas() {
+        for format in FORMATS {
+            for start in (0..=40).chain(120..=140) {
+                for rows in [2, 14] {
+                    Case::new(format, 10, 170, ragged(rows, 170), start..170).check_all(isa, start + 5);
+                    Case::new(format, 10, 170, ragged(rows, 170), start..start + 1).check_all(isa, start + 1);
+                }
+            }
+        }
+    }
+    assert_entered("tiles::attention");
+}
+
+#[test]
+fn causal_prefill_of_a_group() {
+    for isa in isas() {
+        for format in FORMATS {
+            let (group, tokens, before) = (2, 64, 200);
+            let visible = (0..group * tokens).map(|row| before + row / group + 1).collect();
+            Case::new(format, 128, before + tokens, visible, 0..before + tokens).check_all(isa, 130);
+        }
+    }
+}
+
+#[test]
+fn what_lies_beyond_the_visible_keys_does_not_matter() {
+    for isa in isas() {
+        for format in FORMATS {
+            for rows in [1, 3, 20] {
+                // NaN and infinity in keys and values that no row sees: later ones, cut ones, and ones before the range.
+                let mut case = Case::new(format, 24, 90, vec![70; rows], 5..70);
+                let poison = [f32::NAN; 24];
+                let clean = {
+                    let mut state = case.state();
+                    attention_streaming(isa, &case.input(5..70), &mut state);
+                    state
+                };
+                let (keys, values): (Vec<_>, Vec<_>) = (0..90)
+                    .map(|i| {
+                        let (mut key, mut value) = (vec![0.0; 24], vec![0.0; 24]);
+                        case.kv.key(i, &mut key);
+                        case.kv.value(i, &mut value);
+                        (key, value)
+                    })
+                    .unzip();
+                let mut kv = KvHead::new(format, 24);
+                for i in 0..70 {
+                    if i < 5 {
+                        kv.push(isa, &poison, &[f32::INFINITY; 24]);
+                    } else {
+                        kv.push(isa, &keys[i], &values[i]);
+                    }
+                }
+                for _ in 0..7 {
+                    kv.push(isa, &poison, &poison);
+                }
+                kv.truncate(75);
+                case.kv = kv;
+                let mut state = case.state();
+                attention_streaming(isa, &case.input(5..70), &mut state);
+                let mut cut = case.state();
+                case.kv.truncate(70);
+                attention_streaming(isa, &case.input(5..70), &mut cut);
+                assert_eq!(state.acc, cut.acc);
+                // Q8 rounds twice here; the others read back exactly.
+                if format != KvFormat::Q8 {
+                    assert_eq!((&state.max, &state.sum, &state.acc), (&clean.max, &clean.sum, &clean.acc));
+                }
+                assert!(state.acc.iter().all(|x| x.is_finite()));
+            }
+        }
+    }
+}
+
+#[test]
+fn scores_of_minus_infinity_weigh_nothing() {
+    for isa in isas() {
+        for rows in [1, 2, 13] {
+            let mut kv = KvHead::new(KvFormat::F32, 4);
+            for i in 0..40 {
+                let far = if i % 3 == 0 { f32::NEG_INFINITY } else { 0.5 };
+                kv.push(isa, &[far, 0.0, 0.0, 0.0], &[i as f32; 4]);
+            }
+            let q = [1.0, 0.0, 0.0, 0.0].repeat(rows);
+            let mut state = SoftmaxState::new();
+            for (keys, expected) in [(0..1, 0.0), (0..2, 1.0), (0..3, 1.5), (3..4, 0.0)] {
+                let visible = vec![40; rows];
+                let input = AttentionInput { q: &q, visible: &visible, kv: &kv, keys, scale: 1.0 };
+                for run in [attention_streaming, attention_materialized] {
+                    state.reset(rows, 4);
+                    run(isa, &input, &mut state);
+                    let mut out = [f32::NAN; 4];
+                    state.write(isa, rows - 1, &mut out);
+                    assert_eq!(out, [expected; 4]);
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn states_merge_in_any_order() {
+    for isa in isas() {
+        let case = Case::new(KvFormat::F32, 20, 100, ragged(7, 100), 0..100);
+        let part = |keys| {
+            let mut state = case.state();
+            attention_streaming(isa, &case.input(keys), &mut state);
+            state
+        };
+        let parts = [part(0..40), part(40..41), part(41..41), part(41..90), part(90..100)];
+        for order in [[0, 1, 2, 3, 4], [4, 3, 2, 1, 0], [2, 4, 0, 3, 1]] {
+            let mut state = case.state();
+            for i in order {
+                state.merge(isa, &parts[i]);
+            }
+            case.check(isa, &state, &format!("merged in order {order:?}"));
+        }
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 200, ..ProptestConfig::default() })]
+    #[test]
+    fn any_shape_matches_f64(
+        format in prop::sample::select(&FORMATS[..]),
+        half in 1usize..40,
+        tokens in 0usize..300,
+        rows in 0usize..30,
+        (a, b, cut) in (0.0f64..=1.0, 0.0f64..=1.0, 0.0f64..=1.0),
+        seen in prop::collection::vec(0usize..320, 30),
+        vector in any::<bool>(),
+    ) {
+        let isa = if vector { Isa::avx2().unwrap_or(Isa::scalar()) } else { Isa::scalar() };
+        let at = |share: f64| (share * tokens as f64) as usize;
+        let case = Case::new(format, 2 * half, tokens, seen[..rows].to_vec(), at(a.min(b))..at(a.max(b)));
+        case.check_all(isa, at(cut));
+    }
+}

@@ -1,0 +1,280 @@
+//! Attention by online softmax in tiles of rows and keys: the AVX2 version.
+//!
+//! ```text
+//! for each tile of at most 144 rows, its queries scaled and packed in panels of six rows:
+//!   for each tile of 128 keys that some row sees:
+//!     S = Q Kᵀ                     panels x blocks of 16 keys
+//!     for each row:  m, s, P = online softmax of its scores; its acc rescaled if m moved
+//!     acc += P V                   panels x chunks of 16 elements
+//! ```
+//!
+//! 1. Few rows (decode) read the cache as it lies: every key and value is loaded once, for all rows of the group, and
+//!    widened in registers. There the time is that of the memory.
+//! 2. Many rows (prefill) share keys and values widened to f32 once per tile: keys as [16-key block][head_dim][16],
+//!    values as [16-element chunk][key][16], so that both products stream from L1. There the time is that of the FMAs.
+//! 3. A panel leaves out the blocks of keys that none of its rows sees; only rows that see part of a tile are masked,
+//!    by zeros in P behind what they see.
+//! 4. The rows' `acc` is a copy padded to chunks of 16, so that no kernel has a tail in that direction.
+
+mod kernels;
+mod widen;
+
+use super::{AttentionInput, SoftmaxState};
+use crate::kv::{BLOCK, KvFormat, KvHead, LINE, Lines};
+use crate::lanes::{LANES, load, store};
+use kernels::{Element, PANEL_ROWS, blend, scores, soften};
+use std::arch::x86_64::*;
+use std::ops::Range;
+
+/// Rows that share widened keys and values. More would widen less often, but their queries, scores and sums leave L2.
+const ROW_TILE: usize = 24 * PANEL_ROWS;
+/// Keys of a tile.
+const KEY_TILE: usize = 128;
+/// Up to so many rows the cache is read as it lies; more rows than this would widen each number again and again.
+const DIRECT_ROWS: usize = 2 * PANEL_ROWS;
+/// Keys whose values one pass over the chunks takes when they lie in the cache: few, so that they come as one stream.
+const DIRECT_STRETCH: usize = 16;
+
+/// One tile of rows, and where its softmax stands.
+struct RowTile<'a> {
+    head_dim: usize,
+    width: usize,
+    /// First row of each panel, and the number of rows last.
+    panels: &'a [usize],
+    /// The key after the last one that each row sees.
+    limits: &'a [usize],
+    /// Scaled queries, for each panel [head_dim][rows of the panel].
+    q: &'a [f32],
+    /// Scores, then weights: [rows, KEY_TILE].
+    scores: &'a mut [f32],
+    /// [rows, width].
+    acc: &'a mut [f32],
+    max: &'a mut [f32],
+    sum: &'a mut [f32],
+}
+
+/// Keys in blocks: block b is `data[b * step..][..head_dim]`.
+struct KeyTile<'a, K> {
+    data: &'a [[K; BLOCK]],
+    step: usize,
+}
+
+/// Values in chunks of 16 elements: chunk c of key j is `data[j * key_step + c * chunk_step]`.
+struct ValueTile<'a, V> {
+    data: &'a [[V; BLOCK]],
+    key_step: usize,
+    chunk_step: usize,
+    /// Keys to take in one pass over the chunks.
+    stretch: usize,
+}
+
+#[target_feature(enable = "avx2,fma,f16c")]
+pub(super) fn attention(input: &AttentionInput<'_>, state: &mut SoftmaxState) {
+    let rows = input.visible.len();
+    let tiles = rows.div_ceil(ROW_TILE).max(1);
+    let tile_rows = rows.div_ceil(tiles).next_multiple_of(PANEL_ROWS).min(ROW_TILE);
+    let mut scratch = std::mem::take(&mut state.scratch);
+    for first in (0..rows).step_by(tile_rows.max(1)) {
+        attend(input, first..rows.min(first + tile_rows), state, &mut scratch);
+    }
+    state.scratch = scratch;
+}
+
+/// One tile of rows over all keys.
+#[target_feature(enable = "avx2,fma,f16c")]
+fn attend(input: &AttentionInput<'_>, rows: Range<usize>, state: &mut SoftmaxState, scratch: &mut Lines) {
+    let (kv, head_dim, width) = (input.kv, input.kv.head_dim(), input.kv.width());
+    let mut limits = [0; ROW_TILE];
+    for (limit, row) in limits.iter_mut().zip(rows.clone()) {
+        *limit = input.row_keys(row).end;
+    }
+    let limits = &limits[..rows.len()];
+    let end = limits.iter().copied().max().unwrap_or(0);
+    if end <= input.keys.start {
+        return;
+    }
+
+    // Panels of equal height, as far as possible: a last panel of one row would cost as much as one of three.
+    let count = rows.len().div_ceil(PANEL_ROWS);
+    let mut panels = [0; ROW_TILE / PANEL_ROWS + 1];
+    for (p, first) in panels[..=count].iter_mut().enumerate() {
+        *first = p * rows.len() / count;
+    }
+
+    let direct = rows.len() <= DIRECT_ROWS && kv.format() != KvFormat::Q8;
+    let widen_keys = !direct && kv.format() != KvFormat::F32;
+    let lines = |floats: usize| floats.div_ceil(LINE / size_of::<f32>());
+    let sizes = [
+        lines(rows.len() * head_dim),
+        lines(rows.len() * KEY_TILE),
+        lines(rows.len() * width),
+        if widen_keys { lines(KEY_TILE * head_dim) } else { 0 },
+        if direct { 0 } else { lines(KEY_TILE * width) },
+    ];
+    scratch.grow(sizes.iter().sum());
+    let mut rest = scratch.view_mut::<[f32; BLOCK]>(0);
+    let [q, scores, acc, wide_keys, wide_values] = sizes.map(|size| {
+        let (part, others) = std::mem::take(&mut rest).split_at_mut(size);
+        rest = others;
+        part
+    });
+    pack_queries(&input.q[rows.start * head_dim..], &panels[..=count], head_dim, input.scale, q.as_flattened_mut());
+    let mut tile = RowTile {
+        head_dim,
+        width,
+        panels: &panels[..=count],
+        limits,
+        q: q.as_flattened(),
+        scores: scores.as_flattened_mut(),
+        acc: acc.as_flattened_mut(),
+        max: &mut state.max[rows.clone()],
+        sum: &mut state.sum[rows.clone()],
+    };
+    let acc_rows = rows.start * head_dim..rows.end * head_dim;
+    for (padded, row) in tile.acc.chunks_exact_mut(width).zip(state.acc[acc_rows.clone()].chunks_exact(head_dim)) {
+        padded[..head_dim].copy_from_slice(row);
+        padded[head_dim..].fill(0.0);
+    }
+
+    let first_block = input.keys.start / BLOCK;
+    for block in (first_block..end.div_ceil(BLOCK)).step_by(KEY_TILE / BLOCK) {
+        let keys = block * BLOCK..end.min(block * BLOCK + KEY_TILE);
+        let skip = input.keys.start.saturating_sub(keys.start);
+        let as_it_lies = (kv.width() / BLOCK, 1, DIRECT_STRETCH);
+        match (kv.format(), direct) {
+            (KvFormat::F32, true) => {
+                tile.step(&keys, skip, &stored_keys::<f32>(kv, block), &stored_values::<f32>(kv, block, as_it_lies));
+            }
+            (KvFormat::F16, true) => {
+                tile.step(&keys, skip, &stored_keys::<u16>(kv, block), &stored_values::<u16>(kv, block, as_it_lies));
+            }
+            (format, _) => {
+                widen::values(kv, block, keys.len(), wide_values, KEY_TILE);
+                let values = ValueTile { data: &*wide_values, key_step: 1, chunk_step: KEY_TILE, stretch: KEY_TILE };
+                if format == KvFormat::F32 {
+                    tile.step(&keys, skip, &stored_keys::<f32>(kv, block), &values);
+                } else {
+                    widen::keys(kv, block, keys.len().div_ceil(BLOCK), wide_keys);
+                    tile.step(&keys, skip, &KeyTile { data: &*wide_keys, step: head_dim }, &values);
+                }
+            }
+        }
+    }
+    for (padded, row) in tile.acc.chunks_exact(width).zip(state.acc[acc_rows].chunks_exact_mut(head_dim)) {
+        row.copy_from_slice(&padded[..head_dim]);
+    }
+}
+
+fn stored_keys<K: Element>(kv: &KvHead, block: usize) -> KeyTile<'_, K> {
+    KeyTile { data: kv.key_block(block), step: kv.key_step::<K>() }
+}
+
+fn stored_values<V: Element>(
+    kv: &KvHead,
+    block: usize,
+    (key_step, chunk_step, stretch): (usize, usize, usize),
+) -> ValueTile<'_, V> {
+    ValueTile { data: kv.value_block::<V>(block).as_chunks().0, key_step, chunk_step, stretch }
+}
+
+/// For each panel [head_dim][rows], times `scale`.
+fn pack_queries(q: &[f32], panels: &[usize], head_dim: usize, scale: f32, packed: &mut [f32]) {
+    for panel in panels.windows(2) {
+        let rows = panel[1] - panel[0];
+        let packed = &mut packed[panel[0] * head_dim..panel[1] * head_dim];
+        for (r, row) in q[panel[0] * head_dim..panel[1] * head_dim].chunks_exact(head_dim).enumerate() {
+            for (packed, x) in packed[r..].iter_mut().step_by(rows).zip(row) {
+                *packed = x * scale;
+            }
+        }
+    }
+}
+
+impl RowTile<'_> {
+    /// One tile of keys, `keys`, of which the first `skip` are before the range asked for.
+    #[target_feature(enable = "avx2,fma,f16c")]
+    fn step<K: Element, V: Element>(
+        &mut self,
+        keys: &Range<usize>,
+        skip: usize,
+        key_tile: &KeyTile<'_, K>,
+        value_tile: &ValueTile<'_, V>,
+    ) {
+        let count = self.panels.len() - 1;
+        // Keys of this tile that some row of the panel sees.
+        let mut cover = [0; ROW_TILE / PANEL_ROWS];
+        for (cover, panel) in cover.iter_mut().zip(self.panels.windows(2)) {
+            let last = self.limits[panel[0]..panel[1]].iter().copied().max().unwrap_or(0);
+            *cover = last.min(keys.end).saturating_sub(keys.start);
+        }
+        let cover = &cover[..count];
+
+        for b in skip / BLOCK..keys.len().div_ceil(BLOCK) {
+            let block = &key_tile.data[b * key_tile.step..][..self.head_dim];
+            for p in (0..count).filter(|&p| cover[p] > b * BLOCK) {
+                let (first, rows) = (self.panels[p], self.panels[p + 1] - self.panels[p]);
+                let q = &self.q[first * self.head_dim..(first + rows) * self.head_dim];
+                let out = &mut self.scores[first * KEY_TILE + b * BLOCK..];
+                match rows {
+                    1 => scores::<K, 1, 4>(block, q, out, KEY_TILE),
+                    2 => scores::<K, 2, 2>(block, q, out, KEY_TILE),
+                    3 => scores::<K, 3, 2>(block, q, out, KEY_TILE),
+                    4 => scores::<K, 4, 1>(block, q, out, KEY_TILE),
+                    5 => scores::<K, 5, 1>(block, q, out, KEY_TILE),
+                    _ => scores::<K, PANEL_ROWS, 1>(block, q, out, KEY_TILE),
+                }
+            }
+        }
+
+        for (p, &cover) in cover.iter().enumerate() {
+            for row in self.panels[p]..self.panels[p + 1] {
+                self.weigh(row, skip, self.limits[row].min(keys.end).saturating_sub(keys.start), cover);
+            }
+        }
+
+        for from in (0..keys.len()).step_by(value_tile.stretch) {
+            for c in 0..self.width / BLOCK {
+                for (p, &cover) in cover.iter().enumerate() {
+                    let taken = from.max(skip)..cover.min(from + value_tile.stretch);
+                    if taken.is_empty() {
+                        continue;
+                    }
+                    let (first, rows) = (self.panels[p], self.panels[p + 1] - self.panels[p]);
+                    let values = &value_tile.data[taken.start * value_tile.key_step + c * value_tile.chunk_step..];
+                    let weights = &self.scores[first * KEY_TILE + taken.start..];
+                    let acc = &mut self.acc[first * self.width + c * BLOCK..];
+                    let n = taken.len();
+                    match rows {
+                        1 => blend::<V, 1>(values, value_tile.key_step, n, weights, KEY_TILE, acc, self.width),
+                        2 => blend::<V, 2>(values, value_tile.key_step, n, weights, KEY_TILE, acc, self.width),
+                        3 => blend::<V, 3>(values, value_tile.key_step, n, weights, KEY_TILE, acc, self.width),
+                        4 => blend::<V, 4>(values, value_tile.key_step, n, weights, KEY_TILE, acc, self.width),
+                        5 => blend::<V, 5>(values, value_tile.key_step, n, weights, KEY_TILE, acc, self.width),
+                        _ => blend::<V, PANEL_ROWS>(values, value_tile.key_step, n, weights, KEY_TILE, acc, self.width),
+                    }
+                }
+            }
+        }
+    }
+
+    /// Turns a row's scores `skip..seen` into weights, zero elsewhere up to `cover`, and rescales its sums.
+    #[inline]
+    #[target_feature(enable = "avx2,fma,f16c")]
+    fn weigh(&mut self, row: usize, skip: usize, seen: usize, cover: usize) {
+        let scores = &mut self.scores[row * KEY_TILE..][..cover];
+        if seen <= skip {
+            scores.fill(0.0);
+            return;
+        }
+        scores[..skip].fill(0.0);
+        scores[seen..].fill(0.0);
+        let factor = soften(&mut scores[skip..seen], &mut self.max[row], &mut self.sum[row]);
+        if factor != 1.0 {
+            let factor = _mm256_set1_ps(factor);
+            let (acc, _) = self.acc[row * self.width..][..self.width].as_chunks_mut::<LANES>();
+            for acc in acc {
+                store(acc, _mm256_mul_ps(load(acc), factor));
+            }
+        }
+    }
+}

@@ -1,0 +1,162 @@
+//! The three inner loops of tiled attention, in registers: scores, softmax, weighted values.
+
+use crate::exp::exp256;
+use crate::kv::{BLOCK, Plain};
+use crate::lanes::{self, LANES, first, load, load_tail, store, store_tail};
+use std::arch::x86_64::*;
+
+/// Rows of a full panel: 6 x 2 sums, two vectors of keys and one query element fill 15 of the 16 registers.
+pub(super) const PANEL_ROWS: usize = 6;
+
+/// A stored number that becomes f32 on the way to the registers.
+pub(super) trait Element: Plain {
+    /// Sixteen numbers as f32.
+    ///
+    /// # Safety
+    /// The CPU has AVX2, FMA and F16C. (A trait cannot say so with `#[target_feature]`, which would not inline either.)
+    unsafe fn widen(x: &[Self; BLOCK]) -> [__m256; 2];
+}
+
+impl Element for f32 {
+    #[inline(always)]
+    unsafe fn widen(x: &[f32; BLOCK]) -> [__m256; 2] {
+        // SAFETY: the array is 64 readable bytes; the caller vouches for AVX.
+        unsafe { [_mm256_loadu_ps(x.as_ptr()), _mm256_loadu_ps(x.as_ptr().add(LANES))] }
+    }
+}
+
+impl Element for u16 {
+    #[inline(always)]
+    unsafe fn widen(x: &[u16; BLOCK]) -> [__m256; 2] {
+        // SAFETY: the array is 32 readable bytes; the caller vouches for F16C.
+        unsafe {
+            let low = _mm_loadu_si128(x.as_ptr().cast());
+            let high = _mm_loadu_si128(x.as_ptr().add(LANES).cast());
+            [_mm256_cvtph_ps(low), _mm256_cvtph_ps(high)]
+        }
+    }
+}
+
+/// out[r * stride + j] = Σ_d q[d][r] keys[d][j], for R rows and the sixteen keys of a block.
+///
+/// keys: [head_dim][16], q: [head_dim][R]. Few rows leave few sums, too few to hide the latency of the FMA: then U
+/// elements of the head go to sums of their own.
+#[inline]
+#[target_feature(enable = "avx2,fma,f16c")]
+pub(super) fn scores<K: Element, const R: usize, const U: usize>(
+    keys: &[[K; BLOCK]],
+    q: &[f32],
+    out: &mut [f32],
+    stride: usize,
+) {
+    let (q, _) = q.as_chunks::<R>();
+    let mut sums = [[[_mm256_setzero_ps(); 2]; R]; U];
+    let (keys_u, keys_rest) = keys.as_chunks::<U>();
+    let (q_u, q_rest) = q.as_chunks::<U>();
+    for (keys, q) in keys_u.iter().zip(q_u) {
+        for u in 0..U {
+            add_scores(&keys[u], &q[u], &mut sums[u]);
+        }
+    }
+    for (keys, q) in keys_rest.iter().zip(q_rest) {
+        add_scores(keys, q, &mut sums[0]);
+    }
+    for r in 0..R {
+        let (halves, _) = out[r * stride..][..BLOCK].as_chunks_mut::<LANES>();
+        for h in 0..2 {
+            let total = sums[1..].iter().fold(sums[0][r][h], |total, part| _mm256_add_ps(total, part[r][h]));
+            store(&mut halves[h], total);
+        }
+    }
+}
+
+#[inline]
+#[target_feature(enable = "avx2,fma,f16c")]
+fn add_scores<K: Element, const R: usize>(keys: &[K; BLOCK], q: &[f32; R], sums: &mut [[__m256; 2]; R]) {
+    // SAFETY: this function runs only where its target features are there, the ones that `widen` needs.
+    let keys = unsafe { K::widen(keys) };
+    for r in 0..R {
+        let q = _mm256_set1_ps(q[r]);
+        sums[r] = [_mm256_fmadd_ps(q, keys[0], sums[r][0]), _mm256_fmadd_ps(q, keys[1], sums[r][1])];
+    }
+}
+
+/// acc[r * acc_stride + i] += Σ_j weights[r * weight_stride + j] values[j * step][i], for R rows, `count` keys and one
+/// chunk of sixteen elements.
+#[inline]
+#[target_feature(enable = "avx2,fma,f16c")]
+pub(super) fn blend<V: Element, const R: usize>(
+    values: &[[V; BLOCK]],
+    step: usize,
+    count: usize,
+    weights: &[f32],
+    weight_stride: usize,
+    acc: &mut [f32],
+    acc_stride: usize,
+) {
+    assert!(count > 0 && (count - 1) * step < values.len(), "{count} keys {step} apart in {}", values.len());
+    assert!((R - 1) * weight_stride + count <= weights.len(), "{R} rows of {count} weights in {}", weights.len());
+    let mut sums = [[_mm256_setzero_ps(); 2]; R];
+    for r in 0..R {
+        let (halves, _) = acc[r * acc_stride..][..BLOCK].as_chunks::<LANES>();
+        sums[r] = [load(&halves[0]), load(&halves[1])];
+    }
+    let weights = weights.as_ptr();
+    for j in 0..count {
+        // SAFETY: the asserts above bound j * step by the values and r * weight_stride + j by the weights; the target
+        // features are those of this function.
+        unsafe {
+            let value = V::widen(values.get_unchecked(j * step));
+            for (r, sums) in sums.iter_mut().enumerate() {
+                let w = _mm256_broadcast_ss(&*weights.add(r * weight_stride + j));
+                *sums = [_mm256_fmadd_ps(w, value[0], sums[0]), _mm256_fmadd_ps(w, value[1], sums[1])];
+            }
+        }
+    }
+    for r in 0..R {
+        let (halves, _) = acc[r * acc_stride..][..BLOCK].as_chunks_mut::<LANES>();
+        store(&mut halves[0], sums[r][0]);
+        store(&mut halves[1], sums[r][1]);
+    }
+}
+
+/// One step of the online softmax of a row: scores become weights e^(x − m) with the new maximum m, `max` and `sum` move
+/// on. Returns the factor e^(old m − m) for what the row gathered before; 1 when the maximum did not move.
+#[inline]
+#[target_feature(enable = "avx2,fma,f16c")]
+pub(super) fn soften(scores: &mut [f32], max: &mut f32, sum: &mut f32) -> f32 {
+    let (chunks, tail) = scores.as_chunks_mut::<LANES>();
+    let tail_lanes = _mm256_castsi256_ps(first(tail.len()));
+    let floor = _mm256_set1_ps(f32::NEG_INFINITY);
+    let mut most = [_mm256_blendv_ps(floor, load_tail(tail), tail_lanes), floor];
+    let (twos, one) = chunks.as_chunks::<2>();
+    for two in twos {
+        most[0] = _mm256_max_ps(load(&two[0]), most[0]);
+        most[1] = _mm256_max_ps(load(&two[1]), most[1]);
+    }
+    for x in one {
+        most[0] = _mm256_max_ps(load(x), most[0]);
+    }
+    let seen = lanes::max(_mm256_max_ps(most[0], most[1]));
+    let mut factor = 1.0;
+    if seen > *max {
+        factor = crate::exp::scalar::exp1(*max - seen);
+        *max = seen;
+        *sum *= factor;
+    } else if *max == f32::NEG_INFINITY {
+        // Nothing but scores of −∞ so far; −∞ − (−∞) would be NaN.
+        scores.fill(0.0);
+        return factor;
+    }
+    let m = _mm256_set1_ps(*max);
+    let mut sums = [_mm256_setzero_ps(); 2];
+    for (i, x) in chunks.iter_mut().enumerate() {
+        let weight = exp256(_mm256_sub_ps(load(x), m));
+        store(x, weight);
+        sums[i & 1] = _mm256_add_ps(sums[i & 1], weight);
+    }
+    let weight = _mm256_and_ps(exp256(_mm256_sub_ps(load_tail(tail), m)), tail_lanes);
+    store_tail(tail, weight);
+    *sum += lanes::sum(_mm256_add_ps(_mm256_add_ps(sums[0], sums[1]), weight));
+    factor
+}
