@@ -35,8 +35,9 @@ mod input;
 
 mod matmul;
 
-// Threads.
+// Threads, and what a machine can do at best.
 mod fork_join;
+mod limits;
 
 pub use attention::{AttentionInput, SoftmaxState, attention_materialized, attention_streaming};
 pub use exp::exp;
@@ -44,6 +45,7 @@ pub use fork_join::ForkJoin;
 pub use input::{Input, InputKind, InputPart};
 pub use isa::{Isa, IsaError};
 pub use kv::{KvFormat, KvHead, UnknownKvFormat};
+pub use limits::{MULTIPLY_ADD_FLOPS, multiply_add, read};
 pub use matmul::{Store, matmul, matmul_swiglu};
 pub use matrix::MatMut;
 pub use norm::{add_rms_norm, rms_norm, rms_norm_in_place};
