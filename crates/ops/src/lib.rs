@@ -1,1 +1,39 @@
-//! What a decoder is made of, for one rank of many.
+//! What a decoder is made of, for one rank of many: each operation computes this rank's share on the
+//! rank's team of threads and calls the collectives that make the shares whole.
+
+#![doc = include_str!("../README.md")]
+#![forbid(unsafe_code)]
+
+// Modules in reading order, lowest first; a module uses only those above it.
+mod attention;
+mod attention_headwise;
+mod attention_sequence;
+mod context;
+mod embedding;
+mod kv_cache;
+mod layout;
+mod linear;
+mod lm_head;
+mod mlp;
+mod norm;
+mod profile;
+mod routing;
+mod schedule;
+mod team;
+
+pub use attention::{AttentionAlgorithm, AttentionScratch, AttentionShape, AttentionSpec, QkNorm, Rotary};
+pub use attention_headwise::attention_headwise;
+pub use attention_sequence::{SequenceSpan, attention_sequence};
+pub use context::Context;
+pub use embedding::Embedding;
+pub use kv_cache::LayerCache;
+pub use layout::TokenLayout;
+pub use linear::{Linear, gather_columns, linear_mpi, reshape};
+pub use lm_head::{LogitRows, lm_head, wanted_rows};
+pub use mlp::{Expert, Mlp, MlpScratch, mlp};
+pub use norm::{prepare, rms_norm};
+pub use profile::{Operation, Profile, Span, Work};
+pub use routing::Router;
+pub use schedule::MlpSchedule;
+pub use simd_kernels::{Input, Isa, IsaError, KvFormat, Store};
+pub use team::{Placement, Team};

@@ -1,10 +1,34 @@
 #![doc = include_str!("../README.md")]
+#![forbid(unsafe_code)]
 
-// In reading order; a module uses only modules listed above it.
+// Modules in reading order, lowest first; a module uses only those above it.
 mod fields;
 mod rope_config;
 mod config;
+mod counts;
+mod generation_config;
+mod names;
+mod rotary;
+mod heads;
+mod error;
+mod options;
+mod cache;
+mod layer;
+mod load;
+mod model;
 
+pub use cache::KvCache;
+pub use comm;
 pub use config::{Config, MoeConfig};
+pub use error::ModelError;
 pub use fields::ConfigError;
+pub use generation_config::GenerationConfig;
+pub use heads::{HeadPlan, Imbalance, RankPlan, Share};
+pub use load::LoadProgress;
+pub use model::{Logits, Model};
+pub use names::{EMBEDDING, FINAL_NORM, LM_HEAD, LayerNames, MlpNames, TensorRole, TensorSpec, tensor_specs};
+pub use ops::{AttentionAlgorithm, Isa, IsaError, KvFormat, LogitRows, MlpSchedule, Placement};
+pub use options::{ModelOptions, ParallelStrategy};
 pub use rope_config::{RopeConfig, RopeScaling, Yarn};
+pub use rotary::RotaryTable;
+pub use tensor::WeightFormat;

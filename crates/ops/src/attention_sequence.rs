@@ -1,0 +1,227 @@
+//! Attention where each rank owns positions: queries meet the keys of all earlier positions, on
+//! whichever rank these are.
+//!
+//! Split tokens (prefill): the keys and values of the pass are gathered, and each rank attends its own
+//! queries to them. Keys of earlier passes stay where they are; the queries are gathered instead, each
+//! rank attends all of them to the keys that it holds, and the partial results merge by their softmax
+//! state `(m, s, o)`: `m = max mᵢ`, `s = Σ sᵢ·e^(mᵢ−m)`, `o = Σ oᵢ·e^(mᵢ−m) / s` (an Allreduce of the
+//! maxima, a Reduce-scatter of the rescaled rest).
+//!
+//! Replicated tokens (decode): each rank attends to the keys that it holds, and one Allgather of the
+//! states lets every rank merge them all.
+
+use comm::{CommError, CommunicatorExt, ReduceOp};
+use simd_kernels::{KvHead, SoftmaxState};
+use tensor::Activations;
+
+use crate::attention::{Attend, AttentionScratch, AttentionSpec, Partial, attend, norm_and_rotate};
+use crate::context::Context;
+use crate::kv_cache::LayerCache;
+use crate::layout::TokenLayout;
+use crate::linear::{slice, slice_mut};
+
+/// The tokens of a pass among all positions of their sequence.
+#[derive(Clone, Copy)]
+pub struct SequenceSpan<'a> {
+    /// Where the tokens of the pass lie.
+    pub layout: &'a TokenLayout,
+    /// Position of the first of them.
+    pub start: usize,
+    /// The earlier positions that this rank's cache holds, ascending.
+    pub held: &'a [u32],
+}
+
+impl SequenceSpan<'_> {
+    /// The positions of the pass that join this rank's cache, ascending: its own where the tokens are
+    /// split, every `ranks`-th where they are replicated.
+    pub fn kept(&self, rank: usize, ranks: usize) -> Vec<u32> {
+        let position = |index| (self.start + index) as u32;
+        if self.layout.is_split() {
+            self.layout.indices(rank).map(position).collect()
+        } else {
+            (0..self.layout.tokens()).map(position).filter(|position| *position as usize % ranks == rank).collect()
+        }
+    }
+}
+
+/// Attention of this rank's tokens to all positions up to theirs. qkv [own tokens, `qkv_width`] is normalized
+/// and rotated in place; the kept keys and values join `cache`; out [own tokens, heads * head_dim].
+///
+/// # Errors
+/// When a collective fails.
+pub fn attention_sequence(
+    ctx: &Context,
+    spec: &AttentionSpec<'_>,
+    span: &SequenceSpan<'_>,
+    qkv: &mut Activations,
+    cache: &mut LayerCache,
+    scratch: &mut AttentionScratch,
+    out: &mut Activations,
+) -> Result<(), CommError> {
+    norm_and_rotate(ctx, spec, qkv);
+    if span.layout.is_split() {
+        attend_split(ctx, spec, span, qkv, cache, scratch, out)
+    } else {
+        attend_replicated(ctx, spec, span, qkv, cache, scratch, out)
+    }
+}
+
+fn attend_replicated(
+    ctx: &Context,
+    spec: &AttentionSpec<'_>,
+    span: &SequenceSpan<'_>,
+    qkv: &Activations,
+    cache: &mut LayerCache,
+    scratch: &mut AttentionScratch,
+    out: &mut Activations,
+) -> Result<(), CommError> {
+    let kept = span.kept(ctx.rank(), ctx.ranks());
+    for position in &kept {
+        let index = *position as usize - span.start;
+        cache.push(ctx, slice(qkv), spec.shape, index..index + 1);
+    }
+    let visible: Vec<_> = (0..qkv.nrows())
+        .map(|index| span.held.len() + kept.partition_point(|position| *position as usize <= span.start + index))
+        .collect();
+    let task = attend_to(spec, slice(qkv), qkv.ncols(), &visible, cache.heads());
+    if ctx.ranks() == 1 {
+        attend(ctx, &task, &mut scratch.tasks, out, None);
+        return Ok(());
+    }
+    let AttentionScratch { tasks, partial, message, gathered, .. } = scratch;
+    attend(ctx, &task, tasks, out, Some(partial));
+    message.clear();
+    for part in [&partial.max, &partial.sum, out] {
+        message.extend_from_slice(slice(part));
+    }
+    gathered.resize(message.len() * ctx.ranks(), 0.0);
+    ctx.comm.all_gather(message, gathered)?;
+    let rows = partial.max.len();
+    let mut merged = SoftmaxState::new();
+    merged.reset(rows, spec.shape.head_dim);
+    for state in gathered.chunks_exact(message.len().max(1)) {
+        let (max, rest) = state.split_at(rows);
+        let (sum, acc) = rest.split_at(rows);
+        merged.merge_rows(ctx.isa, max, sum, acc);
+    }
+    write_merged(ctx, &merged, spec.shape.head_dim, out);
+    Ok(())
+}
+
+fn attend_split(
+    ctx: &Context,
+    spec: &AttentionSpec<'_>,
+    span: &SequenceSpan<'_>,
+    qkv: &Activations,
+    cache: &mut LayerCache,
+    scratch: &mut AttentionScratch,
+    out: &mut Activations,
+) -> Result<(), CommError> {
+    let chunk = gather_chunk(ctx, spec, span, qkv, cache)?;
+    let visible: Vec<_> = span.layout.indices(ctx.rank()).map(|index| index + 1).collect();
+    let task = attend_to(spec, slice(qkv), qkv.ncols(), &visible, chunk.heads());
+    if span.start == 0 {
+        attend(ctx, &task, &mut scratch.tasks, out, None);
+    } else {
+        let past = attend_past(ctx, spec, span, qkv, cache, scratch)?;
+        attend(ctx, &task, &mut scratch.tasks, out, Some(&mut scratch.partial));
+        let Partial { max, sum } = &scratch.partial;
+        let mut merged = past;
+        merged.merge_rows(ctx.isa, slice(max), slice(sum), slice(out));
+        write_merged(ctx, &merged, spec.shape.head_dim, out);
+    }
+    cache.push(ctx, slice(qkv), spec.shape, 0..qkv.nrows());
+    Ok(())
+}
+
+/// The keys and values of all tokens of the pass, in their order: one Allgatherv of tokens · 2 · `kv_width` · 4 bytes.
+fn gather_chunk(
+    ctx: &Context,
+    spec: &AttentionSpec<'_>,
+    span: &SequenceSpan<'_>,
+    qkv: &Activations,
+    cache: &LayerCache,
+) -> Result<LayerCache, CommError> {
+    let (shape, width) = (spec.shape, 2 * spec.shape.kv_width());
+    let tokens = span.layout.tokens();
+    let own: Vec<f32> = columns(qkv, shape.query_width(), width);
+    let mut gathered = vec![0.0; tokens * width];
+    ctx.comm.all_gather_v(&own, &span.layout.lengths(ctx.ranks(), width), &mut gathered)?;
+    // Rows as the cache takes them: room for the queries, then keys and values, in token order.
+    let mut ordered = vec![0.0; tokens * shape.qkv_width()];
+    for (row, index) in gathered.chunks_exact(width.max(1)).zip(span.layout.gathered_order()) {
+        ordered[index * shape.qkv_width() + shape.query_width()..][..width].copy_from_slice(row);
+    }
+    let mut chunk = cache.empty_like();
+    chunk.reserve(tokens);
+    chunk.push(ctx, &ordered, shape, 0..tokens);
+    Ok(chunk)
+}
+
+/// The state of this rank's queries after all keys of earlier passes, wherever they are.
+fn attend_past(
+    ctx: &Context,
+    spec: &AttentionSpec<'_>,
+    span: &SequenceSpan<'_>,
+    qkv: &Activations,
+    cache: &LayerCache,
+    scratch: &mut AttentionScratch,
+) -> Result<SoftmaxState, CommError> {
+    let (heads, head_dim, width) = (spec.shape.heads(), spec.shape.head_dim, spec.shape.query_width());
+    let tokens = span.layout.tokens();
+    let AttentionScratch { tasks, partial, past, message, gathered } = scratch;
+    gathered.resize(tokens * width, 0.0);
+    let own = columns(qkv, 0, width);
+    ctx.comm.all_gather_v(&own, &span.layout.lengths(ctx.ranks(), width), gathered)?;
+    let visible = vec![span.held.len(); tokens];
+    attend(ctx, &attend_to(spec, gathered, width, &visible, cache.heads()), tasks, past, Some(partial));
+
+    let own_max = slice(&partial.max).to_vec();
+    ctx.comm.all_reduce(slice_mut(&mut partial.max), ReduceOp::Max)?;
+    // Each token's sums and accumulators, relative to the common maxima.
+    message.clear();
+    let rows = own_max.chunks_exact(heads).zip(partial.max.outer_iter());
+    for (((own_max, max), sum), acc) in rows.zip(partial.sum.outer_iter()).zip(slice(past).chunks_exact(width)) {
+        let factor =
+            |head: usize| if own_max[head] == f32::NEG_INFINITY { 0.0 } else { (own_max[head] - max[head]).exp() };
+        message.extend(sum.iter().enumerate().map(|(head, sum)| sum * factor(head)));
+        message.extend(acc.iter().enumerate().map(|(index, acc)| acc * factor(index / head_dim)));
+    }
+    let counts = span.layout.lengths(ctx.ranks(), heads + width);
+    let own = span.layout.count(ctx.rank());
+    let mut merged = vec![0.0; own * (heads + width)];
+    ctx.comm.reduce_scatter(message, &counts, &mut merged)?;
+
+    let first: usize = (0..ctx.rank()).map(|rank| span.layout.count(rank)).sum();
+    let (mut sum, mut acc) = (Vec::with_capacity(own * heads), Vec::with_capacity(own * width));
+    for row in merged.chunks_exact(heads + width) {
+        sum.extend_from_slice(&row[..heads]);
+        acc.extend_from_slice(&row[heads..]);
+    }
+    let mut state = SoftmaxState::new();
+    state.reset(own * heads, head_dim);
+    state.merge_rows(ctx.isa, &slice(&partial.max)[first * heads..(first + own) * heads], &sum, &acc);
+    Ok(state)
+}
+
+fn attend_to<'a>(
+    spec: &AttentionSpec<'a>,
+    queries: &'a [f32],
+    stride: usize,
+    visible: &'a [usize],
+    cache: &'a [KvHead],
+) -> Attend<'a> {
+    Attend { algorithm: spec.algorithm, shape: spec.shape, queries, stride, visible, cache }
+}
+
+/// Columns `start..start + width` of each row, contiguous.
+fn columns(rows: &Activations, start: usize, width: usize) -> Vec<f32> {
+    let stride = rows.ncols().max(1);
+    slice(rows).chunks_exact(stride).flat_map(|row| &row[start..start + width]).copied().collect()
+}
+
+fn write_merged(ctx: &Context, state: &SoftmaxState, head_dim: usize, out: &mut Activations) {
+    for (row, out) in slice_mut(out).chunks_exact_mut(head_dim).enumerate() {
+        state.write(ctx.isa, row, out);
+    }
+}

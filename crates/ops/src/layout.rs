@@ -1,0 +1,106 @@
+//! Which tokens of a forward pass a rank holds.
+
+use std::ops::Range;
+
+use tensor::split_range;
+
+/// How the tokens of one forward pass lie on the ranks.
+///
+/// `Split` gives rank i the chunks i and 2R−1−i of 2R: causal attention costs the later chunks
+/// more, and each such pair costs about the same.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum TokenLayout {
+    /// Every rank holds all the tokens.
+    Replicated {
+        /// Tokens of the pass.
+        tokens: usize,
+    },
+    /// Each token is on one rank.
+    Split {
+        /// Tokens of the pass.
+        tokens: usize,
+        /// Ranks that hold them.
+        ranks: usize,
+    },
+}
+
+impl TokenLayout {
+    /// Splits `tokens` over `ranks` where each gets at least two; fewer are replicated, since then a
+    /// pass over the weights costs the same for one token as for a few.
+    pub fn balanced(tokens: usize, ranks: usize) -> Self {
+        if ranks > 1 && tokens >= 2 * ranks { Self::Split { tokens, ranks } } else { Self::Replicated { tokens } }
+    }
+
+    /// Tokens of the pass, on all ranks together.
+    pub fn tokens(&self) -> usize {
+        match self {
+            Self::Replicated { tokens } | Self::Split { tokens, .. } => *tokens,
+        }
+    }
+
+    /// Whether each token is on one rank only.
+    pub fn is_split(&self) -> bool {
+        matches!(self, Self::Split { .. })
+    }
+
+    /// The tokens of `rank`, as up to two ascending ranges of indices into the pass.
+    pub fn ranges(&self, rank: usize) -> [Range<usize>; 2] {
+        match *self {
+            Self::Replicated { tokens } => [0..tokens, tokens..tokens],
+            Self::Split { tokens, ranks } => {
+                [split_range(tokens, 2 * ranks, rank), split_range(tokens, 2 * ranks, 2 * ranks - 1 - rank)]
+            }
+        }
+    }
+
+    /// The indices of the tokens of `rank`, ascending.
+    pub fn indices(&self, rank: usize) -> impl Iterator<Item = usize> + Clone + use<> {
+        let [first, second] = self.ranges(rank);
+        first.chain(second)
+    }
+
+    /// How many tokens `rank` holds.
+    pub fn count(&self, rank: usize) -> usize {
+        self.ranges(rank).iter().map(ExactSizeIterator::len).sum()
+    }
+
+    /// How many elements each rank holds where a token has `width`.
+    pub fn lengths(&self, ranks: usize, width: usize) -> Vec<usize> {
+        (0..ranks).map(|rank| self.count(rank) * width).collect()
+    }
+
+    /// The index of each token in the order of a gather: rank 0's tokens, rank 1's, and so on.
+    pub fn gathered_order(&self) -> Vec<usize> {
+        match self {
+            Self::Replicated { tokens } => (0..*tokens).collect(),
+            Self::Split { ranks, .. } => (0..*ranks).flat_map(|rank| self.indices(rank)).collect(),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_token_is_on_one_rank_and_the_causal_work_is_balanced() {
+        for ranks in 1..=7 {
+            for tokens in 0..=97 {
+                let layout = TokenLayout::balanced(tokens, ranks);
+                let mut order = layout.gathered_order();
+                order.sort_unstable();
+                assert_eq!(order, (0..tokens).collect::<Vec<_>>(), "{tokens} tokens, {ranks} ranks");
+                if layout.is_split() {
+                    let work = |rank| layout.indices(rank).map(|i| i + 1).sum::<usize>();
+                    let (least, most) = ((0..ranks).map(work).min(), (0..ranks).map(work).max());
+                    let slack = 4 * (tokens + 1);
+                    assert!(
+                        most <= least.map(|least| least + slack),
+                        "{tokens} tokens, {ranks} ranks: {least:?} to {most:?}"
+                    );
+                    assert!((0..ranks).all(|rank| layout.count(rank) >= 1));
+                }
+            }
+        }
+    }
+}

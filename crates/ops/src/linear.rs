@@ -1,0 +1,172 @@
+//! Matrix products with packed weights: this rank's share, and the two ways to make it whole.
+
+use comm::{CommError, CommunicatorExt};
+use simd_kernels::{Input, InputKind, MatMut, PanelData, Panels, Store, matmul};
+use tensor::{Activations, CheckpointError, Matrix, PackedData, PackedMatrix, WeightFormat};
+
+use crate::context::Context;
+use crate::profile::Work;
+
+// The layout of a panel is a contract between two crates that do not know each other.
+const _: () = assert!(tensor::PANEL == simd_kernels::PANEL && tensor::GROUP == simd_kernels::GROUP);
+
+/// The weights of a linear layer, [out, in], or the rows or columns of them that this rank owns.
+pub struct Linear {
+    weights: PackedMatrix,
+}
+
+impl Linear {
+    /// Reads the vertically stacked matrices and packs them as `format`; each thread of the team
+    /// packs, and so first touches, the panels that it will read.
+    ///
+    /// # Errors
+    /// When the stack cannot be read from the checkpoint.
+    pub fn load(ctx: &Context, format: WeightFormat, stack: &[Matrix]) -> Result<Self, CheckpointError> {
+        let rows = stack.iter().map(Matrix::rows).sum();
+        let cols = stack.first().map_or(0, Matrix::cols);
+        let mut weights = PackedMatrix::allocate(format, rows, cols);
+        let chunks = weights.split_panels(&ctx.team.panel_ranges(rows));
+        let failed = std::sync::Mutex::new(None);
+        ctx.team.each(chunks, |chunk| {
+            if let Err(error) = chunk.load(stack) {
+                failed.lock().expect("no job panics while it holds the lock").get_or_insert(error);
+            }
+        });
+        match failed.into_inner().expect("all jobs have returned") {
+            Some(error) => Err(error),
+            None => Ok(Self { weights }),
+        }
+    }
+
+    /// Output features of this share.
+    pub fn rows(&self) -> usize {
+        self.weights.rows()
+    }
+
+    /// Input features of this share.
+    pub fn cols(&self) -> usize {
+        self.weights.cols()
+    }
+
+    /// The format of the weights in memory.
+    pub fn format(&self) -> WeightFormat {
+        self.weights.format()
+    }
+
+    /// Bytes that the weights occupy.
+    pub fn bytes(&self) -> usize {
+        self.weights.bytes()
+    }
+
+    /// What a product with `tokens` tokens has to do.
+    pub fn work(&self, tokens: usize) -> Work {
+        Work { flops: 2.0 * (self.rows() * self.cols() * tokens) as f64, bytes: self.bytes() as f64 }
+    }
+
+    /// The preparation that inputs of this layer need.
+    pub fn input_kind(&self) -> InputKind {
+        InputKind::of(&self.panels().data())
+    }
+
+    /// The weights as the kernels see them.
+    pub fn panels(&self) -> Panels<'_> {
+        let data = match self.weights.data() {
+            PackedData::F32(data) => PanelData::F32(data),
+            PackedData::Bf16(data) => PanelData::Bf16(data),
+            PackedData::F16(data) => PanelData::F16(data),
+            PackedData::Q8(data) => PanelData::Q8(data),
+            PackedData::Q4(data) => PanelData::Q4(data),
+        };
+        Panels::new(data, self.rows(), self.cols())
+    }
+
+    /// `out = x · Wᵀ` (or `+=`), [tokens, out] of this share, without any collective.
+    pub fn apply(&self, ctx: &Context, x: &Input, out: &mut Activations, store: Store) {
+        let out = matrix(out);
+        ctx.team.panels(self.rows(), out, |panels, block| {
+            matmul(ctx.isa, self.panels(), panels, x, block, store);
+        });
+    }
+}
+
+/// A linear layer whose *input* features are split over the ranks: `residual += Σᵣ xᵣ · Wᵣᵀ`, with one
+/// Allreduce of tokens · out · 4 bytes. `partial` is scratch.
+///
+/// # Errors
+/// When the collective fails.
+pub fn linear_mpi(
+    ctx: &Context,
+    weights: &Linear,
+    x: &Input,
+    partial: &mut Activations,
+    residual: &mut Activations,
+) -> Result<(), CommError> {
+    if ctx.ranks() == 1 {
+        weights.apply(ctx, x, residual, Store::Add);
+        return Ok(());
+    }
+    reshape(partial, residual.nrows(), residual.ncols());
+    weights.apply(ctx, x, partial, Store::Set);
+    ctx.comm.all_reduce_add(slice(partial), slice_mut(residual))
+}
+
+/// Makes [tokens, n] on every rank from each rank's [tokens, counts[rank]] columns: one Allgather
+/// where the counts are equal and `exact` is not asked for, else one Allgatherv, of tokens · n · 4 bytes.
+///
+/// # Errors
+/// When the collective fails.
+pub fn gather_columns(
+    ctx: &Context,
+    own: &Activations,
+    counts: &[usize],
+    vector: bool,
+    out: &mut Activations,
+) -> Result<(), CommError> {
+    let tokens = own.nrows();
+    let width: usize = counts.iter().sum();
+    assert_eq!(own.ncols(), counts[ctx.rank()], "own columns against this rank's count");
+    let mut gathered = vec![0.0f32; tokens * width];
+    if !vector && counts.iter().all(|count| *count == counts[0]) {
+        ctx.comm.all_gather(slice(own), &mut gathered)?;
+    } else {
+        let lengths: Vec<_> = counts.iter().map(|count| count * tokens).collect();
+        ctx.comm.all_gather_v(slice(own), &lengths, &mut gathered)?;
+    }
+    reshape(out, tokens, width);
+    let (mut block, mut column) = (&gathered[..], 0);
+    for &count in counts {
+        let (own, rest) = block.split_at(count * tokens);
+        for (row, piece) in out.outer_iter_mut().zip(own.chunks_exact(count.max(1))) {
+            row.into_slice().expect("rows of activations are contiguous")[column..column + count]
+                .copy_from_slice(piece);
+        }
+        (block, column) = (rest, column + count);
+    }
+    Ok(())
+}
+
+/// Gives `activations` the shape [rows, cols], keeping its memory; the contents are unspecified.
+pub fn reshape(activations: &mut Activations, rows: usize, cols: usize) {
+    if activations.dim() == (rows, cols) {
+        return;
+    }
+    let (mut data, _) = std::mem::take(activations).into_raw_vec_and_offset();
+    data.resize(rows * cols, 0.0);
+    *activations = Activations::from_shape_vec((rows, cols), data).expect("the length is rows times columns");
+}
+
+/// The elements of row-major activations.
+pub(crate) fn slice(activations: &Activations) -> &[f32] {
+    activations.as_slice().expect("activations are row-major and contiguous")
+}
+
+/// The elements of row-major activations.
+pub(crate) fn slice_mut(activations: &mut Activations) -> &mut [f32] {
+    activations.as_slice_mut().expect("activations are row-major and contiguous")
+}
+
+/// All of `activations` as a kernel's output.
+pub(crate) fn matrix(activations: &mut Activations) -> MatMut<'_> {
+    let (rows, cols) = activations.dim();
+    MatMut::new(slice_mut(activations), rows, cols, cols)
+}

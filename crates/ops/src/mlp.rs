@@ -1,0 +1,262 @@
+//! The feed-forward block, dense or a mixture of experts, under each schedule.
+
+use std::ops::Range;
+
+use comm::{CommError, CommunicatorExt};
+use simd_kernels::{Input, MatMut, Store, matmul, matmul_swiglu};
+use tensor::Activations;
+
+use crate::context::Context;
+use crate::layout::TokenLayout;
+use crate::linear::{Linear, gather_columns, matrix, reshape, slice, slice_mut};
+use crate::norm::prepare;
+use crate::profile::Work;
+use crate::routing::{Router, Routing, route};
+use crate::schedule::MlpSchedule;
+use crate::team::cut_columns;
+
+/// This rank's share of one expert's weights.
+pub struct Expert {
+    /// [own intermediate, hidden]
+    pub gate: Linear,
+    /// [own intermediate, hidden]
+    pub up: Linear,
+    /// [hidden, own intermediate]; under `Gathered` [own hidden, intermediate].
+    pub down: Linear,
+}
+
+/// A feed-forward block: one expert and no router when it is dense.
+pub struct Mlp {
+    /// What is exchanged; also decides how the weights were split.
+    pub schedule: MlpSchedule,
+    /// The experts, of equal shape.
+    pub experts: Vec<Expert>,
+    /// Chooses experts for each token.
+    pub router: Option<Router>,
+    /// Intermediate features that each rank owns.
+    pub intermediate: Vec<usize>,
+    /// Hidden features of the result that each rank computes under `Gathered`.
+    pub hidden: Vec<usize>,
+}
+
+/// Working memory of the block, kept from layer to layer.
+#[derive(Default)]
+pub struct MlpScratch {
+    tokens: Activations,
+    sorted: Activations,
+    scores: Activations,
+    inputs: Vec<Input>,
+    gate: Activations,
+    up: Activations,
+    own: Activations,
+    activation: Activations,
+    result: Activations,
+    partial: Activations,
+}
+
+/// `residual += mlp(x)` for normalized tokens `x`; x and residual [own tokens, hidden].
+///
+/// Where the tokens are split over ranks, the schedules that split weights first gather the tokens.
+///
+/// # Errors
+/// When a collective fails.
+pub fn mlp(
+    ctx: &Context,
+    block: &Mlp,
+    x: &Activations,
+    layout: &TokenLayout,
+    scratch: &mut MlpScratch,
+    residual: &mut Activations,
+) -> Result<(), CommError> {
+    let mut tokens = std::mem::take(&mut scratch.tokens);
+    let gathers = layout.is_split() && block.schedule != MlpSchedule::Local;
+    if gathers {
+        reshape(&mut tokens, layout.tokens(), x.ncols());
+        ctx.comm.all_gather_v(slice(x), &layout.lengths(ctx.ranks(), x.ncols()), slice_mut(&mut tokens))?;
+    }
+    let result = block.forward(ctx, if gathers { &tokens } else { x }, gathers.then_some(layout), scratch, residual);
+    scratch.tokens = tokens;
+    result
+}
+
+impl Mlp {
+    /// The block on tokens that all ranks hold, or that this rank holds alone (`Local`). `split` tells
+    /// whose of the gathered tokens the residual's are.
+    fn forward(
+        &self,
+        ctx: &Context,
+        x: &Activations,
+        split: Option<&TokenLayout>,
+        scratch: &mut MlpScratch,
+        residual: &mut Activations,
+    ) -> Result<(), CommError> {
+        scratch.inputs.resize_with(self.experts.len().max(1), Input::new);
+        let routing = match &self.router {
+            Some(router) => route(ctx, router, x, &mut scratch.inputs[0], &mut scratch.scores),
+            None => Routing::dense(x.nrows()),
+        };
+        self.activate(ctx, &routing, x, scratch)?;
+        let MlpScratch { inputs, activation, result, partial, own, sorted, .. } = scratch;
+        prepare_groups(ctx, self, |expert| &expert.down, &routing, activation, inputs);
+
+        let whole = self.schedule == MlpSchedule::Local || ctx.ranks() == 1;
+        if whole && self.router.is_none() {
+            self.down(ctx, &routing, inputs, residual, Store::Add);
+            return Ok(());
+        }
+        let rows = activation.nrows();
+        let width = self.experts[0].down.rows();
+        // Rows of visits are combined into rows of tokens before anything is exchanged.
+        let target = if self.router.is_some() { &mut *sorted } else { &mut *partial };
+        reshape(target, rows, width);
+        self.down(ctx, &routing, inputs, target, Store::Set);
+        if self.router.is_some() {
+            routing.combine(ctx, sorted, x.nrows(), partial);
+        }
+        if whole {
+            simd_kernels::add(ctx.isa, slice_mut(residual), slice(partial));
+            return Ok(());
+        }
+        match (self.schedule, split) {
+            (MlpSchedule::Gathered, _) => {
+                gather_columns(ctx, partial, &self.hidden, false, result)?;
+                let first = split.map_or(0, |layout| (0..ctx.rank()).map(|rank| layout.count(rank)).sum());
+                let start = first * residual.ncols();
+                let end = start + residual.len();
+                simd_kernels::add(ctx.isa, slice_mut(residual), &slice(result)[start..end]);
+            }
+            (_, None) => ctx.comm.all_reduce_add(slice(partial), slice_mut(residual))?,
+            (_, Some(layout)) => {
+                reshape(own, residual.nrows(), residual.ncols());
+                let counts = layout.lengths(ctx.ranks(), residual.ncols());
+                ctx.comm.reduce_scatter(slice(partial), &counts, slice_mut(own))?;
+                simd_kernels::add(ctx.isa, slice_mut(residual), slice(own));
+            }
+        }
+        Ok(())
+    }
+
+    /// The activation that this rank's part of `down` needs, [rows, own intermediate] (`Gathered`: all of it).
+    fn activate(
+        &self,
+        ctx: &Context,
+        routing: &Routing,
+        x: &Activations,
+        scratch: &mut MlpScratch,
+    ) -> Result<(), CommError> {
+        let MlpScratch { sorted, inputs, gate, up, own, activation, .. } = scratch;
+        let x = if self.router.is_some() {
+            routing.gather(x, sorted);
+            &*sorted
+        } else {
+            x
+        };
+        prepare_groups(ctx, self, |expert| &expert.gate, routing, x, inputs);
+        let _operation = ctx.profile.operation("gate_up", self.work(routing, |expert| [&expert.gate, &expert.up]));
+        let (rows, width) = (x.nrows(), self.experts[0].gate.rows());
+        if matches!(self.schedule, MlpSchedule::Fused | MlpSchedule::Local) {
+            reshape(activation, rows, width);
+            self.each_group(ctx, routing, inputs, width, activation, |expert, panels, input, out| {
+                matmul_swiglu(ctx.isa, expert.gate.panels(), expert.up.panels(), panels, input, out);
+            });
+            return Ok(());
+        }
+        for (out, pick) in
+            [(&mut *gate, (|expert| &expert.gate) as fn(&Expert) -> &Linear), (&mut *up, |expert| &expert.up)]
+        {
+            reshape(own, rows, width);
+            self.each_group(ctx, routing, inputs, width, own, |expert, panels, input, out| {
+                matmul(ctx.isa, pick(expert).panels(), panels, input, out, Store::Set);
+            });
+            gather_columns(ctx, own, &self.intermediate, self.schedule == MlpSchedule::Naive, out)?;
+        }
+        let start: usize = self.intermediate[..ctx.rank()].iter().sum();
+        let columns = start..start + self.intermediate[ctx.rank()];
+        if self.schedule == MlpSchedule::Naive {
+            // The whole activation on every rank, as the schedule has it, then this rank's part of it.
+            let whole = &mut *own;
+            reshape(whole, rows, gate.ncols());
+            simd_kernels::swiglu(ctx.isa, slice(gate), slice(up), slice_mut(whole));
+            reshape(activation, rows, columns.len());
+            let (width, part) = (gate.ncols(), columns.len());
+            for (part, row) in slice_mut(activation).chunks_exact_mut(part.max(1)).zip(slice(whole).chunks_exact(width))
+            {
+                part.copy_from_slice(&row[columns.clone()]);
+            }
+            return Ok(());
+        }
+        reshape(own, rows, columns.len());
+        let (width, part) = (gate.ncols(), columns.len());
+        let whole = slice(gate).chunks_exact(width).zip(slice(up).chunks_exact(width));
+        for (part, (gate, up)) in slice_mut(own).chunks_exact_mut(part.max(1)).zip(whole) {
+            simd_kernels::swiglu(ctx.isa, &gate[columns.clone()], &up[columns.clone()], part);
+        }
+        gather_columns(ctx, own, &self.intermediate, false, activation)
+    }
+
+    fn down(&self, ctx: &Context, routing: &Routing, inputs: &[Input], out: &mut Activations, store: Store) {
+        let width = self.experts[0].down.rows();
+        let _operation = ctx.profile.operation("down_proj", self.work(routing, |expert| [&expert.down]));
+        self.each_group(ctx, routing, inputs, width, out, |expert, panels, input, out| {
+            matmul(ctx.isa, expert.down.panels(), panels, input, out, store);
+        });
+    }
+
+    /// What the products with the given matrices of the visited experts have to do.
+    fn work<const N: usize>(&self, routing: &Routing, weights: impl Fn(&Expert) -> [&Linear; N]) -> Work {
+        let visited = routing
+            .groups
+            .iter()
+            .flat_map(|(expert, rows)| weights(&self.experts[*expert]).map(|linear| linear.work(rows.len())));
+        visited.fold(Work::default(), |sum, one| Work { flops: sum.flops + one.flops, bytes: sum.bytes + one.bytes })
+    }
+
+    /// Calls `job(expert, panels, input, out)` for each visited expert and each thread's panels of it,
+    /// all experts in one go: a decoded token wakes the team once, not once an expert.
+    fn each_group(
+        &self,
+        ctx: &Context,
+        routing: &Routing,
+        inputs: &[Input],
+        width: usize,
+        out: &mut Activations,
+        job: impl Fn(&Expert, Range<usize>, &Input, MatMut<'_>) + Sync,
+    ) {
+        let ranges = ctx.team.panel_ranges(width);
+        let mut threads: Vec<Vec<_>> = ranges.iter().map(|_| Vec::new()).collect();
+        let mut rest = matrix(out);
+        for (index, (expert, rows)) in routing.groups.iter().enumerate() {
+            let block;
+            (block, rest) = rest.split_rows(rows.len());
+            for (thread, (panels, block)) in cut_columns(block, &ranges).into_iter().enumerate() {
+                threads[thread].push((&self.experts[*expert], panels, &inputs[index], block));
+            }
+        }
+        ctx.team.each(threads, |jobs| {
+            for (expert, panels, input, block) in jobs {
+                job(expert, panels, input, block);
+            }
+        });
+    }
+}
+
+/// Prepares each group's rows of `x` as the input of its expert: one group by the whole team, many
+/// groups side by side.
+fn prepare_groups(
+    ctx: &Context,
+    block: &Mlp,
+    weights: impl Fn(&Expert) -> &Linear,
+    routing: &Routing,
+    x: &Activations,
+    inputs: &mut [Input],
+) {
+    let kind = weights(&block.experts[0]).input_kind();
+    if block.router.is_none() {
+        return prepare(ctx, kind, x, &mut inputs[0]);
+    }
+    let width = x.ncols();
+    let parts: Vec<_> = routing.groups.iter().zip(inputs).collect();
+    ctx.team.each(parts, |((_, rows), input)| {
+        input.prepare(ctx.isa, kind, &slice(x)[rows.start * width..rows.end * width], rows.len(), width);
+    });
+}

@@ -1,0 +1,43 @@
+//! How the feed-forward block is split over the ranks.
+
+use std::fmt;
+use std::str::FromStr;
+
+/// The feed-forward block computes `(silu(x · Wgateᵀ) ⊙ (x · Wupᵀ)) · Wdownᵀ`; the schedules differ in what
+/// they split and what they exchange. T tokens, H hidden, I intermediate features; all give the same answer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum MlpSchedule {
+    /// Gate, up and activation stay split; 1 Allreduce of T·H·4 bytes.
+    Fused,
+    /// Gate and up are gathered; 2 Allgatherv of T·I·4 bytes and 1 Allreduce of T·H·4.
+    Naive,
+    /// Gate, up, activation and result are gathered; 3 Allgather of T·I·4 bytes and 1 of T·H·4.
+    Gathered,
+    /// Whole weights on every rank, no collective.
+    Local,
+}
+
+impl fmt::Display for MlpSchedule {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(match self {
+            Self::Fused => "fused",
+            Self::Naive => "naive",
+            Self::Gathered => "gathered",
+            Self::Local => "local",
+        })
+    }
+}
+
+impl FromStr for MlpSchedule {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        match text {
+            "fused" => Ok(Self::Fused),
+            "naive" => Ok(Self::Naive),
+            "gathered" => Ok(Self::Gathered),
+            "local" => Ok(Self::Local),
+            _ => Err(format!("found `{text}`, expected fused, naive, gathered or local")),
+        }
+    }
+}

@@ -1,0 +1,388 @@
+//! The operations on any group of ranks, against plain formulas in f64: run by threads and by MPI processes.
+
+use std::ops::Range;
+use std::path::Path;
+use std::sync::Arc;
+
+use comm::Communicator;
+use ops::{
+    AttentionAlgorithm, AttentionScratch, AttentionShape, AttentionSpec, Context, Expert, Input, Isa, KvFormat,
+    LayerCache, Linear, LogitRows, Mlp, MlpSchedule, MlpScratch, Placement, QkNorm, Rotary, Router, SequenceSpan,
+    TokenLayout, attention_headwise, attention_sequence, linear_mpi, lm_head, mlp, prepare, rms_norm, wanted_rows,
+};
+use rand::rngs::StdRng;
+use rand::{RngExt, SeedableRng};
+use tensor::{Activations, Checkpoint, CheckpointWriter, Matrix, TensorSpec, WeightFormat, split_range};
+
+/// Sums of f32 products differ by their order: a few times the length times the rounding unit, for
+/// inputs within ±1, is far below this, and a wrong element is far above.
+const TOLERANCE: f64 = 2e-4;
+
+pub const HIDDEN: usize = 40;
+const INTERMEDIATE: usize = 56;
+const EXPERTS: usize = 5;
+const HEADS: usize = 6;
+const KV_HEADS: usize = 3;
+const HEAD_DIM: usize = 8;
+
+/// Each check by name; all ranks run the same ones in the same order.
+pub const CHECKS: &[(&str, fn(&Rank))] = &[
+    ("linear_mpi", linear_is_the_whole_product),
+    ("mlp, dense", |rank| every_schedule_gives_the_formula(rank, false)),
+    ("mlp, experts", |rank| every_schedule_gives_the_formula(rank, true)),
+    ("attention_headwise", heads_match_the_formula),
+    ("attention_sequence", sequence_matches_the_formula),
+    ("lm_head", head_scores_the_wanted_rows),
+];
+
+/// What a check runs on.
+pub struct Rank {
+    pub ctx: Context,
+    pub checkpoint: Checkpoint,
+}
+
+impl Rank {
+    pub fn new(comm: Arc<dyn Communicator>, isa: Isa, threads: usize, dir: &Path) -> Self {
+        let ctx = Context::new(isa, comm, threads, Placement::Free);
+        Self { ctx, checkpoint: Checkpoint::open(dir).expect("the suite's checkpoint opens") }
+    }
+
+    fn matrix(&self, name: &str, rows: usize, cols: usize) -> Matrix {
+        self.checkpoint.matrix(name, rows, cols).expect(name)
+    }
+
+    fn linear(&self, part: Matrix) -> Linear {
+        Linear::load(&self.ctx, WeightFormat::F32, &[part]).expect("the suite's weights load")
+    }
+
+    fn whole(&self, name: &str, rows: usize, cols: usize) -> Vec<f64> {
+        let mut values = vec![0.0; rows * cols];
+        self.matrix(name, rows, cols).read_rows(0..rows, &mut values).expect(name);
+        values.into_iter().map(f64::from).collect()
+    }
+
+    fn share(&self, n: usize) -> Range<usize> {
+        split_range(n, self.ctx.ranks(), self.ctx.rank())
+    }
+
+    fn counts(&self, n: usize) -> Vec<usize> {
+        (0..self.ctx.ranks()).map(|rank| split_range(n, self.ctx.ranks(), rank).len()).collect()
+    }
+}
+
+/// The matrices that the checks use: name, rows, columns.
+fn tensors() -> Vec<(String, usize, usize)> {
+    let mut tensors = vec![("linear".to_owned(), HIDDEN, INTERMEDIATE), ("router".to_owned(), EXPERTS, HIDDEN)];
+    for expert in 0..EXPERTS {
+        tensors.push((format!("gate.{expert}"), INTERMEDIATE, HIDDEN));
+        tensors.push((format!("up.{expert}"), INTERMEDIATE, HIDDEN));
+        tensors.push((format!("down.{expert}"), HIDDEN, INTERMEDIATE));
+    }
+    tensors
+}
+
+/// Writes the checkpoint that the checks read.
+pub fn write_checkpoint(dir: &Path) {
+    let spec = |(name, rows, cols)| TensorSpec { name, format: WeightFormat::F32, shape: vec![rows, cols] };
+    let specs: Vec<_> = tensors().into_iter().map(spec).collect();
+    let mut file = CheckpointWriter::create(dir.join("model.safetensors"), &specs, &[]).expect("a new file");
+    for (index, spec) in specs.iter().enumerate() {
+        let values = random(100 + index as u64, spec.shape.iter().product());
+        file.write(&spec.name, &values).expect(&spec.name);
+    }
+    file.finish().expect("all tensors are written");
+}
+
+/// Values within ±1, the same for the same seed.
+pub fn random(seed: u64, len: usize) -> Vec<f32> {
+    let mut rng = StdRng::seed_from_u64(seed);
+    (0..len).map(|_| rng.random_range(-1.0..1.0)).collect()
+}
+
+fn activations(seed: u64, rows: usize, cols: usize) -> Activations {
+    Activations::from_shape_vec((rows, cols), random(seed, rows * cols)).expect("length is rows times columns")
+}
+
+fn rows_of(x: &Activations, rows: impl Iterator<Item = usize>) -> Activations {
+    x.select(ndarray::Axis(0), &rows.collect::<Vec<_>>()).as_standard_layout().into_owned()
+}
+
+/// y [rows] = w [rows, cols] · x [cols]
+fn product(w: &[f64], x: &[f64]) -> Vec<f64> {
+    w.chunks_exact(x.len()).map(|row| row.iter().zip(x).map(|(a, b)| a * b).sum()).collect()
+}
+
+fn wide(row: &[f32]) -> Vec<f64> {
+    row.iter().map(|x| f64::from(*x)).collect()
+}
+
+#[track_caller]
+fn assert_close(what: &str, found: &[f32], expected: &[f64]) {
+    assert_eq!(found.len(), expected.len(), "{what}: length");
+    let scale = expected.iter().fold(1.0f64, |max, x| max.max(x.abs()));
+    for (index, (found, expected)) in found.iter().zip(expected).enumerate() {
+        let off = (f64::from(*found) - expected).abs();
+        assert!(off <= TOLERANCE * scale, "{what}, element {index}: found {found}, expected {expected}");
+    }
+}
+
+fn linear_is_the_whole_product(rank: &Rank) {
+    let ctx = &rank.ctx;
+    for tokens in [0, 1, 2, 11] {
+        let x = activations(1, tokens, INTERMEDIATE);
+        let mut residual = activations(2, tokens, HIDDEN);
+        let w = rank.whole("linear", HIDDEN, INTERMEDIATE);
+        let expected: Vec<f64> = (0..tokens)
+            .flat_map(|t| {
+                let before = wide(residual.row(t).as_slice().unwrap());
+                let y = product(&w, &wide(x.row(t).as_slice().unwrap()));
+                before.into_iter().zip(y).map(|(a, b)| a + b).collect::<Vec<_>>()
+            })
+            .collect();
+        let own = rank.share(INTERMEDIATE);
+        let weights = rank.linear(rank.matrix("linear", HIDDEN, INTERMEDIATE).slice(0..HIDDEN, own.clone()));
+        let own_x = x.slice(ndarray::s![.., own]).as_standard_layout().into_owned();
+        let (mut input, mut partial) = (Input::new(), Activations::default((0, 0)));
+        prepare(ctx, weights.input_kind(), &own_x, &mut input);
+        linear_mpi(ctx, &weights, &input, &mut partial, &mut residual).unwrap();
+        assert_close(&format!("{tokens} tokens"), residual.as_slice().unwrap(), &expected);
+    }
+}
+
+/// The block on one token, in f64.
+fn mlp_formula(rank: &Rank, experts: bool, x: &[f64]) -> Vec<f64> {
+    let visits: Vec<(usize, f64)> = if experts {
+        let scores = product(&rank.whole("router", EXPERTS, HIDDEN), x);
+        let sum: f64 = scores.iter().map(|s| s.exp()).sum();
+        let mut chosen: Vec<_> = scores.iter().map(|s| s.exp() / sum).enumerate().collect();
+        chosen.sort_by(|a, b| b.1.total_cmp(&a.1));
+        chosen.truncate(2);
+        let kept: f64 = chosen.iter().map(|(_, p)| p).sum();
+        chosen.into_iter().map(|(e, p)| (e, p / kept)).collect()
+    } else {
+        vec![(0, 1.0)]
+    };
+    let mut out = vec![0.0; HIDDEN];
+    for (expert, weight) in visits {
+        let gate = product(&rank.whole(&format!("gate.{expert}"), INTERMEDIATE, HIDDEN), x);
+        let up = product(&rank.whole(&format!("up.{expert}"), INTERMEDIATE, HIDDEN), x);
+        let hidden: Vec<f64> = gate.iter().zip(&up).map(|(g, u)| g / (1.0 + (-g).exp()) * u).collect();
+        let y = product(&rank.whole(&format!("down.{expert}"), HIDDEN, INTERMEDIATE), &hidden);
+        out.iter_mut().zip(y).for_each(|(out, y)| *out += weight * y);
+    }
+    out
+}
+
+fn every_schedule_gives_the_formula(rank: &Rank, experts: bool) {
+    let ctx = &rank.ctx;
+    for schedule in [MlpSchedule::Fused, MlpSchedule::Naive, MlpSchedule::Gathered, MlpSchedule::Local] {
+        let (inner, outer) = (rank.share(INTERMEDIATE), rank.share(HIDDEN));
+        let (inner, down_rows, down_cols) = match schedule {
+            MlpSchedule::Local => (0..INTERMEDIATE, 0..HIDDEN, 0..INTERMEDIATE),
+            MlpSchedule::Gathered => (inner, outer, 0..INTERMEDIATE),
+            _ => (inner.clone(), 0..HIDDEN, inner),
+        };
+        let part = |name: String, rows, cols| rank.matrix(&name, rows, cols);
+        let expert = |e: usize| Expert {
+            gate: rank.linear(part(format!("gate.{e}"), INTERMEDIATE, HIDDEN).slice(inner.clone(), 0..HIDDEN)),
+            up: rank.linear(part(format!("up.{e}"), INTERMEDIATE, HIDDEN).slice(inner.clone(), 0..HIDDEN)),
+            down: rank
+                .linear(part(format!("down.{e}"), HIDDEN, INTERMEDIATE).slice(down_rows.clone(), down_cols.clone())),
+        };
+        let block = Mlp {
+            schedule,
+            experts: (0..if experts { EXPERTS } else { 1 }).map(expert).collect(),
+            router: experts.then(|| Router {
+                weights: rank.linear(rank.matrix("router", EXPERTS, HIDDEN)),
+                experts_per_token: 2,
+                normalize: true,
+            }),
+            intermediate: rank.counts(INTERMEDIATE),
+            hidden: rank.counts(HIDDEN),
+        };
+        let mut scratch = MlpScratch::default();
+        for tokens in [1, 3, 17] {
+            for layout in [TokenLayout::Replicated { tokens }, TokenLayout::balanced(tokens, ctx.ranks())] {
+                let (x, before) = (activations(3, tokens, HIDDEN), activations(4, tokens, HIDDEN));
+                let own = rows_of(&x, layout.indices(ctx.rank()));
+                let mut residual = rows_of(&before, layout.indices(ctx.rank()));
+                let expected: Vec<f64> = layout
+                    .indices(ctx.rank())
+                    .flat_map(|t| {
+                        let y = mlp_formula(rank, experts, &wide(x.row(t).as_slice().unwrap()));
+                        before.row(t).iter().zip(y).map(|(b, y)| f64::from(*b) + y).collect::<Vec<_>>()
+                    })
+                    .collect();
+                mlp(ctx, &block, &own, &layout, &mut scratch, &mut residual).unwrap();
+                assert_close(&format!("{schedule}, {layout:?}"), residual.as_slice().unwrap(), &expected);
+            }
+        }
+    }
+}
+
+/// Fused projections of all tokens and heads, and the weights around them.
+struct AttentionData {
+    qkv: Activations,
+    norm: Vec<f32>,
+    cos: Activations,
+    sin: Activations,
+}
+
+const EPS: f32 = 1e-6;
+
+impl AttentionData {
+    fn new(tokens: usize) -> Self {
+        let angles = activations(6, tokens, HEAD_DIM / 2);
+        Self {
+            qkv: activations(5, tokens, (HEADS + 2 * KV_HEADS) * HEAD_DIM),
+            norm: random(7, HEAD_DIM),
+            cos: angles.mapv(f32::cos),
+            sin: angles.mapv(f32::sin),
+        }
+    }
+
+    /// A head of a token, normalized and rotated.
+    fn head(&self, token: usize, head: usize) -> Vec<f64> {
+        let row = &self.qkv.row(token).to_vec()[head * HEAD_DIM..(head + 1) * HEAD_DIM];
+        let x = wide(row);
+        let mean: f64 = x.iter().map(|x| x * x).sum::<f64>() / HEAD_DIM as f64;
+        let x: Vec<f64> =
+            x.iter().zip(&self.norm).map(|(x, w)| x / (mean + f64::from(EPS)).sqrt() * f64::from(*w)).collect();
+        let half = HEAD_DIM / 2;
+        (0..HEAD_DIM)
+            .map(|i| {
+                let (cos, sin) = (f64::from(self.cos[[token, i % half]]), f64::from(self.sin[[token, i % half]]));
+                if i < half { x[i] * cos - x[i + half] * sin } else { x[i] * cos + x[i - half] * sin }
+            })
+            .collect()
+    }
+
+    /// The output of a token's head over all tokens up to it.
+    fn output(&self, token: usize, head: usize) -> Vec<f64> {
+        let kv = HEADS + head / (HEADS / KV_HEADS);
+        let q = self.head(token, head);
+        let scores: Vec<f64> = (0..=token)
+            .map(|t| {
+                let k = self.head(t, kv);
+                (q.iter().zip(&k).map(|(a, b)| a * b).sum::<f64>() / (HEAD_DIM as f64).sqrt()).exp()
+            })
+            .collect();
+        let sum: f64 = scores.iter().sum();
+        let mut out = vec![0.0; HEAD_DIM];
+        for (t, score) in scores.iter().enumerate() {
+            let first = (kv + KV_HEADS) * HEAD_DIM;
+            for (out, i) in out.iter_mut().zip(first..) {
+                *out += score / sum * f64::from(self.qkv[[t, i]]);
+            }
+        }
+        out
+    }
+
+    fn spec<'a>(
+        &'a self,
+        algorithm: AttentionAlgorithm,
+        shape: &'a AttentionShape,
+        rotary: Rotary<'a>,
+    ) -> AttentionSpec<'a> {
+        AttentionSpec { algorithm, shape, norm: QkNorm { q: &self.norm, k: &self.norm, eps: EPS }, rotary }
+    }
+}
+
+const ALGORITHMS: [AttentionAlgorithm; 2] = [AttentionAlgorithm::Materialized, AttentionAlgorithm::Streaming];
+
+/// Passes of these many tokens, one after the other, into one cache.
+const PASSES: [&[usize]; 4] = [&[23], &[1, 1, 1, 1], &[16, 1, 9, 1, 1], &[7, 30, 2]];
+
+fn heads_match_the_formula(rank: &Rank) {
+    let ctx = &rank.ctx;
+    let group = HEADS / KV_HEADS;
+    let own = rank.share(HEADS);
+    let kv = if own.is_empty() { 0..0 } else { own.start / group..(own.end - 1) / group + 1 };
+    let groups = kv
+        .clone()
+        .map(|k| (k * group).max(own.start) - own.start..((k + 1) * group).min(own.end) - own.start)
+        .collect();
+    let shape = AttentionShape { groups, head_dim: HEAD_DIM };
+    for (algorithm, passes) in ALGORITHMS.into_iter().flat_map(|a| PASSES.map(|p| (a, p))) {
+        let data = AttentionData::new(passes.iter().sum());
+        let mut cache = LayerCache::new(KvFormat::F32, kv.len(), HEAD_DIM);
+        let (mut scratch, mut start) = (AttentionScratch::default(), 0);
+        for &tokens in passes {
+            let columns: Vec<usize> = [own.clone(), HEADS + kv.start..HEADS + kv.end]
+                .into_iter()
+                .chain([HEADS + KV_HEADS + kv.start..HEADS + KV_HEADS + kv.end])
+                .flat_map(|heads| heads.start * HEAD_DIM..heads.end * HEAD_DIM)
+                .collect();
+            let mut qkv = rows_of(&data.qkv, start..start + tokens)
+                .select(ndarray::Axis(1), &columns)
+                .as_standard_layout()
+                .into_owned();
+            let cos = rows_of(&data.cos, start..start + tokens);
+            let sin = rows_of(&data.sin, start..start + tokens);
+            let spec = data.spec(algorithm, &shape, Rotary { cos: &cos, sin: &sin });
+            let mut out = Activations::default((0, 0));
+            attention_headwise(ctx, &spec, &mut qkv, &mut cache, &mut scratch, &mut out);
+            let expected: Vec<f64> = (start..start + tokens)
+                .flat_map(|t| own.clone().flat_map(|h| data.output(t, h)).collect::<Vec<_>>())
+                .collect();
+            assert_close(&format!("{algorithm}, {passes:?} at {start}"), out.as_slice().unwrap(), &expected);
+            start += tokens;
+        }
+    }
+}
+
+fn sequence_matches_the_formula(rank: &Rank) {
+    let ctx = &rank.ctx;
+    let group = HEADS / KV_HEADS;
+    let groups = (0..KV_HEADS).map(|k| k * group..(k + 1) * group).collect();
+    let shape = AttentionShape { groups, head_dim: HEAD_DIM };
+    for (algorithm, passes) in ALGORITHMS.into_iter().flat_map(|a| PASSES.map(|p| (a, p))) {
+        let data = AttentionData::new(passes.iter().sum());
+        let mut cache = LayerCache::new(KvFormat::F32, KV_HEADS, HEAD_DIM);
+        let (mut scratch, mut start, mut held) = (AttentionScratch::default(), 0, Vec::new());
+        for &tokens in passes {
+            let layout = TokenLayout::balanced(tokens, ctx.ranks());
+            let own: Vec<usize> = layout.indices(ctx.rank()).map(|index| start + index).collect();
+            let mut qkv = rows_of(&data.qkv, own.iter().copied());
+            let (cos, sin) = (rows_of(&data.cos, own.iter().copied()), rows_of(&data.sin, own.iter().copied()));
+            let spec = data.spec(algorithm, &shape, Rotary { cos: &cos, sin: &sin });
+            let span = SequenceSpan { layout: &layout, start, held: &held };
+            let mut out = Activations::default((0, 0));
+            attention_sequence(ctx, &spec, &span, &mut qkv, &mut cache, &mut scratch, &mut out).unwrap();
+            let expected: Vec<f64> =
+                own.iter().flat_map(|t| (0..HEADS).flat_map(|h| data.output(*t, h)).collect::<Vec<_>>()).collect();
+            assert_close(&format!("{algorithm}, {passes:?} at {start}"), out.as_slice().unwrap(), &expected);
+            held.extend(span.kept(ctx.rank(), ctx.ranks()));
+            start += tokens;
+        }
+    }
+}
+
+fn head_scores_the_wanted_rows(rank: &Rank) {
+    let ctx = &rank.ctx;
+    let own = rank.share(INTERMEDIATE);
+    let head = rank.linear(rank.matrix("gate.0", INTERMEDIATE, HIDDEN).slice(own.clone(), 0..HIDDEN));
+    let w = rank.whole("gate.0", INTERMEDIATE, HIDDEN);
+    for (tokens, wanted) in [(1, LogitRows::Last), (13, LogitRows::Last), (13, LogitRows::All), (13, LogitRows::None)] {
+        for layout in [TokenLayout::Replicated { tokens }, TokenLayout::balanced(tokens, ctx.ranks())] {
+            let x = activations(8, tokens, HIDDEN);
+            let (mut rows, mut normed) = (Activations::default((0, 0)), Activations::default((0, 0)));
+            wanted_rows(ctx, &rows_of(&x, layout.indices(ctx.rank())), &layout, wanted, &mut rows).unwrap();
+            rms_norm(ctx, &rows, &[1.0; HIDDEN], EPS, &mut normed);
+            let logits = lm_head(ctx, &head, &normed, &mut Input::new());
+            let expected: Vec<f64> = match wanted {
+                LogitRows::None => 0..0,
+                LogitRows::Last => tokens - 1..tokens,
+                LogitRows::All => 0..tokens,
+            }
+            .flat_map(|t| {
+                let x = wide(x.row(t).as_slice().unwrap());
+                let mean: f64 = x.iter().map(|x| x * x).sum::<f64>() / HIDDEN as f64;
+                let x: Vec<f64> = x.iter().map(|x| x / (mean + f64::from(EPS)).sqrt()).collect();
+                product(&w[own.start * HIDDEN..own.end * HIDDEN], &x)
+            })
+            .collect();
+            assert_close(&format!("{wanted:?}, {layout:?}"), logits.as_slice().unwrap(), &expected);
+        }
+    }
+}

@@ -1,0 +1,46 @@
+//! Why a model cannot be loaded or run.
+
+use comm::CommError;
+use tensor::CheckpointError;
+
+use crate::fields::ConfigError;
+
+/// Why a model cannot be loaded or run.
+#[derive(Debug, thiserror::Error)]
+pub enum ModelError {
+    /// `config.json` does not describe a model that this crate runs.
+    #[error(transparent)]
+    Config(#[from] ConfigError),
+    /// The weights cannot be read.
+    #[error(transparent)]
+    Checkpoint(#[from] CheckpointError),
+    /// A collective failed.
+    #[error(transparent)]
+    Comm(#[from] CommError),
+    /// Another rank failed to load its share.
+    #[error("rank {rank} could not load its share of the model")]
+    PeerLoad {
+        /// The lowest rank that failed.
+        rank: usize,
+    },
+    /// A token is not in the vocabulary.
+    #[error("token {index} has id {id}, expected an id below the vocabulary size {vocab_size}")]
+    TokenOutOfRange {
+        /// Its place among the tokens given, from 0.
+        index: usize,
+        /// The id found.
+        id: u32,
+        /// Tokens of the vocabulary.
+        vocab_size: usize,
+    },
+    /// The sequence would grow beyond its cache.
+    #[error("{tokens} tokens do not fit: {cached} of {capacity} positions are taken")]
+    ContextFull {
+        /// Tokens to add.
+        tokens: usize,
+        /// Positions taken.
+        cached: usize,
+        /// Positions in all.
+        capacity: usize,
+    },
+}

@@ -1,0 +1,206 @@
+//! Loading: which rows and columns of the checkpoint become this rank's share of the model.
+
+use std::ops::Range;
+use std::path::Path;
+use std::sync::{Arc, Mutex};
+
+use comm::{Communicator, CommunicatorExt, Phase};
+use ops::{AttentionShape, Context, Embedding, Expert, Linear, Mlp, MlpSchedule, Router};
+use tensor::{Checkpoint, CheckpointError, GROUP, Matrix, WeightFormat, split_granular, split_range};
+
+use crate::config::Config;
+use crate::error::ModelError;
+use crate::heads::HeadPlan;
+use crate::layer::DecoderLayer;
+use crate::model::Model;
+use crate::names::{EMBEDDING, FINAL_NORM, LM_HEAD, LayerNames, MlpNames};
+use crate::options::{ModelOptions, ParallelStrategy};
+use crate::rotary::RotaryTable;
+
+/// How far loading has come.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct LoadProgress {
+    /// Layers loaded.
+    pub layers: usize,
+    /// Layers in all.
+    pub of: usize,
+}
+
+/// Loads this rank's share, then agrees with the other ranks on whether all did.
+pub(crate) fn load(
+    dir: &Path,
+    comm: Arc<dyn Communicator>,
+    options: &ModelOptions,
+    progress: &dyn Fn(LoadProgress),
+) -> Result<Model, ModelError> {
+    comm.ledger().set_phase(Phase::Load);
+    let loaded = load_share(dir, comm.clone(), options, progress);
+    let mut failed = vec![0u8; comm.size()];
+    comm.all_gather(&[u8::from(loaded.is_err())], &mut failed)?;
+    comm.ledger().set_phase(Phase::Other);
+    match (loaded, failed.iter().position(|failed| *failed != 0)) {
+        (Ok(_), Some(rank)) => Err(ModelError::PeerLoad { rank }),
+        (loaded, _) => loaded,
+    }
+}
+
+fn load_share(
+    dir: &Path,
+    comm: Arc<dyn Communicator>,
+    options: &ModelOptions,
+    progress: &dyn Fn(LoadProgress),
+) -> Result<Model, ModelError> {
+    let config = Config::read(dir)?;
+    let checkpoint = Checkpoint::open(dir)?;
+    let ctx = Context::new(options.isa, comm, options.threads, options.placement);
+    let embedding = checkpoint.matrix(EMBEDDING, config.vocab_size, config.hidden_size)?;
+    let share = Share::new(&ctx, &config, &checkpoint, options);
+
+    let mut layers = Vec::with_capacity(config.num_hidden_layers);
+    for index in 0..config.num_hidden_layers {
+        layers.push(share.layer(index)?);
+        progress(LoadProgress { layers: index + 1, of: config.num_hidden_layers });
+    }
+    // A tied head is the embedding, whatever else the file holds under the head's name.
+    let head = if config.tie_word_embeddings {
+        embedding.clone()
+    } else {
+        checkpoint.matrix(LM_HEAD, config.vocab_size, config.hidden_size)?
+    };
+    let vocab = split_range(config.vocab_size, ctx.ranks(), ctx.rank());
+    let lm_head = share.linear(&[head.slice(vocab.clone(), 0..config.hidden_size)])?;
+    let norm = checkpoint.vector(FINAL_NORM, config.hidden_size)?;
+    Ok(Model {
+        rotary: RotaryTable::new(&config.rope, config.head_dim),
+        embedding: Embedding::new(embedding),
+        shape: share.shape,
+        weight_format: lm_head.format(),
+        options: *options,
+        scratch: Mutex::default(),
+        config,
+        ctx,
+        layers,
+        norm,
+        lm_head,
+        vocab,
+    })
+}
+
+/// What this rank owns of each layer.
+struct Share<'a> {
+    ctx: &'a Context,
+    config: &'a Config,
+    checkpoint: &'a Checkpoint,
+    weights: Option<WeightFormat>,
+    schedule: MlpSchedule,
+    /// Query heads and the KV heads that they need.
+    queries: Range<usize>,
+    keys: Range<usize>,
+    shape: AttentionShape,
+}
+
+impl<'a> Share<'a> {
+    fn new(ctx: &'a Context, config: &'a Config, checkpoint: &'a Checkpoint, options: &ModelOptions) -> Self {
+        // Ranks that own positions hold whole attention weights, as a single rank would.
+        let (rank, ranks) = match options.strategy {
+            ParallelStrategy::Heads => (ctx.rank(), ctx.ranks()),
+            ParallelStrategy::Sequence => (0, 1),
+        };
+        let plan = HeadPlan::new(config, ranks, rank);
+        Self {
+            ctx,
+            config,
+            checkpoint,
+            weights: options.weights,
+            schedule: options.schedule(),
+            shape: AttentionShape { groups: plan.groups, head_dim: config.head_dim },
+            queries: plan.query_heads,
+            keys: plan.kv_heads,
+        }
+    }
+
+    fn layer(&self, index: usize) -> Result<DecoderLayer, CheckpointError> {
+        let Config { hidden_size, head_dim, .. } = *self.config;
+        let names = LayerNames::new(index);
+        let elements = |heads: &Range<usize>| heads.start * head_dim..heads.end * head_dim;
+        let (queries, keys) = (elements(&self.queries), elements(&self.keys));
+        let (query_size, kv_size) = (self.config.query_size(), self.config.key_value_size());
+        let rows = |name, size, own: &Range<usize>| -> Result<Matrix, CheckpointError> {
+            Ok(self.checkpoint.matrix(name, size, hidden_size)?.slice(own.clone(), 0..hidden_size))
+        };
+        let qkv = [
+            rows(&names.q_proj, query_size, &queries)?,
+            rows(&names.k_proj, kv_size, &keys)?,
+            rows(&names.v_proj, kv_size, &keys)?,
+        ];
+        let o_proj = self.checkpoint.matrix(&names.o_proj, hidden_size, query_size)?.slice(0..hidden_size, queries);
+        Ok(DecoderLayer {
+            input_norm: self.checkpoint.vector(&names.input_layernorm, hidden_size)?,
+            qkv_proj: self.linear(&qkv)?,
+            q_norm: self.checkpoint.vector(&names.q_norm, head_dim)?,
+            k_norm: self.checkpoint.vector(&names.k_norm, head_dim)?,
+            o_proj: self.linear(&[o_proj])?,
+            post_attention_norm: self.checkpoint.vector(&names.post_attention_layernorm, hidden_size)?,
+            mlp: self.mlp(index, &names)?,
+        })
+    }
+
+    fn mlp(&self, layer: usize, names: &LayerNames) -> Result<Mlp, CheckpointError> {
+        let hidden_size = self.config.hidden_size;
+        let moe = self.config.moe.as_ref().filter(|_| self.config.is_sparse(layer));
+        let (experts, intermediate_size) = match moe {
+            Some(moe) => ((0..moe.num_experts).map(|expert| names.expert(expert)).collect(), moe.moe_intermediate_size),
+            None => (vec![names.mlp()], self.config.intermediate_size),
+        };
+        let router = match moe {
+            Some(moe) => {
+                // The router decides which weights count at all: it keeps its stored precision.
+                let weights = self.checkpoint.matrix(&names.router(), moe.num_experts, hidden_size)?;
+                Some(Router {
+                    weights: Linear::load(self.ctx, weights.format(), &[weights])?,
+                    experts_per_token: moe.num_experts_per_tok,
+                    normalize: moe.norm_topk_prob,
+                })
+            }
+            None => None,
+        };
+        let format = self.weights.map_or_else(|| self.checkpoint.stored_format(&experts[0].down_proj), Ok)?;
+        // Columns of `down_proj` are split at whole quantization groups, so that no scale straddles ranks.
+        let granule = if matches!(format, WeightFormat::Q8 | WeightFormat::Q4) { GROUP } else { 1 };
+        let split = |size, granule| -> Vec<Range<usize>> {
+            let ranks = self.ctx.ranks();
+            (0..ranks).map(|rank| split_granular(size, granule, ranks, rank)).collect()
+        };
+        let (columns, outputs) = (split(intermediate_size, granule), split(hidden_size, 1));
+        let rank = self.ctx.rank();
+        let (inner, down_rows, down_cols) = match self.schedule {
+            MlpSchedule::Local => (0..intermediate_size, 0..hidden_size, 0..intermediate_size),
+            MlpSchedule::Gathered => (columns[rank].clone(), outputs[rank].clone(), 0..intermediate_size),
+            MlpSchedule::Fused | MlpSchedule::Naive => (columns[rank].clone(), 0..hidden_size, columns[rank].clone()),
+        };
+        let expert = |names: &MlpNames| -> Result<Expert, CheckpointError> {
+            let own_rows = |name| -> Result<Linear, CheckpointError> {
+                let whole = self.checkpoint.matrix(name, intermediate_size, hidden_size)?;
+                self.linear(&[whole.slice(inner.clone(), 0..hidden_size)])
+            };
+            let down = self.checkpoint.matrix(&names.down_proj, hidden_size, intermediate_size)?;
+            Ok(Expert {
+                gate: own_rows(&names.gate_proj)?,
+                up: own_rows(&names.up_proj)?,
+                down: self.linear(&[down.slice(down_rows.clone(), down_cols.clone())])?,
+            })
+        };
+        Ok(Mlp {
+            schedule: self.schedule,
+            experts: experts.iter().map(expert).collect::<Result<_, _>>()?,
+            router,
+            intermediate: columns.iter().map(ExactSizeIterator::len).collect(),
+            hidden: outputs.iter().map(ExactSizeIterator::len).collect(),
+        })
+    }
+
+    /// Packs stacked matrices in the chosen format, or the stored one.
+    fn linear(&self, stack: &[Matrix]) -> Result<Linear, CheckpointError> {
+        Linear::load(self.ctx, self.weights.unwrap_or(stack[0].format()), stack)
+    }
+}

@@ -1,0 +1,173 @@
+//! The model as one rank holds it, and its one forward pass, which serves prefill and decode alike.
+
+use std::ops::Range;
+use std::path::Path;
+use std::sync::{Arc, Mutex};
+
+use comm::{CommError, Communicator};
+use ops::{
+    AttentionShape, Context, Embedding, LayerCache, Linear, LogitRows, Rotary, SequenceSpan, TokenLayout,
+    gather_columns, lm_head, rms_norm, wanted_rows,
+};
+use tensor::{Activations, split_range};
+
+use crate::cache::KvCache;
+use crate::config::Config;
+use crate::error::ModelError;
+use crate::layer::{DecoderLayer, Pass, Scratch};
+use crate::load::{LoadProgress, load};
+use crate::options::{ModelOptions, ParallelStrategy};
+use crate::rotary::RotaryTable;
+
+/// A Qwen3 model, as far as this rank holds it.
+pub struct Model {
+    pub(crate) config: Config,
+    pub(crate) options: ModelOptions,
+    pub(crate) ctx: Context,
+    pub(crate) shape: AttentionShape,
+    pub(crate) rotary: RotaryTable,
+    pub(crate) embedding: Embedding,
+    pub(crate) layers: Vec<DecoderLayer>,
+    pub(crate) norm: Vec<f32>,
+    pub(crate) lm_head: Linear,
+    pub(crate) vocab: Range<usize>,
+    pub(crate) weight_format: tensor::WeightFormat,
+    pub(crate) scratch: Mutex<Scratch>,
+}
+
+/// Logits of some tokens, as far as this rank has them.
+#[derive(Clone, Debug)]
+pub struct Logits {
+    /// The tokens of the vocabulary that this rank scores.
+    pub vocab: Range<usize>,
+    /// [rows, vocab.len()]
+    pub values: Activations,
+}
+
+impl Model {
+    /// Loads this rank's share of the checkpoint in the folder `dir`. All ranks call it; if one fails,
+    /// all fail, and each says why.
+    ///
+    /// # Errors
+    /// When the config or the weights cannot be read, contradict each other, or a rank is lost.
+    pub fn load(
+        dir: &Path,
+        comm: Arc<dyn Communicator>,
+        options: &ModelOptions,
+        progress: &dyn Fn(LoadProgress),
+    ) -> Result<Self, ModelError> {
+        load(dir, comm, options, progress)
+    }
+
+    /// The model's `config.json`.
+    pub fn config(&self) -> &Config {
+        &self.config
+    }
+
+    /// The ranks that share the model.
+    pub fn comm(&self) -> &Arc<dyn Communicator> {
+        &self.ctx.comm
+    }
+
+    /// What the model was loaded with.
+    pub fn options(&self) -> &ModelOptions {
+        &self.options
+    }
+
+    /// The format of the projection weights in memory.
+    pub fn weight_format(&self) -> tensor::WeightFormat {
+        self.weight_format
+    }
+
+    /// Bytes of packed weights on this rank.
+    pub fn weight_bytes(&self) -> usize {
+        self.layers.iter().map(DecoderLayer::bytes).sum::<usize>() + self.lm_head.bytes()
+    }
+
+    /// An empty cache for a sequence of at most `capacity` tokens (and never more than the context).
+    pub fn new_cache(&self, capacity: usize) -> KvCache {
+        let capacity = capacity.min(self.config.context_length());
+        let here = match self.options.strategy {
+            ParallelStrategy::Heads => capacity,
+            // Chunks are balanced to within one token each.
+            ParallelStrategy::Sequence => capacity.div_ceil(self.ctx.ranks()) + 2,
+        };
+        let layer = || {
+            let mut cache = LayerCache::new(self.options.kv, self.shape.groups.len(), self.shape.head_dim);
+            cache.reserve(here.min(capacity));
+            cache
+        };
+        KvCache { layers: (0..self.layers.len()).map(|_| layer()).collect(), len: 0, held: Vec::new(), capacity }
+    }
+
+    /// Runs `tokens`, which follow those in `cache`, through the model. All ranks call it with the same
+    /// tokens; each gets the wanted logits of its part of the vocabulary.
+    ///
+    /// # Errors
+    /// When a token is outside the vocabulary, the cache has no room, the embedding cannot be read, or a
+    /// rank is lost; after the last two the cache is of no further use.
+    pub fn forward(&self, cache: &mut KvCache, tokens: &[u32], rows: LogitRows) -> Result<Logits, ModelError> {
+        self.check(cache, tokens)?;
+        let ctx = &self.ctx;
+        let layout = match self.options.strategy {
+            ParallelStrategy::Heads => TokenLayout::Replicated { tokens: tokens.len() },
+            ParallelStrategy::Sequence => TokenLayout::balanced(tokens.len(), ctx.ranks()),
+        };
+        let own: Vec<usize> = layout.indices(ctx.rank()).collect();
+        let (cos, sin) = self.rotary.rows(&own.iter().map(|index| cache.len + index).collect::<Vec<_>>());
+        let mut scratch = self.scratch.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+        let scratch = &mut *scratch;
+        self.embedding.lookup(own.iter().map(|index| tokens[*index]), &mut scratch.x)?;
+
+        let pass = Pass {
+            ctx,
+            strategy: self.options.strategy,
+            algorithm: self.options.attention,
+            shape: &self.shape,
+            rotary: Rotary { cos: &cos, sin: &sin },
+            span: SequenceSpan { layout: &layout, start: cache.len, held: &cache.held },
+            eps: self.config.rms_norm_eps,
+        };
+        for (index, (layer, cached)) in self.layers.iter().zip(&mut cache.layers).enumerate() {
+            ctx.comm.ledger().set_layer(Some(index));
+            layer.forward(&pass, cached, scratch)?;
+        }
+        ctx.comm.ledger().set_layer(None);
+        if self.options.strategy == ParallelStrategy::Sequence {
+            let kept = pass.span.kept(ctx.rank(), ctx.ranks());
+            cache.held.extend(kept);
+        }
+        cache.len += tokens.len();
+        Ok(Logits { vocab: self.vocab.clone(), values: self.logits(&layout, rows, scratch)? })
+    }
+
+    /// The logits of all the vocabulary, [rows, vocab_size], on every rank: rows · vocab_size · 4 bytes
+    /// of Allgather(v). For inspection; sampling exchanges candidates instead.
+    ///
+    /// # Errors
+    /// When a rank is lost.
+    pub fn gather_logits(&self, logits: &Logits) -> Result<Activations, ModelError> {
+        let ranks = self.ctx.ranks();
+        let counts: Vec<_> = (0..ranks).map(|rank| split_range(self.config.vocab_size, ranks, rank).len()).collect();
+        let mut whole = Activations::default((0, 0));
+        gather_columns(&self.ctx, &logits.values, &counts, false, &mut whole)?;
+        Ok(whole)
+    }
+
+    fn logits(&self, layout: &TokenLayout, rows: LogitRows, scratch: &mut Scratch) -> Result<Activations, CommError> {
+        let Scratch { x, normed, wanted, input, .. } = scratch;
+        wanted_rows(&self.ctx, x, layout, rows, wanted)?;
+        rms_norm(&self.ctx, wanted, &self.norm, self.config.rms_norm_eps, normed);
+        Ok(lm_head(&self.ctx, &self.lm_head, normed, input))
+    }
+
+    fn check(&self, cache: &KvCache, tokens: &[u32]) -> Result<(), ModelError> {
+        if let Some((index, &id)) = tokens.iter().enumerate().find(|(_, id)| **id as usize >= self.config.vocab_size) {
+            return Err(ModelError::TokenOutOfRange { index, id, vocab_size: self.config.vocab_size });
+        }
+        if cache.len + tokens.len() > cache.capacity {
+            return Err(ModelError::ContextFull { tokens: tokens.len(), cached: cache.len, capacity: cache.capacity });
+        }
+        Ok(())
+    }
+}

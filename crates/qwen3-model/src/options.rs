@@ -1,0 +1,84 @@
+//! The values that a user chooses: how the model is split, computed and stored.
+
+use std::fmt;
+use std::str::FromStr;
+
+use ops::{AttentionAlgorithm, Isa, KvFormat, MlpSchedule, Placement};
+use tensor::WeightFormat;
+
+/// What the ranks divide among themselves.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
+pub enum ParallelStrategy {
+    /// Weights: each rank owns heads and feed-forward columns and sees all tokens.
+    #[default]
+    Heads,
+    /// Positions: each rank owns tokens and their part of the cache.
+    Sequence,
+}
+
+impl fmt::Display for ParallelStrategy {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(match self {
+            Self::Heads => "heads",
+            Self::Sequence => "sequence",
+        })
+    }
+}
+
+impl FromStr for ParallelStrategy {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        match text {
+            "heads" => Ok(Self::Heads),
+            "sequence" => Ok(Self::Sequence),
+            _ => Err(format!("found `{text}`, expected heads or sequence")),
+        }
+    }
+}
+
+/// How a model is split, computed and stored; the same on every rank.
+#[derive(Clone, Copy, Debug)]
+pub struct ModelOptions {
+    /// What the ranks divide.
+    pub strategy: ParallelStrategy,
+    /// How attention scores become outputs.
+    pub attention: AttentionAlgorithm,
+    /// The feed-forward schedule; `None` takes the strategy's own.
+    pub mlp: Option<MlpSchedule>,
+    /// The format of the weights in memory; `None` keeps the checkpoint's.
+    pub weights: Option<WeightFormat>,
+    /// The format of cached keys and values.
+    pub kv: KvFormat,
+    /// The kernels' instruction set.
+    pub isa: Isa,
+    /// Threads of this rank.
+    pub threads: usize,
+    /// Where they run.
+    pub placement: Placement,
+}
+
+impl ModelOptions {
+    /// The defaults with the given instruction set: `Heads`, `Streaming`, the checkpoint's weights, an f32
+    /// cache, one thread.
+    pub fn new(isa: Isa) -> Self {
+        Self {
+            strategy: ParallelStrategy::default(),
+            attention: AttentionAlgorithm::default(),
+            mlp: None,
+            weights: None,
+            kv: KvFormat::F32,
+            isa,
+            threads: 1,
+            placement: Placement::Free,
+        }
+    }
+
+    /// The feed-forward schedule: the chosen one, or `Fused` under `Heads` and `Local` under `Sequence`.
+    pub fn schedule(&self) -> MlpSchedule {
+        self.mlp.unwrap_or(match self.strategy {
+            ParallelStrategy::Heads => MlpSchedule::Fused,
+            ParallelStrategy::Sequence => MlpSchedule::Local,
+        })
+    }
+}

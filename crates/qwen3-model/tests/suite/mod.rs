@@ -1,0 +1,113 @@
+//! The reference answers of `tests/data` on any group of ranks: run by threads and by MPI processes.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use qwen3_model::comm::Communicator;
+use qwen3_model::{AttentionAlgorithm, Isa, LogitRows, MlpSchedule, Model, ModelOptions, ParallelStrategy, WeightFormat};
+use safetensors::SafeTensors;
+
+/// The largest distance of a logit, relative to the largest reference logit (the numeric contract).
+const TOLERANCE: f32 = 2e-4;
+
+/// One combination of values.
+#[derive(Clone, Copy, Debug)]
+pub struct Combination {
+    pub strategy: ParallelStrategy,
+    pub attention: AttentionAlgorithm,
+    pub mlp: MlpSchedule,
+    pub isa: Isa,
+    pub weights: Option<WeightFormat>,
+    pub threads: usize,
+}
+
+/// All combinations of strategy, attention and schedule.
+pub fn combinations(isa: Isa, weights: Option<WeightFormat>, threads: usize) -> Vec<Combination> {
+    let mut all = Vec::new();
+    for strategy in [ParallelStrategy::Heads, ParallelStrategy::Sequence] {
+        for attention in [AttentionAlgorithm::Materialized, AttentionAlgorithm::Streaming] {
+            for mlp in [MlpSchedule::Fused, MlpSchedule::Naive, MlpSchedule::Gathered, MlpSchedule::Local] {
+                all.push(Combination { strategy, attention, mlp, isa, weights, threads });
+            }
+        }
+    }
+    all
+}
+
+/// The instruction sets of this machine, the fast one first.
+pub fn isas() -> Vec<Isa> {
+    [Isa::avx2(), Some(Isa::scalar())].into_iter().flatten().collect()
+}
+
+/// The answers of the reference implementation.
+pub struct Reference {
+    pub folder: PathBuf,
+    pub input_ids: Vec<u32>,
+    pub logits: Vec<f32>,
+    pub greedy_ids: Vec<u32>,
+}
+
+impl Reference {
+    pub fn read(case: &str) -> Self {
+        let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data").join(case);
+        let bytes = std::fs::read(folder.join("expected.safetensors")).expect("the case has its answers");
+        let file = SafeTensors::deserialize(&bytes).expect("the answers are a safetensors file");
+        let data = |name| file.tensor(name).expect(name).data().to_vec();
+        let ids = |name| data(name).chunks_exact(8).map(|b| i64::from_le_bytes(b.try_into().unwrap()) as u32).collect();
+        let logits = data("logits").chunks_exact(4).map(|b| f32::from_le_bytes(b.try_into().unwrap())).collect();
+        Self { folder, input_ids: ids("input_ids"), logits, greedy_ids: ids("greedy_ids") }
+    }
+
+    /// Compares this rank's view with the reference: prefill in one chunk and in pieces, then greedy decoding.
+    pub fn check(&self, comm: Arc<dyn Communicator>, what: &Combination) {
+        let (rank, ranks) = (comm.rank(), comm.size());
+        let label = format!("{}: rank {rank} of {ranks}, {what:?}", self.folder.display());
+        let options = ModelOptions {
+            strategy: what.strategy,
+            attention: what.attention,
+            mlp: Some(what.mlp),
+            weights: what.weights,
+            threads: what.threads,
+            ..ModelOptions::new(what.isa)
+        };
+        let model = Model::load(&self.folder, comm, &options, &|_| ()).unwrap_or_else(|error| panic!("{label}: {error}"));
+        let prompt = &self.input_ids;
+
+        let mut cache = model.new_cache(prompt.len() + self.greedy_ids.len());
+        let whole = model.forward(&mut cache, prompt, LogitRows::All).unwrap();
+        let whole = model.gather_logits(&whole).unwrap();
+        self.assert_close(&label, "one chunk", whole.as_slice().unwrap());
+
+        cache.truncate(0);
+        let mut pieces = Vec::new();
+        let mut rest = &prompt[..];
+        for size in [1, 13, 2, 5, usize::MAX] {
+            let (piece, tail) = rest.split_at(size.min(rest.len()));
+            let logits = model.forward(&mut cache, piece, LogitRows::All).unwrap();
+            pieces.extend_from_slice(model.gather_logits(&logits).unwrap().as_slice().unwrap());
+            rest = tail;
+        }
+        self.assert_close(&label, "in pieces", &pieces);
+
+        // The cache still holds the prompt; forget its last token to get the logits for the next.
+        cache.truncate(prompt.len() - 1);
+        let mut next = prompt[prompt.len() - 1];
+        let greedy: Vec<u32> = (0..self.greedy_ids.len())
+            .map(|_| {
+                let logits = model.forward(&mut cache, &[next], LogitRows::Last).unwrap();
+                let logits = model.gather_logits(&logits).unwrap();
+                let best = logits.iter().enumerate().max_by(|a, b| a.1.total_cmp(b.1)).unwrap();
+                next = best.0 as u32;
+                next
+            })
+            .collect();
+        assert_eq!(greedy, self.greedy_ids, "{label}: greedy continuation");
+    }
+
+    fn assert_close(&self, label: &str, how: &str, found: &[f32]) {
+        assert_eq!(found.len(), self.logits.len(), "{label}: {how}: number of logits");
+        let largest = self.logits.iter().fold(0.0f32, |max, x| max.max(x.abs()));
+        let off = found.iter().zip(&self.logits).fold(0.0f32, |max, (a, b)| if (a - b).abs() <= max { max } else { (a - b).abs() });
+        assert!(off <= TOLERANCE * largest, "{label}: {how}: off by {off}, largest reference logit {largest}");
+    }
+}
