@@ -60,23 +60,13 @@ pub trait Communicator: Send + Sync {
 
     /// Adds `send` over the ranks; rank r gets the r-th block of the sum, of `counts[r]` elements.
     /// `send` has as many elements as all counts together, `recv` as many as this rank's count.
-    fn reduce_scatter(
-        &self,
-        send: &[f32],
-        counts: &[usize],
-        recv: &mut [f32],
-    ) -> Result<(), CommError>;
+    fn reduce_scatter(&self, send: &[f32], counts: &[usize], recv: &mut [f32]) -> Result<(), CommError>;
 
     /// Gathers equal blocks of bytes, in rank order: `recv.len() == size * send.len()`.
     fn all_gather_bytes(&self, send: &[u8], recv: &mut [u8]) -> Result<(), CommError>;
 
     /// Gathers blocks of `counts[r]` bytes (zero allowed), in rank order.
-    fn all_gather_v_bytes(
-        &self,
-        send: &[u8],
-        counts: &[usize],
-        recv: &mut [u8],
-    ) -> Result<(), CommError>;
+    fn all_gather_v_bytes(&self, send: &[u8], counts: &[usize], recv: &mut [u8]) -> Result<(), CommError>;
 
     /// `buf` becomes what it is on rank `root`.
     fn broadcast_bytes(&self, root: usize, buf: &mut [u8]) -> Result<(), CommError>;
@@ -89,13 +79,7 @@ pub trait Communicator: Send + Sync {
     fn recv_bytes(&self, from: usize, buf: &mut [u8]) -> Result<(), CommError>;
 
     /// Sends to one rank while receiving from another (or the same): all ranks may do so at once.
-    fn send_recv_bytes(
-        &self,
-        to: usize,
-        send: &[u8],
-        from: usize,
-        recv: &mut [u8],
-    ) -> Result<(), CommError>;
+    fn send_recv_bytes(&self, to: usize, send: &[u8], from: usize, recv: &mut [u8]) -> Result<(), CommError>;
 
     /// Returns when all ranks have called it.
     fn barrier(&self) -> Result<(), CommError>;
@@ -116,18 +100,9 @@ pub trait CommunicatorExt: Communicator {
     }
 
     /// Gathers blocks of `counts[r]` elements (zero allowed) in rank order.
-    fn all_gather_v<T: Pod>(
-        &self,
-        send: &[T],
-        counts: &[usize],
-        recv: &mut [T],
-    ) -> Result<(), CommError> {
+    fn all_gather_v<T: Pod>(&self, send: &[T], counts: &[usize], recv: &mut [T]) -> Result<(), CommError> {
         let counts: Vec<usize> = counts.iter().map(|count| count * size_of::<T>()).collect();
-        self.all_gather_v_bytes(
-            bytemuck::cast_slice(send),
-            &counts,
-            bytemuck::cast_slice_mut(recv),
-        )
+        self.all_gather_v_bytes(bytemuck::cast_slice(send), &counts, bytemuck::cast_slice_mut(recv))
     }
 
     /// `buf` becomes what it is on rank `root`.
@@ -146,19 +121,8 @@ pub trait CommunicatorExt: Communicator {
     }
 
     /// Sends to one rank while receiving from another.
-    fn send_recv<T: Pod>(
-        &self,
-        to: usize,
-        send: &[T],
-        from: usize,
-        recv: &mut [T],
-    ) -> Result<(), CommError> {
-        self.send_recv_bytes(
-            to,
-            bytemuck::cast_slice(send),
-            from,
-            bytemuck::cast_slice_mut(recv),
-        )
+    fn send_recv<T: Pod>(&self, to: usize, send: &[T], from: usize, recv: &mut [T]) -> Result<(), CommError> {
+        self.send_recv_bytes(to, bytemuck::cast_slice(send), from, bytemuck::cast_slice_mut(recv))
     }
 }
 

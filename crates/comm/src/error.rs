@@ -125,34 +125,12 @@ mod tests {
 
     #[test]
     fn messages_name_collective_phase_layer_and_ranks() {
-        let place = Place {
-            collective: Collective::Allreduce,
-            phase: Phase::Decode,
-            layer: Some(7),
-        };
+        let place = Place { collective: Collective::Allreduce, phase: Phase::Decode, layer: Some(7) };
         let waited = Duration::from_millis(1500);
-        let error = CommError::Timeout {
-            place,
-            rank: 0,
-            missing: vec![1, 2, 5],
-            waited,
-        };
-        assert_eq!(
-            error.to_string(),
-            "Allreduce (decode, layer 7): rank 0 waited 1.5s for ranks 1, 2 and 5"
-        );
-        let place = Place {
-            layer: None,
-            ..place
-        };
-        let error = CommError::PeerFailed {
-            place,
-            rank: 3,
-            reason: "out of memory".into(),
-        };
-        assert_eq!(
-            error.to_string(),
-            "Allreduce (decode): rank 3 failed: out of memory"
-        );
+        let error = CommError::Timeout { place, rank: 0, missing: vec![1, 2, 5], waited };
+        assert_eq!(error.to_string(), "Allreduce (decode, layer 7): rank 0 waited 1.5s for ranks 1, 2 and 5");
+        let place = Place { layer: None, ..place };
+        let error = CommError::PeerFailed { place, rank: 3, reason: "out of memory".into() };
+        assert_eq!(error.to_string(), "Allreduce (decode): rank 3 failed: out of memory");
     }
 }

@@ -193,12 +193,7 @@ impl Ledger {
     /// Sets all counters to zero; phase and layer stay.
     pub fn reset(&self) {
         for cell in self.cells.iter().flatten() {
-            for counter in [
-                &cell.calls,
-                &cell.payload_bytes,
-                &cell.nanos,
-                &cell.wait_nanos,
-            ] {
+            for counter in [&cell.calls, &cell.payload_bytes, &cell.nanos, &cell.wait_nanos] {
                 counter.store(0, Relaxed);
             }
         }
@@ -218,8 +213,7 @@ impl Ledger {
         cell.payload_bytes.fetch_add(payload_bytes as u64, Relaxed);
         cell.nanos.fetch_add(total.as_nanos() as u64, Relaxed);
         if !waited.is_zero() {
-            cell.wait_nanos
-                .fetch_add(waited.min(total).as_nanos() as u64, Relaxed);
+            cell.wait_nanos.fetch_add(waited.min(total).as_nanos() as u64, Relaxed);
         }
     }
 }
@@ -240,16 +234,10 @@ mod tests {
         ledger.record(Collective::Allreduce, Phase::Decode, 50, ms, ms * 9);
         let entries = ledger.entries();
         assert_eq!(entries.len(), 2);
-        assert_eq!(
-            (entries[0].phase, entries[0].payload_bytes),
-            (Phase::Prefill, 4096)
-        );
+        assert_eq!((entries[0].phase, entries[0].payload_bytes), (Phase::Prefill, 4096));
         assert_eq!((entries[1].calls, entries[1].payload_bytes), (2, 150));
         assert!((entries[1].seconds - 2e-3).abs() < 1e-12);
-        assert!(
-            (entries[1].wait_seconds - 1.001e-3).abs() < 1e-12,
-            "waiting never exceeds the call"
-        );
+        assert!((entries[1].wait_seconds - 1.001e-3).abs() < 1e-12, "waiting never exceeds the call");
         ledger.reset();
         assert!(ledger.entries().is_empty());
         assert_eq!(ledger.layer(), Some(0));

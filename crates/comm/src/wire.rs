@@ -39,6 +39,104 @@ impl WireFormat {
     }
 }
 
+/// What becomes of decoded values.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) enum Fold {
+    /// They replace the accumulator.
+    Set,
+    /// They are added to it.
+    Add,
+    /// The larger one stays; a number beats NaN.
+    Max,
+}
+
+impl WireFormat {
+    /// Encodes `values` into the front of `bytes`.
+    pub(crate) fn encode(self, values: &[f32], bytes: &mut [u8]) {
+        let bytes = &mut bytes[..self.encoded_bytes(values.len())];
+        match self {
+            WireFormat::F32 => bytes.copy_from_slice(bytemuck::cast_slice(values)),
+            WireFormat::Bf16 => {
+                for (value, out) in values.iter().zip(bytes.chunks_exact_mut(2)) {
+                    out.copy_from_slice(&to_bf16(*value).to_ne_bytes());
+                }
+            }
+            WireFormat::Q8 => {
+                let groups = values.chunks(WIRE_GROUP).zip(bytes.chunks_mut(WIRE_GROUP + 4));
+                for (group, out) in groups {
+                    // A group with an infinity or NaN comes out as NaN: nothing broken passes for a number.
+                    let largest = group.iter().fold(0.0f32, |largest, value| {
+                        if value.abs() > largest || value.is_nan() { value.abs() } else { largest }
+                    });
+                    let scale = largest / 127.0;
+                    let inverse = if scale == 0.0 { 0.0 } else { 1.0 / scale };
+                    let (head, tail) = out.split_at_mut(4);
+                    head.copy_from_slice(&scale.to_ne_bytes());
+                    for (value, out) in group.iter().zip(tail) {
+                        *out = (value * inverse).round_ties_even() as i8 as u8;
+                    }
+                }
+            }
+        }
+    }
+
+    /// Decodes the front of `bytes` and folds it into `into`.
+    #[inline]
+    pub(crate) fn decode(self, bytes: &[u8], into: &mut [f32], fold: Fold) {
+        let bytes = &bytes[..self.encoded_bytes(into.len())];
+        match fold {
+            Fold::Set if self == WireFormat::F32 => {
+                bytemuck::cast_slice_mut(into).copy_from_slice(bytes);
+            }
+            Fold::Set => self.decode_with(bytes, into, |_, value| value),
+            Fold::Add => self.decode_with(bytes, into, |sum, value| sum + value),
+            Fold::Max => self.decode_with(bytes, into, larger),
+        }
+    }
+
+    #[inline(always)]
+    fn decode_with(self, bytes: &[u8], into: &mut [f32], fold: impl Fn(f32, f32) -> f32) {
+        match self {
+            WireFormat::F32 => {
+                for (into, bytes) in into.iter_mut().zip(bytes.chunks_exact(4)) {
+                    let value = f32::from_ne_bytes([bytes[0], bytes[1], bytes[2], bytes[3]]);
+                    *into = fold(*into, value);
+                }
+            }
+            WireFormat::Bf16 => {
+                for (into, bytes) in into.iter_mut().zip(bytes.chunks_exact(2)) {
+                    let bits = u16::from_ne_bytes([bytes[0], bytes[1]]);
+                    *into = fold(*into, f32::from_bits((bits as u32) << 16));
+                }
+            }
+            WireFormat::Q8 => {
+                let groups = into.chunks_mut(WIRE_GROUP).zip(bytes.chunks(WIRE_GROUP + 4));
+                for (group, bytes) in groups {
+                    let scale = f32::from_ne_bytes([bytes[0], bytes[1], bytes[2], bytes[3]]);
+                    for (into, byte) in group.iter_mut().zip(&bytes[4..]) {
+                        *into = fold(*into, scale * (*byte as i8 as f32));
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// The larger of two values, the first of equals; a number beats NaN. The same bits for the same order.
+#[inline]
+pub(crate) fn larger(a: f32, b: f32) -> f32 {
+    if b > a || a.is_nan() { b } else { a }
+}
+
+/// The nearest bf16, the even one of two.
+#[inline]
+fn to_bf16(value: f32) -> u16 {
+    let bits = value.to_bits();
+    let rounded = (bits.wrapping_add(0x7fff + (bits >> 16 & 1)) >> 16) as u16;
+    // Rounding could carry a NaN's payload away and leave an infinity.
+    if value.is_nan() { (bits >> 16) as u16 | 0x40 } else { rounded }
+}
+
 impl fmt::Display for WireFormat {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.pad(self.name())
@@ -61,5 +159,76 @@ impl FromStr for WireFormat {
             .into_iter()
             .find(|format| format.name() == text)
             .ok_or_else(|| UnknownWireFormat { found: text.into() })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn round_trip(wire: WireFormat, values: &[f32]) -> Vec<f32> {
+        let mut bytes = vec![0xaa; wire.encoded_bytes(values.len()) + 3];
+        wire.encode(values, &mut bytes);
+        assert_eq!(bytes[bytes.len() - 3..], [0xaa; 3], "{wire} writes beyond its bytes");
+        let mut out = vec![f32::NAN; values.len()];
+        wire.decode(&bytes, &mut out, Fold::Set);
+        let mut twice = out.clone();
+        wire.decode(&bytes, &mut twice, Fold::Add);
+        assert!(out.iter().zip(&twice).all(|(a, b)| 2.0 * a == *b));
+        out
+    }
+
+    #[test]
+    fn every_length_comes_back_within_the_step_of_its_format() {
+        for len in 0..=130 {
+            let values: Vec<f32> = (0..len).map(|i| ((i * 37 + 11) % 101) as f32 / 7.0 - 6.5).collect();
+            assert_eq!(round_trip(WireFormat::F32, &values), values);
+            for (value, back) in values.iter().zip(round_trip(WireFormat::Bf16, &values)) {
+                assert!((value - back).abs() <= value.abs() / 256.0, "{value} came back as {back}");
+            }
+            for (group, back) in values.chunks(WIRE_GROUP).zip(round_trip(WireFormat::Q8, &values).chunks(WIRE_GROUP)) {
+                let largest = group.iter().fold(0.0f32, |m, v| m.max(v.abs()));
+                for (value, back) in group.iter().zip(back) {
+                    let step = largest / 127.0;
+                    assert!((value - back).abs() <= 0.5001 * step, "{value} came back as {back}");
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn bf16_rounds_ties_to_even_and_keeps_what_is_not_finite() {
+        let bits = |value: u32| f32::from_bits(value);
+        assert_eq!(to_bf16(bits(0x3f80_8000)), 0x3f80);
+        assert_eq!(to_bf16(bits(0x3f81_8000)), 0x3f82);
+        assert_eq!(to_bf16(bits(0x3f80_8001)), 0x3f81);
+        assert_eq!(to_bf16(f32::NEG_INFINITY), 0xff80);
+        assert!(f32::from_bits((to_bf16(bits(0x7f80_0001)) as u32) << 16).is_nan());
+        assert!(round_trip_nan(WireFormat::Q8) && round_trip_nan(WireFormat::Bf16));
+    }
+
+    fn round_trip_nan(wire: WireFormat) -> bool {
+        let mut bytes = [0; 16];
+        wire.encode(&[1.0, f32::NAN], &mut bytes);
+        let mut out = [0.0; 2];
+        wire.decode(&bytes, &mut out, Fold::Set);
+        out[1].is_nan()
+    }
+
+    #[test]
+    fn the_larger_is_a_number_wherever_there_is_one() {
+        assert_eq!(larger(1.0, f32::NAN), 1.0);
+        assert_eq!(larger(f32::NAN, 1.0), 1.0);
+        assert_eq!(larger(-1.0, -2.0), -1.0);
+        assert!(larger(f32::NAN, f32::NAN).is_nan());
+    }
+
+    #[test]
+    fn names_parse_and_others_are_refused() {
+        for wire in [WireFormat::F32, WireFormat::Bf16, WireFormat::Q8] {
+            assert_eq!(wire.name().parse(), Ok(wire));
+        }
+        let error = "fp8".parse::<WireFormat>().unwrap_err();
+        assert_eq!(error.to_string(), "wire format is 'fp8', expected f32, bf16 or q8");
     }
 }

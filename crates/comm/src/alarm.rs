@@ -1,0 +1,154 @@
+//! The alarm of a job: who failed first and why, and who has left.
+
+use std::sync::Arc;
+use std::sync::atomic::Ordering::{AcqRel, Acquire, Relaxed, Release};
+use std::thread;
+
+use crate::segment::Segment;
+
+const QUIET: u64 = 0;
+const WRITING: u64 = 1;
+const RAISED: u64 = 2;
+/// Words of the reason, 8 bytes each; longer reasons are cut.
+const REASON_WORDS: usize = 128;
+// The board: state, rank, length of the reason, the reason, one word per rank that says whether it left.
+const STATE: usize = 0;
+const RANK: usize = 1;
+const LENGTH: usize = 2;
+const REASON: usize = 3;
+const DEPARTED: usize = REASON + REASON_WORDS;
+
+/// Notices what the board cannot: other machines, dead processes.
+pub(crate) trait Watch: Send + Sync {
+    /// Tells ranks that do not see the board that `rank` failed.
+    fn announce(&self, rank: usize, reason: &str);
+    /// A failure that the board does not show. Waiting ranks ask some times a second.
+    fn look(&self) -> Option<(usize, String)>;
+}
+
+/// The alarm of a job, on a board that the ranks of one memory share.
+pub(crate) struct Alarm {
+    board: Arc<Segment>,
+    watch: Option<Box<dyn Watch>>,
+}
+
+impl Alarm {
+    /// Bytes of the board for a job of `size` ranks.
+    pub(crate) fn board_bytes(size: usize) -> usize {
+        8 * (DEPARTED + size)
+    }
+
+    pub(crate) fn new(board: Arc<Segment>, watch: Option<Box<dyn Watch>>) -> Alarm {
+        Alarm { board, watch }
+    }
+
+    /// Fails the job in the name of `rank`, unless it has failed before.
+    pub(crate) fn raise(&self, rank: usize, reason: &str) {
+        if self.post(rank, reason)
+            && let Some(watch) = &self.watch
+        {
+            watch.announce(rank, reason);
+        }
+    }
+
+    /// Puts a failure on the board; false if there was one.
+    pub(crate) fn post(&self, rank: usize, reason: &str) -> bool {
+        let state = self.board.word(STATE);
+        if state.compare_exchange(QUIET, WRITING, AcqRel, Relaxed).is_err() {
+            return false;
+        }
+        let mut length = reason.len().min(8 * REASON_WORDS);
+        while !reason.is_char_boundary(length) {
+            length -= 1;
+        }
+        for (index, chunk) in reason.as_bytes()[..length].chunks(8).enumerate() {
+            let mut word = [0; 8];
+            word[..chunk.len()].copy_from_slice(chunk);
+            self.board.word(REASON + index).store(u64::from_le_bytes(word), Relaxed);
+        }
+        self.board.word(RANK).store(rank as u64, Relaxed);
+        self.board.word(LENGTH).store(length as u64, Relaxed);
+        state.store(RAISED, Release);
+        true
+    }
+
+    /// Who failed, and why.
+    #[inline]
+    pub(crate) fn raised(&self) -> Option<(usize, String)> {
+        if self.board.word(STATE).load(Acquire) == RAISED { Some(self.read()) } else { None }
+    }
+
+    #[cold]
+    fn read(&self) -> (usize, String) {
+        let length = (self.board.word(LENGTH).load(Relaxed) as usize).min(8 * REASON_WORDS);
+        let mut text: Vec<u8> = (0..length.div_ceil(8))
+            .flat_map(|index| self.board.word(REASON + index).load(Relaxed).to_le_bytes())
+            .collect();
+        text.truncate(length);
+        let rank = self.board.word(RANK).load(Relaxed) as usize;
+        (rank, String::from_utf8_lossy(&text).into_owned())
+    }
+
+    /// A failure that the board did not show; it does from now on.
+    pub(crate) fn probe(&self) -> Option<(usize, String)> {
+        let (rank, reason) = self.watch.as_ref()?.look()?;
+        self.raise(rank, &reason);
+        Some((rank, reason))
+    }
+
+    /// Says that `rank` will make no further call.
+    pub(crate) fn depart(&self, rank: usize) {
+        self.board.word(DEPARTED + rank).store(1, Release);
+    }
+
+    /// Whether `rank` said so.
+    pub(crate) fn departed(&self, rank: usize) -> bool {
+        self.board.word(DEPARTED + rank).load(Acquire) != 0
+    }
+}
+
+/// One rank's place in the job, shared by its communicators. When the last one goes, the rank has left.
+pub(crate) struct Membership {
+    pub alarm: Alarm,
+    /// The rank in the whole job.
+    pub rank: usize,
+}
+
+impl Membership {
+    /// To be called when a communicator is dropped: a panic on the way is a failure of the rank.
+    pub(crate) fn check_panic(&self) {
+        if thread::panicking() {
+            let thread = thread::current();
+            let name = thread.name().unwrap_or("unnamed");
+            self.alarm.raise(self.rank, &format!("it panicked (thread '{name}')"));
+        }
+    }
+}
+
+impl Drop for Membership {
+    fn drop(&mut self) {
+        self.alarm.depart(self.rank);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_first_failure_stays_and_long_reasons_are_cut_at_a_character() {
+        let board = Arc::new(Segment::private(Alarm::board_bytes(3), 0));
+        let alarm = Alarm::new(board.clone(), None);
+        let other = Alarm::new(board, None);
+        assert_eq!(alarm.raised(), None);
+        let reason = format!("x{}", "é".repeat(600));
+        alarm.raise(1, &reason);
+        other.raise(2, "later");
+        let (rank, text) = other.raised().unwrap();
+        assert_eq!((rank, text.len()), (1, 1023));
+        assert!(reason.starts_with(&text));
+        assert!(!other.departed(2));
+        alarm.depart(2);
+        assert!(other.departed(2) && !other.departed(0));
+    }
+}

@@ -1,0 +1,226 @@
+//! One call in progress: what it is, how it waits, and when it gives up.
+
+use std::fmt;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use crate::alarm::Alarm;
+use crate::communicator::ReduceOp;
+use crate::error::{CommError, Place};
+use crate::ledger::Collective;
+use crate::wire::WireFormat;
+
+/// A waiting rank looks this often before it offers its core to others: some tens of microseconds.
+const SPINS: u32 = 2000;
+/// After this long it sleeps between looks: nobody who waits for a person burns a core.
+const YIELDING: Duration = Duration::from_millis(10);
+/// How often it looks for ranks that left or died.
+const PROBE: Duration = Duration::from_millis(50);
+
+/// What a rank calls. Two ranks in the same call have equal headers.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) struct Header {
+    pub collective: Collective,
+    /// Operation, wire format and root, packed: zero is none, else one more than the value.
+    pub options: u64,
+    /// Elements, or bytes where the call is about bytes.
+    pub count: u64,
+    /// A digest of the counts of all ranks, where the call has them.
+    pub detail: u64,
+}
+
+impl Header {
+    pub(crate) fn new(collective: Collective, count: usize) -> Header {
+        Header { collective, options: 0, count: count as u64, detail: 0 }
+    }
+
+    pub(crate) fn reduce(self, op: ReduceOp, wire: WireFormat) -> Header {
+        let options = self.options | (1 + op as u64) << 8 | (1 + wire as u64) << 16;
+        Header { options, ..self }
+    }
+
+    pub(crate) fn root(self, root: usize) -> Header {
+        Header { options: self.options | (1 + root as u64) << 32, ..self }
+    }
+
+    pub(crate) fn counts(self, counts: &[usize]) -> Header {
+        // FNV-1a over the counts: equal digests of unequal counts are as rare as they need to be.
+        let detail = counts
+            .iter()
+            .fold(0xcbf2_9ce4_8422_2325, |digest: u64, &count| (digest ^ count as u64).wrapping_mul(0x0100_0000_01b3));
+        Header { detail, ..self }
+    }
+
+    /// The form that travels with the data.
+    #[inline]
+    pub(crate) fn words(self) -> [u64; 3] {
+        [self.collective as u64 | self.options, self.count, self.detail]
+    }
+}
+
+/// The words of another rank's header, for a message.
+struct Words([u64; 3]);
+
+impl fmt::Display for Words {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let [kind, count, detail] = self.0;
+        let byte = |shift: u32| (kind >> shift & 0xff) as usize;
+        match Collective::ALL.get(byte(0)) {
+            Some(collective) => write!(f, "{collective}")?,
+            None => write!(f, "an unknown collective ({})", byte(0))?,
+        }
+        match byte(8) {
+            0 => {}
+            1 => write!(f, " (sum)")?,
+            2 => write!(f, " (max)")?,
+            other => write!(f, " (operation {other})")?,
+        }
+        match byte(16) {
+            0 => write!(f, " of {count} bytes")?,
+            wire => {
+                let name = [WireFormat::F32, WireFormat::Bf16, WireFormat::Q8]
+                    .get(wire - 1)
+                    .map_or("unknown", |wire| wire.name());
+                write!(f, " of {count} elements as {name}")?;
+            }
+        }
+        if kind >> 32 != 0 {
+            write!(f, " from root {}", (kind >> 32) - 1)?;
+        }
+        if detail != 0 {
+            write!(f, ", counts #{:04x}", detail & 0xffff)?;
+        }
+        Ok(())
+    }
+}
+
+/// The call that a rank is in.
+pub(crate) struct Call<'a> {
+    pub place: Place,
+    pub header: Header,
+    /// This rank in the communicator.
+    pub rank: usize,
+    /// The rank in the whole job of each rank of the communicator.
+    pub world: &'a [usize],
+    pub alarm: &'a Alarm,
+    pub timeout: Duration,
+    /// Whether a waiting rank may keep its core.
+    pub spin: bool,
+    /// Time spent waiting so far.
+    pub waited: Duration,
+}
+
+impl Call<'_> {
+    /// Waits until `ready`; `late` lists the ranks of the communicator that have not come yet.
+    #[inline]
+    pub(crate) fn wait(
+        &mut self,
+        mut ready: impl FnMut() -> Result<bool, CommError>,
+        late: impl Fn() -> Vec<usize>,
+    ) -> Result<(), CommError> {
+        if ready()? {
+            return Ok(());
+        }
+        let start = Instant::now();
+        if self.spin {
+            for _ in 0..SPINS {
+                if ready()? {
+                    self.waited += start.elapsed();
+                    return Ok(());
+                }
+                std::hint::spin_loop();
+            }
+        }
+        let result = self.wait_long(start, &mut ready, &late);
+        self.waited += start.elapsed();
+        result
+    }
+
+    #[cold]
+    fn wait_long(
+        &self,
+        start: Instant,
+        ready: &mut dyn FnMut() -> Result<bool, CommError>,
+        late: &dyn Fn() -> Vec<usize>,
+    ) -> Result<(), CommError> {
+        let mut next_probe = Duration::ZERO;
+        loop {
+            let waited = start.elapsed();
+            if waited < YIELDING {
+                thread::yield_now();
+            } else {
+                thread::sleep((waited / 200).min(Duration::from_millis(1)));
+            }
+            if ready()? {
+                return Ok(());
+            }
+            let mut failure = self.alarm.raised();
+            if failure.is_none() && waited >= next_probe {
+                next_probe = waited + PROBE;
+                failure = self.alarm.probe().or_else(|| {
+                    let departed = |rank: &usize| self.alarm.departed(self.world[*rank]);
+                    let rank = late().into_iter().find(departed)?;
+                    Some((self.world[rank], "it left while others still needed it".into()))
+                });
+            }
+            if let Some((rank, reason)) = failure {
+                // What the failed rank did before it failed still counts.
+                if ready()? {
+                    return Ok(());
+                }
+                return Err(self.peer_failed(rank, reason));
+            }
+            if waited >= self.timeout {
+                let missing = late().into_iter().map(|rank| self.world[rank]).collect();
+                let rank = self.world[self.rank];
+                return Err(CommError::Timeout { place: self.place, rank, missing, waited });
+            }
+        }
+    }
+
+    pub(crate) fn peer_failed(&self, rank: usize, reason: String) -> CommError {
+        CommError::PeerFailed { place: self.place, rank, reason }
+    }
+
+    /// Fails where `peer` (a rank of the communicator) is in another call than this rank.
+    #[inline]
+    pub(crate) fn compare(&self, peer: usize, there: [u64; 3]) -> Result<(), CommError> {
+        if there == self.header.words() { Ok(()) } else { Err(self.mismatch(peer, there)) }
+    }
+
+    #[cold]
+    pub(crate) fn mismatch(&self, peer: usize, there: [u64; 3]) -> CommError {
+        CommError::Mismatch {
+            place: self.place,
+            rank: self.world[self.rank],
+            here: Words(self.header.words()).to_string(),
+            peer: self.world[peer],
+            there: Words(there).to_string(),
+        }
+    }
+
+    #[cold]
+    pub(crate) fn argument(&self, what: &'static str, found: usize, expected: impl fmt::Display) -> CommError {
+        CommError::Argument { place: self.place, what, found, expected: expected.to_string() }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn headers_tell_calls_apart_and_read_well() {
+        let text = |header: Header| Words(header.words()).to_string();
+        let sum = Header::new(Collective::Allreduce, 1024).reduce(ReduceOp::Sum, WireFormat::F32);
+        assert_eq!(text(sum), "Allreduce (sum) of 1024 elements as f32");
+        let max = Header::new(Collective::Allreduce, 1024).reduce(ReduceOp::Max, WireFormat::F32);
+        assert_ne!(sum.words(), max.words());
+        let broadcast = Header::new(Collective::Broadcast, 12).root(3);
+        assert_eq!(text(broadcast), "Broadcast of 12 bytes from root 3");
+        let gather = |counts| Header::new(Collective::Allgatherv, 12).counts(counts).words();
+        assert_ne!(gather(&[4, 8]), gather(&[8, 4]));
+        let garbage = Words([u64::MAX, 0, 1]).to_string();
+        assert!(garbage.starts_with("an unknown collective (255)"), "{garbage}");
+    }
+}

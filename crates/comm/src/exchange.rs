@@ -1,0 +1,178 @@
+//! Meetings in shared memory: everyone writes, everyone meets, everyone reads.
+//!
+//! Step k, on every rank:
+//!
+//!     write the own outbox [k mod 2]
+//!     publish: header, then flag = k
+//!     wait until every flag >= k; compare the headers
+//!     read the outboxes [k mod 2] of all; write the own result area [k mod 2]
+//!     read the result areas [(k - 1) mod 2] of all
+//!
+//! No second wait is needed before an area is used again. A rank that writes an area in step k + 2 has met
+//! all others in step k + 1; each of them came there after it had done with step k, the last that read the
+//! outboxes of step k. (Result areas: written after the meeting of step k, read after that of k + 1, by
+//! ranks that come to step k + 2 only afterwards; written again after the meeting of step k + 2.)
+//!
+//! The borrows spell this out: an outbox is lent out before [`Exchange::meet`], what others wrote after it.
+//! Processes that share the memory are trusted to run this same code; their versions are compared at setup.
+
+use std::sync::Arc;
+use std::sync::atomic::Ordering::{AcqRel, Acquire, Relaxed, Release};
+
+use crate::call::Call;
+use crate::error::CommError;
+use crate::segment::{LINE, Segment};
+
+/// Bytes of an outbox.
+pub(crate) const OUTBOX: usize = 256 << 10;
+/// Bytes of a result area: enough for a third of an outbox in the widest encoding, since two ranks need none.
+pub(crate) const RESULT: usize = 96 << 10;
+
+/// Words of a rank's control block: two cache lines, so that ranks do not disturb each other.
+const CONTROL: usize = LINE / 8;
+// In a control block: the flag, two headers of three words, the mark that a rank holds its end.
+const FLAG: usize = 0;
+const HEADERS: usize = 1;
+const CLAIMED: usize = 7;
+
+/// Bytes of words and of data that the meetings of `size` ranks take, at the front of a segment.
+pub(crate) fn extent(size: usize) -> (usize, usize) {
+    (size * CONTROL * 8, size * 2 * (OUTBOX + RESULT))
+}
+
+/// One rank's end.
+pub(crate) struct Exchange {
+    segment: Arc<Segment>,
+    rank: usize,
+    size: usize,
+    step: u64,
+    broken: bool,
+}
+
+impl Exchange {
+    /// The end of `rank`. Each end can be taken once; the segment is zeroed and laid out by [`extent`].
+    pub(crate) fn new(segment: Arc<Segment>, rank: usize, size: usize) -> Exchange {
+        assert!(rank < size, "rank {rank} of {size}");
+        let claimed = segment.word(rank * CONTROL + CLAIMED).swap(1, AcqRel);
+        assert_eq!(claimed, 0, "the end of rank {rank} is taken already");
+        Exchange { segment, rank, size, step: 1, broken: false }
+    }
+
+    pub(crate) fn rank(&self) -> usize {
+        self.rank
+    }
+
+    pub(crate) fn size(&self) -> usize {
+        self.size
+    }
+
+    fn flag(&self, rank: usize) -> u64 {
+        self.segment.word(rank * CONTROL + FLAG).load(Acquire)
+    }
+
+    fn area(rank: usize, step: u64) -> usize {
+        (2 * rank + (step & 1) as usize) * (OUTBOX + RESULT)
+    }
+
+    /// What this rank brings to the coming meeting.
+    pub(crate) fn outbox(&mut self) -> &mut [u8] {
+        assert!(!self.broken, "a failed exchange is used again");
+        // SAFETY: see the module: the peers have done with this outbox, and will not look before `meet`,
+        // which cannot be called while the slice lives; this rank has one end only.
+        unsafe { self.segment.data_mut(Self::area(self.rank, self.step), OUTBOX) }
+    }
+
+    /// Meets the others and makes sure that they are in the same call.
+    #[inline]
+    pub(crate) fn meet(&mut self, call: &mut Call<'_>) -> Result<Met<'_>, CommError> {
+        assert!(!self.broken, "a failed exchange is used again");
+        let step = self.step;
+        let headers = HEADERS + 3 * (step & 1) as usize;
+        let control = self.rank * CONTROL;
+        for (index, value) in call.header.words().into_iter().enumerate() {
+            self.segment.word(control + headers + index).store(value, Relaxed);
+        }
+        self.segment.word(control + FLAG).store(step, Release);
+        for peer in (0..self.size).filter(|&peer| peer != self.rank) {
+            let come = call.wait(|| Ok(self.flag(peer) >= step), || self.late(step));
+            let result = match come {
+                Ok(()) => call.compare(peer, self.header(peer, headers)),
+                Err(error) => Err(self.first_mismatch(call, headers).unwrap_or(error)),
+            };
+            if let Err(error) = result {
+                self.broken = true;
+                return Err(error);
+            }
+        }
+        self.step += 1;
+        Ok(Met { exchange: self })
+    }
+
+    fn header(&self, peer: usize, headers: usize) -> [u64; 3] {
+        [0, 1, 2].map(|index| self.segment.word(peer * CONTROL + headers + index).load(Relaxed))
+    }
+
+    fn late(&self, step: u64) -> Vec<usize> {
+        (0..self.size).filter(|&peer| self.flag(peer) < step).collect()
+    }
+
+    /// Among those who came to a meeting that failed, the first who is in another call.
+    #[cold]
+    fn first_mismatch(&self, call: &Call<'_>, headers: usize) -> Option<CommError> {
+        (0..self.size)
+            .filter(|&peer| self.flag(peer) >= self.step)
+            .find_map(|peer| call.compare(peer, self.header(peer, headers)).err())
+    }
+}
+
+/// A meeting that took place; ends when the next one is prepared.
+pub(crate) struct Met<'a> {
+    exchange: &'a mut Exchange,
+}
+
+impl Met<'_> {
+    pub(crate) fn rank(&self) -> usize {
+        self.exchange.rank
+    }
+
+    /// The step of this meeting; `exchange.step` is already that of the next.
+    fn step(&self) -> u64 {
+        self.exchange.step - 1
+    }
+
+    /// What `rank` brought to this meeting.
+    #[inline]
+    pub(crate) fn outbox(&self, rank: usize) -> &[u8] {
+        assert!(rank < self.exchange.size, "rank {rank} of {}", self.exchange.size);
+        // SAFETY: see the module: `rank` has published this outbox and writes it again only after this
+        // rank comes to the next meeting, for which this borrow has to end.
+        unsafe { self.exchange.segment.data(Exchange::area(rank, self.step()), OUTBOX) }
+    }
+
+    /// The outboxes of this meeting, and the result area of this rank, which the others can read after the next.
+    #[inline]
+    pub(crate) fn outboxes_and_result<'b>(&'b mut self) -> (impl Fn(usize) -> &'b [u8], &'b mut [u8]) {
+        let (step, rank, size) = (self.step(), self.exchange.rank, self.exchange.size);
+        let segment = &*self.exchange.segment;
+        let start = Exchange::area(rank, step) + OUTBOX;
+        // SAFETY: see the module: the peers have done with this area and look at it again only after the
+        // next meeting, for which this borrow has to end; outboxes and result areas do not overlap.
+        let result = unsafe { segment.data_mut(start, RESULT) };
+        let outbox = move |peer: usize| {
+            assert!(peer < size, "rank {peer} of {size}");
+            // SAFETY: as in `outbox`.
+            unsafe { segment.data(Exchange::area(peer, step), OUTBOX) }
+        };
+        (outbox, result)
+    }
+
+    /// What `rank` left in its result area after the meeting before this one.
+    #[inline]
+    pub(crate) fn previous_result(&self, rank: usize) -> &[u8] {
+        assert!(rank < self.exchange.size, "rank {rank} of {}", self.exchange.size);
+        let start = Exchange::area(rank, self.step() - 1) + OUTBOX;
+        // SAFETY: see the module: `rank` wrote this before it came to this meeting, and writes it again only
+        // after this rank comes to the next.
+        unsafe { self.exchange.segment.data(start, RESULT) }
+    }
+}

@@ -1,0 +1,370 @@
+//! The collectives of ranks that share memory: threads of a process, or processes of a machine.
+//!
+//! Small sums are formed in one shot: everyone writes its input, everyone meets, everyone adds all inputs in
+//! rank order. Large ones go in chunks; two ranks stay with the one shot, which moves as few bytes as
+//! anything could, more ranks each add one part of a chunk and gather the parts at the next meeting, so that
+//! a chunk costs one meeting, and one more at the end.
+
+use std::cell::Cell;
+use std::ops::Range;
+use std::sync::Arc;
+
+use crate::call::{Call, Header};
+use crate::communicator::ReduceOp;
+use crate::error::CommError;
+use crate::exchange::{self, Exchange, OUTBOX, RESULT};
+use crate::ledger::Collective;
+use crate::mail::{self, Incoming, Mail, Outgoing, WrongLength};
+use crate::segment::Segment;
+use crate::transport::{Counts, Reduction};
+use crate::wire::{Fold, WIRE_GROUP, WireFormat};
+
+/// One shot while all inputs but the own and one more are at most this long: what reading everything costs
+/// over reading a part is then less than a second meeting.
+const ONE_SHOT: usize = 32 << 10;
+/// Bytes of a chunk of a one-shot sum, of a gather and of a broadcast: it stays in the cache nearest to the cores.
+const CHUNK: usize = 128 << 10;
+/// Elements that are added up before the next are looked at; they stay in the first-level cache.
+const BLOCK: usize = 1024;
+
+/// One rank's end of a group in shared memory.
+pub(crate) struct Group {
+    exchange: Exchange,
+    mail: Mail,
+}
+
+/// Bytes of words and of data in the segment of a group of `size` ranks.
+pub(crate) fn extent(size: usize) -> (usize, usize) {
+    let (meetings, rings) = (exchange::extent(size), mail::extent(size));
+    (meetings.0 + rings.0, meetings.1 + rings.1)
+}
+
+/// The largest number of elements, in whole groups, whose encoding fits into `bytes`.
+fn elements(wire: WireFormat, bytes: usize) -> usize {
+    bytes / wire.encoded_bytes(WIRE_GROUP) * WIRE_GROUP
+}
+
+/// `0..len` in steps of `step`; one empty step where there is nothing, since ranks meet all the same.
+fn steps(len: usize, step: usize) -> impl Iterator<Item = Range<usize>> {
+    (0..len.div_ceil(step).max(1)).map(move |i| i * step..len.min((i + 1) * step))
+}
+
+/// Part `index` of `range`, cut into whole groups of elements, the first parts one longer.
+pub(crate) fn part(range: &Range<usize>, parts: usize, index: usize) -> Range<usize> {
+    let groups = range.len().div_ceil(WIRE_GROUP);
+    let cut = |i: usize| {
+        let before = groups / parts * i + i.min(groups % parts);
+        range.start + (before * WIRE_GROUP).min(range.len())
+    };
+    cut(index)..cut(index + 1)
+}
+
+impl Group {
+    /// The end of `rank`; each can be taken once. The segment is zeroed and laid out by [`extent`].
+    pub(crate) fn new(segment: Arc<Segment>, rank: usize, size: usize) -> Group {
+        let exchange = Exchange::new(segment.clone(), rank, size);
+        let mail = Mail::new(segment, exchange::extent(size), rank, size);
+        Group { exchange, mail }
+    }
+
+    pub(crate) fn rank(&self) -> usize {
+        self.exchange.rank()
+    }
+
+    pub(crate) fn size(&self) -> usize {
+        self.exchange.size()
+    }
+
+    pub(crate) fn barrier(&mut self, call: &mut Call<'_>) -> Result<(), CommError> {
+        self.exchange.meet(call).map(drop)
+    }
+
+    pub(crate) fn all_reduce(&mut self, call: &mut Call<'_>, data: Reduction<'_>) -> Result<(), CommError> {
+        let others = self.size() - 2;
+        if others * data.wire.encoded_bytes(data.len()) <= ONE_SHOT {
+            self.one_shot(call, data)
+        } else {
+            self.two_shots(call, data)
+        }
+    }
+
+    fn one_shot(&mut self, call: &mut Call<'_>, data: Reduction<'_>) -> Result<(), CommError> {
+        let Reduction { input, output, op, wire } = data;
+        let (rank, size) = (self.rank(), self.size());
+        for chunk in steps(output.len(), elements(wire, CHUNK)) {
+            let own = input.map(|input| &input[chunk.clone()]);
+            let output = &mut output[chunk];
+            wire.encode(own.unwrap_or(output), self.exchange.outbox());
+            let met = self.exchange.meet(call)?;
+            if size == 2 && wire == WireFormat::F32 && op == ReduceOp::Sum {
+                // The sum of two is the same in either order, and the own input is at hand.
+                let other = met.outbox(1 - rank);
+                match own {
+                    None => wire.decode(other, output, Fold::Add),
+                    Some(own) => add_sum(output, own, other),
+                }
+            } else {
+                fold_all(wire, op, size, |rank| met.outbox(rank), output, own.is_some());
+            }
+        }
+        Ok(())
+    }
+
+    fn two_shots(&mut self, call: &mut Call<'_>, data: Reduction<'_>) -> Result<(), CommError> {
+        let Reduction { input, output, op, wire } = data;
+        let (rank, size) = (self.rank(), self.size());
+        let room = OUTBOX.min((RESULT - wire.encoded_bytes(WIRE_GROUP)) * size);
+        let add = input.is_some();
+        let mut previous: Option<Range<usize>> = None;
+        let chunks = steps(output.len(), elements(wire, room)).map(Some);
+        for chunk in chunks.chain([None]) {
+            let at = |chunk: &Range<usize>, index: usize| wire.encoded_bytes(index - chunk.start);
+            if let Some(chunk) = &chunk {
+                let outbox = self.exchange.outbox();
+                for peer in (0..size).filter(|&peer| peer != rank) {
+                    let part = part(chunk, size, peer);
+                    let start = at(chunk, part.start);
+                    let values = match input {
+                        Some(input) => &input[part],
+                        None => &output[part],
+                    };
+                    wire.encode(values, &mut outbox[start..]);
+                }
+            }
+            let mut met = self.exchange.meet(call)?;
+            if let Some(chunk) = &chunk {
+                let mine = part(chunk, size, rank);
+                let start = at(chunk, mine.start);
+                let (outbox, result) = met.outboxes_and_result();
+                for block in steps(mine.len(), BLOCK) {
+                    let mut sum = [0.0; BLOCK];
+                    let sum = &mut sum[..block.len()];
+                    let place = mine.start + block.start..mine.start + block.end;
+                    let skip = start + wire.encoded_bytes(block.start);
+                    for peer in 0..size {
+                        if peer == rank {
+                            let own = match input {
+                                Some(input) => &input[place.clone()],
+                                None => &output[place.clone()],
+                            };
+                            fold_values(fold(op, peer), own, sum);
+                        } else {
+                            wire.decode(&outbox(peer)[skip..], sum, fold(op, peer));
+                        }
+                    }
+                    let result = &mut result[wire.encoded_bytes(block.start)..];
+                    wire.encode(sum, result);
+                    let last = if add { Fold::Add } else { Fold::Set };
+                    wire.decode(result, &mut output[place], last);
+                }
+            }
+            if let Some(chunk) = &previous {
+                for peer in (0..size).filter(|&peer| peer != rank) {
+                    let last = if add { Fold::Add } else { Fold::Set };
+                    let values = &mut output[part(chunk, size, peer)];
+                    wire.decode(met.previous_result(peer), values, last);
+                }
+            }
+            previous = chunk;
+        }
+        Ok(())
+    }
+
+    pub(crate) fn reduce_scatter(
+        &mut self,
+        call: &mut Call<'_>,
+        send: &[f32],
+        counts: &[usize],
+        recv: &mut [f32],
+        wire: WireFormat,
+    ) -> Result<(), CommError> {
+        let (rank, size) = (self.rank(), self.size());
+        let room = OUTBOX / size;
+        let largest = counts.iter().copied().max().unwrap_or(0);
+        for step in steps(largest, elements(wire, room)) {
+            let cut = |count: usize| step.start.min(count)..step.end.min(count);
+            let outbox = self.exchange.outbox();
+            let mut start = 0;
+            let mut own: &[f32] = &[];
+            for (peer, &count) in counts.iter().enumerate() {
+                let values = &send[start..start + count][cut(count)];
+                if peer == rank {
+                    own = values;
+                } else {
+                    wire.encode(values, &mut outbox[peer * room..]);
+                }
+                start += count;
+            }
+            let met = self.exchange.meet(call)?;
+            let recv = &mut recv[cut(counts[rank])];
+            for block in steps(recv.len(), BLOCK) {
+                let sum = &mut recv[block.clone()];
+                for peer in 0..size {
+                    if peer == rank {
+                        fold_values(fold(ReduceOp::Sum, peer), &own[block.clone()], sum);
+                    } else {
+                        let skip = rank * room + wire.encoded_bytes(block.start);
+                        wire.decode(&met.outbox(peer)[skip..], sum, fold(ReduceOp::Sum, peer));
+                    }
+                }
+            }
+        }
+        Ok(())
+    }
+
+    pub(crate) fn all_gather(
+        &mut self,
+        call: &mut Call<'_>,
+        send: &[u8],
+        counts: Counts<'_>,
+        recv: &mut [u8],
+    ) -> Result<(), CommError> {
+        let (rank, size) = (self.rank(), self.size());
+        let start = counts.start(rank);
+        recv[start..start + send.len()].copy_from_slice(send);
+        for step in steps(counts.largest(), CHUNK) {
+            let cut = |count: usize| step.start.min(count)..step.end.min(count);
+            let own = &send[cut(send.len())];
+            self.exchange.outbox()[..own.len()].copy_from_slice(own);
+            let met = self.exchange.meet(call)?;
+            let mut start = 0;
+            for peer in 0..size {
+                let count = counts.of(peer);
+                if peer != rank {
+                    let into = &mut recv[start..start + count][cut(count)];
+                    into.copy_from_slice(&met.outbox(peer)[..into.len()]);
+                }
+                start += count;
+            }
+        }
+        Ok(())
+    }
+
+    pub(crate) fn broadcast(&mut self, call: &mut Call<'_>, root: usize, buf: &mut [u8]) -> Result<(), CommError> {
+        for step in steps(buf.len(), CHUNK) {
+            let part = &mut buf[step];
+            if root == self.rank() {
+                self.exchange.outbox()[..part.len()].copy_from_slice(part);
+            }
+            let met = self.exchange.meet(call)?;
+            if root != met.rank() {
+                part.copy_from_slice(&met.outbox(root)[..part.len()]);
+            }
+        }
+        Ok(())
+    }
+
+    pub(crate) fn send_recv(
+        &mut self,
+        call: &mut Call<'_>,
+        send: Option<(usize, &[u8])>,
+        recv: Option<(usize, &mut [u8])>,
+    ) -> Result<(), CommError> {
+        let mut send = send.map(|(to, data)| Outgoing { to, data, chunks: 0 });
+        let mut recv = recv.map(|(from, data)| Incoming { from, data, chunks: 0 });
+        let (out, into) = (Cell::new(send.is_none()), Cell::new(recv.is_none()));
+        let peers = [send.as_ref().map(|m| m.to), recv.as_ref().map(|m| m.from)];
+        // The deadline is for a peer that does nothing: it starts again whenever something moved.
+        while !(out.get() && into.get()) {
+            let before = progress(&send, &recv);
+            let mut wrong = None;
+            call.wait(
+                || {
+                    if let Some(message) = &mut send {
+                        out.set(self.mail.push(message));
+                    }
+                    match recv.as_mut().map(|message| self.mail.pull(message)) {
+                        Some(Ok(done)) => into.set(done),
+                        Some(Err(length)) => wrong = Some(length),
+                        None => {}
+                    }
+                    let moved = progress(&send, &recv) != before;
+                    Ok(moved || (out.get() && into.get()) || wrong.is_some())
+                },
+                || {
+                    let late = [peers[0].filter(|_| !out.get()), peers[1].filter(|_| !into.get())];
+                    late.into_iter().flatten().collect()
+                },
+            )?;
+            if let (Some(WrongLength(length)), Some(message)) = (wrong, &recv) {
+                let there = Header::new(Collective::Send, length).words();
+                return Err(call.mismatch(message.from, there));
+            }
+        }
+        Ok(())
+    }
+}
+
+fn progress(send: &Option<Outgoing<'_>>, recv: &Option<Incoming<'_>>) -> usize {
+    send.as_ref().map_or(0, |m| m.chunks) + recv.as_ref().map_or(0, |m| m.chunks)
+}
+
+/// How the input of the `index`-th rank joins those before it.
+pub(crate) fn fold(op: ReduceOp, index: usize) -> Fold {
+    match op {
+        _ if index == 0 => Fold::Set,
+        ReduceOp::Sum => Fold::Add,
+        ReduceOp::Max => Fold::Max,
+    }
+}
+
+pub(crate) fn fold_values(fold: Fold, values: &[f32], into: &mut [f32]) {
+    WireFormat::F32.decode(bytemuck::cast_slice(values), into, fold);
+}
+
+/// Combines the inputs of all ranks in rank order, and puts the result into `output` or adds it.
+fn fold_all<'a>(
+    wire: WireFormat,
+    op: ReduceOp,
+    size: usize,
+    input: impl Fn(usize) -> &'a [u8],
+    output: &mut [f32],
+    add: bool,
+) {
+    let mut sum = [0.0; BLOCK];
+    for block in steps(output.len(), BLOCK) {
+        let skip = wire.encoded_bytes(block.start);
+        let output = &mut output[block];
+        let sum = &mut sum[..output.len()];
+        for rank in 0..size {
+            wire.decode(&input(rank)[skip..], sum, fold(op, rank));
+        }
+        fold_values(if add { Fold::Add } else { Fold::Set }, sum, output);
+    }
+}
+
+/// `output += own + other`.
+fn add_sum(output: &mut [f32], own: &[f32], other: &[u8]) {
+    for ((output, own), other) in output.iter_mut().zip(own).zip(other.chunks_exact(4)) {
+        *output += own + f32::from_ne_bytes([other[0], other[1], other[2], other[3]]);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn parts_cover_a_range_in_whole_groups() {
+        for len in [0, 1, 31, 32, 33, 100, 1000, 4096] {
+            for parts in 1..8 {
+                let range = 5..5 + len;
+                let mut end = 5;
+                for index in 0..parts {
+                    let part = part(&range, parts, index);
+                    assert_eq!(part.start, end);
+                    assert!((part.start - 5).is_multiple_of(WIRE_GROUP) || part.is_empty());
+                    end = part.end;
+                }
+                assert_eq!(end, range.end);
+            }
+        }
+    }
+
+    #[test]
+    fn steps_cover_a_length_and_there_is_always_one() {
+        assert_eq!(steps(0, 4).collect::<Vec<_>>(), vec![0..0; 1]);
+        assert_eq!(steps(9, 4).collect::<Vec<_>>(), [0..4, 4..8, 8..9]);
+        assert_eq!(steps(8, 4).collect::<Vec<_>>(), [0..4, 4..8]);
+    }
+}

@@ -1,0 +1,144 @@
+//! Ranks that are threads of one process.
+
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread;
+
+use crate::alarm::{Alarm, Membership};
+use crate::call::Call;
+use crate::endpoint::{End, Endpoint};
+use crate::error::CommError;
+use crate::group::{self, Group};
+use crate::segment::Segment;
+use crate::transport::{Counts, Reduction, Transport};
+use crate::wire::WireFormat;
+
+/// One rank of a group of threads, on the same shared-memory collectives as processes of one machine.
+///
+/// A rank whose communicators are all dropped has left: who still waits for it gets
+/// [`CommError::PeerFailed`], as does everyone when one is dropped by a panic.
+pub struct ThreadComm {
+    end: Endpoint,
+}
+
+impl ThreadComm {
+    /// A group of `size` ranks, at least one, in rank order: one for each thread.
+    pub fn group(size: usize) -> Vec<ThreadComm> {
+        assert!(size > 0, "a group has {size} ranks, expected at least 1");
+        let board = Arc::new(Segment::private(Alarm::board_bytes(size), 0));
+        let cores = thread::available_parallelism().map_or(1, |cores| cores.get());
+        let nursery = Arc::default();
+        let segment = (size > 1).then(|| segment(size));
+        (0..size)
+            .map(|rank| {
+                let alarm = Alarm::new(board.clone(), None);
+                let membership = Arc::new(Membership { alarm, rank });
+                let transport = segment.clone().map(|segment| {
+                    Box::new(Threads {
+                        group: Group::new(segment, rank, size),
+                        path: vec![],
+                        splits: 0,
+                        nursery: Arc::clone(&nursery),
+                    }) as Box<dyn Transport>
+                });
+                let world = (0..size).collect();
+                let spin = size <= cores;
+                let end = Endpoint::new("threads", rank, world, membership, transport, spin);
+                ThreadComm { end }
+            })
+            .collect()
+    }
+}
+
+impl End for ThreadComm {
+    fn end(&self) -> &Endpoint {
+        &self.end
+    }
+}
+
+fn segment(size: usize) -> Arc<Segment> {
+    let (words, data) = group::extent(size);
+    Arc::new(Segment::private(words, data))
+}
+
+/// Memory of groups that some members have joined and others will: by the way to the group from the first
+/// one (for each split its number and the group's), with the number of members to come.
+type Nursery = Mutex<HashMap<Vec<(usize, usize)>, (Arc<Segment>, usize)>>;
+
+struct Threads {
+    group: Group,
+    path: Vec<(usize, usize)>,
+    splits: usize,
+    nursery: Arc<Nursery>,
+}
+
+impl Transport for Threads {
+    fn all_reduce(&mut self, call: &mut Call<'_>, data: Reduction<'_>) -> Result<(), CommError> {
+        self.group.all_reduce(call, data)
+    }
+
+    fn reduce_scatter(
+        &mut self,
+        call: &mut Call<'_>,
+        send: &[f32],
+        counts: &[usize],
+        recv: &mut [f32],
+        wire: WireFormat,
+    ) -> Result<(), CommError> {
+        self.group.reduce_scatter(call, send, counts, recv, wire)
+    }
+
+    fn all_gather(
+        &mut self,
+        call: &mut Call<'_>,
+        send: &[u8],
+        counts: Counts<'_>,
+        recv: &mut [u8],
+    ) -> Result<(), CommError> {
+        self.group.all_gather(call, send, counts, recv)
+    }
+
+    fn broadcast(&mut self, call: &mut Call<'_>, root: usize, buf: &mut [u8]) -> Result<(), CommError> {
+        self.group.broadcast(call, root, buf)
+    }
+
+    fn barrier(&mut self, call: &mut Call<'_>) -> Result<(), CommError> {
+        self.group.barrier(call)
+    }
+
+    fn send_recv(
+        &mut self,
+        call: &mut Call<'_>,
+        send: Option<(usize, &[u8])>,
+        recv: Option<(usize, &mut [u8])>,
+    ) -> Result<(), CommError> {
+        self.group.send_recv(call, send, recv)
+    }
+
+    fn split(
+        &mut self,
+        _call: &mut Call<'_>,
+        groups: &[Vec<usize>],
+        mine: usize,
+    ) -> Result<Option<Box<dyn Transport>>, CommError> {
+        self.splits += 1;
+        let size = groups[mine].len();
+        if size == 1 {
+            return Ok(None);
+        }
+        let mut path = self.path.clone();
+        path.push((self.splits, mine));
+        let mut nursery = self.nursery.lock().unwrap_or_else(PoisonError::into_inner);
+        let entry = nursery.entry(path.clone()).or_insert_with(|| (segment(size), size));
+        entry.1 -= 1;
+        let segment = entry.0.clone();
+        if entry.1 == 0 {
+            nursery.remove(&path);
+        }
+        let own = self.group.rank();
+        let rank = groups[mine].iter().position(|&rank| rank == own);
+        let group = Group::new(segment, rank.expect("this rank is in its group"), size);
+        let nursery = self.nursery.clone();
+        Ok(Some(Box::new(Threads { group, path, splits: 0, nursery })))
+    }
+}

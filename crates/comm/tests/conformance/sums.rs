@@ -1,0 +1,144 @@
+//! Allreduce and reduce-scatter.
+
+use comm::{Collective, Communicator, Phase, ReduceOp, WireFormat};
+
+use super::{Check, LENGTHS, assert_sum, same_everywhere, values};
+
+pub const CHECKS: &[Check] = &[
+    ("all_reduce adds, with the same bits on every rank", all_reduce_adds),
+    ("all_reduce adds in rank order where memory is shared", all_reduce_keeps_rank_order),
+    ("all_reduce finds the largest", all_reduce_finds_the_largest),
+    ("all_reduce_add adds the sum to the residual", all_reduce_add),
+    ("reduce_scatter gives each rank its block", reduce_scatter),
+    ("narrow wires round no more than they say", narrow_wires),
+];
+
+fn all_inputs(comm: &dyn Communicator, round: usize, len: usize) -> Vec<Vec<f32>> {
+    (0..comm.size()).map(|rank| values(rank, round, len)).collect()
+}
+
+fn all_reduce_adds(comm: &dyn Communicator) {
+    for (round, len) in LENGTHS.into_iter().enumerate() {
+        let inputs = all_inputs(comm, round, len);
+        // Room in front: the slice need not be aligned to more than an element.
+        let mut room = vec![f32::NAN; len + 1];
+        let buf = &mut room[1..];
+        buf.copy_from_slice(&inputs[comm.rank()]);
+        comm.all_reduce(buf, ReduceOp::Sum).unwrap();
+        assert_sum(buf, &inputs, 0.0);
+        assert!(same_everywhere(comm, buf), "ranks disagree at length {len}");
+        assert!(room[0].is_nan());
+    }
+}
+
+fn all_reduce_keeps_rank_order(comm: &dyn Communicator) {
+    if comm.transport() == "mpi" {
+        return; // Between machines halves of the ranks are added first; the bits are the same all the same.
+    }
+    for (round, len) in LENGTHS.into_iter().enumerate() {
+        let mut expected = values(0, round, len);
+        for rank in 1..comm.size() {
+            expected.iter_mut().zip(values(rank, round, len)).for_each(|(sum, v)| *sum += v);
+        }
+        let mut buf = values(comm.rank(), round, len);
+        comm.all_reduce(&mut buf, ReduceOp::Sum).unwrap();
+        assert_eq!(buf, expected, "at length {len}");
+    }
+}
+
+fn all_reduce_finds_the_largest(comm: &dyn Communicator) {
+    for (round, len) in LENGTHS.into_iter().enumerate() {
+        let inputs = all_inputs(comm, round, len);
+        let mut buf = inputs[comm.rank()].clone();
+        if len > 1 {
+            buf[0] = if comm.rank() == 0 { 3.5 } else { f32::NAN };
+            buf[1] = if comm.rank().is_multiple_of(2) { -0.0 } else { 0.0 };
+        }
+        comm.all_reduce(&mut buf, ReduceOp::Max).unwrap();
+        for (i, got) in buf.iter().enumerate() {
+            let expected = match i {
+                0 if len > 1 => 3.5,
+                1 => 0.0,
+                _ => inputs.iter().fold(f32::MIN, |m, input| m.max(input[i])),
+            };
+            assert_eq!(*got, expected, "element {i} of {len}");
+        }
+        assert!(same_everywhere(comm, &buf), "ranks disagree at length {len}");
+    }
+}
+
+fn all_reduce_add(comm: &dyn Communicator) {
+    for (round, len) in LENGTHS.into_iter().enumerate() {
+        let partial = values(comm.rank(), round, len);
+        let start = values(1000, round, len);
+        let mut residual = start.clone();
+        comm.all_reduce_add(&partial, &mut residual).unwrap();
+        assert_eq!(partial, values(comm.rank(), round, len), "the input stays");
+        let mut sum = partial;
+        comm.all_reduce(&mut sum, ReduceOp::Sum).unwrap();
+        for (i, got) in residual.iter().enumerate() {
+            assert_eq!(*got, start[i] + sum[i], "element {i} of {len}");
+        }
+    }
+}
+
+/// Uneven counts with zeros among them.
+fn counts(size: usize, round: usize) -> Vec<usize> {
+    (0..size).map(|r| [0, 1, 37, 1000, 9001, 30_000, 3][(r * 3 + round) % 7] * (r + 1)).collect()
+}
+
+fn reduce_scatter(comm: &dyn Communicator) {
+    let (rank, size) = (comm.rank(), comm.size());
+    let all_empty = vec![0; size];
+    for (round, counts) in (0..7).map(|round| counts(size, round)).chain([all_empty]).enumerate() {
+        let len = counts.iter().sum();
+        let start: usize = counts[..rank].iter().sum();
+        let mut recv = vec![f32::NAN; counts[rank]];
+        comm.reduce_scatter(&values(rank, round, len), &counts, &mut recv).unwrap();
+        let inputs: Vec<Vec<f32>> =
+            (0..size).map(|r| values(r, round, len)[start..start + counts[rank]].to_vec()).collect();
+        assert_sum(&recv, &inputs, 0.0);
+    }
+}
+
+fn narrow_wires(comm: &dyn Communicator) {
+    let (rank, size) = (comm.rank(), comm.size());
+    for (wire, step) in [(WireFormat::Bf16, 1.0 / 256.0), (WireFormat::Q8, 0.501 / 127.0)] {
+        comm.set_wire(wire);
+        for (round, len) in LENGTHS.into_iter().enumerate() {
+            let inputs = all_inputs(comm, round, len);
+            let mut buf = inputs[rank].clone();
+            comm.ledger().set_phase(Phase::Decode);
+            comm.ledger().reset();
+            comm.all_reduce(&mut buf, ReduceOp::Sum).unwrap();
+            let entry = comm.ledger().entries()[0];
+            assert_eq!((entry.collective, entry.phase), (Collective::Allreduce, Phase::Decode));
+            assert_eq!(entry.payload_bytes, wire.encoded_bytes(len) as u64);
+            comm.ledger().set_phase(Phase::Other);
+            assert_sum(&buf, &inputs, if size == 1 { 0.0 } else { step });
+            assert!(same_everywhere(comm, &buf), "ranks disagree at length {len} as {wire}");
+
+            let mut residual = vec![1.0; len];
+            comm.all_reduce_add(&inputs[rank], &mut residual).unwrap();
+            assert!(residual.iter().zip(&buf).all(|(sum, value)| *sum == 1.0 + value));
+
+            let counts: Vec<usize> =
+                (0..size).map(|r| if r == 0 { len - len / size * (size - 1) } else { len / size }).collect();
+            let start: usize = counts[..rank].iter().sum();
+            let mut recv = vec![f32::NAN; counts[rank]];
+            comm.reduce_scatter(&inputs[rank], &counts, &mut recv).unwrap();
+            let exact = |i: usize| inputs.iter().map(|input| input[start + i] as f64).sum::<f64>();
+            // Groups begin where a rank's block begins: the bound takes the largest value of all.
+            let largest = inputs.iter().flatten().fold(0.0, |m: f64, v| m.max(v.abs() as f64));
+            for (i, got) in recv.iter().enumerate() {
+                let bound = size as f64 * step * largest + 1e-3;
+                assert!((*got as f64 - exact(i)).abs() <= bound, "element {i} as {wire}");
+            }
+            // The maximum travels as it is.
+            let mut max = vec![1.0 / 3.0 + rank as f32];
+            comm.all_reduce(&mut max, ReduceOp::Max).unwrap();
+            assert_eq!(max, [1.0 / 3.0 + (size - 1) as f32]);
+        }
+    }
+    comm.set_wire(WireFormat::F32);
+}
