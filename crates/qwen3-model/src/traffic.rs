@@ -1,0 +1,164 @@
+//! What a forward pass communicates, predicted from shapes alone.
+//!
+//! The formulas are those of `docs/parallelism.md`; a test holds them equal to what the ledger counts. All figures are those of
+//! one rank's ledger: calls, and payload bytes as the ledger defines them (the whole buffer of an Allreduce, Reduce-scatter or
+//! Broadcast, the whole gathered result of an Allgather), with f32 on the wire.
+
+use comm::Collective;
+use ops::{LogitRows, MlpSchedule, TokenLayout};
+use tensor::split_granular;
+
+use crate::config::Config;
+use crate::options::ParallelStrategy;
+
+/// Bytes of an f32.
+const F32: usize = 4;
+
+/// What is predicted for: a model on some ranks.
+#[derive(Clone, Copy, Debug)]
+pub struct TrafficModel<'a> {
+    /// The model.
+    pub config: &'a Config,
+    /// Ranks that share it.
+    pub ranks: usize,
+    /// What they divide.
+    pub strategy: ParallelStrategy,
+    /// How they divide the feed-forward blocks.
+    pub schedule: MlpSchedule,
+    /// Feed-forward columns that are never cut apart: 1, or the group of a quantized format.
+    pub granularity: usize,
+}
+
+/// Calls of one collective and the bytes that they carry.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Traffic {
+    /// The collective.
+    pub collective: Collective,
+    /// How often it is called.
+    pub calls: u64,
+    /// Payload of all calls together.
+    pub payload_bytes: u64,
+}
+
+/// Calls and bytes by collective, in the ledger's order.
+#[derive(Default)]
+struct Sum {
+    entries: Vec<Traffic>,
+}
+
+impl Sum {
+    /// `calls` calls of `elements` f32 each.
+    fn add(&mut self, collective: Collective, calls: usize, elements: usize) {
+        if calls == 0 {
+            return;
+        }
+        let (calls, bytes) = (calls as u64, (calls * elements * F32) as u64);
+        match self.entries.iter_mut().find(|entry| entry.collective == collective) {
+            Some(entry) => {
+                entry.calls += calls;
+                entry.payload_bytes += bytes;
+            }
+            None => self.entries.push(Traffic { collective, calls, payload_bytes: bytes }),
+        }
+    }
+
+    fn sorted(mut self) -> Vec<Traffic> {
+        let order = |entry: &Traffic| Collective::ALL.iter().position(|collective| *collective == entry.collective);
+        self.entries.sort_by_key(order);
+        self.entries
+    }
+}
+
+/// One forward pass: `tokens` that follow `past` others.
+#[derive(Clone, Copy)]
+struct Pass {
+    tokens: usize,
+    past: usize,
+    /// Whether each token is on one rank only.
+    split: bool,
+}
+
+impl TrafficModel<'_> {
+    /// The collectives of a forward pass of `tokens` tokens after `past` others, with the logits of `rows`. Collectives that are
+    /// never called are left out; so is the choice of the next token, which [`Sampler`](crate::Sampler) describes.
+    pub fn forward(&self, tokens: usize, past: usize, rows: LogitRows) -> Vec<Traffic> {
+        let layout = match self.strategy {
+            ParallelStrategy::Heads => TokenLayout::Replicated { tokens },
+            ParallelStrategy::Sequence => TokenLayout::balanced(tokens, self.ranks),
+        };
+        let pass = Pass { tokens, past, split: layout.is_split() };
+        let mut sum = Sum::default();
+        for layer in 0..self.config.num_hidden_layers {
+            self.attention(pass, &mut sum);
+            self.feed_forward(pass, layer, &mut sum);
+        }
+        if pass.split {
+            match rows {
+                LogitRows::None => {}
+                LogitRows::Last => sum.add(Collective::Broadcast, 1, self.config.hidden_size),
+                LogitRows::All => sum.add(Collective::Allgatherv, 1, tokens * self.config.hidden_size),
+            }
+        }
+        sum.sorted()
+    }
+
+    fn attention(&self, pass: Pass, sum: &mut Sum) {
+        if self.ranks == 1 {
+            return;
+        }
+        let Config { hidden_size, num_attention_heads: heads, .. } = *self.config;
+        let (queries, keys) = (self.config.query_size(), self.config.key_value_size());
+        let Pass { tokens, past, split } = pass;
+        match self.strategy {
+            ParallelStrategy::Heads => sum.add(Collective::Allreduce, 1, tokens * hidden_size),
+            // The softmax states of all ranks: maximum and sum of each head, accumulators of each element.
+            ParallelStrategy::Sequence if !split => {
+                sum.add(Collective::Allgather, 1, self.ranks * tokens * (2 * heads + queries));
+            }
+            ParallelStrategy::Sequence => {
+                sum.add(Collective::Allgatherv, 1, tokens * 2 * keys);
+                if past > 0 {
+                    sum.add(Collective::Allgatherv, 1, tokens * queries);
+                    sum.add(Collective::Allreduce, 1, tokens * heads);
+                    sum.add(Collective::ReduceScatter, 1, tokens * (heads + queries));
+                }
+            }
+        }
+    }
+
+    fn feed_forward(&self, pass: Pass, layer: usize, sum: &mut Sum) {
+        let Pass { tokens, split, .. } = pass;
+        let hidden = tokens * self.config.hidden_size;
+        // A sparse block exchanges a row for each visit to an expert before the experts' results are combined, and a row for each
+        // token afterwards.
+        let (visits, columns) = match &self.config.moe {
+            Some(moe) if self.config.is_sparse(layer) => (tokens * moe.num_experts_per_tok, moe.moe_intermediate_size),
+            _ => (tokens, self.config.intermediate_size),
+        };
+        let inner = visits * columns;
+        if split && self.schedule != MlpSchedule::Local {
+            sum.add(Collective::Allgatherv, 1, hidden);
+        }
+        let reduce = if split { Collective::ReduceScatter } else { Collective::Allreduce };
+        let reductions = usize::from(self.ranks > 1);
+        match self.schedule {
+            MlpSchedule::Local => {}
+            MlpSchedule::Fused => sum.add(reduce, reductions, hidden),
+            MlpSchedule::Naive => {
+                sum.add(Collective::Allgatherv, 2, inner);
+                sum.add(reduce, reductions, hidden);
+            }
+            MlpSchedule::Gathered => {
+                sum.add(self.gather(columns, self.granularity), 3, inner);
+                sum.add(self.gather(self.config.hidden_size, 1), reductions, hidden);
+            }
+        }
+    }
+
+    /// Allgather where every rank has equally many of `size` columns.
+    fn gather(&self, size: usize, granularity: usize) -> Collective {
+        let share = |rank| split_granular(size, granularity, self.ranks, rank).len();
+        let equal = (1..self.ranks).all(|rank| share(rank) == share(0));
+        if equal { Collective::Allgather } else { Collective::Allgatherv }
+    }
+}

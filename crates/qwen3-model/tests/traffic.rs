@@ -1,0 +1,110 @@
+//! The predicted collectives, against figures worked out by hand. That the ledger counts the same is tested with the model.
+
+use std::path::Path;
+
+use comm::Collective;
+use qwen3_model::{Config, LogitRows, MlpSchedule, ParallelStrategy, Traffic, TrafficModel};
+use serde_json::json;
+
+fn config(hidden: usize, columns: usize, layers: usize) -> Config {
+    let value = json!({
+        "model_type": "qwen3", "hidden_size": hidden, "intermediate_size": columns, "num_hidden_layers": layers,
+        "num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 128, "vocab_size": 1000,
+        "max_position_embeddings": 1024, "rms_norm_eps": 1e-6, "rope_theta": 1e4
+    });
+    Config::from_json(Path::new("config.json"), &value).expect("a valid configuration")
+}
+
+fn sparse() -> Config {
+    let value = json!({
+        "model_type": "qwen3_moe", "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "vocab_size": 100, "num_experts": 5,
+        "num_experts_per_tok": 2, "moe_intermediate_size": 40, "mlp_only_layers": [1],
+        "max_position_embeddings": 128, "rms_norm_eps": 1e-6, "rope_theta": 1e4
+    });
+    Config::from_json(Path::new("config.json"), &value).expect("a valid configuration")
+}
+
+fn model(config: &Config, ranks: usize, strategy: ParallelStrategy, schedule: MlpSchedule) -> TrafficModel<'_> {
+    TrafficModel { config, ranks, strategy, schedule, granularity: 1 }
+}
+
+fn entry(collective: Collective, calls: u64, payload_bytes: u64) -> Traffic {
+    Traffic { collective, calls, payload_bytes }
+}
+
+#[test]
+fn heads() {
+    use Collective::{Allgather, Allgatherv, Allreduce};
+    let config = config(1024, 2048, 28);
+    let forward =
+        |ranks, schedule| model(&config, ranks, ParallelStrategy::Heads, schedule).forward(128, 9, LogitRows::All);
+    let (hidden, inner) = (128 * 1024 * 4, 128 * 2048 * 4);
+    assert_eq!(forward(2, MlpSchedule::Fused), [entry(Allreduce, 56, 56 * hidden)]);
+    assert_eq!(forward(2, MlpSchedule::Local), [entry(Allreduce, 28, 28 * hidden)]);
+    let naive = [entry(Allreduce, 56, 56 * hidden), entry(Allgatherv, 56, 56 * inner)];
+    assert_eq!(forward(2, MlpSchedule::Naive), naive);
+    let gathered = [entry(Allreduce, 28, 28 * hidden), entry(Allgather, 112, 28 * (3 * inner + hidden))];
+    assert_eq!(forward(2, MlpSchedule::Gathered), gathered);
+    // 2048 and 1024 columns do not divide by 3.
+    let uneven = [entry(Allreduce, 28, 28 * hidden), entry(Allgatherv, 112, 28 * (3 * inner + hidden))];
+    assert_eq!(forward(3, MlpSchedule::Gathered), uneven);
+    assert_eq!(forward(1, MlpSchedule::Fused), []);
+}
+
+#[test]
+fn one_decoded_token_of_the_smallest_published_model() {
+    let config = config(1024, 3072, 28);
+    let found = model(&config, 2, ParallelStrategy::Heads, MlpSchedule::Fused).forward(1, 500, LogitRows::Last);
+    assert_eq!(found, [entry(Collective::Allreduce, 56, 2 * 28 * 4096)]);
+}
+
+#[test]
+fn groups_are_not_cut() {
+    use Collective::{Allgather, Allgatherv, Allreduce};
+    // 96 columns divide by 2, 3 groups of 32 do not; the hidden columns are not grouped.
+    let config = config(64, 96, 1);
+    let base = model(&config, 2, ParallelStrategy::Heads, MlpSchedule::Gathered);
+    let found = TrafficModel { granularity: 32, ..base }.forward(1, 0, LogitRows::Last);
+    let expected = [entry(Allreduce, 1, 256), entry(Allgather, 1, 256), entry(Allgatherv, 3, 3 * 96 * 4)];
+    assert_eq!(found, expected);
+}
+
+#[test]
+fn a_row_for_each_visit_to_an_expert() {
+    use Collective::{Allgather, Allgatherv, Allreduce};
+    let config = sparse();
+    let forward = |schedule| model(&config, 2, ParallelStrategy::Heads, schedule).forward(7, 0, LogitRows::None);
+    let hidden = 7 * 64 * 4;
+    // Two sparse layers, each token in 2 experts of 40 columns; one dense layer of 96 columns.
+    let inner = (2 * 7 * 2 * 40 + 7 * 96) * 4;
+    assert_eq!(forward(MlpSchedule::Fused), [entry(Allreduce, 6, 6 * hidden)]);
+    let naive = [entry(Allreduce, 6, 6 * hidden), entry(Allgatherv, 6, 2 * inner)];
+    assert_eq!(forward(MlpSchedule::Naive), naive);
+    let gathered = [entry(Allreduce, 3, 3 * hidden), entry(Allgather, 12, 3 * inner + 3 * hidden)];
+    assert_eq!(forward(MlpSchedule::Gathered), gathered);
+}
+
+#[test]
+fn sequence() {
+    use Collective::{Allgather, Allgatherv, Allreduce, Broadcast, ReduceScatter};
+    let config = config(1024, 3072, 2);
+    let base = model(&config, 4, ParallelStrategy::Sequence, MlpSchedule::Local);
+    // Prefill from the start: keys and values of the pass, and the last token's row for the head.
+    let found = base.forward(64, 0, LogitRows::Last);
+    assert_eq!(found, [entry(Allgatherv, 2, 2 * 64 * 2048 * 4), entry(Broadcast, 1, 4096)]);
+    // A later chunk meets the cache: queries out, maxima, sums and accumulators back.
+    let found = base.forward(64, 64, LogitRows::None);
+    let expected = [
+        entry(Allreduce, 2, 2 * 64 * 16 * 4),
+        entry(Allgatherv, 4, 2 * 64 * (2048 + 2048) * 4),
+        entry(ReduceScatter, 2, 2 * 64 * (16 + 2048) * 4),
+    ];
+    assert_eq!(found, expected);
+    // Decode: every rank has the token and its own keys.
+    assert_eq!(base.forward(1, 64, LogitRows::Last), [entry(Allgather, 2, 2 * 4 * (32 + 2048) * 4)]);
+    // Split weights: tokens are gathered, results scattered.
+    let found = TrafficModel { schedule: MlpSchedule::Fused, ..base }.forward(64, 0, LogitRows::All);
+    let (hidden, keys) = (64 * 1024 * 4, 64 * 2048 * 4);
+    assert_eq!(found, [entry(Allgatherv, 5, 2 * keys + 3 * hidden), entry(ReduceScatter, 2, 2 * hidden)]);
+}
