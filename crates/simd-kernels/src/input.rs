@@ -264,7 +264,7 @@ impl<'a> InputPart<'a> {
         match self.data {
             PartData::Float(out) => {
                 for (rows, out) in rows.zip(out.chunks_mut(Input::TILE * cols)) {
-                    pack_float(isa, rows, cols, out);
+                    pack_float(rows, cols, out);
                 }
             }
             PartData::Int16(words, scales) => {
@@ -303,5 +303,58 @@ impl<'a> InputPart<'a> {
             }
         };
         (InputPart { tokens, cols, data: left }, InputPart { tokens: self.tokens - tokens, cols, data: right })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::guarded::noise;
+
+    #[test]
+    fn parts_filled_side_by_side_equal_the_whole() {
+        let cols = 50;
+        for isa in [Isa::scalar()].into_iter().chain(Isa::avx2()) {
+            for kind in [InputKind::Float, InputKind::Int16, InputKind::Int8] {
+                for tokens in [0, 1, 5, 6, 7, 12, 13, 40] {
+                    let x = noise(tokens * cols, 6);
+                    let (mut whole, mut parts) = (Input::new(), Input::new());
+                    whole.prepare(isa, kind, &x, tokens, cols);
+                    // What an earlier use has left must not show.
+                    parts.prepare(isa, kind, &vec![9.0; 64 * 70], 64, 70);
+                    parts.reset(kind, tokens, cols);
+                    let cut = (tokens / 2).next_multiple_of(Input::TILE).min(tokens);
+                    for (part, cut) in parts.split(&[0..cut, cut..tokens]).into_iter().zip([0..cut, cut..tokens]) {
+                        assert_eq!(part.tokens(), cut.len());
+                        part.fill(isa, &x[cut.start * cols..cut.end * cols]);
+                    }
+                    for tile in 0..whole.tiles() {
+                        assert_eq!(whole.tile_tokens(tile), parts.tile_tokens(tile));
+                        if kind == InputKind::Float {
+                            assert_eq!(whole.float_tile(tile).x, parts.float_tile(tile).x);
+                        } else {
+                            let (a, b) = (whole.int_tile(tile), parts.int_tile(tile));
+                            assert_eq!((a.words, a.scales, a.offsets), (b.words, b.scales, b.offsets));
+                        }
+                    }
+                }
+            }
+        }
+    }
+
+    #[test]
+    #[should_panic(expected = "cut at token 7, which is neither a multiple of 6 nor the last of 20")]
+    fn a_cut_inside_a_tile_is_refused() {
+        let mut input = Input::new();
+        input.reset(InputKind::Float, 20, 3);
+        input.split(&[0..7, 7..20]);
+    }
+
+    #[test]
+    #[should_panic(expected = "the cuts end at token 12 of 20")]
+    fn missing_tokens_are_refused() {
+        let mut input = Input::new();
+        input.reset(InputKind::Int8, 20, 3);
+        input.split(&[0..6, 6..12]);
     }
 }

@@ -1,10 +1,10 @@
 //! Packing one tile of activations, with quantization to int16 or int8 per group of 32.
 
-use crate::isa::Isa;
+use crate::isa::{Isa, dispatch};
 use crate::panels::GROUP;
 
 /// Interleaves `m` rows: `out[m k + i] = rows[i cols + k]`, where `rows` is `[m, cols]`.
-pub(crate) fn pack_float(_isa: Isa, rows: &[f32], cols: usize, out: &mut [f32]) {
+pub(crate) fn pack_float(rows: &[f32], cols: usize, out: &mut [f32]) {
     let m = rows.len() / cols;
     if m == 1 {
         out.copy_from_slice(rows);
@@ -17,47 +17,22 @@ pub(crate) fn pack_float(_isa: Isa, rows: &[f32], cols: usize, out: &mut [f32]) 
     }
 }
 
-/// Quantizes to int16 per group and interleaves column pairs; see `Input` for the order.
-pub(crate) fn pack_int16(_isa: Isa, rows: &[f32], cols: usize, words: &mut [i32], scales: &mut [f32]) {
-    let m = rows.len() / cols;
-    for (i, row) in rows.chunks_exact(cols).enumerate() {
-        for (g, group) in row.chunks(GROUP).enumerate() {
-            let (q, scale) = quantize(group, 32767.0);
-            scales[g * m + i] = scale;
-            for (j, pair) in q.as_chunks::<2>().0.iter().enumerate() {
-                words[m * (g * GROUP / 2 + j) + i] = join_pair(*pair);
-            }
-        }
-    }
+/// Quantizes `rows [m, cols]` to int16 per group and interleaves column pairs; see `Input` for the order.
+pub(crate) fn pack_int16(isa: Isa, rows: &[f32], cols: usize, words: &mut [i32], scales: &mut [f32]) {
+    dispatch!(isa, avx2::pack_int16, scalar::pack_int16, (rows, cols, words, scales))
 }
 
-/// Quantizes to int8 per group, interleaves column quads and notes the zero-point sums; see `Input` for the order.
+/// Quantizes `rows [m, cols]` to int8 per group, interleaves column quads and notes the zero-point sums; see
+/// `Input` and `IntTile` for the order.
 pub(crate) fn pack_int8(
-    _isa: Isa,
+    isa: Isa,
     rows: &[f32],
     cols: usize,
     words: &mut [i32],
     scales: &mut [f32],
     offsets: &mut [i32],
 ) {
-    let m = rows.len() / cols;
-    for (i, row) in rows.chunks_exact(cols).enumerate() {
-        for (g, group) in row.chunks(GROUP).enumerate() {
-            let (q, scale) = quantize(group, 127.0);
-            scales[g * m + i] = scale;
-            let mut sums = [0; 2];
-            for (j, quad) in q.as_chunks::<4>().0.iter().enumerate() {
-                words[m * (g * GROUP / 4 + j) + i] = i32::from_le_bytes(quad.map(|q| q as u8));
-                sums = [sums[0] + quad[0] + quad[1], sums[1] + quad[2] + quad[3]];
-            }
-            offsets[g * m + i] = join_pair(sums.map(|sum| -8 * sum));
-        }
-    }
-}
-
-/// Two int16 as one word, the first in the low half.
-fn join_pair([low, high]: [i16; 2]) -> i32 {
-    i32::from(high) << 16 | i32::from(low as u16)
+    dispatch!(isa, avx2::pack_int8, scalar::pack_int8, (rows, cols, words, scales, offsets))
 }
 
 /// The two int16 of a word, the low half first.
@@ -65,29 +40,234 @@ pub(crate) fn split_pair(word: i32) -> [i16; 2] {
     [word as i16, (word >> 16) as i16]
 }
 
-/// Up to 32 numbers as integers of at most `limit`, filled up with zeros, and their scale.
-fn quantize(group: &[f32], limit: f32) -> ([i16; GROUP], f32) {
-    let (scale, inverse) = scale_for(group, limit);
-    let mut q = [0; GROUP];
-    for (q, x) in q.iter_mut().zip(group) {
-        *q = (x * inverse).round_ties_even() as i16;
-    }
-    (q, scale)
+/// Two int16 as one word, the first in the low half.
+fn join_pair([low, high]: [i16; 2]) -> i32 {
+    i32::from(high) << 16 | i32::from(low as u16)
 }
 
 /// The scale of a group whose largest magnitude becomes `limit`, and its inverse.
 ///
-/// A group of nothing but numbers too small to invert becomes zero. A group with an infinity or NaN gets that as
-/// its scale and zeros as its integers, so that every sum it enters is NaN rather than a plausible number.
-fn scale_for(group: &[f32], limit: f32) -> (f32, f32) {
-    // Compared as integers, magnitudes order as the floats do, and NaN is the largest.
-    let bits = group.iter().map(|x| x.to_bits() & 0x7fff_ffff).max().unwrap_or(0);
-    let largest = f32::from_bits(bits);
+/// A group of nothing but numbers too small to invert becomes zero. A group with an infinity or NaN gets NaN as its
+/// scale, so that every sum it enters is NaN rather than a plausible number.
+fn scale_for(largest: f32, limit: f32) -> (f32, f32) {
     if largest < limit * f32::MIN_POSITIVE {
         (0.0, 0.0)
     } else if largest.is_finite() {
         (largest / limit, limit / largest)
     } else {
         (f32::NAN, 0.0)
+    }
+}
+
+mod scalar {
+    use super::{GROUP, join_pair, scale_for};
+
+    pub(super) fn pack_int16(rows: &[f32], cols: usize, words: &mut [i32], scales: &mut [f32]) {
+        let m = rows.len() / cols;
+        for (i, row) in rows.chunks_exact(cols).enumerate() {
+            for (g, group) in row.chunks(GROUP).enumerate() {
+                let (q, scale) = quantize(group, 32767.0);
+                scales[g * m + i] = scale;
+                for (j, pair) in q.as_chunks::<2>().0.iter().enumerate() {
+                    words[m * (g * GROUP / 2 + j) + i] = join_pair(*pair);
+                }
+            }
+        }
+    }
+
+    pub(super) fn pack_int8(rows: &[f32], cols: usize, words: &mut [i32], scales: &mut [f32], offsets: &mut [i32]) {
+        let m = rows.len() / cols;
+        for (i, row) in rows.chunks_exact(cols).enumerate() {
+            for (g, group) in row.chunks(GROUP).enumerate() {
+                let (q, scale) = quantize(group, 127.0);
+                scales[g * m + i] = scale;
+                let mut sums = [0; 2];
+                for (j, quad) in q.as_chunks::<4>().0.iter().enumerate() {
+                    words[m * (g * GROUP / 4 + j) + i] = i32::from_le_bytes(quad.map(|q| q as u8));
+                    sums = [sums[0] + quad[0] + quad[1], sums[1] + quad[2] + quad[3]];
+                }
+                offsets[g * m + i] = join_pair(sums.map(|sum| -8 * sum));
+            }
+        }
+    }
+
+    /// Up to 32 numbers as integers of at most `limit`, filled up with zeros, and their scale.
+    fn quantize(group: &[f32], limit: f32) -> ([i16; GROUP], f32) {
+        // Compared as integers, magnitudes order as the floats do, and NaN is the largest.
+        let largest = group.iter().map(|x| x.to_bits() & 0x7fff_ffff).max().unwrap_or(0);
+        let (scale, inverse) = scale_for(f32::from_bits(largest), limit);
+        let mut q = [0; GROUP];
+        for (q, x) in q.iter_mut().zip(group) {
+            *q = (x * inverse).round_ties_even() as i16;
+        }
+        (q, scale)
+    }
+}
+
+/// The same integers and scales, to the bit, for finite activations.
+#[cfg(target_arch = "x86_64")]
+mod avx2 {
+    use std::arch::x86_64::*;
+
+    use super::{GROUP, scale_for};
+    use crate::lanes::load;
+
+    #[target_feature(enable = "avx2,fma,f16c")]
+    pub(super) fn pack_int16(rows: &[f32], cols: usize, words: &mut [i32], scales: &mut [f32]) {
+        let m = rows.len() / cols;
+        for (i, row) in rows.chunks_exact(cols).enumerate() {
+            for (g, group) in row.chunks(GROUP).enumerate() {
+                let (q, scale) = quantize(group, 32767.0);
+                scales[g * m + i] = scale;
+                let out = &mut words[m * g * GROUP / 2..m * (g + 1) * GROUP / 2];
+                // Packing works within halves of a register; the permutation puts the quarters back in order.
+                let low = _mm256_permute4x64_epi64::<0b11_01_10_00>(_mm256_packs_epi32(q[0], q[1]));
+                let high = _mm256_permute4x64_epi64::<0b11_01_10_00>(_mm256_packs_epi32(q[2], q[3]));
+                let pairs = [lanes(low), lanes(high)];
+                for (out, pair) in out[i..].iter_mut().step_by(m).zip(pairs.as_flattened()) {
+                    *out = *pair;
+                }
+            }
+        }
+    }
+
+    #[target_feature(enable = "avx2,fma,f16c")]
+    pub(super) fn pack_int8(rows: &[f32], cols: usize, words: &mut [i32], scales: &mut [f32], offsets: &mut [i32]) {
+        let m = rows.len() / cols;
+        for (i, row) in rows.chunks_exact(cols).enumerate() {
+            for (g, group) in row.chunks(GROUP).enumerate() {
+                let (q, scale) = quantize(group, 127.0);
+                scales[g * m + i] = scale;
+                let out = &mut words[m * g * GROUP / 4..m * (g + 1) * GROUP / 4];
+                let bytes = _mm256_packs_epi16(_mm256_packs_epi32(q[0], q[1]), _mm256_packs_epi32(q[2], q[3]));
+                let quads = _mm256_permutevar8x32_epi32(bytes, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
+                for (out, quad) in out[i..].iter_mut().step_by(m).zip(lanes(quads)) {
+                    *out = quad;
+                }
+                offsets[g * m + i] = zero_point(quads);
+            }
+        }
+    }
+
+    /// -8 times the sum of the first and second bytes of all words, and of the third and fourth, as two int16.
+    #[inline]
+    #[target_feature(enable = "avx2,fma,f16c")]
+    fn zero_point(quads: __m256i) -> i32 {
+        let halves = _mm256_maddubs_epi16(_mm256_set1_epi8(1), quads);
+        let four = _mm_add_epi16(_mm256_castsi256_si128(halves), _mm256_extracti128_si256::<1>(halves));
+        let two = _mm_add_epi16(four, _mm_unpackhi_epi64(four, four));
+        let one = _mm_add_epi16(two, _mm_shuffle_epi32::<1>(two));
+        _mm_cvtsi128_si32(_mm_slli_epi16::<3>(_mm_sub_epi16(_mm_setzero_si128(), one)))
+    }
+
+    /// Up to 32 numbers as integers of at most `limit`, filled up with zeros, and their scale.
+    #[inline]
+    #[target_feature(enable = "avx2,fma,f16c")]
+    fn quantize(group: &[f32], limit: f32) -> ([__m256i; 4], f32) {
+        let mut whole = [0.0; GROUP];
+        let x = group.first_chunk().unwrap_or_else(|| {
+            whole[..group.len()].copy_from_slice(group);
+            &whole
+        });
+        let [x0, x1, x2, x3] = x.as_chunks::<8>().0 else { unreachable!("32 is four times 8") };
+        let x = [load(x0), load(x1), load(x2), load(x3)];
+        let magnitude = |x| _mm256_and_si256(_mm256_castps_si256(x), _mm256_set1_epi32(0x7fff_ffff));
+        let largest = _mm256_max_epi32(
+            _mm256_max_epi32(magnitude(x[0]), magnitude(x[1])),
+            _mm256_max_epi32(magnitude(x[2]), magnitude(x[3])),
+        );
+        let four = _mm_max_epi32(_mm256_castsi256_si128(largest), _mm256_extracti128_si256::<1>(largest));
+        let two = _mm_max_epi32(four, _mm_unpackhi_epi64(four, four));
+        let one = _mm_max_epi32(two, _mm_shuffle_epi32::<1>(two));
+        let (scale, inverse) = scale_for(f32::from_bits(_mm_cvtsi128_si32(one) as u32), limit);
+        let inverse = _mm256_set1_ps(inverse);
+        (x.map(|x| _mm256_cvtps_epi32(_mm256_mul_ps(x, inverse))), scale)
+    }
+
+    #[inline]
+    #[target_feature(enable = "avx2,fma,f16c")]
+    fn lanes(v: __m256i) -> [i32; 8] {
+        let mut lanes = [0; 8];
+        // SAFETY: the array is 32 writable bytes, and the unaligned store asks for nothing else.
+        unsafe { _mm256_storeu_si256(lanes.as_mut_ptr().cast(), v) }
+        lanes
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::guarded::{Guarded, noise};
+    use crate::isa::witness::assert_entered;
+
+    /// The bits of one packed tile: words, scales, offsets.
+    fn packed(isa: Isa, x: &[f32], cols: usize, int8: bool) -> (Vec<i32>, Vec<u32>, Vec<i32>) {
+        let groups = x.len() / cols * cols.div_ceil(GROUP);
+        let (mut scales, mut offsets) = (vec![f32::NAN; groups], vec![7; groups]);
+        let mut words = vec![7; groups * if int8 { 8 } else { 16 }];
+        if int8 {
+            pack_int8(isa, x, cols, &mut words, &mut scales, &mut offsets);
+        } else {
+            pack_int16(isa, x, cols, &mut words, &mut scales);
+        }
+        (words, scales.into_iter().map(f32::to_bits).collect(), offsets)
+    }
+
+    #[test]
+    fn both_implementations_agree_to_the_bit() {
+        let Some(avx2) = Isa::avx2() else { return };
+        for cols in 1..=130 {
+            for m in 1..=6 {
+                // Sizes from subnormal to huge, and groups of zeros.
+                for scale in [1.0, 3.0e-3, 0.0, f32::MIN_POSITIVE * 100.0, f32::MIN_POSITIVE * 1.0e5, 1.0e38] {
+                    let values = noise(m * cols, cols as u64).into_iter().map(|x| x * scale);
+                    let x = Guarded::of(values, cols % 4);
+                    for int8 in [false, true] {
+                        let (fast, plain) = (packed(avx2, &x, cols, int8), packed(Isa::scalar(), &x, cols, int8));
+                        assert_eq!(fast, plain, "[{m}, {cols}] times {scale:e}, int8: {int8}");
+                    }
+                }
+            }
+        }
+        assert_entered("avx2::pack_int16");
+        assert_entered("avx2::pack_int8");
+    }
+
+    #[test]
+    fn integers_are_the_nearest_and_the_zero_points_are_their_sums() {
+        for isa in [Isa::scalar()].into_iter().chain(Isa::avx2()) {
+            let (cols, m) = (70, 3);
+            let x = noise(m * cols, 2);
+            for int8 in [false, true] {
+                let (words, scales, offsets) = packed(isa, &x, cols, int8);
+                for (i, row) in x.chunks(cols).enumerate() {
+                    for (g, group) in row.chunks(GROUP).enumerate() {
+                        let scale = f32::from_bits(scales[g * m + i]);
+                        let mut sums = [0; 2];
+                        for k in 0..GROUP {
+                            let q = if int8 {
+                                words[m * (g * 8 + k / 4) + i].to_le_bytes()[k % 4] as i8 as i16
+                            } else {
+                                split_pair(words[m * (g * 16 + k / 2) + i])[k % 2]
+                            };
+                            let x = group.get(k).copied().unwrap_or(0.0);
+                            let error = (f32::from(q) * scale - x).abs();
+                            assert!(error <= 0.5001 * scale, "column {k} of group {g}, row {i}: {x} became {q}");
+                            sums[k % 4 / 2] += if int8 { q } else { 0 };
+                        }
+                        if int8 {
+                            assert_eq!(split_pair(offsets[g * m + i]), sums.map(|sum| -8 * sum));
+                        }
+                    }
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn floats_are_interleaved() {
+        let mut out = [0.0; 6];
+        pack_float(&[1.0, 2.0, 3.0, 4.0, 5.0, 6.0], 3, &mut out);
+        assert_eq!(out, [1.0, 4.0, 2.0, 5.0, 3.0, 6.0]);
     }
 }

@@ -41,6 +41,9 @@ const DEPTH: usize = 256;
 /// Tiles that share a widened panel.
 const TILES: usize = 85;
 
+/// Panels whose sums are kept.
+const SLOTS: usize = 8;
+
 /// What becomes of the sums of N matrices.
 #[derive(Clone, Copy)]
 enum Finish {
@@ -59,7 +62,7 @@ struct Scratch {
     floats: [[f32; PANEL]; DEPTH],
     words: [int::WideWord; DEPTH / 2],
     scales: [[f32; PANEL]; DEPTH / GROUP],
-    sums: [[Tile; TILES]; 2],
+    sums: [[Tile; TILES]; SLOTS],
 }
 
 thread_local! {
@@ -67,7 +70,7 @@ thread_local! {
         floats: [[0.0; PANEL]; DEPTH],
         words: [[0; 64]; DEPTH / 2],
         scales: [[0.0; PANEL]; DEPTH / GROUP],
-        sums: [[[[0.0; PANEL]; Input::TILE]; TILES]; 2],
+        sums: [[[[0.0; PANEL]; Input::TILE]; TILES]; SLOTS],
     }));
 }
 
@@ -137,20 +140,26 @@ fn many<const N: usize>(
 ) {
     for first in (0..x.tiles()).step_by(TILES) {
         let tiles = first..(first + TILES).min(x.tiles());
-        for (i, panel) in panels.clone().enumerate() {
-            for (n, w) in ws.iter().enumerate() {
-                scratch.sums[n][..tiles.len()].fill([[0.0; PANEL]; Input::TILE]);
-                let mut depth = 0;
-                while depth < w.cols() {
-                    let end = (depth + DEPTH).min(w.cols());
-                    add_part(w, panel, depth..end, x, tiles.clone(), n, scratch);
-                    depth = end;
+        for group in panels.clone().step_by(SLOTS / N) {
+            let group = group..(group + SLOTS / N).min(panels.end);
+            for sums in &mut scratch.sums[..group.len() * N] {
+                sums[..tiles.len()].fill([[0.0; PANEL]; Input::TILE]);
+            }
+            for depth in (0..ws[0].cols()).step_by(DEPTH) {
+                let columns = depth..(depth + DEPTH).min(ws[0].cols());
+                for (i, panel) in group.clone().enumerate() {
+                    for (n, w) in ws.iter().enumerate() {
+                        add_part(w, panel, columns.clone(), x, tiles.clone(), i * N + n, scratch);
+                    }
                 }
             }
             for tile in tiles.clone() {
                 for (m, token) in x.tile_tokens(tile).enumerate() {
-                    let sums = std::array::from_fn(|n| &scratch.sums[n][tile - first][m]);
-                    finish_row::<N>(finish, sums, out.row_mut(token), i * PANEL);
+                    let out = out.row_mut(token);
+                    for (i, panel) in group.clone().enumerate() {
+                        let sums = std::array::from_fn(|n| &scratch.sums[i * N + n][tile - first][m]);
+                        finish_row::<N>(finish, sums, out, (panel - panels.start) * PANEL);
+                    }
                 }
             }
         }
