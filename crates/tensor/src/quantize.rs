@@ -62,7 +62,8 @@ fn search<const MIN: i32, const MAX: i32>(weights: &[f32; GROUP], trials: &[f32]
     if extreme.abs() < 1e-12 {
         return Some((f16::ZERO, [0; GROUP]));
     }
-    let inverse = 1.0 / extreme;
+    // A symmetric range has no longer side, and a positive scale says the same as a negative one.
+    let inverse = 1.0 / if MIN == -MAX { extreme.abs() } else { extreme };
     // (Σwq)² / Σq² and Σwq / Σq² of the best trial.
     let mut best = (0.0, 0.0);
     for &trial in trials {
@@ -211,4 +212,159 @@ pub(crate) fn dequantize_q4(block: &[u8]) -> [f32; GROUP] {
     let group = load_q4(block);
     let scale = group.scale.to_f32();
     group.codes.map(|code| scale * (f32::from(code) - 8.0))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// 12 uniform numbers summed: normal weights with a standard deviation of 0.02, in groups.
+    fn normal_groups(count: usize) -> Vec<[f32; GROUP]> {
+        let mut state = 0x9e37_79b9_7f4a_7c15_u64;
+        let mut uniform = move || {
+            state ^= state << 13;
+            state ^= state >> 7;
+            state ^= state << 17;
+            (state >> 40) as f32 / (1_u64 << 24) as f32 - 0.5
+        };
+        (0..count).map(|_| std::array::from_fn(|_| (0..12).map(|_| uniform()).sum::<f32>() * 0.02)).collect()
+    }
+
+    fn error(weights: &[f32; GROUP], values: [f32; GROUP]) -> f64 {
+        weights.iter().zip(values).map(|(weight, value)| f64::from(weight - value).powi(2)).sum()
+    }
+
+    fn error_q8(weights: &[f32; GROUP]) -> f64 {
+        let group = quantize_group_q8(weights).unwrap();
+        error(weights, group.codes.map(|code| group.scale.to_f32() * f32::from(code)))
+    }
+
+    fn error_q4(weights: &[f32; GROUP]) -> f64 {
+        let group = quantize_group_q4(weights).unwrap();
+        error(weights, group.codes.map(|code| group.scale.to_f32() * (f32::from(code) - 8.0)))
+    }
+
+    /// Squared error when the largest weight alone decides, its code being `top`.
+    fn error_plain(weights: &[f32; GROUP], top: f32, range: std::ops::RangeInclusive<f32>) -> f64 {
+        let scale = f16::from_f32(extreme(weights).unwrap() / top).to_f32();
+        error(weights, weights.map(|weight| scale * (weight / scale).round().clamp(*range.start(), *range.end())))
+    }
+
+    /// RMS error relative to the RMS of the weights.
+    fn relative(groups: &[[f32; GROUP]], group_error: impl Fn(&[f32; GROUP]) -> f64) -> f64 {
+        let power: f64 = groups.iter().map(|weights| error(weights, [0.0; GROUP])).sum();
+        (groups.iter().map(group_error).sum::<f64>() / power).sqrt()
+    }
+
+    #[test]
+    fn the_search_beats_the_largest_weight_by_what_is_claimed() {
+        let groups = normal_groups(4000);
+        let q8 = relative(&groups, error_q8);
+        let q8_plain = relative(&groups, |weights| error_plain(weights, 127.0, -127.0..=127.0));
+        let q4 = relative(&groups, error_q4);
+        let q4_plain = relative(&groups, |weights| error_plain(weights, -8.0, -8.0..=7.0));
+        let q4_symmetric = relative(&groups, |weights| error_plain(weights, 7.0, -8.0..=7.0));
+        println!("relative RMS error: q8 {q8:.5}, largest weight alone {q8_plain:.5}");
+        println!("relative RMS error: q4 {q4:.5}, largest weight to -8 {q4_plain:.5}, to 7 {q4_symmetric:.5}");
+        assert!(q8 < 0.0050 && q8 < 0.93 * q8_plain, "{q8} against {q8_plain}");
+        assert!(q4 < 0.0805 && q4 < 0.95 * q4_plain && q4 < 0.85 * q4_symmetric, "{q4} against {q4_plain}");
+    }
+
+    #[test]
+    fn no_trial_of_many_is_much_better() {
+        let groups = normal_groups(300);
+        let exhaustive = |weights: &[f32; GROUP], min: f32, max: f32, step: f32| {
+            let extreme = extreme(weights).unwrap();
+            let trials = (0..400).map(|trial| max * 0.8 + trial as f32 * step);
+            let errors = trials.flat_map(|top| [top, -top]).map(|top| {
+                let codes = weights.map(|weight| (weight * top / extreme).round().clamp(min, max));
+                let product: f32 = weights.iter().zip(&codes).map(|(weight, code)| weight * code).sum();
+                let scale = product / codes.iter().map(|code| code * code).sum::<f32>();
+                error(weights, codes.map(|code| scale * code))
+            });
+            errors.fold(f64::INFINITY, f64::min)
+        };
+        let best = relative(&groups, |weights| exhaustive(weights, -8.0, 7.0, 0.015));
+        let found = relative(&groups, error_q4);
+        assert!(found < 1.005 * best, "q4: {found} against {best} of 800 trials");
+        let best = relative(&groups, |weights| exhaustive(weights, -127.0, 127.0, 0.1));
+        let found = relative(&groups, error_q8);
+        assert!(found < 1.08 * best, "q8: {found} against {best} of 800 trials");
+    }
+
+    #[test]
+    fn no_group_is_noticeably_worse_than_by_its_largest_weight() {
+        for weights in normal_groups(4000) {
+            // The scale's rounding to f16 (11 bits) can cost a little after the codes are chosen.
+            assert!(error_q8(&weights) <= 1.1 * error_plain(&weights, 127.0, -127.0..=127.0), "{weights:?}");
+            assert!(error_q4(&weights) <= 1.02 * error_plain(&weights, -8.0, -8.0..=7.0), "{weights:?}");
+        }
+    }
+
+    #[test]
+    fn codes_are_the_nearest_for_the_stored_scale() {
+        for weights in normal_groups(500) {
+            let q8 = quantize_group_q8(&weights).unwrap();
+            let q4 = quantize_group_q4(&weights).unwrap();
+            assert!(q8.scale.to_f32() > 0.0);
+            for (k, weight) in weights.into_iter().enumerate() {
+                let exact = weight / q8.scale.to_f32();
+                assert!((exact.clamp(-127.0, 127.0) - f32::from(q8.codes[k])).abs() <= 0.5001);
+                let exact = weight / q4.scale.to_f32();
+                assert!((exact.clamp(-8.0, 7.0) - (f32::from(q4.codes[k]) - 8.0)).abs() <= 0.5001);
+            }
+        }
+    }
+
+    #[test]
+    fn the_longer_side_of_q4_goes_to_the_larger_extreme() {
+        let mut weights = [0.0; GROUP];
+        for (k, weight) in weights.iter_mut().enumerate() {
+            *weight = (k as f32 - 15.0) / 2.0 % 8.0;
+        }
+        weights[0] = 8.0;
+        let positive = quantize_group_q4(&weights).unwrap();
+        let negative = quantize_group_q4(&weights.map(|weight| -weight)).unwrap();
+        assert_eq!(positive.scale, -negative.scale);
+        assert_eq!(positive.codes, negative.codes);
+    }
+
+    #[test]
+    fn groups_at_the_edges_of_the_range() {
+        assert_eq!(quantize_group_q8(&[0.0; GROUP]), Some(GroupQ8 { scale: f16::ZERO, codes: [0; GROUP] }));
+        assert_eq!(quantize_group_q4(&[-0.0; GROUP]), Some(GroupQ4 { scale: f16::ZERO, codes: [8; GROUP] }));
+        for bad in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY, f32::MAX, -9e6] {
+            for place in [0, 13, GROUP - 1] {
+                let mut weights = [0.01; GROUP];
+                weights[place] = bad;
+                assert_eq!(quantize_group_q8(&weights), None, "{bad} at {place}");
+                assert_eq!(quantize_group_q4(&weights), None, "{bad} at {place}");
+            }
+        }
+        // From far below the smallest f16 scale up to the largest: finite, and never further off than the weight itself.
+        for exponent in -149..=18 {
+            let magnitude = 2.0_f32.powi(exponent);
+            let weights: [f32; GROUP] = std::array::from_fn(|k| magnitude * (k as f32 / 31.0 - 0.5));
+            for relative in [error_q8(&weights), error_q4(&weights)] {
+                assert!(relative <= 1.0001 * error(&weights, [0.0; GROUP]), "2^{exponent}: {relative}");
+            }
+        }
+        let large = [65504.0 * 7.0; GROUP];
+        for left in [error_q8(&large), error_q4(&large)] {
+            assert!(left / error(&large, [0.0; GROUP]) < 1e-6, "{left}");
+        }
+    }
+
+    #[test]
+    fn stored_groups_come_back() {
+        for weights in normal_groups(50) {
+            let (q8, q4) = (quantize_group_q8(&weights).unwrap(), quantize_group_q4(&weights).unwrap());
+            let (mut block8, mut block4) = ([0; 34], [0; 18]);
+            store_q8(&q8, &mut block8);
+            store_q4(&q4, &mut block4);
+            assert_eq!((load_q8(&block8), load_q4(&block4)), (q8, q4));
+            assert_eq!(dequantize_q8(&block8), q8.codes.map(|code| q8.scale.to_f32() * f32::from(code)));
+            assert_eq!(dequantize_q4(&block4), q4.codes.map(|code| q4.scale.to_f32() * (f32::from(code) - 8.0)));
+        }
+    }
 }
