@@ -1,0 +1,228 @@
+//! Continuing a sequence token by token: prefill in chunks, then decode.
+
+use std::ops::ControlFlow;
+use std::time::{Duration, Instant};
+
+use comm::Phase;
+use ops::LogitRows;
+
+use crate::cache::KvCache;
+use crate::error::ModelError;
+use crate::model::{Logits, Model};
+use crate::sampling::{Sampler, SamplingError, SamplingParams};
+
+/// How a sequence is continued; the same on every rank.
+#[derive(Clone, Debug, PartialEq)]
+pub struct GenerateParams {
+    /// How tokens are chosen.
+    pub sampling: SamplingParams,
+    /// The most tokens to generate.
+    pub max_new_tokens: usize,
+    /// Ids that end the sequence.
+    pub eos_token_ids: Vec<u32>,
+    /// Whether to go on past them.
+    pub ignore_eos: bool,
+    /// Tokens of the prompt that run through the model at once, at least 1: longer chunks make better use of the processor and take
+    /// more memory.
+    pub prefill_chunk: usize,
+}
+
+impl Default for GenerateParams {
+    /// Greedy, up to 256 tokens, chunks of 512.
+    fn default() -> Self {
+        Self {
+            sampling: SamplingParams::default(),
+            max_new_tokens: 256,
+            eos_token_ids: Vec::new(),
+            ignore_eos: false,
+            prefill_chunk: 512,
+        }
+    }
+}
+
+/// Why a continuation ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum StopReason {
+    /// The model ended the sequence.
+    EndOfSequence,
+    /// The wanted number of tokens is there.
+    MaxNewTokens,
+    /// The cache is full.
+    ContextFull,
+    /// A rank's callback asked for it.
+    Callback,
+}
+
+/// How long some tokens took.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct Timing {
+    /// Tokens.
+    pub tokens: usize,
+    /// Time that they took.
+    pub elapsed: Duration,
+}
+
+impl Timing {
+    /// Tokens a second; 0 where nothing was timed.
+    pub fn tokens_per_s(&self) -> f64 {
+        let seconds = self.elapsed.as_secs_f64();
+        if seconds > 0.0 { self.tokens as f64 / seconds } else { 0.0 }
+    }
+}
+
+/// A continuation.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Generated {
+    /// The new tokens, the one that ended the sequence included.
+    pub ids: Vec<u32>,
+    /// Why there are no more.
+    pub stop: StopReason,
+    /// Tokens of the prompt that ran through the model, and the time until the first new token was chosen.
+    pub prefill: Timing,
+    /// New tokens after the first, and their time.
+    pub decode: Timing,
+}
+
+/// Why a sequence cannot be continued.
+#[derive(Debug, thiserror::Error)]
+pub enum GenerateError {
+    /// There is nothing to continue.
+    #[error("the prompt is empty, expected at least one token")]
+    EmptyPrompt,
+    /// All of the prompt is in the cache already, so that no logits follow it.
+    #[error("the prompt has {tokens} tokens and the cache already holds {cached}, expected at least one new token")]
+    NothingNew {
+        /// Tokens of the prompt.
+        tokens: usize,
+        /// Tokens in the cache.
+        cached: usize,
+    },
+    /// An id that the model does not have.
+    #[error("token {index} of the prompt has id {id}, expected an id below the vocabulary size {vocab_size}")]
+    TokenOutOfRange {
+        /// Its place, from 0.
+        index: usize,
+        /// The id.
+        id: u32,
+        /// The model's vocabulary.
+        vocab_size: usize,
+    },
+    /// A prompt that the cache has no room for.
+    #[error("the prompt has {tokens} tokens, expected at most {capacity}, the length of the context")]
+    PromptTooLong {
+        /// Tokens of the prompt.
+        tokens: usize,
+        /// Tokens that the cache may hold.
+        capacity: usize,
+    },
+    /// The next token cannot be chosen.
+    #[error(transparent)]
+    Sampling(#[from] SamplingError),
+    /// The model failed.
+    #[error(transparent)]
+    Model(#[from] ModelError),
+}
+
+/// Continues `prompt`, the whole sequence so far, of which the first `cache.len()` tokens are in `cache` already (none for a new
+/// sequence, all but the latest message in a conversation). All ranks call it with the same arguments.
+///
+/// `on_token` sees each new token as it is chosen, on every rank. Where it breaks on any rank, all ranks stop before the next token:
+/// the wish travels with the exchange that chooses tokens, so that no rank is left waiting.
+///
+/// Afterwards `cache` holds the prompt and the new tokens except the last one, which has not been run.
+pub fn generate(
+    model: &Model,
+    cache: &mut KvCache,
+    prompt: &[u32],
+    params: &GenerateParams,
+    on_token: &mut dyn FnMut(u32) -> ControlFlow<()>,
+) -> Result<Generated, GenerateError> {
+    check_prompt(prompt, cache.len(), cache.capacity(), model.config().vocab_size)?;
+    let mut sampler = Sampler::new(params.sampling, model.config().vocab_size, model.comm().clone())?;
+    let result = run(model, cache, prompt, params, &mut sampler, on_token);
+    model.comm().ledger().set_phase(Phase::Other);
+    result
+}
+
+fn run(
+    model: &Model,
+    cache: &mut KvCache,
+    prompt: &[u32],
+    params: &GenerateParams,
+    sampler: &mut Sampler,
+    on_token: &mut dyn FnMut(u32) -> ControlFlow<()>,
+) -> Result<Generated, GenerateError> {
+    let ledger = model.comm().ledger();
+    ledger.set_phase(Phase::Prefill);
+    let start = Instant::now();
+    let new = &prompt[cache.len()..];
+    let mut logits = prefill(model, cache, new, params.prefill_chunk)?;
+    let mut prefill = Timing { tokens: new.len(), elapsed: start.elapsed() };
+    let mut decode = Timing::default();
+
+    let mut history = prompt.to_vec();
+    let mut wishes_to_stop = false;
+    let stop = loop {
+        let count = history.len() - prompt.len();
+        if count == params.max_new_tokens {
+            break StopReason::MaxNewTokens;
+        }
+        if count > 0 {
+            ledger.set_phase(Phase::Decode);
+            if cache.len() == cache.capacity() {
+                break StopReason::ContextFull;
+            }
+            logits = model.forward(cache, &history[history.len() - 1..], LogitRows::Last)?;
+        }
+        let row = logits.values.row(0);
+        let row = row.as_slice().expect("a row of row-major logits is contiguous");
+        let sample = sampler.sample(logits.vocab.clone(), row, history.len() as u64, &history, wishes_to_stop)?;
+        if sample.stop {
+            break StopReason::Callback;
+        }
+        history.push(sample.id);
+        if count == 0 {
+            prefill.elapsed = start.elapsed();
+        } else {
+            decode = Timing { tokens: count, elapsed: start.elapsed() - prefill.elapsed };
+        }
+        wishes_to_stop |= on_token(sample.id).is_break();
+        if !params.ignore_eos && params.eos_token_ids.contains(&sample.id) {
+            break StopReason::EndOfSequence;
+        }
+        if wishes_to_stop && model.comm().size() == 1 {
+            break StopReason::Callback;
+        }
+    };
+    Ok(Generated { ids: history.split_off(prompt.len()), stop, prefill, decode })
+}
+
+/// Runs the tokens in chunks and returns the last one's logits.
+fn prefill(model: &Model, cache: &mut KvCache, tokens: &[u32], chunk: usize) -> Result<Logits, ModelError> {
+    let mut chunks = tokens.chunks(chunk.max(1)).peekable();
+    loop {
+        let chunk = chunks.next().expect("a checked prompt has new tokens");
+        let rows = if chunks.peek().is_some() { LogitRows::None } else { LogitRows::Last };
+        let logits = model.forward(cache, chunk, rows)?;
+        if rows == LogitRows::Last {
+            return Ok(logits);
+        }
+    }
+}
+
+fn check_prompt(prompt: &[u32], cached: usize, capacity: usize, vocab_size: usize) -> Result<(), GenerateError> {
+    let tokens = prompt.len();
+    if prompt.is_empty() {
+        return Err(GenerateError::EmptyPrompt);
+    }
+    if let Some((index, &id)) = prompt.iter().enumerate().find(|(_, id)| **id as usize >= vocab_size) {
+        return Err(GenerateError::TokenOutOfRange { index, id, vocab_size });
+    }
+    if tokens > capacity {
+        return Err(GenerateError::PromptTooLong { tokens, capacity });
+    }
+    if tokens <= cached {
+        return Err(GenerateError::NothingNew { tokens, cached });
+    }
+    Ok(())
+}
