@@ -83,12 +83,9 @@ fn search<const MIN: i32, const MAX: i32>(weights: &[f32; GROUP], trials: &[f32]
 /// The weight of largest magnitude, with its sign; `None` if any is not finite.
 #[inline(always)]
 fn extreme(weights: &[f32; GROUP]) -> Option<f32> {
-    let (mut low, mut high, mut check) = ([0.0_f32; LANES], [0.0_f32; LANES], [0.0_f32; LANES]);
+    let mut check = [0.0; LANES];
     for part in weights.as_chunks::<LANES>().0 {
         for lane in 0..LANES {
-            // Comparisons instead of `min` and `max`, whose care for NaN costs instructions.
-            low[lane] = if part[lane] < low[lane] { part[lane] } else { low[lane] };
-            high[lane] = if part[lane] > high[lane] { part[lane] } else { high[lane] };
             // 0 for finite weights, and not a number for all others.
             check[lane] += part[lane] * 0.0;
         }
@@ -96,9 +93,29 @@ fn extreme(weights: &[f32; GROUP]) -> Option<f32> {
     if total(check) != 0.0 {
         return None;
     }
-    let low = low.into_iter().fold(0.0, f32::min);
-    let high = high.into_iter().fold(0.0, f32::max);
+    let (low, high) = (fold(weights, smaller), fold(weights, larger));
     Some(if high >= -low { high } else { low })
+}
+
+/// One of all weights, as a tree of halves.
+#[inline(always)]
+fn fold(weights: &[f32; GROUP], pick: impl Fn(f32, f32) -> f32) -> f32 {
+    let part: [f32; 16] = std::array::from_fn(|lane| pick(weights[lane], weights[lane + 16]));
+    let part: [f32; 8] = std::array::from_fn(|lane| pick(part[lane], part[lane + 8]));
+    let part: [f32; 4] = std::array::from_fn(|lane| pick(part[lane], part[lane + 4]));
+    pick(pick(part[0], part[2]), pick(part[1], part[3]))
+}
+
+/// One instruction, where `f32::max` takes four for its care about NaN.
+#[inline(always)]
+fn larger(a: f32, b: f32) -> f32 {
+    if a > b { a } else { b }
+}
+
+/// As [`larger`].
+#[inline(always)]
+fn smaller(a: f32, b: f32) -> f32 {
+    if a < b { a } else { b }
 }
 
 /// 1.5·2²³: added to a small f32 it leaves no room for a fraction, so the sum is rounded to nearest even, and its low bits are
@@ -108,8 +125,8 @@ const SHIFT: f32 = 12_582_912.0;
 /// Nearest whole number in `MIN..=MAX`, plus [`SHIFT`].
 #[inline(always)]
 fn nearest<const MIN: i32, const MAX: i32>(value: f32) -> f32 {
-    let value = if value < MIN as f32 { MIN as f32 } else { value };
-    let value = if value > MAX as f32 { MAX as f32 } else { value };
+    let value = larger(value, MIN as f32);
+    let value = smaller(value, MAX as f32);
     value + SHIFT
 }
 
