@@ -75,7 +75,7 @@ fn attend_replicated(
     scratch: &mut AttentionScratch,
     out: &mut Activations,
 ) -> Result<(), CommError> {
-    let kept = span.kept(ctx.rank(), ctx.ranks());
+    let kept = span.kept(ctx.positions.rank(), ctx.positions.size());
     for position in &kept {
         let index = *position as usize - span.start;
         cache.push(ctx, slice(qkv), spec.shape, index..index + 1);
@@ -84,7 +84,7 @@ fn attend_replicated(
         .map(|index| span.held.len() + kept.partition_point(|position| *position as usize <= span.start + index))
         .collect();
     let task = attend_to(spec, slice(qkv), qkv.ncols(), &visible, cache.heads());
-    if ctx.ranks() == 1 {
+    if ctx.positions.size() == 1 {
         attend(ctx, &task, &mut scratch.tasks, out, None);
         return Ok(());
     }
@@ -94,8 +94,8 @@ fn attend_replicated(
     for part in [&partial.max, &partial.sum, out] {
         message.extend_from_slice(slice(part));
     }
-    gathered.resize(message.len() * ctx.ranks(), 0.0);
-    ctx.comm.all_gather(message, gathered)?;
+    gathered.resize(message.len() * ctx.positions.size(), 0.0);
+    ctx.positions.all_gather(message, gathered)?;
     let rows = partial.max.len();
     let mut merged = SoftmaxState::new();
     merged.reset(rows, spec.shape.head_dim);
@@ -118,7 +118,7 @@ fn attend_split(
     out: &mut Activations,
 ) -> Result<(), CommError> {
     let chunk = gather_chunk(ctx, spec, span, qkv, cache)?;
-    let visible: Vec<_> = span.layout.indices(ctx.rank()).map(|index| index + 1).collect();
+    let visible: Vec<_> = span.layout.indices(ctx.positions.rank()).map(|index| index + 1).collect();
     let task = attend_to(spec, slice(qkv), qkv.ncols(), &visible, chunk.heads());
     if span.start == 0 {
         attend(ctx, &task, &mut scratch.tasks, out, None);
@@ -146,7 +146,7 @@ fn gather_chunk(
     let tokens = span.layout.tokens();
     let own: Vec<f32> = columns(qkv, shape.query_width(), width);
     let mut gathered = vec![0.0; tokens * width];
-    ctx.comm.all_gather_v(&own, &span.layout.lengths(ctx.ranks(), width), &mut gathered)?;
+    ctx.positions.all_gather_v(&own, &span.layout.lengths(ctx.positions.size(), width), &mut gathered)?;
     // Rows as the cache takes them: room for the queries, then keys and values, in token order.
     let mut ordered = vec![0.0; tokens * shape.qkv_width()];
     for (row, index) in gathered.chunks_exact(width.max(1)).zip(span.layout.gathered_order()) {
@@ -172,12 +172,12 @@ fn attend_past(
     let AttentionScratch { tasks, partial, past, message, gathered } = scratch;
     gathered.resize(tokens * width, 0.0);
     let own = columns(qkv, 0, width);
-    ctx.comm.all_gather_v(&own, &span.layout.lengths(ctx.ranks(), width), gathered)?;
+    ctx.positions.all_gather_v(&own, &span.layout.lengths(ctx.positions.size(), width), gathered)?;
     let visible = vec![span.held.len(); tokens];
     attend(ctx, &attend_to(spec, gathered, width, &visible, cache.heads()), tasks, past, Some(partial));
 
     let own_max = slice(&partial.max).to_vec();
-    ctx.comm.all_reduce(slice_mut(&mut partial.max), ReduceOp::Max)?;
+    ctx.positions.all_reduce(slice_mut(&mut partial.max), ReduceOp::Max)?;
     // Each token's sums and accumulators, relative to the common maxima.
     message.clear();
     let rows = own_max.chunks_exact(heads).zip(partial.max.outer_iter());
@@ -187,12 +187,12 @@ fn attend_past(
         message.extend(sum.iter().enumerate().map(|(head, sum)| sum * factor(head)));
         message.extend(acc.iter().enumerate().map(|(index, acc)| acc * factor(index / head_dim)));
     }
-    let counts = span.layout.lengths(ctx.ranks(), heads + width);
-    let own = span.layout.count(ctx.rank());
+    let counts = span.layout.lengths(ctx.positions.size(), heads + width);
+    let own = span.layout.count(ctx.positions.rank());
     let mut merged = vec![0.0; own * (heads + width)];
-    ctx.comm.reduce_scatter(message, &counts, &mut merged)?;
+    ctx.positions.reduce_scatter(message, &counts, &mut merged)?;
 
-    let first: usize = (0..ctx.rank()).map(|rank| span.layout.count(rank)).sum();
+    let first: usize = (0..ctx.positions.rank()).map(|rank| span.layout.count(rank)).sum();
     let (mut sum, mut acc) = (Vec::with_capacity(own * heads), Vec::with_capacity(own * width));
     for row in merged.chunks_exact(heads + width) {
         sum.extend_from_slice(&row[..heads]);

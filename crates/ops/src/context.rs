@@ -3,38 +3,62 @@
 use std::sync::Arc;
 use std::time::Instant;
 
-use comm::Communicator;
+use comm::{CommError, Communicator};
 use simd_kernels::Isa;
 
 use crate::profile::Profile;
 use crate::team::{Placement, Team};
 
 /// The surroundings of one rank's operations.
+///
+/// The ranks form a grid: those of a row hold the same positions and split the heads and the weights; those of
+/// a column hold the same heads and split the positions. Either group may be this rank alone.
 pub struct Context {
     /// The instruction set of the kernels.
     pub isa: Isa,
     /// The threads of this rank.
     pub team: Team,
-    /// The ranks that share the work.
+    /// All ranks that share the model.
     pub comm: Arc<dyn Communicator>,
+    /// The ranks that hold the same positions and split the heads (tensor parallel).
+    pub heads: Arc<dyn Communicator>,
+    /// The ranks that hold the same heads and split the positions (sequence parallel).
+    pub positions: Arc<dyn Communicator>,
     /// What the operations took.
     pub profile: Arc<Profile>,
 }
 
 impl Context {
-    /// Surroundings with a team of `threads`.
-    pub fn new(isa: Isa, comm: Arc<dyn Communicator>, threads: usize, placement: Placement) -> Self {
+    /// Surroundings with a team of `threads`, `columns` ranks to a row of the grid: world rank `r` is in row
+    /// `r / columns` and column `r % columns`. All ranks call it.
+    ///
+    /// # Errors
+    /// When the groups cannot be formed.
+    ///
+    /// # Panics
+    /// When `columns` does not divide the number of ranks.
+    pub fn new(
+        isa: Isa,
+        comm: Arc<dyn Communicator>,
+        columns: usize,
+        threads: usize,
+        placement: Placement,
+    ) -> Result<Self, CommError> {
+        let (rank, ranks) = (comm.rank(), comm.size());
+        assert!(columns > 0 && ranks.is_multiple_of(columns), "{ranks} ranks in rows of {columns}");
+        let group = |size: usize, color: usize| -> Result<Arc<dyn Communicator>, CommError> {
+            if size == ranks { Ok(comm.clone()) } else { Ok(comm.split(color, rank)?.into()) }
+        };
+        let heads = group(columns, rank / columns)?;
+        let positions = group(ranks / columns, rank % columns)?;
         let profile = Arc::new(Profile::new(Instant::now()));
-        Self { isa, team: Team::new(threads, placement, profile.clone()), comm, profile }
+        let team = Team::new(threads, placement, profile.clone());
+        Ok(Self { isa, team, comm, heads, positions, profile })
     }
 
-    /// This rank's number, from 0.
-    pub fn rank(&self) -> usize {
-        self.comm.rank()
-    }
-
-    /// How many ranks share the work.
-    pub fn ranks(&self) -> usize {
-        self.comm.size()
+    /// The ranks over which the feed-forward block is split: those that split the heads, or, where none do, those
+    /// that split the positions.
+    pub fn mlp_ranks(&self) -> &dyn Communicator {
+        if self.heads.size() > 1 { &*self.heads } else { &*self.positions }
     }
 }

@@ -1,6 +1,6 @@
 //! Matrix products with packed weights: this rank's share, and the two ways to make it whole.
 
-use comm::{CommError, CommunicatorExt};
+use comm::{CommError, Communicator, CommunicatorExt};
 use simd_kernels::{Input, InputKind, MatMut, PanelData, Panels, Store, matmul};
 use tensor::{Activations, CheckpointError, Matrix, PackedData, PackedMatrix, WeightFormat};
 
@@ -89,7 +89,7 @@ impl Linear {
     }
 }
 
-/// A linear layer whose *input* features are split over the ranks: `residual += Σᵣ xᵣ · Wᵣᵀ`, with one
+/// A linear layer whose *input* features are split over the ranks that split heads: `residual += Σᵣ xᵣ · Wᵣᵀ`, with one
 /// Allreduce of tokens · out · 4 bytes. `partial` is scratch.
 ///
 /// # Errors
@@ -101,13 +101,13 @@ pub fn linear_mpi(
     partial: &mut Activations,
     residual: &mut Activations,
 ) -> Result<(), CommError> {
-    if ctx.ranks() == 1 {
+    if ctx.heads.size() == 1 {
         weights.apply(ctx, x, residual, Store::Add);
         return Ok(());
     }
     reshape(partial, residual.nrows(), residual.ncols());
     weights.apply(ctx, x, partial, Store::Set);
-    ctx.comm.all_reduce_add(slice(partial), slice_mut(residual))
+    ctx.heads.all_reduce_add(slice(partial), slice_mut(residual))
 }
 
 /// Makes [tokens, n] on every rank from each rank's [tokens, counts[rank]] columns: one Allgather
@@ -116,7 +116,7 @@ pub fn linear_mpi(
 /// # Errors
 /// When the collective fails.
 pub fn gather_columns(
-    ctx: &Context,
+    comm: &dyn Communicator,
     own: &Activations,
     counts: &[usize],
     vector: bool,
@@ -124,13 +124,13 @@ pub fn gather_columns(
 ) -> Result<(), CommError> {
     let tokens = own.nrows();
     let width: usize = counts.iter().sum();
-    assert_eq!(own.ncols(), counts[ctx.rank()], "own columns against this rank's count");
+    assert_eq!(own.ncols(), counts[comm.rank()], "own columns against this rank's count");
     let mut gathered = vec![0.0f32; tokens * width];
     if !vector && counts.iter().all(|count| *count == counts[0]) {
-        ctx.comm.all_gather(slice(own), &mut gathered)?;
+        comm.all_gather(slice(own), &mut gathered)?;
     } else {
         let lengths: Vec<_> = counts.iter().map(|count| count * tokens).collect();
-        ctx.comm.all_gather_v(slice(own), &lengths, &mut gathered)?;
+        comm.all_gather_v(slice(own), &lengths, &mut gathered)?;
     }
     reshape(out, tokens, width);
     let (mut block, mut column) = (&gathered[..], 0);

@@ -37,19 +37,19 @@ pub fn wanted_rows(
     match wanted {
         LogitRows::Last if tokens > 0 => {
             reshape(out, 1, width);
-            let owner = (0..ctx.ranks()).find(|rank| layout.indices(*rank).any(|index| index + 1 == tokens));
+            let owner = (0..ctx.positions.size()).find(|rank| layout.indices(*rank).any(|index| index + 1 == tokens));
             let owner = owner.expect("the last token is on some rank");
-            if !layout.is_split() || owner == ctx.rank() {
+            if !layout.is_split() || owner == ctx.positions.rank() {
                 // Ascending order: a rank that holds the last token holds it as its last row.
                 out.row_mut(0).assign(&x.row(x.nrows() - 1));
             }
             if layout.is_split() {
-                ctx.comm.broadcast(owner, slice_mut(out))?;
+                ctx.positions.broadcast(owner, slice_mut(out))?;
             }
         }
         LogitRows::All if layout.is_split() => {
             let mut gathered = vec![0.0; tokens * width];
-            ctx.comm.all_gather_v(slice(x), &layout.lengths(ctx.ranks(), width), &mut gathered)?;
+            ctx.positions.all_gather_v(slice(x), &layout.lengths(ctx.positions.size(), width), &mut gathered)?;
             reshape(out, tokens, width);
             for (row, index) in gathered.chunks_exact(width).zip(layout.gathered_order()) {
                 slice_mut(out)[index * width..(index + 1) * width].copy_from_slice(row);

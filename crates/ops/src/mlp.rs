@@ -69,10 +69,12 @@ pub fn mlp(
     residual: &mut Activations,
 ) -> Result<(), CommError> {
     let mut tokens = std::mem::take(&mut scratch.tokens);
-    let gathers = layout.is_split() && block.schedule != MlpSchedule::Local;
+    let comm = ctx.mlp_ranks();
+    // Ranks that split the heads hold the same tokens: only ranks that split the positions have to gather.
+    let gathers = layout.is_split() && block.schedule != MlpSchedule::Local && ctx.heads.size() == 1;
     if gathers {
         reshape(&mut tokens, layout.tokens(), x.ncols());
-        ctx.comm.all_gather_v(slice(x), &layout.lengths(ctx.ranks(), x.ncols()), slice_mut(&mut tokens))?;
+        comm.all_gather_v(slice(x), &layout.lengths(comm.size(), x.ncols()), slice_mut(&mut tokens))?;
     }
     let result = block.forward(ctx, if gathers { &tokens } else { x }, gathers.then_some(layout), scratch, residual);
     scratch.tokens = tokens;
@@ -90,6 +92,7 @@ impl Mlp {
         scratch: &mut MlpScratch,
         residual: &mut Activations,
     ) -> Result<(), CommError> {
+        let comm = ctx.mlp_ranks();
         scratch.inputs.resize_with(self.experts.len().max(1), Input::new);
         let routing = match &self.router {
             Some(router) => route(ctx, router, x, &mut scratch.inputs[0], &mut scratch.scores),
@@ -99,7 +102,7 @@ impl Mlp {
         let MlpScratch { inputs, activation, result, partial, own, sorted, .. } = scratch;
         prepare_groups(ctx, self, |expert| &expert.down, &routing, activation, inputs);
 
-        let whole = self.schedule == MlpSchedule::Local || ctx.ranks() == 1;
+        let whole = self.schedule == MlpSchedule::Local || comm.size() == 1;
         if whole && self.router.is_none() {
             self.down(ctx, &routing, inputs, residual, Store::Add);
             return Ok(());
@@ -119,17 +122,17 @@ impl Mlp {
         }
         match (self.schedule, split) {
             (MlpSchedule::Gathered, _) => {
-                gather_columns(ctx, partial, &self.hidden, false, result)?;
-                let first = split.map_or(0, |layout| (0..ctx.rank()).map(|rank| layout.count(rank)).sum());
+                gather_columns(comm, partial, &self.hidden, false, result)?;
+                let first = split.map_or(0, |layout| (0..comm.rank()).map(|rank| layout.count(rank)).sum());
                 let start = first * residual.ncols();
                 let end = start + residual.len();
                 simd_kernels::add(ctx.isa, slice_mut(residual), &slice(result)[start..end]);
             }
-            (_, None) => ctx.comm.all_reduce_add(slice(partial), slice_mut(residual))?,
+            (_, None) => comm.all_reduce_add(slice(partial), slice_mut(residual))?,
             (_, Some(layout)) => {
                 reshape(own, residual.nrows(), residual.ncols());
-                let counts = layout.lengths(ctx.ranks(), residual.ncols());
-                ctx.comm.reduce_scatter(slice(partial), &counts, slice_mut(own))?;
+                let counts = layout.lengths(comm.size(), residual.ncols());
+                comm.reduce_scatter(slice(partial), &counts, slice_mut(own))?;
                 simd_kernels::add(ctx.isa, slice_mut(residual), slice(own));
             }
         }
@@ -144,6 +147,7 @@ impl Mlp {
         x: &Activations,
         scratch: &mut MlpScratch,
     ) -> Result<(), CommError> {
+        let comm = ctx.mlp_ranks();
         let MlpScratch { sorted, inputs, gate, up, own, activation, .. } = scratch;
         let x = if self.router.is_some() {
             routing.gather(x, sorted);
@@ -168,10 +172,10 @@ impl Mlp {
             self.each_group(ctx, routing, inputs, width, own, |expert, panels, input, out| {
                 matmul(ctx.isa, pick(expert).panels(), panels, input, out, Store::Set);
             });
-            gather_columns(ctx, own, &self.intermediate, self.schedule == MlpSchedule::Naive, out)?;
+            gather_columns(comm, own, &self.intermediate, self.schedule == MlpSchedule::Naive, out)?;
         }
-        let start: usize = self.intermediate[..ctx.rank()].iter().sum();
-        let columns = start..start + self.intermediate[ctx.rank()];
+        let start: usize = self.intermediate[..comm.rank()].iter().sum();
+        let columns = start..start + self.intermediate[comm.rank()];
         if self.schedule == MlpSchedule::Naive {
             // The whole activation on every rank, as the schedule has it, then this rank's part of it.
             let whole = &mut *own;
@@ -191,7 +195,7 @@ impl Mlp {
         for (part, (gate, up)) in slice_mut(own).chunks_exact_mut(part.max(1)).zip(whole) {
             simd_kernels::swiglu(ctx.isa, &gate[columns.clone()], &up[columns.clone()], part);
         }
-        gather_columns(ctx, own, &self.intermediate, false, activation)
+        gather_columns(comm, own, &self.intermediate, false, activation)
     }
 
     fn down(&self, ctx: &Context, routing: &Routing, inputs: &[Input], out: &mut Activations, store: Store) {

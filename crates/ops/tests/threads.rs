@@ -17,12 +17,8 @@ fn checkpoint() -> tempfile::TempDir {
     dir
 }
 
-fn run_all(comm: Arc<dyn Communicator>, isa: Isa, threads: usize, dir: &std::path::Path) {
-    let rank = suite::Rank::new(comm, isa, threads, dir);
-    for (name, check) in suite::CHECKS {
-        eprintln!("{name}: rank {} of {}, {}, {threads} threads", rank.ctx.rank(), rank.ctx.ranks(), isa.name());
-        check(&rank);
-    }
+fn solo() -> Arc<dyn Communicator> {
+    Arc::new(SoloComm::new())
 }
 
 #[test]
@@ -30,7 +26,7 @@ fn one_rank() {
     let dir = checkpoint();
     for isa in isas() {
         for threads in [1, 2, 3, 16] {
-            run_all(Arc::new(SoloComm::new()), isa, threads, dir.path());
+            suite::run(&solo(), isa, threads, dir.path());
         }
     }
 }
@@ -42,7 +38,8 @@ fn several_ranks() {
         for ranks in [1, 2, 3, 4, 5, 7] {
             std::thread::scope(|scope| {
                 for comm in ThreadComm::group(ranks) {
-                    scope.spawn(|| run_all(Arc::new(comm), isa, 1 + ranks % 2, dir.path()));
+                    let comm: Arc<dyn Communicator> = Arc::new(comm);
+                    scope.spawn(|| suite::run(&{ comm }, isa, 1 + ranks % 2, dir.path()));
                 }
             });
         }

@@ -23,6 +23,16 @@ pub enum ModelError {
         /// The lowest rank that failed.
         rank: usize,
     },
+    /// A grid of another size than the number of ranks.
+    #[error("grid tp={tp},sp={sp} has {} ranks, expected {ranks}", tp * sp)]
+    Grid {
+        /// Ranks that split weights.
+        tp: usize,
+        /// Ranks that split positions.
+        sp: usize,
+        /// Ranks there are.
+        ranks: usize,
+    },
     /// A token is not in the vocabulary.
     #[error("token {index} has id {id}, expected an id below the vocabulary size {vocab_size}")]
     TokenOutOfRange {

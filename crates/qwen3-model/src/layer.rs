@@ -8,8 +8,6 @@ use ops::{
 };
 use tensor::Activations;
 
-use crate::options::ParallelStrategy;
-
 /// The weights of one layer that this rank owns.
 pub(crate) struct DecoderLayer {
     pub input_norm: Vec<f32>,
@@ -26,7 +24,6 @@ pub(crate) struct DecoderLayer {
 /// What is the same for all layers of a forward pass.
 pub(crate) struct Pass<'a> {
     pub ctx: &'a Context,
-    pub strategy: ParallelStrategy,
     pub algorithm: AttentionAlgorithm,
     pub shape: &'a AttentionShape,
     pub rotary: Rotary<'a>,
@@ -75,17 +72,15 @@ impl DecoderLayer {
             norm: QkNorm { q: &self.q_norm, k: &self.k_norm, eps },
             rotary: pass.rotary,
         };
-        match pass.strategy {
-            ParallelStrategy::Heads => attention_headwise(ctx, &spec, qkv, cache, attention, attended),
-            ParallelStrategy::Sequence => attention_sequence(ctx, &spec, &pass.span, qkv, cache, attention, attended)?,
+        if ctx.positions.size() == 1 {
+            attention_headwise(ctx, &spec, qkv, cache, attention, attended);
+        } else {
+            attention_sequence(ctx, &spec, &pass.span, qkv, cache, attention, attended)?;
         }
         prepare(ctx, self.o_proj.input_kind(), attended, input);
         {
             let _operation = ctx.profile.operation("o_proj", self.o_proj.work(x.nrows()));
-            match pass.strategy {
-                ParallelStrategy::Heads => linear_mpi(ctx, &self.o_proj, input, partial, x)?,
-                ParallelStrategy::Sequence => self.o_proj.apply(ctx, input, x, Store::Add),
-            }
+            linear_mpi(ctx, &self.o_proj, input, partial, x)?;
         }
 
         rms_norm(ctx, x, &self.post_attention_norm, eps, normed);

@@ -14,7 +14,7 @@ use crate::heads::HeadPlan;
 use crate::layer::DecoderLayer;
 use crate::model::Model;
 use crate::names::{EMBEDDING, FINAL_NORM, LM_HEAD, LayerNames, MlpNames};
-use crate::options::{ModelOptions, ParallelStrategy};
+use crate::options::ModelOptions;
 use crate::rotary::RotaryTable;
 
 /// How far loading has come.
@@ -34,7 +34,12 @@ pub(crate) fn load(
     progress: &dyn Fn(LoadProgress),
 ) -> Result<Model, ModelError> {
     comm.ledger().set_phase(Phase::Load);
-    let loaded = load_share(dir, comm.clone(), options, progress);
+    let (tp, sp) = options.strategy.grid(comm.size());
+    if tp.checked_mul(sp) != Some(comm.size()) {
+        return Err(ModelError::Grid { tp, sp, ranks: comm.size() });
+    }
+    let ctx = Context::new(options.isa, comm.clone(), tp, options.threads, options.placement)?;
+    let loaded = load_share(dir, ctx, options, progress);
     let mut failed = vec![0u8; comm.size()];
     comm.all_gather(&[u8::from(loaded.is_err())], &mut failed)?;
     comm.ledger().set_phase(Phase::Other);
@@ -46,13 +51,12 @@ pub(crate) fn load(
 
 fn load_share(
     dir: &Path,
-    comm: Arc<dyn Communicator>,
+    ctx: Context,
     options: &ModelOptions,
     progress: &dyn Fn(LoadProgress),
 ) -> Result<Model, ModelError> {
     let config = Config::read(dir)?;
     let checkpoint = Checkpoint::open(dir)?;
-    let ctx = Context::new(options.isa, comm, options.threads, options.placement);
     let embedding = checkpoint.matrix(EMBEDDING, config.vocab_size, config.hidden_size)?;
     let share = Share::new(&ctx, &config, &checkpoint, options);
 
@@ -67,7 +71,7 @@ fn load_share(
     } else {
         checkpoint.matrix(LM_HEAD, config.vocab_size, config.hidden_size)?
     };
-    let vocab = split_range(config.vocab_size, ctx.ranks(), ctx.rank());
+    let vocab = split_range(config.vocab_size, ctx.comm.size(), ctx.comm.rank());
     let lm_head = share.linear(&[head.slice(vocab.clone(), 0..config.hidden_size)])?;
     let norm = checkpoint.vector(FINAL_NORM, config.hidden_size)?;
     Ok(Model {
@@ -101,12 +105,7 @@ struct Share<'a> {
 
 impl<'a> Share<'a> {
     fn new(ctx: &'a Context, config: &'a Config, checkpoint: &'a Checkpoint, options: &ModelOptions) -> Self {
-        // Ranks that own positions hold whole attention weights, as a single rank would.
-        let (rank, ranks) = match options.strategy {
-            ParallelStrategy::Heads => (ctx.rank(), ctx.ranks()),
-            ParallelStrategy::Sequence => (0, 1),
-        };
-        let plan = HeadPlan::new(config, ranks, rank);
+        let plan = HeadPlan::new(config, ctx.heads.size(), ctx.heads.rank());
         Self {
             ctx,
             config,
@@ -168,11 +167,11 @@ impl<'a> Share<'a> {
         // Columns of `down_proj` are split at whole quantization groups, so that no scale straddles ranks.
         let granule = if matches!(format, WeightFormat::Q8 | WeightFormat::Q4) { GROUP } else { 1 };
         let split = |size, granule| -> Vec<Range<usize>> {
-            let ranks = self.ctx.ranks();
+            let ranks = self.ctx.mlp_ranks().size();
             (0..ranks).map(|rank| split_granular(size, granule, ranks, rank)).collect()
         };
         let (columns, outputs) = (split(intermediate_size, granule), split(hidden_size, 1));
-        let rank = self.ctx.rank();
+        let rank = self.ctx.mlp_ranks().rank();
         let (inner, down_rows, down_cols) = match self.schedule {
             MlpSchedule::Local => (0..intermediate_size, 0..hidden_size, 0..intermediate_size),
             MlpSchedule::Gathered => (columns[rank].clone(), outputs[rank].clone(), 0..intermediate_size),

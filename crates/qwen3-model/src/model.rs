@@ -6,7 +6,7 @@ use std::sync::{Arc, Mutex};
 
 use comm::{CommError, Communicator};
 use ops::{
-    AttentionShape, Context, Embedding, LayerCache, Linear, LogitRows, Rotary, SequenceSpan, TokenLayout,
+    AttentionShape, Context, Embedding, LayerCache, Linear, LogitRows, Profile, Rotary, SequenceSpan, TokenLayout,
     gather_columns, lm_head, rms_norm, wanted_rows,
 };
 use tensor::{Activations, split_range};
@@ -16,7 +16,7 @@ use crate::config::Config;
 use crate::error::ModelError;
 use crate::layer::{DecoderLayer, Pass, Scratch};
 use crate::load::{LoadProgress, load};
-use crate::options::{ModelOptions, ParallelStrategy};
+use crate::options::ModelOptions;
 use crate::rotary::RotaryTable;
 
 /// A Qwen3 model, as far as this rank holds it.
@@ -74,6 +74,11 @@ impl Model {
         &self.options
     }
 
+    /// What the operations take, when it is recorded.
+    pub fn profile(&self) -> &Profile {
+        &self.ctx.profile
+    }
+
     /// The format of the projection weights in memory.
     pub fn weight_format(&self) -> tensor::WeightFormat {
         self.weight_format
@@ -87,14 +92,11 @@ impl Model {
     /// An empty cache for a sequence of at most `capacity` tokens (and never more than the context).
     pub fn new_cache(&self, capacity: usize) -> KvCache {
         let capacity = capacity.min(self.config.context_length());
-        let here = match self.options.strategy {
-            ParallelStrategy::Heads => capacity,
-            // Chunks are balanced to within one token each.
-            ParallelStrategy::Sequence => capacity.div_ceil(self.ctx.ranks()) + 2,
-        };
+        // Positions are balanced to within a few tokens a pass; a cache that grows beyond this does so by itself.
+        let here = (capacity.div_ceil(self.ctx.positions.size()) + 2).min(capacity);
         let layer = || {
             let mut cache = LayerCache::new(self.options.kv, self.shape.groups.len(), self.shape.head_dim);
-            cache.reserve(here.min(capacity));
+            cache.reserve(here);
             cache
         };
         KvCache { layers: (0..self.layers.len()).map(|_| layer()).collect(), len: 0, held: Vec::new(), capacity }
@@ -109,11 +111,9 @@ impl Model {
     pub fn forward(&self, cache: &mut KvCache, tokens: &[u32], rows: LogitRows) -> Result<Logits, ModelError> {
         self.check(cache, tokens)?;
         let ctx = &self.ctx;
-        let layout = match self.options.strategy {
-            ParallelStrategy::Heads => TokenLayout::Replicated { tokens: tokens.len() },
-            ParallelStrategy::Sequence => TokenLayout::balanced(tokens.len(), ctx.ranks()),
-        };
-        let own: Vec<usize> = layout.indices(ctx.rank()).collect();
+        let (rank, ranks) = (ctx.positions.rank(), ctx.positions.size());
+        let layout = TokenLayout::balanced(tokens.len(), ranks);
+        let own: Vec<usize> = layout.indices(rank).collect();
         let (cos, sin) = self.rotary.rows(&own.iter().map(|index| cache.len + index).collect::<Vec<_>>());
         let mut scratch = self.scratch.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
         let scratch = &mut *scratch;
@@ -121,7 +121,6 @@ impl Model {
 
         let pass = Pass {
             ctx,
-            strategy: self.options.strategy,
             algorithm: self.options.attention,
             shape: &self.shape,
             rotary: Rotary { cos: &cos, sin: &sin },
@@ -133,8 +132,8 @@ impl Model {
             layer.forward(&pass, cached, scratch)?;
         }
         ctx.comm.ledger().set_layer(None);
-        if self.options.strategy == ParallelStrategy::Sequence {
-            let kept = pass.span.kept(ctx.rank(), ctx.ranks());
+        if ranks > 1 {
+            let kept = pass.span.kept(rank, ranks);
             cache.held.extend(kept);
         }
         cache.len += tokens.len();
@@ -147,10 +146,10 @@ impl Model {
     /// # Errors
     /// When a rank is lost.
     pub fn gather_logits(&self, logits: &Logits) -> Result<Activations, ModelError> {
-        let ranks = self.ctx.ranks();
+        let ranks = self.ctx.comm.size();
         let counts: Vec<_> = (0..ranks).map(|rank| split_range(self.config.vocab_size, ranks, rank).len()).collect();
         let mut whole = Activations::default((0, 0));
-        gather_columns(&self.ctx, &logits.values, &counts, false, &mut whole)?;
+        gather_columns(&*self.ctx.comm, &logits.values, &counts, false, &mut whole)?;
         Ok(whole)
     }
 

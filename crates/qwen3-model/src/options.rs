@@ -14,14 +14,33 @@ pub enum ParallelStrategy {
     Heads,
     /// Positions: each rank owns tokens and their part of the cache.
     Sequence,
+    /// Both: rows of `tp` ranks split weights, columns of `sp` ranks split positions.
+    Grid {
+        /// Ranks that split weights.
+        tp: usize,
+        /// Ranks that split positions.
+        sp: usize,
+    },
+}
+
+impl ParallelStrategy {
+    /// How many of `ranks` split weights and how many split positions.
+    pub fn grid(self, ranks: usize) -> (usize, usize) {
+        match self {
+            Self::Heads => (ranks, 1),
+            Self::Sequence => (1, ranks),
+            Self::Grid { tp, sp } => (tp, sp),
+        }
+    }
 }
 
 impl fmt::Display for ParallelStrategy {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.pad(match self {
-            Self::Heads => "heads",
-            Self::Sequence => "sequence",
-        })
+        match self {
+            Self::Heads => f.pad("heads"),
+            Self::Sequence => f.pad("sequence"),
+            Self::Grid { tp, sp } => write!(f, "tp={tp},sp={sp}"),
+        }
     }
 }
 
@@ -29,10 +48,15 @@ impl FromStr for ParallelStrategy {
     type Err = String;
 
     fn from_str(text: &str) -> Result<Self, String> {
+        let grid = || {
+            let (tp, sp) = text.strip_prefix("tp=")?.split_once(",sp=")?;
+            let (tp, sp) = (tp.parse().ok()?, sp.parse().ok()?);
+            (tp > 0 && sp > 0).then_some(Self::Grid { tp, sp })
+        };
         match text {
             "heads" => Ok(Self::Heads),
             "sequence" => Ok(Self::Sequence),
-            _ => Err(format!("found `{text}`, expected heads or sequence")),
+            _ => grid().ok_or_else(|| format!("found `{text}`, expected heads, sequence or tp=A,sp=B")),
         }
     }
 }
@@ -74,11 +98,12 @@ impl ModelOptions {
         }
     }
 
-    /// The feed-forward schedule: the chosen one, or `Fused` under `Heads` and `Local` under `Sequence`.
+    /// The feed-forward schedule: the chosen one, or `Fused` where weights are split and `Local` where only
+    /// positions are.
     pub fn schedule(&self) -> MlpSchedule {
         self.mlp.unwrap_or(match self.strategy {
-            ParallelStrategy::Heads => MlpSchedule::Fused,
-            ParallelStrategy::Sequence => MlpSchedule::Local,
+            ParallelStrategy::Sequence | ParallelStrategy::Grid { tp: 1, .. } => MlpSchedule::Local,
+            ParallelStrategy::Heads | ParallelStrategy::Grid { .. } => MlpSchedule::Fused,
         })
     }
 }

@@ -9,6 +9,7 @@ use ops::{LogitRows, MlpSchedule, TokenLayout};
 use tensor::split_granular;
 
 use crate::config::Config;
+use crate::heads::HeadPlan;
 use crate::options::ParallelStrategy;
 
 /// Bytes of an f32.
@@ -21,6 +22,8 @@ pub struct TrafficModel<'a> {
     pub config: &'a Config,
     /// Ranks that share it.
     pub ranks: usize,
+    /// The rank whose ledger is predicted; all agree unless the ranks form a grid or heads are split unevenly.
+    pub rank: usize,
     /// What they divide.
     pub strategy: ParallelStrategy,
     /// How they divide the feed-forward blocks.
@@ -69,24 +72,28 @@ impl Sum {
     }
 }
 
-/// One forward pass: `tokens` that follow `past` others.
+/// One forward pass as one rank sees it.
 #[derive(Clone, Copy)]
 struct Pass {
+    /// Tokens of the pass, and those of this rank among them.
     tokens: usize,
+    own: usize,
+    /// Tokens cached before it.
     past: usize,
-    /// Whether each token is on one rank only.
+    /// Whether each token is on one rank of those that split positions.
     split: bool,
+    /// Ranks that split weights, and ranks that split positions.
+    tp: usize,
+    sp: usize,
 }
 
 impl TrafficModel<'_> {
     /// The collectives of a forward pass of `tokens` tokens after `past` others, with the logits of `rows`. Collectives that are
     /// never called are left out; so is the choice of the next token, which [`Sampler`](crate::Sampler) describes.
     pub fn forward(&self, tokens: usize, past: usize, rows: LogitRows) -> Vec<Traffic> {
-        let layout = match self.strategy {
-            ParallelStrategy::Heads => TokenLayout::Replicated { tokens },
-            ParallelStrategy::Sequence => TokenLayout::balanced(tokens, self.ranks),
-        };
-        let pass = Pass { tokens, past, split: layout.is_split() };
+        let (tp, sp) = self.strategy.grid(self.ranks);
+        let layout = TokenLayout::balanced(tokens, sp);
+        let pass = Pass { tokens, own: layout.count(self.rank / tp), past, split: layout.is_split(), tp, sp };
         let mut sum = Sum::default();
         for layer in 0..self.config.num_hidden_layers {
             self.attention(pass, &mut sum);
@@ -103,31 +110,31 @@ impl TrafficModel<'_> {
     }
 
     fn attention(&self, pass: Pass, sum: &mut Sum) {
-        if self.ranks == 1 {
-            return;
-        }
-        let Config { hidden_size, num_attention_heads: heads, .. } = *self.config;
-        let (queries, keys) = (self.config.query_size(), self.config.key_value_size());
-        let Pass { tokens, past, split } = pass;
-        match self.strategy {
-            ParallelStrategy::Heads => sum.add(Collective::Allreduce, 1, tokens * hidden_size),
+        let Pass { tokens, own, past, split, tp, sp } = pass;
+        let plan = HeadPlan::new(self.config, tp, self.rank % tp);
+        let heads = plan.query_heads.len();
+        let (queries, keys) = (heads * self.config.head_dim, plan.kv_heads.len() * self.config.head_dim);
+        if sp > 1 && !split {
             // The softmax states of all ranks: maximum and sum of each head, accumulators of each element.
-            ParallelStrategy::Sequence if !split => {
-                sum.add(Collective::Allgather, 1, self.ranks * tokens * (2 * heads + queries));
+            sum.add(Collective::Allgather, 1, sp * tokens * (2 * heads + queries));
+        }
+        if split {
+            sum.add(Collective::Allgatherv, 1, tokens * 2 * keys);
+            if past > 0 {
+                sum.add(Collective::Allgatherv, 1, tokens * queries);
+                sum.add(Collective::Allreduce, 1, tokens * heads);
+                sum.add(Collective::ReduceScatter, 1, tokens * (heads + queries));
             }
-            ParallelStrategy::Sequence => {
-                sum.add(Collective::Allgatherv, 1, tokens * 2 * keys);
-                if past > 0 {
-                    sum.add(Collective::Allgatherv, 1, tokens * queries);
-                    sum.add(Collective::Allreduce, 1, tokens * heads);
-                    sum.add(Collective::ReduceScatter, 1, tokens * (heads + queries));
-                }
-            }
+        }
+        if tp > 1 {
+            sum.add(Collective::Allreduce, 1, own * self.config.hidden_size);
         }
     }
 
     fn feed_forward(&self, pass: Pass, layer: usize, sum: &mut Sum) {
-        let Pass { tokens, split, .. } = pass;
+        let Pass { tokens, own, split, tp, sp, .. } = pass;
+        // Ranks that split weights hold the same tokens; where none do, those that split positions gather theirs.
+        let (ranks, split, tokens) = if tp > 1 { (tp, false, own) } else { (sp, split, tokens) };
         let hidden = tokens * self.config.hidden_size;
         // A sparse block exchanges a row for each visit to an expert before the experts' results are combined, and a row for each
         // token afterwards.
@@ -140,7 +147,7 @@ impl TrafficModel<'_> {
             sum.add(Collective::Allgatherv, 1, hidden);
         }
         let reduce = if split { Collective::ReduceScatter } else { Collective::Allreduce };
-        let reductions = usize::from(self.ranks > 1);
+        let reductions = usize::from(ranks > 1);
         match self.schedule {
             MlpSchedule::Local => {}
             MlpSchedule::Fused => sum.add(reduce, reductions, hidden),
@@ -149,16 +156,16 @@ impl TrafficModel<'_> {
                 sum.add(reduce, reductions, hidden);
             }
             MlpSchedule::Gathered => {
-                sum.add(self.gather(columns, self.granularity), 3, inner);
-                sum.add(self.gather(self.config.hidden_size, 1), reductions, hidden);
+                sum.add(gather(columns, self.granularity, ranks), 3, inner);
+                sum.add(gather(self.config.hidden_size, 1, ranks), reductions, hidden);
             }
         }
     }
+}
 
-    /// Allgather where every rank has equally many of `size` columns.
-    fn gather(&self, size: usize, granularity: usize) -> Collective {
-        let share = |rank| split_granular(size, granularity, self.ranks, rank).len();
-        let equal = (1..self.ranks).all(|rank| share(rank) == share(0));
-        if equal { Collective::Allgather } else { Collective::Allgatherv }
-    }
+/// Allgather where each of `ranks` has equally many of `size` columns.
+fn gather(size: usize, granularity: usize, ranks: usize) -> Collective {
+    let share = |rank| split_granular(size, granularity, ranks, rank).len();
+    let equal = (1..ranks).all(|rank| share(rank) == share(0));
+    if equal { Collective::Allgather } else { Collective::Allgatherv }
 }

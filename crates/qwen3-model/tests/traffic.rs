@@ -26,7 +26,7 @@ fn sparse() -> Config {
 }
 
 fn model(config: &Config, ranks: usize, strategy: ParallelStrategy, schedule: MlpSchedule) -> TrafficModel<'_> {
-    TrafficModel { config, ranks, strategy, schedule, granularity: 1 }
+    TrafficModel { config, ranks, rank: 0, strategy, schedule, granularity: 1 }
 }
 
 fn entry(collective: Collective, calls: u64, payload_bytes: u64) -> Traffic {

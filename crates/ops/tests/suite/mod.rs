@@ -25,25 +25,43 @@ const HEADS: usize = 6;
 const KV_HEADS: usize = 3;
 const HEAD_DIM: usize = 8;
 
-/// Each check by name; all ranks run the same ones in the same order.
-pub const CHECKS: &[(&str, fn(&Rank))] = &[
-    ("linear_mpi", linear_is_the_whole_product),
-    ("mlp, dense", |rank| every_schedule_gives_the_formula(rank, false)),
-    ("mlp, experts", |rank| every_schedule_gives_the_formula(rank, true)),
-    ("attention_headwise", heads_match_the_formula),
-    ("attention_sequence", sequence_matches_the_formula),
-    ("lm_head", head_scores_the_wanted_rows),
+/// A check's name, whether it splits heads (or else positions), and what it does.
+type Check = (&'static str, bool, fn(&Rank));
+
+const CHECKS: &[Check] = &[
+    ("linear_mpi", true, linear_is_the_whole_product),
+    ("mlp, dense, heads", true, |rank| every_schedule_gives_the_formula(rank, false)),
+    ("mlp, experts, heads", true, |rank| every_schedule_gives_the_formula(rank, true)),
+    ("mlp, dense, positions", false, |rank| every_schedule_gives_the_formula(rank, false)),
+    ("mlp, experts, positions", false, |rank| every_schedule_gives_the_formula(rank, true)),
+    ("attention_headwise", true, heads_match_the_formula),
+    ("attention_sequence", false, sequence_matches_the_formula),
+    ("lm_head", false, head_scores_the_wanted_rows),
 ];
 
+/// Runs each check on all ranks, in the same order; returns how many there were.
+pub fn run(comm: &Arc<dyn Communicator>, isa: Isa, threads: usize, dir: &Path) -> usize {
+    for (name, heads, check) in CHECKS {
+        let rank = Rank::new(comm.clone(), isa, threads, *heads, dir);
+        if comm.rank() == 0 {
+            eprintln!("{name}: {} ranks, {}, {threads} threads", comm.size(), isa.name());
+        }
+        check(&rank);
+    }
+    CHECKS.len()
+}
+
 /// What a check runs on.
-pub struct Rank {
-    pub ctx: Context,
-    pub checkpoint: Checkpoint,
+struct Rank {
+    ctx: Context,
+    checkpoint: Checkpoint,
 }
 
 impl Rank {
-    pub fn new(comm: Arc<dyn Communicator>, isa: Isa, threads: usize, dir: &Path) -> Self {
-        let ctx = Context::new(isa, comm, threads, Placement::Free);
+    /// A rank of a grid of one row (`heads`) or one column.
+    fn new(comm: Arc<dyn Communicator>, isa: Isa, threads: usize, heads: bool, dir: &Path) -> Self {
+        let columns = if heads { comm.size() } else { 1 };
+        let ctx = Context::new(isa, comm, columns, threads, Placement::Free).expect("the grid forms");
         Self { ctx, checkpoint: Checkpoint::open(dir).expect("the suite's checkpoint opens") }
     }
 
@@ -62,11 +80,11 @@ impl Rank {
     }
 
     fn share(&self, n: usize) -> Range<usize> {
-        split_range(n, self.ctx.ranks(), self.ctx.rank())
+        split_range(n, self.ctx.comm.size(), self.ctx.comm.rank())
     }
 
     fn counts(&self, n: usize) -> Vec<usize> {
-        (0..self.ctx.ranks()).map(|rank| split_range(n, self.ctx.ranks(), rank).len()).collect()
+        (0..self.ctx.comm.size()).map(|rank| split_range(n, self.ctx.comm.size(), rank).len()).collect()
     }
 }
 
@@ -202,12 +220,12 @@ fn every_schedule_gives_the_formula(rank: &Rank, experts: bool) {
         };
         let mut scratch = MlpScratch::default();
         for tokens in [1, 3, 17] {
-            for layout in [TokenLayout::Replicated { tokens }, TokenLayout::balanced(tokens, ctx.ranks())] {
+            for layout in [TokenLayout::Replicated { tokens }, TokenLayout::balanced(tokens, ctx.positions.size())] {
                 let (x, before) = (activations(3, tokens, HIDDEN), activations(4, tokens, HIDDEN));
-                let own = rows_of(&x, layout.indices(ctx.rank()));
-                let mut residual = rows_of(&before, layout.indices(ctx.rank()));
+                let own = rows_of(&x, layout.indices(ctx.positions.rank()));
+                let mut residual = rows_of(&before, layout.indices(ctx.positions.rank()));
                 let expected: Vec<f64> = layout
-                    .indices(ctx.rank())
+                    .indices(ctx.comm.rank())
                     .flat_map(|t| {
                         let y = mlp_formula(rank, experts, &wide(x.row(t).as_slice().unwrap()));
                         before.row(t).iter().zip(y).map(|(b, y)| f64::from(*b) + y).collect::<Vec<_>>()
@@ -308,9 +326,9 @@ fn heads_match_the_formula(rank: &Rank) {
         let mut cache = LayerCache::new(KvFormat::F32, kv.len(), HEAD_DIM);
         let (mut scratch, mut start) = (AttentionScratch::default(), 0);
         for &tokens in passes {
-            let columns: Vec<usize> = [own.clone(), HEADS + kv.start..HEADS + kv.end]
+            let (k, v) = (HEADS, HEADS + KV_HEADS);
+            let columns: Vec<usize> = [own.clone(), k + kv.start..k + kv.end, v + kv.start..v + kv.end]
                 .into_iter()
-                .chain([HEADS + KV_HEADS + kv.start..HEADS + KV_HEADS + kv.end])
                 .flat_map(|heads| heads.start * HEAD_DIM..heads.end * HEAD_DIM)
                 .collect();
             let mut qkv = rows_of(&data.qkv, start..start + tokens)
@@ -341,8 +359,8 @@ fn sequence_matches_the_formula(rank: &Rank) {
         let mut cache = LayerCache::new(KvFormat::F32, KV_HEADS, HEAD_DIM);
         let (mut scratch, mut start, mut held) = (AttentionScratch::default(), 0, Vec::new());
         for &tokens in passes {
-            let layout = TokenLayout::balanced(tokens, ctx.ranks());
-            let own: Vec<usize> = layout.indices(ctx.rank()).map(|index| start + index).collect();
+            let layout = TokenLayout::balanced(tokens, ctx.positions.size());
+            let own: Vec<usize> = layout.indices(ctx.positions.rank()).map(|index| start + index).collect();
             let mut qkv = rows_of(&data.qkv, own.iter().copied());
             let (cos, sin) = (rows_of(&data.cos, own.iter().copied()), rows_of(&data.sin, own.iter().copied()));
             let spec = data.spec(algorithm, &shape, Rotary { cos: &cos, sin: &sin });
@@ -352,7 +370,7 @@ fn sequence_matches_the_formula(rank: &Rank) {
             let expected: Vec<f64> =
                 own.iter().flat_map(|t| (0..HEADS).flat_map(|h| data.output(*t, h)).collect::<Vec<_>>()).collect();
             assert_close(&format!("{algorithm}, {passes:?} at {start}"), out.as_slice().unwrap(), &expected);
-            held.extend(span.kept(ctx.rank(), ctx.ranks()));
+            held.extend(span.kept(ctx.comm.rank(), ctx.comm.size()));
             start += tokens;
         }
     }
@@ -364,10 +382,10 @@ fn head_scores_the_wanted_rows(rank: &Rank) {
     let head = rank.linear(rank.matrix("gate.0", INTERMEDIATE, HIDDEN).slice(own.clone(), 0..HIDDEN));
     let w = rank.whole("gate.0", INTERMEDIATE, HIDDEN);
     for (tokens, wanted) in [(1, LogitRows::Last), (13, LogitRows::Last), (13, LogitRows::All), (13, LogitRows::None)] {
-        for layout in [TokenLayout::Replicated { tokens }, TokenLayout::balanced(tokens, ctx.ranks())] {
+        for layout in [TokenLayout::Replicated { tokens }, TokenLayout::balanced(tokens, ctx.positions.size())] {
             let x = activations(8, tokens, HIDDEN);
             let (mut rows, mut normed) = (Activations::default((0, 0)), Activations::default((0, 0)));
-            wanted_rows(ctx, &rows_of(&x, layout.indices(ctx.rank())), &layout, wanted, &mut rows).unwrap();
+            wanted_rows(ctx, &rows_of(&x, layout.indices(ctx.positions.rank())), &layout, wanted, &mut rows).unwrap();
             rms_norm(ctx, &rows, &[1.0; HIDDEN], EPS, &mut normed);
             let logits = lm_head(ctx, &head, &normed, &mut Input::new());
             let expected: Vec<f64> = match wanted {

@@ -21,10 +21,12 @@ pub struct Combination {
     pub threads: usize,
 }
 
-/// All combinations of strategy, attention and schedule.
-pub fn combinations(isa: Isa, weights: Option<WeightFormat>, threads: usize) -> Vec<Combination> {
+/// All combinations of strategy (every grid of the ranks among them), attention and schedule.
+pub fn combinations(ranks: usize, isa: Isa, weights: Option<WeightFormat>, threads: usize) -> Vec<Combination> {
     let mut all = Vec::new();
-    for strategy in [ParallelStrategy::Heads, ParallelStrategy::Sequence] {
+    let inner = (2..ranks).filter(|tp| ranks.is_multiple_of(*tp));
+    let grids = inner.map(|tp| ParallelStrategy::Grid { tp, sp: ranks / tp });
+    for strategy in [ParallelStrategy::Heads, ParallelStrategy::Sequence].into_iter().chain(grids) {
         for attention in [AttentionAlgorithm::Materialized, AttentionAlgorithm::Streaming] {
             for mlp in [MlpSchedule::Fused, MlpSchedule::Naive, MlpSchedule::Gathered, MlpSchedule::Local] {
                 all.push(Combination { strategy, attention, mlp, isa, weights, threads });

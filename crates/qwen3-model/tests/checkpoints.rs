@@ -1,0 +1,219 @@
+//! Checkpoints that this crate writes: made up and quantized ones.
+
+use std::path::Path;
+use std::sync::Arc;
+
+use comm::SoloComm;
+use qwen3_model::{
+    Config, ConfigError, ExportError, GenerationConfig, Isa, LogitRows, Model, ModelOptions, Preset, SynthOptions,
+    WeightFormat, quantize, synthesize, tensor_specs,
+};
+use tensor::Checkpoint;
+
+fn tiny(preset: Preset, seed: u64) -> SynthOptions {
+    SynthOptions { preset, layers: None, seed }
+}
+
+fn synth(dir: &Path, options: &SynthOptions) {
+    synthesize(dir, options, &mut |_| ()).expect("a made-up checkpoint");
+}
+
+fn logits(dir: &Path) -> Vec<f32> {
+    let model = Model::load(dir, Arc::new(SoloComm::new()), &ModelOptions::new(Isa::scalar()), &|_| ());
+    let model = model.expect("the checkpoint loads");
+    let mut cache = model.new_cache(16);
+    let logits = model.forward(&mut cache, &[1, 7, 42, 300, 511], LogitRows::All).expect("logits");
+    logits.values.into_raw_vec_and_offset().0
+}
+
+#[test]
+fn presets_have_the_published_numbers_of_parameters() {
+    for (preset, parameters) in [
+        (Preset::Dense0_6B, 596_049_920),
+        (Preset::Dense1_7B, 1_720_574_976),
+        (Preset::Dense4B, 4_022_468_096),
+        (Preset::Dense8B, 8_190_735_360),
+        (Preset::Dense14B, 14_768_307_200),
+        (Preset::Dense32B, 32_762_123_264),
+        (Preset::Moe30B, 30_532_122_624),
+    ] {
+        let config = Config::from_json(Path::new("config.json"), &preset.config(None)).expect("valid");
+        assert_eq!(config.parameters(), parameters, "{preset}");
+        let listed: u64 = tensor_specs(&config).map(|spec| spec.elements() as u64).sum();
+        assert_eq!(listed, parameters, "{preset}");
+        assert_eq!((config.vocab_size, config.head_dim, config.context_length()), (151_936, 128, 40_960));
+        assert_eq!(config.eos_token_ids, [151_645]);
+    }
+}
+
+#[test]
+fn presets_have_names() {
+    for preset in Preset::ALL {
+        assert_eq!(preset.to_string().parse(), Ok(preset));
+    }
+    let error = "0.5b".parse::<Preset>().expect_err("no such preset");
+    assert_eq!(error.to_string(), "found `0.5b`, expected 0.6b, 1.7b, 4b, 8b, 14b, 32b, 30b-a3b, tiny, tiny-moe");
+}
+
+#[test]
+fn a_made_up_checkpoint_is_complete() {
+    let folder = tempfile::tempdir().expect("a folder");
+    for (preset, layers) in [(Preset::Tiny, None), (Preset::TinyMoe, Some(2))] {
+        let dir = folder.path().join(preset.name());
+        let mut progress = Vec::new();
+        synthesize(&dir, &SynthOptions { preset, layers, seed: 1 }, &mut |now| progress.push(now)).expect("written");
+        let last = progress.last().expect("progress");
+        assert_eq!(last.written, last.total);
+        assert!(progress.is_sorted_by_key(|now| now.written));
+
+        let config = Config::read(&dir).expect("a valid configuration");
+        assert_eq!(config.num_hidden_layers, layers.unwrap_or(3));
+        assert_eq!(last.total, 2 * config.parameters());
+        assert_eq!(GenerationConfig::read(&dir).expect("valid").eos_token_ids, [1, 0]);
+        let checkpoint = Checkpoint::open(&dir).expect("a valid checkpoint");
+        for spec in tensor_specs(&config) {
+            assert_eq!(checkpoint.shape(&spec.name), Some(&spec.shape[..]), "{}", spec.name);
+            assert_eq!(checkpoint.stored_format(&spec.name).expect("present"), WeightFormat::Bf16);
+        }
+        assert_eq!(checkpoint.vector("model.norm.weight", config.hidden_size).expect("present"), vec![1.0; 96]);
+        let logits = logits(&dir);
+        assert_eq!(logits.len(), 5 * 512);
+        assert!(logits.iter().all(|logit| logit.is_finite()) && logits.iter().any(|logit| *logit != logits[0]));
+    }
+}
+
+#[test]
+fn the_seed_decides() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let weights = |name: &str, seed| {
+        let dir = folder.path().join(name);
+        synth(&dir, &tiny(Preset::Tiny, seed));
+        std::fs::read(dir.join("model.safetensors")).expect("weights")
+    };
+    let first = weights("a", 1);
+    assert_eq!(weights("b", 1), first);
+    assert_ne!(weights("c", 2), first);
+}
+
+#[test]
+fn weights_are_normally_distributed_and_independent() {
+    let folder = tempfile::tempdir().expect("a folder");
+    synth(folder.path(), &tiny(Preset::Tiny, 5));
+    let checkpoint = Checkpoint::open(folder.path()).expect("valid");
+    let read = |name: &str, rows, cols| {
+        let mut values = vec![0.0; rows * cols];
+        let matrix = checkpoint.matrix(name, rows, cols).expect("a matrix");
+        matrix.read_rows(0..rows, &mut values).expect("readable");
+        values.into_iter().map(f64::from).collect::<Vec<f64>>()
+    };
+    let gate = read("model.layers.0.mlp.gate_proj.weight", 224, 96);
+    let up = read("model.layers.0.mlp.up_proj.weight", 224, 96);
+    let count = gate.len() as f64;
+    let mean = gate.iter().sum::<f64>() / count;
+    let deviation = (gate.iter().map(|value| value * value).sum::<f64>() / count).sqrt();
+    let product = gate.iter().zip(&up).map(|(a, b)| a * b).sum::<f64>() / count / (0.02 * 0.02);
+    let lag = gate.windows(2).map(|pair| pair[0] * pair[1]).sum::<f64>() / count / (0.02 * 0.02);
+    // Five standard errors of each.
+    let error = 5.0 / count.sqrt();
+    assert!(mean.abs() < 0.02 * error, "mean {mean}");
+    assert!((deviation / 0.02 - 1.0).abs() < error, "deviation {deviation}");
+    assert!(product.abs() < error && lag.abs() < error, "correlations {product} and {lag}");
+}
+
+#[test]
+fn quantized_checkpoints() {
+    let folder = tempfile::tempdir().expect("a folder");
+    for preset in [Preset::Tiny, Preset::TinyMoe] {
+        let source = folder.path().join(preset.name());
+        synth(&source, &tiny(preset, 9));
+        std::fs::write(source.join("tokenizer.json"), "{}").expect("writable");
+        std::fs::write(source.join("notes.txt"), "mine").expect("writable");
+        let exact = logits(&source);
+        let norm = |values: &[f32]| values.iter().map(|value| f64::from(*value).powi(2)).sum::<f64>().sqrt();
+        for (format, bits, bound) in [(WeightFormat::Q8, 8, 0.02), (WeightFormat::Q4, 4, 0.25)] {
+            let target = folder.path().join(format!("{preset}-{format}"));
+            let mut last = None;
+            quantize(&source, &target, format, &mut |now| last = Some(now)).expect("quantized");
+            let last = last.expect("progress");
+            assert_eq!(last.written, last.total);
+            let config = Config::read(&target).expect("a valid configuration");
+            assert_eq!(config.quantization_bits, Some(bits));
+            assert_eq!(Config { quantization_bits: None, ..config.clone() }, Config::read(&source).expect("valid"));
+            assert!(target.join("tokenizer.json").exists() && target.join("generation_config.json").exists());
+            assert!(!target.join("notes.txt").exists());
+
+            let checkpoint = Checkpoint::open(&target).expect("a valid checkpoint");
+            let stored = |name: &str| checkpoint.stored_format(name).expect("present");
+            assert_eq!(stored("model.embed_tokens.weight"), format);
+            assert_eq!(stored("model.layers.1.self_attn.o_proj.weight"), format);
+            assert_eq!(stored("model.layers.1.self_attn.q_norm.weight"), WeightFormat::Bf16);
+            if preset == Preset::TinyMoe {
+                assert_eq!(stored("model.layers.1.mlp.gate.weight"), WeightFormat::Bf16);
+                assert_eq!(stored("model.layers.1.mlp.experts.7.up_proj.weight"), format);
+            }
+            let found = logits(&target);
+            let difference: Vec<f32> = found.iter().zip(&exact).map(|(found, exact)| found - exact).collect();
+            let distance = norm(&difference) / norm(&exact);
+            assert!(distance > 0.0 && distance < bound, "{preset} {format}: relative distance {distance}");
+        }
+        let again = quantize(
+            &folder.path().join(format!("{preset}-q8")),
+            &folder.path().join("x"),
+            WeightFormat::Q4,
+            &mut |_| (),
+        );
+        assert!(matches!(again, Err(ExportError::AlreadyQuantized { bits: 8, .. })));
+    }
+}
+
+#[test]
+fn nothing_is_written_over() {
+    let folder = tempfile::tempdir().expect("a folder");
+    synth(folder.path(), &tiny(Preset::Tiny, 1));
+    for result in [
+        synthesize(folder.path(), &tiny(Preset::Tiny, 1), &mut |_| ()),
+        quantize(folder.path(), folder.path(), WeightFormat::Q8, &mut |_| ()),
+    ] {
+        let error = result.expect_err("a checkpoint is there already");
+        assert!(matches!(error, ExportError::Exists { .. }), "{error}");
+        assert!(error.to_string().contains("expected a folder without a checkpoint"), "{error}");
+    }
+}
+
+#[test]
+fn what_cannot_be_written() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let none = SynthOptions { layers: Some(0), ..tiny(Preset::Tiny, 1) };
+    let error = synthesize(&folder.path().join("none"), &none, &mut |_| ()).expect_err("no layers");
+    assert!(matches!(error, ExportError::Config(ConfigError::Range { .. })), "{error}");
+
+    let file = folder.path().join("file");
+    std::fs::write(&file, "").expect("writable");
+    let error = synthesize(&file.join("inside"), &tiny(Preset::Tiny, 1), &mut |_| ()).expect_err("a file in the way");
+    assert!(matches!(error, ExportError::Io { .. }), "{error}");
+
+    let error = quantize(&folder.path().join("absent"), &folder.path().join("x"), WeightFormat::Q8, &mut |_| ());
+    assert!(matches!(error, Err(ExportError::Config(ConfigError::Read { .. }))));
+    let error = quantize(folder.path(), &folder.path().join("x"), WeightFormat::Bf16, &mut |_| ());
+    assert!(matches!(error, Err(ExportError::Format { found: WeightFormat::Bf16 })));
+
+    // Weights that are missing, and weights that no quantized format expresses.
+    let source = folder.path().join("source");
+    synth(&source, &tiny(Preset::Tiny, 1));
+    let weights = source.join("model.safetensors");
+    let mut bytes = std::fs::read(&weights).expect("readable");
+    let end = bytes.len();
+    // The final norm is last; before it, the last layer's down_proj.
+    bytes[end - 2 * 96 - 1] = 0x7f;
+    bytes[end - 2 * 96 - 2] = 0xc0;
+    std::fs::write(&weights, bytes).expect("writable");
+    let error = quantize(&source, &folder.path().join("nan"), WeightFormat::Q8, &mut |_| ()).expect_err("a NaN");
+    let message = error.to_string();
+    assert!(matches!(error, ExportError::Write(_)), "{message}");
+    assert!(message.contains("model.layers.2.mlp.down_proj.weight") && message.contains("row 95"), "{message}");
+    assert!(!folder.path().join("nan/config.json").exists(), "an interrupted folder is no checkpoint");
+
+    std::fs::remove_file(&weights).expect("removable");
+    let error = quantize(&source, &folder.path().join("y"), WeightFormat::Q8, &mut |_| ()).expect_err("no weights");
+    assert!(matches!(error, ExportError::Checkpoint(_)), "{error}");
+}
