@@ -6,8 +6,8 @@ use folder::{Folder, rounded, weights};
 use half::{bf16, f16};
 use proptest::prelude::*;
 use tensor::{
-    Checkpoint, GROUP, Matrix, PANEL, PackedData, PackedMatrix, WeightFormat, quantize_group_q4, quantize_group_q8,
-    split_range,
+    Checkpoint, CheckpointWriter, GROUP, Matrix, PANEL, PackedData, PackedMatrix, TensorSpec, WeightFormat,
+    quantize_group_q4, quantize_group_q8, split_range,
 };
 
 const DTYPES: [&str; 3] = ["F32", "BF16", "F16"];
@@ -122,6 +122,28 @@ fn every_format_from_every_dtype_for_every_small_shape() {
                     check(&packed, &rows);
                 }
             }
+        }
+    }
+}
+
+#[test]
+fn a_quantized_slice_ends_in_zero_padding() {
+    // The last group of the slice is stored with weights of the columns beyond it, which must not come along.
+    for format in [WeightFormat::Q8, WeightFormat::Q4] {
+        let folder = Folder::new();
+        let spec = TensorSpec { name: "w".to_owned(), format, shape: vec![19, 96] };
+        let mut writer = CheckpointWriter::create(folder.path().join("model.safetensors"), &[spec], &[]).unwrap();
+        writer.write("w", &weights(19 * 96, 9)).unwrap();
+        writer.finish().unwrap();
+        let matrix = open(&folder, 19, 96);
+        for cols in [0..1, 0..31, 0..33, 32..63, 32..95, 64..65, 7..40, 33..34] {
+            let slice = matrix.slice(2..19, cols.clone());
+            let rows = stored_rows(&slice);
+            let rows = match cols.start % GROUP {
+                0 => rows,
+                _ => rows.iter().map(|row| expected(format, row)).collect(),
+            };
+            check(&PackedMatrix::load(format, &[slice]).unwrap(), &rows);
         }
     }
 }
