@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use qwen3_model::comm::Communicator;
-use qwen3_model::{AttentionAlgorithm, Isa, LogitRows, MlpSchedule, Model, ModelOptions, ParallelStrategy, WeightFormat};
+use qwen3_model::{AttentionAlgorithm, Isa, LogitRows, MlpSchedule, Model, ModelOptions, ParallelStrategy, Traffic, TrafficModel, WeightFormat};
 use safetensors::SafeTensors;
 
 /// The largest distance of a logit, relative to the largest reference logit (the numeric contract).
@@ -49,6 +49,38 @@ pub struct Reference {
     pub greedy_ids: Vec<u32>,
 }
 
+/// The ledger counts what the formulas predict: a first pass, one that follows others, and a decoded token.
+fn check_traffic(model: &Model, prompt: &[u32], label: &str) {
+    let (comm, options) = (model.comm(), model.options());
+    let prediction = TrafficModel {
+        config: model.config(),
+        ranks: comm.size(),
+        rank: comm.rank(),
+        strategy: options.strategy,
+        schedule: options.schedule(),
+        granularity: 1,
+    };
+    let mut cache = model.new_cache(prompt.len());
+    let middle = prompt.len() - 12;
+    for (range, rows) in [
+        (0..middle, LogitRows::All),
+        (middle..prompt.len() - 1, LogitRows::Last),
+        (prompt.len() - 1..prompt.len(), LogitRows::Last),
+    ] {
+        comm.ledger().reset();
+        let tokens = &prompt[range.clone()];
+        model.forward(&mut cache, tokens, rows).unwrap();
+        let counted: Vec<_> = comm
+            .ledger()
+            .entries()
+            .into_iter()
+            .map(|entry| Traffic { collective: entry.collective, calls: entry.calls, payload_bytes: entry.payload_bytes })
+            .collect();
+        let predicted = prediction.forward(tokens.len(), range.start, rows);
+        assert_eq!(counted, predicted, "{label}: traffic of tokens {range:?}, {rows:?}");
+    }
+}
+
 impl Reference {
     pub fn read(case: &str) -> Self {
         let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data").join(case);
@@ -74,6 +106,7 @@ impl Reference {
         };
         let model = Model::load(&self.folder, comm, &options, &|_| ()).unwrap_or_else(|error| panic!("{label}: {error}"));
         let prompt = &self.input_ids;
+        check_traffic(&model, prompt, &label);
 
         let mut cache = model.new_cache(prompt.len() + self.greedy_ids.len());
         let whole = model.forward(&mut cache, prompt, LogitRows::All).unwrap();
