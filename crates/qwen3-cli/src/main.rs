@@ -1,2 +1,44 @@
-//! The program `qwen3`.
-fn main() {}
+//! The program `qwen3`: Qwen3 models on the cores and ranks of ordinary machines.
+
+#![forbid(unsafe_code)]
+
+// Modules in reading order, lowest first; a module uses only those of its group and of the groups above.
+
+// Text: Python's spelling of values, chat templates, tokens.
+mod python;
+mod template;
+mod text;
+
+// Ranks: where they come from, how they fail together, what they share.
+mod affinity;
+mod failure;
+mod launch;
+mod options;
+mod progress;
+mod rank;
+mod world;
+
+// What several commands do.
+mod answer;
+mod interrupt;
+mod prompt;
+mod session;
+
+// The commands.
+mod bench;
+mod bench_report;
+mod chat;
+mod demo;
+mod generate;
+mod logits;
+mod perplexity;
+mod quantize;
+mod summary;
+mod synth;
+mod tokenize;
+
+mod command_line;
+
+fn main() -> std::process::ExitCode {
+    command_line::run()
+}

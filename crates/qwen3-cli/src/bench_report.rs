@@ -1,0 +1,168 @@
+//! What a bench found, for people and for programs.
+
+use std::fmt::Write as _;
+
+use qwen3_model::Model;
+use qwen3_model::comm::{Collective, Entry, Phase};
+use serde_json::{Value, json};
+
+/// One phase at one length.
+pub struct Measured {
+    /// Prefill or decode.
+    pub phase: Phase,
+    /// Tokens of a repetition.
+    pub tokens: usize,
+    /// Floating-point operations of a repetition, on all ranks together.
+    pub flops: f64,
+    /// Bytes of weights and cache that a repetition reads, on all ranks together.
+    pub bytes: f64,
+    /// The time of each repetition.
+    pub seconds: Vec<f64>,
+}
+
+impl Measured {
+    fn median(&self) -> f64 {
+        let mut sorted = self.seconds.clone();
+        sorted.sort_by(f64::total_cmp);
+        let middle = sorted.len() / 2;
+        if sorted.len() % 2 == 1 { sorted[middle] } else { (sorted[middle - 1] + sorted[middle]) / 2.0 }
+    }
+
+    /// Fastest and slowest repetition, in tokens a second.
+    fn spread(&self) -> (f64, f64) {
+        let rates = self.seconds.iter().map(|seconds| self.tokens as f64 / seconds);
+        rates.fold((f64::INFINITY, 0.0), |(low, high), rate| (low.min(rate), f64::max(high, rate)))
+    }
+}
+
+/// All results of a bench.
+pub struct Report<'a> {
+    /// The checkpoint, as the user named it.
+    pub name: String,
+    /// The model, with its options and ranks.
+    pub model: &'a Model,
+    /// Results in the order in which they were measured.
+    pub results: Vec<Measured>,
+    /// Rank 0's ledger of one repetition of each.
+    pub entries: Vec<Entry>,
+}
+
+impl Report<'_> {
+    /// One JSON object on one line.
+    pub fn json(&self) -> String {
+        let (comm, options) = (self.model.comm(), self.model.options());
+        let results: Vec<Value> = self
+            .results
+            .iter()
+            .map(|result| {
+                let seconds = result.median();
+                json!({
+                    "phase": result.phase.name(),
+                    "tokens": result.tokens,
+                    "tokens_per_s": result.tokens as f64 / seconds,
+                    "ms": seconds * 1e3,
+                    "gflops": result.flops / seconds * 1e-9,
+                    "gb_per_s": result.bytes / seconds * 1e-9,
+                })
+            })
+            .collect();
+        let traffic: Vec<Value> = self
+            .traffic()
+            .iter()
+            .map(|entry| {
+                json!({
+                    "phase": entry.phase.name(),
+                    "collective": entry.collective.name(),
+                    "calls": entry.calls,
+                    "payload_bytes": entry.payload_bytes,
+                    "seconds": entry.seconds,
+                })
+            })
+            .collect();
+        let report = json!({
+            "model": self.name,
+            "weights": self.model.weight_format().name(),
+            "ranks": comm.size(),
+            "threads": options.threads,
+            "comm": comm.transport(),
+            "strategy": options.strategy.to_string(),
+            "attention": options.attention.to_string(),
+            "mlp": options.schedule().to_string(),
+            "results": results,
+            "traffic": traffic,
+        });
+        format!("{report}\n")
+    }
+
+    /// A table of results and one of the traffic.
+    pub fn table(&self) -> String {
+        let (comm, options) = (self.model.comm(), self.model.options());
+        let mut out = String::new();
+        let line = format!(
+            "{}: weights {}, cache {}, {}; ranks {} ({}), threads {}; strategy {}, attention {}, mlp {}\n\n",
+            self.name,
+            self.model.weight_format(),
+            options.kv,
+            options.isa.name(),
+            comm.size(),
+            comm.transport(),
+            options.threads,
+            options.strategy,
+            options.attention,
+            options.schedule(),
+        );
+        out.push_str(&line);
+        out.push_str("phase    tokens  tokens/s (slowest..fastest)       ms     GFLOP/s    GB/s\n");
+        for result in &self.results {
+            let seconds = result.median();
+            let (slowest, fastest) = result.spread();
+            let spread = format!("({slowest:.1}..{fastest:.1})");
+            let _ = writeln!(
+                out,
+                "{:<8} {:>6} {:>9.1} {spread:<20} {:>9.2} {:>9.1} {:>8.2}",
+                result.phase.name(),
+                result.tokens,
+                result.tokens as f64 / seconds,
+                seconds * 1e3,
+                result.flops / seconds * 1e-9,
+                result.bytes / seconds * 1e-9,
+            );
+        }
+        let traffic = self.traffic();
+        if traffic.is_empty() {
+            return out;
+        }
+        out.push_str("\nwhat rank 0 communicated in one repetition of each\n");
+        out.push_str("phase    collective          calls      payload bytes         ms   waiting ms\n");
+        for entry in traffic {
+            let _ = writeln!(
+                out,
+                "{:<8} {:<15} {:>9} {:>18} {:>10.3} {:>12.3}",
+                entry.phase.name(),
+                entry.collective.name(),
+                entry.calls,
+                entry.payload_bytes,
+                entry.seconds * 1e3,
+                entry.wait_seconds * 1e3,
+            );
+        }
+        out
+    }
+
+    /// The entries with those of one phase and collective added up: prompts of several lengths share a line.
+    fn traffic(&self) -> Vec<Entry> {
+        let kinds = Phase::ALL.into_iter().flat_map(|phase| Collective::ALL.map(|collective| (phase, collective)));
+        kinds
+            .filter_map(|(phase, collective)| {
+                let of_kind = |entry: &&Entry| entry.phase == phase && entry.collective == collective;
+                self.entries.iter().filter(of_kind).copied().reduce(|sum, entry| Entry {
+                    calls: sum.calls + entry.calls,
+                    payload_bytes: sum.payload_bytes + entry.payload_bytes,
+                    seconds: sum.seconds + entry.seconds,
+                    wait_seconds: sum.wait_seconds + entry.wait_seconds,
+                    ..sum
+                })
+            })
+            .collect()
+    }
+}

@@ -1,0 +1,198 @@
+//! `qwen3 chat`: a conversation in the terminal.
+
+use std::io::{self, BufRead as _, IsTerminal as _};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use clap::Args;
+use qwen3_model::{GenerationConfig, KvFormat, Model, SamplingParams, StopReason};
+use serde_json::{Value, json};
+
+use crate::answer::{Answer, AnswerOptions};
+use crate::failure::{CliError, Failure};
+use crate::interrupt;
+use crate::options::{EngineOptions, LaunchOptions, SamplingOptions, positive};
+use crate::rank::Rank;
+use crate::session;
+use crate::template::{ChatTemplate, Conversation};
+use crate::text::Text;
+
+/// Talk with the model: Ctrl-C stops an answer, Ctrl-D leaves
+///
+/// Tokens are chosen as the checkpoint's generation_config.json recommends, where the options below say nothing else. The
+/// history is kept; when it outgrows the model's context, its oldest messages are forgotten. Under mpirun, Ctrl-C reaches
+/// the launcher, which ends the whole job.
+#[derive(Args, Clone, Debug)]
+pub struct ChatArgs {
+    #[command(flatten)]
+    engine: EngineOptions,
+
+    /// What the model is told before the conversation
+    #[arg(long, value_name = "TEXT")]
+    system: Option<String>,
+
+    /// Have the model answer at once, without thinking first
+    #[arg(long)]
+    no_thinking: bool,
+
+    /// The most tokens of an answer [default: as many as the context holds]
+    #[arg(long, value_name = "N", value_parser = positive)]
+    max_new_tokens: Option<usize>,
+
+    #[command(flatten)]
+    sampling: SamplingOptions,
+
+    #[command(flatten)]
+    pub launch: LaunchOptions,
+}
+
+/// What Qwen3's publisher recommends where a checkpoint says nothing.
+const RECOMMENDED: SamplingParams =
+    SamplingParams { temperature: 0.6, top_k: 20, top_p: 0.95, min_p: 0.0, repetition_penalty: 1.0, seed: 0 };
+
+impl ChatArgs {
+    /// Runs the command on this rank.
+    pub fn run(&self, rank: &Rank) -> Result<(), Failure> {
+        let read = || Ok((Text::open(&self.engine.model)?, ChatTemplate::open(&self.engine.model)?));
+        let (model, texts) = session::load_with(rank, &self.engine, KvFormat::F16, read)?;
+        let mut speaker = texts.map(|(text, template)| Speaker::new(self, text, template, &model));
+        let watching = if rank.speaks() { interrupt::watch() } else { Ok(()) };
+        rank.agree(watching)?;
+
+        let context = model.config().context_length();
+        let limit = self.max_new_tokens.unwrap_or(context);
+        let mut options = AnswerOptions::new(rank, &model, &self.engine, self.params(rank)?, limit)?;
+        let mut cache = model.new_cache(context);
+        let mut seen: Vec<u32> = Vec::new();
+        while let Some(tokens) = self.next(rank, &mut speaker)? {
+            // What the template left as it was is still in the cache.
+            let same = seen.iter().zip(&tokens).take_while(|(old, new)| old == new).count();
+            let keep = same.min(tokens.len() - 1).min(cache.len());
+            cache.truncate(keep);
+            let text = speaker.as_ref().map(|speaker| &speaker.text);
+            interrupt::begin();
+            let answer = Answer::write(rank, &model, &mut cache, &tokens, text, &options)?;
+            interrupt::end();
+            let heard = match &mut speaker {
+                Some(speaker) => speaker.heard(rank, &answer),
+                None => Ok(()),
+            };
+            rank.agree(heard)?;
+            seen = tokens;
+            seen.extend(&answer.generated.ids);
+            seen.truncate(cache.len());
+            options.next_seed();
+        }
+        Ok(())
+    }
+
+    /// The tokens of the conversation with the user's next message; `None` when the user leaves. The user may take any time:
+    /// meanwhile the ranks wait without a deadline.
+    fn next(&self, rank: &Rank, speaker: &mut Option<Speaker>) -> Result<Option<Vec<u32>>, Failure> {
+        rank.comm().set_timeout(Duration::MAX);
+        let tokens = rank.from_root(|| speaker.as_mut().expect("rank 0 has the texts").next());
+        rank.comm().set_timeout(self.launch.timeout());
+        tokens
+    }
+
+    fn params(&self, rank: &Rank) -> Result<SamplingParams, Failure> {
+        let config = GenerationConfig::read(&self.engine.model).map_err(CliError::from);
+        let config = rank.agree(config)?;
+        let seed = rank.from_root(|| {
+            let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+            Ok(now.as_nanos() as u64)
+        })?;
+        let base = if config.do_sample.is_none() && config.temperature.is_none() {
+            SamplingParams { seed, ..RECOMMENDED }
+        } else {
+            SamplingParams::recommended(&config, seed)
+        };
+        Ok(self.sampling.over(base))
+    }
+}
+
+/// Rank 0's side of the conversation.
+struct Speaker {
+    text: Text,
+    template: ChatTemplate,
+    enable_thinking: Option<bool>,
+    messages: Vec<Value>,
+    /// Messages that are never forgotten: the system's.
+    fixed: usize,
+    /// Tokens of a prompt that leaves room for an answer.
+    room: usize,
+    terminal: bool,
+}
+
+impl Speaker {
+    fn new(args: &ChatArgs, text: Text, template: ChatTemplate, model: &Model) -> Self {
+        let messages: Vec<Value> =
+            args.system.iter().map(|system| json!({ "role": "system", "content": system })).collect();
+        let context = model.config().context_length();
+        Self {
+            text,
+            template,
+            enable_thinking: args.no_thinking.then_some(false),
+            fixed: messages.len(),
+            messages,
+            room: context - (context / 8).min(256),
+            terminal: io::stdin().is_terminal(),
+        }
+    }
+
+    /// Reads messages until one fits the model.
+    fn next(&mut self) -> Result<Option<Vec<u32>>, CliError> {
+        loop {
+            if self.terminal {
+                eprint!("> ");
+            }
+            let mut line = String::new();
+            if io::stdin().lock().read_line(&mut line).map_err(|source| CliError::Input { source })? == 0 {
+                if self.terminal {
+                    eprintln!();
+                }
+                return Ok(None);
+            }
+            let words = line.trim();
+            if words.is_empty() {
+                continue;
+            }
+            self.messages.push(json!({ "role": "user", "content": words }));
+            if let Some(tokens) = self.fitting()? {
+                return Ok(Some(tokens));
+            }
+            self.messages.truncate(self.fixed);
+            eprintln!("(this message is longer than the model's context; it is dropped, with the history)");
+        }
+    }
+
+    /// The conversation's tokens, without the oldest messages where there is no room; `None` if the last one alone is too long.
+    fn fitting(&mut self) -> Result<Option<Vec<u32>>, CliError> {
+        let mut forgotten = 0;
+        loop {
+            let chat = Conversation::new(self.messages.clone(), self.enable_thinking);
+            let tokens = self.text.encode_rendered(&self.template.render(&chat)?)?;
+            if tokens.len() <= self.room {
+                if forgotten > 0 {
+                    eprintln!(
+                        "(the history is longer than the model's context; its oldest {forgotten} messages are forgotten)"
+                    );
+                }
+                return Ok(Some(tokens));
+            }
+            if self.messages.len() <= self.fixed + 1 {
+                return Ok(None);
+            }
+            // A question goes together with its answer.
+            let end = (self.fixed + 2).min(self.messages.len() - 1);
+            forgotten += self.messages.drain(self.fixed..end).len();
+        }
+    }
+
+    /// Keeps an answer. The template drops its thinking when the next question comes.
+    fn heard(&mut self, rank: &Rank, answer: &Answer) -> Result<(), CliError> {
+        let end = if answer.generated.stop == StopReason::Callback { " (stopped)\n" } else { "\n" };
+        rank.say(end)?;
+        self.messages.push(json!({ "role": "assistant", "content": answer.text }));
+        Ok(())
+    }
+}

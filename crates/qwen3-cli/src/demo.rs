@@ -1,0 +1,66 @@
+//! `qwen3 demo`: three questions, a sentence to continue, and what they cost.
+
+use clap::Args;
+use qwen3_model::{KvFormat, SamplingParams, Timing};
+use serde_json::json;
+
+use crate::answer::{Answer, AnswerOptions};
+use crate::failure::Failure;
+use crate::options::{EngineOptions, LaunchOptions};
+use crate::rank::Rank;
+use crate::session;
+use crate::summary::Summary;
+use crate::template::{ChatTemplate, Conversation};
+use crate::text::Text;
+
+/// Answer three questions and continue a sentence, then say what it cost
+#[derive(Args, Clone, Debug)]
+pub struct DemoArgs {
+    #[command(flatten)]
+    engine: EngineOptions,
+
+    #[command(flatten)]
+    pub launch: LaunchOptions,
+}
+
+/// The bundled model was trained to add, to spell and to talk a little.
+const QUESTIONS: [&str; 3] = ["What is 17 + 15?", "Spell the word \"sister\".", "Tell me about music."];
+const SENTENCE: &str = "It is a truth universally acknowledged, that";
+const TOKENS: usize = 64;
+
+impl DemoArgs {
+    /// Runs the command on this rank.
+    pub fn run(&self, rank: &Rank) -> Result<(), Failure> {
+        let read = || Ok((Text::open(&self.engine.model)?, ChatTemplate::open(&self.engine.model)?));
+        let (model, texts) = session::load_with(rank, &self.engine, KvFormat::F16, read)?;
+        let options = AnswerOptions::new(rank, &model, &self.engine, SamplingParams::default(), TOKENS)?;
+        rank.comm().ledger().reset();
+        let (mut prefill, mut decode) = (Timing::default(), Timing::default());
+        for prompt in QUESTIONS.iter().chain([&SENTENCE]) {
+            let tokens = rank.from_root(|| {
+                let (text, template) = texts.as_ref().expect("rank 0 read them");
+                if *prompt == SENTENCE {
+                    rank.say(prompt)?;
+                    return Ok(text.encode(prompt)?);
+                }
+                rank.say(&format!("> {prompt}\n"))?;
+                let message = json!({ "role": "user", "content": prompt });
+                let chat = Conversation::new(vec![message], Some(false));
+                Ok(text.encode_rendered(&template.render(&chat)?)?)
+            })?;
+            let mut cache = model.new_cache(tokens.len() + TOKENS);
+            let text = texts.as_ref().map(|(text, _)| text);
+            let answer = Answer::write(rank, &model, &mut cache, &tokens, text, &options)?;
+            add(&mut prefill, answer.generated.prefill);
+            add(&mut decode, answer.generated.decode);
+            rank.agree(rank.say("\n\n"))?;
+        }
+        let entries = rank.comm().ledger().entries();
+        rank.agree(rank.say(&Summary { model: &model, prefill, decode, entries: &entries }.to_string()))
+    }
+}
+
+fn add(sum: &mut Timing, other: Timing) {
+    sum.tokens += other.tokens;
+    sum.elapsed += other.elapsed;
+}

@@ -1,0 +1,94 @@
+//! `qwen3 generate`: the continuation of a prompt.
+
+use clap::Args;
+use qwen3_model::{GenerationConfig, KvFormat, SamplingParams};
+use serde_json::json;
+
+use crate::answer::{Answer, AnswerOptions};
+use crate::failure::{CliError, Failure};
+use crate::options::{EngineOptions, LaunchOptions, SamplingOptions, positive};
+use crate::prompt::PromptOptions;
+use crate::rank::Rank;
+use crate::session;
+
+/// Continue a prompt: the text comes as it is chosen
+///
+/// The likeliest token is taken each time, so that the same prompt gives the same text. With --temperature above 0 tokens are
+/// drawn instead, and top-k, top-p, min-p and the repetition penalty default to the checkpoint's generation_config.json.
+#[derive(Args, Clone, Debug)]
+pub struct GenerateArgs {
+    #[command(flatten)]
+    engine: EngineOptions,
+
+    #[command(flatten)]
+    prompt: PromptOptions,
+
+    /// Take the prompt as a user's message and write it with the chat template
+    #[arg(long, conflicts_with = "tokens")]
+    chat: bool,
+
+    /// With --chat: have the model answer at once, without thinking first
+    #[arg(long, requires = "chat")]
+    no_thinking: bool,
+
+    /// The most tokens to generate; the model's context may end before
+    #[arg(long, value_name = "N", default_value_t = 256, value_parser = positive)]
+    max_new_tokens: usize,
+
+    #[command(flatten)]
+    sampling: SamplingOptions,
+
+    /// Go on after a token that ends a text
+    #[arg(long)]
+    ignore_eos: bool,
+
+    /// Print one JSON object at the end: {"prompt_tokens","ids","text","prefill_tokens_per_s","decode_tokens_per_s"}
+    #[arg(long)]
+    json: bool,
+
+    #[command(flatten)]
+    pub launch: LaunchOptions,
+}
+
+impl GenerateArgs {
+    /// Runs the command on this rank.
+    pub fn run(&self, rank: &Rank) -> Result<(), Failure> {
+        let chat = self.chat.then(|| self.no_thinking.then_some(false));
+        let read = || self.prompt.read(&self.engine.model, chat);
+        let (model, prompt) = session::load_with(rank, &self.engine, KvFormat::F16, read)?;
+        let (tokens, text) = match prompt {
+            Some(prompt) => (Some(prompt.tokens), prompt.text),
+            None => (None, None),
+        };
+        let tokens = rank.from_root(|| Ok(tokens.expect("rank 0 read the prompt")))?;
+        let sampling = self.params(rank)?;
+        let mut options = AnswerOptions::new(rank, &model, &self.engine, sampling, self.max_new_tokens)?;
+        options.quiet = self.json;
+        options.ignore_eos(self.ignore_eos);
+        let mut cache = model.new_cache(tokens.len().saturating_add(self.max_new_tokens));
+        let answer = Answer::write(rank, &model, &mut cache, &tokens, text.as_ref(), &options)?;
+        let end = if self.json {
+            let object = json!({
+                "prompt_tokens": tokens.len(),
+                "ids": answer.generated.ids,
+                "text": answer.text,
+                "prefill_tokens_per_s": answer.generated.prefill.tokens_per_s(),
+                "decode_tokens_per_s": answer.generated.decode.tokens_per_s(),
+            });
+            format!("{object}\n")
+        } else {
+            "\n".to_owned()
+        };
+        rank.agree(rank.say(&end))
+    }
+
+    fn params(&self, rank: &Rank) -> Result<SamplingParams, Failure> {
+        let base = if self.sampling.temperature.is_some_and(|temperature| temperature > 0.0) {
+            let config = GenerationConfig::read(&self.engine.model).map_err(CliError::from);
+            SamplingParams::recommended(&rank.agree(config)?, 0)
+        } else {
+            SamplingParams::default()
+        };
+        Ok(self.sampling.over(base))
+    }
+}

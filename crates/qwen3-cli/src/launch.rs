@@ -1,0 +1,173 @@
+//! Starting the ranks of a command, and ending them all with one line when one fails.
+
+use std::any::Any;
+use std::panic::{self, AssertUnwindSafe};
+use std::process::ExitCode;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread;
+use std::time::Duration;
+
+use qwen3_model::comm::{Communicator, SoloComm, ThreadComm};
+
+use crate::failure::{CliError, Failure, one_line};
+use crate::options::{LaunchOptions, misfit};
+use crate::rank::Rank;
+use crate::world::World;
+
+/// A command as every rank runs it.
+pub trait Command: Fn(&Rank) -> Result<(), Failure> + Send + Sync {}
+
+impl<F: Fn(&Rank) -> Result<(), Failure> + Send + Sync> Command for F {}
+
+/// How long a failed rank leaves rank 0 to say why, before its own end makes a launcher end them all.
+const GRACE: Duration = Duration::from_secs(2);
+
+/// Runs `command` on every rank: on the processes of an MPI launcher, or on threads of this one.
+pub fn launch(options: &LaunchOptions, command: impl Command) -> ExitCode {
+    panic::set_hook(Box::new(keep_panic));
+    match World::detect() {
+        Some(world) if world.is_many() && options.ranks > 1 => {
+            let found = format!("{} in each process that {} started", options.ranks, world.launcher);
+            let expected = "1, since under a launcher each process is a rank";
+            refuse(&world, &misfit("--ranks", found, expected))
+        }
+        Some(world) if options.ranks == 1 && (world.is_many() || cfg!(feature = "mpi")) => {
+            run_processes(&world, options, command)
+        }
+        _ => run_threads(options, command),
+    }
+}
+
+/// Says on the first process why there are no ranks; the others wait until it has.
+pub fn refuse(world: &World, error: &CliError) -> ExitCode {
+    if world.rank == 0 {
+        return report(error);
+    }
+    thread::sleep(GRACE);
+    ExitCode::FAILURE
+}
+
+fn report(error: &CliError) -> ExitCode {
+    eprintln!("error: {}", error.line());
+    ExitCode::FAILURE
+}
+
+fn run_threads(options: &LaunchOptions, command: impl Command) -> ExitCode {
+    // In the order in which ranks fail: what follows the first is mostly its echo.
+    let failures = Mutex::new(Vec::new());
+    let run = |comm: Arc<dyn Communicator>| {
+        if let Err(failure) = run_rank(&comm, options, &command) {
+            let unknown_to_others = (!failure.agreed).then(|| failure.error.line());
+            lock(&failures).push((comm.rank(), failure));
+            if let Some(reason) = unknown_to_others {
+                comm.abort(&reason);
+            }
+        }
+    };
+    if options.ranks == 1 {
+        run(Arc::new(SoloComm::new()));
+    } else {
+        thread::scope(|scope| {
+            for comm in ThreadComm::group(usize::from(options.ranks)) {
+                let comm: Arc<dyn Communicator> = Arc::new(comm);
+                let rank = comm.rank();
+                let thread = thread::Builder::new().name(format!("rank {rank}"));
+                if let Err(source) = thread.spawn_scoped(scope, || run(comm)) {
+                    let problem = format!("cannot start a thread for rank {rank}: {source}");
+                    lock(&failures).push((rank, CliError::Launch { problem }.into()));
+                }
+            }
+        });
+    }
+    let failures = lock(&failures);
+    let agreed = failures.iter().find(|(rank, failure)| *rank == 0 && failure.agreed);
+    match agreed.or(failures.first()) {
+        Some((_, failure)) => report(&failure.error),
+        None => ExitCode::SUCCESS,
+    }
+}
+
+#[cfg(not(feature = "mpi"))]
+fn run_processes(world: &World, _options: &LaunchOptions, _command: impl Command) -> ExitCode {
+    let problem = format!(
+        "started by a launcher of several processes ({}), but built without MPI; build with --features mpi, or use --ranks",
+        world.launcher
+    );
+    refuse(world, &CliError::Launch { problem })
+}
+
+#[cfg(feature = "mpi")]
+fn run_processes(world: &World, options: &LaunchOptions, command: impl Command) -> ExitCode {
+    let comm = match qwen3_model::comm::MpiComm::init() {
+        Ok(comm) => comm,
+        Err(error) => return refuse(world, &error.into()),
+    };
+    if let Some(size) = world.size
+        && size != comm.size()
+    {
+        let problem = format!(
+            "{} started {size} processes, but MPI knows of {}; is the launcher of another MPI? (with srun: --mpi=pmix)",
+            world.launcher,
+            comm.size()
+        );
+        return refuse(world, &CliError::Launch { problem });
+    }
+    let comm: Arc<dyn Communicator> = Arc::new(comm);
+    let Err(failure) = run_rank(&comm, options, &command) else {
+        return ExitCode::SUCCESS;
+    };
+    let speaks = comm.rank() == 0;
+    if failure.agreed {
+        let status = if speaks { report(&failure.error) } else { ExitCode::FAILURE };
+        // Nobody leaves before rank 0 has spoken. If this fails there is nothing left to say.
+        let _ = comm.barrier();
+        return status;
+    }
+    comm.abort(&failure.error.line());
+    if !speaks {
+        // Rank 0 hears of it in its next collective. When it is gone or busy for longer, this rank speaks.
+        thread::sleep(GRACE);
+    }
+    report(&failure.error);
+    // MPI cannot be finalized together with ranks that may be gone.
+    std::process::exit(1);
+}
+
+/// Runs the command on this rank; a panic is a failure like any other.
+fn run_rank(comm: &Arc<dyn Communicator>, options: &LaunchOptions, command: &impl Command) -> Result<(), Failure> {
+    comm.set_timeout(options.timeout());
+    comm.set_wire(options.wire);
+    let rank = Rank::new(Arc::clone(comm));
+    let work = AssertUnwindSafe(|| {
+        command(&rank)?;
+        // A rank that is done stays until all are, so that a late failure still ends every rank with an error.
+        rank.comm().barrier()?;
+        Ok(())
+    });
+    panic::catch_unwind(work).unwrap_or_else(|payload| {
+        let message = lock(&PANIC).take().unwrap_or_else(|| words(&*payload));
+        let rank = comm.rank();
+        Err(CliError::Panic { rank, message }.into())
+    })
+}
+
+/// The first panic, in words. It may have happened on a worker thread whose payload says less.
+static PANIC: Mutex<Option<String>> = Mutex::new(None);
+
+fn keep_panic(info: &panic::PanicHookInfo<'_>) {
+    let mut message = words(info.payload());
+    if let Some(place) = info.location() {
+        message = format!("{message} ({}:{})", place.file(), place.line());
+    }
+    lock(&PANIC).get_or_insert(one_line(&message));
+}
+
+fn words(payload: &(dyn Any + Send)) -> String {
+    let text = payload.downcast_ref::<&str>().map(|text| (*text).to_owned());
+    text.or_else(|| payload.downcast_ref::<String>().cloned()).unwrap_or_else(|| "a panic without a message".to_owned())
+}
+
+/// A lock that a panic elsewhere does not spoil: what it guards is valid after each statement.
+fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}

@@ -1,0 +1,130 @@
+//! `qwen3 logits`: the logits of every token of a prompt, as a safetensors file.
+
+use std::fs::File;
+use std::io::{self, BufWriter, Write};
+use std::path::{Path, PathBuf};
+
+use clap::Args;
+use qwen3_model::comm::CommunicatorExt as _;
+use qwen3_model::{KvFormat, LogitRows, Logits, Model};
+use serde_json::json;
+
+use crate::failure::{CliError, Failure};
+use crate::options::{EngineOptions, LaunchOptions};
+use crate::prompt::PromptOptions;
+use crate::rank::Rank;
+use crate::session;
+
+/// Write the logits of every token of a prompt: a safetensors file with `logits`, f32 [tokens, vocabulary]
+#[derive(Args, Clone, Debug)]
+pub struct LogitsArgs {
+    #[command(flatten)]
+    engine: EngineOptions,
+
+    #[command(flatten)]
+    prompt: PromptOptions,
+
+    /// The file to write
+    #[arg(long, value_name = "FILE")]
+    output: PathBuf,
+
+    #[command(flatten)]
+    pub launch: LaunchOptions,
+}
+
+/// Floats of logits that rank 0 holds at once, more or less: 64 MB.
+const BLOCK: usize = 1 << 24;
+
+impl LogitsArgs {
+    /// Runs the command on this rank.
+    pub fn run(&self, rank: &Rank) -> Result<(), Failure> {
+        let read = || Ok(self.prompt.read(&self.engine.model, None)?.tokens);
+        let (model, tokens) = session::load_with(rank, &self.engine, KvFormat::F32, read)?;
+        let tokens = rank.from_root(|| Ok(tokens.expect("rank 0 read the prompt")))?;
+        self.prompt.check(&model, tokens.len())?;
+
+        let vocab_size = model.config().vocab_size;
+        let local =
+            if rank.speaks() { Output::create(&self.output, tokens.len(), vocab_size).map(Some) } else { Ok(None) };
+        let mut output = rank.agree(local)?;
+        let mut cache = model.new_cache(tokens.len());
+        for chunk in tokens.chunks(self.engine.chunk.min((BLOCK / vocab_size).max(1))) {
+            let logits = model.forward(&mut cache, chunk, LogitRows::All)?;
+            let rows = collect(rank, &model, logits)?;
+            let written = match &mut output {
+                Some(output) => output.write(&rows),
+                None => Ok(()),
+            };
+            rank.agree(written)?;
+        }
+        rank.agree(output.map_or(Ok(()), Output::finish))
+    }
+}
+
+/// The whole rows [rows, vocabulary] on rank 0, nothing on the others.
+fn collect(rank: &Rank, model: &Model, logits: Logits) -> Result<Vec<f32>, CliError> {
+    let comm = rank.comm();
+    let mut ends = vec![0_u64; comm.size()];
+    comm.all_gather(&[logits.vocab.end as u64], &mut ends)?;
+    let (rows, vocab_size) = (logits.values.nrows(), model.config().vocab_size);
+    let own: Vec<f32> = logits.values.iter().copied().collect();
+    if !rank.speaks() {
+        comm.send(0, &own)?;
+        return Ok(Vec::new());
+    }
+    let mut all = vec![0.0; rows * vocab_size];
+    let mut place = |from: usize, to: usize, block: &[f32]| {
+        for row in 0..rows {
+            let width = to - from;
+            all[row * vocab_size + from..][..width].copy_from_slice(&block[row * width..][..width]);
+        }
+    };
+    place(0, logits.vocab.end, &own);
+    for peer in 1..comm.size() {
+        let (from, to) = (ends[peer - 1] as usize, ends[peer] as usize);
+        let mut block = vec![0.0_f32; rows * (to - from)];
+        comm.recv(peer, &mut block)?;
+        place(from, to, &block);
+    }
+    Ok(all)
+}
+
+/// A safetensors file in the making: its header is known before its numbers.
+struct Output {
+    path: PathBuf,
+    part: PathBuf,
+    file: BufWriter<File>,
+}
+
+impl Output {
+    /// Starts a file beside `path`; it takes that name when it is whole.
+    fn create(path: &Path, rows: usize, cols: usize) -> Result<Self, CliError> {
+        let mut part = path.as_os_str().to_owned();
+        part.push(".part");
+        let part = PathBuf::from(part);
+        let start = || -> io::Result<BufWriter<File>> {
+            let tensor = json!({ "dtype": "F32", "shape": [rows, cols], "data_offsets": [0, rows * cols * 4] });
+            let mut header = json!({ "logits": tensor }).to_string();
+            // The numbers start at a multiple of 8, as the format asks.
+            header.push_str(&" ".repeat(header.len().next_multiple_of(8) - header.len()));
+            let mut file = BufWriter::new(File::create(&part)?);
+            file.write_all(&(header.len() as u64).to_le_bytes())?;
+            file.write_all(header.as_bytes())?;
+            Ok(file)
+        };
+        match start() {
+            Ok(file) => Ok(Self { path: path.to_owned(), part, file }),
+            Err(source) => Err(CliError::file(path, source)),
+        }
+    }
+
+    fn write(&mut self, values: &[f32]) -> Result<(), CliError> {
+        let mut write = || values.iter().try_for_each(|value| self.file.write_all(&value.to_le_bytes()));
+        write().map_err(|source| CliError::file(&self.part, source))
+    }
+
+    fn finish(mut self) -> Result<(), CliError> {
+        self.file.flush().map_err(|source| CliError::file(&self.part, source))?;
+        std::fs::rename(&self.part, &self.path).map_err(|source| CliError::file(&self.path, source))
+    }
+}

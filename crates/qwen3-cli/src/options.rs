@@ -1,0 +1,232 @@
+//! The options that commands share: how many ranks, how each computes, how tokens are chosen.
+
+use std::path::PathBuf;
+use std::str::FromStr;
+use std::thread;
+use std::time::Duration;
+
+use clap::Args;
+use clap::builder::{PossibleValuesParser, TypedValueParser};
+use qwen3_model::comm::WireFormat;
+use qwen3_model::{
+    AttentionAlgorithm, Isa, KvFormat, MlpSchedule, ModelOptions, ParallelStrategy, Placement, SamplingParams,
+    WeightFormat,
+};
+
+use crate::affinity::Neighbours;
+use crate::failure::{CliError, Failure};
+use crate::rank::Rank;
+
+/// A value that is one of `names`, which the help lists; `T` reads them.
+pub fn choice<T>(names: &'static [&'static str]) -> impl TypedValueParser<Value = T>
+where
+    T: FromStr + Clone + Send + Sync + 'static,
+    T::Err: ToString,
+{
+    PossibleValuesParser::new(names).try_map(|name| name.parse::<T>().map_err(|error| error.to_string()))
+}
+
+/// Which ranks there are.
+#[derive(Args, Clone, Debug)]
+pub struct LaunchOptions {
+    /// Ranks inside this process, each with its own threads and its share of the weights. Under mpirun or srun the ranks
+    /// are the processes, and this option has to stay 1
+    #[arg(long, value_name = "R", default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..=1024), help_heading = "Ranks")]
+    pub ranks: u16,
+
+    /// How many seconds a rank waits in a collective for a late one before the job fails
+    #[arg(long, value_name = "S", default_value_t = 60.0, allow_negative_numbers = true, value_parser = seconds, help_heading = "Ranks")]
+    pub comm_timeout: f64,
+
+    /// How sums travel between ranks: f32 is exact, bf16 halves the bytes, q8 quarters them
+    #[arg(long, default_value = "f32", value_parser = choice::<WireFormat>(&["f32", "bf16", "q8"]), help_heading = "Ranks")]
+    pub wire: WireFormat,
+}
+
+impl LaunchOptions {
+    /// One rank in this process, for commands that only read and write files.
+    pub fn alone() -> Self {
+        Self { ranks: 1, comm_timeout: 60.0, wire: WireFormat::F32 }
+    }
+
+    /// `--comm-timeout`.
+    pub fn timeout(&self) -> Duration {
+        Duration::from_secs_f64(self.comm_timeout)
+    }
+}
+
+/// Which model, and how a rank computes.
+#[derive(Args, Clone, Debug)]
+pub struct EngineOptions {
+    /// Folder of the checkpoint, as published on Hugging Face: config.json, *.safetensors, tokenizer.json
+    #[arg(long, value_name = "DIR")]
+    pub model: PathBuf,
+
+    /// Threads of each rank [default: the cores this process may use, shared among the ranks that use them]
+    #[arg(long, value_name = "T", value_parser = clap::value_parser!(u16).range(1..=1024), help_heading = "Computing")]
+    pub threads: Option<u16>,
+
+    /// What is split over the ranks: the weights (heads) or the positions of the text (sequence)
+    #[arg(long, default_value = "heads", value_parser = choice::<ParallelStrategy>(&["heads", "sequence"]), help_heading = "Computing")]
+    pub strategy: ParallelStrategy,
+
+    /// Attention in blocks with a running softmax, or with all scores in memory (the reference)
+    #[arg(long, default_value = "streaming", value_parser = choice::<AttentionAlgorithm>(&["streaming", "materialized"]), help_heading = "Computing")]
+    pub attention: AttentionAlgorithm,
+
+    /// How the feed-forward block is split and what it exchanges [default: fused with --strategy heads, local with
+    /// --strategy sequence]
+    #[arg(long, value_parser = choice::<MlpSchedule>(&["fused", "naive", "gathered", "local"]), help_heading = "Computing")]
+    pub mlp: Option<MlpSchedule>,
+
+    /// Instruction set; auto takes the best one of this CPU (or what SIMD_KERNELS_ISA says)
+    #[arg(long, default_value = "auto", value_parser = choice::<IsaChoice>(&["auto", "scalar", "avx2"]), help_heading = "Computing")]
+    pub isa: IsaChoice,
+
+    /// Format of the weights in memory; auto keeps what the checkpoint stores, q8 and q4 quantize at load
+    #[arg(long, default_value = "auto", value_parser = choice::<WeightChoice>(&["auto", "f32", "bf16", "f16", "q8", "q4"]), help_heading = "Computing")]
+    pub weights: WeightChoice,
+
+    /// Format of cached keys and values [default: f16; f32 for logits and perplexity]
+    #[arg(long, value_parser = choice::<KvFormat>(&["f32", "f16", "q8"]), help_heading = "Computing")]
+    pub kv: Option<KvFormat>,
+
+    /// Prompt tokens that one pass takes at most: fewer need less memory, more are faster
+    #[arg(long, value_name = "N", default_value_t = 512, value_parser = positive, help_heading = "Computing")]
+    pub chunk: usize,
+}
+
+/// `--isa`.
+#[derive(Clone, Copy, Debug)]
+pub struct IsaChoice(Isa);
+
+impl FromStr for IsaChoice {
+    type Err = String;
+
+    fn from_str(name: &str) -> Result<Self, String> {
+        // The environment decides only where the command line leaves it open.
+        let isa = match name {
+            "auto" => Isa::from_env(),
+            name => name.parse(),
+        };
+        isa.map(Self).map_err(|error| error.to_string())
+    }
+}
+
+/// `--weights`; `None` keeps the stored format.
+#[derive(Clone, Copy, Debug)]
+pub struct WeightChoice(pub Option<WeightFormat>);
+
+impl FromStr for WeightChoice {
+    type Err = String;
+
+    fn from_str(name: &str) -> Result<Self, String> {
+        match name {
+            "auto" => Ok(Self(None)),
+            name => name
+                .parse()
+                .map(|format| Self(Some(format)))
+                .map_err(|error: <WeightFormat as FromStr>::Err| error.to_string()),
+        }
+    }
+}
+
+impl EngineOptions {
+    /// What the model has to know; `kv` is the command's own default. All ranks call this together.
+    pub fn model_options(&self, rank: &Rank, kv: KvFormat) -> Result<ModelOptions, Failure> {
+        let neighbours = Neighbours::find(rank)?;
+        let cores = thread::available_parallelism().map_or(1, usize::from);
+        let share = (cores / neighbours.count).max(1);
+        let threads = self.threads.map_or(share, usize::from);
+        Ok(ModelOptions {
+            strategy: self.strategy,
+            attention: self.attention,
+            mlp: self.mlp,
+            weights: self.weights.0,
+            kv: self.kv.unwrap_or(kv),
+            isa: self.isa.0,
+            threads,
+            placement: Placement::for_rank(neighbours.index, neighbours.count, threads),
+        })
+    }
+}
+
+/// How the next token is chosen; what is not given is the command's own default.
+#[derive(Args, Clone, Debug)]
+pub struct SamplingOptions {
+    /// 0 takes the likeliest token each time; higher is more varied
+    #[arg(long, value_name = "X", allow_negative_numbers = true, value_parser = non_negative, help_heading = "Choosing tokens")]
+    pub temperature: Option<f32>,
+
+    /// Choose among the K likeliest tokens; 0 for all
+    #[arg(long, value_name = "K", help_heading = "Choosing tokens")]
+    pub top_k: Option<usize>,
+
+    /// Choose among the likeliest tokens that together have this probability
+    #[arg(long, value_name = "P", allow_negative_numbers = true, value_parser = mass, help_heading = "Choosing tokens")]
+    pub top_p: Option<f32>,
+
+    /// Drop tokens less likely than this share of the likeliest one
+    #[arg(long, value_name = "P", allow_negative_numbers = true, value_parser = probability, help_heading = "Choosing tokens")]
+    pub min_p: Option<f32>,
+
+    /// Divide the logits of tokens that were already there by this (multiply negative ones); 1 does nothing
+    #[arg(long, value_name = "X", allow_negative_numbers = true, value_parser = above_zero, help_heading = "Choosing tokens")]
+    pub repetition_penalty: Option<f32>,
+
+    /// Seed of the random choice: the same seed gives the same tokens on any number of ranks
+    #[arg(long, value_name = "N", help_heading = "Choosing tokens")]
+    pub seed: Option<u64>,
+}
+
+impl SamplingOptions {
+    /// `base` with what the user chose.
+    pub fn over(&self, base: SamplingParams) -> SamplingParams {
+        SamplingParams {
+            temperature: self.temperature.unwrap_or(base.temperature),
+            top_k: self.top_k.unwrap_or(base.top_k),
+            top_p: self.top_p.unwrap_or(base.top_p),
+            min_p: self.min_p.unwrap_or(base.min_p),
+            repetition_penalty: self.repetition_penalty.unwrap_or(base.repetition_penalty),
+            seed: self.seed.unwrap_or(base.seed),
+        }
+    }
+}
+
+/// A number within bounds, or a message with both.
+fn number<T: FromStr + PartialOrd + Copy>(text: &str, expected: &str, fits: impl Fn(T) -> bool) -> Result<T, String> {
+    match text.parse::<T>() {
+        Ok(value) if fits(value) => Ok(value),
+        _ => Err(format!("expected {expected}")),
+    }
+}
+
+/// At least 1.
+pub fn positive(text: &str) -> Result<usize, String> {
+    number(text, "a whole number, at least 1", |value: usize| value >= 1)
+}
+
+fn seconds(text: &str) -> Result<f64, String> {
+    number(text, "seconds above 0, at most 1e6", |value: f64| value > 0.0 && value <= 1e6)
+}
+
+fn non_negative(text: &str) -> Result<f32, String> {
+    number(text, "a number from 0 to 1e6", |value: f32| (0.0..=1e6).contains(&value))
+}
+
+fn above_zero(text: &str) -> Result<f32, String> {
+    number(text, "a number above 0, at most 1e6", |value: f32| value > 0.0 && value <= 1e6)
+}
+
+fn probability(text: &str) -> Result<f32, String> {
+    number(text, "a number from 0 to 1", |value: f32| (0.0..=1.0).contains(&value))
+}
+
+fn mass(text: &str) -> Result<f32, String> {
+    number(text, "a number above 0, at most 1", |value: f32| value > 0.0 && value <= 1.0)
+}
+
+/// An error about an option's value.
+pub fn misfit(option: &'static str, found: impl ToString, expected: impl ToString) -> CliError {
+    CliError::Option { option, found: found.to_string(), expected: expected.to_string() }
+}

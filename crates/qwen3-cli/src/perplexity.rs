@@ -1,0 +1,71 @@
+//! `qwen3 perplexity`: how well the model predicts a text.
+
+use std::fs;
+use std::path::PathBuf;
+
+use clap::Args;
+use qwen3_model::{KvFormat, perplexity};
+use serde_json::json;
+
+use crate::failure::{CliError, Failure};
+use crate::options::{EngineOptions, LaunchOptions};
+use crate::progress;
+use crate::rank::Rank;
+use crate::session;
+use crate::text::Text;
+
+/// Measure how well the model predicts a text, in windows that do not see each other
+#[derive(Args, Clone, Debug)]
+pub struct PerplexityArgs {
+    #[command(flatten)]
+    engine: EngineOptions,
+
+    /// The text
+    #[arg(long, value_name = "TXT")]
+    file: PathBuf,
+
+    /// Tokens of a window; each is scored from its second token on
+    #[arg(long, value_name = "N", default_value_t = 512)]
+    context: usize,
+
+    /// Print one JSON object: {"file","context","tokens","scored","perplexity"}
+    #[arg(long)]
+    json: bool,
+
+    #[command(flatten)]
+    pub launch: LaunchOptions,
+}
+
+impl PerplexityArgs {
+    /// Runs the command on this rank.
+    pub fn run(&self, rank: &Rank) -> Result<(), Failure> {
+        let read = || {
+            let text = fs::read_to_string(&self.file).map_err(|source| CliError::file(&self.file, source))?;
+            Ok(Text::open(&self.engine.model)?.encode(&text)?)
+        };
+        let (model, tokens) = session::load_with(rank, &self.engine, KvFormat::F32, read)?;
+        let tokens = rank.from_root(|| Ok(tokens.expect("rank 0 read the text")))?;
+        let bar = progress::counting(rank, "tokens");
+        bar.set_length(tokens.len() as u64);
+        let found = perplexity(&model, &tokens, self.context, &mut |done| bar.set_position(done as u64));
+        bar.finish_and_clear();
+        let found = found.map_err(|error| CliError::perplexity(&self.file, error))?;
+        let text = if self.json {
+            let object = json!({
+                "file": self.file.display().to_string(),
+                "context": self.context,
+                "tokens": found.tokens,
+                "scored": found.scored,
+                "perplexity": found.perplexity,
+            });
+            format!("{object}\n")
+        } else {
+            let (scored, tokens) = (found.scored, found.tokens);
+            format!(
+                "perplexity {:.4} ({scored} of {tokens} tokens scored, windows of {})\n",
+                found.perplexity, self.context
+            )
+        };
+        rank.agree(rank.say(&text))
+    }
+}

@@ -1,0 +1,43 @@
+//! `qwen3 quantize`: a smaller copy of a checkpoint.
+
+use std::path::PathBuf;
+
+use clap::Args;
+use qwen3_model::{WeightFormat, quantize};
+
+use crate::failure::{CliError, Failure};
+use crate::options::choice;
+use crate::progress;
+use crate::rank::Rank;
+
+/// Write a copy of a checkpoint with its matrices quantized in groups of 32; it loads without the original
+#[derive(Args, Clone, Debug)]
+pub struct QuantizeArgs {
+    /// Folder of the checkpoint
+    #[arg(long, value_name = "DIR")]
+    model: PathBuf,
+
+    /// The new format: q8 takes 8.5 bits a weight, q4 takes 4.5
+    #[arg(long, value_parser = choice::<WeightFormat>(&["q8", "q4"]))]
+    weights: WeightFormat,
+
+    /// The folder to write; it must not hold a checkpoint yet
+    #[arg(value_name = "OUT")]
+    out: PathBuf,
+}
+
+impl QuantizeArgs {
+    /// Runs the command on this rank; rank 0 does the work.
+    pub fn run(&self, rank: &Rank) -> Result<(), Failure> {
+        let work = if rank.speaks() { self.write(rank) } else { Ok(()) };
+        rank.agree(work)
+    }
+
+    fn write(&self, rank: &Rank) -> Result<(), CliError> {
+        let (bar, mut progress) = progress::writing(rank);
+        let written = quantize(&self.model, &self.out, self.weights, &mut progress);
+        bar.finish_and_clear();
+        written?;
+        rank.say(&format!("{}: {} in {}\n", self.out.display(), self.model.display(), self.weights))
+    }
+}

@@ -1,0 +1,48 @@
+//! A loaded model with what rank 0 read for it in the meantime.
+
+use std::panic;
+use std::thread;
+
+use qwen3_model::{KvFormat, LoadProgress, Model, ModelError};
+
+use crate::failure::{CliError, Failure};
+use crate::options::EngineOptions;
+use crate::progress;
+use crate::rank::Rank;
+
+/// Loads the model on all ranks while `read` runs on a thread of rank 0, which has its value afterwards. `kv` is the
+/// command's own cache format.
+pub fn load_with<T: Send>(
+    rank: &Rank,
+    engine: &EngineOptions,
+    kv: KvFormat,
+    read: impl FnOnce() -> Result<T, CliError> + Send,
+) -> Result<(Model, Option<T>), Failure> {
+    thread::scope(|scope| {
+        let reading = rank.speaks().then(|| scope.spawn(read));
+        let model = load(rank, engine, kv)?;
+        let value = reading.map(|thread| thread.join().unwrap_or_else(|payload| panic::resume_unwind(payload)));
+        Ok((model, rank.agree(value.transpose())?))
+    })
+}
+
+/// Loads the model on all ranks, with a progress bar where rank 0 writes to a terminal.
+pub fn load(rank: &Rank, engine: &EngineOptions, kv: KvFormat) -> Result<Model, Failure> {
+    let options = engine.model_options(rank, kv)?;
+    let bar = progress::counting(rank, "layers");
+    let progress = |progress: LoadProgress| {
+        bar.set_length(progress.of as u64);
+        bar.set_position(progress.layers as u64);
+    };
+    let loaded = Model::load(&engine.model, rank.comm().clone(), &options, &progress);
+    bar.finish_and_clear();
+    let loaded = match loaded {
+        Ok(model) => Ok(Some(model)),
+        // The rank that failed knows why.
+        Err(ModelError::PeerLoad { .. }) => Ok(None),
+        Err(error @ ModelError::Comm(_)) => return Err(error.into()),
+        Err(error) => Err(error.into()),
+    };
+    let model = rank.agree(loaded)?;
+    Ok(model.expect("without a model on this rank there is a failure on another, and then none gets here"))
+}

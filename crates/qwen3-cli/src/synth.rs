@@ -1,0 +1,48 @@
+//! `qwen3 synth`: a random checkpoint of a published shape.
+
+use std::path::PathBuf;
+
+use clap::Args;
+use qwen3_model::{Preset, SynthOptions, synthesize};
+
+use crate::failure::{CliError, Failure};
+use crate::options::{choice, positive};
+use crate::progress;
+use crate::rank::Rank;
+
+/// Write a random checkpoint with the shape of a published model, to measure speed without its weights
+#[derive(Args, Clone, Debug)]
+pub struct SynthArgs {
+    /// The published model; tiny and tiny-moe are small ones for tests
+    #[arg(long, value_parser = choice::<Preset>(&["0.6b", "1.7b", "4b", "8b", "14b", "32b", "30b-a3b", "tiny", "tiny-moe"]))]
+    preset: Preset,
+
+    /// The folder to write; it must not hold a checkpoint yet
+    #[arg(value_name = "DIR")]
+    dir: PathBuf,
+
+    /// Seed of the random weights: the same seed gives the same bytes
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    seed: u64,
+
+    /// Another number of layers than the published one
+    #[arg(long, value_name = "N", value_parser = positive)]
+    layers: Option<usize>,
+}
+
+impl SynthArgs {
+    /// Runs the command on this rank; rank 0 does the work.
+    pub fn run(&self, rank: &Rank) -> Result<(), Failure> {
+        let work = if rank.speaks() { self.write(rank) } else { Ok(()) };
+        rank.agree(work)
+    }
+
+    fn write(&self, rank: &Rank) -> Result<(), CliError> {
+        let options = SynthOptions { preset: self.preset, layers: self.layers, seed: self.seed };
+        let (bar, mut progress) = progress::writing(rank);
+        let written = synthesize(&self.dir, &options, &mut progress);
+        bar.finish_and_clear();
+        written?;
+        rank.say(&format!("{}: a random checkpoint with the shape of {}\n", self.dir.display(), self.preset.name()))
+    }
+}

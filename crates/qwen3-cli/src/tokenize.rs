@@ -1,0 +1,64 @@
+//! `qwen3 tokenize`: a text or a conversation as the model sees it.
+
+use std::path::PathBuf;
+
+use clap::Args;
+use serde_json::json;
+
+use crate::failure::{CliError, Failure};
+use crate::rank::Rank;
+use crate::template::{ChatTemplate, Conversation};
+use crate::text::Text;
+
+/// Show the token ids of a text, or of a conversation as the chat template writes it
+#[derive(Args, Clone, Debug)]
+pub struct TokenizeArgs {
+    /// Folder of the checkpoint; tokenizer.json and the chat template are all it needs
+    #[arg(long, value_name = "DIR")]
+    model: PathBuf,
+
+    #[command(flatten)]
+    input: Input,
+
+    /// Print one JSON object: {"text","ids"}
+    #[arg(long)]
+    json: bool,
+}
+
+#[derive(Args, Clone, Debug)]
+#[group(required = true, multiple = false)]
+struct Input {
+    /// The text
+    #[arg(long, value_name = "T")]
+    text: Option<String>,
+
+    /// A JSON file with messages, and optionally tools, enable_thinking and add_generation_prompt
+    #[arg(long, value_name = "FILE")]
+    chat: Option<PathBuf>,
+}
+
+impl TokenizeArgs {
+    /// Runs the command on this rank.
+    pub fn run(&self, rank: &Rank) -> Result<(), Failure> {
+        let work = if rank.speaks() { self.print(rank) } else { Ok(()) };
+        rank.agree(work)
+    }
+
+    fn print(&self, rank: &Rank) -> Result<(), CliError> {
+        let (text, ids) = match (&self.input.text, &self.input.chat) {
+            (Some(text), _) => (text.clone(), Text::open(&self.model)?.encode(text)?),
+            (None, Some(file)) => {
+                let chat = Conversation::open(file)?;
+                let rendered = ChatTemplate::open(&self.model)?.render(&chat)?;
+                let ids = Text::open(&self.model)?.encode_rendered(&rendered)?;
+                (rendered, ids)
+            }
+            (None, None) => unreachable!("clap requires one of the two"),
+        };
+        if self.json {
+            return rank.say(&format!("{}\n", json!({ "text": text, "ids": ids })));
+        }
+        let ids: Vec<String> = ids.iter().map(u32::to_string).collect();
+        rank.say(&format!("{text}\n{}\n", ids.join(",")))
+    }
+}

@@ -1,0 +1,228 @@
+//! Whatever is wrong with the input: one clear line, a non-zero status, on one rank and on two.
+
+mod program;
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use program::{Run, assert_one_line, austen, program, run, run_with};
+use serde_json::{Value, json};
+
+/// A copy of the bundled model to break.
+struct Copy {
+    dir: tempfile::TempDir,
+}
+
+impl Copy {
+    fn new() -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        for name in
+            ["config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "model.safetensors"]
+        {
+            fs::copy(austen().join(name), dir.path().join(name)).unwrap();
+        }
+        Self { dir }
+    }
+
+    fn file(&self, name: &str) -> PathBuf {
+        self.dir.path().join(name)
+    }
+
+    fn config(&self, change: impl FnOnce(&mut serde_json::Map<String, Value>)) {
+        let mut config: Value = serde_json::from_str(&fs::read_to_string(self.file("config.json")).unwrap()).unwrap();
+        change(config.as_object_mut().unwrap());
+        fs::write(self.file("config.json"), config.to_string()).unwrap();
+    }
+
+    /// Rewrites the header of the weights.
+    fn header(&self, change: impl FnOnce(&mut serde_json::Map<String, Value>)) {
+        let bytes = fs::read(self.file("model.safetensors")).unwrap();
+        let len = u64::from_le_bytes(bytes[..8].try_into().unwrap()) as usize;
+        let mut header: Value = serde_json::from_slice(&bytes[8..8 + len]).unwrap();
+        change(header.as_object_mut().unwrap());
+        let header = header.to_string();
+        let mut changed = (header.len() as u64).to_le_bytes().to_vec();
+        changed.extend_from_slice(header.as_bytes());
+        changed.extend_from_slice(&bytes[8 + len..]);
+        fs::write(self.file("model.safetensors"), changed).unwrap();
+    }
+
+    /// Generates on 1 and on 2 ranks; both have to fail with one line that holds `words`.
+    fn fails(&self, words: &[&str]) {
+        fails(self.dir.path(), &["--prompt", "Elizabeth was"], words);
+    }
+}
+
+fn generate(model: &Path, args: &[&str], ranks: &str) -> Run {
+    let model = model.to_str().unwrap();
+    let mut all = vec!["generate", "--model", model, "--max-new-tokens", "4", "--ranks", ranks];
+    all.extend(args);
+    run(&all)
+}
+
+fn fails(model: &Path, args: &[&str], words: &[&str]) {
+    for ranks in ["1", "2"] {
+        assert_one_line(&generate(model, args, ranks), words);
+    }
+}
+
+#[test]
+fn missing_folders_and_files() {
+    fails(Path::new("nowhere"), &["--prompt", "x"], &["nowhere"]);
+    for name in ["config.json", "model.safetensors", "tokenizer.json"] {
+        let copy = Copy::new();
+        fs::remove_file(copy.file(name)).unwrap();
+        copy.fails(&[name]);
+    }
+    fails(&austen(), &["--prompt-file", "nowhere.txt"], &["nowhere.txt"]);
+}
+
+#[test]
+fn broken_configs() {
+    let copy = Copy::new();
+    fs::write(copy.file("config.json"), "{").unwrap();
+    copy.fails(&["config.json"]);
+    let copy = Copy::new();
+    copy.config(|config| drop(config.remove("hidden_size")));
+    copy.fails(&["config.json", "hidden_size"]);
+    let copy = Copy::new();
+    copy.config(|config| drop(config.insert("num_key_value_heads".into(), json!(3))));
+    copy.fails(&["config.json", "num_key_value_heads", "3"]);
+    let copy = Copy::new();
+    copy.config(|config| drop(config.insert("hidden_size".into(), json!("wide"))));
+    copy.fails(&["config.json", "hidden_size"]);
+    let copy = Copy::new();
+    copy.config(|config| drop(config.insert("vocab_size".into(), json!(4000))));
+    copy.fails(&["embed_tokens", "4096", "4000"]);
+    let copy = Copy::new();
+    fs::write(copy.file("generation_config.json"), "[]").unwrap();
+    copy.fails(&["generation_config.json"]);
+}
+
+#[test]
+fn broken_weights() {
+    let copy = Copy::new();
+    let whole = fs::read(copy.file("model.safetensors")).unwrap();
+    for len in [0, 4, 8, 100, whole.len() / 2, whole.len() - 1] {
+        fs::write(copy.file("model.safetensors"), &whole[..len]).unwrap();
+        copy.fails(&["model.safetensors"]);
+    }
+    let mut longer = whole;
+    longer.push(0);
+    fs::write(copy.file("model.safetensors"), &longer).unwrap();
+    copy.fails(&["model.safetensors"]);
+
+    let q_proj = "model.layers.1.self_attn.q_proj.weight";
+    let copy = Copy::new();
+    copy.header(|header| {
+        let other = header["model.layers.1.self_attn.k_proj.weight"]["data_offsets"].clone();
+        header[q_proj]["data_offsets"][0] = other[0].clone();
+    });
+    copy.fails(&["model.safetensors"]);
+    let copy = Copy::new();
+    copy.header(|header| header[q_proj]["dtype"] = json!("I32"));
+    copy.fails(&["model.safetensors", q_proj]);
+    let copy = Copy::new();
+    copy.header(|header| header[q_proj]["shape"] = json!([128, 512]));
+    copy.fails(&[q_proj, "128", "256"]);
+    let copy = Copy::new();
+    copy.header(|header| {
+        let tensor = header.remove(q_proj).unwrap();
+        header.insert("another.weight".into(), tensor);
+    });
+    copy.fails(&[q_proj]);
+}
+
+#[test]
+fn prompts_that_the_model_cannot_take() {
+    let model = austen();
+    fails(&model, &["--tokens", "1,4096"], &["4096", "vocabulary"]);
+    fails(&model, &["--tokens", "1,4294967295"], &["4294967295"]);
+    fails(&model, &["--tokens", "1,x"], &["--tokens", "x"]);
+    fails(&model, &["--tokens", ""], &["--tokens"]);
+    fails(&model, &["--prompt", ""], &["--prompt", "empty"]);
+    let long = vec!["7"; 4097].join(",");
+    fails(&model, &["--tokens", &long], &["4097", "4096"]);
+    fails(&model, &[], &["--prompt"]);
+    fails(&model, &["--prompt", "x", "--tokens", "1"], &["--prompt", "--tokens"]);
+
+    let dir = tempfile::tempdir().unwrap();
+    let file = dir.path().join("prompt.txt");
+    fs::write(&file, b"\xff\xfe").unwrap();
+    fails(&model, &["--prompt-file", file.to_str().unwrap()], &["prompt.txt", "UTF-8"]);
+}
+
+#[test]
+fn unknown_options_and_values() {
+    let model = austen();
+    for (option, value) in [
+        ("--strategy", "both"),
+        ("--attention", "flash"),
+        ("--mlp", "split"),
+        ("--isa", "avx512"),
+        ("--weights", "q2"),
+        ("--kv", "q4"),
+        ("--comm-timeout", "-1"),
+        ("--chunk", "0"),
+        ("--temperature", "nan"),
+        ("--top-p", "1.5"),
+    ] {
+        fails(&model, &["--prompt", "x", option, value], &[option, value]);
+    }
+    fails(&model, &["--prompt", "x", "--threads", "0"], &["--threads", "0"]);
+    assert_one_line(&generate(&model, &["--prompt", "x"], "0"), &["--ranks"]);
+    fails(&model, &["--prompt", "x", "--frobnicate"], &["--frobnicate"]);
+    assert_one_line(&run(&["frobnicate"]), &["frobnicate"]);
+    assert_one_line(&run(&["synth", "--preset", "9b", "out"]), &["9b"]);
+}
+
+#[test]
+fn other_commands_fail_alike() {
+    let model = austen();
+    let model = model.to_str().unwrap();
+    for ranks in ["1", "2"] {
+        let with = |args: &[&str]| {
+            let mut all = args.to_vec();
+            all.extend(["--ranks", ranks, "--threads", "1"]);
+            run(&all)
+        };
+        assert_one_line(&with(&["perplexity", "--model", model, "--file", "nowhere.txt"]), &["nowhere.txt"]);
+        assert_one_line(&with(&["perplexity", "--model", model, "--file", "/dev/null"]), &["/dev/null"]);
+        assert_one_line(&with(&["bench", "--model", "nowhere"]), &["nowhere"]);
+        assert_one_line(&with(&["bench", "--model", model, "--prompt-len", "5000"]), &["--prompt-len", "4096"]);
+        assert_one_line(&with(&["chat", "--model", "nowhere"]), &["nowhere"]);
+        let output = "/nowhere/logits.safetensors";
+        assert_one_line(&with(&["logits", "--model", model, "--tokens", "1", "--output", output]), &[output]);
+        assert_one_line(&with(&["logits", "--model", model, "--tokens", "9999", "--output", "/dev/null"]), &["9999"]);
+    }
+}
+
+#[test]
+fn checkpoints_are_not_written_over() {
+    let model = austen();
+    let model = model.to_str().unwrap();
+    assert_one_line(&run(&["synth", "--preset", "tiny", model]), &["exists"]);
+    assert_one_line(&run(&["quantize", "--model", model, "--weights", "q8", model]), &["exists"]);
+    assert_one_line(&run(&["quantize", "--model", "nowhere", "--weights", "q8", "out"]), &["nowhere"]);
+    assert_one_line(&run(&["synth", "--preset", "tiny", "/dev/null/x"]), &["/dev/null/x"]);
+}
+
+#[test]
+fn a_launcher_without_mpi_is_one_line_from_its_first_process() {
+    if cfg!(feature = "mpi") {
+        return;
+    }
+    let model = austen();
+    let start = |rank: &str, args: &[&str]| {
+        let mut all = vec!["generate", "--model", model.to_str().unwrap(), "--prompt", "x"];
+        all.extend(args);
+        let mut command = program(&all);
+        command.env("OMPI_COMM_WORLD_RANK", rank).env("OMPI_COMM_WORLD_SIZE", "2");
+        run_with(command, "")
+    };
+    assert_one_line(&start("0", &[]), &["launcher", "MPI"]);
+    assert_one_line(&start("0", &["--ranks", "2"]), &["--ranks"]);
+    assert_one_line(&start("0", &["--strategy", "both"]), &["--strategy"]);
+    let second = start("1", &[]);
+    assert!(!second.success && second.stderr.is_empty(), "{second:?}");
+}

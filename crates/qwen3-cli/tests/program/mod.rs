@@ -1,0 +1,107 @@
+//! Running the built program with a deadline.
+
+use std::ffi::OsStr;
+use std::io::{Read, Write};
+use std::path::PathBuf;
+use std::process::{Command, Stdio};
+use std::thread;
+use std::time::{Duration, Instant};
+
+/// No call of these tests takes a tenth of this; a hung rank does.
+const DEADLINE: Duration = Duration::from_secs(60);
+
+/// What a run of the program left.
+#[derive(Debug)]
+pub struct Run {
+    pub success: bool,
+    pub stdout: String,
+    pub stderr: String,
+}
+
+/// The bundled model.
+pub fn austen() -> PathBuf {
+    PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../../models/austen")
+}
+
+/// The program with arguments, cut off from any launcher that runs the tests.
+pub fn program<S: AsRef<OsStr>>(args: &[S]) -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_qwen3"));
+    command.args(args);
+    for (name, _) in std::env::vars_os() {
+        let name = name.to_string_lossy();
+        if ["OMPI_", "PMI", "SLURM_", "MV2_"].iter().any(|prefix| name.starts_with(prefix)) {
+            command.env_remove(name.as_ref());
+        }
+    }
+    command
+}
+
+/// Runs a command with `input`; panics if it is not done by the deadline.
+pub fn run_with(mut command: Command, input: &str) -> Run {
+    let mut child = command
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .expect("the program starts");
+    let mut stdin = child.stdin.take().unwrap();
+    let input = input.to_owned();
+    // A program that stops early leaves its input unread.
+    let writer = thread::spawn(move || drop(stdin.write_all(input.as_bytes())));
+    let collect = |mut from: Box<dyn Read + Send>| {
+        thread::spawn(move || {
+            let mut text = String::new();
+            from.read_to_string(&mut text).expect("the program writes UTF-8");
+            text
+        })
+    };
+    let stdout = collect(Box::new(child.stdout.take().unwrap()));
+    let stderr = collect(Box::new(child.stderr.take().unwrap()));
+    let start = Instant::now();
+    let status = loop {
+        if let Some(status) = child.try_wait().unwrap() {
+            break status;
+        }
+        if start.elapsed() > DEADLINE {
+            let _ = child.kill();
+            panic!("{command:?} hangs; stderr: {}", stderr.join().unwrap());
+        }
+        thread::sleep(Duration::from_millis(5));
+    };
+    writer.join().unwrap();
+    Run { success: status.success(), stdout: stdout.join().unwrap(), stderr: stderr.join().unwrap() }
+}
+
+/// Runs the program without input.
+pub fn run<S: AsRef<OsStr>>(args: &[S]) -> Run {
+    run_with(program(args), "")
+}
+
+/// Runs the program, which has to succeed, and reads the one JSON object that it prints.
+#[allow(dead_code, reason = "each test file is a crate of its own and takes what it needs")]
+pub fn json<S: AsRef<OsStr>>(args: &[S]) -> serde_json::Value {
+    let run = run(args);
+    assert!(run.success, "{run:?}");
+    assert_eq!(run.stderr, "", "nothing is wrong, so nothing is said");
+    assert_eq!(run.stdout.lines().count(), 1, "{run:?}");
+    serde_json::from_str(&run.stdout).expect("the line is JSON")
+}
+
+/// The keys of an object, in order.
+#[allow(dead_code, reason = "each test file is a crate of its own and takes what it needs")]
+pub fn keys(object: &serde_json::Value) -> Vec<&str> {
+    object.as_object().expect("an object").keys().map(String::as_str).collect()
+}
+
+/// Asserts that a run failed with exactly one line, which starts with `error: ` and holds each of `words`.
+#[allow(dead_code, reason = "each test file is a crate of its own and takes what it needs")]
+pub fn assert_one_line(run: &Run, words: &[&str]) {
+    assert!(!run.success, "it should fail: {run:?}");
+    assert_eq!(run.stdout, "", "nothing but the error: {run:?}");
+    assert_eq!(run.stderr.lines().count(), 1, "one line: {run:?}");
+    assert!(run.stderr.starts_with("error: ") && run.stderr.ends_with('\n'), "{run:?}");
+    assert!(!run.stderr.contains("panicked") && !run.stderr.contains("internal error"), "{run:?}");
+    for word in words {
+        assert!(run.stderr.contains(word), "{word:?} is missing: {run:?}");
+    }
+}

@@ -1,0 +1,122 @@
+//! Tokens and chat templates against the published tokenizer and the bundled one.
+
+mod program;
+
+use std::fs;
+use std::io::Read as _;
+use std::path::{Path, PathBuf};
+
+use program::{assert_one_line, austen, json, keys, run};
+use serde_json::Value;
+
+fn data(name: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data").join(name)
+}
+
+fn read(path: &Path) -> Value {
+    serde_json::from_str(&fs::read_to_string(path).unwrap()).unwrap()
+}
+
+/// The published tokenizer in a folder of its own.
+fn published() -> tempfile::TempDir {
+    let dir = tempfile::tempdir().unwrap();
+    for name in ["tokenizer.json", "tokenizer_config.json"] {
+        let packed = fs::File::open(data(&format!("{name}.gz"))).unwrap();
+        let mut text = String::new();
+        flate2::read::GzDecoder::new(packed).read_to_string(&mut text).unwrap();
+        fs::write(dir.path().join(name), text).unwrap();
+    }
+    dir
+}
+
+fn tokenize_chat(model: &Path, chat: &Value) -> Value {
+    let file = tempfile::NamedTempFile::new().unwrap();
+    fs::write(file.path(), chat.to_string()).unwrap();
+    json(&["tokenize", "--json", "--model", model.to_str().unwrap(), "--chat", file.path().to_str().unwrap()])
+}
+
+#[test]
+fn conversations_read_as_the_published_template_writes_them() {
+    let model = published();
+    let cases = read(&data("chat.json"));
+    assert_eq!(cases.as_array().unwrap().len(), 8);
+    for case in cases.as_array().unwrap() {
+        let found = tokenize_chat(model.path(), case);
+        assert_eq!(keys(&found), ["text", "ids"]);
+        assert_eq!(found["text"], case["text"]);
+        assert_eq!(found["ids"], case["ids"], "{}", case["text"]);
+    }
+}
+
+#[test]
+fn a_template_in_a_file_of_its_own_comes_first_and_named_ones_are_found() {
+    let dir = tempfile::tempdir().unwrap();
+    fs::copy(austen().join("tokenizer.json"), dir.path().join("tokenizer.json")).unwrap();
+    let named = r#"{"eos_token": {"content": "<|im_end|>"}, "chat_template": [
+        {"name": "default", "template": "{%- for m in messages -%}{% generation %}{{ m.content.strip('-').split(',')[1] }}{% endgeneration %}{%- endfor %}{{ eos_token }}"},
+        {"name": "tool_use", "template": "{% if tools is not defined %}{{ raise_exception('no tools') }}{% endif %}{{ tools | tojson }}"}]}"#;
+    fs::write(dir.path().join("tokenizer_config.json"), named).unwrap();
+    let chat = serde_json::json!({"messages": [{"role": "user", "content": "--a,b"}]});
+    assert_eq!(tokenize_chat(dir.path(), &chat)["text"], "b<|im_end|>");
+    let tools = serde_json::json!({"messages": [{"role": "user", "content": "x"}], "tools": [{"é": 1.0, "a": null}]});
+    assert_eq!(tokenize_chat(dir.path(), &tools)["text"], r#"[{"é": 1.0, "a": null}]"#);
+
+    let file =
+        "{{ messages[0].role }}{% for i in range(9) %}{% if i == 3 %}{% break %}{% endif %}{{ i }}{% endfor %}\n";
+    fs::write(dir.path().join("chat_template.jinja"), file).unwrap();
+    assert_eq!(tokenize_chat(dir.path(), &chat)["text"], "user012");
+}
+
+#[test]
+fn the_bundled_tokenizer_gives_the_expected_ids() {
+    let model = austen();
+    for case in read(&model.join("expected.json")).as_array().unwrap() {
+        let found = if case["kind"] == "text" {
+            json(&[
+                "tokenize",
+                "--json",
+                "--model",
+                model.to_str().unwrap(),
+                "--text",
+                case["prompt"].as_str().unwrap(),
+            ])
+        } else {
+            let message = serde_json::json!({"role": "user", "content": case["prompt"]});
+            tokenize_chat(&model, &serde_json::json!({"messages": [message], "enable_thinking": false}))
+        };
+        assert_eq!(found["text"], case["rendered"]);
+        assert_eq!(found["ids"], case["prompt_ids"]);
+    }
+}
+
+#[test]
+fn what_cannot_be_tokenized_is_one_line() {
+    let model = austen();
+    let model = model.to_str().unwrap();
+    let dir = tempfile::tempdir().unwrap();
+    let file = dir.path().join("chat.json");
+    let chat = |text: &str| {
+        fs::write(&file, text).unwrap();
+        run(&["tokenize", "--model", model, "--chat", file.to_str().unwrap()])
+    };
+    assert_one_line(&chat("{"), &["chat.json", "not JSON"]);
+    assert_one_line(&chat("{}"), &["chat.json", "messages", "missing"]);
+    assert_one_line(&chat("[]"), &["chat.json", "messages", "empty"]);
+    assert_one_line(&chat(r#"{"messages": 3}"#), &["chat.json", "messages", "a number", "a list"]);
+    assert_one_line(&chat(r#"[{"content": "x"}]"#), &["messages[0]", "role"]);
+    assert_one_line(&chat(r#"{"messages": [{"role": "user", "content": "x"}], "tools": 1}"#), &["tools"]);
+    assert_one_line(&chat(r#"[{"role": "user", "content": 5}]"#), &["chat template"]);
+    assert_one_line(&run(&["tokenize", "--model", model, "--chat", "nowhere.json"]), &["nowhere.json"]);
+    assert_one_line(&run(&["tokenize", "--model", "nowhere", "--text", "x"]), &["nowhere/tokenizer.json"]);
+    assert_one_line(&run(&["tokenize", "--model", model]), &["--text", "--chat"]);
+
+    let empty = dir.path().to_str().unwrap();
+    let file = file.to_str().unwrap();
+    fs::write(file, r#"[{"role": "user", "content": "x"}]"#).unwrap();
+    assert_one_line(&run(&["tokenize", "--model", empty, "--chat", file]), &["no chat template"]);
+    fs::write(dir.path().join("tokenizer.json"), "{}").unwrap();
+    assert_one_line(&run(&["tokenize", "--model", empty, "--text", "x"]), &["tokenizer.json"]);
+    let broken = r#"{"chat_template": "{% if %}"}"#;
+    fs::write(dir.path().join("tokenizer_config.json"), broken).unwrap();
+    assert_one_line(&run(&["tokenize", "--model", empty, "--chat", file]), &["chat template", "syntax"]);
+}
