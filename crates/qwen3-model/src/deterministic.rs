@@ -7,8 +7,8 @@
 use std::f64::consts::{LOG2_E, SQRT_2};
 
 /// ln 2 in two parts: the first has 32 trailing zero bits, so that its product with a small integer is exact.
-const LN2_HIGH: f64 = 0.693_147_180_369_123_816_49;
-const LN2_LOW: f64 = 1.908_214_929_270_587_700_0e-10;
+const LN2_HIGH: f64 = 0.693_147_180_369_123_8;
+const LN2_LOW: f64 = 1.908_214_929_270_587_7e-10;
 
 /// e^x for x ≤ 0, to within 2 units in the last place; 0 below -700.
 pub(crate) fn exp(x: f64) -> f64 {
@@ -82,7 +82,7 @@ fn tail(bits: u64) -> f64 {
 }
 
 /// The output function of SplitMix64 (Steele, Lea & Flood 2014).
-fn mix(mut x: u64) -> u64 {
+pub(crate) fn mix(mut x: u64) -> u64 {
     x = (x ^ (x >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
     x = (x ^ (x >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
     x ^ (x >> 31)

@@ -62,7 +62,7 @@ pub enum ConfigError {
         expected: String,
     },
     /// Two fields exclude each other.
-    #[error("{}: field {field} is {found}, which contradicts {other} = {other_found}, expected {expected}", file.display())]
+    #[error("{}: field {field} is {found}, which contradicts {other}, expected {expected}", file.display())]
     Contradiction {
         /// The file.
         file: PathBuf,
@@ -70,10 +70,8 @@ pub enum ConfigError {
         field: String,
         /// Its value.
         found: String,
-        /// The field that it contradicts.
+        /// The field that it contradicts, and that one's value: `name = value`.
         other: String,
-        /// The value of that one.
-        other_found: String,
         /// What would agree.
         expected: String,
     },
@@ -232,8 +230,7 @@ impl<'a> Fields<'a> {
             file: self.file.to_owned(),
             field: self.name(field),
             found: found.to_string(),
-            other: self.name(other),
-            other_found: other_found.to_string(),
+            other: format!("{} = {other_found}", self.name(other)),
             expected: expected.into(),
         }
     }

@@ -1,9 +1,13 @@
-//! The predicted collectives, against figures worked out by hand. That the ledger counts the same is tested with the model.
+//! The predicted collectives, against figures worked out by hand and against what the ledger counts.
 
 use std::path::Path;
+use std::sync::Arc;
 
-use comm::Collective;
-use qwen3_model::{Config, LogitRows, MlpSchedule, ParallelStrategy, Traffic, TrafficModel};
+use comm::{Collective, ThreadComm};
+use qwen3_model::{
+    Config, Isa, LogitRows, MlpSchedule, Model, ModelOptions, ParallelStrategy, Preset, SynthOptions, Traffic,
+    TrafficModel, WeightFormat, synthesize,
+};
 use serde_json::json;
 
 fn config(hidden: usize, columns: usize, layers: usize) -> Config {
@@ -107,4 +111,54 @@ fn sequence() {
     let found = TrafficModel { schedule: MlpSchedule::Fused, ..base }.forward(64, 0, LogitRows::All);
     let (hidden, keys) = (64 * 1024 * 4, 64 * 2048 * 4);
     assert_eq!(found, [entry(Allgatherv, 5, 2 * keys + 3 * hidden), entry(ReduceScatter, 2, 2 * hidden)]);
+}
+
+/// What the ledger of each rank counts for each of the passes, one after the other on one cache.
+fn counted(dir: &Path, ranks: usize, options: ModelOptions, passes: &[(usize, LogitRows)]) -> Vec<Vec<Vec<Traffic>>> {
+    let run = |comm: ThreadComm| {
+        let model = Model::load(dir, Arc::new(comm), &options, &|_| ()).expect("the model loads");
+        let mut cache = model.new_cache(64);
+        let count = |&(tokens, rows): &(usize, LogitRows)| {
+            model.comm().ledger().reset();
+            model.forward(&mut cache, &vec![3; tokens], rows).expect("a pass");
+            let entries = model.comm().ledger().entries();
+            let entries = entries.iter().filter(|entry| entry.calls > 0);
+            entries.map(|entry| self::entry(entry.collective, entry.calls, entry.payload_bytes)).collect()
+        };
+        passes.iter().map(count).collect()
+    };
+    std::thread::scope(|scope| {
+        let threads: Vec<_> = ThreadComm::group(ranks).into_iter().map(|comm| scope.spawn(|| run(comm))).collect();
+        threads.into_iter().map(|thread| thread.join().expect("no rank panics")).collect()
+    })
+}
+
+/// The reference cases are not quantized; here the columns come in groups of 32.
+#[test]
+fn the_ledger_counts_what_was_predicted_for_quantized_weights() {
+    use LogitRows::{All, Last, None};
+    let folder = tempfile::tempdir().expect("a folder");
+    let passes = [(11, None), (6, All), (1, Last), (2, Last), (17, Last)];
+    let schedules = [MlpSchedule::Fused, MlpSchedule::Naive, MlpSchedule::Gathered, MlpSchedule::Local];
+    for preset in [Preset::Tiny, Preset::TinyMoe] {
+        let dir = folder.path().join(preset.name());
+        synthesize(&dir, &SynthOptions { preset, layers: Some(2), seed: 1 }, &mut |_| ()).expect("written");
+        let config = Config::read(&dir).expect("valid");
+        for strategy in [ParallelStrategy::Heads, ParallelStrategy::Sequence] {
+            for (schedule, ranks) in schedules.into_iter().flat_map(|schedule| [(schedule, 2), (schedule, 3)]) {
+                let (mlp, weights) = (Some(schedule), Some(WeightFormat::Q8));
+                let options = ModelOptions { strategy, mlp, weights, ..ModelOptions::new(Isa::scalar()) };
+                for (rank, counted) in counted(&dir, ranks, options, &passes).into_iter().enumerate() {
+                    let model = TrafficModel { config: &config, ranks, rank, strategy, schedule, granularity: 32 };
+                    let mut past = 0;
+                    for (counted, (tokens, rows)) in counted.into_iter().zip(passes) {
+                        let predicted = model.forward(tokens, past, rows);
+                        let label = format!("rank {rank} of {ranks}, {strategy} {schedule}, {tokens} after {past}");
+                        assert_eq!(counted, predicted, "{preset}, {label}");
+                        past += tokens;
+                    }
+                }
+            }
+        }
+    }
 }

@@ -1,0 +1,180 @@
+//! Writing a checkpoint folder: weights in one file or in several with an index, and the small files beside them.
+
+use std::io;
+use std::path::{Path, PathBuf};
+
+use serde_json::{Map, Value, json};
+use tensor::{CheckpointError, CheckpointWriter, TensorSpec as StoredSpec, WriteError};
+
+use crate::fields::ConfigError;
+
+/// Bytes of weights that one file holds at most, as Hugging Face splits them.
+pub(crate) const SHARD_BYTES: u64 = 5_000_000_000;
+
+/// Why a checkpoint cannot be written.
+#[derive(Debug, thiserror::Error)]
+pub enum ExportError {
+    /// A file or folder cannot be created, copied or written.
+    #[error("{}: cannot be written: {source}", file.display())]
+    Io {
+        /// The file.
+        file: PathBuf,
+        /// What the system reported.
+        source: io::Error,
+    },
+    /// The folder holds a checkpoint already, which would be mixed up with the new one.
+    #[error("{} exists already, expected a folder without a checkpoint", file.display())]
+    Exists {
+        /// The first such file.
+        file: PathBuf,
+    },
+    /// The checkpoint to convert is quantized already.
+    #[error("{} is quantized to {bits} bits already, expected f32, bf16 or f16 weights", dir.display())]
+    AlreadyQuantized {
+        /// The checkpoint.
+        dir: PathBuf,
+        /// Its bits.
+        bits: u32,
+    },
+    /// A format that checkpoints are not converted to.
+    #[error("weights cannot be quantized to {found}, expected q8 or q4")]
+    Format {
+        /// The format.
+        found: tensor::WeightFormat,
+    },
+    /// The configuration is not valid.
+    #[error(transparent)]
+    Config(#[from] ConfigError),
+    /// The source's weights cannot be read.
+    #[error(transparent)]
+    Checkpoint(#[from] CheckpointError),
+    /// The weights cannot be written.
+    #[error(transparent)]
+    Write(#[from] WriteError),
+}
+
+/// How far the writing of a checkpoint is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ExportProgress {
+    /// Bytes of weights written.
+    pub written: u64,
+    /// Bytes of weights in all.
+    pub total: u64,
+}
+
+/// Creates `dir`, which must not hold a checkpoint.
+pub(crate) fn create_folder(dir: &Path) -> Result<(), ExportError> {
+    let io_error = |source| ExportError::Io { file: dir.to_owned(), source };
+    std::fs::create_dir_all(dir).map_err(io_error)?;
+    for entry in std::fs::read_dir(dir).map_err(io_error)? {
+        let file = entry.map_err(io_error)?.path();
+        let name = file.file_name().unwrap_or_default().to_string_lossy();
+        if name == "config.json" || name.ends_with(".safetensors") || name.ends_with(".safetensors.index.json") {
+            return Err(ExportError::Exists { file });
+        }
+    }
+    Ok(())
+}
+
+/// Writes `value` with the indentation of the published files.
+pub(crate) fn write_json(file: &Path, value: &Value) -> Result<(), ExportError> {
+    let text = serde_json::to_string_pretty(value).expect("a JSON value has a text");
+    std::fs::write(file, text + "\n").map_err(|source| ExportError::Io { file: file.to_owned(), source })
+}
+
+/// The weights of a checkpoint, written tensor by tensor.
+pub(crate) struct ShardWriter {
+    dir: PathBuf,
+    /// The tensors of each file.
+    shards: Vec<Vec<StoredSpec>>,
+    /// The file being written, and how many tensors it still wants.
+    current: Option<(CheckpointWriter, usize)>,
+    next: usize,
+    total: u64,
+}
+
+impl ShardWriter {
+    /// A writer of `tensors` into files of at most `limit` bytes of weights (a larger tensor has a file of its own).
+    pub fn new(dir: &Path, tensors: Vec<StoredSpec>, limit: u64) -> Self {
+        let mut shards: Vec<Vec<StoredSpec>> = Vec::new();
+        let (mut filled, mut total) = (0, 0);
+        for spec in tensors {
+            let bytes = stored_bytes(&spec);
+            if shards.is_empty() || filled + bytes > limit {
+                shards.push(Vec::new());
+                filled = 0;
+            }
+            shards.last_mut().expect("one was just added").push(spec);
+            (filled, total) = (filled + bytes, total + bytes);
+        }
+        Self { dir: dir.to_owned(), shards, current: None, next: 0, total }
+    }
+
+    /// Bytes of weights in all.
+    pub fn total(&self) -> u64 {
+        self.total
+    }
+
+    /// Begins the next tensor, in a new file where the last one is complete.
+    pub fn begin(&mut self) -> Result<(), ExportError> {
+        if self.current.as_ref().is_none_or(|(_, left)| *left == 0) {
+            self.close()?;
+            let shard = &self.shards[self.next];
+            let metadata = [("format".to_owned(), "pt".to_owned())];
+            let writer = CheckpointWriter::create(self.dir.join(self.file_name(self.next)), shard, &metadata)?;
+            self.current = Some((writer, shard.len()));
+            self.next += 1;
+        }
+        if let Some((_, left)) = &mut self.current {
+            *left -= 1;
+        }
+        Ok(())
+    }
+
+    /// Writes some of the current tensor, in its stored form.
+    pub fn write(&mut self, tensor: &str, encoded: &[u8]) -> Result<(), ExportError> {
+        if encoded.is_empty() {
+            return Ok(());
+        }
+        let (writer, _) = self.current.as_mut().expect("begin comes before write");
+        Ok(writer.write_encoded(tensor, encoded)?)
+    }
+
+    /// Completes the last file and, where there are several, the index.
+    pub fn finish(mut self) -> Result<(), ExportError> {
+        self.close()?;
+        if self.shards.len() == 1 {
+            return Ok(());
+        }
+        let mut map = Map::new();
+        for (index, shard) in self.shards.iter().enumerate() {
+            for spec in shard {
+                map.insert(spec.name.clone(), json!(self.file_name(index)));
+            }
+        }
+        let index = json!({"metadata": {"total_size": self.total}, "weight_map": map});
+        write_json(&self.dir.join("model.safetensors.index.json"), &index)
+    }
+
+    fn close(&mut self) -> Result<(), ExportError> {
+        match self.current.take() {
+            Some((writer, _)) => Ok(writer.finish()?),
+            None => Ok(()),
+        }
+    }
+
+    fn file_name(&self, index: usize) -> String {
+        match self.shards.len() {
+            1 => "model.safetensors".to_owned(),
+            count => format!("model-{:05}-of-{count:05}.safetensors", index + 1),
+        }
+    }
+}
+
+/// Bytes of a tensor in its stored form.
+pub(crate) fn stored_bytes(spec: &StoredSpec) -> u64 {
+    let cols = spec.shape.last().copied().unwrap_or(1);
+    let rows: usize = spec.shape.iter().rev().skip(1).product();
+    let row = spec.format.stored_row_bytes(cols).expect("a valid configuration's rows have a size");
+    rows as u64 * row as u64
+}
