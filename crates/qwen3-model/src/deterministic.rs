@@ -10,19 +10,37 @@ use std::f64::consts::{LOG2_E, SQRT_2};
 const LN2_HIGH: f64 = 0.693_147_180_369_123_8;
 const LN2_LOW: f64 = 1.908_214_929_270_587_7e-10;
 
+/// 1 / n! for n = 13 down to 0. The first term left out of e^x, x^14 / 14!, is below 1e-17 for |x| ≤ ln 2 / 2.
+const EXP_TERMS: [f64; 14] = {
+    let mut terms = [1.0; 14];
+    let mut n = 1;
+    while n < 14 {
+        terms[13 - n] = terms[14 - n] / n as f64;
+        n += 1;
+    }
+    terms
+};
+
+/// 1 / n for odd n from 21 down to 1. The first term left out of artanh f is below 1e-17 of the sum for |f| ≤ 0.172.
+const LN_TERMS: [f64; 11] = {
+    let mut terms = [1.0; 11];
+    let mut n = 0;
+    while n < 11 {
+        terms[10 - n] = 1.0 / (2 * n + 1) as f64;
+        n += 1;
+    }
+    terms
+};
+
 /// e^x for x ≤ 0, to within 2 units in the last place; 0 below -700.
 pub(crate) fn exp(x: f64) -> f64 {
     debug_assert!(x <= 0.0, "exp of {x}, expected at most 0");
     if x < -700.0 {
         return 0.0;
     }
-    let power = (x * LOG2_E).round();
+    let power = (x * LOG2_E - 0.5).trunc();
     let rest = (x - power * LN2_HIGH) - power * LN2_LOW;
-    // |rest| ≤ ln 2 / 2: the first term left out, rest^14 / 14!, is below 1e-17.
-    let mut sum = 1.0;
-    for term in (1..=13).rev() {
-        sum = 1.0 + sum * rest / f64::from(term);
-    }
+    let sum = EXP_TERMS.iter().fold(0.0, |sum, term| sum * rest + term);
     sum * f64::from_bits(((1023 + power as i64) as u64) << 52)
 }
 
@@ -36,13 +54,10 @@ pub(crate) fn ln(x: f64) -> f64 {
         mantissa *= 0.5;
         exponent += 1;
     }
-    // ln m = 2 artanh f with |f| ≤ 0.172; the first term left out is below 1e-17 of the sum.
+    // ln m = 2 artanh f
     let f = (mantissa - 1.0) / (mantissa + 1.0);
     let square = f * f;
-    let mut sum = 0.0;
-    for odd in (1..=21).rev().step_by(2) {
-        sum = sum * square + 1.0 / f64::from(odd);
-    }
+    let sum = LN_TERMS.iter().fold(0.0, |sum, term| sum * square + term);
     let exponent = exponent as f64;
     exponent * LN2_HIGH + (2.0 * f * sum + exponent * LN2_LOW)
 }

@@ -2,31 +2,31 @@
 
 use crate::config::Config;
 
-/// Rows of the vocabulary, [vocab_size, hidden_size]; also the head where the two are tied.
+/// Rows of the vocabulary, `[vocab_size, hidden_size]`; also the head where the two are tied.
 pub const EMBEDDING: &str = "model.embed_tokens.weight";
-/// The norm after the last layer, [hidden_size].
+/// The norm after the last layer, `[hidden_size]`.
 pub const FINAL_NORM: &str = "model.norm.weight";
-/// The head of an untied model, [vocab_size, hidden_size].
+/// The head of an untied model, `[vocab_size, hidden_size]`.
 pub const LM_HEAD: &str = "lm_head.weight";
 
 /// The tensors of one decoder layer outside of its feed-forward block.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct LayerNames {
-    /// Norm before attention, [hidden_size].
+    /// Norm before attention, `[hidden_size]`.
     pub input_layernorm: String,
-    /// Queries, [num_attention_heads * head_dim, hidden_size].
+    /// Queries, `[num_attention_heads * head_dim, hidden_size]`.
     pub q_proj: String,
-    /// Keys, [num_key_value_heads * head_dim, hidden_size].
+    /// Keys, `[num_key_value_heads * head_dim, hidden_size]`.
     pub k_proj: String,
-    /// Values, [num_key_value_heads * head_dim, hidden_size].
+    /// Values, `[num_key_value_heads * head_dim, hidden_size]`.
     pub v_proj: String,
-    /// Back to the residual stream, [hidden_size, num_attention_heads * head_dim].
+    /// Back to the residual stream, `[hidden_size, num_attention_heads * head_dim]`.
     pub o_proj: String,
-    /// Norm of each query head, [head_dim].
+    /// Norm of each query head, `[head_dim]`.
     pub q_norm: String,
-    /// Norm of each key head, [head_dim].
+    /// Norm of each key head, `[head_dim]`.
     pub k_norm: String,
-    /// Norm before the feed-forward block, [hidden_size].
+    /// Norm before the feed-forward block, `[hidden_size]`.
     pub post_attention_layernorm: String,
     layer: usize,
 }
@@ -34,11 +34,11 @@ pub struct LayerNames {
 /// The matrices of a dense feed-forward block or of one expert.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct MlpNames {
-    /// [columns, hidden_size]
+    /// `[columns, hidden_size]`
     pub gate_proj: String,
-    /// [columns, hidden_size]
+    /// `[columns, hidden_size]`
     pub up_proj: String,
-    /// [hidden_size, columns]
+    /// `[hidden_size, columns]`
     pub down_proj: String,
 }
 
@@ -64,7 +64,7 @@ impl LayerNames {
         MlpNames::new(&format!("model.layers.{}.mlp", self.layer))
     }
 
-    /// The router of a sparse layer, [num_experts, hidden_size].
+    /// The router of a sparse layer, `[num_experts, hidden_size]`.
     pub fn router(&self) -> String {
         format!("model.layers.{}.mlp.gate.weight", self.layer)
     }

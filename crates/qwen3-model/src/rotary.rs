@@ -11,7 +11,7 @@ use crate::rope_config::{RopeConfig, RopeScaling, Yarn};
 /// error of 0.002, so a more precise frequency would be a different model.
 #[derive(Clone, Debug, PartialEq)]
 pub struct RotaryTable {
-    /// [head_dim / 2]
+    /// `[head_dim / 2]`
     inv_freq: Vec<f32>,
     /// Multiplies cosines and sines.
     attention_factor: f32,
@@ -37,12 +37,12 @@ impl RotaryTable {
         }
     }
 
-    /// Radians a position, [head_dim / 2].
+    /// Radians a position, `[head_dim / 2]`.
     pub fn frequencies(&self) -> &[f32] {
         &self.inv_freq
     }
 
-    /// Cosines and sines, each [positions, head_dim / 2].
+    /// Cosines and sines, each `[positions, head_dim / 2]`.
     pub fn rows(&self, positions: &[usize]) -> (Activations, Activations) {
         let shape = (positions.len(), self.inv_freq.len());
         let (mut cos, mut sin) = (Activations::zeros(shape), Activations::zeros(shape));
@@ -54,7 +54,7 @@ impl RotaryTable {
     ///
     /// # Panics
     ///
-    /// If their shape is not [positions, head_dim / 2].
+    /// If their shape is not `[positions, head_dim / 2]`.
     pub fn fill(&self, positions: &[usize], cos: &mut Activations, sin: &mut Activations) {
         let shape = (positions.len(), self.inv_freq.len());
         assert_eq!((cos.dim(), sin.dim()), (shape, shape), "shapes of cos and sin, expected {shape:?}");

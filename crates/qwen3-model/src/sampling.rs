@@ -152,7 +152,7 @@ impl Sampler {
         &self.params
     }
 
-    /// Chooses the token after `history` from `logits` [vocab.len()], this rank's slice `vocab` of the vocabulary. The slices of
+    /// Chooses the token after `history` from `logits` `[vocab.len()]`, this rank's slice `vocab` of the vocabulary. The slices of
     /// the ranks do not overlap and may be empty. All ranks call it with the same `step` and `history`; `stop` may differ.
     ///
     /// `step` numbers the draws: two calls with the same seed, step and logits give the same token.
@@ -365,7 +365,12 @@ impl Limit {
 
 /// e^(score − max) in units of 2⁻⁴⁰, rounded.
 fn mass(score: f32, max: f32) -> u64 {
-    (exp((f64::from(score) - f64::from(max)).min(0.0)) * MASS_SCALE + 0.5) as u64
+    let distance = f64::from(score) - f64::from(max);
+    // Rounds to 0, as most of a vocabulary does.
+    if distance < -28.5 {
+        return 0;
+    }
+    (exp(distance.min(0.0)) * MASS_SCALE + 0.5) as u64
 }
 
 /// The score of a token that is `min_p` times as probable as one of score `max`.

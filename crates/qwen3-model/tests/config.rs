@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use qwen3_model::{Config, ConfigError, GenerationConfig, RopeScaling};
+use qwen3_model::{Config, ConfigError, RopeScaling};
 use serde_json::{Value, json};
 
 fn dense() -> Value {
@@ -416,38 +416,4 @@ fn files_that_cannot_be_read() {
     assert!(matches!(Config::read(folder.path()), Err(ConfigError::Json { .. })));
     std::fs::write(folder.path().join("config.json"), dense().to_string()).expect("writable");
     assert_eq!(Config::read(folder.path()).expect("valid"), parse(&dense()).expect("valid"));
-}
-
-#[test]
-fn generation_config() {
-    let folder = tempfile::tempdir().expect("a folder");
-    assert_eq!(GenerationConfig::read(folder.path()).expect("absent is fine"), GenerationConfig::default());
-    let published = json!({
-        "bos_token_id": 151643, "do_sample": true, "eos_token_id": [151645, 151643], "pad_token_id": 151643,
-        "temperature": 0.6, "top_k": 20, "top_p": 0.95, "transformers_version": "4.51.0"
-    });
-    std::fs::write(folder.path().join("generation_config.json"), published.to_string()).expect("writable");
-    let config = GenerationConfig::read(folder.path()).expect("published");
-    assert_eq!(config.eos_token_ids, [151645, 151643]);
-    assert_eq!((config.do_sample, config.temperature), (Some(true), Some(0.6)));
-    assert_eq!((config.top_k, config.top_p), (Some(20), Some(0.95)));
-    assert_eq!((config.min_p, config.repetition_penalty), (None, None));
-
-    let file = Path::new("generation_config.json");
-    for (fields, variant) in [
-        (json!({"temperature": -0.1}), "Range"),
-        (json!({"top_p": 0.0}), "Range"),
-        (json!({"top_p": 1.1}), "Range"),
-        (json!({"top_k": -1}), "Range"),
-        (json!({"min_p": 2}), "Range"),
-        (json!({"repetition_penalty": 0}), "Range"),
-        (json!({"do_sample": "yes"}), "Type"),
-        (json!({"eos_token_id": {}}), "Type"),
-    ] {
-        let error = GenerationConfig::from_json(file, &fields).expect_err("malformed");
-        assert!(format!("{error:?}").starts_with(variant), "{fields}: {error:?}");
-        assert!(error.to_string().starts_with("generation_config.json: field "), "{error}");
-    }
-    std::fs::write(folder.path().join("generation_config.json"), "{").expect("writable");
-    assert!(matches!(GenerationConfig::read(folder.path()), Err(ConfigError::Json { .. })));
 }
