@@ -70,8 +70,14 @@ fn main() {
     }
     let ranks = std::env::args().nth(1).map_or(2, |text| text.parse().expect("RANKS is a number"));
     thread::scope(|scope| {
+        let cores = core_affinity::get_core_ids().filter(|cores| cores.len() >= ranks);
         for comm in ThreadComm::group(ranks) {
-            scope.spawn(move || measure(&comm));
+            let core = cores.as_ref().map(|cores| cores[comm.rank()]);
+            scope.spawn(move || {
+                // Two ranks on one core would measure the scheduler.
+                core.map(core_affinity::set_for_current);
+                measure(&comm)
+            });
         }
     });
 }

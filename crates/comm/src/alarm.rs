@@ -20,10 +20,21 @@ const DEPARTED: usize = REASON + REASON_WORDS;
 
 /// Notices what the board cannot: other machines, dead processes.
 pub(crate) trait Watch: Send + Sync {
-    /// Tells ranks that do not see the board that `rank` failed.
-    fn announce(&self, rank: usize, reason: &str);
-    /// A failure that the board does not show. Waiting ranks ask some times a second.
-    fn look(&self) -> Option<(usize, String)>;
+    /// Tells the ranks that do not see the board that `rank` failed, and sees to it that the job ends.
+    fn failed(&self, rank: usize, reason: &str);
+    /// Tells the ranks that do not see the board that `rank`, this one, has left; `failed`: the job has failed.
+    fn left(&self, rank: usize, failed: bool);
+    /// News that the board does not show. Waiting ranks ask some times a second.
+    fn look(&self) -> Vec<News>;
+}
+
+/// What a watch has found. Threads need none: what they do is on the board at once.
+#[cfg_attr(not(feature = "mpi"), allow(dead_code))]
+pub(crate) enum News {
+    /// A rank failed. `told`: the other ranks have been told as well.
+    Failed { rank: usize, reason: String, told: bool },
+    /// A rank has left.
+    Left { rank: usize },
 }
 
 /// The alarm of a job, on a board that the ranks of one memory share.
@@ -47,12 +58,12 @@ impl Alarm {
         if self.post(rank, reason)
             && let Some(watch) = &self.watch
         {
-            watch.announce(rank, reason);
+            watch.failed(rank, reason);
         }
     }
 
     /// Puts a failure on the board; false if there was one.
-    pub(crate) fn post(&self, rank: usize, reason: &str) -> bool {
+    fn post(&self, rank: usize, reason: &str) -> bool {
         let state = self.board.word(STATE);
         if state.compare_exchange(QUIET, WRITING, AcqRel, Relaxed).is_err() {
             return false;
@@ -89,15 +100,31 @@ impl Alarm {
         (rank, String::from_utf8_lossy(&text).into_owned())
     }
 
-    /// A failure that the board did not show; it does from now on.
+    /// Puts on the board what it does not show yet, and returns a failure if there is one.
     pub(crate) fn probe(&self) -> Option<(usize, String)> {
-        let (rank, reason) = self.watch.as_ref()?.look()?;
-        self.raise(rank, &reason);
-        Some((rank, reason))
+        for news in self.watch.as_ref()?.look() {
+            match news {
+                News::Failed { rank, reason, told: true } => {
+                    self.post(rank, &reason);
+                }
+                // A process may end once its rank has left.
+                News::Failed { rank, .. } if self.departed(rank) => {}
+                News::Failed { rank, reason, told: false } => self.raise(rank, &reason),
+                News::Left { rank } => self.mark_departed(rank),
+            }
+        }
+        self.raised()
     }
 
-    /// Says that `rank` will make no further call.
+    /// Says that `rank`, this one, will make no further call.
     pub(crate) fn depart(&self, rank: usize) {
+        self.mark_departed(rank);
+        if let Some(watch) = &self.watch {
+            watch.left(rank, self.raised().is_some());
+        }
+    }
+
+    fn mark_departed(&self, rank: usize) {
         self.board.word(DEPARTED + rank).store(1, Release);
     }
 

@@ -10,8 +10,8 @@ use crate::error::{CommError, Place};
 use crate::ledger::Collective;
 use crate::wire::WireFormat;
 
-/// A waiting rank looks this often before it offers its core to others: some tens of microseconds.
-const SPINS: u32 = 2000;
+/// A waiting rank looks this often before it offers its core to others: ten to twenty microseconds.
+const SPINS: u32 = 300;
 /// After this long it sleeps between looks: nobody who waits for a person burns a core.
 const YIELDING: Duration = Duration::from_millis(10);
 /// How often it looks for ranks that left or died.
@@ -94,14 +94,20 @@ impl fmt::Display for Words {
     }
 }
 
-/// The call that a rank is in.
-pub(crate) struct Call<'a> {
+/// Who calls what, where: enough to make an error of it.
+#[derive(Clone, Copy)]
+pub(crate) struct Site<'a> {
     pub place: Place,
     pub header: Header,
     /// This rank in the communicator.
     pub rank: usize,
     /// The rank in the whole job of each rank of the communicator.
     pub world: &'a [usize],
+}
+
+/// The call that a rank is in.
+pub(crate) struct Call<'a> {
+    pub site: Site<'a>,
     pub alarm: &'a Alarm,
     pub timeout: Duration,
     /// Whether a waiting rank may keep its core.
@@ -143,7 +149,7 @@ impl Call<'_> {
         ready: &mut dyn FnMut() -> Result<bool, CommError>,
         late: &dyn Fn() -> Vec<usize>,
     ) -> Result<(), CommError> {
-        let mut next_probe = Duration::ZERO;
+        let mut next_probe = PROBE;
         loop {
             let waited = start.elapsed();
             if waited < YIELDING {
@@ -158,9 +164,9 @@ impl Call<'_> {
             if failure.is_none() && waited >= next_probe {
                 next_probe = waited + PROBE;
                 failure = self.alarm.probe().or_else(|| {
-                    let departed = |rank: &usize| self.alarm.departed(self.world[*rank]);
+                    let departed = |rank: &usize| self.alarm.departed(self.site.world[*rank]);
                     let rank = late().into_iter().find(departed)?;
-                    Some((self.world[rank], "it left while others still needed it".into()))
+                    Some((self.site.world[rank], "it left while others still needed it".into()))
                 });
             }
             if let Some((rank, reason)) = failure {
@@ -168,16 +174,27 @@ impl Call<'_> {
                 if ready()? {
                     return Ok(());
                 }
-                return Err(self.peer_failed(rank, reason));
+                return Err(self.site.peer_failed(rank, reason));
             }
             if waited >= self.timeout {
-                let missing = late().into_iter().map(|rank| self.world[rank]).collect();
-                let rank = self.world[self.rank];
-                return Err(CommError::Timeout { place: self.place, rank, missing, waited });
+                let missing = late().into_iter().map(|rank| self.site.world[rank]).collect();
+                let rank = self.site.world[self.site.rank];
+                return Err(CommError::Timeout { place: self.site.place, rank, missing, waited });
             }
         }
     }
 
+    /// The same call among other ranks: those of one machine, say. `world` and `rank` are as in [`Site`].
+    #[cfg(feature = "mpi")]
+    pub(crate) fn among<R>(&mut self, rank: usize, world: &[usize], part: impl FnOnce(&mut Call<'_>) -> R) -> R {
+        let mut call = Call { site: Site { rank, world, ..self.site }, ..*self };
+        let result = part(&mut call);
+        self.waited = call.waited;
+        result
+    }
+}
+
+impl Site<'_> {
     pub(crate) fn peer_failed(&self, rank: usize, reason: String) -> CommError {
         CommError::PeerFailed { place: self.place, rank, reason }
     }

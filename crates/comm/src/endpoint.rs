@@ -5,7 +5,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use crate::alarm::Membership;
-use crate::call::{Call, Header};
+use crate::call::{Call, Header, Site};
 use crate::communicator::{Communicator, ReduceOp};
 use crate::error::{CommError, Place};
 use crate::ledger::{Collective, Ledger};
@@ -90,10 +90,12 @@ impl Endpoint {
         let State { transport, failed } = &mut *state;
         let (collective, phase) = (header.collective, self.ledger.phase());
         let mut call = Call {
-            place: Place { collective, phase, layer: self.ledger.layer() },
-            header,
-            rank: self.rank,
-            world: &self.world,
+            site: Site {
+                place: Place { collective, phase, layer: self.ledger.layer() },
+                header,
+                rank: self.rank,
+                world: &self.world,
+            },
             alarm: &self.membership.alarm,
             timeout: self.timeout(),
             spin: self.spin,
@@ -102,7 +104,7 @@ impl Endpoint {
         let result = if let Some(error) = failed {
             Err(error.clone())
         } else if let Some((rank, reason)) = call.alarm.raised() {
-            Err(call.peer_failed(rank, reason))
+            Err(call.site.peer_failed(rank, reason))
         } else {
             // The match shortens the life of the trait object, which `as_deref_mut` leaves at 'static.
             match transport {
@@ -169,7 +171,7 @@ impl Endpoint {
             for (what, peer) in [("to", to), ("from", from)] {
                 if let Some(peer) = peer.filter(|&peer| peer >= self.size()) {
                     let range = format_args!("a rank below {}", self.size());
-                    return Err(call.argument(what, peer, range));
+                    return Err(call.site.argument(what, peer, range));
                 }
             }
             if to != Some(self.rank) && from != Some(self.rank) {
@@ -182,7 +184,7 @@ impl Endpoint {
                     recv.copy_from_slice(send);
                     Ok(())
                 }
-                _ => Err(call.argument("the other end", self.rank, "another rank")),
+                _ => Err(call.site.argument("the other end", self.rank, "another rank")),
             }
         })
     }
@@ -212,7 +214,7 @@ impl Endpoint {
 }
 
 fn expect(call: &Call<'_>, what: &'static str, found: usize, expected: usize, name: &str) -> Result<(), CommError> {
-    if found == expected { Ok(()) } else { Err(call.argument(what, found, format_args!("{name} = {expected}"))) }
+    if found == expected { Ok(()) } else { Err(call.site.argument(what, found, format_args!("{name} = {expected}"))) }
 }
 
 impl Drop for Endpoint {
@@ -309,7 +311,7 @@ impl<E: End> Communicator for E {
         end.call(header, buf.len(), |call, transport| {
             if root >= end.size() {
                 let range = format_args!("a rank below {}", end.size());
-                return Err(call.argument("root", root, range));
+                return Err(call.site.argument("root", root, range));
             }
             transport.map_or(Ok(()), |transport| transport.broadcast(call, root, buf))
         })

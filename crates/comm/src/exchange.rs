@@ -2,11 +2,13 @@
 //!
 //! Step k, on every rank:
 //!
-//!     write the own outbox [k mod 2]
-//!     publish: header, then flag = k
-//!     wait until every flag >= k; compare the headers
-//!     read the outboxes [k mod 2] of all; write the own result area [k mod 2]
-//!     read the result areas [(k - 1) mod 2] of all
+//! ```text
+//! write the own outbox [k mod 2]
+//! publish: header, then flag = k
+//! wait until every flag >= k; compare the headers
+//! read the outboxes [k mod 2] of all; write the own result area [k mod 2]
+//! read the result areas [(k - 1) mod 2] of all
+//! ```
 //!
 //! No second wait is needed before an area is used again. A rank that writes an area in step k + 2 has met
 //! all others in step k + 1; each of them came there after it had done with step k, the last that read the
@@ -89,14 +91,14 @@ impl Exchange {
         let step = self.step;
         let headers = HEADERS + 3 * (step & 1) as usize;
         let control = self.rank * CONTROL;
-        for (index, value) in call.header.words().into_iter().enumerate() {
+        for (index, value) in call.site.header.words().into_iter().enumerate() {
             self.segment.word(control + headers + index).store(value, Relaxed);
         }
         self.segment.word(control + FLAG).store(step, Release);
         for peer in (0..self.size).filter(|&peer| peer != self.rank) {
             let come = call.wait(|| Ok(self.flag(peer) >= step), || self.late(step));
             let result = match come {
-                Ok(()) => call.compare(peer, self.header(peer, headers)),
+                Ok(()) => call.site.compare(peer, self.header(peer, headers)),
                 Err(error) => Err(self.first_mismatch(call, headers).unwrap_or(error)),
             };
             if let Err(error) = result {
@@ -121,7 +123,7 @@ impl Exchange {
     fn first_mismatch(&self, call: &Call<'_>, headers: usize) -> Option<CommError> {
         (0..self.size)
             .filter(|&peer| self.flag(peer) >= self.step)
-            .find_map(|peer| call.compare(peer, self.header(peer, headers)).err())
+            .find_map(|peer| call.site.compare(peer, self.header(peer, headers)).err())
     }
 }
 

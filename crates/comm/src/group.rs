@@ -5,18 +5,17 @@
 //! anything could, more ranks each add one part of a chunk and gather the parts at the next meeting, so that
 //! a chunk costs one meeting, and one more at the end.
 
-use std::cell::Cell;
 use std::ops::Range;
 use std::sync::Arc;
 
-use crate::call::{Call, Header};
+use crate::call::{Call, Header, Site};
 use crate::communicator::ReduceOp;
 use crate::error::CommError;
 use crate::exchange::{self, Exchange, OUTBOX, RESULT};
 use crate::ledger::Collective;
 use crate::mail::{self, Incoming, Mail, Outgoing, WrongLength};
 use crate::segment::Segment;
-use crate::transport::{Counts, Reduction};
+use crate::transport::{Counts, Reduction, Step, carry};
 use crate::wire::{Fold, WIRE_GROUP, WireFormat};
 
 /// One shot while all inputs but the own and one more are at most this long: what reading everything costs
@@ -25,7 +24,7 @@ const ONE_SHOT: usize = 32 << 10;
 /// Bytes of a chunk of a one-shot sum, of a gather and of a broadcast: it stays in the cache nearest to the cores.
 const CHUNK: usize = 128 << 10;
 /// Elements that are added up before the next are looked at; they stay in the first-level cache.
-const BLOCK: usize = 1024;
+pub(crate) const BLOCK: usize = 1024;
 
 /// One rank's end of a group in shared memory.
 pub(crate) struct Group {
@@ -45,7 +44,7 @@ fn elements(wire: WireFormat, bytes: usize) -> usize {
 }
 
 /// `0..len` in steps of `step`; one empty step where there is nothing, since ranks meet all the same.
-fn steps(len: usize, step: usize) -> impl Iterator<Item = Range<usize>> {
+pub(crate) fn steps(len: usize, step: usize) -> impl Iterator<Item = Range<usize>> {
     (0..len.div_ceil(step).max(1)).map(move |i| i * step..len.min((i + 1) * step))
 }
 
@@ -260,43 +259,32 @@ impl Group {
         send: Option<(usize, &[u8])>,
         recv: Option<(usize, &mut [u8])>,
     ) -> Result<(), CommError> {
-        let mut send = send.map(|(to, data)| Outgoing { to, data, chunks: 0 });
-        let mut recv = recv.map(|(from, data)| Incoming { from, data, chunks: 0 });
-        let (out, into) = (Cell::new(send.is_none()), Cell::new(recv.is_none()));
-        let peers = [send.as_ref().map(|m| m.to), recv.as_ref().map(|m| m.from)];
-        // The deadline is for a peer that does nothing: it starts again whenever something moved.
-        while !(out.get() && into.get()) {
-            let before = progress(&send, &recv);
-            let mut wrong = None;
-            call.wait(
-                || {
-                    if let Some(message) = &mut send {
-                        out.set(self.mail.push(message));
-                    }
-                    match recv.as_mut().map(|message| self.mail.pull(message)) {
-                        Some(Ok(done)) => into.set(done),
-                        Some(Err(length)) => wrong = Some(length),
-                        None => {}
-                    }
-                    let moved = progress(&send, &recv) != before;
-                    Ok(moved || (out.get() && into.get()) || wrong.is_some())
-                },
-                || {
-                    let late = [peers[0].filter(|_| !out.get()), peers[1].filter(|_| !into.get())];
-                    late.into_iter().flatten().collect()
-                },
-            )?;
-            if let (Some(WrongLength(length)), Some(message)) = (wrong, &recv) {
-                let there = Header::new(Collective::Send, length).words();
-                return Err(call.mismatch(message.from, there));
-            }
-        }
-        Ok(())
+        let mut out = send.map(|(to, data)| Outgoing { to, data, chunks: 0 });
+        let mut into = recv.map(|(from, data)| Incoming { from, data, chunks: 0 });
+        let (to, from) = (out.as_ref().map(|m| m.to), into.as_ref().map(|m| m.from));
+        let mut push = |_: Site<'_>| Ok(self.push(out.as_mut().expect("a message to send")));
+        let mut pull = |site: Site<'_>| {
+            let message = into.as_mut().expect("a message to receive");
+            self.pull(site, message.from, message)
+        };
+        carry(call, [to.map(|to| (to, &mut push as _)), from.map(|from| (from, &mut pull as _))])
     }
-}
 
-fn progress(send: &Option<Outgoing<'_>>, recv: &Option<Incoming<'_>>) -> usize {
-    send.as_ref().map_or(0, |m| m.chunks) + recv.as_ref().map_or(0, |m| m.chunks)
+    /// Moves a message on.
+    pub(crate) fn push(&self, message: &mut Outgoing<'_>) -> Step {
+        let before = message.chunks;
+        let done = self.mail.push(message);
+        Step { moved: message.chunks != before, done }
+    }
+
+    /// Moves a message on that `site` expects from its rank `peer`.
+    pub(crate) fn pull(&self, site: Site<'_>, peer: usize, message: &mut Incoming<'_>) -> Result<Step, CommError> {
+        let before = message.chunks;
+        match self.mail.pull(message) {
+            Ok(done) => Ok(Step { moved: message.chunks != before, done }),
+            Err(WrongLength(length)) => Err(site.mismatch(peer, Header::new(Collective::Send, length).words())),
+        }
+    }
 }
 
 /// How the input of the `index`-th rank joins those before it.
@@ -313,7 +301,7 @@ pub(crate) fn fold_values(fold: Fold, values: &[f32], into: &mut [f32]) {
 }
 
 /// Combines the inputs of all ranks in rank order, and puts the result into `output` or adds it.
-fn fold_all<'a>(
+pub(crate) fn fold_all<'a>(
     wire: WireFormat,
     op: ReduceOp,
     size: usize,

@@ -1,24 +1,66 @@
 //! Collectives between ranks that are threads of a process or MPI processes, with a ledger of every byte.
+#![doc = ""]
+#![doc = include_str!("../README.md")]
 
-mod communicator;
-mod error;
+// What is counted: kinds of calls, phases, bytes, seconds.
 mod ledger;
+
+// How f32 payloads travel.
 mod wire;
-// Unsafe: memory that several ranks see, and the two protocols that hand its regions around.
-mod alarm;
-mod call;
-mod endpoint;
-mod exchange;
-mod group;
-mod mail;
+
+// What can go wrong between ranks.
+mod error;
+
+// The interface.
+mod communicator;
+
+// Memory that several ranks see. Unsafe lives here, in the two protocols on top (exchange, mail), and in mpi_sys.
 mod segment;
-mod solo;
-mod threads;
+
+// Who failed first, who has left.
+mod alarm;
+
+// One call: what it is, how it waits, when it gives up.
+mod call;
+
+// Meetings and messages in shared memory.
+mod exchange;
+
+mod mail;
+
+// What a way of carrying data offers, and the one over shared memory.
 mod transport;
+
+mod group;
+
+// A rank's end of any group, and the groups without MPI.
+mod endpoint;
+
+mod solo;
+
+mod threads;
+
+// The functions of MPI, collectives over its messages, the job, machines with several ranks, the communicator.
+#[cfg(feature = "mpi")]
+mod mpi_sys;
+
+#[cfg(feature = "mpi")]
+mod messages;
+
+#[cfg(feature = "mpi")]
+mod mpi_job;
+
+#[cfg(feature = "mpi")]
+mod nodes;
+
+#[cfg(feature = "mpi")]
+mod mpi_comm;
 
 pub use communicator::{Communicator, CommunicatorExt, ReduceOp};
 pub use error::{CommError, Place};
 pub use ledger::{Collective, Entry, Ledger, Phase};
+#[cfg(feature = "mpi")]
+pub use mpi_comm::{MpiComm, MpiOptions};
 pub use solo::SoloComm;
 pub use threads::ThreadComm;
 pub use wire::{UnknownWireFormat, WireFormat};

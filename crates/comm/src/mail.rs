@@ -1,5 +1,7 @@
 //! Messages in shared memory: for each ordered pair of ranks a ring of chunks, with one writer and one reader.
 
+use std::cell::Cell;
+use std::marker::PhantomData;
 use std::sync::Arc;
 use std::sync::atomic::Ordering::{Acquire, Relaxed, Release};
 
@@ -29,6 +31,8 @@ pub(crate) struct Mail {
     first_byte: usize,
     rank: usize,
     size: usize,
+    /// Not to be used by two threads at once: each ring has one writer and one reader.
+    one_thread: PhantomData<Cell<()>>,
 }
 
 /// A message on its way out.
@@ -57,7 +61,7 @@ impl Mail {
     /// The rings of `rank`, behind `before` bytes of words and of data in a zeroed segment. To be made once
     /// for each rank, which [`Exchange::new`](crate::exchange::Exchange::new) guards.
     pub(crate) fn new(segment: Arc<Segment>, before: (usize, usize), rank: usize, size: usize) -> Mail {
-        Mail { segment, first_word: before.0 / 8, first_byte: before.1, rank, size }
+        Mail { segment, first_word: before.0 / 8, first_byte: before.1, rank, size, one_thread: PhantomData }
     }
 
     fn ring(&self, from: usize, to: usize) -> usize {
@@ -70,7 +74,7 @@ impl Mail {
     }
 
     /// Puts as many chunks into the ring as it has room for; true when the message is out.
-    pub(crate) fn push(&mut self, message: &mut Outgoing<'_>) -> bool {
+    pub(crate) fn push(&self, message: &mut Outgoing<'_>) -> bool {
         let ring = self.ring(self.rank, message.to);
         let word = |index| self.segment.word(self.first_word + ring * WORDS + index);
         let total = chunks(message.data.len());
@@ -81,7 +85,7 @@ impl Mail {
             }
             let start = message.chunks * CHUNK;
             let part = &message.data[start..message.data.len().min(start + CHUNK)];
-            // SAFETY: this rank is the ring's only writer, behind `&mut self`; the receiver has given this
+            // SAFETY: this rank is the ring's only writer, on one thread at a time; the receiver has given this
             // chunk back (`TAKEN`) and reads it again only when `SENT` has passed it.
             let chunk = unsafe { self.segment.data_mut(self.chunk(ring, sent), CHUNK) };
             chunk[..part.len()].copy_from_slice(part);
@@ -93,7 +97,7 @@ impl Mail {
     }
 
     /// Takes what has come; true when the message is complete.
-    pub(crate) fn pull(&mut self, message: &mut Incoming<'_>) -> Result<bool, WrongLength> {
+    pub(crate) fn pull(&self, message: &mut Incoming<'_>) -> Result<bool, WrongLength> {
         let ring = self.ring(message.from, self.rank);
         let word = |index| self.segment.word(self.first_word + ring * WORDS + index);
         let total = chunks(message.data.len());
@@ -109,7 +113,7 @@ impl Mail {
             let start = message.chunks * CHUNK;
             let part = &mut message.data[start..length.min(start + CHUNK)];
             // SAFETY: the sender has published this chunk (`SENT`) and writes it again only when it is given
-            // back (`TAKEN`); this rank is the ring's only reader, behind `&mut self`.
+            // back (`TAKEN`); this rank is the ring's only reader, on one thread at a time.
             let chunk = unsafe { self.segment.data(self.chunk(ring, taken), CHUNK) };
             part.copy_from_slice(&chunk[..part.len()]);
             word(TAKEN).store(taken + 1, Release);

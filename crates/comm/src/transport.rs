@@ -1,6 +1,8 @@
 //! What a way of carrying data offers to the endpoint above it, which has checked all arguments.
 
-use crate::call::Call;
+use std::cell::Cell;
+
+use crate::call::{Call, Site};
 use crate::communicator::ReduceOp;
 use crate::error::CommError;
 use crate::wire::WireFormat;
@@ -54,6 +56,42 @@ impl Counts<'_> {
             Counts::Each(counts) => counts.iter().copied().max().unwrap_or(0),
         }
     }
+}
+
+/// How far a message got when it was last moved on.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Step {
+    pub moved: bool,
+    pub done: bool,
+}
+
+/// One of the two messages of an exchange: the other rank, and what moves the message on without waiting.
+pub(crate) type Part<'a> = Option<(usize, &'a mut dyn FnMut(Site<'_>) -> Result<Step, CommError>)>;
+
+/// Moves messages on until they are done. The deadline is for peers that do nothing: it starts again whenever
+/// something moved.
+pub(crate) fn carry(call: &mut Call<'_>, mut parts: [Part<'_>; 2]) -> Result<(), CommError> {
+    let open = [0, 1].map(|i| Cell::new(parts[i].as_ref().map(|part| part.0)));
+    let site = call.site;
+    while open.iter().any(|peer| peer.get().is_some()) {
+        call.wait(
+            || {
+                let mut moved = false;
+                for (part, open) in parts.iter_mut().zip(&open) {
+                    if let (Some((_, advance)), Some(_)) = (part, open.get()) {
+                        let step = advance(site)?;
+                        moved |= step.moved || step.done;
+                        if step.done {
+                            open.set(None);
+                        }
+                    }
+                }
+                Ok(moved)
+            },
+            || open.iter().filter_map(Cell::get).collect(),
+        )?;
+    }
+    Ok(())
 }
 
 /// A group of at least two ranks. Ranks are those of the communicator.

@@ -1,0 +1,202 @@
+//! The communicator of a process that `mpirun` (or another launcher of MPI programs) started.
+
+use std::env;
+use std::sync::Arc;
+use std::time::Duration;
+
+use crate::alarm::{Alarm, Membership};
+use crate::endpoint::{End, Endpoint};
+use crate::error::CommError;
+use crate::messages::Link;
+use crate::mpi_job::{Job, Lookout, process_space, share};
+use crate::mpi_sys::{self, CORE_WORDS, Process, World};
+use crate::nodes::Nodes;
+use crate::segment::Segment;
+use crate::transport::Transport;
+
+/// One rank of an MPI job.
+///
+/// Ranks of one machine use its memory, others exchange messages, and where there are several machines with
+/// several ranks each, collectives go up to one rank of each machine, across and down. A process that dies, or
+/// calls [`abort`](crate::Communicator::abort), fails the calls of all others within a moment; a job that has
+/// not ended by itself some seconds after a failure is ended by MPI.
+pub struct MpiComm {
+    end: Endpoint,
+    parts: Parts,
+}
+
+/// What a communicator of all ranks is made of, whatever its options.
+#[derive(Clone)]
+struct Parts {
+    world: Arc<World>,
+    membership: Arc<Membership>,
+    /// For each rank, the first rank of its machine.
+    physical: Vec<usize>,
+    spin: bool,
+}
+
+/// Ways to run that are not found out: mostly for tests and measurements.
+#[derive(Clone, PartialEq, Debug)]
+#[non_exhaustive]
+pub struct MpiOptions {
+    /// Whether ranks of one machine use its memory. Off: all data goes through MPI.
+    pub shared_memory: bool,
+    /// Takes ranks, in equal runs, for those of this many machines.
+    pub nodes: Option<usize>,
+    /// Emulates a link between machines of this latency in microseconds and bandwidth in GB/s, on top of
+    /// what messages cost. Without `nodes`, each rank counts as a machine.
+    pub link: Option<(f64, f64)>,
+}
+
+impl Default for MpiOptions {
+    fn default() -> Self {
+        MpiOptions { shared_memory: true, nodes: None, link: None }
+    }
+}
+
+fn setup(reason: String) -> CommError {
+    CommError::Setup { transport: "mpi", reason }
+}
+
+impl MpiOptions {
+    /// The options in the environment: `COMM_SHARED_MEMORY` (`on` or `off`), `COMM_NODES` (a number),
+    /// `COMM_LINK` (microseconds and GB/s, `40,0.117`). A value that does not parse is an error.
+    pub fn from_env() -> Result<MpiOptions, CommError> {
+        let mut options = MpiOptions::default();
+        let read = |name: &str| env::var(name).ok();
+        if let Some(text) = read("COMM_SHARED_MEMORY") {
+            options.shared_memory = match &text[..] {
+                "on" => true,
+                "off" => false,
+                _ => return Err(setup(format!("COMM_SHARED_MEMORY is '{text}', expected on or off"))),
+            };
+        }
+        if let Some(text) = read("COMM_NODES") {
+            let nodes = text.parse().ok().filter(|&nodes: &usize| nodes > 0);
+            let expected = || setup(format!("COMM_NODES is '{text}', expected a number above 0"));
+            options.nodes = Some(nodes.ok_or_else(expected)?);
+        }
+        if let Some(text) = read("COMM_LINK") {
+            let number = |text: &str| text.trim().parse().ok().filter(|&value: &f64| value.is_finite());
+            let link = text.split_once(',').and_then(|(a, b)| Some((number(a)?, number(b)?)));
+            let link = link.filter(|&(latency, bandwidth)| latency >= 0.0 && bandwidth > 0.0);
+            let expected = || setup(format!("COMM_LINK is '{text}', expected microseconds,GB/s as in 40,0.117"));
+            options.link = Some(link.ok_or_else(expected)?);
+        }
+        Ok(options)
+    }
+}
+
+/// What ranks compare at the start: other programs, or other versions, cannot work together.
+fn version() -> u64 {
+    let text = concat!(env!("CARGO_PKG_NAME"), " ", env!("CARGO_PKG_VERSION"));
+    text.bytes().fold(0xcbf2_9ce4_8422_2325, |digest: u64, byte| (digest ^ byte as u64).wrapping_mul(0x0100_0000_01b3))
+}
+
+impl MpiComm {
+    /// Starts MPI, once per process, with the options of the environment.
+    pub fn init() -> Result<MpiComm, CommError> {
+        MpiComm::init_with(&MpiOptions::from_env()?)
+    }
+
+    /// Starts MPI, once per process. The options are the same on all ranks.
+    pub fn init_with(options: &MpiOptions) -> Result<MpiComm, CommError> {
+        let world = Arc::new(World::start()?);
+        let (rank, size) = (world.rank(), world.size());
+        if let Some(other) = world.all_gather(&[version()])?.into_iter().position(|other| other != version()) {
+            let reason = format!("rank {other} runs another version of this crate than rank {rank}");
+            return Err(setup(reason));
+        }
+        let physical = world.machines()?;
+        let mut gather = |words: &[u64]| world.all_gather(words);
+
+        // The board of the ranks of a machine, and a watch over all that it does not show.
+        let machine = machines(options, &physical);
+        let together = |other: &usize| options.shared_memory && machine[*other] == machine[rank];
+        let local: Vec<usize> = (0..size).filter(together).collect();
+        let local = if local.len() > 1 { local } else { vec![] };
+        let words = Alarm::board_bytes(size);
+        let board = share(&local, rank, words, 0, &mut gather)?;
+        let sees_board = |other: usize| board.is_some() && local.contains(&other);
+        let far = (0..size).filter(|&other| other != rank && !sees_board(other)).collect();
+        let processes = gather(&[std::process::id() as u64, process_space()])?;
+        let near = (0..size).filter(|&other| {
+            let visible = processes[2 * other + 1] != 0 && processes[2 * other + 1] == processes[2 * rank + 1];
+            other != rank && physical[other] == physical[rank] && visible
+        });
+        let near = near.filter_map(|other| Some((other, Process::new(processes[2 * other] as u32)?))).collect();
+        let spin = enough_cores(&gather(&mpi_sys::cores())?, &physical, rank);
+
+        let board = board.unwrap_or_else(|| Arc::new(Segment::private(words, 0)));
+        let alarm = Alarm::new(board, Some(Box::new(Lookout::new(world.clone(), far, near))));
+        let membership = Arc::new(Membership { alarm, rank });
+        MpiComm::connect(Parts { world, membership, physical, spin }, options)
+    }
+
+    /// Another communicator of all ranks, with other options and a ledger of its own: to compare ways to
+    /// communicate within one job. Collective, and the options are the same on all ranks.
+    pub fn with_options(&self, options: &MpiOptions) -> Result<MpiComm, CommError> {
+        MpiComm::connect(self.parts.clone(), options)
+    }
+
+    fn connect(parts: Parts, options: &MpiOptions) -> Result<MpiComm, CommError> {
+        let Parts { world, membership, physical, spin } = parts.clone();
+        let (rank, size) = (world.rank(), world.size());
+        let link = options.link.map(|(latency, bandwidth)| Link {
+            latency: Duration::from_secs_f64(latency * 1e-6),
+            per_byte: 1e-9 / bandwidth,
+        });
+        let machine = machines(options, &physical);
+        let job = Arc::new(Job { world: world.clone(), machine, shared: options.shared_memory, link });
+        let ranks: Vec<usize> = (0..size).collect();
+        let mut gather = |words: &[u64]| world.all_gather(words);
+        let nodes = Nodes::connect(&job, &ranks, std::slice::from_ref(&ranks), rank, &mut gather)?;
+        let transport = (size > 1).then(|| Box::new(nodes) as Box<dyn Transport>);
+        Ok(MpiComm { end: Endpoint::new("mpi", rank, ranks, membership, transport, spin), parts })
+    }
+}
+
+/// For each rank, a number that it shares with the ranks of its machine, real or made up by the options.
+fn machines(options: &MpiOptions, physical: &[usize]) -> Vec<usize> {
+    let size = physical.len();
+    match options.nodes.or(options.link.map(|_| size)) {
+        Some(nodes) => (0..size).map(|rank| rank * nodes.min(size) / size).collect(),
+        None => physical.to_vec(),
+    }
+}
+
+/// Whether the ranks of this machine have a core each.
+fn enough_cores(cores: &[u64], machine: &[usize], rank: usize) -> bool {
+    let local = (0..machine.len()).filter(|&other| machine[other] == machine[rank]);
+    let mut all = [0; CORE_WORDS];
+    let mut ranks = 0;
+    for other in local {
+        ranks += 1;
+        for (word, more) in all.iter_mut().zip(&cores[CORE_WORDS * other..]) {
+            *word |= more;
+        }
+    }
+    all.iter().map(|word| word.count_ones() as usize).sum::<usize>() >= ranks
+}
+
+impl End for MpiComm {
+    fn end(&self) -> &Endpoint {
+        &self.end
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn cores_are_counted_once_and_per_machine() {
+        let mut cores = [0; 3 * CORE_WORDS];
+        cores[0] = 0b11;
+        cores[CORE_WORDS] = 0b10;
+        cores[2 * CORE_WORDS] = 0b1;
+        assert!(enough_cores(&cores, &[0, 0, 2], 0));
+        assert!(enough_cores(&cores, &[0, 0, 2], 2));
+        assert!(!enough_cores(&cores, &[0, 0, 0], 1));
+    }
+}

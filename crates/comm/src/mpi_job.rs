@@ -1,0 +1,204 @@
+//! The job that `mpirun` started: which rank runs where, who lives, and how its processes get memory in common.
+
+use std::fs;
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::MetadataExt;
+use std::process;
+use std::sync::atomic::Ordering::Relaxed;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use crate::alarm::{News, Watch};
+use crate::error::CommError;
+use crate::messages::Link;
+use crate::mpi_sys::{Process, World};
+use crate::segment::Segment;
+
+/// The tag of news about ranks. Groups use those from 1 on.
+const NEWS: usize = 0;
+/// A failed job that has not ended by itself after this long is ended by MPI.
+const GRACE: Duration = Duration::from_secs(3);
+/// A rank that has left waits at most this long for the others before it finalizes MPI.
+const FAREWELL: Duration = Duration::from_secs(10);
+// What a message of news begins with; the rank and a reason follow.
+const FAILED: u64 = 1;
+const LEFT: u64 = 2;
+
+/// Gives the words of this rank and returns those of all ranks of a group, one after the other.
+pub(crate) type Gather<'a> = &'a mut dyn FnMut(&[u64]) -> Result<Vec<u64>, CommError>;
+
+/// What a communicator of all ranks and those split from it share.
+pub(crate) struct Job {
+    pub world: Arc<World>,
+    /// For each rank, a number that it shares with the ranks of its machine.
+    pub machine: Vec<usize>,
+    /// Whether ranks of one machine may use its memory.
+    pub shared: bool,
+    pub link: Option<Link>,
+}
+
+/// Maps one segment into all processes of `local`, which are ranks of the group behind `gather` (empty: this rank
+/// wants none), the first of which creates it. Nothing if one of them could not.
+///
+/// The segment is a file without a name that the others open through the creator's `/proc` entry: it is gone
+/// with the last process that maps it, killed or not.
+pub(crate) fn share(
+    local: &[usize],
+    own: usize,
+    words: usize,
+    data: usize,
+    gather: Gather<'_>,
+) -> Result<Option<Arc<Segment>>, CommError> {
+    // The last word has a number that nobody else's segment has.
+    let nonce_at = words / 8;
+    let words = words + 8;
+    let nonce = nonce();
+    let created = match local.first() {
+        Some(&first) if first == own => Segment::create(words, data).ok(),
+        _ => None,
+    };
+    let mut offer = [0, 0, 0];
+    if let Some((segment, file)) = &created {
+        segment.word(nonce_at).store(nonce, Relaxed);
+        offer = [process::id() as u64, file.as_raw_fd() as u64 + 1, nonce];
+    }
+    let offers = gather(&offer)?;
+    let mut mapped = None;
+    if let Some(&first) = local.first().filter(|&&first| first != own) {
+        let [id, descriptor, nonce] = [0, 1, 2].map(|i| offers[3 * first + i]);
+        let open = |path| fs::OpenOptions::new().read(true).write(true).open(path);
+        mapped = (descriptor > 0)
+            .then(|| open(format!("/proc/{id}/fd/{}", descriptor - 1)).ok())
+            .flatten()
+            .and_then(|file| Segment::of_file(&file, words, data).ok())
+            .filter(|segment| segment.word(nonce_at).load(Relaxed) == nonce);
+    }
+    let there = gather(&[(created.is_some() || mapped.is_some()) as u64])?;
+    // Only now may the creator close its file, at the end of `created`.
+    let all = local.iter().all(|&rank| there[rank] != 0);
+    Ok(created.map(|(segment, _)| segment).or(mapped).filter(|_| all).map(Arc::new))
+}
+
+fn nonce() -> u64 {
+    use std::hash::{BuildHasher, Hasher};
+    std::collections::hash_map::RandomState::new().build_hasher().finish() | 1
+}
+
+/// The name space in which this process's id counts; zero where the system does not say.
+pub(crate) fn process_space() -> u64 {
+    fs::metadata("/proc/self/ns/pid").map_or(0, |space| space.ino())
+}
+
+/// The watch of a rank over those that its board does not show.
+pub(crate) struct Lookout {
+    world: Arc<World>,
+    /// Ranks that do not see this rank's board, and whether they have left.
+    far: Mutex<Vec<(usize, bool)>>,
+    /// Processes of this machine.
+    near: Vec<(usize, Process)>,
+}
+
+impl Lookout {
+    /// `far`: the ranks that do not see this rank's board; `near`: processes to watch, with their ranks.
+    pub(crate) fn new(world: Arc<World>, far: Vec<usize>, near: Vec<(usize, Process)>) -> Lookout {
+        let far = Mutex::new(far.into_iter().map(|rank| (rank, false)).collect());
+        Lookout { world, far, near }
+    }
+
+    fn tell(&self, kind: u64, rank: usize, text: &str) {
+        let far = self.far.lock().unwrap_or_else(PoisonError::into_inner);
+        for &(to, left) in far.iter().filter(|&&(to, _)| to != rank) {
+            if left && kind == LEFT {
+                continue;
+            }
+            let mut data = kind.to_le_bytes().to_vec();
+            data.extend((rank as u64).to_le_bytes());
+            data.extend(text.as_bytes());
+            // Small enough to leave at once. One that cannot be sent has nobody to read it.
+            if let Ok(mut transfer) = self.world.send(to, NEWS, data) {
+                let _ = transfer.done();
+            }
+        }
+    }
+
+    /// The news that have come from far ranks.
+    fn hear(&self) -> Result<Vec<News>, CommError> {
+        let mut news = Vec::new();
+        while let Some((from, mut transfer)) = self.world.receive(None, NEWS)? {
+            while !transfer.done()? {
+                thread::yield_now();
+            }
+            let data = transfer.into_data();
+            let word = |index: usize| {
+                let bytes = data.get(8 * index..8 * index + 8)?;
+                Some(u64::from_le_bytes(bytes.try_into().ok()?))
+            };
+            match (word(0), word(1)) {
+                (Some(FAILED), Some(rank)) => {
+                    let reason = String::from_utf8_lossy(&data[16..]).into_owned();
+                    news.push(News::Failed { rank: rank as usize, reason, told: true });
+                }
+                (Some(LEFT), Some(_)) => {
+                    let mut far = self.far.lock().unwrap_or_else(PoisonError::into_inner);
+                    far.iter_mut().filter(|(rank, _)| *rank == from).for_each(|(_, left)| *left = true);
+                    news.push(News::Left { rank: from });
+                }
+                _ => {
+                    let reason = format!("it sent news of {} bytes that make no sense", data.len());
+                    news.push(News::Failed { rank: from, reason, told: false });
+                }
+            }
+        }
+        Ok(news)
+    }
+}
+
+impl Watch for Lookout {
+    fn failed(&self, rank: usize, reason: &str) {
+        self.world.fail();
+        self.tell(FAILED, rank, reason);
+        let world = self.world.clone();
+        // Ranks that wait fail by themselves; one that computes, or hangs elsewhere, is ended with the job.
+        let last_resort = move || {
+            thread::sleep(GRACE);
+            world.abort();
+        };
+        if thread::Builder::new().name("last resort".into()).spawn(last_resort).is_err() {
+            self.world.abort();
+        }
+    }
+
+    fn left(&self, rank: usize, failed: bool) {
+        if failed {
+            return self.world.fail();
+        }
+        self.tell(LEFT, rank, "");
+        // Finalizing MPI with messages on the way is an error.
+        let start = Instant::now();
+        while self.far.lock().unwrap_or_else(PoisonError::into_inner).iter().any(|(_, left)| !left) {
+            match self.hear() {
+                Ok(news) if start.elapsed() < FAREWELL => {
+                    if news.iter().any(|news| matches!(news, News::Failed { .. })) {
+                        return self.world.fail();
+                    }
+                    thread::sleep(Duration::from_micros(100));
+                }
+                _ => return self.world.fail(),
+            }
+        }
+    }
+
+    fn look(&self) -> Vec<News> {
+        let dead = self.near.iter().filter(|(_, process)| !process.lives()).map(|&(rank, _)| {
+            let reason = "its process ended without a word".to_owned();
+            News::Failed { rank, reason, told: false }
+        });
+        let mut news: Vec<News> = dead.collect();
+        match self.hear() {
+            Ok(heard) => news.extend(heard),
+            Err(error) => news.push(News::Failed { rank: self.world.rank(), reason: error.to_string(), told: false }),
+        }
+        news
+    }
+}

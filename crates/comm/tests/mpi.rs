@@ -1,0 +1,44 @@
+//! The conformance suite on the processes of an MPI job: by memory of the machine, by messages, and by both.
+//!
+//! Started by `mpirun -n N`; alone, it runs on one rank. A check that fails ends the job with a panic's status.
+
+mod conformance;
+
+use std::time::Duration;
+
+use comm::{Communicator, MpiComm, MpiOptions};
+
+fn options(change: impl FnOnce(&mut MpiOptions)) -> MpiOptions {
+    let mut options = MpiOptions::default();
+    change(&mut options);
+    options
+}
+
+fn main() {
+    let world = MpiComm::init().expect("MPI starts");
+    world.set_timeout(Duration::from_secs(30));
+    let ways = [
+        ("as in the environment", None),
+        ("shared memory", Some(options(|_| ()))),
+        ("messages", Some(options(|o| o.shared_memory = false))),
+        ("two machines", Some(options(|o| o.nodes = Some(2)))),
+        ("three machines", Some(options(|o| o.nodes = Some(3)))),
+        ("a link of 20 us and 1 GB/s", Some(options(|o| o.link = Some((20.0, 1.0))))),
+    ];
+    let mut passed = 0;
+    for (name, way) in ways {
+        let other = way.map(|options| world.with_options(&options).expect("the same ranks, another way"));
+        let comm: &dyn Communicator = other.as_ref().map_or(&world, |comm| comm);
+        for check in conformance::checks() {
+            if world.rank() == 0 {
+                println!("{name}: {}", check.0);
+            }
+            conformance::run(check, comm);
+            passed += 1;
+        }
+    }
+    world.barrier().expect("all ranks came through");
+    if world.rank() == 0 {
+        println!("{passed} passed, 0 failed on {} ranks", world.size());
+    }
+}

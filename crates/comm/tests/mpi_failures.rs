@@ -1,0 +1,166 @@
+//! What becomes of an MPI job when a rank fails: every scenario runs as a job of its own, which has to end soon,
+//! with a status that is not zero, and with a message that names the rank and the reason.
+
+use std::env;
+use std::process::{Command, ExitCode, Stdio};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use comm::{CommError, Communicator, CommunicatorExt, MpiComm, Phase, ReduceOp};
+
+/// A rank that fails, and what its peers have to say. With `{}` as the rank that failed.
+struct Scenario {
+    name: &'static str,
+    /// Runs on every rank; what it returns in the end is the error of a call.
+    rank: fn(&MpiComm) -> Result<(), CommError>,
+    expected: &'static [&'static str],
+}
+
+const SCENARIOS: &[Scenario] = &[
+    Scenario {
+        name: "late",
+        rank: |comm| {
+            comm.set_timeout(Duration::from_millis(500));
+            comm.ledger().set_phase(Phase::Decode);
+            comm.ledger().set_layer(Some(3));
+            if comm.rank() == 1 {
+                thread::sleep(Duration::from_secs(60));
+            }
+            comm.all_reduce(&mut [1.0; 100], ReduceOp::Sum)
+        },
+        expected: &["Allreduce (decode, layer 3): rank 0 waited", "for rank 1"],
+    },
+    Scenario {
+        name: "abort",
+        rank: |comm| {
+            if comm.rank() == 1 {
+                thread::sleep(Duration::from_millis(300));
+                comm.abort("tensor 'norm.weight' is missing");
+                return Ok(());
+            }
+            comm.barrier()
+        },
+        expected: &["rank 1 failed: tensor 'norm.weight' is missing"],
+    },
+    Scenario {
+        name: "abort while a peer computes",
+        rank: |comm| {
+            if comm.rank() == 1 {
+                comm.abort("enough");
+                // Keeps its process alive: the last resort has to end the other.
+                thread::sleep(Duration::from_secs(60));
+            }
+            thread::sleep(Duration::from_secs(60));
+            Ok(())
+        },
+        expected: &[],
+    },
+    Scenario {
+        name: "panic",
+        rank: |comm| {
+            assert_ne!(comm.rank(), 1, "as the test wants it");
+            comm.recv(1, &mut [0.0f32; 1000])
+        },
+        expected: &["rank 1 failed: it panicked"],
+    },
+    Scenario {
+        name: "kill",
+        rank: |comm| {
+            if comm.rank() == 1 {
+                let own = std::process::id().to_string();
+                Command::new("kill").args(["-9", &own]).status().expect("kill runs");
+            }
+            comm.all_gather(&[0u8; 10], &mut vec![0; 10 * comm.size()])
+        },
+        // The launcher may end the job before the others look.
+        expected: &[],
+    },
+    Scenario {
+        name: "mismatch",
+        rank: |comm| match comm.rank() {
+            1 => comm.broadcast(0, &mut [0u8; 8]),
+            _ => comm.all_reduce(&mut [1.0; 8], ReduceOp::Sum),
+        },
+        expected: &["calls do not match", "Allreduce (sum) of 8 elements as f32", "Broadcast of 8 bytes from root 0"],
+    },
+    Scenario {
+        name: "leave",
+        rank: |comm| if comm.rank() == 1 { Ok(()) } else { comm.recv(1, &mut [0u8; 8]) },
+        expected: &["rank 1 failed: it left"],
+    },
+];
+
+/// The ways of `tests/mpi.rs`, as the environment says them.
+const WAYS: &[&[(&str, &str)]] = &[&[], &[("COMM_SHARED_MEMORY", "off")], &[("COMM_NODES", "2")]];
+
+fn launch(scenario: &Scenario, ranks: usize, way: &[(&str, &str)]) -> Result<(), String> {
+    let start = Instant::now();
+    let mut child = Command::new("mpirun")
+        .args(["-n", &ranks.to_string(), "--oversubscribe"])
+        .arg(env::current_exe().expect("a path"))
+        .args(["--scenario", scenario.name])
+        .envs([("OMPI_ALLOW_RUN_AS_ROOT", "1"), ("OMPI_ALLOW_RUN_AS_ROOT_CONFIRM", "1")])
+        .envs(way.iter().copied())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .map_err(|error| format!("mpirun does not start: {error}"))?;
+    while child.try_wait().map_err(|error| error.to_string())?.is_none() {
+        if start.elapsed() > Duration::from_secs(20) {
+            let _ = child.kill();
+            return Err("the job hangs".into());
+        }
+        thread::sleep(Duration::from_millis(10));
+    }
+    let output = child.wait_with_output().map_err(|error| error.to_string())?;
+    let text = String::from_utf8_lossy(&output.stderr);
+    let limit = Duration::from_secs(8);
+    if output.status.success() {
+        return Err(format!("the job succeeds\n{text}"));
+    }
+    if start.elapsed() > limit {
+        return Err(format!("the job took {:?}\n{text}", start.elapsed()));
+    }
+    match scenario.expected.iter().find(|part| !text.contains(**part)) {
+        Some(part) => Err(format!("no message has '{part}'\n{text}")),
+        None => Ok(()),
+    }
+}
+
+fn main() -> ExitCode {
+    let arguments: Vec<String> = env::args().collect();
+    if let [_, flag, name] = &arguments[..]
+        && flag == "--scenario"
+    {
+        let scenario = SCENARIOS.iter().find(|scenario| scenario.name == name).expect("a scenario");
+        let comm = MpiComm::init().expect("MPI starts");
+        comm.barrier().expect("all ranks are there");
+        return match (scenario.rank)(&comm) {
+            Ok(()) => ExitCode::SUCCESS,
+            Err(error) => {
+                eprintln!("error on rank {}: {error}", comm.rank());
+                ExitCode::FAILURE
+            }
+        };
+    }
+    if env::var_os("OMPI_COMM_WORLD_SIZE").is_some() || env::var_os("PMI_SIZE").is_some() {
+        println!("0 passed, 0 failed: these tests start their own jobs, run them without mpirun");
+        return ExitCode::SUCCESS;
+    }
+    let (mut passed, mut failed) = (0, 0);
+    for way in WAYS {
+        for scenario in SCENARIOS {
+            for ranks in [2, 3] {
+                match launch(scenario, ranks, way) {
+                    Ok(()) => passed += 1,
+                    Err(error) => {
+                        failed += 1;
+                        println!("'{}' on {ranks} ranks {way:?}: {error}", scenario.name);
+                    }
+                }
+            }
+        }
+    }
+    println!("{passed} passed, {failed} failed");
+    if failed == 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE }
+}
