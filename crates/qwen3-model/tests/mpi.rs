@@ -6,14 +6,8 @@ use std::sync::Arc;
 
 use qwen3_model::comm::{Communicator, MpiComm};
 
-const CASES: [&str; 6] = [
-    "dense-tied-bf16",
-    "dense-untied-f32",
-    "dense-uneven-bf16",
-    "dense-sharded-f16",
-    "dense-yarn-bf16",
-    "moe-bf16",
-];
+const CASES: [&str; 6] =
+    ["dense-tied-bf16", "dense-untied-f32", "dense-uneven-bf16", "dense-sharded-f16", "dense-yarn-bf16", "moe-bf16"];
 
 fn main() {
     let comm: Arc<dyn Communicator> = Arc::new(MpiComm::init().expect("MPI starts"));

@@ -4,7 +4,10 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use qwen3_model::comm::Communicator;
-use qwen3_model::{AttentionAlgorithm, Isa, LogitRows, MlpSchedule, Model, ModelOptions, ParallelStrategy, Traffic, TrafficModel, WeightFormat};
+use qwen3_model::{
+    AttentionAlgorithm, Isa, LogitRows, MlpSchedule, Model, ModelOptions, ParallelStrategy, Traffic, TrafficModel,
+    WeightFormat,
+};
 use safetensors::SafeTensors;
 
 /// The largest distance of a logit, relative to the largest reference logit (the numeric contract).
@@ -74,7 +77,11 @@ fn check_traffic(model: &Model, prompt: &[u32], label: &str) {
             .ledger()
             .entries()
             .into_iter()
-            .map(|entry| Traffic { collective: entry.collective, calls: entry.calls, payload_bytes: entry.payload_bytes })
+            .map(|entry| Traffic {
+                collective: entry.collective,
+                calls: entry.calls,
+                payload_bytes: entry.payload_bytes,
+            })
             .collect();
         let predicted = prediction.forward(tokens.len(), range.start, rows);
         assert_eq!(counted, predicted, "{label}: traffic of tokens {range:?}, {rows:?}");
@@ -104,7 +111,8 @@ impl Reference {
             threads: what.threads,
             ..ModelOptions::new(what.isa)
         };
-        let model = Model::load(&self.folder, comm, &options, &|_| ()).unwrap_or_else(|error| panic!("{label}: {error}"));
+        let model =
+            Model::load(&self.folder, comm, &options, &|_| ()).unwrap_or_else(|error| panic!("{label}: {error}"));
         let prompt = &self.input_ids;
         check_traffic(&model, prompt, &label);
 
@@ -142,7 +150,10 @@ impl Reference {
     fn assert_close(&self, label: &str, how: &str, found: &[f32]) {
         assert_eq!(found.len(), self.logits.len(), "{label}: {how}: number of logits");
         let largest = self.logits.iter().fold(0.0f32, |max, x| max.max(x.abs()));
-        let off = found.iter().zip(&self.logits).fold(0.0f32, |max, (a, b)| if (a - b).abs() <= max { max } else { (a - b).abs() });
+        let off = found
+            .iter()
+            .zip(&self.logits)
+            .fold(0.0f32, |max, (a, b)| if (a - b).abs() <= max { max } else { (a - b).abs() });
         assert!(off <= TOLERANCE * largest, "{label}: {how}: off by {off}, largest reference logit {largest}");
     }
 }
