@@ -18,6 +18,7 @@
 
 use std::arch::x86_64::*;
 
+use super::AHEAD;
 use crate::lanes::{load, store};
 use crate::panels::PANEL;
 
@@ -57,9 +58,6 @@ impl Column for F16 {
     const WIDTH: Width = Width::F16;
 }
 
-/// How far ahead of the weights in use the prefetch runs.
-const AHEAD: usize = 2048;
-
 /// `acc[m] += Σ_k panel[k] x[k][m]`, where `panel` is `[k, 16]` and `x` is `[k, M]`.
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c")]
@@ -73,8 +71,9 @@ pub(super) fn add_products<C: Column, const M: usize, const SETS: usize, const P
     let mut sums = [[[_mm256_setzero_ps(); 2]; M]; SETS];
     let ((columns, last_columns), (x, last_x)) = (columns.as_chunks::<SETS>(), x.as_chunks::<SETS>());
     for (columns, x) in columns.iter().zip(x) {
-        for ((column, x), sums) in columns.iter().zip(x).zip(&mut sums) {
-            if PREFETCH {
+        for (set, ((column, x), sums)) in columns.iter().zip(x).zip(&mut sums).enumerate() {
+            // Two columns of 16-bit weights share a cache line.
+            if PREFETCH && (set % 2 == 0 || size_of::<C::Bits>() == 4) {
                 _mm_prefetch::<_MM_HINT_T0>(column.as_ptr().wrapping_byte_add(AHEAD).cast());
             }
             step::<C, M>(column, x, sums);

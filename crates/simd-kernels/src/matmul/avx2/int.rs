@@ -19,15 +19,13 @@
 
 use std::arch::x86_64::*;
 
+use super::AHEAD;
 use crate::input::IntTile;
 use crate::lanes::{load, store};
 use crate::panels::{PANEL, Q4_BLOCK, Q8_BLOCK};
 
 /// A word's weights after widening: 16 rows of 32 bits.
 pub(super) type WideWord = [u8; 64];
-
-/// How far ahead of the weights in use the prefetch runs.
-const AHEAD: usize = 2048;
 
 /// Words in a group: 8 quads or 16 pairs.
 pub(super) const fn words_in_group(q4: bool) -> usize {
@@ -49,8 +47,10 @@ pub(super) fn add_products<const Q4: bool, const M: usize>(panel: &[u8], x: IntT
     let (scales, mut offsets) = (x.scales.as_chunks::<M>().0, x.offsets.as_chunks::<M>().0.iter());
     for ((block, words), scales) in groups.zip(words).zip(scales) {
         let (row_scales, weights) = block.as_chunks::<32>().0.split_first().expect("a block starts with its scales");
+        // A block is half a line longer than a number of whole lines; the first prefetch covers that.
+        _mm_prefetch::<_MM_HINT_T0>(block.as_ptr().wrapping_add(AHEAD).cast());
         let sums = sum_group::<Q4, M>(words, offsets.next(), |word| {
-            if word % 2 == 0 {
+            if word % 2 == 1 {
                 _mm_prefetch::<_MM_HINT_T0>(weights[word].as_ptr().wrapping_add(AHEAD).cast());
             }
             widen::<Q4>(&weights[word])
