@@ -89,7 +89,7 @@ impl ChatArgs {
     /// meanwhile the ranks wait without a deadline.
     fn next(&self, rank: &Rank, speaker: &mut Option<Speaker>) -> Result<Option<Vec<u32>>, Failure> {
         rank.comm().set_timeout(Duration::MAX);
-        let tokens = rank.from_root(|| speaker.as_mut().expect("rank 0 has the texts").next());
+        let tokens = rank.share(|| speaker.as_mut().expect("rank 0 has the texts").next());
         rank.comm().set_timeout(self.launch.timeout());
         tokens
     }
@@ -97,7 +97,7 @@ impl ChatArgs {
     fn params(&self, rank: &Rank) -> Result<SamplingParams, Failure> {
         let config = GenerationConfig::read(&self.engine.model).map_err(CliError::from);
         let config = rank.agree(config)?;
-        let seed = rank.from_root(|| {
+        let seed = rank.share(|| {
             let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
             Ok(now.as_nanos() as u64)
         })?;

@@ -37,7 +37,7 @@ impl DemoArgs {
         rank.comm().ledger().reset();
         let (mut prefill, mut decode) = (Timing::default(), Timing::default());
         for prompt in QUESTIONS.iter().chain([&SENTENCE]) {
-            let tokens = rank.from_root(|| {
+            let tokens = rank.share(|| {
                 let (text, template) = texts.as_ref().expect("rank 0 read them");
                 if *prompt == SENTENCE {
                     rank.say(prompt)?;

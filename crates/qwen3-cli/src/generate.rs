@@ -60,7 +60,7 @@ impl GenerateArgs {
             Some(prompt) => (Some(prompt.tokens), prompt.text),
             None => (None, None),
         };
-        let tokens = rank.from_root(|| Ok(tokens.expect("rank 0 read the prompt")))?;
+        let tokens = rank.share(|| Ok(tokens.expect("rank 0 read the prompt")))?;
         let sampling = self.params(rank)?;
         let mut options = AnswerOptions::new(rank, &model, &self.engine, sampling, self.max_new_tokens)?;
         options.quiet = self.json;

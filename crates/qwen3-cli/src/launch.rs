@@ -34,7 +34,10 @@ pub fn launch(options: &LaunchOptions, command: impl Command) -> ExitCode {
         Some(world) if options.ranks == 1 && (world.is_many() || cfg!(feature = "mpi")) => {
             run_processes(&world, options, command)
         }
-        _ => run_threads(options, command),
+        _ => match run_threads(options, command) {
+            Ok(()) => ExitCode::SUCCESS,
+            Err(error) => report(&error),
+        },
     }
 }
 
@@ -52,7 +55,8 @@ fn report(error: &CliError) -> ExitCode {
     ExitCode::FAILURE
 }
 
-fn run_threads(options: &LaunchOptions, command: impl Command) -> ExitCode {
+/// Runs the command on ranks of this process; the error is the one to tell.
+fn run_threads(options: &LaunchOptions, command: impl Command) -> Result<(), Box<CliError>> {
     // In the order in which ranks fail: what follows the first is mostly its echo.
     let failures = Mutex::new(Vec::new());
     let run = |comm: Arc<dyn Communicator>| {
@@ -79,12 +83,13 @@ fn run_threads(options: &LaunchOptions, command: impl Command) -> ExitCode {
             }
         });
     }
-    let failures = lock(&failures);
-    let agreed = failures.iter().find(|(rank, failure)| *rank == 0 && failure.agreed);
-    match agreed.or(failures.first()) {
-        Some((_, failure)) => report(&failure.error),
-        None => ExitCode::SUCCESS,
+    let mut failures = failures.into_inner().unwrap_or_else(PoisonError::into_inner);
+    if failures.is_empty() {
+        return Ok(());
     }
+    let agreed = failures.iter().position(|(rank, failure)| *rank == 0 && failure.agreed);
+    let (_, failure) = failures.swap_remove(agreed.unwrap_or(0));
+    Err(failure.error)
 }
 
 #[cfg(not(feature = "mpi"))]
@@ -170,4 +175,68 @@ fn words(payload: &(dyn Any + Send)) -> String {
 /// A lock that a panic elsewhere does not spoil: what it guards is valid after each statement.
 fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// The line that a command on three ranks ends with.
+    fn line(command: impl Command) -> String {
+        let options = LaunchOptions { ranks: 3, comm_timeout: 30.0, ..LaunchOptions::alone() };
+        run_threads(&options, command).expect_err("the command fails").line()
+    }
+
+    fn local(problem: &str) -> CliError {
+        CliError::Launch { problem: problem.to_owned() }
+    }
+
+    #[test]
+    fn a_failure_that_others_do_not_know_of_ends_them_and_is_the_one_told() {
+        let told = line(|rank| {
+            if rank.comm().rank() == 1 {
+                return Err(local("no more disk").into());
+            }
+            rank.comm().barrier()?;
+            unreachable!("rank 1 never comes")
+        });
+        assert_eq!(told, "no more disk");
+    }
+
+    #[test]
+    fn a_panic_is_a_line_and_ends_the_others() {
+        let usual = panic::take_hook();
+        panic::set_hook(Box::new(keep_panic));
+        let told = line(|rank| {
+            assert!(rank.comm().rank() != 2, "two is\ntoo many");
+            rank.comm().barrier()?;
+            Ok(())
+        });
+        panic::set_hook(usual);
+        assert!(told.starts_with("internal error on rank 2: two is too many (crates"), "{told}");
+    }
+
+    #[test]
+    fn ranks_agree_on_the_lowest_failing_ranks_error() {
+        let told = line(|rank| {
+            let result = if rank.comm().rank() == 0 { Ok(()) } else { Err(local("broken")) };
+            rank.agree(result)
+        });
+        assert_eq!(told, "rank 1: broken");
+        let told = line(|rank| rank.share(|| Err::<u32, _>(local("unreadable"))).map(|_| ()));
+        assert_eq!(told, "unreadable");
+    }
+
+    #[test]
+    fn what_rank_0_reads_reaches_all() {
+        let options = LaunchOptions { ranks: 3, ..LaunchOptions::alone() };
+        let sum = Mutex::new(0);
+        let done = run_threads(&options, |rank| {
+            let words: Vec<u32> = rank.share(|| Ok(vec![7, 8]))?;
+            *lock(&sum) += words.iter().sum::<u32>();
+            Ok(())
+        });
+        assert!(done.is_ok());
+        assert_eq!(*lock(&sum), 45);
+    }
 }

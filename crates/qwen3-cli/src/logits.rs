@@ -40,7 +40,7 @@ impl LogitsArgs {
     pub fn run(&self, rank: &Rank) -> Result<(), Failure> {
         let read = || Ok(self.prompt.read(&self.engine.model, None)?.tokens);
         let (model, tokens) = session::load_with(rank, &self.engine, KvFormat::F32, read)?;
-        let tokens = rank.from_root(|| Ok(tokens.expect("rank 0 read the prompt")))?;
+        let tokens = rank.share(|| Ok(tokens.expect("rank 0 read the prompt")))?;
         self.prompt.check(&model, tokens.len())?;
 
         let vocab_size = model.config().vocab_size;

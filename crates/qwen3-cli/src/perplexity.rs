@@ -44,7 +44,7 @@ impl PerplexityArgs {
             Ok(Text::open(&self.engine.model)?.encode(&text)?)
         };
         let (model, tokens) = session::load_with(rank, &self.engine, KvFormat::F32, read)?;
-        let tokens = rank.from_root(|| Ok(tokens.expect("rank 0 read the text")))?;
+        let tokens = rank.share(|| Ok(tokens.expect("rank 0 read the text")))?;
         let bar = progress::counting(rank, "tokens");
         bar.set_length(tokens.len() as u64);
         let found = perplexity(&model, &tokens, self.context, &mut |done| bar.set_position(done as u64));

@@ -41,7 +41,7 @@ impl Rank {
     }
 
     /// Does `work` on rank 0 and gives its value to every rank. Its error ends the command on every rank.
-    pub fn from_root<T, F>(&self, work: F) -> Result<T, Failure>
+    pub fn share<T, F>(&self, work: F) -> Result<T, Failure>
     where
         T: Serialize + DeserializeOwned,
         F: FnOnce() -> Result<T, CliError>,

@@ -2,6 +2,7 @@
 
 use std::panic;
 use std::thread;
+use std::time::Duration;
 
 use qwen3_model::{KvFormat, LoadProgress, Model, ModelError};
 
@@ -31,8 +32,11 @@ pub fn load(rank: &Rank, engine: &EngineOptions, kv: KvFormat) -> Result<Model, 
     let options = engine.model_options(rank, kv)?;
     let bar = progress::counting(rank, "layers");
     let progress = |progress: LoadProgress| {
-        bar.set_length(progress.of as u64);
-        bar.set_position(progress.layers as u64);
+        // A bar that is gone at once only flickers.
+        if bar.elapsed() > Duration::from_millis(300) {
+            bar.set_length(progress.of as u64);
+            bar.set_position(progress.layers as u64);
+        }
     };
     let loaded = Model::load(&engine.model, rank.comm().clone(), &options, &progress);
     bar.finish_and_clear();

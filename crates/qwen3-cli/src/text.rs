@@ -134,3 +134,43 @@ impl TextStream<'_> {
         Ok(new)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn austen() -> Text {
+        Text::open(&Path::new(env!("CARGO_MANIFEST_DIR")).join("../../models/austen")).unwrap()
+    }
+
+    #[test]
+    fn streamed_text_is_the_whole_text_and_never_a_part_of_a_character() {
+        let text = austen();
+        // Most of these characters are several tokens of this small vocabulary.
+        let words = "<|im_start|>你好，世界！🌍👩‍👩‍👧 naïve café, \n\n  and Elizabeth\u{301} was<|im_end|>";
+        let ids = text.encode(words).unwrap();
+        let mut stream = text.stream();
+        let mut shown = String::new();
+        for &id in &ids {
+            let piece = stream.push(id).unwrap();
+            assert!(!piece.contains('\u{FFFD}'), "{piece:?} after {shown:?}");
+            shown += &piece;
+        }
+        shown += &stream.finish().unwrap();
+        assert_eq!(shown, words.replace("<|im_start|>", "").replace("<|im_end|>", ""));
+        assert_eq!(shown, text.decode(&ids).unwrap());
+    }
+
+    #[test]
+    fn bytes_that_never_become_a_character_are_shown_at_last() {
+        let text = austen();
+        let earth = text.encode("🌍").unwrap();
+        assert!(earth.len() > 1, "the first id is a part of the character");
+        let mut stream = text.stream();
+        assert_eq!(stream.push(earth[0]).unwrap(), "");
+        assert_eq!(stream.finish().unwrap(), "\u{FFFD}");
+        let mut stream = text.stream();
+        let pieces: Vec<String> = (0..6).map(|_| stream.push(earth[0]).unwrap()).collect();
+        assert_eq!(pieces.concat() + &stream.finish().unwrap(), "\u{FFFD}".repeat(6));
+    }
+}

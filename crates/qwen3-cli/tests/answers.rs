@@ -4,7 +4,7 @@ mod program;
 
 use std::fs;
 
-use program::{austen, json, keys, program, run, run_with};
+use program::{austen, json, keys, run};
 use serde_json::Value;
 
 fn expected() -> Vec<Value> {
@@ -168,18 +168,6 @@ fn bench_reports_results_and_the_ledger() {
 
     let table = run(&["bench", "--model", &model(), "--prompt-len", "8", "--gen-len", "2", "--reps", "1"]);
     assert!(table.success && table.stdout.contains("prefill") && table.stdout.contains("GB/s"), "{table:?}");
-}
-
-#[test]
-fn a_conversation_keeps_its_history_and_ends_with_its_input() {
-    let args = ["chat", "--model", &model(), "--no-thinking", "--temperature", "0", "--kv", "f32", "--threads", "1"];
-    for ranks in ["1", "2"] {
-        let mut args = args.to_vec();
-        args.extend(["--ranks", ranks]);
-        let run = run_with(program(&args), "What is 17 + 15?\n\nWhat is 20 - 13?\n");
-        assert!(run.success && run.stderr.is_empty(), "{run:?}");
-        assert_eq!(run.stdout, "17 + 15 = 32\n20 - 13 = 7\n");
-    }
 }
 
 #[test]

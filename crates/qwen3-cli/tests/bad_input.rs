@@ -3,61 +3,21 @@
 mod program;
 
 use std::fs;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
-use program::{Run, assert_one_line, austen, program, run, run_with};
-use serde_json::{Value, json};
-
-/// A copy of the bundled model to break.
-struct Copy {
-    dir: tempfile::TempDir,
-}
-
-impl Copy {
-    fn new() -> Self {
-        let dir = tempfile::tempdir().unwrap();
-        for name in
-            ["config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "model.safetensors"]
-        {
-            fs::copy(austen().join(name), dir.path().join(name)).unwrap();
-        }
-        Self { dir }
-    }
-
-    fn file(&self, name: &str) -> PathBuf {
-        self.dir.path().join(name)
-    }
-
-    fn config(&self, change: impl FnOnce(&mut serde_json::Map<String, Value>)) {
-        let mut config: Value = serde_json::from_str(&fs::read_to_string(self.file("config.json")).unwrap()).unwrap();
-        change(config.as_object_mut().unwrap());
-        fs::write(self.file("config.json"), config.to_string()).unwrap();
-    }
-
-    /// Rewrites the header of the weights.
-    fn header(&self, change: impl FnOnce(&mut serde_json::Map<String, Value>)) {
-        let bytes = fs::read(self.file("model.safetensors")).unwrap();
-        let len = u64::from_le_bytes(bytes[..8].try_into().unwrap()) as usize;
-        let mut header: Value = serde_json::from_slice(&bytes[8..8 + len]).unwrap();
-        change(header.as_object_mut().unwrap());
-        let header = header.to_string();
-        let mut changed = (header.len() as u64).to_le_bytes().to_vec();
-        changed.extend_from_slice(header.as_bytes());
-        changed.extend_from_slice(&bytes[8 + len..]);
-        fs::write(self.file("model.safetensors"), changed).unwrap();
-    }
-
-    /// Generates on 1 and on 2 ranks; both have to fail with one line that holds `words`.
-    fn fails(&self, words: &[&str]) {
-        fails(self.dir.path(), &["--prompt", "Elizabeth was"], words);
-    }
-}
+use program::{Copy, Run, assert_one_line, austen, program, run, run_with};
+use serde_json::json;
 
 fn generate(model: &Path, args: &[&str], ranks: &str) -> Run {
     let model = model.to_str().unwrap();
     let mut all = vec!["generate", "--model", model, "--max-new-tokens", "4", "--ranks", ranks];
     all.extend(args);
     run(&all)
+}
+
+/// Generates with a broken copy on 1 and on 2 ranks; both have to fail with one line that holds `words`.
+fn copy_fails(copy: &Copy, words: &[&str]) {
+    fails(copy.path(), &["--prompt", "Elizabeth was"], words);
 }
 
 fn fails(model: &Path, args: &[&str], words: &[&str]) {
@@ -72,7 +32,7 @@ fn missing_folders_and_files() {
     for name in ["config.json", "model.safetensors", "tokenizer.json"] {
         let copy = Copy::new();
         fs::remove_file(copy.file(name)).unwrap();
-        copy.fails(&[name]);
+        copy_fails(&copy, &[name]);
     }
     fails(&austen(), &["--prompt-file", "nowhere.txt"], &["nowhere.txt"]);
 }
@@ -81,22 +41,22 @@ fn missing_folders_and_files() {
 fn broken_configs() {
     let copy = Copy::new();
     fs::write(copy.file("config.json"), "{").unwrap();
-    copy.fails(&["config.json"]);
+    copy_fails(&copy, &["config.json"]);
     let copy = Copy::new();
     copy.config(|config| drop(config.remove("hidden_size")));
-    copy.fails(&["config.json", "hidden_size"]);
+    copy_fails(&copy, &["config.json", "hidden_size"]);
     let copy = Copy::new();
     copy.config(|config| drop(config.insert("num_key_value_heads".into(), json!(3))));
-    copy.fails(&["config.json", "num_key_value_heads", "3"]);
+    copy_fails(&copy, &["config.json", "num_key_value_heads", "3"]);
     let copy = Copy::new();
     copy.config(|config| drop(config.insert("hidden_size".into(), json!("wide"))));
-    copy.fails(&["config.json", "hidden_size"]);
+    copy_fails(&copy, &["config.json", "hidden_size"]);
     let copy = Copy::new();
     copy.config(|config| drop(config.insert("vocab_size".into(), json!(4000))));
-    copy.fails(&["embed_tokens", "4096", "4000"]);
+    copy_fails(&copy, &["embed_tokens", "4096", "4000"]);
     let copy = Copy::new();
     fs::write(copy.file("generation_config.json"), "[]").unwrap();
-    copy.fails(&["generation_config.json"]);
+    copy_fails(&copy, &["generation_config.json"]);
 }
 
 #[test]
@@ -105,12 +65,12 @@ fn broken_weights() {
     let whole = fs::read(copy.file("model.safetensors")).unwrap();
     for len in [0, 4, 8, 100, whole.len() / 2, whole.len() - 1] {
         fs::write(copy.file("model.safetensors"), &whole[..len]).unwrap();
-        copy.fails(&["model.safetensors"]);
+        copy_fails(&copy, &["model.safetensors"]);
     }
     let mut longer = whole;
     longer.push(0);
     fs::write(copy.file("model.safetensors"), &longer).unwrap();
-    copy.fails(&["model.safetensors"]);
+    copy_fails(&copy, &["model.safetensors"]);
 
     let q_proj = "model.layers.1.self_attn.q_proj.weight";
     let copy = Copy::new();
@@ -118,19 +78,19 @@ fn broken_weights() {
         let other = header["model.layers.1.self_attn.k_proj.weight"]["data_offsets"].clone();
         header[q_proj]["data_offsets"][0] = other[0].clone();
     });
-    copy.fails(&["model.safetensors"]);
+    copy_fails(&copy, &["model.safetensors"]);
     let copy = Copy::new();
     copy.header(|header| header[q_proj]["dtype"] = json!("I32"));
-    copy.fails(&["model.safetensors", q_proj]);
+    copy_fails(&copy, &["model.safetensors", q_proj]);
     let copy = Copy::new();
     copy.header(|header| header[q_proj]["shape"] = json!([128, 512]));
-    copy.fails(&[q_proj, "128", "256"]);
+    copy_fails(&copy, &[q_proj, "128", "256"]);
     let copy = Copy::new();
     copy.header(|header| {
         let tensor = header.remove(q_proj).unwrap();
         header.insert("another.weight".into(), tensor);
     });
-    copy.fails(&[q_proj]);
+    copy_fails(&copy, &[q_proj]);
 }
 
 #[test]

@@ -1,11 +1,16 @@
-//! Running the built program with a deadline.
+//! Running the built program with a deadline, on the bundled model or on a changed copy of it.
+
+#![allow(dead_code, reason = "each test file is a crate of its own and takes what it needs")]
 
 use std::ffi::OsStr;
+use std::fs;
 use std::io::{Read, Write};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::thread;
 use std::time::{Duration, Instant};
+
+use serde_json::Value;
 
 /// No call of these tests takes a tenth of this; a hung rank does.
 const DEADLINE: Duration = Duration::from_secs(60);
@@ -78,8 +83,7 @@ pub fn run<S: AsRef<OsStr>>(args: &[S]) -> Run {
 }
 
 /// Runs the program, which has to succeed, and reads the one JSON object that it prints.
-#[allow(dead_code, reason = "each test file is a crate of its own and takes what it needs")]
-pub fn json<S: AsRef<OsStr>>(args: &[S]) -> serde_json::Value {
+pub fn json<S: AsRef<OsStr>>(args: &[S]) -> Value {
     let run = run(args);
     assert!(run.success, "{run:?}");
     assert_eq!(run.stderr, "", "nothing is wrong, so nothing is said");
@@ -88,13 +92,11 @@ pub fn json<S: AsRef<OsStr>>(args: &[S]) -> serde_json::Value {
 }
 
 /// The keys of an object, in order.
-#[allow(dead_code, reason = "each test file is a crate of its own and takes what it needs")]
-pub fn keys(object: &serde_json::Value) -> Vec<&str> {
+pub fn keys(object: &Value) -> Vec<&str> {
     object.as_object().expect("an object").keys().map(String::as_str).collect()
 }
 
 /// Asserts that a run failed with exactly one line, which starts with `error: ` and holds each of `words`.
-#[allow(dead_code, reason = "each test file is a crate of its own and takes what it needs")]
 pub fn assert_one_line(run: &Run, words: &[&str]) {
     assert!(!run.success, "it should fail: {run:?}");
     assert_eq!(run.stdout, "", "nothing but the error: {run:?}");
@@ -103,5 +105,52 @@ pub fn assert_one_line(run: &Run, words: &[&str]) {
     assert!(!run.stderr.contains("panicked") && !run.stderr.contains("internal error"), "{run:?}");
     for word in words {
         assert!(run.stderr.contains(word), "{word:?} is missing: {run:?}");
+    }
+}
+
+/// A copy of the bundled model to break.
+pub struct Copy {
+    dir: tempfile::TempDir,
+}
+
+impl Copy {
+    pub fn new() -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        for name in
+            ["config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "model.safetensors"]
+        {
+            fs::copy(austen().join(name), dir.path().join(name)).unwrap();
+        }
+        Self { dir }
+    }
+
+    /// The copy's folder.
+    pub fn path(&self) -> &Path {
+        self.dir.path()
+    }
+
+    /// A file of the copy.
+    pub fn file(&self, name: &str) -> PathBuf {
+        self.dir.path().join(name)
+    }
+
+    /// Changes `config.json`.
+    pub fn config(&self, change: impl FnOnce(&mut serde_json::Map<String, Value>)) {
+        let mut config: Value = serde_json::from_str(&fs::read_to_string(self.file("config.json")).unwrap()).unwrap();
+        change(config.as_object_mut().unwrap());
+        fs::write(self.file("config.json"), config.to_string()).unwrap();
+    }
+
+    /// Rewrites the header of the weights.
+    pub fn header(&self, change: impl FnOnce(&mut serde_json::Map<String, Value>)) {
+        let bytes = fs::read(self.file("model.safetensors")).unwrap();
+        let len = u64::from_le_bytes(bytes[..8].try_into().unwrap()) as usize;
+        let mut header: Value = serde_json::from_slice(&bytes[8..8 + len]).unwrap();
+        change(header.as_object_mut().unwrap());
+        let header = header.to_string();
+        let mut changed = (header.len() as u64).to_le_bytes().to_vec();
+        changed.extend_from_slice(header.as_bytes());
+        changed.extend_from_slice(&bytes[8 + len..]);
+        fs::write(self.file("model.safetensors"), changed).unwrap();
     }
 }

@@ -1,0 +1,69 @@
+//! Conversations: history, its limits, and Ctrl-C.
+
+mod program;
+
+use std::fs;
+use std::io::{Read as _, Write as _};
+use std::process::{Command, Stdio};
+
+use program::{Copy, austen, program, run_with};
+use serde_json::json;
+
+/// The program in a conversation that answers the same each time.
+fn chat(model: &str, ranks: &str) -> Command {
+    let args = ["chat", "--model", model, "--no-thinking", "--temperature", "0", "--kv", "f32", "--threads", "1"];
+    let mut command = program(&args);
+    command.args(["--ranks", ranks]);
+    command
+}
+
+#[test]
+fn a_conversation_keeps_its_history_and_ends_with_its_input() {
+    for ranks in ["1", "2"] {
+        let run = run_with(chat(austen().to_str().unwrap(), ranks), "What is 17 + 15?\n\nWhat is 20 - 13?\n");
+        assert!(run.success && run.stderr.is_empty(), "{run:?}");
+        assert_eq!(run.stdout, "17 + 15 = 32\n20 - 13 = 7\n");
+    }
+}
+
+#[test]
+fn the_oldest_messages_make_room_and_a_message_without_room_is_dropped() {
+    let copy = Copy::new();
+    copy.config(|config| drop(config.insert("max_position_embeddings".into(), json!(96))));
+    let long = "sister ".repeat(100);
+    let input = format!("What is 17 + 15?\nWhat is 20 - 13?\nWhat is 7 x 8?\n{long}\nWhat is 17 + 15?\n");
+    let run = run_with(chat(copy.path().to_str().unwrap(), "2"), &input);
+    assert!(run.success, "{run:?}");
+    assert_eq!(run.stdout, "17 + 15 = 32\n20 - 13 = 7\n7 x 8 = 56\n17 + 15 = 32\n");
+    let notes: Vec<&str> = run.stderr.lines().collect();
+    assert_eq!(notes.len(), 2, "{run:?}");
+    assert!(notes[0].contains("oldest 2 messages"), "{run:?}");
+    assert!(notes[1].contains("longer than the model's context"), "{run:?}");
+}
+
+#[test]
+fn an_interrupt_ends_the_answer_and_not_the_program() {
+    // Without a token that ends a text, an answer goes on for thousands of tokens.
+    let copy = Copy::new();
+    copy.config(|config| drop(config.remove("eos_token_id")));
+    fs::remove_file(copy.file("generation_config.json")).unwrap();
+    for ranks in ["1", "2"] {
+        let mut child = chat(copy.path().to_str().unwrap(), ranks)
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .spawn()
+            .unwrap();
+        child.stdin.take().unwrap().write_all(b"Tell me about music.\n").unwrap();
+        let mut stdout = child.stdout.take().unwrap();
+        let mut first = [0];
+        stdout.read_exact(&mut first).unwrap();
+        let kill = Command::new("kill").args(["-INT", &child.id().to_string()]).status().unwrap();
+        assert!(kill.success());
+        let mut rest = String::new();
+        stdout.read_to_string(&mut rest).unwrap();
+        let end = child.wait_with_output().unwrap();
+        assert!(end.status.success() && end.stderr.is_empty(), "{end:?}");
+        assert!(rest.ends_with(" (stopped)\n"), "{rest:?}");
+    }
+}
