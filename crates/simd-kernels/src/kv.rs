@@ -73,8 +73,11 @@ impl std::error::Error for UnknownKvFormat {}
 ///
 /// | | keys | values |
 /// |---|---|---|
-/// | f32, f16 | `[head_dim][16 positions]` | `[16 positions][width]`, zero beyond head_dim |
+/// | f32, f16 | `[head_dim][16 positions]` | `[width / 16][16 positions][16]`, zero beyond head_dim |
 /// | q8 | the same in int8, then scales `[groups][16]` | the same in int8, then scales `[16][groups]` |
+///
+/// So attention reads both as plain streams: for a block of keys it keeps 16 scores of each row in registers, for a
+/// chunk of values 16 sums of each row.
 #[derive(Clone)]
 pub struct KvHead {
     format: KvFormat,
@@ -213,20 +216,15 @@ impl KvHead {
     /// When there is no such token or `out` has another length.
     pub fn value(&self, i: usize, out: &mut [f32]) {
         self.check_read(i, out.len());
-        let width = self.width();
-        let row = i % BLOCK * width..i % BLOCK * width + self.head_dim;
+        let (b, lane) = (i / BLOCK, i % BLOCK);
         match self.format {
-            KvFormat::F32 => out.copy_from_slice(&self.value_block(i / BLOCK)[row]),
-            KvFormat::F16 => {
-                let row = &self.value_block::<u16>(i / BLOCK)[row];
-                out.iter_mut().zip(row).for_each(|(out, &x)| *out = f16_to_f32(x));
-            }
+            KvFormat::F32 => read_row(self.value_block::<f32>(b), lane, out, |x| x),
+            KvFormat::F16 => read_row(self.value_block::<u16>(b), lane, out, f16_to_f32),
             KvFormat::Q8 => {
-                let codes = &self.value_block::<i8>(i / BLOCK)[row];
-                let scales = self.value_scales(i / BLOCK, i % BLOCK);
-                for ((out, codes), &scale) in out.chunks_mut(KV_GROUP).zip(codes.chunks(KV_GROUP)).zip(scales) {
+                read_row(self.value_block::<i8>(b), lane, out, f32::from);
+                for (x, &scale) in out.chunks_mut(KV_GROUP).zip(self.value_scales(b, lane)) {
                     let scale = f16_to_f32(scale);
-                    out.iter_mut().zip(codes).for_each(|(out, &x)| *out = scale * f32::from(x));
+                    x.iter_mut().for_each(|x| *x *= scale);
                 }
             }
         }
@@ -247,8 +245,8 @@ impl KvHead {
         self.key_lines * LINE / size_of::<[T; BLOCK]>()
     }
 
-    /// Block `b` of values, and whatever follows it: [16][width], T as stored.
-    pub(crate) fn value_block<T: Plain>(&self, b: usize) -> &[T] {
+    /// Block `b` of values, and whatever follows it: [width / 16][16 positions][16], T as stored.
+    pub(crate) fn value_block<T: Plain>(&self, b: usize) -> &[[T; BLOCK]] {
         self.values.view(b * self.value_lines)
     }
 
@@ -301,18 +299,25 @@ impl KvHead {
     }
 
     fn set_value(&mut self, isa: Isa, i: usize, value: &[f32]) {
-        let (from, lane, width) = (i / BLOCK * self.value_lines, i % BLOCK, self.width());
-        let row = lane * width..lane * width + self.head_dim;
+        let (from, lane) = (i / BLOCK * self.value_lines, i % BLOCK);
         match self.format {
-            KvFormat::F32 => self.values.view_mut(from)[row].copy_from_slice(value),
-            KvFormat::F16 => to_f16(isa, value, &mut self.values.view_mut(from)[row]),
+            KvFormat::F32 => write_row(self.values.view_mut(from), lane, value),
+            KvFormat::F16 => {
+                let block = self.values.view_mut::<[u16; BLOCK]>(from);
+                for (rows, value) in block.chunks_mut(KV_GROUP).zip(value.chunks(KV_GROUP)) {
+                    let mut halves = [0; KV_GROUP];
+                    to_f16(isa, value, &mut halves[..value.len()]);
+                    write_row(rows, lane, &halves[..value.len()]);
+                }
+            }
             KvFormat::Q8 => {
                 let groups = self.head_dim.div_ceil(KV_GROUP);
-                let scales_at = width * BLOCK / 2 + lane * groups;
+                let scales_at = self.width() * BLOCK / 2 + lane * groups;
                 for (g, value) in value.chunks(KV_GROUP).enumerate() {
-                    let codes = self.values.view_mut::<i8>(from);
-                    let place = row.start + g * KV_GROUP;
-                    let scale = to_q8(isa, value, &mut codes[place..place + value.len()]);
+                    let mut codes = [0; KV_GROUP];
+                    let scale = to_q8(isa, value, &mut codes[..value.len()]);
+                    let block = self.values.view_mut::<[i8; BLOCK]>(from);
+                    write_row(&mut block[g * KV_GROUP..], lane, &codes[..value.len()]);
                     self.values.view_mut::<u16>(from)[scales_at + g] = scale;
                 }
             }
@@ -334,6 +339,19 @@ fn write_column<T: Copy>(block: &mut [[T; BLOCK]], lane: usize, column: &[T]) {
 fn read_column<T: Copy>(block: &[[T; BLOCK]], lane: usize, out: &mut [f32], widen: impl Fn(T) -> f32) {
     for (out, row) in out.iter_mut().zip(block) {
         *out = widen(row[lane]);
+    }
+}
+
+/// Into chunks of [16 positions][16].
+fn write_row<T: Copy>(block: &mut [[T; BLOCK]], lane: usize, row: &[T]) {
+    for (chunk, row) in block.chunks_mut(BLOCK).zip(row.chunks(BLOCK)) {
+        chunk[lane][..row.len()].copy_from_slice(row);
+    }
+}
+
+fn read_row<T: Copy>(block: &[[T; BLOCK]], lane: usize, out: &mut [f32], widen: impl Fn(T) -> f32) {
+    for (out, chunk) in out.chunks_mut(BLOCK).zip(block.chunks(BLOCK)) {
+        out.iter_mut().zip(chunk[lane]).for_each(|(out, x)| *out = widen(x));
     }
 }
 

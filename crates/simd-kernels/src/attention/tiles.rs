@@ -22,7 +22,7 @@ mod widen;
 use super::{AttentionInput, SoftmaxState};
 use crate::kv::{BLOCK, KvFormat, KvHead, LINE, Lines};
 use crate::lanes::{LANES, load, store};
-use kernels::{Element, PANEL_ROWS, blend, scores, soften};
+use kernels::{Element, PANEL_ROWS, Strides, blend, scores, soften};
 use std::arch::x86_64::*;
 use std::ops::Range;
 
@@ -32,8 +32,6 @@ const ROW_TILE: usize = 24 * PANEL_ROWS;
 const KEY_TILE: usize = 128;
 /// Up to so many rows the cache is read as it lies; more rows than this would widen each number again and again.
 const DIRECT_ROWS: usize = 2 * PANEL_ROWS;
-/// Keys whose values one pass over the chunks takes when they lie in the cache: few, so that they come as one stream.
-const DIRECT_STRETCH: usize = 16;
 
 /// One tile of rows, and where its softmax stands.
 struct RowTile<'a> {
@@ -59,13 +57,10 @@ struct KeyTile<'a, K> {
     step: usize,
 }
 
-/// Values in chunks of 16 elements: chunk c of key j is `data[j * key_step + c * chunk_step]`.
+/// Values in runs of keys: [run][chunk of 16 elements][key of the run][16].
 struct ValueTile<'a, V> {
     data: &'a [[V; BLOCK]],
-    key_step: usize,
-    chunk_step: usize,
-    /// Keys to take in one pass over the chunks.
-    stretch: usize,
+    run: usize,
 }
 
 #[target_feature(enable = "avx2,fma,f16c")]
@@ -140,21 +135,21 @@ fn attend(input: &AttentionInput<'_>, rows: Range<usize>, state: &mut SoftmaxSta
     for block in (first_block..end.div_ceil(BLOCK)).step_by(KEY_TILE / BLOCK) {
         let keys = block * BLOCK..end.min(block * BLOCK + KEY_TILE);
         let skip = input.keys.start.saturating_sub(keys.start);
-        let as_it_lies = (kv.width() / BLOCK, 1, DIRECT_STRETCH);
         match (kv.format(), direct) {
             (KvFormat::F32, true) => {
-                tile.step(&keys, skip, &stored_keys::<f32>(kv, block), &stored_values::<f32>(kv, block, as_it_lies));
+                tile.step(&keys, skip, &stored_keys::<f32>(kv, block), &stored_values::<f32>(kv, block));
             }
             (KvFormat::F16, true) => {
-                tile.step(&keys, skip, &stored_keys::<u16>(kv, block), &stored_values::<u16>(kv, block, as_it_lies));
+                tile.step(&keys, skip, &stored_keys::<u16>(kv, block), &stored_values::<u16>(kv, block));
             }
             (format, _) => {
-                widen::values(kv, block, keys.len(), wide_values, KEY_TILE);
-                let values = ValueTile { data: &*wide_values, key_step: 1, chunk_step: KEY_TILE, stretch: KEY_TILE };
+                let blocks = keys.len().div_ceil(BLOCK);
+                widen::values(kv, block, blocks, wide_values, KEY_TILE);
+                let values = ValueTile { data: &*wide_values, run: KEY_TILE };
                 if format == KvFormat::F32 {
                     tile.step(&keys, skip, &stored_keys::<f32>(kv, block), &values);
                 } else {
-                    widen::keys(kv, block, keys.len().div_ceil(BLOCK), wide_keys);
+                    widen::keys(kv, block, blocks, wide_keys);
                     tile.step(&keys, skip, &KeyTile { data: &*wide_keys, step: head_dim }, &values);
                 }
             }
@@ -169,12 +164,8 @@ fn stored_keys<K: Element>(kv: &KvHead, block: usize) -> KeyTile<'_, K> {
     KeyTile { data: kv.key_block(block), step: kv.key_step::<K>() }
 }
 
-fn stored_values<V: Element>(
-    kv: &KvHead,
-    block: usize,
-    (key_step, chunk_step, stretch): (usize, usize, usize),
-) -> ValueTile<'_, V> {
-    ValueTile { data: kv.value_block::<V>(block).as_chunks().0, key_step, chunk_step, stretch }
+fn stored_values<V: Element>(kv: &KvHead, block: usize) -> ValueTile<'_, V> {
+    ValueTile { data: kv.value_block(block), run: BLOCK }
 }
 
 /// For each panel [head_dim][rows], times `scale`.
@@ -232,25 +223,31 @@ impl RowTile<'_> {
             }
         }
 
-        for from in (0..keys.len()).step_by(value_tile.stretch) {
-            for c in 0..self.width / BLOCK {
+        let (run, chunks) = (value_tile.run, self.width / BLOCK);
+        // Few rows take several chunks together.
+        let together = [4, 2][..].iter().copied().find(|c| chunks % c == 0 && self.panels[1] * c <= 4).unwrap_or(1);
+        for from in (0..keys.len()).step_by(run) {
+            for c in (0..chunks).step_by(together) {
                 for (p, &cover) in cover.iter().enumerate() {
-                    let taken = from.max(skip)..cover.min(from + value_tile.stretch);
+                    let taken = from.max(skip)..cover.min(from + run);
                     if taken.is_empty() {
                         continue;
                     }
                     let (first, rows) = (self.panels[p], self.panels[p + 1] - self.panels[p]);
-                    let values = &value_tile.data[taken.start * value_tile.key_step + c * value_tile.chunk_step..];
+                    let values = &value_tile.data[from * chunks + c * run + taken.start - from..];
                     let weights = &self.scores[first * KEY_TILE + taken.start..];
                     let acc = &mut self.acc[first * self.width + c * BLOCK..];
-                    let n = taken.len();
-                    match rows {
-                        1 => blend::<V, 1>(values, value_tile.key_step, n, weights, KEY_TILE, acc, self.width),
-                        2 => blend::<V, 2>(values, value_tile.key_step, n, weights, KEY_TILE, acc, self.width),
-                        3 => blend::<V, 3>(values, value_tile.key_step, n, weights, KEY_TILE, acc, self.width),
-                        4 => blend::<V, 4>(values, value_tile.key_step, n, weights, KEY_TILE, acc, self.width),
-                        5 => blend::<V, 5>(values, value_tile.key_step, n, weights, KEY_TILE, acc, self.width),
-                        _ => blend::<V, PANEL_ROWS>(values, value_tile.key_step, n, weights, KEY_TILE, acc, self.width),
+                    let strides = Strides { chunk: run, weight: KEY_TILE, acc: self.width };
+                    match (rows, together) {
+                        (1, 4) => blend::<V, 1, 4>(values, taken.len(), weights, acc, strides),
+                        (1, 2) => blend::<V, 1, 2>(values, taken.len(), weights, acc, strides),
+                        (1, _) => blend::<V, 1, 1>(values, taken.len(), weights, acc, strides),
+                        (2, 2) => blend::<V, 2, 2>(values, taken.len(), weights, acc, strides),
+                        (2, _) => blend::<V, 2, 1>(values, taken.len(), weights, acc, strides),
+                        (3, _) => blend::<V, 3, 1>(values, taken.len(), weights, acc, strides),
+                        (4, _) => blend::<V, 4, 1>(values, taken.len(), weights, acc, strides),
+                        (5, _) => blend::<V, 5, 1>(values, taken.len(), weights, acc, strides),
+                        _ => blend::<V, PANEL_ROWS, 1>(values, taken.len(), weights, acc, strides),
                     }
                 }
             }

@@ -4,6 +4,10 @@ use crate::exp::exp256;
 use crate::kv::{BLOCK, Plain};
 use crate::lanes::{self, LANES, first, load, load_tail, store, store_tail};
 use std::arch::x86_64::*;
+const KD: usize = 8192;
+const VD: usize = 8192;
+const KH: i32 = _MM_HINT_T0;
+const VH: i32 = _MM_HINT_T0;
 
 /// Rows of a full panel: 6 x 2 sums, two vectors of keys and one query element fill 15 of the 16 registers.
 pub(super) const PANEL_ROWS: usize = 6;
@@ -39,23 +43,24 @@ impl Element for u16 {
 
 /// out[r * stride + j] = Σ_d q[d][r] keys[d][j], for R rows and the sixteen keys of a block.
 ///
-/// keys: [head_dim][16], q: [head_dim][R]. Few rows leave few sums, too few to hide the latency of the FMA: then U
-/// elements of the head go to sums of their own.
+/// keys: [head_dim][16], q: [head_dim][R]. Few rows leave few sums, too few to hide the latency of the FMA: then S
+/// elements of the head in turn go to sums of their own.
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c")]
-pub(super) fn scores<K: Element, const R: usize, const U: usize>(
+pub(super) fn scores<K: Element, const R: usize, const S: usize>(
     keys: &[[K; BLOCK]],
     q: &[f32],
     out: &mut [f32],
     stride: usize,
 ) {
     let (q, _) = q.as_chunks::<R>();
-    let mut sums = [[[_mm256_setzero_ps(); 2]; R]; U];
-    let (keys_u, keys_rest) = keys.as_chunks::<U>();
-    let (q_u, q_rest) = q.as_chunks::<U>();
+    let mut sums = [[[_mm256_setzero_ps(); 2]; R]; S];
+    let (keys_u, keys_rest) = keys.as_chunks::<UNROLL>();
+    let (q_u, q_rest) = q.as_chunks::<UNROLL>();
     for (keys, q) in keys_u.iter().zip(q_u) {
-        for u in 0..U {
-            add_scores(&keys[u], &q[u], &mut sums[u]);
+        for u in 0..UNROLL {
+            prefetch::<_, KD>(&keys[u], u);
+            add_scores(&keys[u], &q[u], &mut sums[u % S]);
         }
     }
     for (keys, q) in keys_rest.iter().zip(q_rest) {
@@ -70,6 +75,17 @@ pub(super) fn scores<K: Element, const R: usize, const U: usize>(
     }
 }
 
+/// Asks for the line that many bytes ahead, once per line.
+#[inline]
+#[target_feature(enable = "avx2,fma,f16c")]
+fn prefetch<T: Plain, const AHEAD: usize>(x: &[T; BLOCK], index: usize) {
+    if size_of::<T>() < 4 && index * size_of::<[T; BLOCK]>() % 64 == 0 {
+        _mm_prefetch::<KH>(x.as_ptr().wrapping_byte_add(AHEAD).cast());
+    }
+}
+
+const UNROLL: usize = 4;
+
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c")]
 fn add_scores<K: Element, const R: usize>(keys: &[K; BLOCK], q: &[f32; R], sums: &mut [[__m256; 2]; R]) {
@@ -81,42 +97,67 @@ fn add_scores<K: Element, const R: usize>(keys: &[K; BLOCK], q: &[f32; R], sums:
     }
 }
 
-/// acc[r * acc_stride + i] += Σ_j weights[r * weight_stride + j] values[j * step][i], for R rows, `count` keys and one
-/// chunk of sixteen elements.
+/// Where a call of [`blend`] finds things; all in elements.
+#[derive(Clone, Copy)]
+pub(super) struct Strides {
+    /// From a chunk of values to the next, in keys.
+    pub chunk: usize,
+    /// From a row's weights to the next row's.
+    pub weight: usize,
+    /// From a row's sums to the next row's.
+    pub acc: usize,
+}
+
+/// acc[r * strides.acc + 16 c + i] += Σ_j weights[r * strides.weight + j] values[c * strides.chunk + j][i], for R rows,
+/// C chunks of sixteen elements, and `count` keys.
+///
+/// As with [`scores`], few rows leave too few sums; then C is more than one.
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c")]
-pub(super) fn blend<V: Element, const R: usize>(
+pub(super) fn blend<V: Element, const R: usize, const C: usize>(
     values: &[[V; BLOCK]],
-    step: usize,
     count: usize,
     weights: &[f32],
-    weight_stride: usize,
     acc: &mut [f32],
-    acc_stride: usize,
+    strides: Strides,
 ) {
-    assert!(count > 0 && (count - 1) * step < values.len(), "{count} keys {step} apart in {}", values.len());
-    assert!((R - 1) * weight_stride + count <= weights.len(), "{R} rows of {count} weights in {}", weights.len());
-    let mut sums = [[_mm256_setzero_ps(); 2]; R];
-    for r in 0..R {
-        let (halves, _) = acc[r * acc_stride..][..BLOCK].as_chunks::<LANES>();
-        sums[r] = [load(&halves[0]), load(&halves[1])];
+    let last = (C - 1) * strides.chunk + count;
+    assert!(last <= values.len(), "{count} keys reach to {last} of {}", values.len());
+    let last = (R - 1) * strides.weight + count;
+    assert!(last <= weights.len(), "{R} rows of weights reach to {last} of {}", weights.len());
+    let mut sums = [[[_mm256_setzero_ps(); 2]; C]; R];
+    for (r, sums) in sums.iter_mut().enumerate() {
+        let (chunks, _) = acc[r * strides.acc..][..C * BLOCK].as_chunks::<BLOCK>();
+        for (sums, chunk) in sums.iter_mut().zip(chunks) {
+            let (halves, _) = chunk.as_chunks::<LANES>();
+            *sums = [load(&halves[0]), load(&halves[1])];
+        }
     }
-    let weights = weights.as_ptr();
     for j in 0..count {
-        // SAFETY: the asserts above bound j * step by the values and r * weight_stride + j by the weights; the target
+        // SAFETY: the asserts above bound c * chunk + j by the values and r * weight + j by the weights; the target
         // features are those of this function.
         unsafe {
-            let value = V::widen(values.get_unchecked(j * step));
+            let mut wide = [[_mm256_setzero_ps(); 2]; C];
+            for (c, wide) in wide.iter_mut().enumerate() {
+                let value = values.get_unchecked(c * strides.chunk + j);
+                prefetch::<_, VD>(value, 0);
+                *wide = V::widen(value);
+            }
             for (r, sums) in sums.iter_mut().enumerate() {
-                let w = _mm256_broadcast_ss(&*weights.add(r * weight_stride + j));
-                *sums = [_mm256_fmadd_ps(w, value[0], sums[0]), _mm256_fmadd_ps(w, value[1], sums[1])];
+                let w = _mm256_broadcast_ss(weights.get_unchecked(r * strides.weight + j));
+                for (sums, value) in sums.iter_mut().zip(&wide) {
+                    *sums = [_mm256_fmadd_ps(w, value[0], sums[0]), _mm256_fmadd_ps(w, value[1], sums[1])];
+                }
             }
         }
     }
-    for r in 0..R {
-        let (halves, _) = acc[r * acc_stride..][..BLOCK].as_chunks_mut::<LANES>();
-        store(&mut halves[0], sums[r][0]);
-        store(&mut halves[1], sums[r][1]);
+    for (r, sums) in sums.iter().enumerate() {
+        let (chunks, _) = acc[r * strides.acc..][..C * BLOCK].as_chunks_mut::<BLOCK>();
+        for (sums, chunk) in sums.iter().zip(chunks) {
+            let (halves, _) = chunk.as_chunks_mut::<LANES>();
+            store(&mut halves[0], sums[0]);
+            store(&mut halves[1], sums[1]);
+        }
     }
 }
 

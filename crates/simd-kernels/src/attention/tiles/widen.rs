@@ -1,7 +1,7 @@
 //! Tiles of keys and values as f32, in the order in which the kernels of many rows read them.
 
 use super::kernels::Element;
-use crate::kv::{BLOCK, KV_GROUP, KvFormat, KvHead, Plain};
+use crate::kv::{BLOCK, KV_GROUP, KvFormat, KvHead};
 use std::arch::x86_64::*;
 
 /// `count` blocks of keys from block `first` on, as [block][head_dim][16].
@@ -26,22 +26,21 @@ pub(super) fn keys(kv: &KvHead, first: usize, count: usize, out: &mut [[f32; BLO
     }
 }
 
-/// `count` values from the start of block `first` on, as [chunk of 16 elements][key][16] with room for `room` keys.
+/// `count` blocks of values from block `first` on, as [chunk of 16 elements][key][16] with room for `room` keys.
 #[target_feature(enable = "avx2,fma,f16c")]
 pub(super) fn values(kv: &KvHead, first: usize, count: usize, out: &mut [[f32; BLOCK]], room: usize) {
-    match kv.format() {
-        KvFormat::F32 => transpose(kv, kv.value_block::<f32>(first), count, out, room),
-        KvFormat::F16 => transpose(kv, kv.value_block::<u16>(first), count, out, room),
-        KvFormat::Q8 => {
-            let chunks = kv.width() / BLOCK;
-            for j in 0..count {
-                let (block, lane) = (first + j / BLOCK, j % BLOCK);
-                let (codes, _) = kv.value_block::<i8>(block)[lane * kv.width()..][..kv.width()].as_chunks::<BLOCK>();
-                let scales = kv.value_scales(block, lane);
-                for c in 0..chunks {
-                    let scale = _mm256_set1_ps(half(scales[c * BLOCK / KV_GROUP]));
-                    let [low, high] = numbers(&codes[c]);
-                    put(&mut out[c * room + j], [_mm256_mul_ps(low, scale), _mm256_mul_ps(high, scale)]);
+    for (c, out) in out.chunks_exact_mut(room).take(kv.width() / BLOCK).enumerate() {
+        for (b, out) in out.chunks_exact_mut(BLOCK).take(count).enumerate() {
+            match kv.format() {
+                KvFormat::F32 => copy(&kv.value_block::<f32>(first + b)[c * BLOCK..], out),
+                KvFormat::F16 => copy(&kv.value_block::<u16>(first + b)[c * BLOCK..], out),
+                KvFormat::Q8 => {
+                    let codes = &kv.value_block::<i8>(first + b)[c * BLOCK..];
+                    for (j, (out, codes)) in out.iter_mut().zip(codes).enumerate() {
+                        let scale = _mm256_set1_ps(half(kv.value_scales(first + b, j)[c * BLOCK / KV_GROUP]));
+                        let [low, high] = numbers(codes);
+                        put(out, [_mm256_mul_ps(low, scale), _mm256_mul_ps(high, scale)]);
+                    }
                 }
             }
         }
@@ -54,17 +53,6 @@ fn copy<T: Element>(block: &[[T; BLOCK]], out: &mut [[f32; BLOCK]]) {
     for (out, x) in out.iter_mut().zip(block) {
         // SAFETY: the target features of this function are those that `widen` needs.
         put(out, unsafe { T::widen(x) });
-    }
-}
-
-#[inline]
-#[target_feature(enable = "avx2,fma,f16c")]
-fn transpose<T: Element + Plain>(kv: &KvHead, values: &[T], count: usize, out: &mut [[f32; BLOCK]], room: usize) {
-    for (j, row) in values.chunks_exact(kv.width()).take(count).enumerate() {
-        for (c, x) in row.as_chunks().0.iter().enumerate() {
-            // SAFETY: the target features of this function are those that `widen` needs.
-            put(&mut out[c * room + j], unsafe { T::widen(x) });
-        }
     }
 }
 
