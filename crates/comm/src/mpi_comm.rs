@@ -23,6 +23,7 @@ use crate::transport::Transport;
 pub struct MpiComm {
     end: Endpoint,
     parts: Parts,
+    path: &'static str,
 }
 
 /// What a communicator of all ranks is made of, whatever its options.
@@ -151,8 +152,16 @@ impl MpiComm {
         let ranks: Vec<usize> = (0..size).collect();
         let mut gather = |words: &[u64]| world.all_gather(words);
         let nodes = Nodes::connect(&job, &ranks, std::slice::from_ref(&ranks), rank, &mut gather)?;
+        let path = nodes.path();
         let transport = (size > 1).then(|| Box::new(nodes) as Box<dyn Transport>);
-        Ok(MpiComm { end: Endpoint::new("mpi", rank, ranks, membership, transport, spin), parts })
+        let end = Endpoint::new("mpi", rank, ranks, membership, transport, spin);
+        Ok(MpiComm { end, parts, path })
+    }
+
+    /// What carries the data of this rank's collectives: `"shared memory"` where all ranks are on one machine,
+    /// `"messages"` where each is alone on its own, or `"shared memory and messages"`.
+    pub fn path(&self) -> &'static str {
+        self.path
     }
 }
 

@@ -21,6 +21,8 @@ const NEWS: usize = 0;
 const GRACE: Duration = Duration::from_secs(3);
 /// A rank that has left waits at most this long for the others before it finalizes MPI.
 const FAREWELL: Duration = Duration::from_secs(10);
+/// How long news to one rank may take to leave this process, which is about to end.
+const HURRY: Duration = Duration::from_millis(20);
 // What a message of news begins with; the rank and a reason follow.
 const FAILED: u64 = 1;
 const LEFT: u64 = 2;
@@ -115,9 +117,12 @@ impl Lookout {
             let mut data = kind.to_le_bytes().to_vec();
             data.extend((rank as u64).to_le_bytes());
             data.extend(text.as_bytes());
-            // Small enough to leave at once. One that cannot be sent has nobody to read it.
+            // Small enough to leave at once, as a rule. One that cannot be sent has nobody to read it.
             if let Ok(mut transfer) = self.world.send(to, NEWS, data) {
-                let _ = transfer.done();
+                let start = Instant::now();
+                while matches!(transfer.done(), Ok(false)) && start.elapsed() < HURRY {
+                    thread::yield_now();
+                }
             }
         }
     }
@@ -190,15 +195,16 @@ impl Watch for Lookout {
     }
 
     fn look(&self) -> Vec<News> {
-        let dead = self.near.iter().filter(|(_, process)| !process.lives()).map(|&(rank, _)| {
+        // Who is dead is seen before what it said is read, and reported after: its own words count.
+        let dead: Vec<usize> =
+            self.near.iter().filter(|(_, process)| !process.lives()).map(|&(rank, _)| rank).collect();
+        let mut news = self.hear().unwrap_or_else(|error| {
+            vec![News::Failed { rank: self.world.rank(), reason: error.to_string(), told: false }]
+        });
+        news.extend(dead.into_iter().map(|rank| {
             let reason = "its process ended without a word".to_owned();
             News::Failed { rank, reason, told: false }
-        });
-        let mut news: Vec<News> = dead.collect();
-        match self.hear() {
-            Ok(heard) => news.extend(heard),
-            Err(error) => news.push(News::Failed { rank: self.world.rank(), reason: error.to_string(), told: false }),
-        }
+        }));
         news
     }
 }

@@ -99,6 +99,17 @@ impl Nodes {
     }
 }
 
+impl Nodes {
+    /// What carries the data of collectives.
+    pub(crate) fn path(&self) -> &'static str {
+        match self.inside {
+            Inside::Shared(_) => "shared memory",
+            Inside::Messages => "messages",
+            Inside::Both(_) => "shared memory and messages",
+        }
+    }
+}
+
 /// The ranks of each machine, in the order of their first ranks.
 fn machines(in_world: &[usize], machine: &[usize]) -> Vec<Vec<usize>> {
     let mut machines: Vec<(usize, Vec<usize>)> = Vec::new();
