@@ -6,8 +6,8 @@ use std::fs;
 use std::io::{Read as _, Write as _};
 use std::process::{Command, Stdio};
 
-use program::{Copy, austen, program, run_with};
-use serde_json::json;
+use program::{Copy, austen, json, program, run_with};
+use serde_json::json as value;
 
 /// The program in a conversation that answers the same each time.
 fn chat(model: &str, ranks: &str) -> Command {
@@ -27,9 +27,31 @@ fn a_conversation_keeps_its_history_and_ends_with_its_input() {
 }
 
 #[test]
+fn what_is_reused_of_the_cache_is_what_a_whole_prompt_gives() {
+    let model = austen();
+    let model = model.to_str().unwrap();
+    let questions = ["Spell the word \"sister\".", "Tell me about music.", "Write about marriage."];
+    let run = run_with(chat(model, "2"), &(questions.join("\n") + "\n"));
+    assert!(run.success && run.stderr.is_empty(), "{run:?}");
+    let answers: Vec<&str> = run.stdout.lines().collect();
+    assert_eq!(answers.len(), questions.len(), "{run:?}");
+    let mut messages = Vec::new();
+    for (question, answer) in questions.into_iter().zip(answers) {
+        messages.push(value!({ "role": "user", "content": question }));
+        let file = tempfile::NamedTempFile::new().unwrap();
+        fs::write(file.path(), value!({ "messages": messages, "enable_thinking": false }).to_string()).unwrap();
+        let tokens = json(&["tokenize", "--json", "--model", model, "--chat", file.path().to_str().unwrap()]);
+        let ids: Vec<String> = tokens["ids"].as_array().unwrap().iter().map(ToString::to_string).collect();
+        let whole = json(&["generate", "--json", "--model", model, "--kv", "f32", "--tokens", &ids.join(",")]);
+        assert_eq!(whole["text"], answer, "after {question}");
+        messages.push(value!({ "role": "assistant", "content": answer }));
+    }
+}
+
+#[test]
 fn the_oldest_messages_make_room_and_a_message_without_room_is_dropped() {
     let copy = Copy::new();
-    copy.config(|config| drop(config.insert("max_position_embeddings".into(), json!(96))));
+    copy.config(|config| drop(config.insert("max_position_embeddings".into(), value!(96))));
     let long = "sister ".repeat(100);
     let input = format!("What is 17 + 15?\nWhat is 20 - 13?\nWhat is 7 x 8?\n{long}\nWhat is 17 + 15?\n");
     let run = run_with(chat(copy.path().to_str().unwrap(), "2"), &input);

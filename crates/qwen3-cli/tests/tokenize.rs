@@ -61,10 +61,10 @@ fn a_template_in_a_file_of_its_own_comes_first_and_named_ones_are_found() {
     let tools = serde_json::json!({"messages": [{"role": "user", "content": "x"}], "tools": [{"é": 1.0, "a": null}]});
     assert_eq!(tokenize_chat(dir.path(), &tools)["text"], r#"[{"é": 1.0, "a": null}]"#);
 
-    let file =
-        "{{ messages[0].role }}{% for i in range(9) %}{% if i == 3 %}{% break %}{% endif %}{{ i }}{% endfor %}\n";
+    // Blocks take the blanks before them and the line break after them along.
+    let file = "{{ messages[0].role }}\n{% for i in range(9) %}\n    {% if i == 3 %}\n{% break %}{% endif %}\n{{ i }}\n{% endfor %}\n";
     fs::write(dir.path().join("chat_template.jinja"), file).unwrap();
-    assert_eq!(tokenize_chat(dir.path(), &chat)["text"], "user012");
+    assert_eq!(tokenize_chat(dir.path(), &chat)["text"], "user\n0\n1\n2\n");
 }
 
 #[test]
