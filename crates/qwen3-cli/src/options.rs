@@ -70,6 +70,10 @@ pub struct EngineOptions {
     #[arg(long, default_value = "heads", value_parser = choice::<ParallelStrategy>(&["heads", "sequence"]), help_heading = "Computing")]
     pub strategy: ParallelStrategy,
 
+    /// Split both: A ranks share the weights, B such groups share the positions; A times B is the number of ranks
+    #[arg(long, value_name = "tp=A,sp=B", conflicts_with = "strategy", value_parser = grid, help_heading = "Computing")]
+    pub grid: Option<ParallelStrategy>,
+
     /// Attention in blocks with a running softmax, or with all scores in memory (the reference)
     #[arg(long, default_value = "streaming", value_parser = choice::<AttentionAlgorithm>(&["streaming", "materialized"]), help_heading = "Computing")]
     pub attention: AttentionAlgorithm,
@@ -134,12 +138,19 @@ impl FromStr for WeightChoice {
 impl EngineOptions {
     /// What the model has to know; `kv` is the command's own default. All ranks call this together.
     pub fn model_options(&self, rank: &Rank, kv: KvFormat) -> Result<ModelOptions, Failure> {
+        let ranks = rank.comm().size();
+        let strategy = self.grid.unwrap_or(self.strategy);
+        let (tp, sp) = strategy.grid(ranks);
+        if tp.checked_mul(sp) != Some(ranks) {
+            let error = misfit("--grid", strategy, format!("a product of {ranks}, the number of ranks"));
+            return Err(Failure::agreed(error));
+        }
         let neighbours = Neighbours::find(rank)?;
         let cores = thread::available_parallelism().map_or(1, usize::from);
         let share = (cores / neighbours.count).max(1);
         let threads = self.threads.map_or(share, usize::from);
         Ok(ModelOptions {
-            strategy: self.strategy,
+            strategy,
             attention: self.attention,
             mlp: self.mlp,
             weights: self.weights.0,
@@ -199,6 +210,11 @@ fn number<T: FromStr + PartialOrd + Copy>(text: &str, expected: &str, fits: impl
         Ok(value) if fits(value) => Ok(value),
         _ => Err(format!("expected {expected}")),
     }
+}
+
+fn grid(text: &str) -> Result<ParallelStrategy, String> {
+    let strategy = text.parse().ok().filter(|strategy| matches!(strategy, ParallelStrategy::Grid { .. }));
+    strategy.ok_or_else(|| "expected tp=A,sp=B with numbers above 0".to_owned())
 }
 
 /// At least 1.

@@ -29,7 +29,8 @@ fn greedy_answers_are_those_of_the_reference() {
         let mut args =
             vec!["generate", "--json", "--model", &model, "--kv", "f32", "--max-new-tokens", &length, "--threads", "1"];
         // Each case on one rank, and on more in one of several ways.
-        let ways: [&[&str]; 4] = [
+        let ways: [&[&str]; 5] = [
+            &["--ranks", "4", "--grid", "tp=2,sp=2"],
             &["--ranks", "2"],
             &["--ranks", "3", "--strategy", "sequence"],
             &["--ranks", "2", "--mlp", "naive", "--attention", "materialized"],

@@ -117,6 +117,9 @@ fn unknown_options_and_values() {
     let model = austen();
     for (option, value) in [
         ("--strategy", "both"),
+        ("--grid", "tp=2"),
+        ("--grid", "tp=3,sp=1"),
+        ("--grid", "heads"),
         ("--attention", "flash"),
         ("--mlp", "split"),
         ("--isa", "avx512"),
