@@ -80,20 +80,6 @@ pub(crate) struct IntTile<'a> {
     pub m: usize,
 }
 
-impl<'a> IntTile<'a> {
-    /// Some groups of columns of this tile.
-    pub(crate) fn groups(&self, groups: Range<usize>) -> IntTile<'a> {
-        let words = self.words.len() / (self.scales.len() / self.m).max(1);
-        let range = groups.start * self.m..groups.end * self.m;
-        IntTile {
-            words: &self.words[groups.start * words..groups.end * words],
-            scales: &self.scales[range.clone()],
-            offsets: if self.offsets.is_empty() { &[] } else { &self.offsets[range] },
-            m: self.m,
-        }
-    }
-}
-
 impl Default for Input {
     fn default() -> Input {
         Input::new()
@@ -210,21 +196,37 @@ impl Input {
         tile * Input::TILE..((tile + 1) * Input::TILE).min(self.tokens)
     }
 
+    /// A tile of f32 activations.
     pub(crate) fn float_tile(&self, tile: usize) -> FloatTile<'_> {
         debug_assert_eq!(self.kind, InputKind::Float);
-        let t = self.tile_tokens(tile);
-        FloatTile { x: &self.float[t.start * self.cols..t.end * self.cols], m: t.len() }
+        self.float_part(tile, &(0..self.cols))
     }
 
+    /// A tile of quantized activations.
     pub(crate) fn int_tile(&self, tile: usize) -> IntTile<'_> {
+        self.int_part(tile, &(0..self.cols))
+    }
+
+    /// Some columns of a tile, from the first column of a group on.
+    #[inline]
+    pub(crate) fn float_part(&self, tile: usize, columns: &Range<usize>) -> FloatTile<'_> {
+        let (t, m) = (tile * Input::TILE, Input::TILE.min(self.tokens - tile * Input::TILE));
+        let start = t * self.cols;
+        FloatTile { x: &self.float[start + m * columns.start..start + m * columns.end], m }
+    }
+
+    /// Some columns of a quantized tile, from the first column of a group on.
+    #[inline]
+    pub(crate) fn int_part(&self, tile: usize, columns: &Range<usize>) -> IntTile<'_> {
         debug_assert_ne!(self.kind, InputKind::Float);
-        let (t, groups) = (self.tile_tokens(tile), self.cols.div_ceil(GROUP));
-        let (range, size) = (t.start * groups..t.end * groups, self.kind.words_per_group());
+        let (t, m) = (tile * Input::TILE, Input::TILE.min(self.tokens - tile * Input::TILE));
+        let (start, size) = (t * self.cols.div_ceil(GROUP), self.kind.words_per_group());
+        let range = start + m * (columns.start / GROUP)..start + m * columns.end.div_ceil(GROUP);
         IntTile {
             words: &self.words[range.start * size..range.end * size],
             scales: &self.scales[range.clone()],
             offsets: if self.kind == InputKind::Int8 { &self.offsets[range] } else { &[] },
-            m: t.len(),
+            m,
         }
     }
 }

@@ -23,6 +23,18 @@ pub(crate) fn store(x: &mut [f32; LANES], v: __m256) {
     unsafe { _mm256_storeu_ps(x.as_mut_ptr(), v) }
 }
 
+/// Asks for the cache line at `address`, which need not be readable, with one of the `_MM_HINT_*`.
+#[inline]
+#[target_feature(enable = "avx2,fma,f16c")]
+pub(crate) fn prefetch<const HINT: i32>(address: *const u8) {
+    // Older compilers declare the intrinsic unsafe.
+    #[allow(unused_unsafe)]
+    // SAFETY: a prefetch has no effect but on time; an address that is not mapped is ignored.
+    unsafe {
+        _mm_prefetch::<HINT>(address.cast())
+    }
+}
+
 /// All bits set in the first `n` lanes (all eight from n = 8 on).
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c")]

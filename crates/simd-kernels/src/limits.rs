@@ -36,7 +36,7 @@ mod scalar {
 mod avx2 {
     use std::arch::x86_64::*;
 
-    use crate::lanes::{load, sum};
+    use crate::lanes::{load, prefetch, sum};
 
     #[target_feature(enable = "avx2,fma,f16c")]
     pub(super) fn multiply_add(rounds: usize) -> f32 {
@@ -59,7 +59,7 @@ mod avx2 {
         for block in blocks {
             for (i, bits) in bits.iter_mut().enumerate() {
                 if i % 2 == 0 {
-                    _mm_prefetch::<_MM_HINT_T0>(block[8 * i..].as_ptr().wrapping_byte_add(2048).cast());
+                    prefetch::<_MM_HINT_T0>(block[8 * i..].as_ptr().cast::<u8>().wrapping_add(2048));
                 }
                 *bits = _mm256_xor_ps(*bits, load(block[8 * i..].first_chunk().expect("eight floats")));
             }

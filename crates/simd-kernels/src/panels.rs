@@ -1,5 +1,7 @@
 //! Packed weight matrices: sixteen output rows interleaved, so that a kernel reads one contiguous stream.
 
+use std::ops::Range;
+
 use crate::half_float::{bf16_to_f32, f16_to_f32};
 
 /// Output rows interleaved in one panel: two AVX2 registers of f32.
@@ -113,13 +115,27 @@ impl<'a> Panels<'a> {
     ///
     /// # Panics
     /// When the range goes beyond the matrix.
-    pub fn rows_in(&self, panels: &std::ops::Range<usize>) -> usize {
+    pub fn rows_in(&self, panels: &Range<usize>) -> usize {
         assert!(
             panels.start <= panels.end && panels.end <= self.count(),
             "panels {panels:?} of a matrix that has {}",
             self.count()
         );
         (panels.end * PANEL).min(self.rows) - (panels.start * PANEL).min(self.rows)
+    }
+
+    /// Some columns of a panel, from the first column of a group on.
+    pub(crate) fn part(&self, panel: usize, columns: &Range<usize>) -> PanelData<'a> {
+        debug_assert!(columns.start.is_multiple_of(GROUP), "a part that starts at column {}", columns.start);
+        let start = panel * self.stride();
+        let part = start + self.data.panel_len(columns.start)..start + self.data.panel_len(columns.end);
+        match self.data {
+            PanelData::F32(data) => PanelData::F32(&data[part]),
+            PanelData::Bf16(data) => PanelData::Bf16(&data[part]),
+            PanelData::F16(data) => PanelData::F16(&data[part]),
+            PanelData::Q8(data) => PanelData::Q8(&data[part]),
+            PanelData::Q4(data) => PanelData::Q4(&data[part]),
+        }
     }
 
     /// Elements per panel in the format's own unit (f32, u16 or byte).

@@ -1,33 +1,33 @@
-//! The AVX2 products: one stream over the weights for few tokens, widened panels for many.
+//! The AVX2 products: one stream over the weights for few tokens, blocks that stay in the caches for many.
 //!
 //! ```text
-//! few (one tile of tokens):                many:
-//! for each panel of 16 rows:               for each block of up to 85 tiles (510 tokens):
-//!     acc = 0                                  for each panel of 16 rows:
-//!     acc += panel * tile                          acc = 0                            [tile, 6, 16]
-//!     finish acc into out                          for each 256 columns:
-//!                                                      widen these columns of the panel
-//!                                                      for each tile: acc += widened * tile
-//!                                                  finish acc into out
+//! few (one tile of tokens):           many:
+//! for each panel of 16 rows:          for each block of up to 85 tiles (510 tokens):
+//!     acc = 0                             for each 8 panels:
+//!     acc += panel * tile                     acc = 0                                  [8, tiles, 6, 16]
+//!     finish acc into out                     for each part of the columns (1 KiB of a token):
+//!                                                 for each panel:
+//!                                                     for each tile: acc += panel part * tile part
+//!                                             finish acc into out
 //! ```
 //!
-//! 1. For few tokens the weights are widened in registers on their way from memory, which is the limit then.
-//! 2. For many, a widened part of a panel (16 KiB of f32) stays in the L1 cache while the tiles of the block pass
-//!    it; widening costs as much as one or two tokens.
-//! 3. The sums of a panel are kept next to each other (`acc`, 32 KiB) and written to `out` once: rows of `out` are
-//!    often a multiple of 4 KiB apart, which would put all of them into the same few cache sets.
-//! 4. While the tiles of one part are computed, the next part of the weights is prefetched, a few lines a tile;
-//!    otherwise each part would begin with a wait for memory.
+//! 1. For few tokens memory is the limit; a panel and the next are one stream, and a prefetch runs ahead of it.
+//! 2. For many, a part of a panel (8 to 18 KiB) stays in the L1 cache while the tiles pass it, and the same part of
+//!    all tiles (512 KiB) stays in the L2 cache while eight panels pass. Without the eight, activations would stream
+//!    from L3 for each panel, at 17 GB/s for one core.
+//! 3. The sums of a panel are kept next to each other and written to `out` once: rows of `out` are often a multiple
+//!    of 4 KiB apart, which would put all of them into the same few cache sets.
+//! 4. While the first tile meets a part of the weights, the part after it is prefetched.
 //! 5. Products with two matrices (gate and up) alternate between them panel by panel, and `finish` combines their sums.
 
 use std::cell::RefCell;
 use std::ops::Range;
 
 use super::Store;
-use crate::input::Input;
+use crate::input::{Input, InputKind};
 use crate::lanes::{load, store};
 use crate::matrix::MatMut;
-use crate::panels::{GROUP, PANEL, PanelData, Panels};
+use crate::panels::{PANEL, PanelData, Panels};
 use crate::swiglu::gated256;
 
 use std::arch::x86_64::*;
@@ -39,10 +39,16 @@ mod int;
 /// a core gets 40 GB/s (2 KiB: 0.87 of it, 6 KiB: 0.96), longer gains nothing and spills over the L1 cache.
 const AHEAD: usize = 6144;
 
-/// Columns of a panel that are widened at a time; a multiple of the group.
-const DEPTH: usize = 256;
+/// Columns in a part: 1 KiB of a token, a multiple of the group.
+fn depth(kind: InputKind) -> usize {
+    match kind {
+        InputKind::Float => 256,
+        InputKind::Int16 => 512,
+        InputKind::Int8 => 1024,
+    }
+}
 
-/// Tiles that share a widened panel.
+/// Tiles that share a panel part in L1.
 const TILES: usize = 85;
 
 /// Panels whose sums are kept.
@@ -60,22 +66,12 @@ enum Finish {
 /// The sums of one tile: a row of 16 for each token.
 type Tile = [[f32; PANEL]; Input::TILE];
 
-/// What a thread needs to widen panels and sum up a block of tiles; it is kept between calls.
-#[repr(align(64))]
-struct Scratch {
-    floats: [[f32; PANEL]; DEPTH],
-    words: [int::WideWord; DEPTH / 2],
-    scales: [[f32; PANEL]; DEPTH / GROUP],
-    sums: [[Tile; TILES]; SLOTS],
-}
+/// The sums of a block of tiles with some panels.
+type Sums = [[Tile; TILES]; SLOTS];
 
 thread_local! {
-    static SCRATCH: RefCell<Box<Scratch>> = RefCell::new(Box::new(Scratch {
-        floats: [[0.0; PANEL]; DEPTH],
-        words: [[0; 64]; DEPTH / 2],
-        scales: [[0.0; PANEL]; DEPTH / GROUP],
-        sums: [[[[0.0; PANEL]; Input::TILE]; TILES]; SLOTS],
-    }));
+    /// Kept between calls; 256 KiB, which is why it is not on the stack.
+    static SUMS: RefCell<Box<Sums>> = RefCell::new(Box::new([[[[0.0; PANEL]; Input::TILE]; TILES]; SLOTS]));
 }
 
 #[target_feature(enable = "avx2,fma,f16c")]
@@ -97,7 +93,7 @@ fn multiply<const N: usize>(ws: [Panels<'_>; N], panels: Range<usize>, x: &Input
         4 => few::<N, 4, 1>(ws, panels, x, out, finish),
         5 => few::<N, 5, 1>(ws, panels, x, out, finish),
         6 => few::<N, 6, 1>(ws, panels, x, out, finish),
-        _ => SCRATCH.with_borrow_mut(|scratch| many(ws, panels, x, out, finish, scratch)),
+        _ => SUMS.with_borrow_mut(|sums| many(ws, panels, x, out, finish, sums)),
     }
 }
 
@@ -109,23 +105,12 @@ fn few<const N: usize, const M: usize, const SETS: usize>(
     mut out: MatMut<'_>,
     finish: Finish,
 ) {
+    let columns = 0..x.cols();
     for (i, panel) in panels.enumerate() {
         let mut acc = [[[0.0; PANEL]; M]; N];
         for (w, acc) in ws.iter().zip(&mut acc) {
-            let range = panel * w.stride()..(panel + 1) * w.stride();
-            match w.data() {
-                PanelData::F32(data) => {
-                    float::add_products::<float::F32, M, SETS, true>(&data[range], x.float_tile(0).x, acc);
-                }
-                PanelData::Bf16(data) => {
-                    float::add_products::<float::Bf16, M, SETS, true>(&data[range], x.float_tile(0).x, acc);
-                }
-                PanelData::F16(data) => {
-                    float::add_products::<float::F16, M, SETS, true>(&data[range], x.float_tile(0).x, acc);
-                }
-                PanelData::Q8(data) => int::add_products::<false, M>(&data[range], x.int_tile(0), acc),
-                PanelData::Q4(data) => int::add_products::<true, M>(&data[range], x.int_tile(0), acc),
-            }
+            let part = w.part(panel, &columns);
+            add_tile::<M, SETS, true>(part, x, 0, &columns, acc, start(part).wrapping_add(AHEAD));
         }
         for m in 0..M {
             finish_row(finish, acc.each_ref().map(|acc| &acc[m]), out.row_mut(m), i * PANEL);
@@ -140,28 +125,36 @@ fn many<const N: usize>(
     x: &Input,
     mut out: MatMut<'_>,
     finish: Finish,
-    scratch: &mut Scratch,
+    sums: &mut Sums,
 ) {
+    let (cols, depth) = (x.cols(), depth(x.kind()));
     for first in (0..x.tiles()).step_by(TILES) {
         let tiles = first..(first + TILES).min(x.tiles());
         for group in panels.clone().step_by(SLOTS / N) {
             let group = group..(group + SLOTS / N).min(panels.end);
-            for sums in &mut scratch.sums[..group.len() * N] {
+            for sums in &mut sums[..group.len() * N] {
                 sums[..tiles.len()].fill([[0.0; PANEL]; Input::TILE]);
             }
-            for depth in (0..ws[0].cols()).step_by(DEPTH) {
-                let columns = depth..(depth + DEPTH).min(ws[0].cols());
-                for (i, panel) in group.clone().enumerate() {
-                    for (n, w) in ws.iter().enumerate() {
-                        add_part(w, panel, columns.clone(), x, tiles.clone(), i * N + n, scratch);
-                    }
+            for column in (0..cols).step_by(depth) {
+                let columns = column..(column + depth).min(cols);
+                // The parts in the order of use: panel by panel, the matrices in turn.
+                let part = |slot: usize| ws[slot % N].part(group.start + slot / N, &columns);
+                for slot in 0..group.len() * N {
+                    let next = if slot + 1 < group.len() * N {
+                        start(part(slot + 1))
+                    } else if columns.end < cols {
+                        start(ws[0].part(group.start, &(columns.end..cols)))
+                    } else {
+                        start(ws[0].part(group.end.min(ws[0].count() - 1), &(0..cols)))
+                    };
+                    add_part(part(slot), x, tiles.clone(), &columns, &mut sums[slot][..tiles.len()], next);
                 }
             }
             for tile in tiles.clone() {
                 for (m, token) in x.tile_tokens(tile).enumerate() {
                     let out = out.row_mut(token);
                     for (i, panel) in group.clone().enumerate() {
-                        let sums = std::array::from_fn(|n| &scratch.sums[i * N + n][tile - first][m]);
+                        let sums = std::array::from_fn(|n| &sums[i * N + n][tile - first][m]);
                         finish_row::<N>(finish, sums, out, (panel - panels.start) * PANEL);
                     }
                 }
@@ -170,79 +163,68 @@ fn many<const N: usize>(
     }
 }
 
-/// Widens some columns of a panel and adds their products with each tile to the sums of matrix `n`.
+/// Adds the products of a panel part with each tile to `sums`, and prefetches the next part from `ahead` on.
 #[target_feature(enable = "avx2,fma,f16c")]
 fn add_part(
-    w: &Panels<'_>,
-    panel: usize,
-    columns: Range<usize>,
+    part: PanelData<'_>,
     x: &Input,
     tiles: Range<usize>,
-    n: usize,
-    scratch: &mut Scratch,
-) {
-    let Scratch { floats, words, scales, sums } = scratch;
-    let sums = &mut sums[n][..tiles.len()];
-    let start = panel * w.stride();
-    let elements = start + columns.start * PANEL..start + columns.end * PANEL;
-    let floats = &mut floats[..columns.len()];
-    match w.data() {
-        PanelData::F32(data) => {
-            add_float_part(&data[elements], columns, x, tiles, sums);
-        }
-        PanelData::Bf16(data) => {
-            float::widen_columns::<float::Bf16>(&data[elements], floats);
-            add_float_part(floats.as_flattened(), columns, x, tiles, sums);
-        }
-        PanelData::F16(data) => {
-            float::widen_columns::<float::F16>(&data[elements], floats);
-            add_float_part(floats.as_flattened(), columns, x, tiles, sums);
-        }
-        PanelData::Q8(data) => add_int_part::<false>(&data[start..], columns, x, tiles, (words, scales), sums),
-        PanelData::Q4(data) => add_int_part::<true>(&data[start..], columns, x, tiles, (words, scales), sums),
-    }
-}
-
-#[target_feature(enable = "avx2,fma,f16c")]
-fn add_float_part(panel: &[f32], columns: Range<usize>, x: &Input, tiles: Range<usize>, sums: &mut [Tile]) {
-    use float::{F32, add_products};
-    for (tile, sums) in tiles.zip(sums) {
-        let tile = x.float_tile(tile);
-        let x = &tile.x[columns.start * tile.m..columns.end * tile.m];
-        match tile.m {
-            1 => add_products::<F32, 1, 4, false>(panel, x, first(sums)),
-            2 => add_products::<F32, 2, 2, false>(panel, x, first(sums)),
-            3 => add_products::<F32, 3, 2, false>(panel, x, first(sums)),
-            4 => add_products::<F32, 4, 1, false>(panel, x, first(sums)),
-            5 => add_products::<F32, 5, 1, false>(panel, x, first(sums)),
-            _ => add_products::<F32, 6, 1, false>(panel, x, first(sums)),
-        }
-    }
-}
-
-#[target_feature(enable = "avx2,fma,f16c")]
-fn add_int_part<const Q4: bool>(
-    panel: &[u8],
-    columns: Range<usize>,
-    x: &Input,
-    tiles: Range<usize>,
-    (words, scales): (&mut [int::WideWord], &mut [[f32; PANEL]]),
+    columns: &Range<usize>,
     sums: &mut [Tile],
+    ahead: *const u8,
 ) {
-    let groups = columns.start / GROUP..columns.end.div_ceil(GROUP);
-    let blocks = groups.start * int::block_bytes(Q4)..groups.end * int::block_bytes(Q4);
-    let (words, scales) = (&mut words[..groups.len() * int::words_in_group(Q4)], &mut scales[..groups.len()]);
-    int::widen_groups::<Q4>(&panel[blocks], words, scales);
-    for (tile, sums) in tiles.zip(sums) {
-        let tile = x.int_tile(tile).groups(groups.clone());
-        match tile.m {
-            1 => int::add_wide_products::<Q4, 1>(words, scales, tile, first(sums)),
-            2 => int::add_wide_products::<Q4, 2>(words, scales, tile, first(sums)),
-            3 => int::add_wide_products::<Q4, 3>(words, scales, tile, first(sums)),
-            4 => int::add_wide_products::<Q4, 4>(words, scales, tile, first(sums)),
-            5 => int::add_wide_products::<Q4, 5>(words, scales, tile, first(sums)),
-            _ => int::add_wide_products::<Q4, 6>(words, scales, tile, first(sums)),
+    for (i, (tile, sums)) in tiles.zip(sums).enumerate() {
+        match x.tile_tokens(tile).len() {
+            1 => add_tile::<1, 4, false>(part, x, tile, columns, first(sums), ahead),
+            2 => add_tile::<2, 2, false>(part, x, tile, columns, first(sums), ahead),
+            3 => add_tile::<3, 2, false>(part, x, tile, columns, first(sums), ahead),
+            4 => add_tile::<4, 1, false>(part, x, tile, columns, first(sums), ahead),
+            5 => add_tile::<5, 1, false>(part, x, tile, columns, first(sums), ahead),
+            _ if i == 0 => add_tile::<6, 1, true>(part, x, tile, columns, first(sums), ahead),
+            _ => add_tile::<6, 1, false>(part, x, tile, columns, first(sums), ahead),
         }
+    }
+}
+
+/// Adds the products of a panel part with one tile.
+#[inline]
+#[target_feature(enable = "avx2,fma,f16c")]
+fn add_tile<const M: usize, const SETS: usize, const PREFETCH: bool>(
+    part: PanelData<'_>,
+    x: &Input,
+    tile: usize,
+    columns: &Range<usize>,
+    acc: &mut [[f32; PANEL]; M],
+    ahead: *const u8,
+) {
+    match part {
+        PanelData::F32(part) => {
+            let x = x.float_part(tile, columns).x;
+            float::add_products::<float::F32, M, SETS, PREFETCH>(part, x, acc, ahead);
+        }
+        PanelData::Bf16(part) => {
+            let x = x.float_part(tile, columns).x;
+            float::add_products::<float::Bf16, M, SETS, PREFETCH>(part, x, acc, ahead);
+        }
+        PanelData::F16(part) => {
+            let x = x.float_part(tile, columns).x;
+            float::add_products::<float::F16, M, SETS, PREFETCH>(part, x, acc, ahead);
+        }
+        PanelData::Q8(part) => {
+            int::add_products::<false, M, PREFETCH>(part, x.int_part(tile, columns), acc, ahead);
+        }
+        PanelData::Q4(part) => {
+            int::add_products::<true, M, PREFETCH>(part, x.int_part(tile, columns), acc, ahead);
+        }
+    }
+}
+
+/// The address of the first weight.
+fn start(part: PanelData<'_>) -> *const u8 {
+    match part {
+        PanelData::F32(part) => part.as_ptr().cast(),
+        PanelData::Bf16(part) | PanelData::F16(part) => part.as_ptr().cast(),
+        PanelData::Q8(part) | PanelData::Q4(part) => part.as_ptr(),
     }
 }
 

@@ -13,13 +13,15 @@
 //! 2. With fewer tokens there are several sets of accumulators, for columns k, k + 1, ..., added at the end:
 //!    one token and one set would wait for the previous sum in each step.
 //! 3. Packing has put a tile's activations in the order of use, one stream next to the stream of weights.
-//! 4. When the weights come from memory, a prefetch runs ahead of them. The processor's own prefetchers stop at
+//! 4. Weights of 16 bits are widened in registers each time a tile passes them. That takes two instructions next to
+//!    twelve multiply-adds, on other ports; widening once into a buffer was slower (0.93 of the multiply-add rate
+//!    against 0.98), because it needs stores, and because f32 fills the L1 cache twice as fast.
+//! 5. When the weights come from memory, a prefetch runs ahead of them. The processor's own prefetchers stop at
 //!    each 4 KiB page and need a few misses to start again.
 
 use std::arch::x86_64::*;
 
-use super::AHEAD;
-use crate::lanes::{load, store};
+use crate::lanes::{load, prefetch, store};
 use crate::panels::PANEL;
 
 /// How the sixteen weights of a column are held.
@@ -36,7 +38,7 @@ pub(super) enum Width {
     F16,
 }
 
-/// `PanelData::F32`, and panels that were widened.
+/// `PanelData::F32`.
 pub(super) struct F32;
 /// `PanelData::Bf16`.
 pub(super) struct Bf16;
@@ -58,26 +60,30 @@ impl Column for F16 {
     const WIDTH: Width = Width::F16;
 }
 
-/// `acc[m] += Σ_k panel[k] x[k][m]`, where `panel` is `[k, 16]` and `x` is `[k, M]`.
+/// `acc[m] += Σ_k panel[k] x[k][m]`, where `panel` is `[k, 16]` and `x` is `[k, M]`; with `PREFETCH` also asks for as
+/// many bytes from `ahead` on as `panel` has.
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c")]
 pub(super) fn add_products<C: Column, const M: usize, const SETS: usize, const PREFETCH: bool>(
     panel: &[C::Bits],
     x: &[f32],
     acc: &mut [[f32; PANEL]; M],
+    ahead: *const u8,
 ) {
     let (columns, x) = (panel.as_chunks::<PANEL>().0, x.as_chunks::<M>().0);
     assert!(columns.len() == x.len(), "{} columns of weights, {} of activations", columns.len(), x.len());
     let mut sums = [[[_mm256_setzero_ps(); 2]; M]; SETS];
     let ((columns, last_columns), (x, last_x)) = (columns.as_chunks::<SETS>(), x.as_chunks::<SETS>());
+    let mut ahead = ahead;
     for (columns, x) in columns.iter().zip(x) {
         for (set, ((column, x), sums)) in columns.iter().zip(x).zip(&mut sums).enumerate() {
             // Two columns of 16-bit weights share a cache line.
             if PREFETCH && (set % 2 == 0 || size_of::<C::Bits>() == 4) {
-                _mm_prefetch::<_MM_HINT_T0>(column.as_ptr().wrapping_byte_add(AHEAD).cast());
+                prefetch::<_MM_HINT_T0>(ahead.wrapping_add(set * size_of_val(column)));
             }
             step::<C, M>(column, x, sums);
         }
+        ahead = ahead.wrapping_add(size_of_val(columns));
     }
     for (column, x) in last_columns.iter().zip(last_x) {
         step::<C, M>(column, x, &mut sums[0]);
@@ -124,16 +130,5 @@ fn widen<C: Column>(column: &[C::Bits; PANEL]) -> (__m256, __m256) {
                 _mm256_cvtph_ps(_mm_loadu_si128(start.cast::<u16>().add(8).cast())),
             ),
         }
-    }
-}
-
-/// Widens columns of 16-bit weights to f32, `[k, 16]`.
-#[target_feature(enable = "avx2,fma,f16c")]
-pub(super) fn widen_columns<C: Column>(panel: &[C::Bits], out: &mut [[f32; PANEL]]) {
-    for (column, out) in panel.as_chunks::<PANEL>().0.iter().zip(out) {
-        let (w0, w1) = widen::<C>(column);
-        let [out0, out1] = out.as_chunks_mut().0 else { unreachable!("16 is twice 8") };
-        store(out0, w0);
-        store(out1, w1);
     }
 }

@@ -19,77 +19,57 @@
 
 use std::arch::x86_64::*;
 
-use super::AHEAD;
 use crate::input::IntTile;
-use crate::lanes::{load, store};
+use crate::lanes::{load, prefetch, store};
 use crate::panels::{PANEL, Q4_BLOCK, Q8_BLOCK};
 
-/// A word's weights after widening: 16 rows of 32 bits.
-pub(super) type WideWord = [u8; 64];
-
 /// Words in a group: 8 quads or 16 pairs.
-pub(super) const fn words_in_group(q4: bool) -> usize {
+const fn words_in_group(q4: bool) -> usize {
     if q4 { 8 } else { 16 }
 }
 
 /// Bytes of a packed group.
-pub(super) const fn block_bytes(q4: bool) -> usize {
+const fn block_bytes(q4: bool) -> usize {
     if q4 { Q4_BLOCK } else { Q8_BLOCK }
 }
 
-/// `acc[m] += Σ_k w[k] x[k][m]` over the groups of `panel`, as packed.
+/// `acc[m] += Σ_k w[k] x[k][m]` over the groups of `panel`; with `PREFETCH` also asks for as many bytes from `ahead` on
+/// as `panel` has.
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c")]
-pub(super) fn add_products<const Q4: bool, const M: usize>(panel: &[u8], x: IntTile<'_>, acc: &mut [[f32; PANEL]; M]) {
+pub(super) fn add_products<const Q4: bool, const M: usize, const PREFETCH: bool>(
+    panel: &[u8],
+    x: IntTile<'_>,
+    acc: &mut [[f32; PANEL]; M],
+    ahead: *const u8,
+) {
     let groups = panel.chunks_exact(block_bytes(Q4));
     let words = x.words.as_chunks::<M>().0.chunks_exact(words_in_group(Q4));
     assert!(groups.len() == words.len(), "{} groups of weights, {} of activations", groups.len(), words.len());
     let (scales, mut offsets) = (x.scales.as_chunks::<M>().0, x.offsets.as_chunks::<M>().0.iter());
+    let mut ahead = ahead;
     for ((block, words), scales) in groups.zip(words).zip(scales) {
         let (row_scales, weights) = block.as_chunks::<32>().0.split_first().expect("a block starts with its scales");
         // A block is half a line longer than a number of whole lines; the first prefetch covers that.
-        _mm_prefetch::<_MM_HINT_T0>(block.as_ptr().wrapping_add(AHEAD).cast());
-        let sums = sum_group::<Q4, M>(words, offsets.next(), |word| {
-            if word % 2 == 1 {
-                _mm_prefetch::<_MM_HINT_T0>(weights[word].as_ptr().wrapping_add(AHEAD).cast());
+        if PREFETCH {
+            prefetch::<_MM_HINT_T0>(ahead);
+        }
+        let mut sums = first_sums::<Q4, M>(offsets.next());
+        for (i, (weights, word)) in weights.iter().zip(words).enumerate() {
+            if PREFETCH && i % 2 == 1 {
+                prefetch::<_MM_HINT_T0>(ahead.wrapping_add(32 * (1 + i)));
             }
-            widen::<Q4>(&weights[word])
-        });
-        add_scaled(&sums, widen_scales(row_scales), scales, acc);
+            add_word::<Q4, M>(widen::<Q4>(weights), word, &mut sums);
+        }
+        add_scaled::<Q4, M>(&sums, widen_scales(row_scales), scales, acc);
+        ahead = ahead.wrapping_add(block.len());
     }
 }
 
-/// As `add_products`, over groups that `widen_groups` has prepared.
+/// The sums of a group before its first word: zero, or the zero point of each token.
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c")]
-pub(super) fn add_wide_products<const Q4: bool, const M: usize>(
-    wide: &[WideWord],
-    row_scales: &[[f32; PANEL]],
-    x: IntTile<'_>,
-    acc: &mut [[f32; PANEL]; M],
-) {
-    let groups = wide.chunks_exact(words_in_group(Q4));
-    let words = x.words.as_chunks::<M>().0.chunks_exact(words_in_group(Q4));
-    assert!(groups.len() == words.len(), "{} groups of weights, {} of activations", groups.len(), words.len());
-    let (scales, mut offsets) = (x.scales.as_chunks::<M>().0, x.offsets.as_chunks::<M>().0.iter());
-    for (((wide, words), scales), row_scales) in groups.zip(words).zip(scales).zip(row_scales) {
-        let sums = sum_group::<Q4, M>(words, offsets.next(), |word| {
-            let [w0, w1] = wide[word].as_chunks().0 else { unreachable!("64 is twice 32") };
-            [load_bytes(w0), load_bytes(w1)]
-        });
-        let [s0, s1] = row_scales.as_chunks().0 else { unreachable!("16 is twice 8") };
-        add_scaled(&sums, [load(s0), load(s1)], scales, acc);
-    }
-}
-
-/// The integer sums of a group in int32 lanes, one a row.
-#[inline]
-#[target_feature(enable = "avx2,fma,f16c")]
-fn sum_group<const Q4: bool, const M: usize>(
-    words: &[[i32; M]],
-    offsets: Option<&[i32; M]>,
-    weights: impl Fn(usize) -> [__m256i; 2],
-) -> [[__m256i; 2]; M] {
+fn first_sums<const Q4: bool, const M: usize>(offsets: Option<&[i32; M]>) -> [[__m256i; 2]; M] {
     let mut sums = [[_mm256_setzero_si256(); 2]; M];
     if Q4 {
         let offsets = offsets.expect("int8 activations have offsets");
@@ -97,31 +77,43 @@ fn sum_group<const Q4: bool, const M: usize>(
             *sums = [_mm256_set1_epi32(*offset); 2];
         }
     }
-    for (i, word) in words.iter().enumerate() {
-        let w = weights(i);
-        for (sums, x) in sums.iter_mut().zip(word) {
-            let x = _mm256_set1_epi32(*x);
-            for (sum, w) in sums.iter_mut().zip(w) {
-                *sum = if Q4 {
-                    _mm256_add_epi16(*sum, _mm256_maddubs_epi16(w, x))
-                } else {
-                    _mm256_add_epi32(*sum, _mm256_madd_epi16(w, x))
-                };
-            }
-        }
-    }
-    if Q4 {
-        for sum in sums.as_flattened_mut() {
-            *sum = _mm256_madd_epi16(*sum, _mm256_set1_epi16(1));
-        }
-    }
     sums
+}
+
+/// `sums[m] += dot(word[m], w)` in each lane.
+#[inline]
+#[target_feature(enable = "avx2,fma,f16c")]
+fn add_word<const Q4: bool, const M: usize>(w: [__m256i; 2], word: &[i32; M], sums: &mut [[__m256i; 2]; M]) {
+    for (sums, x) in sums.iter_mut().zip(word) {
+        let x = _mm256_set1_epi32(*x);
+        for (sum, w) in sums.iter_mut().zip(w) {
+            *sum = if Q4 {
+                _mm256_add_epi16(*sum, _mm256_maddubs_epi16(w, x))
+            } else {
+                _mm256_add_epi32(*sum, _mm256_madd_epi16(w, x))
+            };
+            hold::<M>(sum);
+        }
+    }
+}
+
+/// Makes the compiler keep `sum` in a register here.
+///
+/// It may otherwise add up the products of many words first, since integer addition is associative, and then has
+/// far more products to keep than registers.
+#[inline]
+#[target_feature(enable = "avx2,fma,f16c")]
+fn hold<const M: usize>(sum: &mut __m256i) {
+    if M > 1 {
+        // SAFETY: there is no instruction in it.
+        unsafe { std::arch::asm!("/* {} */", inout(ymm_reg) * sum, options(pure, nomem, nostack, preserves_flags)) }
+    }
 }
 
 /// `acc[m] += sums[m] * row_scales * scales[m]`.
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c")]
-fn add_scaled<const M: usize>(
+fn add_scaled<const Q4: bool, const M: usize>(
     sums: &[[__m256i; 2]; M],
     row_scales: [__m256; 2],
     scales: &[f32; M],
@@ -130,25 +122,10 @@ fn add_scaled<const M: usize>(
     for ((sums, scale), acc) in sums.iter().zip(scales).zip(acc) {
         let scale = _mm256_set1_ps(*scale);
         for ((sum, row_scale), acc) in sums.iter().zip(row_scales).zip(acc.as_chunks_mut().0) {
+            // The int16 sums of Q4 are two halves of a lane.
+            let sum = if Q4 { _mm256_madd_epi16(*sum, _mm256_set1_epi16(1)) } else { *sum };
             let both = _mm256_mul_ps(row_scale, scale);
-            store(acc, _mm256_fmadd_ps(_mm256_cvtepi32_ps(*sum), both, load(acc)));
-        }
-    }
-}
-
-/// Widens packed groups: their words to `wide`, their row scales to `row_scales`.
-#[target_feature(enable = "avx2,fma,f16c")]
-pub(super) fn widen_groups<const Q4: bool>(panel: &[u8], wide: &mut [WideWord], row_scales: &mut [[f32; PANEL]]) {
-    let wide = wide.chunks_exact_mut(words_in_group(Q4));
-    for ((block, wide), out) in panel.chunks_exact(block_bytes(Q4)).zip(wide).zip(row_scales) {
-        let (scales, weights) = block.as_chunks::<32>().0.split_first().expect("a block starts with its scales");
-        for (out, scales) in out.as_chunks_mut().0.iter_mut().zip(widen_scales(scales)) {
-            store(out, scales);
-        }
-        for (out, word) in wide.iter_mut().zip(weights) {
-            for (out, w) in out.as_chunks_mut().0.iter_mut().zip(widen::<Q4>(word)) {
-                store_bytes(out, w);
-            }
+            store(acc, _mm256_fmadd_ps(_mm256_cvtepi32_ps(sum), both, load(acc)));
         }
     }
 }
@@ -181,11 +158,4 @@ fn widen_scales(scales: &[u8; 32]) -> [__m256; 2] {
 fn load_bytes(bytes: &[u8; 32]) -> __m256i {
     // SAFETY: the array is 32 readable bytes, and the unaligned load asks for nothing else.
     unsafe { _mm256_loadu_si256(bytes.as_ptr().cast()) }
-}
-
-#[inline]
-#[target_feature(enable = "avx2,fma,f16c")]
-fn store_bytes(bytes: &mut [u8; 32], v: __m256i) {
-    // SAFETY: the array is 32 writable bytes, and the unaligned store asks for nothing else.
-    unsafe { _mm256_storeu_si256(bytes.as_mut_ptr().cast(), v) }
 }
