@@ -20,16 +20,16 @@ mod kernels;
 mod widen;
 
 use super::{AttentionInput, SoftmaxState};
-use crate::kv::{BLOCK, KvFormat, KvHead, LINE, Lines};
+use crate::kv::{BLOCK, KvFormat, KvHead, LINE, Lines, SPAN};
 use crate::lanes::{LANES, load, store};
-use kernels::{Element, PANEL_ROWS, Strides, blend, scores, soften};
+use kernels::{Element, PANEL_ROWS, blend, scores, soften};
 use std::arch::x86_64::*;
 use std::ops::Range;
 
 /// Rows that share widened keys and values. More would widen less often, but their queries, scores and sums leave L2.
 const ROW_TILE: usize = 24 * PANEL_ROWS;
-/// Keys of a tile.
-const KEY_TILE: usize = 128;
+/// Keys of a tile: a span of the cache.
+const KEY_TILE: usize = SPAN;
 /// Up to so many rows the cache is read as it lies; more rows than this would widen each number again and again.
 const DIRECT_ROWS: usize = 2 * PANEL_ROWS;
 
@@ -131,9 +131,9 @@ fn attend(input: &AttentionInput<'_>, rows: Range<usize>, state: &mut SoftmaxSta
         padded[head_dim..].fill(0.0);
     }
 
-    let first_block = input.keys.start / BLOCK;
-    for block in (first_block..end.div_ceil(BLOCK)).step_by(KEY_TILE / BLOCK) {
-        let keys = block * BLOCK..end.min(block * BLOCK + KEY_TILE);
+    let first_span = input.keys.start / SPAN;
+    for span in first_span..end.div_ceil(SPAN) {
+        let (block, keys) = (span * SPAN / BLOCK, span * SPAN..end.min((span + 1) * SPAN));
         let skip = input.keys.start.saturating_sub(keys.start);
         match (kv.format(), direct) {
             (KvFormat::F32, true) => {
@@ -223,31 +223,27 @@ impl RowTile<'_> {
             }
         }
 
+        // Values that all panels share stay in L1 a chunk at a time; as they lie, the chunks of a run are one stream.
         let (run, chunks) = (value_tile.run, self.width / BLOCK);
-        // Few rows take several chunks together.
-        let together = [4, 2][..].iter().copied().find(|c| chunks % c == 0 && self.panels[1] * c <= 4).unwrap_or(1);
+        let together = if run == BLOCK { chunks } else { 1 };
         for from in (0..keys.len()).step_by(run) {
             for c in (0..chunks).step_by(together) {
+                let values = &value_tile.data[(from / run * chunks + c) * run..][..together * run];
                 for (p, &cover) in cover.iter().enumerate() {
-                    let taken = from.max(skip)..cover.min(from + run);
+                    let taken = skip.saturating_sub(from)..cover.saturating_sub(from).min(run);
                     if taken.is_empty() {
                         continue;
                     }
                     let (first, rows) = (self.panels[p], self.panels[p + 1] - self.panels[p]);
-                    let values = &value_tile.data[from * chunks + c * run + taken.start - from..];
-                    let weights = &self.scores[first * KEY_TILE + taken.start..];
+                    let weights = &self.scores[first * KEY_TILE + from..];
                     let acc = &mut self.acc[first * self.width + c * BLOCK..];
-                    let strides = Strides { chunk: run, weight: KEY_TILE, acc: self.width };
-                    match (rows, together) {
-                        (1, 4) => blend::<V, 1, 4>(values, taken.len(), weights, acc, strides),
-                        (1, 2) => blend::<V, 1, 2>(values, taken.len(), weights, acc, strides),
-                        (1, _) => blend::<V, 1, 1>(values, taken.len(), weights, acc, strides),
-                        (2, 2) => blend::<V, 2, 2>(values, taken.len(), weights, acc, strides),
-                        (2, _) => blend::<V, 2, 1>(values, taken.len(), weights, acc, strides),
-                        (3, _) => blend::<V, 3, 1>(values, taken.len(), weights, acc, strides),
-                        (4, _) => blend::<V, 4, 1>(values, taken.len(), weights, acc, strides),
-                        (5, _) => blend::<V, 5, 1>(values, taken.len(), weights, acc, strides),
-                        _ => blend::<V, PANEL_ROWS, 1>(values, taken.len(), weights, acc, strides),
+                    match rows {
+                        1 => blend::<V, 1, 4>(values, run, taken, weights, KEY_TILE, acc, self.width),
+                        2 => blend::<V, 2, 2>(values, run, taken, weights, KEY_TILE, acc, self.width),
+                        3 => blend::<V, 3, 2>(values, run, taken, weights, KEY_TILE, acc, self.width),
+                        4 => blend::<V, 4, 1>(values, run, taken, weights, KEY_TILE, acc, self.width),
+                        5 => blend::<V, 5, 1>(values, run, taken, weights, KEY_TILE, acc, self.width),
+                        _ => blend::<V, PANEL_ROWS, 1>(values, run, taken, weights, KEY_TILE, acc, self.width),
                     }
                 }
             }

@@ -76,8 +76,7 @@ fn strided_pushes_equal_single_ones() {
                 many.push_many(isa, &keys[from * stride..], &values[from * stride..], count, stride);
             }
             assert_eq!(one.len(), many.len());
-            assert_eq!(one.keys.view::<i8>(0), many.keys.view::<i8>(0));
-            assert_eq!(one.values.view::<i8>(0), many.values.view::<i8>(0));
+            assert_eq!(one.spans.view::<i8>(0), many.spans.view::<i8>(0));
         }
     }
 }

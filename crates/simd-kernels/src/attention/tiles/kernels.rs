@@ -4,8 +4,9 @@ use crate::exp::exp256;
 use crate::kv::{BLOCK, Plain};
 use crate::lanes::{self, LANES, first, load, load_tail, store, store_tail};
 use std::arch::x86_64::*;
-const KD: usize = 8192;
-const VD: usize = 8192;
+use std::ops::Range;
+const KD: usize = 12288;
+const VD: usize = 12288;
 const KH: i32 = _MM_HINT_T0;
 const VH: i32 = _MM_HINT_T0;
 
@@ -97,67 +98,71 @@ fn add_scores<K: Element, const R: usize>(keys: &[K; BLOCK], q: &[f32; R], sums:
     }
 }
 
-/// Where a call of [`blend`] finds things; all in elements.
-#[derive(Clone, Copy)]
-pub(super) struct Strides {
-    /// From a chunk of values to the next, in keys.
-    pub chunk: usize,
-    /// From a row's weights to the next row's.
-    pub weight: usize,
-    /// From a row's sums to the next row's.
-    pub acc: usize,
-}
-
-/// acc[r * strides.acc + 16 c + i] += Σ_j weights[r * strides.weight + j] values[c * strides.chunk + j][i], for R rows,
-/// C chunks of sixteen elements, and `count` keys.
+/// acc[r * acc_stride + 16 c + i] += Σ_j weights[r * weight_stride + j] values[c][j][i], for R rows, the keys j in
+/// `taken`, and chunks c of sixteen elements, of which `values` holds [chunks][run][16].
 ///
-/// As with [`scores`], few rows leave too few sums; then C is more than one.
+/// As with [`scores`], few rows leave too few sums; then S keys in turn go to sums of their own.
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c")]
-pub(super) fn blend<V: Element, const R: usize, const C: usize>(
+pub(super) fn blend<V: Element, const R: usize, const S: usize>(
     values: &[[V; BLOCK]],
-    count: usize,
+    run: usize,
+    taken: Range<usize>,
     weights: &[f32],
+    weight_stride: usize,
     acc: &mut [f32],
-    strides: Strides,
+    acc_stride: usize,
 ) {
-    let last = (C - 1) * strides.chunk + count;
-    assert!(last <= values.len(), "{count} keys reach to {last} of {}", values.len());
-    let last = (R - 1) * strides.weight + count;
+    let last = (R - 1) * weight_stride + taken.end;
     assert!(last <= weights.len(), "{R} rows of weights reach to {last} of {}", weights.len());
-    let mut sums = [[[_mm256_setzero_ps(); 2]; C]; R];
-    for (r, sums) in sums.iter_mut().enumerate() {
-        let (chunks, _) = acc[r * strides.acc..][..C * BLOCK].as_chunks::<BLOCK>();
-        for (sums, chunk) in sums.iter_mut().zip(chunks) {
-            let (halves, _) = chunk.as_chunks::<LANES>();
+    for (c, chunk) in values.chunks_exact(run).enumerate() {
+        let mut sums = [[[_mm256_setzero_ps(); 2]; R]; S];
+        for (r, sums) in sums[0].iter_mut().enumerate() {
+            let (halves, _) = acc[r * acc_stride + c * BLOCK..][..BLOCK].as_chunks::<LANES>();
             *sums = [load(&halves[0]), load(&halves[1])];
         }
-    }
-    for j in 0..count {
-        // SAFETY: the asserts above bound c * chunk + j by the values and r * weight + j by the weights; the target
-        // features are those of this function.
-        unsafe {
-            let mut wide = [[_mm256_setzero_ps(); 2]; C];
-            for (c, wide) in wide.iter_mut().enumerate() {
-                let value = values.get_unchecked(c * strides.chunk + j);
-                prefetch::<_, VD>(value, 0);
-                *wide = V::widen(value);
+        let (values_u, values_rest) = chunk[taken.clone()].as_chunks::<UNROLL>();
+        let mut j = taken.start;
+        for values in values_u {
+            for u in 0..UNROLL {
+                prefetch::<_, VD>(&values[u], u);
+                // SAFETY: j + u is below taken.end, for which the assert above has the weights.
+                unsafe { add_values(&values[u], weights, j + u, weight_stride, &mut sums[u % S]) };
             }
-            for (r, sums) in sums.iter_mut().enumerate() {
-                let w = _mm256_broadcast_ss(weights.get_unchecked(r * strides.weight + j));
-                for (sums, value) in sums.iter_mut().zip(&wide) {
-                    *sums = [_mm256_fmadd_ps(w, value[0], sums[0]), _mm256_fmadd_ps(w, value[1], sums[1])];
-                }
+            j += UNROLL;
+        }
+        for value in values_rest {
+            // SAFETY: as above.
+            unsafe { add_values(value, weights, j, weight_stride, &mut sums[0]) };
+            j += 1;
+        }
+        for r in 0..R {
+            let (halves, _) = acc[r * acc_stride + c * BLOCK..][..BLOCK].as_chunks_mut::<LANES>();
+            for h in 0..2 {
+                let total = sums[1..].iter().fold(sums[0][r][h], |total, part| _mm256_add_ps(total, part[r][h]));
+                store(&mut halves[h], total);
             }
         }
     }
-    for (r, sums) in sums.iter().enumerate() {
-        let (chunks, _) = acc[r * strides.acc..][..C * BLOCK].as_chunks_mut::<BLOCK>();
-        for (sums, chunk) in sums.iter().zip(chunks) {
-            let (halves, _) = chunk.as_chunks_mut::<LANES>();
-            store(&mut halves[0], sums[0]);
-            store(&mut halves[1], sums[1]);
-        }
+}
+
+/// # Safety
+/// `(R - 1) * stride + j` is inside `weights`.
+#[inline]
+#[target_feature(enable = "avx2,fma,f16c")]
+unsafe fn add_values<V: Element, const R: usize>(
+    value: &[V; BLOCK],
+    weights: &[f32],
+    j: usize,
+    stride: usize,
+    sums: &mut [[__m256; 2]; R],
+) {
+    // SAFETY: the target features of this function are those that `widen` needs.
+    let value = unsafe { V::widen(value) };
+    for (r, sums) in sums.iter_mut().enumerate() {
+        // SAFETY: the caller keeps the last row's weight inside.
+        let w = _mm256_broadcast_ss(unsafe { weights.get_unchecked(r * stride + j) });
+        *sums = [_mm256_fmadd_ps(w, value[0], sums[0]), _mm256_fmadd_ps(w, value[1], sums[1])];
     }
 }
 
