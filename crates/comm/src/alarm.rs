@@ -3,9 +3,12 @@
 use std::sync::Arc;
 use std::sync::atomic::Ordering::{AcqRel, Acquire, Relaxed, Release};
 use std::thread;
+use std::time::{Duration, Instant};
 
 use crate::segment::Segment;
 
+/// A rank that has left waits at most this long for the others.
+const FAREWELL: Duration = Duration::from_secs(10);
 const QUIET: u64 = 0;
 const WRITING: u64 = 1;
 const RAISED: u64 = 2;
@@ -22,8 +25,10 @@ const DEPARTED: usize = REASON + REASON_WORDS;
 pub(crate) trait Watch: Send + Sync {
     /// Tells the ranks that do not see the board that `rank` failed, and sees to it that the job ends.
     fn failed(&self, rank: usize, reason: &str);
-    /// Tells the ranks that do not see the board that `rank`, this one, has left; `failed`: the job has failed.
-    fn left(&self, rank: usize, failed: bool);
+    /// Tells the ranks that do not see the board that `rank`, this one, has left.
+    fn left(&self, rank: usize);
+    /// Nothing will be asked any more; `failed`: the job has failed, or may have.
+    fn close(&self, failed: bool);
     /// News that the board does not show. Waiting ranks ask some times a second.
     fn look(&self) -> Vec<News>;
 }
@@ -116,12 +121,23 @@ impl Alarm {
         self.raised()
     }
 
-    /// Says that `rank`, this one, will make no further call.
-    pub(crate) fn depart(&self, rank: usize) {
+    /// Says that `rank`, this one of `size`, will make no further call. Processes then wait a while for the
+    /// others, since to finalize MPI while one of them fails can hang the launcher.
+    fn depart(&self, rank: usize, size: usize) {
         self.mark_departed(rank);
-        if let Some(watch) = &self.watch {
-            watch.left(rank, self.raised().is_some());
+        let Some(watch) = &self.watch else { return };
+        if self.raised().is_none() {
+            watch.left(rank);
         }
+        let start = Instant::now();
+        while self.raised().is_none()
+            && self.probe().is_none()
+            && start.elapsed() < FAREWELL
+            && !(0..size).all(|rank| self.departed(rank))
+        {
+            thread::sleep(Duration::from_micros(200));
+        }
+        watch.close(self.raised().is_some());
     }
 
     fn mark_departed(&self, rank: usize) {
@@ -139,6 +155,8 @@ pub(crate) struct Membership {
     pub alarm: Alarm,
     /// The rank in the whole job.
     pub rank: usize,
+    /// The ranks of the whole job.
+    pub size: usize,
 }
 
 impl Membership {
@@ -154,7 +172,7 @@ impl Membership {
 
 impl Drop for Membership {
     fn drop(&mut self) {
-        self.alarm.depart(self.rank);
+        self.alarm.depart(self.rank, self.size);
     }
 }
 
@@ -175,7 +193,7 @@ mod tests {
         assert_eq!((rank, text.len()), (1, 1023));
         assert!(reason.starts_with(&text));
         assert!(!other.departed(2));
-        alarm.depart(2);
+        alarm.depart(2, 3);
         assert!(other.departed(2) && !other.departed(0));
     }
 }

@@ -270,37 +270,23 @@ impl Messages {
         Ok(())
     }
 
-    /// Down a binomial tree: in round k, the 2^k ranks that have the data send it on.
+    /// From the root to everyone: one latency, and an error names the root, not a rank halfway down a tree.
     pub(crate) fn broadcast(&mut self, call: &mut Call<'_>, root: usize, buf: &mut [u8]) -> Result<(), CommError> {
-        let size = self.size();
-        let place = (self.rank + size - root) % size;
-        let rank_of = |place: usize| (place + root) % size;
-        let mut reach = 1;
-        if place > 0 {
-            // The highest bit of the place says when the data come, and the rest from whom.
-            let bit = 1 << place.ilog2();
-            let came = self.swap(call, &[], &[(rank_of(place - bit), buf.len())])?;
+        if self.rank == root {
+            let sends: Vec<_> = self.others().map(|peer| (peer, &*buf)).collect();
+            self.swap(call, &sends, &[]).map(drop)
+        } else {
+            let came = self.swap(call, &[], &[(root, buf.len())])?;
             buf.copy_from_slice(&came[0]);
-            reach = 2 * bit;
+            Ok(())
         }
-        let mut sends = Vec::new();
-        while place + reach < size {
-            sends.push((rank_of(place + reach), &buf[..]));
-            reach *= 2;
-        }
-        self.swap(call, &sends, &[]).map(drop)
     }
 
-    /// By dissemination: in round k, news travels 2^k ranks on.
+    /// Everyone tells everyone: one latency, and an error names who is missing.
     pub(crate) fn barrier(&mut self, call: &mut Call<'_>) -> Result<(), CommError> {
-        let size = self.size();
-        let mut step = 1;
-        while step < size {
-            let (to, from) = ((self.rank + step) % size, (self.rank + size - step) % size);
-            self.swap(call, &[(to, &[])], &[(from, 0)])?;
-            step *= 2;
-        }
-        Ok(())
+        let sends: Vec<_> = self.others().map(|peer| (peer, &[][..])).collect();
+        let recvs: Vec<_> = self.others().map(|peer| (peer, 0)).collect();
+        self.swap(call, &sends, &recvs).map(drop)
     }
 
     pub(crate) fn send_recv(

@@ -130,7 +130,7 @@ impl MpiComm {
 
         let board = board.unwrap_or_else(|| Arc::new(Segment::private(words, 0)));
         let alarm = Alarm::new(board, Some(Box::new(Lookout::new(world.clone(), far, near))));
-        let membership = Arc::new(Membership { alarm, rank });
+        let membership = Arc::new(Membership { alarm, rank, size });
         MpiComm::connect(Parts { world, membership, physical, spin }, options)
     }
 

@@ -4,8 +4,8 @@ use std::fs;
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::MetadataExt;
 use std::process;
+use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
-use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -19,8 +19,6 @@ use crate::segment::Segment;
 const NEWS: usize = 0;
 /// A failed job that has not ended by itself after this long is ended by MPI.
 const GRACE: Duration = Duration::from_secs(3);
-/// A rank that has left waits at most this long for the others before it finalizes MPI.
-const FAREWELL: Duration = Duration::from_secs(10);
 /// How long news to one rank may take to leave this process, which is about to end.
 const HURRY: Duration = Duration::from_millis(20);
 // What a message of news begins with; the rank and a reason follow.
@@ -95,8 +93,8 @@ pub(crate) fn process_space() -> u64 {
 /// The watch of a rank over those that its board does not show.
 pub(crate) struct Lookout {
     world: Arc<World>,
-    /// Ranks that do not see this rank's board, and whether they have left.
-    far: Mutex<Vec<(usize, bool)>>,
+    /// Ranks that do not see this rank's board.
+    far: Vec<usize>,
     /// Processes of this machine.
     near: Vec<(usize, Process)>,
 }
@@ -104,16 +102,11 @@ pub(crate) struct Lookout {
 impl Lookout {
     /// `far`: the ranks that do not see this rank's board; `near`: processes to watch, with their ranks.
     pub(crate) fn new(world: Arc<World>, far: Vec<usize>, near: Vec<(usize, Process)>) -> Lookout {
-        let far = Mutex::new(far.into_iter().map(|rank| (rank, false)).collect());
         Lookout { world, far, near }
     }
 
     fn tell(&self, kind: u64, rank: usize, text: &str) {
-        let far = self.far.lock().unwrap_or_else(PoisonError::into_inner);
-        for &(to, left) in far.iter().filter(|&&(to, _)| to != rank) {
-            if left && kind == LEFT {
-                continue;
-            }
+        for &to in &self.far {
             let mut data = kind.to_le_bytes().to_vec();
             data.extend((rank as u64).to_le_bytes());
             data.extend(text.as_bytes());
@@ -145,8 +138,6 @@ impl Lookout {
                     news.push(News::Failed { rank: rank as usize, reason, told: true });
                 }
                 (Some(LEFT), Some(_)) => {
-                    let mut far = self.far.lock().unwrap_or_else(PoisonError::into_inner);
-                    far.iter_mut().filter(|(rank, _)| *rank == from).for_each(|(_, left)| *left = true);
                     news.push(News::Left { rank: from });
                 }
                 _ => {
@@ -174,23 +165,13 @@ impl Watch for Lookout {
         }
     }
 
-    fn left(&self, rank: usize, failed: bool) {
-        if failed {
-            return self.world.fail();
-        }
+    fn left(&self, rank: usize) {
         self.tell(LEFT, rank, "");
-        // Finalizing MPI with messages on the way is an error.
-        let start = Instant::now();
-        while self.far.lock().unwrap_or_else(PoisonError::into_inner).iter().any(|(_, left)| !left) {
-            match self.hear() {
-                Ok(news) if start.elapsed() < FAREWELL => {
-                    if news.iter().any(|news| matches!(news, News::Failed { .. })) {
-                        return self.world.fail();
-                    }
-                    thread::sleep(Duration::from_micros(100));
-                }
-                _ => return self.world.fail(),
-            }
+    }
+
+    fn close(&self, failed: bool) {
+        if failed {
+            self.world.fail();
         }
     }
 

@@ -6,6 +6,7 @@
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
+use std::time::Duration;
 
 use crate::call::{Call, Site};
 use crate::communicator::ReduceOp;
@@ -123,14 +124,20 @@ fn machines(in_world: &[usize], machine: &[usize]) -> Vec<Vec<usize>> {
 }
 
 impl Machines {
-    /// Runs a part of a call among the ranks of this machine, if there are others.
+    /// Runs a part of a call among the ranks of this machine, if there are others. They wait a little longer than
+    /// their leader, which may itself wait for another machine and then knows better who is late.
     fn local(
         &mut self,
         call: &mut Call<'_>,
         part: impl FnOnce(&mut Group, &mut Call<'_>) -> Result<(), CommError>,
     ) -> Result<(), CommError> {
         match &mut self.local {
-            Some(group) => call.among(self.own.1, &self.world.0, |call| part(group, call)),
+            Some(group) => call.among(self.own.1, &self.world.0, |call| {
+                if self.own.1 != 0 {
+                    call.timeout = call.timeout.saturating_add(Duration::from_secs(1));
+                }
+                part(group, call)
+            }),
             None => Ok(()),
         }
     }

@@ -32,7 +32,7 @@ impl ThreadComm {
         (0..size)
             .map(|rank| {
                 let alarm = Alarm::new(board.clone(), None);
-                let membership = Arc::new(Membership { alarm, rank });
+                let membership = Arc::new(Membership { alarm, rank, size });
                 let transport = segment.clone().map(|segment| {
                     Box::new(Threads {
                         group: Group::new(segment, rank, size),

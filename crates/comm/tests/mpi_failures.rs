@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use comm::{CommError, Communicator, CommunicatorExt, MpiComm, Phase, ReduceOp};
 
-/// A rank that fails, and what its peers have to say. With `{}` as the rank that failed.
+/// A rank that fails, and what its peers have to say. `{last}` is the last rank.
 struct Scenario {
     name: &'static str,
     /// Runs on every rank; what it returns in the end is the error of a call.
@@ -29,6 +29,18 @@ const SCENARIOS: &[Scenario] = &[
             comm.all_reduce(&mut [1.0; 100], ReduceOp::Sum)
         },
         expected: &["Allreduce (decode, layer 3): rank 0 waited", "for rank 1"],
+    },
+    Scenario {
+        name: "late root",
+        rank: |comm| {
+            comm.set_timeout(Duration::from_millis(500));
+            if comm.rank() == comm.size() - 1 {
+                thread::sleep(Duration::from_secs(60));
+            }
+            comm.broadcast(comm.size() - 1, &mut [0u8; 4])
+        },
+        // Alone or through its leader, a rank has to find the right one.
+        expected: &["Broadcast (other): rank", "waited", "for rank {last}"],
     },
     Scenario {
         name: "abort",
@@ -121,7 +133,8 @@ fn launch(scenario: &Scenario, ranks: usize, way: &[(&str, &str)]) -> Result<(),
     if start.elapsed() > limit {
         return Err(format!("the job took {:?}\n{text}", start.elapsed()));
     }
-    match scenario.expected.iter().find(|part| !text.contains(**part)) {
+    let parts = scenario.expected.iter().map(|part| part.replace("{last}", &(ranks - 1).to_string()));
+    match parts.into_iter().find(|part| !text.contains(part)) {
         Some(part) => Err(format!("no message has '{part}'\n{text}")),
         None => Ok(()),
     }
