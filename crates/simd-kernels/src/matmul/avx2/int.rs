@@ -50,16 +50,19 @@ pub(super) fn add_products<const Q4: bool, const M: usize, const PREFETCH: bool>
     let mut ahead = ahead;
     for ((block, words), scales) in groups.zip(words).zip(scales) {
         let (row_scales, weights) = block.as_chunks::<32>().0.split_first().expect("a block starts with its scales");
-        // A block is half a line longer than a number of whole lines; the first prefetch covers that.
+        // A block is a number of whole lines and half a line, which the first prefetch covers.
         if PREFETCH {
             prefetch::<_MM_HINT_T0>(ahead);
         }
         let mut sums = first_sums::<Q4, M>(offsets.next());
-        for (i, (weights, word)) in weights.iter().zip(words).enumerate() {
-            if PREFETCH && i % 2 == 1 {
-                prefetch::<_MM_HINT_T0>(ahead.wrapping_add(32 * (1 + i)));
+        // Two words of weights are a line.
+        for (i, (weights, words)) in weights.as_chunks::<2>().0.iter().zip(words.as_chunks::<2>().0).enumerate() {
+            if PREFETCH {
+                prefetch::<_MM_HINT_T0>(ahead.wrapping_add(64 * (1 + i)));
             }
-            add_word::<Q4, M>(widen::<Q4>(weights), word, &mut sums);
+            for (weights, word) in weights.iter().zip(words) {
+                add_word::<Q4, M>(widen::<Q4>(weights), word, &mut sums);
+            }
         }
         add_scaled::<Q4, M>(&sums, widen_scales(row_scales), scales, acc);
         ahead = ahead.wrapping_add(block.len());
