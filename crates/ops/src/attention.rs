@@ -74,7 +74,7 @@ impl AttentionShape {
     }
 }
 
-/// Weights of the RMSNorm that Qwen3 applies to each query and key head, each [head_dim].
+/// Weights of the RMSNorm that Qwen3 applies to each query and key head, each `[head_dim]`.
 #[derive(Clone, Copy)]
 pub struct QkNorm<'a> {
     /// Weight for queries.

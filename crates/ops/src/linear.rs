@@ -110,7 +110,7 @@ pub fn linear_mpi(
     ctx.heads.all_reduce_add(slice(partial), slice_mut(residual))
 }
 
-/// Makes [tokens, n] on every rank from each rank's [tokens, counts[rank]] columns: one Allgather
+/// Makes `[tokens, n]` on every rank from each rank's `[tokens, counts[rank]]` columns: one Allgather
 /// where the counts are equal and `exact` is not asked for, else one Allgatherv, of tokens · n · 4 bytes.
 ///
 /// # Errors

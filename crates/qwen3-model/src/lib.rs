@@ -1,3 +1,5 @@
+//! The Qwen3 language models, dense and mixture-of-experts, split over any number of ranks.
+
 #![doc = include_str!("../README.md")]
 #![forbid(unsafe_code)]
 
