@@ -77,7 +77,7 @@ impl std::error::Error for UnknownKvFormat {}
 /// | | keys | values |
 /// |---|---|---|
 /// | f32, f16 | `[head_dim][16 positions]` | `[width / 16][16 positions][16]`, zero beyond head_dim |
-/// | q8 | the same in int8, then scales `[groups][16]` | the same in int8, then scales `[16][groups]` |
+/// | q8 | the same in int8, then scales `[groups][16]` | the same in int8, then scales `[groups][16]` |
 ///
 /// So attention reads one plain stream, in the order in which it lies in memory: for a block of keys it keeps 16 scores
 /// of each row in registers, for a chunk of values 16 sums of each row. (Keys and values in two streams, or values
@@ -222,8 +222,8 @@ impl KvHead {
             KvFormat::F16 => read_row(self.value_block::<u16>(b), lane, out, f16_to_f32),
             KvFormat::Q8 => {
                 read_row(self.value_block::<i8>(b), lane, out, f32::from);
-                for (x, &scale) in out.chunks_mut(KV_GROUP).zip(self.value_scales(b, lane)) {
-                    let scale = f16_to_f32(scale);
+                for (x, scale) in out.chunks_mut(KV_GROUP).zip(self.value_scales(b)) {
+                    let scale = f16_to_f32(scale[lane]);
                     x.iter_mut().for_each(|x| *x *= scale);
                 }
             }
@@ -250,6 +250,11 @@ impl KvHead {
         self.spans.view(self.value_line(b))
     }
 
+    /// From one block of values to the next, in units of `[T; 16]`.
+    pub(crate) fn value_step<T: Plain>(&self) -> usize {
+        self.value_lines * LINE / size_of::<[T; BLOCK]>()
+    }
+
     /// The scales of block `b` of keys (q8): [groups][16] halves.
     pub(crate) fn key_scales(&self, b: usize) -> &[[u16; BLOCK]] {
         let codes = self.head_dim * BLOCK * size_of::<i8>();
@@ -257,12 +262,11 @@ impl KvHead {
         block[codes / 2..].as_chunks().0
     }
 
-    /// The scales of the value in place `lane` of block `b` (q8): [groups] halves.
-    pub(crate) fn value_scales(&self, b: usize, lane: usize) -> &[u16] {
+    /// The scales of block `b` of values (q8): [groups][16] halves.
+    pub(crate) fn value_scales(&self, b: usize) -> &[[u16; BLOCK]] {
         let codes = self.width() * BLOCK * size_of::<i8>();
-        let groups = self.head_dim.div_ceil(KV_GROUP);
         let block: &[u16] = self.spans.view(self.value_line(b));
-        &block[codes / 2 + lane * groups..][..groups]
+        block[codes / 2..].as_chunks().0
     }
 
     fn span_lines(&self) -> usize {
@@ -325,14 +329,13 @@ impl KvHead {
                 }
             }
             KvFormat::Q8 => {
-                let groups = self.head_dim.div_ceil(KV_GROUP);
-                let scales_at = self.width() * BLOCK / 2 + lane * groups;
+                let scales_at = self.width() * BLOCK / 2;
                 for (g, value) in value.chunks(KV_GROUP).enumerate() {
                     let mut codes = [0; KV_GROUP];
                     let scale = to_q8(isa, value, &mut codes[..value.len()]);
                     let block = self.spans.view_mut::<[i8; BLOCK]>(from);
                     write_row(&mut block[g * KV_GROUP..], lane, &codes[..value.len()]);
-                    self.spans.view_mut::<u16>(from)[scales_at + g] = scale;
+                    self.spans.view_mut::<u16>(from)[scales_at + g * BLOCK + lane] = scale;
                 }
             }
         }

@@ -22,7 +22,7 @@ mod widen;
 use super::{AttentionInput, SoftmaxState};
 use crate::kv::{BLOCK, KvFormat, KvHead, LINE, Lines, SPAN};
 use crate::lanes::{LANES, load, store};
-use kernels::{Element, PANEL_ROWS, blend, scores, soften};
+use kernels::{Element, PANEL_ROWS, Values, blend, scores, soften};
 use std::arch::x86_64::*;
 use std::ops::Range;
 
@@ -35,8 +35,7 @@ const DIRECT_ROWS: usize = 2 * PANEL_ROWS;
 
 /// One tile of rows, and where its softmax stands.
 struct RowTile<'a> {
-    head_dim: usize,
-    width: usize,
+    kv: &'a KvHead,
     /// First row of each panel, and the number of rows last.
     panels: &'a [usize],
     /// The key after the last one that each row sees.
@@ -51,16 +50,33 @@ struct RowTile<'a> {
     sum: &'a mut [f32],
 }
 
-/// Keys in blocks: block b is `data[b * step..][..head_dim]`.
-struct KeyTile<'a, K> {
-    data: &'a [[K; BLOCK]],
-    step: usize,
+/// A tile of keys and values as the kernels read them, of which the first `skip` keys are before the range asked for.
+struct KeyTile<'a, T> {
+    positions: Range<usize>,
+    skip: usize,
+    /// Block b is `keys[b * key_step..][..head_dim]`.
+    keys: &'a [[T; BLOCK]],
+    key_step: usize,
+    /// Run n is `values[n * run_step..]`: [chunk of 16 elements][key of the run][16].
+    values: &'a [[T; BLOCK]],
+    run: usize,
+    run_step: usize,
 }
 
-/// Values in runs of keys: [run][chunk of 16 elements][key of the run][16].
-struct ValueTile<'a, V> {
-    data: &'a [[V; BLOCK]],
-    run: usize,
+impl<'a, T: Element> KeyTile<'a, T> {
+    /// As it lies in the cache.
+    fn stored(kv: &'a KvHead, positions: Range<usize>, skip: usize) -> KeyTile<'a, T> {
+        let block = positions.start / BLOCK;
+        KeyTile {
+            positions,
+            skip,
+            keys: kv.key_block(block),
+            key_step: kv.key_step::<T>(),
+            values: kv.value_block(block),
+            run: BLOCK,
+            run_step: kv.value_step::<T>(),
+        }
+    }
 }
 
 #[target_feature(enable = "avx2,fma,f16c")]
@@ -96,7 +112,7 @@ fn attend(input: &AttentionInput<'_>, rows: Range<usize>, state: &mut SoftmaxSta
         *first = p * rows.len() / count;
     }
 
-    let direct = rows.len() <= DIRECT_ROWS && kv.format() != KvFormat::Q8;
+    let direct = rows.len() <= DIRECT_ROWS;
     let widen_keys = !direct && kv.format() != KvFormat::F32;
     let lines = |floats: usize| floats.div_ceil(LINE / size_of::<f32>());
     let sizes = [
@@ -115,8 +131,7 @@ fn attend(input: &AttentionInput<'_>, rows: Range<usize>, state: &mut SoftmaxSta
     });
     pack_queries(&input.q[rows.start * head_dim..], &panels[..=count], head_dim, input.scale, q.as_flattened_mut());
     let mut tile = RowTile {
-        head_dim,
-        width,
+        kv,
         panels: &panels[..=count],
         limits,
         q: q.as_flattened(),
@@ -135,37 +150,25 @@ fn attend(input: &AttentionInput<'_>, rows: Range<usize>, state: &mut SoftmaxSta
     for span in first_span..end.div_ceil(SPAN) {
         let (block, keys) = (span * SPAN / BLOCK, span * SPAN..end.min((span + 1) * SPAN));
         let skip = input.keys.start.saturating_sub(keys.start);
-        match (kv.format(), direct) {
-            (KvFormat::F32, true) => {
-                tile.step(&keys, skip, &stored_keys::<f32>(kv, block), &stored_values::<f32>(kv, block));
-            }
-            (KvFormat::F16, true) => {
-                tile.step(&keys, skip, &stored_keys::<u16>(kv, block), &stored_values::<u16>(kv, block));
-            }
-            (format, _) => {
+        match (direct, kv.format()) {
+            (true, KvFormat::F32) => tile.step::<f32, true>(&KeyTile::stored(kv, keys, skip)),
+            (true, KvFormat::F16) => tile.step::<u16, true>(&KeyTile::stored(kv, keys, skip)),
+            (true, KvFormat::Q8) => tile.step::<i8, true>(&KeyTile::stored(kv, keys, skip)),
+            (false, format) => {
                 let blocks = keys.len().div_ceil(BLOCK);
                 widen::values(kv, block, blocks, wide_values, KEY_TILE);
-                let values = ValueTile { data: &*wide_values, run: KEY_TILE };
-                if format == KvFormat::F32 {
-                    tile.step(&keys, skip, &stored_keys::<f32>(kv, block), &values);
-                } else {
+                let mut wide = KeyTile { values: &*wide_values, run: KEY_TILE, ..KeyTile::stored(kv, keys, skip) };
+                if format != KvFormat::F32 {
                     widen::keys(kv, block, blocks, wide_keys);
-                    tile.step(&keys, skip, &KeyTile { data: &*wide_keys, step: head_dim }, &values);
+                    (wide.keys, wide.key_step) = (&*wide_keys, head_dim);
                 }
+                tile.step::<f32, false>(&wide);
             }
         }
     }
     for (padded, row) in tile.acc.chunks_exact(width).zip(state.acc[acc_rows].chunks_exact_mut(head_dim)) {
         row.copy_from_slice(&padded[..head_dim]);
     }
-}
-
-fn stored_keys<K: Element>(kv: &KvHead, block: usize) -> KeyTile<'_, K> {
-    KeyTile { data: kv.key_block(block), step: kv.key_step::<K>() }
-}
-
-fn stored_values<V: Element>(kv: &KvHead, block: usize) -> ValueTile<'_, V> {
-    ValueTile { data: kv.value_block(block), run: BLOCK }
 }
 
 /// For each panel [head_dim][rows], times `scale`.
@@ -182,15 +185,11 @@ fn pack_queries(q: &[f32], panels: &[usize], head_dim: usize, scale: f32, packed
 }
 
 impl RowTile<'_> {
-    /// One tile of keys, `keys`, of which the first `skip` are before the range asked for.
+    /// One tile of keys. STREAM: they come from memory as they lie there, and not from a tile of scratch.
     #[target_feature(enable = "avx2,fma,f16c")]
-    fn step<K: Element, V: Element>(
-        &mut self,
-        keys: &Range<usize>,
-        skip: usize,
-        key_tile: &KeyTile<'_, K>,
-        value_tile: &ValueTile<'_, V>,
-    ) {
+    fn step<T: Element, const STREAM: bool>(&mut self, tile: &KeyTile<'_, T>) {
+        let (kv, head_dim, width) = (self.kv, self.kv.head_dim(), self.kv.width());
+        let (keys, skip, first_block) = (&tile.positions, tile.skip, tile.positions.start / BLOCK);
         let count = self.panels.len() - 1;
         // Keys of this tile that some row of the panel sees.
         let mut cover = [0; ROW_TILE / PANEL_ROWS];
@@ -201,18 +200,19 @@ impl RowTile<'_> {
         let cover = &cover[..count];
 
         for b in skip / BLOCK..keys.len().div_ceil(BLOCK) {
-            let block = &key_tile.data[b * key_tile.step..][..self.head_dim];
+            let block = &tile.keys[b * tile.key_step..][..head_dim];
+            let scales = if T::SCALED { kv.key_scales(first_block + b) } else { &[] };
             for p in (0..count).filter(|&p| cover[p] > b * BLOCK) {
                 let (first, rows) = (self.panels[p], self.panels[p + 1] - self.panels[p]);
-                let q = &self.q[first * self.head_dim..(first + rows) * self.head_dim];
+                let q = &self.q[first * head_dim..(first + rows) * head_dim];
                 let out = &mut self.scores[first * KEY_TILE + b * BLOCK..];
                 match rows {
-                    1 => scores::<K, 1, 4>(block, q, out, KEY_TILE),
-                    2 => scores::<K, 2, 2>(block, q, out, KEY_TILE),
-                    3 => scores::<K, 3, 2>(block, q, out, KEY_TILE),
-                    4 => scores::<K, 4, 1>(block, q, out, KEY_TILE),
-                    5 => scores::<K, 5, 1>(block, q, out, KEY_TILE),
-                    _ => scores::<K, PANEL_ROWS, 1>(block, q, out, KEY_TILE),
+                    1 => scores::<T, 1, 4, STREAM>(block, scales, q, out, KEY_TILE),
+                    2 => scores::<T, 2, 2, STREAM>(block, scales, q, out, KEY_TILE),
+                    3 => scores::<T, 3, 2, STREAM>(block, scales, q, out, KEY_TILE),
+                    4 => scores::<T, 4, 1, STREAM>(block, scales, q, out, KEY_TILE),
+                    5 => scores::<T, 5, 1, STREAM>(block, scales, q, out, KEY_TILE),
+                    _ => scores::<T, PANEL_ROWS, 1, STREAM>(block, scales, q, out, KEY_TILE),
                 }
             }
         }
@@ -223,27 +223,30 @@ impl RowTile<'_> {
             }
         }
 
-        // Values that all panels share stay in L1 a chunk at a time; as they lie, the chunks of a run are one stream.
-        let (run, chunks) = (value_tile.run, self.width / BLOCK);
-        let together = if run == BLOCK { chunks } else { 1 };
-        for from in (0..keys.len()).step_by(run) {
+        // Values that many panels share stay in L1 a chunk at a time; as they lie, the chunks of a run are one stream.
+        let (run, chunks) = (tile.run, width / BLOCK);
+        let together = if STREAM { chunks } else { 1 };
+        for (n, from) in (0..keys.len()).step_by(run).enumerate() {
+            let values = &tile.values[n * tile.run_step..];
+            let scales = if T::SCALED { kv.value_scales(first_block + n) } else { &[] };
             for c in (0..chunks).step_by(together) {
-                let values = &value_tile.data[(from / run * chunks + c) * run..][..together * run];
+                let chunks = &values[c * run..][..together * run];
                 for (p, &cover) in cover.iter().enumerate() {
+                    let (first, rows) = (self.panels[p], self.panels[p + 1] - self.panels[p]);
                     let taken = skip.saturating_sub(from)..cover.saturating_sub(from).min(run);
                     if taken.is_empty() {
                         continue;
                     }
-                    let (first, rows) = (self.panels[p], self.panels[p + 1] - self.panels[p]);
+                    let values = Values { chunks, scales, run, from: taken.start, to: taken.end };
                     let weights = &self.scores[first * KEY_TILE + from..];
-                    let acc = &mut self.acc[first * self.width + c * BLOCK..];
+                    let acc = &mut self.acc[first * width + c * BLOCK..];
                     match rows {
-                        1 => blend::<V, 1, 4>(values, run, taken, weights, KEY_TILE, acc, self.width),
-                        2 => blend::<V, 2, 2>(values, run, taken, weights, KEY_TILE, acc, self.width),
-                        3 => blend::<V, 3, 2>(values, run, taken, weights, KEY_TILE, acc, self.width),
-                        4 => blend::<V, 4, 1>(values, run, taken, weights, KEY_TILE, acc, self.width),
-                        5 => blend::<V, 5, 1>(values, run, taken, weights, KEY_TILE, acc, self.width),
-                        _ => blend::<V, PANEL_ROWS, 1>(values, run, taken, weights, KEY_TILE, acc, self.width),
+                        1 => blend::<T, 1, 4, STREAM>(values, weights, KEY_TILE, acc, width),
+                        2 => blend::<T, 2, 2, STREAM>(values, weights, KEY_TILE, acc, width),
+                        3 => blend::<T, 3, 2, STREAM>(values, weights, KEY_TILE, acc, width),
+                        4 => blend::<T, 4, 1, STREAM>(values, weights, KEY_TILE, acc, width),
+                        5 => blend::<T, 5, 1, STREAM>(values, weights, KEY_TILE, acc, width),
+                        _ => blend::<T, PANEL_ROWS, 1, STREAM>(values, weights, KEY_TILE, acc, width),
                     }
                 }
             }
@@ -263,8 +266,8 @@ impl RowTile<'_> {
         scores[seen..].fill(0.0);
         let factor = soften(&mut scores[skip..seen], &mut self.max[row], &mut self.sum[row]);
         if factor != 1.0 {
-            let factor = _mm256_set1_ps(factor);
-            let (acc, _) = self.acc[row * self.width..][..self.width].as_chunks_mut::<LANES>();
+            let (factor, width) = (_mm256_set1_ps(factor), self.kv.width());
+            let (acc, _) = self.acc[row * width..][..width].as_chunks_mut::<LANES>();
             for acc in acc {
                 store(acc, _mm256_mul_ps(load(acc), factor));
             }

@@ -1,28 +1,35 @@
 //! The three inner loops of tiled attention, in registers: scores, softmax, weighted values.
 
 use crate::exp::exp256;
-use crate::kv::{BLOCK, Plain};
+use crate::kv::{BLOCK, KV_GROUP, LINE, Plain};
 use crate::lanes::{self, LANES, first, load, load_tail, store, store_tail};
 use std::arch::x86_64::*;
-use std::ops::Range;
-const KD: usize = 12288;
-const VD: usize = 12288;
-const KH: i32 = _MM_HINT_T0;
-const VH: i32 = _MM_HINT_T0;
 
 /// Rows of a full panel: 6 x 2 sums, two vectors of keys and one query element fill 15 of the 16 registers.
 pub(super) const PANEL_ROWS: usize = 6;
 
+/// Elements of a loop that go together.
+const UNROLL: usize = 4;
+
+/// How far ahead a stream from memory is asked for, in bytes: the hardware's prefetchers alone reach four fifths of the
+/// bandwidth, and stop at each turn from keys to values. Measured: 6 KiB a tenth slower, 8 to 16 KiB alike.
+const AHEAD: usize = 12 << 10;
+
 /// A stored number that becomes f32 on the way to the registers.
 pub(super) trait Element: Plain {
+    /// Whether the numbers are codes, to be multiplied by the scale of their position and group of 32.
+    const SCALED: bool;
+
     /// Sixteen numbers as f32.
     ///
     /// # Safety
-    /// The CPU has AVX2, FMA and F16C. (A trait cannot say so with `#[target_feature]`, which would not inline either.)
+    /// The CPU has AVX2, FMA and F16C. (A safe method of a trait cannot have target features.)
     unsafe fn widen(x: &[Self; BLOCK]) -> [__m256; 2];
 }
 
 impl Element for f32 {
+    const SCALED: bool = false;
+
     #[inline(always)]
     unsafe fn widen(x: &[f32; BLOCK]) -> [__m256; 2] {
         // SAFETY: the array is 64 readable bytes; the caller vouches for AVX.
@@ -31,6 +38,8 @@ impl Element for f32 {
 }
 
 impl Element for u16 {
+    const SCALED: bool = false;
+
     #[inline(always)]
     unsafe fn widen(x: &[u16; BLOCK]) -> [__m256; 2] {
         // SAFETY: the array is 32 readable bytes; the caller vouches for F16C.
@@ -42,50 +51,104 @@ impl Element for u16 {
     }
 }
 
-/// out[r * stride + j] = Σ_d q[d][r] keys[d][j], for R rows and the sixteen keys of a block.
-///
-/// keys: [head_dim][16], q: [head_dim][R]. Few rows leave few sums, too few to hide the latency of the FMA: then S
-/// elements of the head in turn go to sums of their own.
+impl Element for i8 {
+    const SCALED: bool = true;
+
+    #[inline(always)]
+    unsafe fn widen(x: &[i8; BLOCK]) -> [__m256; 2] {
+        // SAFETY: the array is 16 readable bytes; the caller vouches for AVX2.
+        unsafe {
+            let low = _mm256_cvtepi8_epi32(_mm_loadl_epi64(x.as_ptr().cast()));
+            let high = _mm256_cvtepi8_epi32(_mm_loadl_epi64(x.as_ptr().add(LANES).cast()));
+            [_mm256_cvtepi32_ps(low), _mm256_cvtepi32_ps(high)]
+        }
+    }
+}
+
+/// Sums of R rows and sixteen lanes, in S parts.
+type Sums<const R: usize, const S: usize> = [[[__m256; 2]; R]; S];
+
+/// The S parts of a row's sums together.
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c")]
-pub(super) fn scores<K: Element, const R: usize, const S: usize>(
+fn total<const R: usize, const S: usize>(sums: &Sums<R, S>, row: usize) -> [__m256; 2] {
+    let mut total = sums[0][row];
+    for part in &sums[1..] {
+        total = [_mm256_add_ps(total[0], part[row][0]), _mm256_add_ps(total[1], part[row][1])];
+    }
+    total
+}
+
+/// Asks for the line [`AHEAD`] of the `index`-th of some numbers, once per line.
+#[inline]
+#[target_feature(enable = "avx2,fma,f16c")]
+fn prefetch<T: Plain>(x: &[T; BLOCK], index: usize) {
+    if (index * size_of::<[T; BLOCK]>()).is_multiple_of(LINE) {
+        _mm_prefetch::<_MM_HINT_T0>(x.as_ptr().wrapping_byte_add(AHEAD).cast());
+    }
+}
+
+/// out[r * stride + j] = Σ_d q[d][r] keys[d][j], for R rows and the sixteen keys of a block.
+///
+/// keys: [head_dim][16], q: [head_dim][R], scales: [groups][16] of scaled keys. Few rows leave few sums, too few to hide
+/// the latency of the FMA: then S elements of the head in turn go to sums of their own. STREAM: the keys come from
+/// memory.
+#[inline]
+#[target_feature(enable = "avx2,fma,f16c")]
+pub(super) fn scores<K: Element, const R: usize, const S: usize, const STREAM: bool>(
     keys: &[[K; BLOCK]],
+    scales: &[[u16; BLOCK]],
     q: &[f32],
     out: &mut [f32],
     stride: usize,
 ) {
     let (q, _) = q.as_chunks::<R>();
+    if !K::SCALED {
+        let sums = products::<K, R, S, STREAM>(keys, q);
+        for r in 0..R {
+            put(&mut out[r * stride..], total(&sums, r));
+        }
+        return;
+    }
+    for r in 0..R {
+        out[r * stride..][..BLOCK].fill(0.0);
+    }
+    for ((keys, q), scale) in keys.chunks(KV_GROUP).zip(q.chunks(KV_GROUP)).zip(scales) {
+        let sums = products::<K, R, S, STREAM>(keys, q);
+        // SAFETY: the target features of this function are those that `widen` needs.
+        let scale = unsafe { u16::widen(scale) };
+        for r in 0..R {
+            let (group, before) = (total(&sums, r), get(&out[r * stride..]));
+            let after =
+                [_mm256_fmadd_ps(scale[0], group[0], before[0]), _mm256_fmadd_ps(scale[1], group[1], before[1])];
+            put(&mut out[r * stride..], after);
+        }
+    }
+}
+
+/// Σ_d q[d][r] keys[d][j].
+#[inline]
+#[target_feature(enable = "avx2,fma,f16c")]
+fn products<K: Element, const R: usize, const S: usize, const STREAM: bool>(
+    keys: &[[K; BLOCK]],
+    q: &[[f32; R]],
+) -> Sums<R, S> {
     let mut sums = [[[_mm256_setzero_ps(); 2]; R]; S];
     let (keys_u, keys_rest) = keys.as_chunks::<UNROLL>();
     let (q_u, q_rest) = q.as_chunks::<UNROLL>();
     for (keys, q) in keys_u.iter().zip(q_u) {
         for u in 0..UNROLL {
-            prefetch::<_, KD>(&keys[u], u);
+            if STREAM {
+                prefetch(&keys[u], u);
+            }
             add_scores(&keys[u], &q[u], &mut sums[u % S]);
         }
     }
     for (keys, q) in keys_rest.iter().zip(q_rest) {
         add_scores(keys, q, &mut sums[0]);
     }
-    for r in 0..R {
-        let (halves, _) = out[r * stride..][..BLOCK].as_chunks_mut::<LANES>();
-        for h in 0..2 {
-            let total = sums[1..].iter().fold(sums[0][r][h], |total, part| _mm256_add_ps(total, part[r][h]));
-            store(&mut halves[h], total);
-        }
-    }
+    sums
 }
-
-/// Asks for the line that many bytes ahead, once per line.
-#[inline]
-#[target_feature(enable = "avx2,fma,f16c")]
-fn prefetch<T: Plain, const AHEAD: usize>(x: &[T; BLOCK], index: usize) {
-    if size_of::<T>() < 4 && index * size_of::<[T; BLOCK]>() % 64 == 0 {
-        _mm_prefetch::<KH>(x.as_ptr().wrapping_byte_add(AHEAD).cast());
-    }
-}
-
-const UNROLL: usize = 4;
 
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c")]
@@ -98,51 +161,84 @@ fn add_scores<K: Element, const R: usize>(keys: &[K; BLOCK], q: &[f32; R], sums:
     }
 }
 
-/// acc[r * acc_stride + 16 c + i] += Σ_j weights[r * weight_stride + j] values[c][j][i], for R rows, the keys j in
-/// `taken`, and chunks c of sixteen elements, of which `values` holds [chunks][run][16].
+/// The values that a call of [`blend`] takes.
+#[derive(Clone, Copy)]
+pub(super) struct Values<'a, V> {
+    /// [chunks][run][16].
+    pub chunks: &'a [[V; BLOCK]],
+    /// [groups][16] of scaled values, whose run is 16.
+    pub scales: &'a [[u16; BLOCK]],
+    /// Keys of a chunk.
+    pub run: usize,
+    /// First key taken of each chunk, and the key after the last.
+    pub from: usize,
+    pub to: usize,
+}
+
+/// acc[r * acc_stride + 16 c + i] += Σ_j weights[r * weight_stride + j] values[c][j][i], for R rows and chunks c of sixteen
+/// elements.
 ///
 /// As with [`scores`], few rows leave too few sums; then S keys in turn go to sums of their own.
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c")]
-pub(super) fn blend<V: Element, const R: usize, const S: usize>(
-    values: &[[V; BLOCK]],
-    run: usize,
-    taken: Range<usize>,
+pub(super) fn blend<V: Element, const R: usize, const S: usize, const STREAM: bool>(
+    values: Values<'_, V>,
     weights: &[f32],
     weight_stride: usize,
     acc: &mut [f32],
     acc_stride: usize,
 ) {
-    let last = (R - 1) * weight_stride + taken.end;
+    for (c, chunk) in values.chunks.chunks_exact(values.run).enumerate() {
+        let acc = &mut acc[c * BLOCK..];
+        if !V::SCALED {
+            let weights = &weights[values.from..];
+            add_chunk::<V, R, S, STREAM>(&chunk[values.from..values.to], weights, weight_stride, acc, acc_stride);
+            continue;
+        }
+        // SAFETY: the target features of this function are those that `widen` needs.
+        let scale = unsafe { u16::widen(&values.scales[c * BLOCK / KV_GROUP]) };
+        let mut scaled = [[0.0; BLOCK]; R];
+        for (r, scaled) in scaled.iter_mut().enumerate() {
+            let weights = get(&weights[r * weight_stride..]);
+            put(scaled, [_mm256_mul_ps(weights[0], scale[0]), _mm256_mul_ps(weights[1], scale[1])]);
+        }
+        let weights = &scaled.as_flattened()[values.from..];
+        add_chunk::<V, R, S, STREAM>(&chunk[values.from..values.to], weights, BLOCK, acc, acc_stride);
+    }
+}
+
+/// One chunk of [`blend`].
+#[inline]
+#[target_feature(enable = "avx2,fma,f16c")]
+fn add_chunk<V: Element, const R: usize, const S: usize, const STREAM: bool>(
+    values: &[[V; BLOCK]],
+    weights: &[f32],
+    weight_stride: usize,
+    acc: &mut [f32],
+    acc_stride: usize,
+) {
+    let last = (R - 1) * weight_stride + values.len();
     assert!(last <= weights.len(), "{R} rows of weights reach to {last} of {}", weights.len());
-    for (c, chunk) in values.chunks_exact(run).enumerate() {
-        let mut sums = [[[_mm256_setzero_ps(); 2]; R]; S];
-        for (r, sums) in sums[0].iter_mut().enumerate() {
-            let (halves, _) = acc[r * acc_stride + c * BLOCK..][..BLOCK].as_chunks::<LANES>();
-            *sums = [load(&halves[0]), load(&halves[1])];
-        }
-        let (values_u, values_rest) = chunk[taken.clone()].as_chunks::<UNROLL>();
-        let mut j = taken.start;
-        for values in values_u {
-            for u in 0..UNROLL {
-                prefetch::<_, VD>(&values[u], u);
-                // SAFETY: j + u is below taken.end, for which the assert above has the weights.
-                unsafe { add_values(&values[u], weights, j + u, weight_stride, &mut sums[u % S]) };
+    let mut sums: Sums<R, S> = [[[_mm256_setzero_ps(); 2]; R]; S];
+    for (r, sums) in sums[0].iter_mut().enumerate() {
+        *sums = get(&acc[r * acc_stride..]);
+    }
+    let (values_u, values_rest) = values.as_chunks::<UNROLL>();
+    for (j, values) in values_u.iter().enumerate() {
+        for u in 0..UNROLL {
+            if STREAM {
+                prefetch(&values[u], u);
             }
-            j += UNROLL;
+            // SAFETY: UNROLL j + u is below the number of values, and the assert above bounds the weights by it.
+            unsafe { add_values(&values[u], weights, UNROLL * j + u, weight_stride, &mut sums[u % S]) };
         }
-        for value in values_rest {
-            // SAFETY: as above.
-            unsafe { add_values(value, weights, j, weight_stride, &mut sums[0]) };
-            j += 1;
-        }
-        for r in 0..R {
-            let (halves, _) = acc[r * acc_stride + c * BLOCK..][..BLOCK].as_chunks_mut::<LANES>();
-            for h in 0..2 {
-                let total = sums[1..].iter().fold(sums[0][r][h], |total, part| _mm256_add_ps(total, part[r][h]));
-                store(&mut halves[h], total);
-            }
-        }
+    }
+    for (j, value) in values_rest.iter().enumerate() {
+        // SAFETY: as above.
+        unsafe { add_values(value, weights, UNROLL * values_u.len() + j, weight_stride, &mut sums[0]) };
+    }
+    for r in 0..R {
+        put(&mut acc[r * acc_stride..], total(&sums, r));
     }
 }
 
@@ -164,6 +260,23 @@ unsafe fn add_values<V: Element, const R: usize>(
         let w = _mm256_broadcast_ss(unsafe { weights.get_unchecked(r * stride + j) });
         *sums = [_mm256_fmadd_ps(w, value[0], sums[0]), _mm256_fmadd_ps(w, value[1], sums[1])];
     }
+}
+
+/// Sixteen floats, the first of `x`.
+#[inline]
+#[target_feature(enable = "avx2,fma,f16c")]
+fn get(x: &[f32]) -> [__m256; 2] {
+    let (halves, _) = x[..BLOCK].as_chunks::<LANES>();
+    [load(&halves[0]), load(&halves[1])]
+}
+
+/// Into the first sixteen of `x`.
+#[inline]
+#[target_feature(enable = "avx2,fma,f16c")]
+fn put(x: &mut [f32], v: [__m256; 2]) {
+    let (halves, _) = x[..BLOCK].as_chunks_mut::<LANES>();
+    store(&mut halves[0], v[0]);
+    store(&mut halves[1], v[1]);
 }
 
 /// One step of the online softmax of a row: scores become weights e^(x − m) with the new maximum m, `max` and `sum` move

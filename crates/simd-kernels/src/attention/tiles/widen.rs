@@ -14,10 +14,11 @@ pub(super) fn keys(kv: &KvHead, first: usize, count: usize, out: &mut [[f32; BLO
             KvFormat::Q8 => {
                 let codes = kv.key_block::<i8>(first + b).chunks(KV_GROUP);
                 for ((out, codes), scale) in out.chunks_mut(KV_GROUP).zip(codes).zip(kv.key_scales(first + b)) {
-                    // SAFETY: the target features of this function are those that `widen` needs.
+                    // SAFETY: the target features of this function are those that `widen` needs, here and below.
                     let scale = unsafe { u16::widen(scale) };
                     for (out, codes) in out.iter_mut().zip(codes) {
-                        let [low, high] = numbers(codes);
+                        // SAFETY: see above.
+                        let [low, high] = unsafe { i8::widen(codes) };
                         put(out, [_mm256_mul_ps(low, scale[0]), _mm256_mul_ps(high, scale[1])]);
                     }
                 }
@@ -36,9 +37,11 @@ pub(super) fn values(kv: &KvHead, first: usize, count: usize, out: &mut [[f32; B
                 KvFormat::F16 => copy(&kv.value_block::<u16>(first + b)[c * BLOCK..], out),
                 KvFormat::Q8 => {
                     let codes = &kv.value_block::<i8>(first + b)[c * BLOCK..];
-                    for (j, (out, codes)) in out.iter_mut().zip(codes).enumerate() {
-                        let scale = _mm256_set1_ps(half(kv.value_scales(first + b, j)[c * BLOCK / KV_GROUP]));
-                        let [low, high] = numbers(codes);
+                    let scales = &kv.value_scales(first + b)[c * BLOCK / KV_GROUP];
+                    for ((out, codes), &scale) in out.iter_mut().zip(codes).zip(scales) {
+                        let scale = _mm256_set1_ps(half(scale));
+                        // SAFETY: the target features of this function are those that `widen` needs.
+                        let [low, high] = unsafe { i8::widen(codes) };
                         put(out, [_mm256_mul_ps(low, scale), _mm256_mul_ps(high, scale)]);
                     }
                 }
@@ -64,18 +67,6 @@ fn put(out: &mut [f32; BLOCK], [low, high]: [__m256; 2]) {
         _mm256_storeu_ps(out.as_mut_ptr(), low);
         _mm256_storeu_ps(out.as_mut_ptr().add(8), high);
     }
-}
-
-/// Sixteen int8 as f32.
-#[inline]
-#[target_feature(enable = "avx2,fma,f16c")]
-fn numbers(codes: &[i8; BLOCK]) -> [__m256; 2] {
-    // SAFETY: the array is sixteen readable bytes.
-    let codes = unsafe { _mm_loadu_si128(codes.as_ptr().cast()) };
-    [
-        _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(codes)),
-        _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_srli_si128::<8>(codes))),
-    ]
 }
 
 /// One half-precision number.
