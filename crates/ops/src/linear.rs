@@ -111,7 +111,7 @@ pub fn linear_mpi(
 }
 
 /// Makes `[tokens, n]` on every rank from each rank's `[tokens, counts[rank]]` columns: one Allgather
-/// where the counts are equal and `exact` is not asked for, else one Allgatherv, of tokens · n · 4 bytes.
+/// where the counts are equal and `vector` is false, else one Allgatherv, of tokens · n · 4 bytes.
 ///
 /// # Errors
 /// When the collective fails.
