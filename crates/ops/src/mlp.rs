@@ -150,7 +150,7 @@ impl Mlp {
         let comm = ctx.mlp_ranks();
         let MlpScratch { sorted, inputs, gate, up, own, activation, .. } = scratch;
         let x = if self.router.is_some() {
-            routing.gather(x, sorted);
+            routing.gather(ctx, x, sorted);
             &*sorted
         } else {
             x

@@ -7,7 +7,7 @@ use tensor::Activations;
 
 use crate::context::Context;
 use crate::linear::{Linear, reshape, slice, slice_mut};
-use crate::norm::prepare;
+use crate::norm::{SERIAL_TOKENS, prepare};
 
 /// The router of a mixture-of-experts block; every rank holds all of it and routes alike.
 pub struct Router {
@@ -24,15 +24,18 @@ pub struct Router {
 pub(crate) struct Routing {
     /// The experts that are visited, each with its rows of the sorted order; ascending, none empty.
     pub groups: Vec<(usize, Range<usize>)>,
-    /// For each row of the sorted order, its token and the expert's weight there. Empty for a dense
-    /// block: one expert sees all the tokens in their own order.
-    pub visits: Vec<(usize, f32)>,
+    /// For each row of the sorted order, its token. Empty for a dense block: one expert sees all the
+    /// tokens in their own order.
+    tokens: Vec<usize>,
+    /// For each token in turn, its rows of the sorted order and the experts' weights there; as many for
+    /// each token.
+    visits: Vec<(usize, f32)>,
 }
 
 impl Routing {
     /// The routing of a block with a single expert.
     pub fn dense(tokens: usize) -> Self {
-        Self { groups: if tokens > 0 { vec![(0, 0..tokens)] } else { Vec::new() }, visits: Vec::new() }
+        Self { groups: if tokens > 0 { vec![(0, 0..tokens)] } else { Vec::new() }, ..Self::default() }
     }
 
     /// Counting sort of `choices`, for each token its experts and their weights.
@@ -48,33 +51,52 @@ impl Routing {
             .map(|expert| (expert, starts[expert]..starts[expert + 1]))
             .filter(|(_, rows)| !rows.is_empty())
             .collect();
-        let mut visits = vec![(0, 0.0); starts[experts]];
+        let mut tokens = vec![0; starts[experts]];
+        let mut visits = Vec::with_capacity(tokens.len());
         for (token, choices) in choices.iter().enumerate() {
             for &(expert, weight) in choices {
-                visits[starts[expert]] = (token, weight);
+                tokens[starts[expert]] = token;
+                visits.push((starts[expert], weight));
                 starts[expert] += 1;
             }
         }
-        Self { groups, visits }
+        Self { groups, tokens, visits }
     }
 
-    /// The tokens in the order of the visits.
-    pub fn gather(&self, x: &Activations, out: &mut Activations) {
-        reshape(out, self.visits.len(), x.ncols());
-        for (mut row, (token, _)) in out.outer_iter_mut().zip(&self.visits) {
-            row.assign(&x.row(*token));
-        }
+    /// The tokens in the order of the visits; out [visits, hidden].
+    pub fn gather(&self, ctx: &Context, x: &Activations, out: &mut Activations) {
+        let width = x.ncols();
+        reshape(out, self.tokens.len(), width);
+        by_rows(ctx, out, |row, out| out.copy_from_slice(&slice(x)[self.tokens[row] * width..][..width]));
     }
 
-    /// `out[t] = Σ weight · y[row]` over the visits of token t.
+    /// `out[t] = Σ weight · y[row]` over the visits of token t; y [visits, n], out [tokens, n].
     pub fn combine(&self, ctx: &Context, y: &Activations, tokens: usize, out: &mut Activations) {
-        reshape(out, tokens, y.ncols());
-        out.fill(0.0);
-        let width = y.ncols().max(1);
-        for (y, &(token, weight)) in slice(y).chunks_exact(width).zip(&self.visits) {
-            simd_kernels::scale_add(ctx.isa, &mut slice_mut(out)[token * width..(token + 1) * width], weight, y);
-        }
+        let width = y.ncols();
+        reshape(out, tokens, width);
+        let each = self.visits.len() / tokens.max(1);
+        by_rows(ctx, out, |token, out| {
+            out.fill(0.0);
+            for &(row, weight) in &self.visits[token * each..(token + 1) * each] {
+                simd_kernels::scale_add(ctx.isa, out, weight, &slice(y)[row * width..][..width]);
+            }
+        });
     }
+}
+
+/// Calls `job(index, row)` for each row, the rows shared among the team's threads.
+fn by_rows(ctx: &Context, rows: &mut Activations, job: impl Fn(usize, &mut [f32]) + Sync) {
+    let (count, width) = rows.dim();
+    if width == 0 || count == 0 {
+        return;
+    }
+    let threads = if count < SERIAL_TOKENS { 1 } else { ctx.team.threads() };
+    let part = count.div_ceil(threads);
+    ctx.team.each(slice_mut(rows).chunks_mut(part * width).enumerate().collect(), |(index, rows)| {
+        for (offset, row) in rows.chunks_exact_mut(width).enumerate() {
+            job(index * part + offset, row);
+        }
+    });
 }
 
 /// Routes `x` [tokens, hidden]: softmax over all experts, then the largest `experts_per_token`; among
@@ -114,9 +136,11 @@ mod tests {
 
     #[test]
     fn visits_are_sorted_by_expert_and_then_by_token() {
+        // A token with one choice never meets others with two, but the sort does not mind.
         let choices = [vec![(2, 0.75), (0, 0.25)], vec![(2, 1.0)], vec![(0, 0.5), (3, 0.5)]];
         let routing = Routing::sorted(&choices, 5);
         assert_eq!(routing.groups, [(0, 0..2), (2, 2..4), (3, 4..5)]);
-        assert_eq!(routing.visits, [(0, 0.25), (2, 0.5), (0, 0.75), (1, 1.0), (2, 0.5)]);
+        assert_eq!(routing.tokens, [0, 2, 0, 1, 2]);
+        assert_eq!(routing.visits, [(2, 0.75), (0, 0.25), (3, 1.0), (1, 0.5), (4, 0.5)]);
     }
 }
