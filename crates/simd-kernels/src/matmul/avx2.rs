@@ -139,7 +139,7 @@ fn many<const N: usize>(
                 let columns = column..(column + depth).min(cols);
                 // The parts in the order of use: panel by panel, the matrices in turn.
                 let part = |slot: usize| ws[slot % N].part(group.start + slot / N, &columns);
-                for slot in 0..group.len() * N {
+                for (slot, sums) in sums[..group.len() * N].iter_mut().enumerate() {
                     let next = if slot + 1 < group.len() * N {
                         start(part(slot + 1))
                     } else if columns.end < cols {
@@ -147,7 +147,7 @@ fn many<const N: usize>(
                     } else {
                         start(ws[0].part(group.end.min(ws[0].count() - 1), &(0..cols)))
                     };
-                    add_part(part(slot), x, tiles.clone(), &columns, &mut sums[slot][..tiles.len()], next);
+                    add_part(part(slot), x, tiles.clone(), &columns, &mut sums[..tiles.len()], next);
                 }
             }
             for tile in tiles.clone() {
