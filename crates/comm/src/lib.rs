@@ -40,6 +40,11 @@ mod solo;
 
 mod threads;
 
+// What calls cost on a link, and a communicator on which they cost that.
+mod cost;
+
+mod emulate;
+
 // The functions of MPI, collectives over its messages, the job, machines with several ranks, the communicator.
 #[cfg(feature = "mpi")]
 mod mpi_sys;
@@ -57,6 +62,8 @@ mod nodes;
 mod mpi_comm;
 
 pub use communicator::{Communicator, CommunicatorExt, ReduceOp};
+pub use cost::{Cluster, InvalidLink, Link, node_of};
+pub use emulate::EmulatedComm;
 pub use error::{CommError, Place};
 pub use ledger::{Collective, Entry, Ledger, Phase};
 #[cfg(feature = "mpi")]
