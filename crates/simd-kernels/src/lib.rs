@@ -1,4 +1,5 @@
 //! Transformer kernels over slices, each as a scalar reference and in AVX2, chosen once at run time.
+#![doc = include_str!("../README.md")]
 
 // Modules in reading order, lowest first; a module uses only those above it.
 
