@@ -1,8 +1,9 @@
 //! The ledger: calls, payload bytes, seconds and waiting per collective and phase.
 
 use std::fmt;
-use std::sync::atomic::{AtomicU8, AtomicU64, AtomicUsize, Ordering::Relaxed};
-use std::time::Duration;
+use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, AtomicUsize, Ordering::Relaxed};
+use std::sync::{Mutex, PoisonError};
+use std::time::{Duration, Instant};
 
 /// The kinds of communication that the ledger tells apart.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
@@ -117,6 +118,21 @@ pub struct Entry {
     pub wait_seconds: f64,
 }
 
+/// One call of its own, as a trace shows it.
+#[derive(Clone, Copy, PartialEq, Debug)]
+pub struct TracedCall {
+    /// The kind of communication.
+    pub collective: Collective,
+    /// When it began.
+    pub start: Instant,
+    /// How long it took.
+    pub length: Duration,
+    /// The part of `length` in which this rank only waited for a slower one.
+    pub waited: Duration,
+    /// As in [`Entry`].
+    pub payload_bytes: u64,
+}
+
 #[derive(Default, Debug)]
 struct Cell {
     calls: AtomicU64,
@@ -129,12 +145,15 @@ const NO_LAYER: usize = usize::MAX;
 
 /// Counts what one rank communicates; a communicator and all that is split from it share one.
 ///
-/// The counters are relaxed atomics in a fixed table: recording a call allocates nothing and takes no lock.
+/// The counters are relaxed atomics in a fixed table: recording a call allocates nothing and takes no lock,
+/// unless calls are traced one by one.
 #[derive(Debug)]
 pub struct Ledger {
     cells: [[Cell; Phase::ALL.len()]; Collective::ALL.len()],
     phase: AtomicU8,
     layer: AtomicUsize,
+    tracing: AtomicBool,
+    traced: Mutex<Vec<TracedCall>>,
 }
 
 impl Default for Ledger {
@@ -143,6 +162,8 @@ impl Default for Ledger {
             cells: Default::default(),
             phase: AtomicU8::new(Phase::Other as u8),
             layer: AtomicUsize::new(NO_LAYER),
+            tracing: AtomicBool::new(false),
+            traced: Mutex::default(),
         }
     }
 }
@@ -199,7 +220,17 @@ impl Ledger {
         }
     }
 
-    /// Adds one call.
+    /// Starts or stops to keep each call by itself.
+    pub fn trace(&self, on: bool) {
+        self.tracing.store(on, Relaxed);
+    }
+
+    /// The calls that were traced so far, in the order in which they ended; they are forgotten.
+    pub fn take_traced(&self) -> Vec<TracedCall> {
+        std::mem::take(&mut *self.traced.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    /// Adds one call, which ends now.
     pub(crate) fn record(
         &self,
         collective: Collective,
@@ -212,6 +243,17 @@ impl Ledger {
         cell.calls.fetch_add(1, Relaxed);
         cell.payload_bytes.fetch_add(payload_bytes as u64, Relaxed);
         cell.nanos.fetch_add(total.as_nanos() as u64, Relaxed);
+        if self.tracing.load(Relaxed) {
+            let start = Instant::now().checked_sub(total).unwrap_or_else(Instant::now);
+            let call = TracedCall {
+                collective,
+                start,
+                length: total,
+                waited: waited.min(total),
+                payload_bytes: payload_bytes as u64,
+            };
+            self.traced.lock().unwrap_or_else(PoisonError::into_inner).push(call);
+        }
         if !waited.is_zero() {
             cell.wait_nanos.fetch_add(waited.min(total).as_nanos() as u64, Relaxed);
         }
@@ -241,5 +283,24 @@ mod tests {
         ledger.reset();
         assert!(ledger.entries().is_empty());
         assert_eq!(ledger.layer(), Some(0));
+    }
+
+    #[test]
+    fn calls_are_kept_one_by_one_only_while_traced() {
+        let ledger = Ledger::default();
+        let us = Duration::from_micros(1);
+        let record = |bytes| ledger.record(Collective::Allreduce, Phase::Decode, bytes, 5 * us, 9 * us);
+        record(1);
+        ledger.trace(true);
+        let before = Instant::now();
+        record(2);
+        ledger.trace(false);
+        record(3);
+        let calls = ledger.take_traced();
+        assert_eq!(calls.len(), 1);
+        assert_eq!((calls[0].payload_bytes, calls[0].length, calls[0].waited), (2, 5 * us, 5 * us));
+        assert!(calls[0].start + calls[0].length >= before, "it ended when it was recorded");
+        assert!(ledger.take_traced().is_empty());
+        assert_eq!(ledger.entries()[0].calls, 3);
     }
 }

@@ -65,7 +65,7 @@ pub use communicator::{Communicator, CommunicatorExt, ReduceOp};
 pub use cost::{Cluster, InvalidLink, Link, node_of};
 pub use emulate::EmulatedComm;
 pub use error::{CommError, Place};
-pub use ledger::{Collective, Entry, Ledger, Phase};
+pub use ledger::{Collective, Entry, Ledger, Phase, TracedCall};
 #[cfg(feature = "mpi")]
 pub use mpi_comm::{MpiComm, MpiOptions};
 pub use solo::SoloComm;
