@@ -253,7 +253,8 @@ impl RowTile<'_> {
         }
     }
 
-    /// Turns a row's scores `skip..seen` into weights, zero elsewhere up to `cover`, and rescales its sums.
+    /// Turns a row's scores `skip..seen` into weights, with zeros behind them up to `cover`, and rescales its sums. What
+    /// lies before `skip` is left out by all.
     #[inline]
     #[target_feature(enable = "avx2,fma,f16c")]
     fn weigh(&mut self, row: usize, skip: usize, seen: usize, cover: usize) {
@@ -262,7 +263,6 @@ impl RowTile<'_> {
             scores.fill(0.0);
             return;
         }
-        scores[..skip].fill(0.0);
         scores[seen..].fill(0.0);
         let factor = soften(&mut scores[skip..seen], &mut self.max[row], &mut self.sum[row]);
         if factor != 1.0 {
