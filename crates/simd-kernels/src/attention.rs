@@ -16,9 +16,9 @@ use std::ops::Range;
 /// Rows of queries over a range of one KV head's keys.
 #[derive(Clone)]
 pub struct AttentionInput<'a> {
-    /// The queries, all heads of the group and all tokens in any order: [rows, head_dim].
+    /// The queries, all heads of the group and all tokens in any order: `[rows, head_dim]`.
     pub q: &'a [f32],
-    /// Row i sees the keys of `keys` below `visible[i]`: [rows]. Any values: not sorted, also beyond the cache.
+    /// Row i sees the keys of `keys` below `visible[i]`: `[rows]`. Any values: not sorted, also beyond the cache.
     pub visible: &'a [usize],
     /// The keys and values.
     pub kv: &'a KvHead,

@@ -13,7 +13,7 @@ pub(crate) const LOWEST: f32 = -87.3365;
 /// Larger arguments give the exponential of this one, just below ln(f32::MAX).
 pub(crate) const HIGHEST: f32 = 88.7228;
 
-/// x[i] = e^x[i], within 2 ulp on AVX2; 0 below −87.3365, at most 3.4028e38, never infinite.
+/// `x[i] = e^x[i]`, within 2 ulp on AVX2; 0 below −87.3365, at most 3.4028e38, never infinite.
 pub fn exp(isa: Isa, x: &mut [f32]) {
     dispatch!(isa, avx2::exp, scalar::exp, (x))
 }

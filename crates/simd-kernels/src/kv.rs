@@ -155,7 +155,7 @@ impl KvHead {
         }
     }
 
-    /// Appends one token; key and value: [head_dim].
+    /// Appends one token; key and value: `[head_dim]`.
     ///
     /// # Panics
     /// When a length is not head_dim.
@@ -189,7 +189,7 @@ impl KvHead {
         }
     }
 
-    /// The key of token `i`, as f32; out: [head_dim].
+    /// The key of token `i`, as f32; out: `[head_dim]`.
     ///
     /// # Panics
     /// When there is no such token or `out` has another length.
@@ -210,7 +210,7 @@ impl KvHead {
         }
     }
 
-    /// The value of token `i`, as f32; out: [head_dim].
+    /// The value of token `i`, as f32; out: `[head_dim]`.
     ///
     /// # Panics
     /// When there is no such token or `out` has another length.

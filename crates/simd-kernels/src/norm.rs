@@ -2,7 +2,7 @@
 
 use crate::isa::{Isa, dispatch};
 
-/// out[i] = weight[i] · x[i] / sqrt(mean(x²) + eps), one row.
+/// `out[i] = weight[i] · x[i] / sqrt(mean(x²) + eps)`, one row.
 ///
 /// # Panics
 /// When the lengths differ.
@@ -21,7 +21,7 @@ pub fn rms_norm_in_place(isa: Isa, x: &mut [f32], weight: &[f32], eps: f32) {
     dispatch!(isa, avx2::rms_norm_in_place, scalar::rms_norm_in_place, (x, weight, eps))
 }
 
-/// The residual and the norm that follows it in one pass: x[i] += y[i], then `out` is the [`rms_norm`] of x.
+/// The residual and the norm that follows it in one pass: `x[i] += y[i]`, then `out` is the [`rms_norm`] of x.
 ///
 /// # Panics
 /// When the lengths differ.

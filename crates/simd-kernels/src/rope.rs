@@ -3,9 +3,9 @@
 
 use crate::isa::{Isa, dispatch};
 
-/// Rotates one head in place: with h = head_dim / 2, the pair (head[i], head[h + i]) turns by the angle of `cos[i]`, `sin[i]`.
+/// Rotates one head in place: with h = head_dim / 2, the pair `(head[i], head[h + i])` turns by the angle of `cos[i]`, `sin[i]`.
 ///
-/// head: [head_dim], cos and sin: [head_dim / 2].
+/// head: `[head_dim]`, cos and sin: `[head_dim / 2]`.
 ///
 /// # Panics
 /// When the lengths do not fit.
@@ -17,7 +17,7 @@ pub fn rope(isa: Isa, head: &mut [f32], cos: &[f32], sin: &[f32]) {
 
 /// RMSNorm over each head, then [`rope`], for all the heads of one token: one pass where two calls a head make two.
 ///
-/// heads: [heads, head_dim], weight: [head_dim], cos and sin: [head_dim / 2].
+/// heads: `[heads, head_dim]`, weight: `[head_dim]`, cos and sin: `[head_dim / 2]`.
 ///
 /// # Panics
 /// When the lengths do not fit.

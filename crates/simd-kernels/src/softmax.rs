@@ -3,12 +3,12 @@
 use crate::exp;
 use crate::isa::{Isa, dispatch};
 
-/// x[i] = e^(x[i] − max) / Σ e^(x[j] − max). An empty row stays empty; a row of nothing but −∞ becomes NaN.
+/// `x[i] = e^(x[i] − max) / Σ e^(x[j] − max)`. An empty row stays empty; a row of nothing but −∞ becomes NaN.
 pub fn softmax(isa: Isa, x: &mut [f32]) {
     dispatch!(isa, avx2::softmax, scalar::softmax, (x))
 }
 
-/// (max, sum) with max = max x[i] and sum = Σ e^(x[i] − max), so that log Σ e^x[i] = max + ln(sum).
+/// (max, sum) with `max = max x[i]` and `sum = Σ e^(x[i] − max)`, so that `log Σ e^x[i] = max + ln(sum)`.
 /// An empty row, and one of nothing but −∞, gives (−∞, 0).
 pub fn log_sum_exp(isa: Isa, x: &[f32]) -> (f32, f32) {
     dispatch!(isa, avx2::log_sum_exp, scalar::log_sum_exp, (x))

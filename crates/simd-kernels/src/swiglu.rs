@@ -5,7 +5,7 @@ pub(crate) use avx2::gated256;
 
 use crate::isa::{Isa, dispatch};
 
-/// out[i] = gate[i] / (1 + e^(−gate[i])) · up[i].
+/// `out[i] = gate[i] / (1 + e^(−gate[i])) · up[i]`.
 ///
 /// # Panics
 /// When the lengths differ.

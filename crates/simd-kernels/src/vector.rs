@@ -2,7 +2,7 @@
 
 use crate::isa::{Isa, dispatch};
 
-/// Σ a[i] b[i].
+/// `Σ a[i] b[i]`.
 ///
 /// # Panics
 /// When the lengths differ.
@@ -11,7 +11,7 @@ pub fn dot(isa: Isa, a: &[f32], b: &[f32]) -> f32 {
     dispatch!(isa, avx2::dot, scalar::dot, (a, b))
 }
 
-/// x[i] += y[i].
+/// `x[i] += y[i]`.
 ///
 /// # Panics
 /// When the lengths differ.
@@ -19,7 +19,7 @@ pub fn add(isa: Isa, x: &mut [f32], y: &[f32]) {
     scale_add(isa, x, 1.0, y);
 }
 
-/// x[i] += s y[i].
+/// `x[i] += s y[i]`.
 ///
 /// # Panics
 /// When the lengths differ.
@@ -28,7 +28,7 @@ pub fn scale_add(isa: Isa, x: &mut [f32], s: f32, y: &[f32]) {
     dispatch!(isa, avx2::scale_add, scalar::scale_add, (x, s, y))
 }
 
-/// x[i] *= s.
+/// `x[i] *= s`.
 pub fn scale(isa: Isa, x: &mut [f32], s: f32) {
     dispatch!(isa, avx2::scale, scalar::scale, (x, s))
 }

@@ -12,11 +12,11 @@ use crate::vector::{scale, scale_add};
 /// m = max(m₁, m₂), s = s₁ e^(m₁ − m) + s₂ e^(m₂ − m), acc likewise.
 #[derive(Clone, Default)]
 pub struct SoftmaxState {
-    /// Largest score of each row: [rows].
+    /// Largest score of each row: `[rows]`.
     pub max: Vec<f32>,
-    /// Sum of exponentials of each row: [rows].
+    /// Sum of exponentials of each row: `[rows]`.
     pub sum: Vec<f32>,
-    /// Weighted sum of values of each row, not divided by `sum`: [rows, head_dim].
+    /// Weighted sum of values of each row, not divided by `sum`: `[rows, head_dim]`.
     pub acc: Vec<f32>,
     head_dim: usize,
     /// Working memory of the kernels, kept between calls.
@@ -60,7 +60,7 @@ impl SoftmaxState {
         self.merge_rows(isa, &other.max, &other.sum, &other.acc);
     }
 
-    /// As [`SoftmaxState::merge`], from parts that came over the wire; max, sum: [rows], acc: [rows, head_dim].
+    /// As [`SoftmaxState::merge`], from parts that came over the wire; max, sum: `[rows]`, acc: `[rows, head_dim]`.
     ///
     /// # Panics
     /// When the shapes differ.
@@ -84,7 +84,7 @@ impl SoftmaxState {
         }
     }
 
-    /// The attention of a row, acc / sum; zeros when it saw no key. out: [head_dim].
+    /// The attention of a row, acc / sum; zeros when it saw no key. out: `[head_dim]`.
     ///
     /// # Panics
     /// When there is no such row or `out` has another length.
