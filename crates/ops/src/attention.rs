@@ -4,7 +4,7 @@ use simd_kernels::{AttentionInput, KvHead, MatMut, SoftmaxState, attention_mater
 use std::fmt;
 use std::ops::Range;
 use std::str::FromStr;
-use tensor::{Activations, split_range};
+use tensor::{Activations, split_granular};
 
 use crate::context::Context;
 use crate::linear::{matrix, reshape, slice_mut};
@@ -153,10 +153,7 @@ pub(crate) fn norm_and_rotate(ctx: &Context, spec: &AttentionSpec<'_>, qkv: &mut
             let (queries, rest) = row.split_at_mut(shape.query_width());
             let keys = &mut rest[..shape.kv_width()];
             for (heads, weight) in [(queries, norm.q), (keys, norm.k)] {
-                for head in heads.chunks_exact_mut(shape.head_dim) {
-                    simd_kernels::rms_norm_in_place(ctx.isa, head, weight, norm.eps);
-                    simd_kernels::rope(ctx.isa, head, cos, sin);
-                }
+                simd_kernels::norm_rope(ctx.isa, heads, weight, norm.eps, cos, sin);
             }
         }
     });
@@ -179,6 +176,9 @@ const TASK_ROWS: usize = 128;
 
 /// Keys below which a head's cache is not split over threads.
 const PIECE_KEYS: usize = 256;
+
+/// Pieces of a cache begin where its kernels' tiles do.
+const SPAN: usize = 128;
 
 /// Attention of the given queries; out [tokens, heads * head_dim]. With `partial`, out is left
 /// undivided and the softmax state's maxima and sums go there.
@@ -208,7 +208,7 @@ pub(crate) fn attend(
         piece_states.resize_with(kv_heads * pieces, SoftmaxState::new);
         let parts = piece_states.iter_mut().enumerate().collect();
         ctx.team.drain(parts, per_thread, |(index, state), (queries, _)| {
-            let keys = split_range(keys, pieces, index % pieces);
+            let keys = split_granular(keys, SPAN, pieces, index % pieces);
             task.run(ctx, index / pieces, 0..tokens, keys, queries, state);
         });
         let mut blocks = OutputBlocks::whole(out, partial);
