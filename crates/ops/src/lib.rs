@@ -21,6 +21,9 @@ mod routing;
 mod schedule;
 mod team;
 
+// What the machine allows.
+mod limits;
+
 pub use attention::{AttentionAlgorithm, AttentionScratch, AttentionShape, AttentionSpec, QkNorm, Rotary};
 pub use attention_headwise::attention_headwise;
 pub use attention_sequence::{SequenceSpan, attention_sequence};
@@ -28,6 +31,7 @@ pub use context::Context;
 pub use embedding::Embedding;
 pub use kv_cache::LayerCache;
 pub use layout::TokenLayout;
+pub use limits::LimitsProbe;
 pub use linear::{Linear, gather_columns, linear_mpi, reshape};
 pub use lm_head::{LogitRows, lm_head, wanted_rows};
 pub use mlp::{Expert, Mlp, MlpScratch, mlp};

@@ -52,6 +52,11 @@ impl Profile {
         self.on.load(Ordering::Relaxed)
     }
 
+    /// Where `instant` lies on the clock of the spans.
+    pub fn since_start(&self, instant: Instant) -> Duration {
+        instant.saturating_duration_since(self.epoch)
+    }
+
     /// The spans so far, which are forgotten.
     pub fn take(&self) -> Vec<Span> {
         std::mem::take(&mut *lock(&self.spans))
@@ -80,7 +85,7 @@ impl Profile {
 
     fn push(&self, name: &'static str, thread: Option<usize>, start: Instant, work: Work) {
         let length = start.elapsed();
-        let start = start.saturating_duration_since(self.epoch);
+        let start = self.since_start(start);
         lock(&self.spans).push(Span { name, thread, start, length, work });
     }
 }

@@ -40,7 +40,9 @@ pub use heads::{HeadPlan, Imbalance, RankPlan, Share};
 pub use load::LoadProgress;
 pub use model::{Logits, Model};
 pub use names::{EMBEDDING, FINAL_NORM, LM_HEAD, LayerNames, MlpNames, TensorRole, TensorSpec, tensor_specs};
-pub use ops::{AttentionAlgorithm, Isa, IsaError, KvFormat, LogitRows, MlpSchedule, Placement};
+pub use ops::{
+    AttentionAlgorithm, Isa, IsaError, KvFormat, LimitsProbe, LogitRows, MlpSchedule, Placement, Profile, Span, Work,
+};
 pub use options::{ModelOptions, ParallelStrategy};
 pub use perplexity::{Perplexity, PerplexityError, perplexity};
 pub use presets::{Preset, UnknownPreset};

@@ -79,6 +79,11 @@ impl Model {
         &self.ctx.profile
     }
 
+    /// The surroundings of this rank's operations: its instruction set and its team.
+    pub fn context(&self) -> &Context {
+        &self.ctx
+    }
+
     /// The format of the projection weights in memory.
     pub fn weight_format(&self) -> tensor::WeightFormat {
         self.weight_format

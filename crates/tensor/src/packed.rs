@@ -178,6 +178,11 @@ impl PanelChunk<'_> {
         self.panels.clone()
     }
 
+    /// Sets every byte of the panels, which makes their memory resident, near the thread that calls.
+    pub fn fill(self, byte: u8) {
+        self.data.fill(byte);
+    }
+
     /// Fills the panels with their rows of `stack`, matrices one below the other that together are the packed matrix; reads
     /// only those rows, converts them if they are stored in another format, and needs the memory of about one panel.
     ///

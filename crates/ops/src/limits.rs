@@ -1,0 +1,99 @@
+//! What this rank's threads can do at best, measured: multiply-adds a second, and bytes read a second.
+
+use std::ops::Range;
+use std::sync::Mutex;
+use std::time::{Duration, Instant};
+
+use simd_kernels::{Isa, MULTIPLY_ADD_FLOPS, PANEL, multiply_add, read};
+use tensor::{PackedData, PackedMatrix, WeightFormat};
+
+use crate::context::Context;
+
+/// Floats read between two looks at the clock: 1 MiB, about 50 microseconds.
+const STRIDE: usize = 1 << 18;
+/// Rounds of multiply-adds between two looks at the clock: about as long.
+const ROUNDS: usize = 1 << 10;
+/// Columns of the matrix that lends its memory: a panel is 1 MiB.
+const COLS: usize = STRIDE / PANEL;
+
+/// Memory to read from, held as weights are: on huge pages, each thread's part touched first by that thread.
+pub struct LimitsProbe {
+    memory: PackedMatrix,
+    parts: Vec<Range<usize>>,
+}
+
+impl LimitsProbe {
+    /// A probe that reads `bytes` (rounded to MiB, at least one for each thread), which should be many times the caches.
+    pub fn new(ctx: &Context, bytes: usize) -> Self {
+        let panels = (bytes / (STRIDE * size_of::<f32>())).max(ctx.team.threads());
+        let mut memory = PackedMatrix::allocate(WeightFormat::F32, panels * PANEL, COLS);
+        let parts = ctx.team.panel_ranges(panels * PANEL);
+        // A page that nobody wrote is the one page of zeros, which never leaves the cache.
+        ctx.team.each(memory.split_panels(&parts), |chunk| chunk.fill(0x3c));
+        Self { memory, parts }
+    }
+
+    /// Bytes that the threads of this rank read in a second, measured for `time`.
+    pub fn read_bytes_per_s(&self, ctx: &Context, time: Duration) -> f64 {
+        let PackedData::F32(floats) = self.memory.data() else { unreachable!("the memory was allocated as f32") };
+        rate(ctx, self.parts.clone(), time, |part, step| {
+            let panel = part.start + step % part.len();
+            // The kernel's result depends on every bit, and this makes it wanted.
+            std::hint::black_box(read(ctx.isa, &floats[panel * STRIDE..][..STRIDE]));
+            (STRIDE * size_of::<f32>()) as f64
+        })
+    }
+
+    /// Floating-point operations that the threads of this rank do in a second, measured for `time`.
+    pub fn flops_per_s(&self, ctx: &Context, time: Duration) -> f64 {
+        // The portable loop is about a tenth as fast.
+        let rounds = if ctx.isa == Isa::scalar() { ROUNDS / 8 } else { ROUNDS };
+        rate(ctx, self.parts.clone(), time, |_, _| {
+            std::hint::black_box(multiply_add(ctx.isa, std::hint::black_box(rounds)));
+            (rounds * MULTIPLY_ADD_FLOPS) as f64
+        })
+    }
+}
+
+/// The rates of all threads together; each repeats `step(part, count)`, which says how much it did, for `time`.
+fn rate(
+    ctx: &Context,
+    parts: Vec<Range<usize>>,
+    time: Duration,
+    step: impl Fn(&Range<usize>, usize) -> f64 + Sync,
+) -> f64 {
+    let total = Mutex::new(0.0);
+    ctx.team.each(parts, |part| {
+        let (start, mut done, mut steps) = (Instant::now(), 0.0, 0);
+        while steps == 0 || start.elapsed() < time {
+            done += step(&part, steps);
+            steps += 1;
+        }
+        let own = done / start.elapsed().as_secs_f64();
+        *total.lock().expect("no step panics while it holds the lock") += own;
+    });
+    total.into_inner().expect("all threads have returned")
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use comm::SoloComm;
+
+    use super::*;
+    use crate::team::Placement;
+
+    #[test]
+    fn rates_are_those_of_a_computer_and_count_all_threads() {
+        for threads in [1, 3] {
+            let ctx = Context::new(Isa::detect(), Arc::new(SoloComm::new()), 1, threads, Placement::Free).unwrap();
+            let probe = LimitsProbe::new(&ctx, 8 << 20);
+            assert_eq!(probe.parts.len(), threads);
+            let time = Duration::from_millis(5);
+            let (read, flops) = (probe.read_bytes_per_s(&ctx, time), probe.flops_per_s(&ctx, time));
+            assert!((1e8..1e13).contains(&read), "{read} bytes/s on {threads} threads");
+            assert!((1e8..1e13).contains(&flops), "{flops} flop/s on {threads} threads");
+        }
+    }
+}
