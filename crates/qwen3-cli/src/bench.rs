@@ -1,12 +1,18 @@
 //! `qwen3 bench`: tokens a second of prefill and decode, and what the ranks exchange meanwhile.
 
+use std::fs::File;
+use std::io::Write as _;
+use std::path::PathBuf;
 use std::time::Instant;
 
 use clap::Args;
 use qwen3_model::comm::{CommunicatorExt as _, Entry, Phase};
 use qwen3_model::{KvCache, KvFormat, LogitRows, Model, Sampler, SamplingParams};
 
+use crate::bench_limits::{Limits, median};
+use crate::bench_profile::Recording;
 use crate::bench_report::{Measured, Report};
+use crate::bench_trace;
 use crate::failure::{CliError, Failure};
 use crate::options::{EngineOptions, LaunchOptions, misfit, positive};
 use crate::rank::Rank;
@@ -26,12 +32,24 @@ pub struct BenchArgs {
     #[arg(long, value_name = "N", default_value_t = 64)]
     gen_len: usize,
 
+    /// Decode after this many tokens, one measurement for each [default: after the first prompt]
+    #[arg(long, value_name = "N", value_delimiter = ',', value_parser = positive)]
+    depth: Vec<usize>,
+
+    /// Print a table of operations and collectives for each phase: calls, time, share, GB/s, GFLOP/s
+    #[arg(long)]
+    profile: bool,
+
+    /// Write a trace for ui.perfetto.dev or chrome://tracing: a row for each rank and thread, compute and collectives
+    #[arg(long, value_name = "FILE")]
+    trace: Option<PathBuf>,
+
     /// Measured repetitions, after one that only warms up
     #[arg(long, value_name = "N", default_value_t = 3, value_parser = positive)]
     reps: usize,
 
-    /// Print one JSON object: {"model","weights","ranks","threads","comm","strategy","attention","mlp","results","traffic"};
-    /// the traffic is rank 0's in one repetition of everything
+    /// Print one JSON object: {"model","weights","ranks","threads","comm","strategy","attention","mlp","results","traffic",
+    /// "limits","kv","isa"}; the traffic is rank 0's in one repetition of everything
     #[arg(long)]
     json: bool,
 
@@ -43,14 +61,10 @@ impl BenchArgs {
     /// Runs the command on this rank.
     pub fn run(&self, rank: &Rank) -> Result<(), Failure> {
         let model = session::load(rank, &self.engine, KvFormat::F16)?;
-        let longest = self.prompt_len.iter().copied().max().unwrap_or(0);
-        let context = model.config().context_length();
-        let needed = longest.max(self.prompt_len[0].saturating_add(self.gen_len));
-        if needed > context {
-            let found = format!("{needed} tokens with what is generated");
-            let error = misfit("--prompt-len", found, format!("at most {context}, the model's context"));
-            return Err(Failure::agreed(error));
-        }
+        let depths = if self.depth.is_empty() { &self.prompt_len[..1] } else { &self.depth };
+        let needed = self.check(&model, depths)?;
+        // A file that cannot be written is found before the measurements, not after.
+        let mut trace = rank.agree(self.trace_file(rank))?;
         let mut bench = Bench {
             rank,
             model: &model,
@@ -58,19 +72,54 @@ impl BenchArgs {
             cache: model.new_cache(needed),
             sampler: Sampler::new(SamplingParams::default(), model.config().vocab_size, rank.comm().clone())?,
             memory: Memory::of(&model)?,
+            limits: Limits::new(&model),
             entries: Vec::new(),
+            recordings: (self.profile || self.trace.is_some()).then(Vec::new),
         };
         let mut results = Vec::new();
         for &tokens in &self.prompt_len {
             results.push(bench.prefill(tokens, self.reps)?);
         }
         if self.gen_len > 0 {
-            results.push(bench.decode(self.prompt_len[0], self.gen_len, self.reps)?);
+            for &depth in depths {
+                results.push(bench.decode(depth, self.gen_len, self.reps)?);
+            }
+        }
+        let limits = bench.limits.medians()?;
+        let mut recordings = bench.recordings.take().unwrap_or_default();
+        if let Some(path) = &self.trace {
+            let own = bench_trace::events(rank.comm().rank(), model.options().threads, &recordings);
+            let text = bench_trace::file(&bench_trace::gather(&**rank.comm(), &own)?);
+            let written = trace.as_mut().map_or(Ok(()), |file| file.write_all(text.as_bytes()));
+            rank.agree(written.map_err(|source| CliError::file(path, source)))?;
+        }
+        if !self.profile {
+            recordings.clear();
         }
         let name = self.engine.model.display().to_string();
-        let report = Report { name, model: &model, results, entries: bench.entries };
+        let report = Report { name, model: &model, results, entries: bench.entries, limits, recordings };
         let text = if self.json { report.json() } else { report.table() };
         rank.agree(rank.say(&text))
+    }
+
+    /// The positions that the cache has to hold, if the model has as many.
+    fn check(&self, model: &Model, depths: &[usize]) -> Result<usize, Failure> {
+        let context = model.config().context_length();
+        let longest = self.prompt_len.iter().copied().max().unwrap_or(0);
+        let deepest = depths.iter().copied().max().unwrap_or(0).saturating_add(self.gen_len);
+        let needed = longest.max(deepest);
+        if needed <= context {
+            return Ok(needed);
+        }
+        let option = if longest <= context && !self.depth.is_empty() { "--depth" } else { "--prompt-len" };
+        let found = format!("{needed} tokens with what is generated");
+        Err(Failure::agreed(misfit(option, found, format!("at most {context}, the model's context"))))
+    }
+
+    /// The file of the trace on rank 0, if one is wanted.
+    fn trace_file(&self, rank: &Rank) -> Result<Option<File>, CliError> {
+        let path = self.trace.as_ref().filter(|_| rank.speaks());
+        path.map(|path| File::create(path).map_err(|source| CliError::file(path, source))).transpose()
     }
 }
 
@@ -102,51 +151,62 @@ struct Bench<'a> {
     cache: KvCache,
     sampler: Sampler,
     memory: Memory,
+    limits: Limits<'a>,
     /// The ledger of the last repetition of each measurement.
     entries: Vec<Entry>,
+    /// A further repetition of each, span by span; `None` where nobody asked for it.
+    recordings: Option<Vec<Recording>>,
+}
+
+/// What is repeated.
+#[derive(Clone, Copy)]
+struct Measurement {
+    phase: Phase,
+    /// Tokens of a repetition.
+    tokens: usize,
+    /// Tokens in the cache before it.
+    depth: usize,
+    reps: usize,
 }
 
 impl Bench<'_> {
     fn prefill(&mut self, tokens: usize, reps: usize) -> Result<Measured, Failure> {
-        let seconds = self.repeat(reps, Phase::Prefill, |bench| bench.fill(tokens), |bench| bench.cache.truncate(0))?;
-        let passes = tokens.div_ceil(self.chunk) as f64;
-        Ok(Measured {
-            phase: Phase::Prefill,
-            tokens,
-            flops: self.model.config().forward_flops(tokens, 0, 1) as f64,
-            bytes: passes * self.memory.weights,
-            seconds,
-        })
-    }
-
-    fn decode(&mut self, prompt: usize, tokens: usize, reps: usize) -> Result<Measured, Failure> {
         self.cache.truncate(0);
-        self.fill(prompt)?;
-        let work = |bench: &mut Self| bench.generate(tokens);
-        let seconds = self.repeat(reps, Phase::Decode, work, |bench| bench.cache.truncate(prompt))?;
-        let config = self.model.config();
-        let flops = (0..tokens).map(|step| config.forward_flops(1, prompt + step, 1) as f64).sum();
-        let per_position = self.cache_bytes()? / self.cache.len() as f64;
-        let positions = (0..tokens).map(|step| (prompt + step + 1) as f64).sum::<f64>();
-        let bytes = tokens as f64 * self.memory.weights + per_position * positions;
-        Ok(Measured { phase: Phase::Decode, tokens, flops, bytes, seconds })
+        let what = Measurement { phase: Phase::Prefill, tokens, depth: 0, reps };
+        let (seconds, limit) = self.repeat(what, |bench| bench.fill(tokens))?;
+        let passes = tokens.div_ceil(self.chunk) as f64;
+        let flops = self.model.config().forward_flops(tokens, 0, 1) as f64;
+        let bytes = passes * self.memory.weights;
+        Ok(Measured { phase: what.phase, tokens, flops, bytes, depth: 0, seconds, limit })
     }
 
-    /// Times `work` after one repetition that does not count; `reset` makes each start alike.
+    fn decode(&mut self, depth: usize, tokens: usize, reps: usize) -> Result<Measured, Failure> {
+        self.cache.truncate(0);
+        self.fill(depth)?;
+        let what = Measurement { phase: Phase::Decode, tokens, depth, reps };
+        let (seconds, limit) = self.repeat(what, |bench| bench.generate(tokens))?;
+        let config = self.model.config();
+        let flops = (0..tokens).map(|step| config.forward_flops(1, depth + step, 1) as f64).sum();
+        let per_position = self.cache_bytes()? / self.cache.len() as f64;
+        let positions = (0..tokens).map(|step| (depth + step + 1) as f64).sum::<f64>();
+        let bytes = tokens as f64 * self.memory.weights + per_position * positions;
+        Ok(Measured { phase: what.phase, tokens, flops, bytes, depth, seconds, limit })
+    }
+
+    /// Times `work` after one repetition that does not count, each from the same state of the cache, and looks at the
+    /// machine's limit before, between and after the repetitions: what slows the machine down lowers both.
     fn repeat(
         &mut self,
-        reps: usize,
-        phase: Phase,
+        what: Measurement,
         work: impl Fn(&mut Self) -> Result<(), Failure>,
-        reset: impl Fn(&mut Self),
-    ) -> Result<Vec<f64>, Failure> {
+    ) -> Result<(Vec<f64>, f64), Failure> {
         let comm = self.rank.comm();
-        let mut seconds = Vec::with_capacity(reps);
-        for rep in 0..=reps {
-            reset(self);
+        let (mut seconds, mut looks) = (Vec::with_capacity(what.reps), Vec::new());
+        for rep in 0..=what.reps {
+            self.cache.truncate(what.depth);
             comm.barrier()?;
             comm.ledger().reset();
-            comm.ledger().set_phase(phase);
+            comm.ledger().set_phase(what.phase);
             let start = Instant::now();
             work(self)?;
             comm.ledger().set_phase(Phase::Other);
@@ -155,9 +215,21 @@ impl Bench<'_> {
             if rep > 0 {
                 seconds.push(start.elapsed().as_secs_f64());
             }
+            looks.push(self.limits.look(what.phase)?);
         }
-        self.entries.extend(comm.ledger().entries().into_iter().filter(|entry| entry.phase == phase));
-        Ok(seconds)
+        self.entries.extend(comm.ledger().entries().into_iter().filter(|entry| entry.phase == what.phase));
+        if let Some(mut recordings) = self.recordings.take() {
+            self.cache.truncate(what.depth);
+            let model = self.model;
+            comm.barrier()?;
+            comm.ledger().set_phase(what.phase);
+            let (length, spans, calls) = Recording::of(model, || work(self))?;
+            comm.ledger().set_phase(Phase::Other);
+            let Measurement { phase, tokens, depth, .. } = what;
+            recordings.push(Recording { phase, tokens, depth, length, spans, calls });
+            self.recordings = Some(recordings);
+        }
+        Ok((seconds, median(&looks)))
     }
 
     /// A prompt of `tokens` tokens, in chunks; logits for the last one only.

@@ -6,6 +6,9 @@ use qwen3_model::Model;
 use qwen3_model::comm::{Collective, Entry, Phase};
 use serde_json::{Value, json};
 
+use crate::bench_limits::median;
+use crate::bench_profile::Recording;
+
 /// One phase at one length.
 pub struct Measured {
     /// Prefill or decode.
@@ -16,16 +19,23 @@ pub struct Measured {
     pub flops: f64,
     /// Bytes of weights and cache that a repetition reads, on all ranks together.
     pub bytes: f64,
+    /// Tokens in the cache before the repetition.
+    pub depth: usize,
     /// The time of each repetition.
     pub seconds: Vec<f64>,
+    /// What all ranks could do in a second, measured around the repetitions: operations in prefill, bytes in decode.
+    pub limit: f64,
 }
 
 impl Measured {
     fn median(&self) -> f64 {
-        let mut sorted = self.seconds.clone();
-        sorted.sort_by(f64::total_cmp);
-        let middle = sorted.len() / 2;
-        if sorted.len() % 2 == 1 { sorted[middle] } else { (sorted[middle - 1] + sorted[middle]) / 2.0 }
+        median(&self.seconds)
+    }
+
+    /// The share of the limit that the median repetition reaches.
+    fn limit_share(&self) -> f64 {
+        let work = if self.phase == Phase::Prefill { self.flops } else { self.bytes };
+        work / self.median() / self.limit
     }
 
     /// Fastest and slowest repetition, in tokens a second.
@@ -45,6 +55,10 @@ pub struct Report<'a> {
     pub results: Vec<Measured>,
     /// Rank 0's ledger of one repetition of each.
     pub entries: Vec<Entry>,
+    /// Floating-point operations and bytes read in a second, the machine's best on these ranks and threads.
+    pub limits: (f64, f64),
+    /// Where this rank's time went, if it was asked for.
+    pub recordings: Vec<Recording>,
 }
 
 impl Report<'_> {
@@ -63,6 +77,8 @@ impl Report<'_> {
                     "ms": seconds * 1e3,
                     "gflops": result.flops / seconds * 1e-9,
                     "gb_per_s": result.bytes / seconds * 1e-9,
+                    "limit_share": result.limit_share(),
+                    "depth": result.depth,
                 })
             })
             .collect();
@@ -79,7 +95,7 @@ impl Report<'_> {
                 })
             })
             .collect();
-        let report = json!({
+        let mut report = json!({
             "model": self.name,
             "weights": self.model.weight_format().name(),
             "ranks": comm.size(),
@@ -90,7 +106,13 @@ impl Report<'_> {
             "mlp": options.schedule().to_string(),
             "results": results,
             "traffic": traffic,
+            "limits": {"fma_gflops": self.limits.0 * 1e-9, "read_gb_per_s": self.limits.1 * 1e-9},
+            "kv": options.kv.to_string(),
+            "isa": options.isa.name(),
         });
+        if !self.recordings.is_empty() {
+            report["profile"] = self.recordings.iter().flat_map(Recording::json).collect();
+        }
         format!("{report}\n")
     }
 
@@ -112,22 +134,31 @@ impl Report<'_> {
             options.schedule(),
         );
         out.push_str(&line);
-        out.push_str("phase    tokens  tokens/s (slowest..fastest)       ms     GFLOP/s    GB/s\n");
+        out.push_str("phase    tokens  after  tokens/s (slowest..fastest)       ms     GFLOP/s    GB/s  of limit\n");
         for result in &self.results {
             let seconds = result.median();
             let (slowest, fastest) = result.spread();
             let spread = format!("({slowest:.1}..{fastest:.1})");
             let _ = writeln!(
                 out,
-                "{:<8} {:>6} {:>9.1} {spread:<20} {:>9.2} {:>9.1} {:>8.2}",
+                "{:<8} {:>6} {:>6} {:>9.1} {spread:<20} {:>9.2} {:>9.1} {:>8.2} {:>8.1}%",
                 result.phase.name(),
                 result.tokens,
+                result.depth,
                 result.tokens as f64 / seconds,
                 seconds * 1e3,
                 result.flops / seconds * 1e-9,
                 result.bytes / seconds * 1e-9,
+                result.limit_share() * 100.0,
             );
         }
+        let _ = writeln!(
+            out,
+            "limits measured in this run: {:.1} GFLOP/s of f32 multiply-adds (prefill), {:.2} GB/s read (decode)",
+            self.limits.0 * 1e-9,
+            self.limits.1 * 1e-9,
+        );
+        self.recordings.iter().for_each(|recording| out.push_str(&recording.table()));
         let traffic = self.traffic();
         if traffic.is_empty() {
             return out;

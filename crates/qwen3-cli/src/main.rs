@@ -25,8 +25,11 @@ mod prompt;
 mod session;
 
 // The commands.
-mod bench;
+mod bench_limits;
+mod bench_profile;
+mod bench_trace;
 mod bench_report;
+mod bench;
 mod chat;
 mod demo;
 mod generate;

@@ -137,8 +137,9 @@ fn bench_reports_results_and_the_ledger() {
     let mut args = args.to_vec();
     args.extend(["--ranks", "2", "--threads", "1"]);
     let found = json(&args);
-    let expected =
-        ["model", "weights", "ranks", "threads", "comm", "strategy", "attention", "mlp", "results", "traffic"];
+    let mut expected =
+        vec!["model", "weights", "ranks", "threads", "comm", "strategy", "attention", "mlp", "results", "traffic"];
+    expected.extend(["limits", "kv", "isa"]);
     assert_eq!(keys(&found), expected);
     assert_eq!(found["weights"], "bf16");
     assert_eq!((&found["ranks"], &found["threads"]), (&Value::from(2), &Value::from(1)));
@@ -152,8 +153,9 @@ fn bench_reports_results_and_the_ledger() {
         results.iter().map(|result| (result["phase"].as_str().unwrap(), result["tokens"].as_u64().unwrap())).collect();
     assert_eq!(phases, [("prefill", 16), ("prefill", 33), ("decode", 5)]);
     for result in results {
-        assert_eq!(keys(result), ["phase", "tokens", "tokens_per_s", "ms", "gflops", "gb_per_s"]);
-        for key in ["tokens_per_s", "ms", "gflops", "gb_per_s"] {
+        let measured = ["tokens_per_s", "ms", "gflops", "gb_per_s", "limit_share"];
+        assert_eq!(keys(result), [&["phase", "tokens"][..], &measured, &["depth"]].concat());
+        for key in measured {
             assert!(result[key].as_f64().unwrap() > 0.0, "{key}");
         }
     }

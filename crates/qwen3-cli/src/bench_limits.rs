@@ -1,0 +1,74 @@
+//! What the machine allows, measured next to the repetitions: on all ranks at once, with the model's own threads.
+
+use std::time::Duration;
+
+use qwen3_model::comm::{CommError, CommunicatorExt as _, Phase};
+use qwen3_model::{LimitsProbe, Model};
+
+/// How long one look takes. A bench takes one before, between and after the repetitions of each measurement.
+const LOOK: Duration = Duration::from_millis(50);
+/// Bytes that each thread reads: several times its share of any cache.
+const BYTES: usize = 64 << 20;
+
+/// The limits of the machine as they were seen during a bench.
+pub struct Limits<'a> {
+    model: &'a Model,
+    probe: LimitsProbe,
+    /// Floating-point operations a second of all ranks, one for each look.
+    flops: Vec<f64>,
+    /// Bytes read a second by all ranks, one for each look.
+    bytes: Vec<f64>,
+}
+
+impl<'a> Limits<'a> {
+    /// Nothing seen yet.
+    pub fn new(model: &'a Model) -> Self {
+        let probe = LimitsProbe::new(model.context(), BYTES * model.options().threads);
+        Self { model, probe, flops: Vec::new(), bytes: Vec::new() }
+    }
+
+    /// Looks at the limit of `phase`: arithmetic for prefill, reading for the others. All ranks call it together.
+    pub fn look(&mut self, phase: Phase) -> Result<f64, CommError> {
+        let (comm, ctx) = (self.model.comm(), self.model.context());
+        // Ranks that share a machine share its memory too: they have to measure at the same time.
+        comm.barrier()?;
+        let arithmetic = phase == Phase::Prefill;
+        let own = if arithmetic { self.probe.flops_per_s(ctx, LOOK) } else { self.probe.read_bytes_per_s(ctx, LOOK) };
+        let mut all = vec![0.0_f64; comm.size()];
+        comm.all_gather(&[own], &mut all)?;
+        let total = all.iter().sum();
+        if arithmetic { &mut self.flops } else { &mut self.bytes }.push(total);
+        Ok(total)
+    }
+
+    /// The medians of floating-point operations and of bytes read a second; what was never looked at is looked at now.
+    pub fn medians(&mut self) -> Result<(f64, f64), CommError> {
+        if self.flops.is_empty() {
+            self.look(Phase::Prefill)?;
+        }
+        if self.bytes.is_empty() {
+            self.look(Phase::Decode)?;
+        }
+        Ok((median(&self.flops), median(&self.bytes)))
+    }
+}
+
+/// The middle value, or the mean of the two in the middle; there has to be one.
+pub fn median(values: &[f64]) -> f64 {
+    let mut sorted = values.to_vec();
+    sorted.sort_by(f64::total_cmp);
+    let middle = sorted.len() / 2;
+    if sorted.len() % 2 == 1 { sorted[middle] } else { (sorted[middle - 1] + sorted[middle]) / 2.0 }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::median;
+
+    #[test]
+    fn the_median_is_in_the_middle() {
+        assert_eq!(median(&[5.0, 1.0, 9.0]), 5.0);
+        assert_eq!(median(&[8.0, 1.0, 9.0, 2.0]), 5.0);
+        assert_eq!(median(&[4.0]), 4.0);
+    }
+}

@@ -1,0 +1,96 @@
+//! What `qwen3 bench` shows beyond speed: limits, depth, the table of operations, the trace.
+
+mod program;
+
+use std::fs;
+
+use program::{assert_one_line, austen, json, keys, run};
+use serde_json::Value;
+
+const QUICK: [&str; 6] = ["--prompt-len", "16", "--gen-len", "3", "--reps", "1"];
+
+fn bench<'a>(model: &'a str, extra: &[&'a str]) -> Vec<&'a str> {
+    [&["bench", "--model", model][..], &QUICK, extra].concat()
+}
+
+#[test]
+fn limits_and_depth_are_part_of_the_results() {
+    let model = austen();
+    let extra = ["--json", "--depth", "16,64", "--weights", "q8", "--kv", "q8", "--threads", "2"];
+    let found = json(&bench(model.to_str().unwrap(), &extra));
+    assert_eq!((&found["weights"], &found["kv"]), (&"q8".into(), &"q8".into()));
+    assert_eq!(keys(&found["limits"]), ["fma_gflops", "read_gb_per_s"]);
+    for key in ["fma_gflops", "read_gb_per_s"] {
+        let limit = found["limits"][key].as_f64().unwrap();
+        assert!((0.1..100_000.0).contains(&limit), "{key}: {limit}");
+    }
+    let results = found["results"].as_array().unwrap();
+    let depths: Vec<_> = results.iter().map(|result| (result["phase"].as_str().unwrap(), &result["depth"])).collect();
+    assert_eq!(depths, [("prefill", &0.into()), ("decode", &16.into()), ("decode", &64.into())]);
+    // The looks around the only repetition are those of the medians.
+    let share = results[0]["limit_share"].as_f64().unwrap();
+    let expected = results[0]["gflops"].as_f64().unwrap() / found["limits"]["fma_gflops"].as_f64().unwrap();
+    assert!((share / expected - 1.0).abs() < 1e-6, "{share}, from the limits {expected}");
+    let bytes = |index: usize| results[index]["gb_per_s"].as_f64().unwrap() * results[index]["ms"].as_f64().unwrap();
+    assert!(bytes(2) > bytes(1), "a longer context is more to read");
+}
+
+#[test]
+fn a_context_that_is_too_deep_is_refused() {
+    let model = austen();
+    let failed = run(&bench(model.to_str().unwrap(), &["--depth", "5000"]));
+    assert_one_line(&failed, &["--depth", "4096"]);
+    let failed = run(&bench(model.to_str().unwrap(), &["--trace", "no/such/folder/trace.json"]));
+    assert_one_line(&failed, &["no/such/folder/trace.json"]);
+}
+
+#[test]
+fn the_profile_is_a_table_and_its_shares_add_up() {
+    let model = austen();
+    let table = run(&bench(model.to_str().unwrap(), &["--profile", "--ranks", "2", "--threads", "1"]));
+    assert!(table.success, "{table:?}");
+    for words in
+        ["prefill of 16 tokens: where", "decode of 3 tokens after 16: where", "qkv_proj", "lm_head", "Allreduce"]
+    {
+        assert!(table.stdout.contains(words), "{words:?} is missing: {}", table.stdout);
+    }
+    let found = json(&bench(model.to_str().unwrap(), &["--profile", "--json", "--ranks", "2", "--threads", "1"]));
+    let rows = found["profile"].as_array().unwrap();
+    for phase in ["prefill", "decode"] {
+        let of_phase: Vec<_> = rows.iter().filter(|row| row["phase"] == phase).collect();
+        let shares: f64 = of_phase.iter().map(|row| row["share"].as_f64().unwrap()).sum();
+        assert!((0.999..1.05).contains(&shares), "{phase}: {shares}");
+        // 4 layers; as many passes as tokens in decode.
+        let passes = if phase == "decode" { 3 } else { 1 };
+        let calls =
+            |operation: &str| of_phase.iter().find(|row| row["operation"] == operation).unwrap()["calls"].as_u64();
+        assert_eq!((calls("qkv_proj"), calls("Allreduce")), (Some(4 * passes), Some(8 * passes)));
+    }
+}
+
+#[test]
+fn the_trace_has_a_row_for_each_rank_and_thread() {
+    let (model, dir) = (austen(), tempfile::tempdir().unwrap());
+    let file = dir.path().join("trace.json");
+    let extra = ["--json", "--trace", file.to_str().unwrap(), "--ranks", "2", "--threads", "2"];
+    let found = json(&bench(model.to_str().unwrap(), &extra));
+    assert_eq!(found["profile"], Value::Null, "nobody asked for the table");
+    let trace: Value = serde_json::from_str(&fs::read_to_string(&file).unwrap()).expect("the trace is JSON");
+    let events = trace["traceEvents"].as_array().unwrap();
+    for rank in 0..2 {
+        let of_rank = || events.iter().filter(move |event| event["pid"] == rank);
+        let rows: Vec<_> =
+            of_rank().filter(|e| e["name"] == "thread_name").map(|e| e["args"]["name"].clone()).collect();
+        assert_eq!(rows, ["operations", "thread 0", "thread 1", "collectives"]);
+        for row in 0..4 {
+            let spans: Vec<_> = of_rank().filter(|event| event["ph"] == "X" && event["tid"] == row).collect();
+            assert!(!spans.is_empty(), "rank {rank}, row {row}");
+            for span in spans {
+                assert!(span["ts"].as_f64().unwrap() >= 0.0 && span["dur"].as_f64().unwrap() >= 0.0, "{span}");
+                assert_eq!(span["cat"] == "collective", row == 3, "{span}");
+            }
+        }
+        let reduced = of_rank().filter(|event| event["name"] == "Allreduce").count();
+        assert_eq!(reduced, 8 * (1 + 3), "4 layers of 2, a prompt and three tokens");
+    }
+}
