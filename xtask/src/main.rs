@@ -13,6 +13,7 @@ mod setup;
 mod demo;
 mod launch;
 mod mpi_test;
+mod report;
 mod suite;
 
 mod ci;
@@ -84,6 +85,14 @@ enum Command {
         #[arg(last = true, required = true, value_name = "ARGS")]
         args: Vec<std::ffi::OsString>,
     },
+    /// Measure this machine and write docs/performance.md with its charts
+    ///
+    /// Takes half an hour on two cores and nearly 6 GB under target/; nothing else should run meanwhile.
+    Report {
+        /// Few layers, short prompts, one repetition: to see that it works
+        #[arg(long)]
+        quick: bool,
+    },
     /// Check what the compiler does not: layers, unsafe, file heads and lengths, what the documents name
     Tidy,
     /// Format, clippy, tidy and documentation checks, then all tests
@@ -111,6 +120,7 @@ fn run(command: Command) -> Result<ExitCode> {
         Command::Test => suite::command(),
         Command::MpiTest { ranks, package, deadline } => mpi_test::command(&ranks, package.as_deref(), deadline),
         Command::Mpirun { ranks, hostfile, bind, args } => launch::command(ranks, hostfile, bind, &args),
+        Command::Report { quick } => report::command(quick),
         Command::Tidy => tidy::command(),
         Command::Ci { no_test } => ci::command(no_test),
     }

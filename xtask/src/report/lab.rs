@@ -1,0 +1,155 @@
+//! Where the sections measure: the built program, the checkpoints it runs, and the commands that were run.
+
+use std::fmt::Write as _;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::Duration;
+
+use anyhow::{Context, Result, bail};
+use serde_json::Value;
+
+use crate::process::{self, Output};
+use crate::{launch, workspace};
+
+/// No single bench takes longer.
+const DEADLINE: Duration = Duration::from_secs(3600);
+
+/// What the sections share.
+pub struct Lab {
+    /// Whether to measure less, to see that all works.
+    pub quick: bool,
+    /// Cores that this process may use.
+    pub cores: usize,
+    program: PathBuf,
+    cache: PathBuf,
+    /// The commands since the last look, as a user would type them.
+    commands: Vec<String>,
+}
+
+impl Lab {
+    /// Builds the program (without MPI: the ranks of these sections are threads of one process).
+    pub fn open(quick: bool) -> Result<Self> {
+        let program = launch::build_program(None)?;
+        let release = program.parent().and_then(Path::parent).context("the program lies in no target folder")?;
+        let cache = release.join("report");
+        std::fs::create_dir_all(&cache).with_context(|| format!("cannot make {}", cache.display()))?;
+        let cores = std::thread::available_parallelism().map_or(1, usize::from);
+        Ok(Self { quick, cores, program, cache, commands: Vec::new() })
+    }
+
+    /// A random checkpoint of a published shape, made at the first call and kept under the target folder.
+    pub fn synth(&mut self, preset: &str, layers: Option<usize>) -> Result<PathBuf> {
+        let name = layers.map_or(preset.to_owned(), |layers| format!("{preset}-{layers}-layers"));
+        let folder = self.cache.join(name);
+        let layers = layers.map(|layers| layers.to_string());
+        let mut args = vec!["synth", "--preset", preset];
+        args.extend(layers.iter().flat_map(|layers| ["--layers", layers]));
+        let path = folder.to_string_lossy().into_owned();
+        args.push(&path);
+        if folder.is_dir() {
+            self.note(&args);
+            return Ok(folder);
+        }
+        // Written under another name first: an interrupted run leaves no half checkpoint under the right one.
+        let unfinished = folder.with_extension("unfinished");
+        if unfinished.exists() {
+            std::fs::remove_dir_all(&unfinished).with_context(|| format!("cannot remove {}", unfinished.display()))?;
+        }
+        let mut real = args.clone();
+        let unfinished_path = unfinished.to_string_lossy().into_owned();
+        *real.last_mut().expect("the folder is the last argument") = &unfinished_path;
+        self.run(&real)?;
+        std::fs::rename(&unfinished, &folder).with_context(|| format!("cannot rename {}", unfinished.display()))?;
+        self.note(&args);
+        Ok(folder)
+    }
+
+    /// Runs `qwen3 bench` (or another command with `--json`) and reads its answer.
+    pub fn json(&mut self, args: &[&str]) -> Result<Value> {
+        self.note(args);
+        let answer = self.run(args)?;
+        serde_json::from_str(&answer).with_context(|| format!("qwen3 {} printed no JSON", args.join(" ")))
+    }
+
+    /// The commands since the last call, for the end of a section.
+    pub fn take_commands(&mut self) -> String {
+        let mut out = String::from("\n```sh\n");
+        for command in self.commands.drain(..) {
+            let _ = writeln!(out, "{command}");
+        }
+        out + "```\n"
+    }
+
+    fn note(&mut self, args: &[&str]) {
+        let root = workspace::root();
+        let cache = self.cache.strip_prefix(&root).unwrap_or(Path::new("target/report"));
+        let line = args.join(" ").replace(&*self.cache.to_string_lossy(), &cache.to_string_lossy());
+        let line = line.replace(&format!("{}/", root.display()), "");
+        self.commands.push(format!("qwen3 {line}"));
+    }
+
+    fn run(&self, args: &[&str]) -> Result<String> {
+        eprintln!("report: qwen3 {}", args.join(" "));
+        let mut command = Command::new(&self.program);
+        let finished = process::run(command.args(args), DEADLINE, Output::Silent)?;
+        if !finished.ok() {
+            bail!("qwen3 {}: {}", args.join(" "), finished.reason());
+        }
+        Ok(finished.stdout)
+    }
+}
+
+/// One result of a bench.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Measured {
+    /// Tokens a second.
+    pub speed: f64,
+    /// The share of the limit.
+    pub share: f64,
+}
+
+impl Measured {
+    /// Finds the result of `phase` with so many tokens (prefill) or after so many (decode).
+    pub fn find(bench: &Value, phase: &str, length: usize) -> Option<Self> {
+        let key = if phase == "prefill" { "tokens" } else { "depth" };
+        let wanted = |result: &&Value| result["phase"] == phase && result[key].as_u64() == Some(length as u64);
+        let result = bench["results"].as_array()?.iter().find(wanted)?;
+        Some(Self { speed: result["tokens_per_s"].as_f64()?, share: result["limit_share"].as_f64()? })
+    }
+
+    /// The speed at the limit itself.
+    pub fn at_limit(self) -> f64 {
+        self.speed / self.share
+    }
+}
+
+/// `"123 (0.87)"`: tokens a second and share of the limit, or a dash.
+pub fn cell(measured: Option<Measured>) -> String {
+    match measured {
+        Some(Measured { speed, share }) if speed < 100.0 => format!("{speed:.1} ({share:.2})"),
+        Some(Measured { speed, share }) => format!("{speed:.0} ({share:.2})"),
+        None => "–".to_owned(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    #[test]
+    fn results_are_found_by_phase_and_length() {
+        let bench = json!({"results": [
+            {"phase": "prefill", "tokens": 32, "tokens_per_s": 150.5, "limit_share": 0.75, "depth": 0},
+            {"phase": "decode", "tokens": 32, "tokens_per_s": 25.0, "limit_share": 0.5, "depth": 128},
+        ]});
+        let prefill = Measured::find(&bench, "prefill", 32).unwrap();
+        assert_eq!(prefill, Measured { speed: 150.5, share: 0.75 });
+        let decode = Measured::find(&bench, "decode", 128).unwrap();
+        assert_eq!(decode.at_limit(), 50.0);
+        assert_eq!(Measured::find(&bench, "decode", 32), None);
+        let cells = [Some(prefill), Some(decode), None].map(cell);
+        assert_eq!(cells, ["150 (0.75)", "25.0 (0.50)", "–"]);
+    }
+}
