@@ -30,7 +30,10 @@ fn perplexity_stays_near_the_stored_weights() {
         let written = run(&["quantize", "--model", stored, "--weights", format, copy]);
         assert!(written.success, "{written:?}");
         let loaded = perplexity(copy, &["--ranks", "2"]);
-        assert!((loaded / reference - 1.0).abs() < bound, "{format} from its own checkpoint: {loaded}, stored {reference}");
+        assert!(
+            (loaded / reference - 1.0).abs() < bound,
+            "{format} from its own checkpoint: {loaded}, stored {reference}"
+        );
     }
 }
 
