@@ -1,0 +1,177 @@
+//! The weights that each rank would hold, from the checkpoint's headers alone.
+
+use ops::MlpSchedule;
+use tensor::{Checkpoint, CheckpointError, GROUP, WeightFormat, split_granular, split_range};
+
+use crate::config::Config;
+use crate::heads::HeadPlan;
+use crate::names::{EMBEDDING, LM_HEAD, LayerNames};
+use crate::options::ParallelStrategy;
+
+/// An amount for each weight format, in the order of [`WeightFormat::ALL`].
+pub(crate) type ByFormat = [f64; WeightFormat::ALL.len()];
+
+fn add(sum: &mut ByFormat, format: WeightFormat, amount: f64) {
+    let index = WeightFormat::ALL.iter().position(|other| *other == format);
+    sum[index.expect("ALL lists every format")] += amount;
+}
+
+/// The formats that a model's matrices have in memory.
+#[derive(Clone, Debug)]
+pub struct WeightFormats {
+    layers: Vec<LayerFormats>,
+    head: WeightFormat,
+}
+
+#[derive(Clone, Debug)]
+struct LayerFormats {
+    qkv: WeightFormat,
+    output: WeightFormat,
+    router: Option<WeightFormat>,
+    /// Gate, up and down, and how many experts have them; one in a dense layer.
+    experts: Vec<([WeightFormat; 3], usize)>,
+    /// Of the first expert's down projection, which decides where columns may be cut.
+    granule: usize,
+}
+
+/// The share of one rank.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct RankWeights {
+    /// Bytes held.
+    pub bytes: usize,
+    /// Bytes by format that every pass reads, and those of experts.
+    pub always: ByFormat,
+    pub experts: ByFormat,
+    /// Elements by format that a token of attention and of the feed-forward block visits.
+    pub attention_elements: ByFormat,
+    pub mlp_elements: ByFormat,
+    /// Elements of the head.
+    pub head_elements: ByFormat,
+}
+
+impl WeightFormats {
+    /// Reads the headers; `chosen` replaces the stored formats except those of routers.
+    ///
+    /// # Errors
+    /// When a tensor is missing or its format unknown.
+    pub fn read(
+        config: &Config,
+        checkpoint: &Checkpoint,
+        chosen: Option<WeightFormat>,
+    ) -> Result<Self, CheckpointError> {
+        let format = |name: &str| chosen.map_or_else(|| checkpoint.stored_format(name), Ok);
+        let layer = |index| -> Result<LayerFormats, CheckpointError> {
+            let names = LayerNames::new(index);
+            let moe = config.moe.as_ref().filter(|_| config.is_sparse(index));
+            let blocks = match moe {
+                Some(moe) => (0..moe.num_experts).map(|expert| names.expert(expert)).collect(),
+                None => vec![names.mlp()],
+            };
+            let mut experts: Vec<([WeightFormat; 3], usize)> = Vec::new();
+            for names in &blocks {
+                let formats = [format(&names.gate_proj)?, format(&names.up_proj)?, format(&names.down_proj)?];
+                match experts.iter_mut().find(|(other, _)| *other == formats) {
+                    Some((_, count)) => *count += 1,
+                    None => experts.push((formats, 1)),
+                }
+            }
+            let quantized = experts[0].0[2].is_quantized();
+            Ok(LayerFormats {
+                qkv: format(&names.q_proj)?,
+                output: format(&names.o_proj)?,
+                router: moe.map(|_| checkpoint.stored_format(&names.router())).transpose()?,
+                experts,
+                granule: if quantized { GROUP } else { 1 },
+            })
+        };
+        let head = if config.tie_word_embeddings { EMBEDDING } else { LM_HEAD };
+        Ok(Self { layers: (0..config.num_hidden_layers).map(layer).collect::<Result<_, _>>()?, head: format(head)? })
+    }
+
+    /// The format of the head, which reports name as that of the weights.
+    pub fn main(&self) -> WeightFormat {
+        self.head
+    }
+
+    /// Feed-forward columns that are never cut apart: 1, or the group of a quantized format.
+    pub fn granularity(&self) -> usize {
+        self.layers.first().map_or(1, |layer| layer.granule)
+    }
+
+    /// Bytes of packed weights of `rank` among `ranks`, replicated KV heads and routers included: what
+    /// [`Model::weight_bytes`](crate::Model::weight_bytes) is after loading.
+    pub fn bytes(
+        &self,
+        config: &Config,
+        strategy: ParallelStrategy,
+        schedule: MlpSchedule,
+        ranks: usize,
+        rank: usize,
+    ) -> usize {
+        self.of_rank(config, strategy, schedule, ranks, rank).bytes
+    }
+
+    pub(crate) fn of_rank(
+        &self,
+        config: &Config,
+        strategy: ParallelStrategy,
+        schedule: MlpSchedule,
+        ranks: usize,
+        rank: usize,
+    ) -> RankWeights {
+        let (tp, _) = strategy.grid(ranks);
+        let heads = HeadPlan::new(config, tp, rank % tp);
+        let (hidden, head_dim) = (config.hidden_size, config.head_dim);
+        let qkv_rows = (heads.query_heads.len() + 2 * heads.kv_heads.len()) * head_dim;
+        let queries = heads.query_heads.len() * head_dim;
+        // Where no ranks split weights, those that split positions divide the feed-forward blocks.
+        let (parts, part) = if tp > 1 { (tp, rank % tp) } else { (ranks, rank) };
+
+        let mut share = RankWeights::default();
+        for (index, layer) in self.layers.iter().enumerate() {
+            for (format, rows, cols) in [(layer.qkv, qkv_rows, hidden), (layer.output, hidden, queries)] {
+                share.hold(format, rows, cols);
+                add(&mut share.attention_elements, format, (rows * cols) as f64);
+            }
+            let moe = config.moe.as_ref().filter(|_| config.is_sparse(index));
+            let (columns, experts, visited) = match moe {
+                Some(moe) => (moe.moe_intermediate_size, moe.num_experts, moe.num_experts_per_tok),
+                None => (config.intermediate_size, 1, 1),
+            };
+            if let Some(format) = layer.router {
+                share.hold(format, experts, hidden);
+                add(&mut share.mlp_elements, format, (experts * hidden) as f64);
+            }
+            let own = split_granular(columns, layer.granule, parts, part).len();
+            let (inner, (down_rows, down_cols)) = match schedule {
+                MlpSchedule::Local => (columns, (hidden, columns)),
+                MlpSchedule::Gathered => (own, (split_granular(hidden, 1, parts, part).len(), columns)),
+                MlpSchedule::Fused | MlpSchedule::Naive => (own, (hidden, own)),
+            };
+            for ([gate, up, down], count) in &layer.experts {
+                for (format, rows, cols) in
+                    [(*gate, inner, hidden), (*up, inner, hidden), (*down, down_rows, down_cols)]
+                {
+                    let bytes = count * format.packed_bytes(rows, cols);
+                    share.bytes += bytes;
+                    add(if moe.is_some() { &mut share.experts } else { &mut share.always }, format, bytes as f64);
+                    let visits = (count * visited) as f64 / experts as f64;
+                    add(&mut share.mlp_elements, format, visits * (rows * cols) as f64);
+                }
+            }
+        }
+        let vocabulary = split_range(config.vocab_size, ranks, rank).len();
+        share.hold(self.head, vocabulary, hidden);
+        add(&mut share.head_elements, self.head, (vocabulary * hidden) as f64);
+        share
+    }
+}
+
+impl RankWeights {
+    /// A matrix that every pass reads.
+    fn hold(&mut self, format: WeightFormat, rows: usize, cols: usize) {
+        let bytes = format.packed_bytes(rows, cols);
+        self.bytes += bytes;
+        add(&mut self.always, format, bytes as f64);
+    }
+}

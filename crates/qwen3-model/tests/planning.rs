@@ -1,0 +1,138 @@
+//! The plan: memory as loaded, traffic as counted, and recommendations that make sense.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use qwen3_model::comm::{ThreadComm, WireFormat};
+use qwen3_model::{
+    Checkpoint, Config, Isa, KvFormat, LinkFigures, LogitRows, Machine, MlpSchedule, Model, ModelOptions,
+    ParallelStrategy, Plan, PlanInput, Preset, SynthOptions, TrafficModel, WeightFormat, WeightFormats, plan,
+    synthesize,
+};
+
+fn folder(case: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data").join(case)
+}
+
+#[test]
+fn memory_is_what_loading_takes() {
+    let cases = [
+        "dense-tied-bf16",
+        "dense-untied-f32",
+        "dense-uneven-bf16",
+        "dense-sharded-f16",
+        "dense-yarn-bf16",
+        "moe-bf16",
+    ];
+    for case in cases {
+        let dir = folder(case);
+        let config = Config::read(&dir).unwrap();
+        let checkpoint = Checkpoint::open(&dir).unwrap();
+        for (weights, ranks) in [None, Some(WeightFormat::Q8)].into_iter().flat_map(|w| (1..=5).map(move |r| (w, r))) {
+            let formats = WeightFormats::read(&config, &checkpoint, weights).unwrap();
+            let grids = (2..ranks).filter(|tp| ranks % tp == 0).map(|tp| ParallelStrategy::Grid { tp, sp: ranks / tp });
+            for strategy in [ParallelStrategy::Heads, ParallelStrategy::Sequence].into_iter().chain(grids) {
+                for mlp in [MlpSchedule::Fused, MlpSchedule::Naive, MlpSchedule::Gathered, MlpSchedule::Local] {
+                    let options =
+                        ModelOptions { strategy, mlp: Some(mlp), weights, ..ModelOptions::new(Isa::scalar()) };
+                    std::thread::scope(|scope| {
+                        for (rank, comm) in ThreadComm::group(ranks).into_iter().enumerate() {
+                            let (dir, formats, config) = (&dir, &formats, &config);
+                            scope.spawn(move || {
+                                let model = Model::load(dir, Arc::new(comm), &options, &|_| ()).unwrap();
+                                let planned = formats.bytes(config, strategy, mlp, ranks, rank);
+                                let label = format!("{case}, {weights:?}, rank {rank} of {ranks}, {strategy} {mlp}");
+                                assert_eq!(planned, model.weight_bytes(), "{label}");
+                            });
+                        }
+                    });
+                }
+            }
+        }
+    }
+}
+
+/// The shape of Qwen3-0.6B with two layers.
+fn shape() -> (tempfile::TempDir, Config, WeightFormats) {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("model");
+    synthesize(&path, &SynthOptions { preset: Preset::Tiny, layers: None, seed: 1 }, &mut |_| ()).unwrap();
+    let tiny = Config::read(&path).unwrap();
+    let formats = WeightFormats::read(&tiny, &Checkpoint::open(&path).unwrap(), None).unwrap();
+    (dir, tiny, formats)
+}
+
+fn run(config: &Config, weights: &WeightFormats, machine: &Machine, change: impl FnOnce(&mut PlanInput<'_>)) -> Plan {
+    let mut input = PlanInput {
+        config,
+        weights,
+        kv: KvFormat::F16,
+        wire: WireFormat::F32,
+        machine,
+        ranks: machine.ranks,
+        nodes: machine.nodes,
+        prompt: 64,
+        generate: 64,
+        chunk: 512,
+        schedule: None,
+        all_schedules: true,
+    };
+    change(&mut input);
+    plan(&input)
+}
+
+#[test]
+fn calls_and_bytes_are_those_of_the_traffic_model() {
+    let (_dir, config, weights) = shape();
+    for ranks in 1..=6 {
+        let machine = Machine::typical(ranks, 1, 1);
+        for way in run(&config, &weights, &machine, |_| ()).ways {
+            let of = |tokens, past| {
+                let (mut calls, mut bytes) = (0, 0);
+                for rank in 0..ranks {
+                    let model = TrafficModel {
+                        config: &config,
+                        ranks,
+                        rank,
+                        strategy: way.strategy,
+                        schedule: way.schedule,
+                        granularity: 1,
+                    };
+                    let traffic = model.forward(tokens, past, LogitRows::Last);
+                    calls = calls.max(traffic.iter().map(|entry| entry.calls).sum());
+                    bytes = bytes.max(traffic.iter().map(|entry| entry.payload_bytes).sum());
+                }
+                // The candidates for the next token.
+                if ranks > 1 { (calls + 1, bytes + 8 * ranks as u64) } else { (calls, bytes) }
+            };
+            let label = format!("{ranks} ranks, {} {}", way.strategy, way.schedule);
+            assert_eq!((way.prompt.calls, way.prompt.bytes), of(64, 0), "{label}");
+            assert_eq!((way.token.calls, way.token.bytes), of(1, 96), "{label}");
+            assert_eq!((way.weight_bytes.len(), way.kv_bytes.len()), (ranks, ranks), "{label}");
+        }
+    }
+}
+
+#[test]
+fn recommendations_follow_the_machine() {
+    let (_dir, config, weights) = shape();
+    let mut machine = Machine::typical(4, 4, 1);
+    let best = |plan: Plan| plan.ways[plan.best].clone();
+    // Reading a few hundred kilobytes is nothing against 2 collectives a layer of 2 * 40 us: one a layer is better.
+    machine.between = LinkFigures { alpha_us: 40.0, beta_gb_s: 0.117 };
+    assert_eq!(best(run(&config, &weights, &machine, |_| ())).strategy, ParallelStrategy::Sequence);
+    // Memory that slow makes the split of the weights worth any collective.
+    machine.rates[0].read_gb_s = 1e-4;
+    let slow = best(run(&config, &weights, &machine, |_| ()));
+    assert_eq!((slow.strategy, slow.schedule), (ParallelStrategy::Heads, MlpSchedule::Fused));
+    // What the user fixed stays.
+    for schedule in [MlpSchedule::Local, MlpSchedule::Naive] {
+        let plan = run(&config, &weights, &machine, |input| input.schedule = Some(schedule));
+        assert!(plan.ways.iter().all(|way| way.schedule == schedule));
+    }
+    // A shorter wire costs less on such a link, and one rank nothing.
+    let seconds = |wire| best(run(&config, &weights, &machine, |input| input.wire = wire)).token.collective_seconds;
+    assert!(seconds(WireFormat::Bf16) < seconds(WireFormat::F32));
+    let alone = run(&config, &weights, &Machine::typical(1, 1, 2), |_| ());
+    assert_eq!(best(alone).token.collective_seconds, 0.0);
+}
