@@ -266,7 +266,7 @@ impl<'a> InputPart<'a> {
         match self.data {
             PartData::Float(out) => {
                 for (rows, out) in rows.zip(out.chunks_mut(Input::TILE * cols)) {
-                    pack_float(rows, cols, out);
+                    pack_float(isa, rows, cols, out);
                 }
             }
             PartData::Int16(words, scales) => {

@@ -4,17 +4,8 @@ use crate::isa::{Isa, dispatch};
 use crate::panels::GROUP;
 
 /// Interleaves `m` rows: `out[m k + i] = rows[i cols + k]`, where `rows` is `[m, cols]`.
-pub(crate) fn pack_float(rows: &[f32], cols: usize, out: &mut [f32]) {
-    let m = rows.len() / cols;
-    if m == 1 {
-        out.copy_from_slice(rows);
-        return;
-    }
-    for (i, row) in rows.chunks_exact(cols).enumerate() {
-        for (out, &x) in out[i..].iter_mut().step_by(m).zip(row) {
-            *out = x;
-        }
-    }
+pub(crate) fn pack_float(isa: Isa, rows: &[f32], cols: usize, out: &mut [f32]) {
+    dispatch!(isa, avx2::pack_float, scalar::pack_float, (rows, cols, out))
 }
 
 /// Quantizes `rows [m, cols]` to int16 per group and interleaves column pairs; see `Input` for the order.
@@ -61,6 +52,20 @@ fn scale_for(largest: f32, limit: f32) -> (f32, f32) {
 
 mod scalar {
     use super::{GROUP, join_pair, scale_for};
+
+    pub(super) fn pack_float(rows: &[f32], cols: usize, out: &mut [f32]) {
+        interleave(rows, cols, 0, out);
+    }
+
+    /// The columns from `first` on.
+    pub(super) fn interleave(rows: &[f32], cols: usize, first: usize, out: &mut [f32]) {
+        let m = rows.len() / cols;
+        for (i, row) in rows.chunks_exact(cols).enumerate() {
+            for (out, &x) in out.iter_mut().skip(m * first + i).step_by(m).zip(&row[first..]) {
+                *out = x;
+            }
+        }
+    }
 
     pub(super) fn pack_int16(rows: &[f32], cols: usize, words: &mut [i32], scales: &mut [f32]) {
         let m = rows.len() / cols;
@@ -110,7 +115,51 @@ mod avx2 {
     use std::arch::x86_64::*;
 
     use super::{GROUP, scale_for};
-    use crate::lanes::load;
+    use crate::lanes::{load, store};
+
+    /// Six rows eight columns at a time, else as the reference.
+    #[target_feature(enable = "avx2,fma,f16c")]
+    pub(super) fn pack_float(rows: &[f32], cols: usize, out: &mut [f32]) {
+        let mut done = 0;
+        if rows.len() == 6 * cols {
+            let row = |i: usize| rows[i * cols..(i + 1) * cols].as_chunks::<8>().0;
+            let blocks = out.as_chunks_mut::<48>().0.iter_mut();
+            let (first, last) = (row(0).iter().zip(row(1)).zip(row(2)), row(3).iter().zip(row(4)).zip(row(5)));
+            for (out, (((a, b), c), ((d, e), f))) in blocks.zip(first.zip(last)) {
+                interleave([a, b, c, d, e, f].map(|x| load(x)), out);
+                done += 8;
+            }
+        }
+        super::scalar::interleave(rows, cols, done, out);
+    }
+
+    /// `out[6 k + i] = rows[i][k]` for eight k.
+    #[inline]
+    #[target_feature(enable = "avx2,fma,f16c")]
+    fn interleave(rows: [__m256; 6], out: &mut [f32; 48]) {
+        let [a, b, c, d, e, f] = rows;
+        // In the comments a digit is a column of the lower half; the upper half has the columns after the next three.
+        let (ab01, ab23) = (_mm256_unpacklo_ps(a, b), _mm256_unpackhi_ps(a, b)); // a0 b0 a1 b1, a2 b2 a3 b3
+        let (cd01, cd23) = (_mm256_unpacklo_ps(c, d), _mm256_unpackhi_ps(c, d));
+        let (ef01, ef23) = (_mm256_unpacklo_ps(e, f), _mm256_unpackhi_ps(e, f));
+        let mut quarters = [_mm256_setzero_ps(); 6];
+        for (quarters, (ab, cd, ef)) in
+            quarters.as_chunks_mut().0.iter_mut().zip([(ab01, cd01, ef01), (ab23, cd23, ef23)])
+        {
+            let odd = _mm256_shuffle_ps::<0b11_10_11_10>(ab, cd); // a1 b1 c1 d1
+            *quarters = [
+                _mm256_shuffle_ps::<0b01_00_01_00>(ab, cd),  // a0 b0 c0 d0
+                _mm256_shuffle_ps::<0b01_00_01_00>(ef, odd), // e0 f0 a1 b1
+                _mm256_shuffle_ps::<0b11_10_11_10>(odd, ef), // c1 d1 e1 f1
+            ];
+        }
+        let (low, high) = out.split_at_mut(24);
+        let (low, high) = (low.as_chunks_mut().0, high.as_chunks_mut().0);
+        for ((low, high), pair) in low.iter_mut().zip(high).zip(quarters.as_chunks::<2>().0) {
+            store(low, _mm256_permute2f128_ps::<0x20>(pair[0], pair[1]));
+            store(high, _mm256_permute2f128_ps::<0x31>(pair[0], pair[1]));
+        }
+    }
 
     #[target_feature(enable = "avx2,fma,f16c")]
     pub(super) fn pack_int16(rows: &[f32], cols: usize, words: &mut [i32], scales: &mut [f32]) {
@@ -268,8 +317,18 @@ mod tests {
 
     #[test]
     fn floats_are_interleaved() {
-        let mut out = [0.0; 6];
-        pack_float(&[1.0, 2.0, 3.0, 4.0, 5.0, 6.0], 3, &mut out);
-        assert_eq!(out, [1.0, 4.0, 2.0, 5.0, 3.0, 6.0]);
+        for isa in [Isa::scalar()].into_iter().chain(Isa::avx2()) {
+            for cols in 1..=130 {
+                for m in 1..=6 {
+                    let rows = Guarded::of(noise(m * cols, 1), cols % 4);
+                    let mut out = Guarded::output(m * cols, m % 4);
+                    pack_float(isa, &rows, cols, &mut out);
+                    for (j, x) in out.iter().enumerate() {
+                        assert_eq!(*x, rows[j % m * cols + j / m], "[{m}, {cols}] at {j}");
+                    }
+                }
+            }
+        }
+        assert_entered("avx2::pack_float");
     }
 }

@@ -2,9 +2,9 @@
 //!
 //! ```text
 //! few (one tile of tokens):           many:
-//! for each panel of 16 rows:          for each block of up to 85 tiles (510 tokens):
-//!     acc = 0                             for each 8 panels:
-//!     acc += panel * tile                     acc = 0                                  [8, tiles, 6, 16]
+//! for each panel of 16 rows:          for each block of up to 86 tiles (516 tokens):
+//!     acc = 0                             for each 4 panels:
+//!     acc += panel * tile                     acc = 0                                  [4, tiles, 6, 16]
 //!     finish acc into out                     for each part of the columns (1 KiB of a token):
 //!                                                 for each panel:
 //!                                                     for each tile: acc += panel part * tile part
@@ -13,8 +13,8 @@
 //!
 //! 1. For few tokens memory is the limit; a panel and the next are one stream, and a prefetch runs ahead of it.
 //! 2. For many, a part of a panel (8 to 18 KiB) stays in the L1 cache while the tiles pass it, and the same part of
-//!    all tiles (512 KiB) stays in the L2 cache while eight panels pass. Without the eight, activations would stream
-//!    from L3 for each panel, at 17 GB/s for one core.
+//!    all tiles (512 KiB) stays in the L2 cache while four panels pass. One panel at a time, activations would stream
+//!    from L3 at 17 GB/s for one core.
 //! 3. The sums of a panel are kept next to each other and written to `out` once: rows of `out` are often a multiple
 //!    of 4 KiB apart, which would put all of them into the same few cache sets.
 //! 4. While the first tile meets a part of the weights, the part after it is prefetched.
@@ -49,10 +49,10 @@ fn depth(kind: InputKind) -> usize {
 }
 
 /// Tiles that share a panel part in L1.
-const TILES: usize = 85;
+const TILES: usize = 86;
 
 /// Panels whose sums are kept.
-const SLOTS: usize = 8;
+const SLOTS: usize = 4;
 
 /// What becomes of the sums of N matrices.
 #[derive(Clone, Copy)]
@@ -70,7 +70,7 @@ type Tile = [[f32; PANEL]; Input::TILE];
 type Sums = [[Tile; TILES]; SLOTS];
 
 thread_local! {
-    /// Kept between calls; 256 KiB, which is why it is not on the stack.
+    /// Kept between calls; 129 KiB, which is why it is not on the stack.
     static SUMS: RefCell<Box<Sums>> = RefCell::new(Box::new([[[[0.0; PANEL]; Input::TILE]; TILES]; SLOTS]));
 }
 
@@ -128,8 +128,11 @@ fn many<const N: usize>(
     sums: &mut Sums,
 ) {
     let (cols, depth) = (x.cols(), depth(x.kind()));
-    for first in (0..x.tiles()).step_by(TILES) {
-        let tiles = first..(first + TILES).min(x.tiles());
+    // Blocks of about the same size: a small last one would read all the weights for few tokens.
+    let blocks = x.tiles().div_ceil(TILES);
+    let block = x.tiles().div_ceil(blocks);
+    for first in (0..x.tiles()).step_by(block) {
+        let tiles = first..(first + block).min(x.tiles());
         for group in panels.clone().step_by(SLOTS / N) {
             let group = group..(group + SLOTS / N).min(panels.end);
             for sums in &mut sums[..group.len() * N] {
