@@ -28,8 +28,8 @@ mod synth;
 mod quantize;
 mod cache;
 mod layer;
-mod load;
 mod model;
+mod load;
 mod generation;
 mod perplexity;
 

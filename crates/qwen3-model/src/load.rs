@@ -26,26 +26,32 @@ pub struct LoadProgress {
     pub of: usize,
 }
 
-/// Loads this rank's share, then agrees with the other ranks on whether all did.
-pub(crate) fn load(
-    dir: &Path,
-    comm: Arc<dyn Communicator>,
-    options: &ModelOptions,
-    progress: &dyn Fn(LoadProgress),
-) -> Result<Model, ModelError> {
-    comm.ledger().set_phase(Phase::Load);
-    let (tp, sp) = options.strategy.grid(comm.size());
-    if tp.checked_mul(sp) != Some(comm.size()) {
-        return Err(ModelError::Grid { tp, sp, ranks: comm.size() });
-    }
-    let ctx = Context::new(options.isa, comm.clone(), tp, options.threads, options.placement)?;
-    let loaded = load_share(dir, ctx, options, progress);
-    let mut failed = vec![0u8; comm.size()];
-    comm.all_gather(&[u8::from(loaded.is_err())], &mut failed)?;
-    comm.ledger().set_phase(Phase::Other);
-    match (loaded, failed.iter().position(|failed| *failed != 0)) {
-        (Ok(_), Some(rank)) => Err(ModelError::PeerLoad { rank }),
-        (loaded, _) => loaded,
+impl Model {
+    /// Loads this rank's share of the checkpoint in the folder `dir`. All ranks call it; if one fails,
+    /// all fail, and each says why.
+    ///
+    /// # Errors
+    /// When the config or the weights cannot be read, contradict each other, or a rank is lost.
+    pub fn load(
+        dir: &Path,
+        comm: Arc<dyn Communicator>,
+        options: &ModelOptions,
+        progress: &dyn Fn(LoadProgress),
+    ) -> Result<Self, ModelError> {
+        comm.ledger().set_phase(Phase::Load);
+        let (tp, sp) = options.strategy.grid(comm.size());
+        if tp.checked_mul(sp) != Some(comm.size()) {
+            return Err(ModelError::Grid { tp, sp, ranks: comm.size() });
+        }
+        let ctx = Context::new(options.isa, comm.clone(), tp, options.threads, options.placement)?;
+        let loaded = load_share(dir, ctx, options, progress);
+        let mut failed = vec![0u8; comm.size()];
+        comm.all_gather(&[u8::from(loaded.is_err())], &mut failed)?;
+        comm.ledger().set_phase(Phase::Other);
+        match (loaded, failed.iter().position(|failed| *failed != 0)) {
+            (Ok(_), Some(rank)) => Err(ModelError::PeerLoad { rank }),
+            (loaded, _) => loaded,
+        }
     }
 }
 

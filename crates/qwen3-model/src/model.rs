@@ -1,7 +1,6 @@
 //! The model as one rank holds it, and its one forward pass, which serves prefill and decode alike.
 
 use std::ops::Range;
-use std::path::Path;
 use std::sync::{Arc, Mutex};
 
 use comm::{CommError, Communicator};
@@ -15,7 +14,6 @@ use crate::cache::KvCache;
 use crate::config::Config;
 use crate::error::ModelError;
 use crate::layer::{DecoderLayer, Pass, Scratch};
-use crate::load::{LoadProgress, load};
 use crate::options::ModelOptions;
 use crate::rotary::RotaryTable;
 
@@ -45,20 +43,6 @@ pub struct Logits {
 }
 
 impl Model {
-    /// Loads this rank's share of the checkpoint in the folder `dir`. All ranks call it; if one fails,
-    /// all fail, and each says why.
-    ///
-    /// # Errors
-    /// When the config or the weights cannot be read, contradict each other, or a rank is lost.
-    pub fn load(
-        dir: &Path,
-        comm: Arc<dyn Communicator>,
-        options: &ModelOptions,
-        progress: &dyn Fn(LoadProgress),
-    ) -> Result<Self, ModelError> {
-        load(dir, comm, options, progress)
-    }
-
     /// The model's `config.json`.
     pub fn config(&self) -> &Config {
         &self.config
