@@ -126,19 +126,22 @@ mod avx2 {
             let blocks = out.as_chunks_mut::<48>().0.iter_mut();
             let (first, last) = (row(0).iter().zip(row(1)).zip(row(2)), row(3).iter().zip(row(4)).zip(row(5)));
             for (out, (((a, b), c), ((d, e), f))) in blocks.zip(first.zip(last)) {
-                interleave([a, b, c, d, e, f].map(|x| load(x)), out);
+                let interleaved = interleave([a, b, c, d, e, f].map(|x| load(x)));
+                for (out, v) in out.as_chunks_mut().0.iter_mut().zip(interleaved) {
+                    store(out, v);
+                }
                 done += 8;
             }
         }
         super::scalar::interleave(rows, cols, done, out);
     }
 
-    /// `out[6 k + i] = rows[i][k]` for eight k.
+    /// 48 numbers, number `6 k + i` is `rows[i][k]`.
     #[inline]
     #[target_feature(enable = "avx2,fma,f16c")]
-    fn interleave(rows: [__m256; 6], out: &mut [f32; 48]) {
+    fn interleave(rows: [__m256; 6]) -> [__m256; 6] {
         let [a, b, c, d, e, f] = rows;
-        // In the comments a digit is a column of the lower half; the upper half has the columns after the next three.
+        // In the comments a digit is a column of the lower half; the upper half has the one four columns later.
         let (ab01, ab23) = (_mm256_unpacklo_ps(a, b), _mm256_unpackhi_ps(a, b)); // a0 b0 a1 b1, a2 b2 a3 b3
         let (cd01, cd23) = (_mm256_unpacklo_ps(c, d), _mm256_unpackhi_ps(c, d));
         let (ef01, ef23) = (_mm256_unpacklo_ps(e, f), _mm256_unpackhi_ps(e, f));
@@ -153,47 +156,76 @@ mod avx2 {
                 _mm256_shuffle_ps::<0b11_10_11_10>(odd, ef), // c1 d1 e1 f1
             ];
         }
-        let (low, high) = out.split_at_mut(24);
-        let (low, high) = (low.as_chunks_mut().0, high.as_chunks_mut().0);
-        for ((low, high), pair) in low.iter_mut().zip(high).zip(quarters.as_chunks::<2>().0) {
-            store(low, _mm256_permute2f128_ps::<0x20>(pair[0], pair[1]));
-            store(high, _mm256_permute2f128_ps::<0x31>(pair[0], pair[1]));
-        }
+        let [q0, q1, q2, q3, q4, q5] = quarters;
+        [
+            _mm256_permute2f128_ps::<0x20>(q0, q1),
+            _mm256_permute2f128_ps::<0x20>(q2, q3),
+            _mm256_permute2f128_ps::<0x20>(q4, q5),
+            _mm256_permute2f128_ps::<0x31>(q0, q1),
+            _mm256_permute2f128_ps::<0x31>(q2, q3),
+            _mm256_permute2f128_ps::<0x31>(q4, q5),
+        ]
     }
 
     #[target_feature(enable = "avx2,fma,f16c")]
     pub(super) fn pack_int16(rows: &[f32], cols: usize, words: &mut [i32], scales: &mut [f32]) {
         let m = rows.len() / cols;
-        for (i, row) in rows.chunks_exact(cols).enumerate() {
-            for (g, group) in row.chunks(GROUP).enumerate() {
-                let (q, scale) = quantize(group, 32767.0);
-                scales[g * m + i] = scale;
-                let out = &mut words[m * g * GROUP / 2..m * (g + 1) * GROUP / 2];
+        let groups = words.chunks_exact_mut(m * GROUP / 2).zip(scales.chunks_exact_mut(m));
+        for (g, (words, scales)) in groups.enumerate() {
+            let mut pairs = [[_mm256_setzero_si256(); 2]; 6];
+            for (i, pairs) in pairs[..m].iter_mut().enumerate() {
+                let q;
+                (q, scales[i]) = quantize(group(&rows[i * cols..(i + 1) * cols], g), 32767.0);
                 // Packing works within halves of a register; the permutation puts the quarters back in order.
-                let low = _mm256_permute4x64_epi64::<0b11_01_10_00>(_mm256_packs_epi32(q[0], q[1]));
-                let high = _mm256_permute4x64_epi64::<0b11_01_10_00>(_mm256_packs_epi32(q[2], q[3]));
-                let pairs = [lanes(low), lanes(high)];
-                for (out, pair) in out[i..].iter_mut().step_by(m).zip(pairs.as_flattened()) {
-                    *out = *pair;
-                }
+                *pairs = [
+                    _mm256_permute4x64_epi64::<0b11_01_10_00>(_mm256_packs_epi32(q[0], q[1])),
+                    _mm256_permute4x64_epi64::<0b11_01_10_00>(_mm256_packs_epi32(q[2], q[3])),
+                ];
             }
+            store_words(&pairs[..m], words);
         }
     }
 
     #[target_feature(enable = "avx2,fma,f16c")]
     pub(super) fn pack_int8(rows: &[f32], cols: usize, words: &mut [i32], scales: &mut [f32], offsets: &mut [i32]) {
         let m = rows.len() / cols;
-        for (i, row) in rows.chunks_exact(cols).enumerate() {
-            for (g, group) in row.chunks(GROUP).enumerate() {
-                let (q, scale) = quantize(group, 127.0);
-                scales[g * m + i] = scale;
-                let out = &mut words[m * g * GROUP / 4..m * (g + 1) * GROUP / 4];
+        let scales = scales.chunks_exact_mut(m).zip(offsets.chunks_exact_mut(m));
+        for (g, (words, (scales, offsets))) in words.chunks_exact_mut(m * GROUP / 4).zip(scales).enumerate() {
+            let mut quads = [[_mm256_setzero_si256(); 1]; 6];
+            for (i, quads) in quads[..m].iter_mut().enumerate() {
+                let q;
+                (q, scales[i]) = quantize(group(&rows[i * cols..(i + 1) * cols], g), 127.0);
                 let bytes = _mm256_packs_epi16(_mm256_packs_epi32(q[0], q[1]), _mm256_packs_epi32(q[2], q[3]));
-                let quads = _mm256_permutevar8x32_epi32(bytes, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
-                for (out, quad) in out[i..].iter_mut().step_by(m).zip(lanes(quads)) {
-                    *out = quad;
+                *quads = [_mm256_permutevar8x32_epi32(bytes, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7))];
+                offsets[i] = zero_point(quads[0]);
+            }
+            store_words(&quads[..m], words);
+        }
+    }
+
+    /// Group `g` of a row; the last one may be short.
+    #[inline]
+    fn group(row: &[f32], g: usize) -> &[f32] {
+        &row[g * GROUP..row.len().min((g + 1) * GROUP)]
+    }
+
+    /// Interleaves the words of up to six tokens: `out[m k + i]` is word `k` of token `i`.
+    #[inline]
+    #[target_feature(enable = "avx2,fma,f16c")]
+    fn store_words<const N: usize>(tokens: &[[__m256i; N]], out: &mut [i32]) {
+        if let [a, b, c, d, e, f] = tokens {
+            for (n, out) in out.as_chunks_mut::<48>().0.iter_mut().enumerate() {
+                let interleaved = interleave([a, b, c, d, e, f].map(|words| _mm256_castsi256_ps(words[n])));
+                for (out, v) in out.as_chunks_mut().0.iter_mut().zip(interleaved) {
+                    *out = lanes(_mm256_castps_si256(v));
                 }
-                offsets[g * m + i] = zero_point(quads);
+            }
+        } else {
+            for (i, words) in tokens.iter().enumerate() {
+                let words = words.map(|words| lanes(words));
+                for (out, word) in out.iter_mut().skip(i).step_by(tokens.len()).zip(words.as_flattened()) {
+                    *out = *word;
+                }
             }
         }
     }
