@@ -253,8 +253,9 @@ impl<'a> Way<'a> {
         let (mut calls, mut bytes, mut seconds) = (0, 0, 0.0);
         for entry in model.forward(tokens, past, rows) {
             let sums = matches!(entry.collective, Collective::Allreduce | Collective::ReduceScatter);
-            let each = entry.payload_bytes / entry.calls;
-            let each = if sums { wire.encoded_bytes(each as usize / 4) as u64 } else { each };
+            let payload = entry.payload_bytes;
+            let payload = if sums { wire.encoded_bytes(payload as usize / 4) as u64 } else { payload };
+            let each = payload as f64 / entry.calls as f64;
             // In a grid, sums are those of a row of ranks that split weights, all else is exchanged along columns.
             let group = match (self.tp, self.sp) {
                 (1, _) | (_, 1) => &everyone,
@@ -266,8 +267,8 @@ impl<'a> Way<'a> {
                 _ => &column,
             };
             calls += entry.calls;
-            bytes += entry.calls * each;
-            seconds += entry.calls as f64 * self.cluster.seconds(entry.collective, group, each as f64);
+            bytes += payload;
+            seconds += entry.calls as f64 * self.cluster.seconds(entry.collective, group, each);
         }
         if ranks > 1 && rows != LogitRows::None {
             let candidates = 8 * ranks as u64;
