@@ -15,6 +15,7 @@ use crate::bench_report::{Measured, Report};
 use crate::bench_trace;
 use crate::failure::{CliError, Failure};
 use crate::options::{EngineOptions, LaunchOptions, misfit, positive};
+use crate::plan::Workload;
 use crate::rank::Rank;
 use crate::session;
 
@@ -58,9 +59,14 @@ pub struct BenchArgs {
 }
 
 impl BenchArgs {
+    fn workload(&self) -> Workload {
+        let prompt = self.prompt_len.iter().copied().max().unwrap_or(1);
+        Workload { kv: KvFormat::F16, prompt, generate: self.gen_len }
+    }
+
     /// Runs the command on this rank.
     pub fn run(&self, rank: &Rank) -> Result<(), Failure> {
-        let model = session::load(rank, &self.engine, KvFormat::F16)?;
+        let model = session::load(rank, &self.engine, self.workload())?;
         let depths = if self.depth.is_empty() { &self.prompt_len[..1] } else { &self.depth };
         let needed = self.check(&model, depths)?;
         // A file that cannot be written is found before the measurements, not after.

@@ -6,6 +6,7 @@ use clap::error::ErrorKind;
 use clap::{Parser, Subcommand};
 
 use crate::bench::BenchArgs;
+use crate::calibrate::CalibrateArgs;
 use crate::chat::ChatArgs;
 use crate::demo::DemoArgs;
 use crate::failure::{CliError, one_line};
@@ -14,6 +15,7 @@ use crate::launch::{launch, refuse};
 use crate::logits::LogitsArgs;
 use crate::options::LaunchOptions;
 use crate::perplexity::PerplexityArgs;
+use crate::plan::PlanArgs;
 use crate::quantize::QuantizeArgs;
 use crate::synth::SynthArgs;
 use crate::tokenize::TokenizeArgs;
@@ -37,6 +39,8 @@ enum Command {
     Logits(LogitsArgs),
     Bench(BenchArgs),
     Perplexity(PerplexityArgs),
+    Plan(PlanArgs),
+    Calibrate(CalibrateArgs),
     Synth(SynthArgs),
     Quantize(QuantizeArgs),
     Tokenize(TokenizeArgs),
@@ -59,6 +63,8 @@ fn dispatch(command: &Command) -> ExitCode {
         Command::Logits(args) => launch(&args.launch, |rank| args.run(rank)),
         Command::Bench(args) => launch(&args.launch, |rank| args.run(rank)),
         Command::Perplexity(args) => launch(&args.launch, |rank| args.run(rank)),
+        Command::Plan(args) => launch(&alone, |rank| args.run(rank)),
+        Command::Calibrate(args) => launch(&args.launch, |rank| args.run(rank)),
         Command::Synth(args) => launch(&alone, |rank| args.run(rank)),
         Command::Quantize(args) => launch(&alone, |rank| args.run(rank)),
         Command::Tokenize(args) => launch(&alone, |rank| args.run(rank)),

@@ -7,6 +7,7 @@ use serde_json::json;
 use crate::answer::{Answer, AnswerOptions};
 use crate::failure::Failure;
 use crate::options::{EngineOptions, LaunchOptions};
+use crate::plan::Workload;
 use crate::rank::Rank;
 use crate::session;
 use crate::summary::Summary;
@@ -32,7 +33,8 @@ impl DemoArgs {
     /// Runs the command on this rank.
     pub fn run(&self, rank: &Rank) -> Result<(), Failure> {
         let read = || Ok((Text::open(&self.engine.model)?, ChatTemplate::open(&self.engine.model)?));
-        let (model, texts) = session::load_with(rank, &self.engine, KvFormat::F16, read)?;
+        let (model, texts) =
+            session::load_with(rank, &self.engine, Workload { kv: KvFormat::F16, prompt: 64, generate: TOKENS }, read)?;
         let options = AnswerOptions::new(rank, &model, &self.engine, SamplingParams::default(), TOKENS)?;
         rank.comm().ledger().reset();
         let (mut prefill, mut decode) = (Timing::default(), Timing::default());

@@ -7,6 +7,7 @@ use serde_json::json;
 use crate::answer::{Answer, AnswerOptions};
 use crate::failure::{CliError, Failure};
 use crate::options::{EngineOptions, LaunchOptions, SamplingOptions, positive};
+use crate::plan::Workload;
 use crate::prompt::PromptOptions;
 use crate::rank::Rank;
 use crate::session;
@@ -55,7 +56,12 @@ impl GenerateArgs {
     pub fn run(&self, rank: &Rank) -> Result<(), Failure> {
         let chat = self.chat.then(|| self.no_thinking.then_some(false));
         let read = || self.prompt.read(&self.engine.model, chat);
-        let (model, prompt) = session::load_with(rank, &self.engine, KvFormat::F16, read)?;
+        let (model, prompt) = session::load_with(
+            rank,
+            &self.engine,
+            Workload { kv: KvFormat::F16, prompt: 512, generate: self.max_new_tokens.min(1024) },
+            read,
+        )?;
         let (tokens, text) = match prompt {
             Some(prompt) => (Some(prompt.tokens), prompt.text),
             None => (None, None),

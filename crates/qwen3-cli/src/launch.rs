@@ -7,7 +7,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
 use std::time::Duration;
 
-use qwen3_model::comm::{Communicator, SoloComm, ThreadComm};
+use qwen3_model::comm::{Communicator, EmulatedComm, SoloComm, ThreadComm};
 
 use crate::failure::{CliError, Failure, one_line};
 use crate::options::{LaunchOptions, misfit};
@@ -142,6 +142,17 @@ fn run_processes(world: &World, options: &LaunchOptions, command: impl Command) 
 fn run_rank(comm: &Arc<dyn Communicator>, options: &LaunchOptions, command: &impl Command) -> Result<(), Failure> {
     comm.set_timeout(options.timeout());
     comm.set_wire(options.wire);
+    let comm = &match options.emulate_link {
+        Some(link) => {
+            let nodes = usize::from(options.emulate_nodes);
+            if nodes > comm.size() {
+                let expected = format!("at most {}, the number of ranks", comm.size());
+                return Err(Failure::agreed(misfit("--emulate-nodes", nodes, expected)));
+            }
+            Arc::new(EmulatedComm::new(Arc::clone(comm), link, nodes)?) as Arc<dyn Communicator>
+        }
+        None => Arc::clone(comm),
+    };
     let rank = Rank::new(Arc::clone(comm));
     let work = AssertUnwindSafe(|| {
         command(&rank)?;

@@ -11,6 +11,7 @@ use serde_json::json;
 
 use crate::failure::{CliError, Failure};
 use crate::options::{EngineOptions, LaunchOptions};
+use crate::plan::Workload;
 use crate::prompt::PromptOptions;
 use crate::rank::Rank;
 use crate::session;
@@ -39,7 +40,8 @@ impl LogitsArgs {
     /// Runs the command on this rank.
     pub fn run(&self, rank: &Rank) -> Result<(), Failure> {
         let read = || Ok(self.prompt.read(&self.engine.model, None)?.tokens);
-        let (model, tokens) = session::load_with(rank, &self.engine, KvFormat::F32, read)?;
+        let (model, tokens) =
+            session::load_with(rank, &self.engine, Workload { kv: KvFormat::F32, prompt: 512, generate: 0 }, read)?;
         let tokens = rank.share(|| Ok(tokens.expect("rank 0 read the prompt")))?;
         self.prompt.check(&model, tokens.len())?;
 

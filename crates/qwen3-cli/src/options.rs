@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use clap::Args;
 use clap::builder::{PossibleValuesParser, TypedValueParser};
-use qwen3_model::comm::WireFormat;
+use qwen3_model::comm::{Link, WireFormat};
 use qwen3_model::{
     AttentionAlgorithm, Isa, KvFormat, MlpSchedule, ModelOptions, ParallelStrategy, Placement, SamplingParams,
     WeightFormat,
@@ -15,6 +15,7 @@ use qwen3_model::{
 
 use crate::affinity::Neighbours;
 use crate::failure::{CliError, Failure};
+use crate::plan::{Wanted, Workload, choose};
 use crate::rank::Rank;
 
 /// A value that is one of `names`, which the help lists; `T` reads them.
@@ -41,12 +42,20 @@ pub struct LaunchOptions {
     /// How sums travel between ranks: f32 is exact, bf16 halves the bytes, q8 quarters them
     #[arg(long, default_value = "f32", value_parser = choice::<WireFormat>(&["f32", "bf16", "q8"]), help_heading = "Ranks")]
     pub wire: WireFormat,
+
+    /// Make calls between emulated nodes take as long as on a link of so many microseconds and GB/s: 40,0.117 is 1 GbE
+    #[arg(long, value_name = "ALPHA_US,BETA_GB_S", allow_hyphen_values = true, help_heading = "Ranks")]
+    pub emulate_link: Option<Link>,
+
+    /// With --emulate-link: the nodes into which the ranks are divided, in contiguous blocks
+    #[arg(long, value_name = "M", requires = "emulate_link", default_value_t = 2, value_parser = clap::value_parser!(u16).range(1..=1024), help_heading = "Ranks")]
+    pub emulate_nodes: u16,
 }
 
 impl LaunchOptions {
     /// One rank in this process, for commands that only read and write files.
     pub fn alone() -> Self {
-        Self { ranks: 1, comm_timeout: 60.0, wire: WireFormat::F32 }
+        Self { ranks: 1, comm_timeout: 60.0, wire: WireFormat::F32, emulate_link: None, emulate_nodes: 2 }
     }
 
     /// `--comm-timeout`.
@@ -66,9 +75,10 @@ pub struct EngineOptions {
     #[arg(long, value_name = "T", value_parser = clap::value_parser!(u16).range(1..=1024), help_heading = "Computing")]
     pub threads: Option<u16>,
 
-    /// What is split over the ranks: the weights (heads) or the positions of the text (sequence)
-    #[arg(long, default_value = "heads", value_parser = choice::<ParallelStrategy>(&["heads", "sequence"]), help_heading = "Computing")]
-    pub strategy: ParallelStrategy,
+    /// What is split over the ranks: the weights (heads), the positions of the text (sequence), or what the plan for this command
+    /// recommends (auto; see qwen3 plan)
+    #[arg(long, default_value = "auto", value_parser = choice::<StrategyChoice>(&["auto", "heads", "sequence"]), help_heading = "Computing")]
+    pub strategy: StrategyChoice,
 
     /// Split both: A ranks share the weights, B such groups share the positions; A times B is the number of ranks
     #[arg(long, value_name = "tp=A,sp=B", conflicts_with = "strategy", value_parser = grid, help_heading = "Computing")]
@@ -117,6 +127,18 @@ impl FromStr for IsaChoice {
     }
 }
 
+/// `--strategy`; `None` leaves it to the plan.
+#[derive(Clone, Copy, Debug)]
+pub struct StrategyChoice(pub Option<ParallelStrategy>);
+
+impl FromStr for StrategyChoice {
+    type Err = String;
+
+    fn from_str(name: &str) -> Result<Self, String> {
+        if name == "auto" { Ok(Self(None)) } else { name.parse().map(|strategy| Self(Some(strategy))) }
+    }
+}
+
 /// `--weights`; `None` keeps the stored format.
 #[derive(Clone, Copy, Debug)]
 pub struct WeightChoice(pub Option<WeightFormat>);
@@ -136,25 +158,34 @@ impl FromStr for WeightChoice {
 }
 
 impl EngineOptions {
-    /// What the model has to know; `kv` is the command's own default. All ranks call this together.
-    pub fn model_options(&self, rank: &Rank, kv: KvFormat) -> Result<ModelOptions, Failure> {
+    /// What the model has to know for `work`. All ranks call this together.
+    pub fn model_options(&self, rank: &Rank, work: Workload) -> Result<ModelOptions, Failure> {
         let ranks = rank.comm().size();
-        let strategy = self.grid.unwrap_or(self.strategy);
-        let (tp, sp) = strategy.grid(ranks);
-        if tp.checked_mul(sp) != Some(ranks) {
-            let error = misfit("--grid", strategy, format!("a product of {ranks}, the number of ranks"));
+        if let Some(ParallelStrategy::Grid { tp, sp }) = self.grid
+            && tp.checked_mul(sp) != Some(ranks)
+        {
+            let found = ParallelStrategy::Grid { tp, sp };
+            let error = misfit("--grid", found, format!("a product of {ranks}, the number of ranks"));
             return Err(Failure::agreed(error));
         }
         let neighbours = Neighbours::find(rank)?;
         let cores = thread::available_parallelism().map_or(1, usize::from);
         let share = (cores / neighbours.count).max(1);
         let threads = self.threads.map_or(share, usize::from);
+        let kv = self.kv.unwrap_or(work.kv);
+        let strategy = match self.grid.or(self.strategy.0) {
+            Some(strategy) => strategy,
+            None => {
+                let (dir, weights, mlp, chunk) = (&*self.model, self.weights.0, self.mlp, self.chunk);
+                choose(rank, &Wanted { dir, weights, kv, mlp, chunk, threads, work })?
+            }
+        };
         Ok(ModelOptions {
             strategy,
             attention: self.attention,
             mlp: self.mlp,
             weights: self.weights.0,
-            kv: self.kv.unwrap_or(kv),
+            kv,
             isa: self.isa.0,
             threads,
             placement: Placement::for_rank(neighbours.index, neighbours.count, threads),
@@ -224,6 +255,11 @@ pub fn positive(text: &str) -> Result<usize, String> {
 
 fn seconds(text: &str) -> Result<f64, String> {
     number(text, "seconds above 0, at most 1e6", |value: f64| value > 0.0 && value <= 1e6)
+}
+
+/// A latency or a bandwidth.
+pub fn figure(text: &str) -> Result<f64, String> {
+    number(text, "a number above 0, at most 1e6", |value: f64| value > 0.0 && value <= 1e6)
 }
 
 fn non_negative(text: &str) -> Result<f32, String> {

@@ -9,6 +9,7 @@ use serde_json::json;
 
 use crate::failure::{CliError, Failure};
 use crate::options::{EngineOptions, LaunchOptions};
+use crate::plan::Workload;
 use crate::progress;
 use crate::rank::Rank;
 use crate::session;
@@ -43,7 +44,12 @@ impl PerplexityArgs {
             let text = fs::read_to_string(&self.file).map_err(|source| CliError::file(&self.file, source))?;
             Ok(Text::open(&self.engine.model)?.encode(&text)?)
         };
-        let (model, tokens) = session::load_with(rank, &self.engine, KvFormat::F32, read)?;
+        let (model, tokens) = session::load_with(
+            rank,
+            &self.engine,
+            Workload { kv: KvFormat::F32, prompt: self.context, generate: 0 },
+            read,
+        )?;
         let tokens = rank.share(|| Ok(tokens.expect("rank 0 read the text")))?;
         let bar = progress::counting(rank, "tokens");
         bar.set_length(tokens.len() as u64);

@@ -4,32 +4,33 @@ use std::panic;
 use std::thread;
 use std::time::Duration;
 
-use qwen3_model::{KvFormat, LoadProgress, Model, ModelError};
+use qwen3_model::{LoadProgress, Model, ModelError};
 
 use crate::failure::{CliError, Failure};
 use crate::options::EngineOptions;
+use crate::plan::Workload;
 use crate::progress;
 use crate::rank::Rank;
 
-/// Loads the model on all ranks while `read` runs on a thread of rank 0, which has its value afterwards. `kv` is the
-/// command's own cache format.
+/// Loads the model on all ranks while `read` runs on a thread of rank 0, which has its value afterwards. `work` is what the
+/// command is going to do.
 pub fn load_with<T: Send>(
     rank: &Rank,
     engine: &EngineOptions,
-    kv: KvFormat,
+    work: Workload,
     read: impl FnOnce() -> Result<T, CliError> + Send,
 ) -> Result<(Model, Option<T>), Failure> {
     thread::scope(|scope| {
         let reading = rank.speaks().then(|| scope.spawn(read));
-        let model = load(rank, engine, kv)?;
+        let model = load(rank, engine, work)?;
         let value = reading.map(|thread| thread.join().unwrap_or_else(|payload| panic::resume_unwind(payload)));
         Ok((model, rank.agree(value.transpose())?))
     })
 }
 
 /// Loads the model on all ranks, with a progress bar where rank 0 writes to a terminal.
-pub fn load(rank: &Rank, engine: &EngineOptions, kv: KvFormat) -> Result<Model, Failure> {
-    let options = engine.model_options(rank, kv)?;
+pub fn load(rank: &Rank, engine: &EngineOptions, work: Workload) -> Result<Model, Failure> {
+    let options = engine.model_options(rank, work)?;
     let bar = progress::counting(rank, "layers");
     let progress = |progress: LoadProgress| {
         // A bar that is gone at once only flickers.

@@ -1,0 +1,104 @@
+//! `qwen3 calibrate`: how fast these ranks read, multiply and add up, kept for `plan` and `--strategy auto`.
+
+use std::collections::HashSet;
+use std::fs;
+use std::path::PathBuf;
+
+use clap::Args;
+use qwen3_model::comm::{CommunicatorExt as _, node_of};
+use qwen3_model::{Isa, LinkFigures, Machine, Placement, measure_link, measure_rate};
+use serde_json::json;
+
+use crate::affinity::Neighbours;
+use crate::calibration::{Calibration, default_path};
+use crate::failure::{CliError, Failure};
+use crate::options::{LaunchOptions, misfit};
+use crate::rank::Rank;
+
+/// Measure these ranks for plan and --strategy auto: latency and bandwidth of sums, memory bandwidth, arithmetic
+#[derive(Args, Clone, Debug)]
+pub struct CalibrateArgs {
+    /// The file to add the figures to [default: qwen3/calibration.json in $XDG_CONFIG_HOME or ~/.config]
+    #[arg(long, value_name = "FILE")]
+    output: Option<PathBuf>,
+
+    /// Threads of each rank [default: the cores this process may use, shared among the ranks that use them]
+    #[arg(long, value_name = "T", value_parser = clap::value_parser!(u16).range(1..=1024))]
+    threads: Option<u16>,
+
+    /// Print one JSON object: {"file","machine"}
+    #[arg(long)]
+    json: bool,
+
+    #[command(flatten)]
+    pub launch: LaunchOptions,
+}
+
+impl CalibrateArgs {
+    /// Runs the command on this rank.
+    pub fn run(&self, rank: &Rank) -> Result<(), Failure> {
+        let comm = rank.comm();
+        let neighbours = Neighbours::find(rank)?;
+        let cores = std::thread::available_parallelism().map_or(1, usize::from);
+        let threads = self.threads.map_or((cores / neighbours.count).max(1), usize::from);
+        let placement = Placement::for_rank(neighbours.index, neighbours.count, threads);
+        let rate = measure_rate(comm, Isa::detect(), threads, placement)?;
+        let (node, nodes) = self.node(rank)?;
+        let (inside, between) = if nodes == 1 {
+            let link = measure_link(&**comm)?;
+            (link, link)
+        } else {
+            let here = comm.split(node, comm.rank())?;
+            let inside = measure_link(&*here)?;
+            let leaders = comm.split(usize::from(here.rank() > 0), comm.rank())?;
+            let between = if here.rank() == 0 { measure_link(&*leaders)? } else { None };
+            (inside, between)
+        };
+        rank.agree(Ok(()))?;
+        let typical = Machine::typical(comm.size(), nodes, threads);
+        let machine = Machine {
+            transport: comm.transport().to_owned(),
+            inside: inside.map_or(typical.inside, LinkFigures::from),
+            between: between.map_or(typical.between, LinkFigures::from),
+            rates: vec![rate],
+            ..typical
+        };
+        let saved = if rank.speaks() { self.save(rank, machine) } else { Ok(()) };
+        rank.agree(saved)
+    }
+
+    /// The machine of this rank, emulated or real, and how many there are.
+    fn node(&self, rank: &Rank) -> Result<(usize, usize), CliError> {
+        let comm = rank.comm();
+        if let (Some(_), nodes) = (self.launch.emulate_link, usize::from(self.launch.emulate_nodes)) {
+            return Ok((node_of(comm.rank(), comm.size(), nodes), nodes));
+        }
+        let name = fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default();
+        let mine = name
+            .bytes()
+            .fold(0xcbf2_9ce4_8422_2325_u64, |hash, byte| (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3));
+        let mut all = vec![0_u64; comm.size()];
+        comm.all_gather(&[mine], &mut all)?;
+        let first = all.iter().position(|other| *other == mine).unwrap_or(0);
+        Ok((first, all.iter().collect::<HashSet<_>>().len()))
+    }
+
+    fn save(&self, rank: &Rank, machine: Machine) -> Result<(), CliError> {
+        let path = match self.output.clone().or_else(default_path) {
+            Some(path) => path,
+            None => return Err(misfit("--output", "nothing, and no HOME", "a file")),
+        };
+        let mut calibration = if path.exists() { Calibration::read(&path)? } else { Calibration::default() };
+        calibration.insert(machine.clone());
+        calibration.write(&path)?;
+        if self.json {
+            return rank.say(&format!("{}\n", json!({ "file": path.display().to_string(), "machine": machine })));
+        }
+        let Machine { transport, ranks, nodes, threads, inside, between, rates } = &machine;
+        let mut text = format!("{ranks} ranks ({transport}) on {nodes} machines, {threads} threads each\n");
+        text += &format!("inside       {:.2} µs, {:.2} GB/s\n", inside.alpha_us, inside.beta_gb_s);
+        text += &format!("between      {:.2} µs, {:.2} GB/s\n", between.alpha_us, between.beta_gb_s);
+        text += &format!("a rank reads {:.1} GB/s and does {:.0} GFLOP/s\n", rates[0].read_gb_s, rates[0].gflops);
+        rank.say(&format!("{text}saved in {}\n", path.display()))
+    }
+}

@@ -1,0 +1,300 @@
+//! `qwen3 plan`: what each way to split a model over ranks costs, and the choice of `--strategy auto`.
+
+use std::path::{Path, PathBuf};
+
+use clap::Args;
+use qwen3_model::comm::WireFormat;
+use qwen3_model::{
+    Checkpoint, Config, KvFormat, LinkFigures, Machine, MlpSchedule, ModelError, ParallelStrategy, Plan, PlanInput,
+    Prediction, Share, WeightFormat, WeightFormats, plan,
+};
+use serde_json::{Value, json};
+
+use crate::calibration::{Calibration, default_path};
+use crate::failure::{CliError, Failure};
+use crate::options::{WeightChoice, choice, figure, misfit, positive};
+use crate::rank::Rank;
+
+/// Predict memory, traffic and speed of each way to split a model over ranks, from its headers alone
+#[derive(Args, Clone, Debug)]
+pub struct PlanArgs {
+    /// Folder of the checkpoint: config.json and the headers of *.safetensors are read
+    #[arg(long, value_name = "DIR")]
+    model: PathBuf,
+
+    /// Ranks that would share the model
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=1024))]
+    ranks: u16,
+
+    /// Machines on which they would lie, in equal contiguous blocks
+    #[arg(long, value_name = "M", default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..=1024))]
+    nodes: u16,
+
+    /// Latency of the slowest link: that between machines, or between ranks where there is one machine
+    #[arg(long, value_name = "A", requires = "beta_gb_s", allow_negative_numbers = true, value_parser = figure)]
+    alpha_us: Option<f64>,
+
+    /// Bandwidth of that link
+    #[arg(long, value_name = "B", requires = "alpha_us", allow_negative_numbers = true, value_parser = figure)]
+    beta_gb_s: Option<f64>,
+
+    /// Threads of each rank [default: as calibrated, otherwise 1]
+    #[arg(long, value_name = "T", value_parser = clap::value_parser!(u16).range(1..=1024))]
+    threads: Option<u16>,
+
+    /// Tokens of the prompt
+    #[arg(long, value_name = "N", default_value_t = 512, value_parser = positive)]
+    prompt: usize,
+
+    /// Tokens to generate
+    #[arg(long, value_name = "N", default_value_t = 256)]
+    generate: usize,
+
+    /// Format of the weights in memory; auto keeps what the checkpoint stores
+    #[arg(long, default_value = "auto", value_parser = choice::<WeightChoice>(&["auto", "f32", "bf16", "f16", "q8", "q4"]))]
+    weights: WeightChoice,
+
+    /// Format of cached keys and values
+    #[arg(long, default_value = "f16", value_parser = choice::<KvFormat>(&["f32", "f16", "q8"]))]
+    kv: KvFormat,
+
+    /// How sums travel between ranks
+    #[arg(long, default_value = "f32", value_parser = choice::<WireFormat>(&["f32", "bf16", "q8"]))]
+    wire: WireFormat,
+
+    /// Only this feed-forward schedule
+    #[arg(long, value_parser = choice::<MlpSchedule>(&["fused", "naive", "gathered", "local"]))]
+    mlp: Option<MlpSchedule>,
+
+    /// List the schedules that exchange more than they have to, too
+    #[arg(long)]
+    all: bool,
+
+    /// The file of `qwen3 calibrate` [default: its own, where there is one]
+    #[arg(long, value_name = "FILE")]
+    calibration: Option<PathBuf>,
+
+    /// Print one JSON object: {"model","ranks","nodes","figures","machine","ways","recommended"}
+    #[arg(long)]
+    json: bool,
+}
+
+/// The calibration that nobody named: there need not be one, and a broken one counts for nothing.
+fn found_by_itself() -> Option<(PathBuf, Calibration)> {
+    let path = default_path()?;
+    Some((path.clone(), Calibration::read(&path).ok()?))
+}
+
+fn headers(dir: &Path, weights: Option<WeightFormat>) -> Result<(Config, WeightFormats), ModelError> {
+    let config = Config::read(dir)?;
+    let formats = WeightFormats::read(&config, &Checkpoint::open(dir)?, weights)?;
+    Ok((config, formats))
+}
+
+impl PlanArgs {
+    /// Runs the command on this rank; rank 0 does the work.
+    pub fn run(&self, rank: &Rank) -> Result<(), Failure> {
+        let work = if rank.speaks() { self.tell(rank) } else { Ok(()) };
+        rank.agree(work)
+    }
+
+    fn tell(&self, rank: &Rank) -> Result<(), CliError> {
+        let (ranks, nodes) = (usize::from(self.ranks), usize::from(self.nodes));
+        if nodes > ranks {
+            return Err(misfit("--nodes", nodes, format!("at most {ranks}, the number of ranks")));
+        }
+        let (config, weights) = headers(&self.model, self.weights.0)?;
+        let context = config.context_length();
+        if self.prompt.saturating_add(self.generate) > context {
+            let found = format!("{} tokens with what is generated", self.prompt.saturating_add(self.generate));
+            return Err(misfit("--prompt", found, format!("at most {context}, the model's context")));
+        }
+        let (machine, figures) = self.machine(ranks, nodes)?;
+        let plan = plan(&PlanInput {
+            config: &config,
+            weights: &weights,
+            kv: self.kv,
+            wire: self.wire,
+            machine: &machine,
+            ranks,
+            nodes,
+            prompt: self.prompt,
+            generate: self.generate,
+            chunk: 512,
+            schedule: self.mlp,
+            all_schedules: self.all,
+        });
+        rank.say(&if self.json {
+            self.object(&plan, &machine, &figures)
+        } else {
+            self.table(&plan, &machine, &figures)
+        })
+    }
+
+    /// The machine to plan for, and where its figures come from.
+    fn machine(&self, ranks: usize, nodes: usize) -> Result<(Machine, String), CliError> {
+        let threads = self.threads.map(usize::from);
+        let calibration = match &self.calibration {
+            Some(path) => Some((path.clone(), Calibration::read(path)?)),
+            None => found_by_itself(),
+        };
+        let found = calibration.as_ref().and_then(|(path, calibration)| {
+            let machine = calibration.find(None, ranks, nodes, threads)?;
+            Some((machine.clone(), format!("calibrated ({}, {})", machine.transport, path.display())))
+        });
+        if let (None, Some(path)) = (&found, &self.calibration) {
+            let found = format!("{}: nothing for {ranks} ranks on {nodes} machines", path.display());
+            return Err(misfit("--calibration", found, "a calibration of these ranks, nodes and threads"));
+        }
+        let (mut machine, mut figures) = found.unwrap_or_else(|| {
+            let machine = Machine::typical(ranks, nodes, threads.unwrap_or(1));
+            (machine, "typical, not measured (qwen3 calibrate measures them)".to_owned())
+        });
+        if let (Some(alpha_us), Some(beta_gb_s)) = (self.alpha_us, self.beta_gb_s) {
+            let link = LinkFigures { alpha_us, beta_gb_s };
+            if nodes > 1 {
+                machine.between = link
+            } else {
+                (machine.inside, machine.between) = (link, link)
+            }
+            figures += ", with the given link";
+        }
+        Ok((machine, figures))
+    }
+
+    fn object(&self, plan: &Plan, machine: &Machine, figures: &str) -> String {
+        let ways: Vec<Value> = plan.ways.iter().map(|way| self.way(way)).collect();
+        let best = &plan.ways[plan.best];
+        let object = json!({
+            "model": self.model.display().to_string(),
+            "ranks": self.ranks,
+            "nodes": self.nodes,
+            "figures": figures,
+            "machine": machine,
+            "ways": ways,
+            "recommended": { "strategy": best.strategy.to_string(), "mlp": best.schedule.to_string() },
+        });
+        format!("{object}\n")
+    }
+
+    fn way(&self, way: &Prediction) -> Value {
+        let share = |share: &Share| json!({ "most": share.most, "least": share.least, "sum": share.sum, "imbalance": share.imbalance() });
+        let imbalance = &way.imbalance;
+        let pass = |pass: &qwen3_model::PassCost, tokens: usize| {
+            json!({
+                "calls": pass.calls, "bytes": pass.bytes, "work_ms": pass.work_seconds * 1e3,
+                "collectives_ms": pass.collective_seconds * 1e3, "tokens_per_s": tokens as f64 / pass.seconds(),
+            })
+        };
+        json!({
+            "strategy": way.strategy.to_string(),
+            "mlp": way.schedule.to_string(),
+            "weight_bytes": way.weight_bytes,
+            "kv_bytes": way.kv_bytes,
+            "imbalance": {
+                "query_heads": share(&imbalance.query_heads), "kv_heads": share(&imbalance.kv_heads),
+                "columns": share(&imbalance.columns), "vocabulary": share(&imbalance.vocabulary),
+            },
+            "prompt": pass(&way.prompt, self.prompt),
+            "token": pass(&way.token, 1),
+        })
+    }
+
+    fn table(&self, plan: &Plan, machine: &Machine, figures: &str) -> String {
+        let (rate, most) = (&machine.rates[0], |bytes: &[usize]| bytes.iter().max().copied().unwrap_or(0) as f64 / 1e6);
+        let mut text = format!(
+            "{} ranks on {} machines; prompt {}, answer {} tokens\n",
+            self.ranks, self.nodes, self.prompt, self.generate
+        );
+        text += &format!("figures: {figures}\n");
+        for (name, link) in [("inside", machine.inside), ("between", machine.between)] {
+            text += &format!("  {name} machines {:.2} µs, {:.3} GB/s\n", link.alpha_us, link.beta_gb_s);
+        }
+        text += &format!("  a rank reads {:.1} GB/s and does {:.0} GFLOP/s\n\n", rate.read_gb_s, rate.gflops);
+        text += "way                 MB weights  MB cache  imbalance  calls/token  bytes/token  calls/prompt  MB/prompt  prompt tok/s  decode tok/s\n";
+        for way in &plan.ways {
+            let Prediction { prompt, token, imbalance, .. } = way;
+            let uneven = [&imbalance.query_heads, &imbalance.columns, &imbalance.vocabulary];
+            let uneven = uneven.iter().map(|share| share.imbalance()).fold(1.0, f64::max);
+            text += &format!(
+                "{:<18} {:>11.1} {:>9.1} {:>10.2} {:>12} {:>12} {:>13} {:>10.2} {:>13.1} {:>13.1}\n",
+                format!("{} {}", way.strategy, way.schedule),
+                most(&way.weight_bytes),
+                most(&way.kv_bytes),
+                uneven,
+                token.calls,
+                token.bytes,
+                prompt.calls,
+                prompt.bytes as f64 / 1e6,
+                self.prompt as f64 / prompt.seconds(),
+                1.0 / token.seconds(),
+            );
+        }
+        let best = &plan.ways[plan.best];
+        text + &format!("\nrecommended: {} with feed-forward {}\n", best.strategy, best.schedule)
+    }
+}
+
+/// What a command is going to do, as far as it is known before the model is loaded.
+#[derive(Clone, Copy, Debug)]
+pub struct Workload {
+    /// The command's own cache format.
+    pub kv: KvFormat,
+    /// Tokens of a prompt.
+    pub prompt: usize,
+    /// Tokens to generate.
+    pub generate: usize,
+}
+
+/// What `--strategy auto` has to keep to.
+pub struct Wanted<'a> {
+    /// The checkpoint.
+    pub dir: &'a Path,
+    /// The formats.
+    pub weights: Option<WeightFormat>,
+    pub kv: KvFormat,
+    /// `--mlp`.
+    pub mlp: Option<MlpSchedule>,
+    /// Prompt tokens of a pass.
+    pub chunk: usize,
+    /// Threads of a rank.
+    pub threads: usize,
+    /// Tokens.
+    pub work: Workload,
+}
+
+/// The strategy for a command: rank 0 plans, all ranks get its choice. A checkpoint that cannot be read is left to loading to report.
+pub fn choose(rank: &Rank, wanted: &Wanted<'_>) -> Result<ParallelStrategy, Failure> {
+    let comm = rank.comm();
+    let ranks = comm.size();
+    if ranks == 1 {
+        return Ok(ParallelStrategy::Heads);
+    }
+    let name = rank.share(|| {
+        let Ok((config, weights)) = headers(wanted.dir, wanted.weights) else {
+            return Ok(ParallelStrategy::Heads.to_string());
+        };
+        let calibration = found_by_itself().map(|(_, calibration)| calibration).unwrap_or_default();
+        let transport = Some(comm.transport());
+        let machine = calibration.find(transport, ranks, 1, Some(wanted.threads)).cloned();
+        let machine = machine.unwrap_or_else(|| Machine::typical(ranks, 1, wanted.threads));
+        let prompt = wanted.work.prompt.clamp(1, config.context_length());
+        let generate = wanted.work.generate.min(config.context_length() - prompt);
+        let plan = plan(&PlanInput {
+            config: &config,
+            weights: &weights,
+            kv: wanted.kv,
+            wire: comm.wire(),
+            machine: &machine,
+            ranks,
+            nodes: 1,
+            prompt,
+            generate,
+            chunk: wanted.chunk,
+            schedule: wanted.mlp,
+            all_schedules: false,
+        });
+        Ok(plan.ways[plan.best].strategy.to_string())
+    })?;
+    Ok(name.parse().expect("a strategy's own name"))
+}
