@@ -1,30 +1,35 @@
 //! A team of threads that runs one job at a time: fork, work side by side, join.
 //!
 //! ```text
-//! run(job):  write job; pending = workers; epoch += 1; wake sleepers
+//! run(job):  write job; epoch += 1; wake sleepers
 //!            job(0)
-//!            wait until pending = 0
-//! worker i:  loop: wait until epoch changes; read job; job(i); pending -= 1
+//!            wait until served = epoch * workers
+//! worker i:  loop: wait until epoch changes; read job; job(i); served += 1
 //! ```
 //!
 //! Waiting is spinning for a few microseconds (a decode step forks again within that time), then giving the core
 //! away between looks, then sleeping. Why no wake-up is lost and no job is seen twice or freed too early:
 //!
-//! 1. *The job is visible.* The caller writes `job` and `pending`, then increments `epoch` (SeqCst, so also
-//!    release); a worker reads `job` only after it has seen the increment (acquire).
+//! 1. *The job is visible.* The caller writes `job`, then increments `epoch` (SeqCst, so also release); a worker
+//!    reads `job` only after it has seen the increment (acquire).
 //! 2. *Each worker runs each job once.* A worker remembers the last epoch it served. `epoch` grows by one per run
-//!    and the next run starts only after `pending` has reached 0, so a worker can be behind by at most one.
-//! 3. *The job outlives its users.* `run` returns, or unwinds, only after it has read `pending == 0` (acquire).
-//!    Each worker decrements (release) after its last use of the job. What it touches later is owned by an `Arc`.
+//!    and the next run starts only after all have served this one, so a worker can be behind by at most one.
+//! 3. *The job outlives its users.* `run` returns, or unwinds, only after it has read `served == epoch * workers`
+//!    (acquire). Each worker counts (release) after its last use of the job. What it touches later is owned by an
+//!    `Arc`.
 //! 4. *No worker sleeps through a run.* A worker sets its `asleep` flag, then reads `epoch`; the caller increments
 //!    `epoch`, then reads the flags. All four are SeqCst, so in their single order either the caller's read of the
 //!    flag comes after the store (it sees the sleeper and unparks it) or the worker's read of the epoch comes after
 //!    the increment (it does not sleep). An `unpark` before `park` makes `park` return at once.
-//! 5. *The caller does not sleep through the end.* The same with `caller_asleep` and `pending`: the caller sets the
-//!    flag, then reads `pending`; the last worker decrements `pending`, then reads the flag.
+//! 5. *The caller does not sleep through the end.* The same with `caller_asleep` and `served`: the caller sets the
+//!    flag, then reads `served`; a worker increments `served`, then reads the flag.
 //! 6. *Stale wake-ups are harmless.* Every `park` sits in a loop that looks again.
 //! 7. *Runs do not overlap.* `run` holds `turn` throughout. A job that calls `run` of its own team would wait for
 //!    itself; a thread-local list of the teams that the thread is working for turns that into a panic.
+//!
+//! A run costs two trips of a cache line between cores: `epoch` and `job` there, `served` back. They are on lines of
+//! their own, `served` only ever counts up (resetting it would be a third trip), and the flags of sleepers, which
+//! both sides read each time, are written only around a sleep.
 
 use std::any::Any;
 use std::cell::{Cell, RefCell};
@@ -62,23 +67,38 @@ pub struct ForkJoin {
 type Job<'a> = dyn Fn(usize) + Sync + 'a;
 
 struct Shared {
+    call: OwnLine<Call>,
+    /// Shares of all epochs so far that workers have served; starting up counts as epoch 0.
+    served: OwnLine<AtomicUsize>,
+    rest: OwnLine<Rest>,
+}
+
+/// What the caller tells the workers.
+struct Call {
     epoch: AtomicUsize,
-    pending: AtomicUsize,
-    /// The job of the current epoch; written by the caller between runs, read by workers during one.
+    /// The job of the current epoch, or `None` to end; written by the caller between runs, read by workers in one.
     job: Cell<Option<*const Job<'static>>>,
-    stop: AtomicBool,
-    /// Whether worker `i + 1` sleeps or is about to; its own cache line is not worth it, sleeping is rare.
+}
+
+/// What is seldom written.
+struct Rest {
+    /// Whether worker `i + 1` sleeps or is about to.
     asleep: Vec<AtomicBool>,
     sleepers: AtomicUsize,
     caller_asleep: AtomicBool,
     caller: Mutex<Option<Thread>>,
+    panicked: AtomicBool,
     panic: Mutex<Option<Box<dyn Any + Send>>>,
     cores: usize,
 }
 
+/// Two cache lines, which some processors fetch together.
+#[repr(align(128))]
+struct OwnLine<T>(T);
+
 // SAFETY: every field but `job` is Sync. `job` is written by the thread that holds `turn` while no worker reads it
-// (`pending == 0`) and read by workers between two SeqCst operations of the same run (points 1 to 3 above). The
-// pointee is `Sync`, so all of them may call it.
+// (all have served the last epoch) and read by workers between two SeqCst operations of the same run (points 1 to 3
+// above). The pointee is `Sync`, so all of them may call it.
 unsafe impl Sync for Shared {}
 // SAFETY: as above; nothing in it belongs to one thread.
 unsafe impl Send for Shared {}
@@ -93,16 +113,17 @@ impl ForkJoin {
         assert!(threads > 0, "a team of 0 threads");
         TEAM_THREADS.fetch_add(threads, Ordering::Relaxed);
         let shared = Arc::new(Shared {
-            epoch: AtomicUsize::new(0),
-            pending: AtomicUsize::new(threads.max(1) - 1),
-            job: Cell::new(None),
-            stop: AtomicBool::new(false),
-            asleep: (1..threads).map(|_| AtomicBool::new(false)).collect(),
-            sleepers: AtomicUsize::new(0),
-            caller_asleep: AtomicBool::new(false),
-            caller: Mutex::new(None),
-            panic: Mutex::new(None),
-            cores: thread::available_parallelism().map_or(1, |n| n.get()),
+            call: OwnLine(Call { epoch: AtomicUsize::new(0), job: Cell::new(None) }),
+            served: OwnLine(AtomicUsize::new(0)),
+            rest: OwnLine(Rest {
+                asleep: (1..threads).map(|_| AtomicBool::new(false)).collect(),
+                sleepers: AtomicUsize::new(0),
+                caller_asleep: AtomicBool::new(false),
+                caller: Mutex::new(None),
+                panicked: AtomicBool::new(false),
+                panic: Mutex::new(None),
+                cores: thread::available_parallelism().map_or(1, |n| n.get()),
+            }),
         });
         let mut team = ForkJoin { shared, workers: Vec::new(), turn: Mutex::new(()) };
         for index in 1..threads {
@@ -110,7 +131,7 @@ impl ForkJoin {
             let worker = thread::Builder::new()
                 .name(format!("worker-{index}"))
                 .spawn(move || {
-                    shared.serve(|| on_start(index));
+                    shared.serve(0, || on_start(index));
                     shared.work(index);
                 })
                 .unwrap_or_else(|error| panic!("cannot start thread {index} of {threads}: {error}"));
@@ -118,8 +139,7 @@ impl ForkJoin {
         }
         // A start is served as a job is, so a panic in it ends here and not in a run that waits for ever.
         team.shared.join();
-        let failed = lock(&team.shared.panic).take();
-        if let Some(payload) = failed {
+        if let Some(payload) = team.shared.take_panic() {
             resume_unwind(payload);
         }
         team
@@ -145,13 +165,13 @@ impl ForkJoin {
             return job(0);
         }
         let _turn = lock(&self.turn);
-        self.shared.fork(self.workers.len(), job, &self.workers);
+        self.shared.fork(job, &self.workers);
         let own = {
             let _working = Working::enter(team);
             catch_unwind(AssertUnwindSafe(|| job(0)))
         };
         self.shared.join();
-        let theirs = lock(&self.shared.panic).take();
+        let theirs = self.shared.take_panic();
         if let Some(payload) = own.err().or(theirs) {
             resume_unwind(payload);
         }
@@ -160,28 +180,29 @@ impl ForkJoin {
 
 impl Drop for ForkJoin {
     fn drop(&mut self) {
-        self.shared.stop.store(true, Ordering::SeqCst);
-        self.shared.epoch.fetch_add(1, Ordering::SeqCst);
+        // After a failed start some workers may not have served epoch 0; they do before they look for a job.
+        self.shared.call.0.job.set(None);
+        self.shared.call.0.epoch.fetch_add(1, Ordering::SeqCst);
         for worker in self.workers.drain(..) {
             worker.thread().unpark();
             // A worker catches all panics, so there is no result to look at.
             let _ = worker.join();
         }
-        TEAM_THREADS.fetch_sub(self.shared.asleep.len() + 1, Ordering::Relaxed);
+        TEAM_THREADS.fetch_sub(self.shared.rest.0.asleep.len() + 1, Ordering::Relaxed);
     }
 }
 
 impl Shared {
-    fn fork(&self, workers: usize, job: &Job<'_>, handles: &[JoinHandle<()>]) {
+    fn fork(&self, job: &Job<'_>, handles: &[JoinHandle<()>]) {
         let job: *const Job<'_> = job;
         // SAFETY: only the lifetime changes. `run` calls `join` before it returns or unwinds, and after that no
         // worker uses the pointer (point 3).
         let job: *const Job<'static> = unsafe { std::mem::transmute(job) };
-        self.job.set(Some(job));
-        self.pending.store(workers, Ordering::Relaxed);
-        self.epoch.fetch_add(1, Ordering::SeqCst);
-        if self.sleepers.load(Ordering::SeqCst) > 0 {
-            for (asleep, handle) in self.asleep.iter().zip(handles) {
+        self.call.0.job.set(Some(job));
+        self.call.0.epoch.fetch_add(1, Ordering::SeqCst);
+        let rest = &self.rest.0;
+        if rest.sleepers.load(Ordering::SeqCst) > 0 {
+            for (asleep, handle) in rest.asleep.iter().zip(handles) {
                 if asleep.load(Ordering::SeqCst) {
                     handle.thread().unpark();
                 }
@@ -190,53 +211,67 @@ impl Shared {
     }
 
     fn join(&self) {
-        let done = || self.pending.load(Ordering::SeqCst) == 0;
+        let target = self.served_after(self.call.0.epoch.load(Ordering::Relaxed));
+        let done = || self.served.0.load(Ordering::SeqCst) == target;
         if self.look(done) {
             return;
         }
-        *lock(&self.caller) = Some(thread::current());
-        self.caller_asleep.store(true, Ordering::SeqCst);
+        *lock(&self.rest.0.caller) = Some(thread::current());
+        self.rest.0.caller_asleep.store(true, Ordering::SeqCst);
         while !done() {
             thread::park();
         }
-        self.caller_asleep.store(false, Ordering::SeqCst);
+        self.rest.0.caller_asleep.store(false, Ordering::SeqCst);
+    }
+
+    /// What `served` is when all workers have served `epoch`.
+    fn served_after(&self, epoch: usize) -> usize {
+        epoch.wrapping_add(1).wrapping_mul(self.rest.0.asleep.len())
+    }
+
+    fn take_panic(&self) -> Option<Box<dyn Any + Send>> {
+        // The flag was set before the worker counted its share, which `join` has seen.
+        if self.rest.0.panicked.load(Ordering::Relaxed) {
+            self.rest.0.panicked.store(false, Ordering::Relaxed);
+            return lock(&self.rest.0.panic).take();
+        }
+        None
     }
 
     fn work(&self, index: usize) {
-        let mut served = 0;
+        let mut epoch = 0;
         loop {
-            let changed = || self.epoch.load(Ordering::SeqCst) != served;
+            let changed = || self.call.0.epoch.load(Ordering::SeqCst) != epoch;
             if !self.look(changed) {
-                let asleep = &self.asleep[index - 1];
-                self.sleepers.fetch_add(1, Ordering::SeqCst);
+                let asleep = &self.rest.0.asleep[index - 1];
+                self.rest.0.sleepers.fetch_add(1, Ordering::SeqCst);
                 asleep.store(true, Ordering::SeqCst);
                 while !changed() {
                     thread::park();
                 }
                 asleep.store(false, Ordering::SeqCst);
-                self.sleepers.fetch_sub(1, Ordering::SeqCst);
+                self.rest.0.sleepers.fetch_sub(1, Ordering::SeqCst);
             }
-            served = served.wrapping_add(1);
-            if self.stop.load(Ordering::SeqCst) {
-                return;
-            }
-            let job = self.job.get().expect("an epoch has a job");
-            self.serve(|| {
+            epoch = epoch.wrapping_add(1);
+            let Some(job) = self.call.0.job.get() else { return };
+            self.serve(epoch, || {
                 let _working = Working::enter(std::ptr::from_ref(self).addr());
-                // SAFETY: the caller of this epoch's `run` keeps the job alive until `pending` is 0 (point 3).
+                // SAFETY: the caller of this epoch's `run` keeps the job alive until all have served it (point 3).
                 unsafe { (*job)(index) }
             });
         }
     }
 
-    /// Runs a worker's share of something that `join` waits for.
-    fn serve(&self, share: impl FnOnce()) {
+    /// Runs a worker's share of an epoch, which `join` waits for.
+    fn serve(&self, epoch: usize, share: impl FnOnce()) {
         if let Err(payload) = catch_unwind(AssertUnwindSafe(share)) {
-            lock(&self.panic).get_or_insert(payload);
+            lock(&self.rest.0.panic).get_or_insert(payload);
+            self.rest.0.panicked.store(true, Ordering::Relaxed);
         }
-        if self.pending.fetch_sub(1, Ordering::SeqCst) == 1
-            && self.caller_asleep.load(Ordering::SeqCst)
-            && let Some(caller) = &*lock(&self.caller)
+        let served = self.served.0.fetch_add(1, Ordering::SeqCst).wrapping_add(1);
+        if served == self.served_after(epoch)
+            && self.rest.0.caller_asleep.load(Ordering::SeqCst)
+            && let Some(caller) = &*lock(&self.rest.0.caller)
         {
             caller.unpark();
         }
@@ -252,7 +287,7 @@ impl Shared {
             std::hint::spin_loop();
         }
         let start = Instant::now();
-        let crowded = TEAM_THREADS.load(Ordering::Relaxed) > self.cores;
+        let crowded = TEAM_THREADS.load(Ordering::Relaxed) > self.rest.0.cores;
         while !crowded && start.elapsed() < SPIN {
             for _ in 0..16 {
                 if ready() {

@@ -56,7 +56,7 @@ fn an_idle_team_sleeps() {
     let team = team(4);
     team.run(&|_| ());
     let deadline = Instant::now() + Duration::from_secs(10);
-    while team.shared.sleepers.load(Ordering::SeqCst) < 3 {
+    while team.shared.rest.0.sleepers.load(Ordering::SeqCst) < 3 {
         assert!(Instant::now() < deadline, "workers are awake long after {YIELD:?} without work");
         thread::sleep(Duration::from_millis(1));
     }
