@@ -77,7 +77,7 @@ pub struct EngineOptions {
 
     /// What is split over the ranks: the weights (heads), the positions of the text (sequence), or what the plan for this command
     /// recommends (auto; see qwen3 plan)
-    #[arg(long, default_value = "auto", value_parser = choice::<StrategyChoice>(&["auto", "heads", "sequence"]), help_heading = "Computing")]
+    #[arg(long, default_value = "heads", value_parser = choice::<StrategyChoice>(&["auto", "heads", "sequence"]), help_heading = "Computing")]
     pub strategy: StrategyChoice,
 
     /// Split both: A ranks share the weights, B such groups share the positions; A times B is the number of ranks
