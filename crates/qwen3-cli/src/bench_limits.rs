@@ -7,8 +7,10 @@ use qwen3_model::{LimitsProbe, Model};
 
 /// How long one look takes. A bench takes one before, between and after the repetitions of each measurement.
 const LOOK: Duration = Duration::from_millis(50);
-/// Bytes that each thread reads: several times its share of any cache.
-const BYTES: usize = 64 << 20;
+/// Bytes that all ranks read in turn: many times any last-level cache, which would otherwise serve a part of the reads.
+const BYTES: usize = 512 << 20;
+/// The least that a thread reads, on machines with so many that their share would fit in their caches.
+const THREAD_BYTES: usize = 32 << 20;
 
 /// The limits of the machine as they were seen during a bench.
 pub struct Limits<'a> {
@@ -23,7 +25,8 @@ pub struct Limits<'a> {
 impl<'a> Limits<'a> {
     /// Nothing seen yet.
     pub fn new(model: &'a Model) -> Self {
-        let probe = LimitsProbe::new(model.context(), BYTES * model.options().threads);
+        let bytes = (BYTES / model.comm().size()).max(THREAD_BYTES * model.options().threads);
+        let probe = LimitsProbe::new(model.context(), bytes);
         Self { model, probe, flops: Vec::new(), bytes: Vec::new() }
     }
 
