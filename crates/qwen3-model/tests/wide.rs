@@ -1,0 +1,256 @@
+//! More ranks than a model divides into: on 3 to 16 ranks every split gives the answer of one rank, and its shares are those planned.
+
+use std::path::Path;
+use std::sync::Arc;
+
+use comm::{Communicator, CommunicatorExt, SoloComm, ThreadComm};
+use qwen3_model::{
+    Checkpoint, Config, Imbalance, Isa, LogitRows, MlpSchedule, Model, ModelOptions, ParallelStrategy, RankPlan,
+    Sampler, SamplingParams, TensorRole, WeightFormat, WeightFormats, tensor_specs,
+};
+use rand::rngs::StdRng;
+use rand::{RngExt, SeedableRng};
+use serde_json::{Value, json};
+use tensor::{CheckpointWriter, TensorSpec};
+
+/// The numeric contract, relative to the largest logit.
+const TOLERANCE: f32 = 2e-4;
+/// Of weights in groups: their products take inputs in steps of 1/127 of a group's largest, and a sum in another order may land on the
+/// next step.
+const QUANTIZED: f32 = 3e-2;
+const RANKS: [usize; 6] = [3, 5, 6, 7, 12, 16];
+/// Long enough that 16 ranks split it.
+const PROMPT: usize = 41;
+const DECODED: usize = 4;
+
+fn config(heads: usize, kv_heads: usize, columns: usize, vocabulary: usize) -> Value {
+    json!({
+        "model_type": "qwen3", "hidden_size": 64, "intermediate_size": columns, "num_hidden_layers": 2,
+        "num_attention_heads": heads, "num_key_value_heads": kv_heads, "head_dim": 32, "vocab_size": vocabulary,
+        "max_position_embeddings": 128, "rms_norm_eps": 1e-6, "rope_theta": 1e4
+    })
+}
+
+/// Experts that no rank count divides, in the first two of three layers.
+fn sparse(experts: usize, columns: usize) -> Value {
+    let mut value = config(6, 3, 40, 50);
+    let more = json!({
+        "model_type": "qwen3_moe", "num_hidden_layers": 3, "num_experts": experts, "num_experts_per_tok": 2,
+        "moe_intermediate_size": columns, "mlp_only_layers": [2], "norm_topk_prob": true
+    });
+    value.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
+    value
+}
+
+/// A checkpoint in a folder of its own, and what one rank makes of it with scalar kernels.
+struct Case {
+    dir: tempfile::TempDir,
+    config: Config,
+    weights: Option<WeightFormat>,
+    prompt: Vec<u32>,
+    /// [PROMPT + DECODED, vocabulary], the last rows for the tokens in `greedy`.
+    logits: Vec<f32>,
+    greedy: Vec<u32>,
+    /// Of a KV head on which one position is kept, over all layers.
+    head_bytes: usize,
+}
+
+impl Case {
+    fn new(value: &Value, weights: Option<WeightFormat>) -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        let config = Config::from_json(Path::new("config.json"), value).unwrap();
+        std::fs::write(dir.path().join("config.json"), value.to_string()).unwrap();
+        write_weights(dir.path(), &config);
+        let mut rng = StdRng::seed_from_u64(7);
+        let prompt = (0..PROMPT).map(|_| rng.random_range(0..config.vocab_size as u32)).collect();
+        let mut case = Self { dir, config, weights, prompt, logits: Vec::new(), greedy: Vec::new(), head_bytes: 0 };
+        let options = case.options(ParallelStrategy::Heads, Isa::scalar());
+        let model = Model::load(case.dir.path(), Arc::new(SoloComm::new()), &options, &|_| ()).unwrap();
+        (case.logits, case.greedy) = run(&model, &case.prompt, &[usize::MAX]);
+        let mut cache = model.new_cache(1);
+        model.forward(&mut cache, &[1], LogitRows::None).unwrap();
+        case.head_bytes = cache.bytes() / case.config.num_key_value_heads;
+        case
+    }
+
+    fn options(&self, strategy: ParallelStrategy, isa: Isa) -> ModelOptions {
+        ModelOptions { strategy, weights: self.weights, ..ModelOptions::new(isa) }
+    }
+
+    /// Every rank count, with heads, positions, and one grid of each that is composite; split feed-forward blocks on all.
+    fn check(&self) {
+        use MlpSchedule::{Fused, Gathered, Local, Naive};
+        for ranks in RANKS {
+            let tp = (2..ranks).find(|tp| ranks.is_multiple_of(*tp));
+            let grid = tp.map(|tp| (ParallelStrategy::Grid { tp, sp: ranks / tp }, Fused));
+            let heads = [Fused, Naive, Gathered].map(|schedule| (ParallelStrategy::Heads, schedule));
+            let sequence = [Local, Fused].map(|schedule| (ParallelStrategy::Sequence, schedule));
+            for (strategy, schedule) in heads.into_iter().chain(sequence).chain(grid) {
+                let options = self.options(strategy, Isa::avx2().unwrap_or(Isa::scalar()));
+                let options = ModelOptions { mlp: Some(schedule), ..options };
+                std::thread::scope(|scope| {
+                    for comm in ThreadComm::group(ranks) {
+                        scope.spawn(move || self.check_rank(Arc::new(comm), &options));
+                    }
+                });
+            }
+        }
+    }
+
+    fn check_rank(&self, comm: Arc<dyn Communicator>, options: &ModelOptions) {
+        let label = format!(
+            "{}/{} heads, {:?} weights, rank {} of {}, {} {}",
+            self.config.num_attention_heads,
+            self.config.num_key_value_heads,
+            self.weights,
+            comm.rank(),
+            comm.size(),
+            options.strategy,
+            options.schedule()
+        );
+        let model = Model::load(self.dir.path(), comm, options, &|_| ()).unwrap_or_else(|e| panic!("{label}: {e}"));
+        self.check_shares(&model, &label);
+        let tolerance = if self.weights.is_some_and(WeightFormat::is_quantized) { QUANTIZED } else { TOLERANCE };
+        for pieces in [&[usize::MAX][..], &[1, 14, 2, usize::MAX]] {
+            let (logits, greedy) = run(&model, &self.prompt, pieces);
+            assert_eq!(greedy, self.greedy, "{label}, in pieces of {pieces:?}: greedy continuation");
+            assert_eq!(logits.len(), self.logits.len(), "{label}");
+            let largest = self.logits.iter().fold(0.0f32, |max, x| max.max(x.abs()));
+            let off = logits.iter().zip(&self.logits).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
+            assert!(off <= tolerance * largest, "{label}, in pieces of {pieces:?}: off by {off} of {largest}");
+            assert!(logits.iter().all(|logit| logit.is_finite()), "{label}");
+        }
+    }
+
+    /// Weights, heads and vocabulary are those of the plans.
+    fn check_shares(&self, model: &Model, label: &str) {
+        let (comm, options, config) = (model.comm(), model.options(), &self.config);
+        let (rank, ranks) = (comm.rank(), comm.size());
+        let formats = WeightFormats::read(config, &Checkpoint::open(self.dir.path()).unwrap(), self.weights).unwrap();
+        let planned = formats.bytes(config, options.strategy, options.schedule(), ranks, rank);
+        assert_eq!(model.weight_bytes(), planned, "{label}: bytes of weights");
+
+        let (tp, _) = options.strategy.grid(ranks);
+        let granularity = formats.granularity();
+        let own = RankPlan::new(config, tp, rank % tp, granularity);
+        let mut cache = model.new_cache(1);
+        let logits = model.forward(&mut cache, &[1], LogitRows::Last).unwrap();
+        assert_eq!(logits.vocab, RankPlan::new(config, ranks, rank, granularity).vocabulary, "{label}: vocabulary");
+        // Where no ranks split heads, those that split positions divide the feed-forward blocks.
+        if options.schedule() == MlpSchedule::Fused && tp > 1 {
+            let format = self.weights.unwrap_or(WeightFormat::F32);
+            assert_eq!(
+                model.weight_bytes(),
+                planned_bytes(config, format, &own, logits.vocab.len()),
+                "{label}: RankPlan"
+            );
+        }
+
+        // Position 0 is kept by the first row of the grid; its KV heads are those that `plan` states for all.
+        let kept = cache.bytes() / self.head_bytes;
+        assert_eq!(kept, if rank < tp { own.heads.kv_heads.len() } else { 0 }, "{label}: KV heads");
+        let mut all = vec![0; ranks];
+        comm.all_gather(&[kept], &mut all).unwrap();
+        let stated = Imbalance::new(config, tp, granularity).kv_heads;
+        let found = (all[..tp].iter().max(), all[..tp].iter().min(), all.iter().sum());
+        assert_eq!(found, (Some(&stated.most), Some(&stated.least), stated.sum), "{label}: KV heads of all ranks");
+    }
+}
+
+/// Bytes of the weights that a plan gives a rank, with the given rows of the head.
+fn planned_bytes(config: &Config, format: WeightFormat, plan: &RankPlan, vocabulary: usize) -> usize {
+    let (hidden, queries) = (config.hidden_size, plan.heads.query_heads.len() * config.head_dim);
+    let qkv = queries + 2 * plan.heads.kv_heads.len() * config.head_dim;
+    let attention = format.packed_bytes(qkv, hidden) + format.packed_bytes(hidden, queries);
+    let block = |columns| 2 * format.packed_bytes(columns, hidden) + format.packed_bytes(hidden, columns);
+    let layer = |layer| match &config.moe {
+        Some(moe) if config.is_sparse(layer) => {
+            WeightFormat::F32.packed_bytes(moe.num_experts, hidden) + moe.num_experts * block(plan.expert_columns.len())
+        }
+        _ => block(plan.columns.len()),
+    };
+    let layers = (0..config.num_hidden_layers).map(|index| attention + layer(index)).sum::<usize>();
+    layers + format.packed_bytes(vocabulary, hidden)
+}
+
+/// The logits of the prompt, run in pieces of the given sizes, and of the greedy tokens after it; and these.
+fn run(model: &Model, prompt: &[u32], pieces: &[usize]) -> (Vec<f32>, Vec<u32>) {
+    let mut cache = model.new_cache(prompt.len() + DECODED);
+    let mut sampler = Sampler::new(SamplingParams::default(), model.config().vocab_size, model.comm().clone()).unwrap();
+    let (mut logits, mut sequence, mut rest) = (Vec::new(), prompt.to_vec(), prompt);
+    let mut pass = |tokens: &[u32]| {
+        let own = model.forward(&mut cache, tokens, LogitRows::All).unwrap();
+        logits.extend_from_slice(model.gather_logits(&own).unwrap().as_slice().unwrap());
+        own
+    };
+    let mut last = None;
+    for size in pieces {
+        let (piece, tail) = rest.split_at((*size).min(rest.len()));
+        last = Some(pass(piece));
+        rest = tail;
+    }
+    for step in 0..DECODED {
+        let own = last.expect("the prompt is not empty");
+        let row = own.values.row(own.values.nrows() - 1).to_vec();
+        let next = sampler.sample(own.vocab, &row, step as u64, &sequence, false).unwrap().id;
+        sequence.push(next);
+        last = Some(pass(&[next]));
+    }
+    (logits, sequence.split_off(prompt.len()))
+}
+
+/// Random weights that let a layer change what passes through it by about as much as there is.
+fn write_weights(dir: &Path, config: &Config) {
+    let specs: Vec<_> = tensor_specs(config).collect();
+    let stored = specs.iter().map(|spec| TensorSpec {
+        name: spec.name.clone(),
+        format: WeightFormat::F32,
+        shape: spec.shape.clone(),
+    });
+    let mut file = CheckpointWriter::create(dir.join("model.safetensors"), &stored.collect::<Vec<_>>(), &[]).unwrap();
+    let mut rng = StdRng::seed_from_u64(11);
+    for spec in &specs {
+        let inputs = spec.shape[spec.shape.len() - 1] as f32;
+        let values: Vec<f32> = match spec.role {
+            TensorRole::Norm => (0..spec.elements()).map(|_| rng.random_range(0.5..1.5)).collect(),
+            _ => (0..spec.elements()).map(|_| rng.random_range(-1.7..1.7) / inputs.sqrt()).collect(),
+        };
+        file.write(&spec.name, &values).unwrap();
+    }
+    file.finish().unwrap();
+}
+
+#[test]
+fn kv_heads_2() {
+    // Fewer query heads than 7 ranks; fewer columns and vocabulary rows than 16.
+    Case::new(&config(6, 2, 11, 13), None).check();
+}
+
+#[test]
+fn kv_heads_3() {
+    Case::new(&config(9, 3, 40, 50), None).check();
+}
+
+#[test]
+fn kv_heads_8() {
+    Case::new(&config(16, 8, 40, 50), None).check();
+}
+
+#[test]
+fn kv_heads_16() {
+    Case::new(&config(16, 16, 40, 50), None).check();
+}
+
+#[test]
+fn experts() {
+    Case::new(&sparse(5, 11), None).check();
+}
+
+/// 7 groups of columns, the last one short: none for some of 12 and 16 ranks.
+#[test]
+fn quantized() {
+    for format in [WeightFormat::Q8, WeightFormat::Q4] {
+        Case::new(&config(8, 2, 6 * 32 + 8, 50), Some(format)).check();
+        Case::new(&sparse(5, 3 * 32), Some(format)).check();
+    }
+}
