@@ -34,6 +34,10 @@ pub trait Communicator: Send + Sync {
     /// What carries the data: `"solo"`, `"threads"` or `"mpi"`.
     fn transport(&self) -> &'static str;
 
+    /// The number of machines on which the ranks lie, at least 1: real ones, or those that options or an emulated link
+    /// make of the ranks.
+    fn machines(&self) -> usize;
+
     /// What this rank has communicated; shared with the communicators split from this one.
     fn ledger(&self) -> &Ledger;
 

@@ -129,6 +129,10 @@ impl Communicator for EmulatedComm {
         self.inner.transport()
     }
 
+    fn machines(&self) -> usize {
+        self.machines
+    }
+
     fn ledger(&self) -> &Ledger {
         &self.ledger
     }

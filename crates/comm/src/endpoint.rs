@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 use crate::alarm::Membership;
 use crate::call::{Call, Header, Site};
 use crate::communicator::{Communicator, ReduceOp};
+use crate::cost::Crowd;
 use crate::error::{CommError, Place};
 use crate::ledger::{Collective, Ledger};
 use crate::transport::{Counts, Reduction, Transport};
@@ -21,6 +22,8 @@ pub(crate) struct Endpoint {
     rank: usize,
     /// The rank in the whole job of each rank.
     world: Vec<usize>,
+    /// For each rank of the whole job, a number that it shares with the ranks of its machine.
+    machine: Arc<[usize]>,
     membership: Arc<Membership>,
     ledger: Arc<Ledger>,
     state: Mutex<State>,
@@ -37,19 +40,20 @@ struct State {
 }
 
 impl Endpoint {
-    /// The end of `rank` in a group that `transport` connects. `spin`: whether each rank has a core.
+    /// The end of this rank in the group of all ranks that `transport` connects. `machine`: for each rank, a number that
+    /// it shares with the ranks of its machine; `spin`: whether each rank has a core.
     pub(crate) fn new(
         name: &'static str,
-        rank: usize,
-        world: Vec<usize>,
+        machine: Arc<[usize]>,
         membership: Arc<Membership>,
         transport: Option<Box<dyn Transport>>,
         spin: bool,
     ) -> Endpoint {
         Endpoint {
             name,
-            rank,
-            world,
+            rank: membership.rank,
+            world: (0..membership.size).collect(),
+            machine,
             membership,
             ledger: Arc::default(),
             state: Mutex::new(State { transport, failed: None }),
@@ -61,6 +65,11 @@ impl Endpoint {
 
     fn size(&self) -> usize {
         self.world.len()
+    }
+
+    fn machines(&self) -> usize {
+        let nodes: Vec<usize> = self.world.iter().map(|&rank| self.machine[rank]).collect();
+        Crowd::of(&nodes).machines
     }
 
     fn timeout(&self) -> Duration {
@@ -247,6 +256,10 @@ impl<E: End> Communicator for E {
         self.end().name
     }
 
+    fn machines(&self) -> usize {
+        self.end().machines()
+    }
+
     fn ledger(&self) -> &Ledger {
         &self.end().ledger
     }
@@ -358,6 +371,7 @@ impl<E: End> Communicator for E {
             name: end.name,
             rank,
             world,
+            machine: end.machine.clone(),
             membership: end.membership.clone(),
             ledger: end.ledger.clone(),
             state: Mutex::new(State { transport, failed: None }),

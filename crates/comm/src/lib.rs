@@ -33,6 +33,9 @@ mod transport;
 
 mod group;
 
+// How ranks lie on machines, and what calls between them cost on a link.
+mod cost;
+
 // A rank's end of any group, and the groups without MPI.
 mod endpoint;
 
@@ -40,9 +43,7 @@ mod solo;
 
 mod threads;
 
-// What calls cost on a link, and a communicator on which they cost that.
-mod cost;
-
+// A communicator on which calls cost what they would on a link.
 mod emulate;
 
 // The functions of MPI, collectives over its messages, the job, machines with several ranks, the communicator.

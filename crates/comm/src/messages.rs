@@ -9,7 +9,6 @@
 
 use std::collections::VecDeque;
 use std::sync::Arc;
-use std::time::{Duration, SystemTime};
 
 use crate::call::{Call, Header, Site};
 use crate::communicator::ReduceOp;
@@ -22,19 +21,11 @@ use crate::wire::{Fold, WireFormat};
 
 /// Bytes of payload in one MPI message; longer ones go in pieces.
 const PIECE: usize = 4 << 20;
-/// The first piece begins with: the three words of the header, the length of the whole, when it is due.
-const HEAD: usize = 5 * 8;
+/// The first piece begins with: the three words of the header, the length of the whole.
+const HEAD: usize = 4 * 8;
 /// A sum goes as a whole while what that adds to the bytes of each rank costs less than a latency: this is
 /// latency times bandwidth, between 1 GbE (5 KB), 10 GbE (17 KB) and a machine's own memory.
 const WHOLE: usize = 12 << 10;
-
-/// A link to try out: what a message costs on it, on top of what it costs here.
-#[derive(Clone, Copy, PartialEq, Debug)]
-pub(crate) struct Link {
-    pub latency: Duration,
-    /// Seconds.
-    pub per_byte: f64,
-}
 
 /// One rank's end of a group.
 pub(crate) struct Messages {
@@ -44,32 +35,26 @@ pub(crate) struct Messages {
     rank: usize,
     /// The tag of collectives; that of messages is the next.
     tag: usize,
-    link: Option<Link>,
-    /// When the emulated link has sent what was given to it, in nanoseconds since 1970.
-    free: u64,
 }
 
 /// A message on its way out: all its pieces.
-pub(crate) struct Sending<'w>(Vec<Transfer<'w>>);
+pub(crate) struct Sending<'m>(Vec<Transfer<'m>>);
 
 /// A message on its way in.
-pub(crate) struct Receiving<'w> {
+pub(crate) struct Receiving<'m> {
+    group: &'m Messages,
     peer: usize,
     tag: usize,
-    transfer: Option<Transfer<'w>>,
-    /// The length and the due time, once the first piece is there.
-    head: Option<(usize, u64)>,
+    transfer: Option<Transfer<'m>>,
+    /// The length, once the first piece is there.
+    length: Option<usize>,
     pub payload: Vec<u8>,
-}
-
-fn now() -> u64 {
-    SystemTime::UNIX_EPOCH.elapsed().map_or(0, |time| time.as_nanos() as u64)
 }
 
 impl Messages {
     /// The end of `rank` among `members`. `tag` and the one after it are this group's own.
-    pub(crate) fn new(world: Arc<World>, members: Vec<usize>, rank: usize, tag: usize, link: Option<Link>) -> Self {
-        Messages { world, members, rank, tag, link, free: 0 }
+    pub(crate) fn new(world: Arc<World>, members: Vec<usize>, rank: usize, tag: usize) -> Self {
+        Messages { world, members, rank, tag }
     }
 
     fn size(&self) -> usize {
@@ -81,71 +66,49 @@ impl Messages {
         (0..self.size()).filter(move |&peer| peer != rank)
     }
 
-    /// When `bytes` that go out now are there, on the emulated link: they queue behind what is before them.
-    fn due(&mut self, bytes: usize) -> u64 {
-        let Some(link) = self.link else { return 0 };
-        self.free = self.free.max(now()) + (bytes as f64 * link.per_byte * 1e9) as u64;
-        self.free + link.latency.as_nanos() as u64
-    }
-
     /// Starts a message that the program sends, not a part of a collective.
-    pub(crate) fn start_message<'w>(
-        &mut self,
-        world: &'w World,
-        to: usize,
-        data: &[u8],
-    ) -> Result<Sending<'w>, CommError> {
-        self.start(world, Header::new(Collective::Send, data.len()).words(), to, data, true)
+    pub(crate) fn start_message(&self, to: usize, data: &[u8]) -> Result<Sending<'_>, CommError> {
+        self.start(Header::new(Collective::Send, data.len()).words(), to, data, true)
     }
 
     /// Starts a message; `user`: one that the program sends.
-    fn start<'w>(
-        &mut self,
-        world: &'w World,
-        words: [u64; 3],
-        to: usize,
-        payload: &[u8],
-        user: bool,
-    ) -> Result<Sending<'w>, CommError> {
-        let due = self.due(payload.len());
+    fn start(&self, words: [u64; 3], to: usize, payload: &[u8], user: bool) -> Result<Sending<'_>, CommError> {
         let tag = self.tag + user as usize;
         let (first, rest) = payload.split_at(payload.len().min(PIECE));
         let mut data = Vec::with_capacity(HEAD + first.len());
-        for word in [words[0], words[1], words[2], payload.len() as u64, due] {
+        for word in [words[0], words[1], words[2], payload.len() as u64] {
             data.extend(word.to_le_bytes());
         }
         data.extend(first);
         let pieces = std::iter::once(data).chain(rest.chunks(PIECE).map(<[u8]>::to_vec));
-        pieces.map(|piece| world.send(self.members[to], tag, piece)).collect::<Result<_, _>>().map(Sending)
+        pieces.map(|piece| self.world.send(self.members[to], tag, piece)).collect::<Result<_, _>>().map(Sending)
     }
 
     /// Expects a message of `peer`.
-    pub(crate) fn expect<'w>(&self, peer: usize, user: bool) -> Receiving<'w> {
+    pub(crate) fn expect(&self, peer: usize, user: bool) -> Receiving<'_> {
         let tag = self.tag + user as usize;
-        Receiving { peer, tag, transfer: None, head: None, payload: Vec::new() }
+        Receiving { group: self, peer, tag, transfer: None, length: None, payload: Vec::new() }
     }
 
     /// Sends to some ranks while it receives from others; returns what came, in the order of `recvs`, where each
     /// has the rank and the length that it has to have.
     fn swap(
-        &mut self,
+        &self,
         call: &mut Call<'_>,
         sends: &[(usize, &[u8])],
         recvs: &[(usize, usize)],
     ) -> Result<Vec<Vec<u8>>, CommError> {
-        let world = self.world.clone();
         let words = call.site.header.words();
         let mut sending = Vec::with_capacity(sends.len());
         for &(to, payload) in sends {
-            sending.push((to, self.start(&world, words, to, payload, false)?));
+            sending.push((to, self.start(words, to, payload, false)?));
         }
         let mut receiving: Vec<_> = recvs.iter().map(|&(from, _)| self.expect(from, false)).collect();
-        let members = &self.members;
         for (receiving, &(_, length)) in receiving.iter_mut().zip(recvs) {
             // One after the other: MPI moves all of them on whichever is asked about.
             let peer = receiving.peer;
             let mut advance = |site: Site<'_>| {
-                receiving.advance(&world, members, |there, total| {
+                receiving.advance(|there, total| {
                     site.compare(peer, there)?;
                     if total == length { Ok(()) } else { Err(site.mismatch(peer, there)) }
                 })
@@ -158,7 +121,7 @@ impl Messages {
         Ok(receiving.into_iter().map(|receiving| receiving.payload).collect())
     }
 
-    pub(crate) fn all_reduce(&mut self, call: &mut Call<'_>, data: Reduction<'_>) -> Result<(), CommError> {
+    pub(crate) fn all_reduce(&self, call: &mut Call<'_>, data: Reduction<'_>) -> Result<(), CommError> {
         let size = self.size();
         let bytes = data.wire.encoded_bytes(data.len());
         if (size - 1) * (size - 2) / size * bytes <= WHOLE {
@@ -168,7 +131,7 @@ impl Messages {
         }
     }
 
-    fn sum_wholes(&mut self, call: &mut Call<'_>, data: Reduction<'_>) -> Result<(), CommError> {
+    fn sum_wholes(&self, call: &mut Call<'_>, data: Reduction<'_>) -> Result<(), CommError> {
         let Reduction { op, wire, .. } = data;
         let mut own = vec![0; wire.encoded_bytes(data.len())];
         wire.encode(data.own(), &mut own);
@@ -180,7 +143,7 @@ impl Messages {
         Ok(())
     }
 
-    fn sum_parts(&mut self, call: &mut Call<'_>, data: Reduction<'_>) -> Result<(), CommError> {
+    fn sum_parts(&self, call: &mut Call<'_>, data: Reduction<'_>) -> Result<(), CommError> {
         let (rank, size) = (self.rank, self.size());
         let Reduction { op, wire, .. } = data;
         let parts: Vec<_> = (0..size).map(|peer| part(&(0..data.len()), size, peer)).collect();
@@ -203,7 +166,7 @@ impl Messages {
 
     /// A reduce-scatter with any operation.
     fn scatter(
-        &mut self,
+        &self,
         call: &mut Call<'_>,
         send: &[f32],
         counts: &[usize],
@@ -237,7 +200,7 @@ impl Messages {
     }
 
     pub(crate) fn reduce_scatter(
-        &mut self,
+        &self,
         call: &mut Call<'_>,
         send: &[f32],
         counts: &[usize],
@@ -248,7 +211,7 @@ impl Messages {
     }
 
     pub(crate) fn all_gather(
-        &mut self,
+        &self,
         call: &mut Call<'_>,
         send: &[u8],
         counts: Counts<'_>,
@@ -271,7 +234,7 @@ impl Messages {
     }
 
     /// From the root to everyone: one latency, and an error names the root, not a rank halfway down a tree.
-    pub(crate) fn broadcast(&mut self, call: &mut Call<'_>, root: usize, buf: &mut [u8]) -> Result<(), CommError> {
+    pub(crate) fn broadcast(&self, call: &mut Call<'_>, root: usize, buf: &mut [u8]) -> Result<(), CommError> {
         if self.rank == root {
             let sends: Vec<_> = self.others().map(|peer| (peer, &*buf)).collect();
             self.swap(call, &sends, &[]).map(drop)
@@ -283,21 +246,20 @@ impl Messages {
     }
 
     /// Everyone tells everyone: one latency, and an error names who is missing.
-    pub(crate) fn barrier(&mut self, call: &mut Call<'_>) -> Result<(), CommError> {
+    pub(crate) fn barrier(&self, call: &mut Call<'_>) -> Result<(), CommError> {
         let sends: Vec<_> = self.others().map(|peer| (peer, &[][..])).collect();
         let recvs: Vec<_> = self.others().map(|peer| (peer, 0)).collect();
         self.swap(call, &sends, &recvs).map(drop)
     }
 
     pub(crate) fn send_recv(
-        &mut self,
+        &self,
         call: &mut Call<'_>,
         send: Option<(usize, &[u8])>,
         recv: Option<(usize, &mut [u8])>,
     ) -> Result<(), CommError> {
-        let world = self.world.clone();
         let mut out = match send {
-            Some((to, data)) => Some((to, self.start_message(&world, to, data)?)),
+            Some((to, data)) => Some((to, self.start_message(to, data)?)),
             None => None,
         };
         let mut into = recv.map(|(from, data)| (self.expect(from, true), data));
@@ -305,14 +267,14 @@ impl Messages {
         let mut push = |_: Site<'_>| out.as_mut().expect("a message to send").1.advance();
         let mut pull = |site: Site<'_>| {
             let (message, data) = into.as_mut().expect("a message to receive");
-            message.advance_into(&world, &self.members, site, message.peer, data)
+            message.advance_into(site, data)
         };
         carry(call, [to.map(|to| (to, &mut push as _)), from.map(|from| (from, &mut pull as _))])
     }
 
-    /// MPI's world, and the ranks of this group in it.
-    pub(crate) fn world(&self) -> (Arc<World>, Vec<usize>) {
-        (self.world.clone(), self.members.clone())
+    /// The rank in MPI's world of each rank.
+    pub(crate) fn members(&self) -> &[usize] {
+        &self.members
     }
 }
 
@@ -331,23 +293,17 @@ impl Sending<'_> {
     }
 }
 
-impl<'w> Receiving<'w> {
+impl Receiving<'_> {
     /// Takes what has come; `accept` looks at the words and the length in the head.
-    fn advance(
-        &mut self,
-        world: &'w World,
-        members: &[usize],
-        accept: impl Fn([u64; 3], usize) -> Result<(), CommError>,
-    ) -> Result<Step, CommError> {
+    fn advance(&mut self, accept: impl Fn([u64; 3], usize) -> Result<(), CommError>) -> Result<Step, CommError> {
         let mut moved = false;
         loop {
-            if let Some((length, due)) = self.head
-                && self.payload.len() >= length
-            {
-                return Ok(Step { moved, done: due == 0 || now() >= due });
+            if self.length.is_some_and(|length| self.payload.len() >= length) {
+                return Ok(Step { moved, done: true });
             }
             if self.transfer.is_none() {
-                self.transfer = world.receive(Some(members[self.peer]), self.tag)?.map(|(_, transfer)| transfer);
+                let from = self.group.members[self.peer];
+                self.transfer = self.group.world.receive(Some(from), self.tag)?.map(|(_, transfer)| transfer);
             }
             match self.transfer.take() {
                 None => return Ok(Step { moved, done: false }),
@@ -358,7 +314,7 @@ impl<'w> Receiving<'w> {
                     }
                     let data = transfer.into_data();
                     moved = true;
-                    if self.head.is_some() {
+                    if self.length.is_some() {
                         self.payload.extend(data);
                         continue;
                     }
@@ -368,7 +324,7 @@ impl<'w> Receiving<'w> {
                     };
                     let length = usize::try_from(word(3)).unwrap_or(usize::MAX);
                     accept([word(0), word(1), word(2)], length)?;
-                    self.head = Some((length, word(4)));
+                    self.length = Some(length);
                     self.payload = data;
                     self.payload.drain(..HEAD.min(self.payload.len()));
                 }
@@ -377,22 +333,10 @@ impl<'w> Receiving<'w> {
     }
 
     /// Takes what has come of a message that `site` expects from its rank `peer`, and fills `data` at the end.
-    pub(crate) fn advance_into(
-        &mut self,
-        world: &'w World,
-        members: &[usize],
-        site: Site<'_>,
-        peer: usize,
-        data: &mut [u8],
-    ) -> Result<Step, CommError> {
+    pub(crate) fn advance_into(&mut self, site: Site<'_>, data: &mut [u8]) -> Result<Step, CommError> {
+        let peer = self.peer;
         let step =
-            self.advance(
-                world,
-                members,
-                |there, length| {
-                    if length == data.len() { Ok(()) } else { Err(site.mismatch(peer, there)) }
-                },
-            )?;
+            self.advance(|there, length| if length == data.len() { Ok(()) } else { Err(site.mismatch(peer, there)) })?;
         if step.done {
             data.copy_from_slice(&self.payload);
         }

@@ -2,12 +2,11 @@
 
 use std::env;
 use std::sync::Arc;
-use std::time::Duration;
 
 use crate::alarm::{Alarm, Membership};
+use crate::cost::node_of;
 use crate::endpoint::{End, Endpoint};
 use crate::error::CommError;
-use crate::messages::Link;
 use crate::mpi_job::{Job, Lookout, process_space, share};
 use crate::mpi_sys::{self, CORE_WORDS, Process, World};
 use crate::nodes::Nodes;
@@ -44,14 +43,11 @@ pub struct MpiOptions {
     pub shared_memory: bool,
     /// Takes ranks, in equal runs, for those of this many machines.
     pub nodes: Option<usize>,
-    /// Emulates a link between machines of this latency in microseconds and bandwidth in GB/s, on top of
-    /// what messages cost. Without `nodes`, each rank counts as a machine.
-    pub link: Option<(f64, f64)>,
 }
 
 impl Default for MpiOptions {
     fn default() -> Self {
-        MpiOptions { shared_memory: true, nodes: None, link: None }
+        MpiOptions { shared_memory: true, nodes: None }
     }
 }
 
@@ -60,8 +56,8 @@ fn setup(reason: String) -> CommError {
 }
 
 impl MpiOptions {
-    /// The options in the environment: `COMM_SHARED_MEMORY` (`on` or `off`), `COMM_NODES` (a number),
-    /// `COMM_LINK` (microseconds and GB/s, `40,0.117`). A value that does not parse is an error.
+    /// The options in the environment: `COMM_SHARED_MEMORY` (`on` or `off`), `COMM_NODES` (a number).
+    /// A value that does not parse is an error.
     pub fn from_env() -> Result<MpiOptions, CommError> {
         let mut options = MpiOptions::default();
         let read = |name: &str| env::var(name).ok();
@@ -76,13 +72,6 @@ impl MpiOptions {
             let nodes = text.parse().ok().filter(|&nodes: &usize| nodes > 0);
             let expected = || setup(format!("COMM_NODES is '{text}', expected a number above 0"));
             options.nodes = Some(nodes.ok_or_else(expected)?);
-        }
-        if let Some(text) = read("COMM_LINK") {
-            let number = |text: &str| text.trim().parse().ok().filter(|&value: &f64| value.is_finite());
-            let link = text.split_once(',').and_then(|(a, b)| Some((number(a)?, number(b)?)));
-            let link = link.filter(|&(latency, bandwidth)| latency >= 0.0 && bandwidth > 0.0);
-            let expected = || setup(format!("COMM_LINK is '{text}', expected microseconds,GB/s as in 40,0.117"));
-            options.link = Some(link.ok_or_else(expected)?);
         }
         Ok(options)
     }
@@ -143,18 +132,14 @@ impl MpiComm {
     fn connect(parts: Parts, options: &MpiOptions) -> Result<MpiComm, CommError> {
         let Parts { world, membership, physical, spin } = parts.clone();
         let (rank, size) = (world.rank(), world.size());
-        let link = options.link.map(|(latency, bandwidth)| Link {
-            latency: Duration::from_secs_f64(latency * 1e-6),
-            per_byte: 1e-9 / bandwidth,
-        });
-        let machine = machines(options, &physical);
-        let job = Arc::new(Job { world: world.clone(), machine, shared: options.shared_memory, link });
+        let machine: Arc<[usize]> = machines(options, &physical).into();
+        let job = Arc::new(Job { world: world.clone(), machine: machine.clone(), shared: options.shared_memory });
         let ranks: Vec<usize> = (0..size).collect();
         let mut gather = |words: &[u64]| world.all_gather(words);
         let nodes = Nodes::connect(&job, &ranks, std::slice::from_ref(&ranks), rank, &mut gather)?;
         let path = nodes.path();
         let transport = (size > 1).then(|| Box::new(nodes) as Box<dyn Transport>);
-        let end = Endpoint::new("mpi", rank, ranks, membership, transport, spin);
+        let end = Endpoint::new("mpi", machine, membership, transport, spin);
         Ok(MpiComm { end, parts, path })
     }
 
@@ -168,8 +153,8 @@ impl MpiComm {
 /// For each rank, a number that it shares with the ranks of its machine, real or made up by the options.
 fn machines(options: &MpiOptions, physical: &[usize]) -> Vec<usize> {
     let size = physical.len();
-    match options.nodes.or(options.link.map(|_| size)) {
-        Some(nodes) => (0..size).map(|rank| rank * nodes.min(size) / size).collect(),
+    match options.nodes {
+        Some(nodes) => (0..size).map(|rank| node_of(rank, size, nodes.min(size))).collect(),
         None => physical.to_vec(),
     }
 }

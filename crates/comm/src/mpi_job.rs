@@ -11,7 +11,6 @@ use std::time::{Duration, Instant};
 
 use crate::alarm::{News, Watch};
 use crate::error::CommError;
-use crate::messages::Link;
 use crate::mpi_sys::{Process, World};
 use crate::segment::Segment;
 
@@ -32,10 +31,9 @@ pub(crate) type Gather<'a> = &'a mut dyn FnMut(&[u64]) -> Result<Vec<u64>, CommE
 pub(crate) struct Job {
     pub world: Arc<World>,
     /// For each rank, a number that it shares with the ranks of its machine.
-    pub machine: Vec<usize>,
+    pub machine: Arc<[usize]>,
     /// Whether ranks of one machine may use its memory.
     pub shared: bool,
-    pub link: Option<Link>,
 }
 
 /// Maps one segment into all processes of `local`, which are ranks of the group behind `gather` (empty: this rank

@@ -83,7 +83,7 @@ impl Nodes {
         let failed = gather(&[(wanted && shared.is_none()) as u64])?;
         let off = !job.shared || members.iter().any(|&rank| failed[rank] != 0);
         let tag = tag as usize;
-        let all = Messages::new(job.world.clone(), in_world.clone(), rank, tag, job.link);
+        let all = Messages::new(job.world.clone(), in_world.clone(), rank, tag);
         let inside = match shared {
             _ if off || machines.len() == members.len() => Inside::Messages,
             Some(group) if machines.len() == 1 => Inside::Shared(group),
@@ -91,8 +91,7 @@ impl Nodes {
                 let of = |ranks: &[usize]| ranks.iter().map(|&rank| in_world[rank]).collect::<Vec<_>>();
                 let leading: Vec<usize> = machines.iter().map(|ranks| ranks[0]).collect();
                 let world = (of(&machines[at]), of(&leading));
-                let leaders =
-                    (place == 0).then(|| Messages::new(job.world.clone(), world.1.clone(), at, tag + 2, job.link));
+                let leaders = (place == 0).then(|| Messages::new(job.world.clone(), world.1.clone(), at, tag + 2));
                 Inside::Both(Machines { ranks: machines, own: (at, place), world, local, leaders })
             }
         };
@@ -146,9 +145,9 @@ impl Machines {
     fn across(
         &mut self,
         call: &mut Call<'_>,
-        part: impl FnOnce(&mut Messages, &mut Call<'_>) -> Result<(), CommError>,
+        part: impl FnOnce(&Messages, &mut Call<'_>) -> Result<(), CommError>,
     ) -> Result<(), CommError> {
-        match &mut self.leaders {
+        match &self.leaders {
             Some(leaders) => call.among(self.own.0, &self.world.1, |call| part(leaders, call)),
             None => Ok(()),
         }
@@ -254,18 +253,17 @@ impl Machines {
     fn send_recv(
         &mut self,
         call: &mut Call<'_>,
-        all: &mut Messages,
+        all: &Messages,
         send: Option<(usize, &[u8])>,
         recv: Option<(usize, &mut [u8])>,
     ) -> Result<(), CommError> {
         let near = (send.and_then(|s| self.place(s.0)), recv.as_ref().and_then(|r| self.place(r.0)));
-        let (world, members) = all.world();
         // Each of the two messages takes its own way, and they move on together.
         let Some(group) = &self.local else { return all.send_recv(call, send, recv) };
         let (to, from) = (send.map(|s| s.0), recv.as_ref().map(|r| r.0));
         let mut near_out = send.zip(near.0).map(|((_, data), to)| Outgoing { to, data, chunks: 0 });
         let mut far_out = match send.filter(|_| near.0.is_none()) {
-            Some((to, data)) => Some(all.start_message(&world, to, data)?),
+            Some((to, data)) => Some(all.start_message(to, data)?),
             None => None,
         };
         let mut far_in = from.filter(|_| near.1.is_none()).map(|from| all.expect(from, true));
@@ -279,7 +277,7 @@ impl Machines {
         let mut pull = |site: Site<'_>| {
             let (peer, data) = from.zip(recv.as_deref_mut()).expect("a message to receive");
             match (&mut far_in, near.1) {
-                (Some(message), _) => message.advance_into(&world, &members, site, peer, data),
+                (Some(message), _) => message.advance_into(site, data),
                 (None, Some(place)) => {
                     let mut message = Incoming { from: place, data, chunks };
                     let step = group.pull(site, peer, &mut message);
@@ -356,7 +354,7 @@ impl Transport for Nodes {
         match &mut self.inside {
             Inside::Shared(group) => group.send_recv(call, send, recv),
             Inside::Messages => self.all.send_recv(call, send, recv),
-            Inside::Both(machines) => machines.send_recv(call, &mut self.all, send, recv),
+            Inside::Both(machines) => machines.send_recv(call, &self.all, send, recv),
         }
     }
 
@@ -366,7 +364,7 @@ impl Transport for Nodes {
         groups: &[Vec<usize>],
         mine: usize,
     ) -> Result<Option<Box<dyn Transport>>, CommError> {
-        let (job, world, rank) = (self.job.clone(), self.all.world().1, self.rank);
+        let (job, world, rank) = (self.job.clone(), self.all.members().to_vec(), self.rank);
         let mut gather = |words: &[u64]| {
             let mut all = vec![0u64; words.len() * world.len()];
             let counts = Counts::Equal(size_of_val(words));

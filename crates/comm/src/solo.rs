@@ -16,7 +16,7 @@ impl SoloComm {
     pub fn new() -> SoloComm {
         let board = Arc::new(Segment::private(Alarm::board_bytes(1), 0));
         let membership = Arc::new(Membership { alarm: Alarm::new(board, None), rank: 0, size: 1 });
-        SoloComm { end: Endpoint::new("solo", 0, vec![0], membership, None, true) }
+        SoloComm { end: Endpoint::new("solo", Arc::new([0]), membership, None, true) }
     }
 }
 

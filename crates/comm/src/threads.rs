@@ -28,6 +28,7 @@ impl ThreadComm {
         let board = Arc::new(Segment::private(Alarm::board_bytes(size), 0));
         let cores = thread::available_parallelism().map_or(1, |cores| cores.get());
         let nursery = Arc::default();
+        let machine: Arc<[usize]> = vec![0; size].into();
         let segment = (size > 1).then(|| segment(size));
         (0..size)
             .map(|rank| {
@@ -41,9 +42,7 @@ impl ThreadComm {
                         nursery: Arc::clone(&nursery),
                     }) as Box<dyn Transport>
                 });
-                let world = (0..size).collect();
-                let spin = size <= cores;
-                let end = Endpoint::new("threads", rank, world, membership, transport, spin);
+                let end = Endpoint::new("threads", machine.clone(), membership, transport, size <= cores);
                 ThreadComm { end }
             })
             .collect()

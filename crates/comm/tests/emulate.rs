@@ -34,6 +34,18 @@ fn every_result_is_that_of_the_communicator_inside() {
     }
 }
 
+#[test]
+fn machines_are_those_of_the_ranks_of_a_group() {
+    let found = on_ranks(5, 3, Link::from_us_gb_s(1.0, 10.0), |comm| {
+        // Ranks 0 and 1, 2 and 3, and 4 share a node.
+        let inside = comm.split(comm.node(), 0).unwrap();
+        let across = comm.split(comm.rank() % 2, 0).unwrap();
+        let ends = comm.split(usize::from(comm.rank() < 2), 0).unwrap();
+        [comm as &dyn Communicator, &*inside, &*across, &*ends].map(|comm| comm.machines())
+    });
+    assert_eq!(found, [[3, 1, 3, 1], [3, 1, 2, 1], [3, 1, 3, 2], [3, 1, 2, 2], [3, 1, 3, 2]]);
+}
+
 /// The least seconds of a few calls, as the slowest rank saw it, and the ledger's seconds of all of them.
 fn measure(ranks: usize, nodes: usize, link: Link, call: impl Fn(&dyn Communicator) + Sync) -> (f64, f64) {
     let found = on_ranks(ranks, nodes, link, |comm| {

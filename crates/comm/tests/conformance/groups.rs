@@ -18,6 +18,7 @@ pub const CHECKS: &[Check] = &[
 fn identity(comm: &dyn Communicator) {
     assert!(comm.rank() < comm.size());
     assert!(["solo", "threads", "mpi"].contains(&comm.transport()));
+    assert!((1..=comm.size()).contains(&comm.machines()));
     let mut ranks = vec![usize::MAX; comm.size()];
     comm.all_gather(&[comm.rank()], &mut ranks).unwrap();
     assert!(ranks.iter().copied().eq(0..comm.size()));
@@ -63,7 +64,7 @@ fn nested(comm: &dyn Communicator) {
     quarters.broadcast(0, &mut buf).unwrap();
     assert!(buf == bytes(members[0], 0, 300_000));
     let alone = comm.split(rank, 0).unwrap();
-    assert_eq!((alone.rank(), alone.size()), (0, 1));
+    assert_eq!((alone.rank(), alone.size(), alone.machines()), (0, 1, 1));
     let mut one = [3.0];
     alone.all_reduce_add(&[4.0], &mut one).unwrap();
     assert_eq!(one, [7.0]);
