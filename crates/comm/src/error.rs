@@ -101,7 +101,7 @@ pub enum CommError {
 }
 
 /// "rank 3", "ranks 1 and 2", "ranks 1, 2 and 5".
-struct Ranks<'a>(&'a [usize]);
+pub(crate) struct Ranks<'a>(pub &'a [usize]);
 
 impl fmt::Display for Ranks<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {

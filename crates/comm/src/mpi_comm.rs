@@ -6,7 +6,7 @@ use std::sync::Arc;
 use crate::alarm::{Alarm, Membership};
 use crate::cost::node_of;
 use crate::endpoint::{End, Endpoint};
-use crate::error::CommError;
+use crate::error::{CommError, Ranks};
 use crate::mpi_job::{Job, Lookout, process_space, share};
 use crate::mpi_sys::{self, CORE_WORDS, Process, World};
 use crate::nodes::Nodes;
@@ -35,7 +35,7 @@ struct Parts {
     spin: bool,
 }
 
-/// Ways to run that are not found out: mostly for tests and measurements.
+/// What is not found out: who runs, and ways to run that are mostly for tests and measurements.
 #[derive(Clone, PartialEq, Debug)]
 #[non_exhaustive]
 pub struct MpiOptions {
@@ -43,11 +43,13 @@ pub struct MpiOptions {
     pub shared_memory: bool,
     /// Takes ranks, in equal runs, for those of this many machines.
     pub nodes: Option<usize>,
+    /// The program and its version. Ranks on which it differs are refused at the start.
+    pub program: String,
 }
 
 impl Default for MpiOptions {
     fn default() -> Self {
-        MpiOptions { shared_memory: true, nodes: None }
+        MpiOptions { shared_memory: true, nodes: None, program: String::new() }
     }
 }
 
@@ -77,10 +79,36 @@ impl MpiOptions {
     }
 }
 
-/// What ranks compare at the start: other programs, or other versions, cannot work together.
-fn version() -> u64 {
-    let text = concat!(env!("CARGO_PKG_NAME"), " ", env!("CARGO_PKG_VERSION"));
-    text.bytes().fold(0xcbf2_9ce4_8422_2325, |digest: u64, byte| (digest ^ byte as u64).wrapping_mul(0x0100_0000_01b3))
+/// Bytes of what a rank says of itself at the start; the same in all versions, since it is exchanged before anything else.
+const INTRODUCTION: usize = 256;
+
+/// What this rank runs, in as many words as every rank sends.
+fn introduce(program: &str) -> [u64; INTRODUCTION / 8] {
+    let library = concat!(env!("CARGO_PKG_NAME"), " ", env!("CARGO_PKG_VERSION"));
+    let text = if program.is_empty() { library.to_owned() } else { format!("{program} ({library})") };
+    let mut bytes = [0; INTRODUCTION];
+    bytes.iter_mut().zip(text.bytes()).for_each(|(byte, letter)| *byte = letter);
+    bytemuck::cast(bytes)
+}
+
+/// Fails where ranks run different programs or versions, with the words of each: they cannot work together.
+fn compare(introductions: &[u64]) -> Result<(), CommError> {
+    let mut programs: Vec<(&[u64], Vec<usize>)> = Vec::new();
+    for (rank, text) in introductions.chunks_exact(INTRODUCTION / 8).enumerate() {
+        match programs.iter_mut().find(|(other, _)| *other == text) {
+            Some((_, ranks)) => ranks.push(rank),
+            None => programs.push((text, vec![rank])),
+        }
+    }
+    if programs.len() <= 1 {
+        return Ok(());
+    }
+    let words = |(text, ranks): &(&[u64], Vec<usize>)| {
+        let text = String::from_utf8_lossy(bytemuck::cast_slice(text)).into_owned();
+        format!("{} with '{}'", Ranks(ranks), text.trim_end_matches('\0'))
+    };
+    let found = programs.iter().map(words).collect::<Vec<_>>().join(", ");
+    Err(setup(format!("found {found}; expected the same program and version on all ranks")))
 }
 
 impl MpiComm {
@@ -93,10 +121,7 @@ impl MpiComm {
     pub fn init_with(options: &MpiOptions) -> Result<MpiComm, CommError> {
         let world = Arc::new(World::start()?);
         let (rank, size) = (world.rank(), world.size());
-        if let Some(other) = world.all_gather(&[version()])?.into_iter().position(|other| other != version()) {
-            let reason = format!("rank {other} runs another version of this crate than rank {rank}");
-            return Err(setup(reason));
-        }
+        compare(&world.all_gather(&introduce(&options.program))?)?;
         let physical = world.machines()?;
         let mut gather = |words: &[u64]| world.all_gather(words);
 
@@ -182,6 +207,20 @@ impl End for MpiComm {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn other_programs_are_named_with_their_ranks() {
+        let words = |programs: &[&str]| programs.iter().flat_map(|program| introduce(program)).collect::<Vec<_>>();
+        assert_eq!(compare(&words(&["a 1", "a 1", "a 1"])), Ok(()));
+        assert_eq!(compare(&words(&[&"long ".repeat(100), &"long ".repeat(100)])), Ok(()));
+        let error = compare(&words(&["a 1", "", "a 2", "a 1", "a 2"])).unwrap_err().to_string();
+        let library = concat!("comm ", env!("CARGO_PKG_VERSION"));
+        let found = format!(
+            "ranks 0 and 3 with 'a 1 ({library})', rank 1 with '{library}', ranks 2 and 4 with 'a 2 ({library})'"
+        );
+        let expected = "expected the same program and version on all ranks";
+        assert_eq!(error, format!("cannot set up the mpi transport: found {found}; {expected}"));
+    }
 
     #[test]
     fn cores_are_counted_once_and_per_machine() {

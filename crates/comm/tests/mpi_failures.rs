@@ -6,7 +6,7 @@ use std::process::{Command, ExitCode, Stdio};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use comm::{CommError, Communicator, CommunicatorExt, MpiComm, Phase, ReduceOp};
+use comm::{CommError, Communicator, CommunicatorExt, MpiComm, MpiOptions, Phase, ReduceOp};
 
 /// A rank that fails, and what its peers have to say. `{last}` is the last rank.
 struct Scenario {
@@ -15,6 +15,9 @@ struct Scenario {
     rank: fn(&MpiComm) -> Result<(), CommError>,
     expected: &'static [&'static str],
 }
+
+/// The scenario in which every rank says that it runs another program.
+const MIXED: &str = "mixed versions";
 
 const SCENARIOS: &[Scenario] = &[
     Scenario {
@@ -96,6 +99,15 @@ const SCENARIOS: &[Scenario] = &[
         expected: &["calls do not match", "Allreduce (sum) of 8 elements as f32", "Broadcast of 8 bytes from root 0"],
     },
     Scenario {
+        name: MIXED,
+        rank: |_| unreachable!("ranks of different versions have started"),
+        expected: &[
+            "rank 0 with 'test of rank 0 (comm ",
+            "rank 1 with 'test of rank 1 (comm ",
+            "expected the same program",
+        ],
+    },
+    Scenario {
         name: "leave",
         rank: |comm| if comm.rank() == 1 { Ok(()) } else { comm.recv(1, &mut [0u8; 8]) },
         expected: &["rank 1 failed: it left"],
@@ -146,7 +158,18 @@ fn main() -> ExitCode {
         && flag == "--scenario"
     {
         let scenario = SCENARIOS.iter().find(|scenario| scenario.name == name).expect("a scenario");
-        let comm = MpiComm::init().expect("MPI starts");
+        let mut options = MpiOptions::from_env().expect("the environment makes sense");
+        if name == MIXED {
+            let rank = ["OMPI_COMM_WORLD_RANK", "PMI_RANK"].iter().find_map(|name| env::var(name).ok());
+            options.program = format!("test of rank {}", rank.expect("the launcher tells the rank"));
+        }
+        let comm = match MpiComm::init_with(&options) {
+            Ok(comm) => comm,
+            Err(error) => {
+                eprintln!("error: {error}");
+                return ExitCode::FAILURE;
+            }
+        };
         comm.barrier().expect("all ranks are there");
         return match (scenario.rank)(&comm) {
             Ok(()) => ExitCode::SUCCESS,

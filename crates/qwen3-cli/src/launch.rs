@@ -103,7 +103,13 @@ fn run_processes(world: &World, _options: &LaunchOptions, _command: impl Command
 
 #[cfg(feature = "mpi")]
 fn run_processes(world: &World, options: &LaunchOptions, command: impl Command) -> ExitCode {
-    let comm = match qwen3_model::comm::MpiComm::init() {
+    use qwen3_model::comm::{MpiComm, MpiOptions};
+
+    let started = MpiOptions::from_env().and_then(|mut options| {
+        options.program = concat!("qwen3 ", env!("CARGO_PKG_VERSION")).into();
+        MpiComm::init_with(&options)
+    });
+    let comm = match started {
         Ok(comm) => comm,
         Err(error) => return refuse(world, &error.into()),
     };
