@@ -8,7 +8,7 @@ use comm::{Communicator, SoloComm, ThreadComm};
 use ops::Isa;
 
 fn isas() -> Vec<Isa> {
-    [Some(Isa::scalar()), Isa::avx2()].into_iter().flatten().collect()
+    Isa::all().collect()
 }
 
 fn checkpoint() -> tempfile::TempDir {

@@ -215,6 +215,15 @@ impl Input {
         FloatTile { x: &self.float[start + m * columns.start..start + m * columns.end], m }
     }
 
+    /// The address of some columns of a tile.
+    #[inline]
+    pub(crate) fn start(&self, tile: usize, columns: &Range<usize>) -> *const u8 {
+        match self.kind {
+            InputKind::Float => self.float_part(tile, columns).x.as_ptr().cast(),
+            InputKind::Int16 | InputKind::Int8 => self.int_part(tile, columns).words.as_ptr().cast(),
+        }
+    }
+
     /// Some columns of a quantized tile, from the first column of a group on.
     #[inline]
     pub(crate) fn int_part(&self, tile: usize, columns: &Range<usize>) -> IntTile<'_> {
@@ -316,7 +325,7 @@ mod tests {
     #[test]
     fn parts_filled_side_by_side_equal_the_whole() {
         let cols = 50;
-        for isa in [Isa::scalar()].into_iter().chain(Isa::avx2()) {
+        for isa in Isa::all() {
             for kind in [InputKind::Float, InputKind::Int16, InputKind::Int8] {
                 for tokens in [0, 1, 5, 6, 7, 12, 13, 40] {
                     let x = noise(tokens * cols, 6);

@@ -5,8 +5,9 @@ use std::str::FromStr;
 
 /// An instruction set that this CPU has.
 ///
-/// The constructors look before they answer, so a value that names AVX2 proves that AVX2, FMA and F16C are there.
-/// The kernels rely on that proof when they enter their `#[target_feature]` functions.
+/// The constructors look before they answer, so a value that names AVX2 proves that AVX2, FMA and F16C are there, and
+/// one that names VNNI proves AVX-VNNI besides. The kernels rely on that proof when they enter their
+/// `#[target_feature]` functions.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Isa(Kind);
 
@@ -14,9 +15,10 @@ pub struct Isa(Kind);
 enum Kind {
     Scalar,
     Avx2,
+    Avx2Vnni,
 }
 
-/// The environment variable that [`Isa::detect`] reads: `auto`, `scalar` or `avx2`.
+/// The environment variable that [`Isa::detect`] reads: `auto`, `scalar`, `avx2` or `avx2-vnni`.
 const VARIABLE: &str = "SIMD_KERNELS_ISA";
 
 impl Isa {
@@ -34,8 +36,23 @@ impl Isa {
         None
     }
 
+    /// AVX2 and AVX-VNNI, whose dot products of integers make products with Q8 and Q4 weights faster and no different;
+    /// `None` when the CPU or the operating system lacks one of them.
+    pub fn avx2_vnni() -> Option<Isa> {
+        #[cfg(target_arch = "x86_64")]
+        if Isa::avx2().is_some() && is_x86_feature_detected!("avxvnni") {
+            return Some(Isa(Kind::Avx2Vnni));
+        }
+        None
+    }
+
+    /// All instruction sets of this CPU, the reference first and the best last.
+    pub fn all() -> impl Iterator<Item = Isa> {
+        [Some(Isa::scalar()), Isa::avx2(), Isa::avx2_vnni()].into_iter().flatten()
+    }
+
     /// The best instruction set here, or the one that the environment variable `SIMD_KERNELS_ISA` names
-    /// (`auto`, `scalar` or `avx2`).
+    /// (`auto`, `scalar`, `avx2` or `avx2-vnni`).
     ///
     /// # Panics
     /// When the variable names an instruction set that is unknown or missing here; [`Isa::from_env`] returns that
@@ -55,17 +72,23 @@ impl Isa {
         }
     }
 
-    /// `"scalar"` or `"avx2"`.
+    /// `"scalar"`, `"avx2"` or `"avx2-vnni"`.
     pub fn name(self) -> &'static str {
         match self.0 {
             Kind::Scalar => "scalar",
             Kind::Avx2 => "avx2",
+            Kind::Avx2Vnni => "avx2-vnni",
         }
     }
 
     /// Whether the AVX2 functions may be entered.
-    pub(crate) fn is_avx2(self) -> bool {
-        self.0 == Kind::Avx2
+    pub(crate) fn has_avx2(self) -> bool {
+        self.0 != Kind::Scalar
+    }
+
+    /// Whether they may use AVX-VNNI.
+    pub(crate) fn has_vnni(self) -> bool {
+        self.0 == Kind::Avx2Vnni
     }
 }
 
@@ -78,12 +101,13 @@ impl fmt::Display for Isa {
 impl FromStr for Isa {
     type Err = IsaError;
 
-    /// `auto` (the best one here), `scalar` or `avx2`.
+    /// `auto` (the best one here), `scalar`, `avx2` or `avx2-vnni`.
     fn from_str(name: &str) -> Result<Isa, IsaError> {
         match name {
-            "auto" => Ok(Isa::avx2().unwrap_or(Isa::scalar())),
+            "auto" => Ok(Isa::all().last().unwrap_or(Isa::scalar())),
             "scalar" => Ok(Isa::scalar()),
             "avx2" => Isa::avx2().ok_or(IsaError::Missing { name: "avx2" }),
+            "avx2-vnni" => Isa::avx2_vnni().ok_or(IsaError::Missing { name: "avx2-vnni" }),
             other => Err(IsaError::Unknown { name: other.to_owned() }),
         }
     }
@@ -107,9 +131,11 @@ pub enum IsaError {
 impl fmt::Display for IsaError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            IsaError::Unknown { name } => write!(f, "unknown instruction set {name:?}, expected auto, scalar or avx2"),
+            IsaError::Unknown { name } => {
+                write!(f, "unknown instruction set {name:?}, expected auto, scalar, avx2 or avx2-vnni")
+            }
             IsaError::Missing { name } => {
-                write!(f, "this CPU does not have {name} (with FMA and F16C)")
+                write!(f, "this CPU does not have {name} (AVX2 with FMA and F16C, VNNI as AVX-VNNI)")
             }
         }
     }
@@ -118,19 +144,20 @@ impl fmt::Display for IsaError {
 impl std::error::Error for IsaError {}
 
 /// Calls the AVX2 function when `isa` proves it may run, else the scalar one, both with the same arguments:
-/// `dispatch!(isa, avx2::dot, scalar::dot, (a, b))`. The AVX2 path is compiled on x86-64 only.
+/// `dispatch!(isa, avx2::dot, scalar::dot, (a, b))`; `avx2: (c)` at the end is for the AVX2 function alone. Its path is
+/// compiled on x86-64 only.
 ///
 /// A macro because no generic function can call a `#[target_feature]` function, which implements no `Fn` trait.
 macro_rules! dispatch {
-    ($isa:expr, $avx2:path, $scalar:path, ($($arg:expr),* $(,)?)) => {{
+    ($isa:expr, $avx2:path, $scalar:path, ($($arg:expr),* $(,)?) $(, avx2: ($($more:expr),*))?) => {{
         #[cfg(target_arch = "x86_64")]
-        if $isa.is_avx2() {
+        if $isa.has_avx2() {
             #[cfg(test)]
             $crate::isa::witness::record(stringify!($avx2));
             // SAFETY: the target features of the callee are AVX2, FMA and F16C; a value of `Isa` that says AVX2
-            // is only made by `Isa::avx2` after it has found all three.
+            // is only made after `Isa::avx2` has found all three.
             #[allow(unused_unsafe)]
-            return unsafe { $avx2($($arg),*) };
+            return unsafe { $avx2($($arg),* $(, $($more),*)?) };
         }
         #[cfg(not(target_arch = "x86_64"))]
         let _ = $isa;
@@ -168,15 +195,16 @@ mod tests {
         assert_eq!("scalar".parse(), Ok(Isa::scalar()));
         assert_eq!("scalar".parse::<Isa>().map(Isa::name), Ok("scalar"));
         let best: Isa = "auto".parse().expect("auto always works");
-        match Isa::avx2() {
-            Some(isa) => assert_eq!((best, isa.name()), (isa, "avx2")),
-            None => assert_eq!("avx2".parse::<Isa>(), Err(IsaError::Missing { name: "avx2" })),
+        assert_eq!(Some(best), Isa::avx2_vnni().or(Isa::avx2()).or(Some(Isa::scalar())));
+        for (name, isa) in [("avx2", Isa::avx2()), ("avx2-vnni", Isa::avx2_vnni())] {
+            assert_eq!(name.parse(), isa.ok_or(IsaError::Missing { name }));
+            assert!(isa.is_none_or(|isa| isa.name() == name && isa.has_avx2()));
         }
     }
 
     #[test]
     fn unknown_names_are_errors() {
         let error = "avx512".parse::<Isa>().expect_err("not an instruction set of this crate");
-        assert_eq!(error.to_string(), "unknown instruction set \"avx512\", expected auto, scalar or avx2");
+        assert_eq!(error.to_string(), "unknown instruction set \"avx512\", expected auto, scalar, avx2 or avx2-vnni");
     }
 }

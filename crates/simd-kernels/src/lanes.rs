@@ -7,6 +7,9 @@ use std::arch::x86_64::*;
 /// Lanes of one AVX register of f32.
 pub(crate) const LANES: usize = 8;
 
+/// Bytes of a cache line.
+pub(crate) const LINE: usize = 64;
+
 /// Eight consecutive floats, at any alignment.
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c")]

@@ -79,7 +79,7 @@ mod tests {
 
     #[test]
     fn reads_every_element() {
-        for isa in [Isa::scalar()].into_iter().chain(Isa::avx2()) {
+        for isa in Isa::all() {
             for (len, offset) in lengths_and_offsets() {
                 let data = Guarded::of(noise(len, 8), offset);
                 assert_eq!(read(isa, &data), scalar::read(&data), "{len} floats");
@@ -90,7 +90,7 @@ mod tests {
 
     #[test]
     fn the_sums_settle_at_one() {
-        for isa in [Isa::scalar()].into_iter().chain(Isa::avx2()) {
+        for isa in Isa::all() {
             // 1 * 0.5 + 0.5 = 1 in each of the 96 lanes.
             assert_eq!(multiply_add(isa, 3), 96.0);
         }

@@ -32,7 +32,7 @@ pub fn matmul(isa: Isa, w: Panels<'_>, panels: Range<usize>, x: &Input, out: Mat
     if out.rows() == 0 || out.cols() == 0 {
         return;
     }
-    dispatch!(isa, avx2::matmul, scalar::matmul, (w, panels, x, out, store))
+    dispatch!(isa, avx2::matmul, scalar::matmul, (w, panels, x, out, store), avx2: (isa.has_vnni()))
 }
 
 /// `out[t, c] = silu(gate[c] · x[t]) * (up[c] · x[t])` for the rows that `panels` of both matrices cover.
@@ -46,7 +46,7 @@ pub fn matmul_swiglu(isa: Isa, gate: Panels<'_>, up: Panels<'_>, panels: Range<u
     if out.rows() == 0 || out.cols() == 0 {
         return;
     }
-    dispatch!(isa, avx2::matmul_swiglu, scalar::matmul_swiglu, (gate, up, panels, x, out))
+    dispatch!(isa, avx2::matmul_swiglu, scalar::matmul_swiglu, (gate, up, panels, x, out), avx2: (isa.has_vnni()))
 }
 
 fn check(w: Panels<'_>, panels: &Range<usize>, x: &Input, out: &MatMut<'_>) {

@@ -316,7 +316,7 @@ mod tests {
 
     #[test]
     fn integers_are_the_nearest_and_the_zero_points_are_their_sums() {
-        for isa in [Isa::scalar()].into_iter().chain(Isa::avx2()) {
+        for isa in Isa::all() {
             let (cols, m) = (70, 3);
             let x = noise(m * cols, 2);
             for int8 in [false, true] {
@@ -349,7 +349,7 @@ mod tests {
 
     #[test]
     fn floats_are_interleaved() {
-        for isa in [Isa::scalar()].into_iter().chain(Isa::avx2()) {
+        for isa in Isa::all() {
             for cols in 1..=130 {
                 for m in 1..=6 {
                     let rows = Guarded::of(noise(m * cols, 1), cols % 4);

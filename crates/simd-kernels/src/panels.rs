@@ -24,8 +24,8 @@ pub(crate) const Q4_BLOCK: usize = 2 * PANEL + PANEL * GROUP / 2;
 pub enum PanelData<'a> {
     /// `panel[16 k + r]`.
     F32(&'a [f32]),
-    /// bfloat16 bits, `panel[16 k + 2 (r % 8) + r / 8]`: a 32-byte load has rows 0..8 in the even halves, where a
-    /// shift widens them, and rows 8..16 in the odd halves, where a mask does.
+    /// bfloat16 bits, `panel[16 k + 8 (r / 4 % 2) + 4 (r / 8) + r % 4]`: of a 32-byte load, the lower eight bytes of both
+    /// halves interleaved with zeros are rows 0..8 as f32, the upper ones are rows 8..16.
     Bf16(&'a [u16]),
     /// Half-precision bits, `panel[16 k + r]`.
     F16(&'a [u16]),
@@ -154,7 +154,7 @@ pub(crate) fn widen_panel(data: PanelData<'_>, panel: usize, cols: usize, out: &
         PanelData::Bf16(data) => {
             for (out, column) in out.chunks_exact_mut(PANEL).zip(data[range].chunks_exact(PANEL)) {
                 for (r, out) in out.iter_mut().enumerate() {
-                    *out = bf16_to_f32(column[2 * (r % 8) + r / 8]);
+                    *out = bf16_to_f32(column[8 * (r / 4 % 2) + 4 * (r / 8) + r % 4]);
                 }
             }
         }

@@ -145,7 +145,7 @@ mod tests {
 
     #[test]
     fn every_length_and_offset() {
-        for isa in [Isa::scalar()].into_iter().chain(Isa::avx2()) {
+        for isa in Isa::all() {
             for (half, offset) in lengths_and_offsets() {
                 let (cos, sin) = angles(half, 5.0);
                 let (cos, sin) = (Guarded::of(cos, offset ^ 1), Guarded::of(sin, offset ^ 2));
@@ -173,7 +173,7 @@ mod tests {
 
     #[test]
     fn a_quarter_turn_swaps_the_halves() {
-        for isa in [Isa::scalar()].into_iter().chain(Isa::avx2()) {
+        for isa in Isa::all() {
             let mut head: Vec<f32> = (0..22).map(|i| i as f32).collect();
             rope(isa, &mut head, &[0.0; 11], &[1.0; 11]);
             let expected: Vec<f32> = (11..22).map(|i| -(i as f32)).chain((0..11).map(|i| i as f32)).collect();

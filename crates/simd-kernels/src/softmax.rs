@@ -128,7 +128,7 @@ mod tests {
 
     #[test]
     fn every_length_and_offset() {
-        for isa in [Isa::scalar()].into_iter().chain(Isa::avx2()) {
+        for isa in Isa::all() {
             for (len, offset) in lengths_and_offsets() {
                 let input: Vec<f32> = noise(len, 3).iter().map(|x| x * 20.0).collect();
                 let mut x = Guarded::of(input.iter().copied(), offset);
@@ -150,7 +150,7 @@ mod tests {
 
     #[test]
     fn rows_without_a_finite_number() {
-        for isa in [Isa::scalar()].into_iter().chain(Isa::avx2()) {
+        for isa in Isa::all() {
             for len in [1, 7, 8, 9, 33] {
                 let mut x = vec![f32::NEG_INFINITY; len];
                 assert_eq!(log_sum_exp(isa, &x), (f32::NEG_INFINITY, 0.0));

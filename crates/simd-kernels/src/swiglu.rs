@@ -71,7 +71,7 @@ mod tests {
 
     #[test]
     fn every_length_and_offset() {
-        for isa in [Isa::scalar()].into_iter().chain(Isa::avx2()) {
+        for isa in Isa::all() {
             for (len, offset) in lengths_and_offsets() {
                 let gate = Guarded::of(noise(len, 4).iter().map(|x| x * 30.0), offset);
                 let up = Guarded::of(noise(len, 5), offset ^ 2);
@@ -85,7 +85,7 @@ mod tests {
 
     #[test]
     fn large_gates_saturate() {
-        for isa in [Isa::scalar()].into_iter().chain(Isa::avx2()) {
+        for isa in Isa::all() {
             let mut out = [f32::NAN; 4];
             swiglu(isa, &[-1.0e4, -89.0, 89.0, 1.0e4], &[1.0; 4], &mut out);
             assert!(out[0].abs() < 1.0e-30 && out[1].abs() < 1.0e-30, "{out:?}");

@@ -3,8 +3,8 @@
 //! With k the column, r the row in the panel and g = k / 32 the group:
 //!
 //! - F32 and F16: element `k·16 + r`.
-//! - Bf16: element `k·16 + 2·(r % 8) + r / 8`. One 32-byte load has rows 0..8 in the even halves (shift left by 16 to widen)
-//!   and rows 8..16 in the odd ones (mask).
+//! - Bf16: element `k·16 + 8·(r / 4 % 2) + 4·(r / 8) + r % 4`. A 32-byte load has rows 0..4 and 8..12 in its lower 16 bytes, the
+//!   others in its upper ones: interleaving zeros with the first 8 bytes of both halves widens rows 0..8, with the last, rows 8..16.
 //! - Q8: 544 bytes a group: 16 f16 scales, then code (k, r) at byte `32 + (k/2 % 16)·32 + 2·r + k % 2`. Widening 16 bytes to
 //!   16 bits gives 8 rows x 2 columns, what a multiply-add of pairs takes.
 //! - Q4: 288 bytes a group: 16 f16 scales, then code (k, r) in byte `32 + (k/4 % 8)·32 + 4·(r % 8) + k % 4`, the low nibble for
@@ -46,17 +46,17 @@ pub(crate) fn interleave<T: Copy>(tile: &[T], cols: usize, panel: &mut [T]) {
     }
 }
 
-/// `tile` `[16, cols]` to `panel` in the Bf16 layout: pairs of rows r, r + 8 written together.
+/// `tile` `[16, cols]` to `panel` in the Bf16 layout: pairs of rows r, r + 1 written together.
 pub(crate) fn interleave_bf16(tile: &[u16], cols: usize, panel: &mut [u16]) {
     let panel: &mut [u32] = bytemuck::cast_slice_mut(panel);
     for start in (0..cols).step_by(STEP) {
         let end = (start + STEP).min(cols);
         let out = &mut panel[start * PANEL / 2..end * PANEL / 2];
-        for r in 0..PANEL / 2 {
+        for r in (0..PANEL).step_by(2) {
             let low = &tile[r * cols + start..r * cols + end];
-            let high = &tile[(r + 8) * cols + start..(r + 8) * cols + end];
+            let high = &tile[(r + 1) * cols + start..(r + 1) * cols + end];
             for ((slots, &low), &high) in out.as_chunks_mut::<{ PANEL / 2 }>().0.iter_mut().zip(low).zip(high) {
-                slots[r] = u32::from(low) | u32::from(high) << 16;
+                slots[slot_bf16(r) / 2] = u32::from(low) | u32::from(high) << 16;
             }
         }
     }
@@ -64,7 +64,7 @@ pub(crate) fn interleave_bf16(tile: &[u16], cols: usize, panel: &mut [u16]) {
 
 /// Position of row `r` of a Bf16 panel among the 16 of its column.
 pub(crate) fn slot_bf16(r: usize) -> usize {
-    2 * (r % 8) + r / 8
+    8 * (r / 4 % 2) + 4 * (r / 8) + r % 4
 }
 
 /// The groups of 16 rows to a Q8 block.

@@ -20,7 +20,7 @@ fn decode(packed: &PackedMatrix, row: usize, k: usize) -> f32 {
     let scale = |block: &[u8]| f16::from_le_bytes([block[2 * r], block[2 * r + 1]]).to_f32();
     match packed.data() {
         PackedData::F32(data) => data[element + r],
-        PackedData::Bf16(data) => bf16::from_bits(data[element + 2 * (r % 8) + r / 8]).to_f32(),
+        PackedData::Bf16(data) => bf16::from_bits(data[element + 8 * (r / 4 % 2) + 4 * (r / 8) + r % 4]).to_f32(),
         PackedData::F16(data) => f16::from_bits(data[element + r]).to_f32(),
         PackedData::Q8(data) => {
             let block = &data[(panel * groups + k / 32) * 544..][..544];
@@ -160,7 +160,7 @@ fn bit_patterns_survive_when_the_format_stays() {
         for row in 0..256 {
             for k in 0..256 {
                 let r = row % PANEL;
-                let slot = if format == WeightFormat::Bf16 { 2 * (r % 8) + r / 8 } else { r };
+                let slot = if format == WeightFormat::Bf16 { 8 * (r / 4 % 2) + 4 * (r / 8) + r % 4 } else { r };
                 assert_eq!(panels[row / PANEL * 256 * PANEL + k * PANEL + slot], patterns[row * 256 + k]);
             }
         }

@@ -8,10 +8,6 @@ use proptest::prelude::*;
 
 const FORMATS: [KvFormat; 3] = [KvFormat::F32, KvFormat::F16, KvFormat::Q8];
 
-fn isas() -> impl Iterator<Item = Isa> {
-    [Isa::scalar()].into_iter().chain(Isa::avx2())
-}
-
 /// A problem: a filled cache, queries, and what each row sees.
 struct Case {
     kv: KvHead,
@@ -138,7 +134,7 @@ fn ragged(rows: usize, tokens: usize) -> Vec<usize> {
 
 #[test]
 fn every_head_size() {
-    for isa in isas() {
+    for isa in Isa::all() {
         for format in FORMATS {
             for head_dim in (2..=40).step_by(2).chain([64, 72, 80, 96, 112, 128, 130]) {
                 Case::new(format, head_dim, 45, ragged(5, 45), 0..45).check_all(isa, 19);
@@ -150,7 +146,7 @@ fn every_head_size() {
 
 #[test]
 fn every_number_of_rows() {
-    for isa in isas() {
+    for isa in Isa::all() {
         for format in FORMATS {
             for rows in (0..=20).chain([127, 128, 143, 144, 145, 200, 289]) {
                 Case::new(format, 16, 150, ragged(rows, 150), 0..150).check_all(isa, 128);
@@ -162,7 +158,7 @@ fn every_number_of_rows() {
 
 #[test]
 fn every_number_of_keys() {
-    for isa in isas() {
+    for isa in Isa::all() {
         for format in FORMATS {
             for tokens in (0..=130usize).chain([255, 256, 257, 300]) {
                 for rows in [1, 2, 13] {
@@ -177,7 +173,7 @@ fn every_number_of_keys() {
 
 #[test]
 fn every_first_key() {
-    for isa in isas() {
+    for isa in Isa::all() {
         for format in FORMATS {
             for start in (0..=40).chain(120..=140) {
                 for rows in [2, 14] {
@@ -192,7 +188,7 @@ fn every_first_key() {
 
 #[test]
 fn causal_prefill_of_a_group() {
-    for isa in isas() {
+    for isa in Isa::all() {
         for format in FORMATS {
             let (group, tokens, before) = (2, 64, 200);
             let visible = (0..group * tokens).map(|row| before + row / group + 1).collect();
@@ -203,7 +199,7 @@ fn causal_prefill_of_a_group() {
 
 #[test]
 fn what_lies_beyond_the_visible_keys_does_not_matter() {
-    for isa in isas() {
+    for isa in Isa::all() {
         for format in FORMATS {
             for rows in [1, 3, 20] {
                 // NaN and infinity in keys and values that no row sees: later ones, cut ones, and ones before the range.
@@ -253,7 +249,7 @@ fn what_lies_beyond_the_visible_keys_does_not_matter() {
 
 #[test]
 fn scores_of_minus_infinity_weigh_nothing() {
-    for isa in isas() {
+    for isa in Isa::all() {
         for rows in [1, 2, 13] {
             let mut kv = KvHead::new(KvFormat::F32, 4);
             for i in 0..40 {
@@ -279,7 +275,7 @@ fn scores_of_minus_infinity_weigh_nothing() {
 
 #[test]
 fn states_merge_in_any_order() {
-    for isa in isas() {
+    for isa in Isa::all() {
         let case = Case::new(KvFormat::F32, 20, 100, ragged(7, 100), 0..100);
         let part = |keys| {
             let mut state = case.state();

@@ -6,10 +6,6 @@ use proptest::prelude::*;
 
 const FORMATS: [KvFormat; 3] = [KvFormat::F32, KvFormat::F16, KvFormat::Q8];
 
-fn isas() -> impl Iterator<Item = Isa> {
-    [Isa::scalar()].into_iter().chain(Isa::avx2())
-}
-
 /// Half a step of the format for a number of a group whose largest is `most`.
 fn rounding(format: KvFormat, x: f32, most: f32) -> f32 {
     match format {
@@ -47,7 +43,7 @@ fn token(head_dim: usize, seed: u64) -> (Vec<f32>, Vec<f32>) {
 
 #[test]
 fn every_head_size_reads_back() {
-    for isa in isas() {
+    for isa in Isa::all() {
         for format in FORMATS {
             for head_dim in (1..=40).chain([64, 72, 80, 96, 127, 128, 130, 256]) {
                 let mut kv = KvHead::new(format, head_dim);
@@ -63,7 +59,7 @@ fn every_head_size_reads_back() {
 
 #[test]
 fn strided_pushes_equal_single_ones() {
-    for isa in isas() {
+    for isa in Isa::all() {
         for format in FORMATS {
             let (head_dim, stride, tokens) = (24, 61, 37);
             let (keys, values) = (noise(stride * tokens, 1), noise(stride * tokens, 2));

@@ -17,7 +17,8 @@
 //!    from L3 at 17 GB/s for one core.
 //! 3. The sums of a panel are kept next to each other and written to `out` once: rows of `out` are often a multiple
 //!    of 4 KiB apart, which would put all of them into the same few cache sets.
-//! 4. While the first tile meets a part of the weights, the part after it is prefetched.
+//! 4. While the first tile meets a part of the weights, the part after it is prefetched; while the others do, the
+//!    activations of the next tile.
 //! 5. Products with two matrices (gate and up) alternate between them panel by panel, and `finish` combines their sums.
 
 use std::cell::RefCell;
@@ -75,42 +76,64 @@ thread_local! {
 }
 
 #[target_feature(enable = "avx2,fma,f16c")]
-pub(super) fn matmul(w: Panels<'_>, panels: Range<usize>, x: &Input, out: MatMut<'_>, store: Store) {
-    multiply([w], panels, x, out, Finish::Store(store));
+pub(super) fn matmul(w: Panels<'_>, panels: Range<usize>, x: &Input, out: MatMut<'_>, store: Store, vnni: bool) {
+    multiply([w], panels, x, out, Finish::Store(store), vnni);
 }
 
 #[target_feature(enable = "avx2,fma,f16c")]
-pub(super) fn matmul_swiglu(gate: Panels<'_>, up: Panels<'_>, panels: Range<usize>, x: &Input, out: MatMut<'_>) {
-    multiply([gate, up], panels, x, out, Finish::SwiGlu);
+pub(super) fn matmul_swiglu(
+    gate: Panels<'_>,
+    up: Panels<'_>,
+    panels: Range<usize>,
+    x: &Input,
+    out: MatMut<'_>,
+    vnni: bool,
+) {
+    multiply([gate, up], panels, x, out, Finish::SwiGlu, vnni);
 }
 
 #[target_feature(enable = "avx2,fma,f16c")]
-fn multiply<const N: usize>(ws: [Panels<'_>; N], panels: Range<usize>, x: &Input, out: MatMut<'_>, finish: Finish) {
-    match x.tokens() {
-        1 => few::<N, 1, 4>(ws, panels, x, out, finish),
-        2 => few::<N, 2, 2>(ws, panels, x, out, finish),
-        3 => few::<N, 3, 2>(ws, panels, x, out, finish),
-        4 => few::<N, 4, 1>(ws, panels, x, out, finish),
-        5 => few::<N, 5, 1>(ws, panels, x, out, finish),
-        6 => few::<N, 6, 1>(ws, panels, x, out, finish),
+fn multiply<const N: usize>(
+    ws: [Panels<'_>; N],
+    panels: Range<usize>,
+    x: &Input,
+    out: MatMut<'_>,
+    finish: Finish,
+    vnni: bool,
+) {
+    let x = Columns { x, range: 0..x.cols(), vnni };
+    match x.x.tokens() {
+        1 => few::<N, 1, 4>(ws, panels, &x, out, finish),
+        2 => few::<N, 2, 2>(ws, panels, &x, out, finish),
+        3 => few::<N, 3, 2>(ws, panels, &x, out, finish),
+        4 => few::<N, 4, 1>(ws, panels, &x, out, finish),
+        5 => few::<N, 5, 1>(ws, panels, &x, out, finish),
+        6 => few::<N, 6, 1>(ws, panels, &x, out, finish),
         _ => SUMS.with_borrow_mut(|sums| many(ws, panels, x, out, finish, sums)),
     }
+}
+
+/// Some columns of the activations, and how they are multiplied.
+struct Columns<'a> {
+    x: &'a Input,
+    range: Range<usize>,
+    /// Whether AVX-VNNI is there for integers.
+    vnni: bool,
 }
 
 #[target_feature(enable = "avx2,fma,f16c")]
 fn few<const N: usize, const M: usize, const SETS: usize>(
     ws: [Panels<'_>; N],
     panels: Range<usize>,
-    x: &Input,
+    x: &Columns<'_>,
     mut out: MatMut<'_>,
     finish: Finish,
 ) {
-    let columns = 0..x.cols();
     for (i, panel) in panels.enumerate() {
         let mut acc = [[[0.0; PANEL]; M]; N];
         for (w, acc) in ws.iter().zip(&mut acc) {
-            let part = w.part(panel, &columns);
-            add_tile::<M, SETS, true>(part, x, 0, &columns, acc, start(part).wrapping_add(AHEAD));
+            let part = w.part(panel, &x.range);
+            add_tile::<M, SETS, true>(part, x, 0, acc, start(part).wrapping_add(AHEAD));
         }
         for m in 0..M {
             finish_row(finish, acc.each_ref().map(|acc| &acc[m]), out.row_mut(m), i * PANEL);
@@ -122,12 +145,12 @@ fn few<const N: usize, const M: usize, const SETS: usize>(
 fn many<const N: usize>(
     ws: [Panels<'_>; N],
     panels: Range<usize>,
-    x: &Input,
+    all: Columns<'_>,
     mut out: MatMut<'_>,
     finish: Finish,
     sums: &mut Sums,
 ) {
-    let (cols, depth) = (x.cols(), depth(x.kind()));
+    let (x, cols, depth) = (all.x, all.range.end, depth(all.x.kind()));
     // Blocks of about the same size: a small last one would read all the weights for few tokens.
     let blocks = x.tiles().div_ceil(TILES);
     let block = x.tiles().div_ceil(blocks);
@@ -139,18 +162,18 @@ fn many<const N: usize>(
                 sums[..tiles.len()].fill([[0.0; PANEL]; Input::TILE]);
             }
             for column in (0..cols).step_by(depth) {
-                let columns = column..(column + depth).min(cols);
+                let columns = Columns { range: column..(column + depth).min(cols), ..all };
                 // The parts in the order of use: panel by panel, the matrices in turn.
-                let part = |slot: usize| ws[slot % N].part(group.start + slot / N, &columns);
+                let part = |slot: usize| ws[slot % N].part(group.start + slot / N, &columns.range);
                 for (slot, sums) in sums[..group.len() * N].iter_mut().enumerate() {
                     let next = if slot + 1 < group.len() * N {
                         start(part(slot + 1))
-                    } else if columns.end < cols {
-                        start(ws[0].part(group.start, &(columns.end..cols)))
+                    } else if columns.range.end < cols {
+                        start(ws[0].part(group.start, &(columns.range.end..cols)))
                     } else {
                         start(ws[0].part(group.end.min(ws[0].count() - 1), &(0..cols)))
                     };
-                    add_part(part(slot), x, tiles.clone(), &columns, &mut sums[..tiles.len()], next);
+                    add_part(part(slot), &columns, tiles.clone(), &mut sums[..tiles.len()], next);
                 }
             }
             for tile in tiles.clone() {
@@ -166,59 +189,44 @@ fn many<const N: usize>(
     }
 }
 
-/// Adds the products of a panel part with each tile to `sums`, and prefetches the next part from `ahead` on.
+/// Adds the products of a panel part with each tile to `sums`, and prefetches the next part of weights from `ahead` on.
 #[target_feature(enable = "avx2,fma,f16c")]
-fn add_part(
-    part: PanelData<'_>,
-    x: &Input,
-    tiles: Range<usize>,
-    columns: &Range<usize>,
-    sums: &mut [Tile],
-    ahead: *const u8,
-) {
-    for (i, (tile, sums)) in tiles.zip(sums).enumerate() {
-        match x.tile_tokens(tile).len() {
-            1 => add_tile::<1, 4, false>(part, x, tile, columns, first(sums), ahead),
-            2 => add_tile::<2, 2, false>(part, x, tile, columns, first(sums), ahead),
-            3 => add_tile::<3, 2, false>(part, x, tile, columns, first(sums), ahead),
-            4 => add_tile::<4, 1, false>(part, x, tile, columns, first(sums), ahead),
-            5 => add_tile::<5, 1, false>(part, x, tile, columns, first(sums), ahead),
-            _ if i == 0 => add_tile::<6, 1, true>(part, x, tile, columns, first(sums), ahead),
-            _ => add_tile::<6, 1, false>(part, x, tile, columns, first(sums), ahead),
+fn add_part(part: PanelData<'_>, x: &Columns<'_>, tiles: Range<usize>, sums: &mut [Tile], ahead: *const u8) {
+    for (i, (tile, sums)) in tiles.clone().zip(sums).enumerate() {
+        let next = if tile + 1 < tiles.end { tile + 1 } else { tiles.start };
+        let next = x.x.start(next, &x.range);
+        match x.x.tile_tokens(tile).len() {
+            1 => add_tile::<1, 4, false>(part, x, tile, first(sums), next),
+            2 => add_tile::<2, 2, false>(part, x, tile, first(sums), next),
+            3 => add_tile::<3, 2, false>(part, x, tile, first(sums), next),
+            4 => add_tile::<4, 1, false>(part, x, tile, first(sums), next),
+            5 => add_tile::<5, 1, false>(part, x, tile, first(sums), next),
+            _ if i == 0 => add_tile::<6, 1, true>(part, x, tile, first(sums), ahead),
+            _ => add_tile::<6, 1, false>(part, x, tile, first(sums), next),
         }
     }
 }
 
-/// Adds the products of a panel part with one tile.
+/// Adds the products of a panel part with one tile, and prefetches from `ahead` on: weights, or activations.
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c")]
-fn add_tile<const M: usize, const SETS: usize, const PREFETCH: bool>(
+fn add_tile<const M: usize, const SETS: usize, const WEIGHTS: bool>(
     part: PanelData<'_>,
-    x: &Input,
+    x: &Columns<'_>,
     tile: usize,
-    columns: &Range<usize>,
     acc: &mut [[f32; PANEL]; M],
     ahead: *const u8,
 ) {
+    let float = || x.x.float_part(tile, &x.range).x;
+    let int = || x.x.int_part(tile, &x.range);
     match part {
-        PanelData::F32(part) => {
-            let x = x.float_part(tile, columns).x;
-            float::add_products::<float::F32, M, SETS, PREFETCH>(part, x, acc, ahead);
-        }
-        PanelData::Bf16(part) => {
-            let x = x.float_part(tile, columns).x;
-            float::add_products::<float::Bf16, M, SETS, PREFETCH>(part, x, acc, ahead);
-        }
-        PanelData::F16(part) => {
-            let x = x.float_part(tile, columns).x;
-            float::add_products::<float::F16, M, SETS, PREFETCH>(part, x, acc, ahead);
-        }
-        PanelData::Q8(part) => {
-            int::add_products::<false, M, PREFETCH>(part, x.int_part(tile, columns), acc, ahead);
-        }
-        PanelData::Q4(part) => {
-            int::add_products::<true, M, PREFETCH>(part, x.int_part(tile, columns), acc, ahead);
-        }
+        PanelData::F32(part) => float::add_products::<float::F32, M, SETS, WEIGHTS>(part, float(), acc, ahead),
+        PanelData::Bf16(part) => float::add_products::<float::Bf16, M, SETS, WEIGHTS>(part, float(), acc, ahead),
+        PanelData::F16(part) => float::add_products::<float::F16, M, SETS, WEIGHTS>(part, float(), acc, ahead),
+        PanelData::Q8(part) if x.vnni => int::add_products::<false, true, M, WEIGHTS>(part, int(), acc, ahead),
+        PanelData::Q8(part) => int::add_products::<false, false, M, WEIGHTS>(part, int(), acc, ahead),
+        PanelData::Q4(part) if x.vnni => int::add_products::<true, true, M, WEIGHTS>(part, int(), acc, ahead),
+        PanelData::Q4(part) => int::add_products::<true, false, M, WEIGHTS>(part, int(), acc, ahead),
     }
 }
 

@@ -64,7 +64,7 @@ impl Weights {
                     }
                     Format::Bf16 => {
                         let bits = (x.to_bits() >> 16) as u16;
-                        halves[at + 2 * (r % 8) + r / 8] = bits;
+                        halves[at + 8 * (r / 4 % 2) + 4 * (r / 8) + r % 4] = bits;
                         f32::from_bits(u32::from(bits) << 16)
                     }
                     Format::F16 => {
@@ -127,10 +127,6 @@ impl Weights {
     }
 }
 
-fn isas() -> impl Iterator<Item = Isa> {
-    [Isa::scalar()].into_iter().chain(Isa::avx2())
-}
-
 /// A strided output block with NaN between and sentinels around.
 struct Output {
     buffer: Guarded,
@@ -170,7 +166,7 @@ fn check_matmul(format: Format, rows: usize, cols: usize, tokens: usize, panels:
     let x = Guarded::of(noise(tokens * cols, tokens as u64), 1);
     let covered = weights.panels().rows_in(&panels);
     let first = panels.start * PANEL;
-    for isa in isas() {
+    for isa in Isa::all() {
         let mut input = Input::new();
         input.prepare(isa, InputKind::of(&weights.panels().data()), &x, tokens, cols);
         for (store, old) in [(Store::Set, f32::NAN), (Store::Add, 3.0)] {
@@ -192,7 +188,7 @@ fn check_swiglu(format: Format, rows: usize, cols: usize, tokens: usize, panels:
     let x = noise(tokens * cols, tokens as u64);
     let covered = gate.panels().rows_in(&panels);
     let first = panels.start * PANEL;
-    for isa in isas() {
+    for isa in Isa::all() {
         let mut input = Input::new();
         input.prepare(isa, InputKind::of(&gate.panels().data()), &x, tokens, cols);
         let mut out = Output::new(tokens, covered, f32::NAN);
@@ -290,7 +286,7 @@ fn extreme_integers_do_not_overflow() {
             for signs in [[1.0, 1.0], [-1.0, -1.0], [1.0, -1.0]] {
                 for tokens in [1, 7] {
                     let x: Vec<f32> = (0..256 * tokens).map(|i| signs[i % 2] * 0.5).collect();
-                    for isa in isas() {
+                    for isa in Isa::all() {
                         let mut input = Input::new();
                         input.prepare(isa, InputKind::of(&weights.panels().data()), &x, tokens, 256);
                         let mut out = Output::new(tokens, 16, f32::NAN);
@@ -313,7 +309,7 @@ fn infinities_and_nans_are_not_hidden() {
             for tokens in [1, 8] {
                 let mut x = noise(64 * tokens, 9);
                 x[40] = bad;
-                for isa in isas() {
+                for isa in Isa::all() {
                     let mut input = Input::new();
                     input.prepare(isa, InputKind::of(&weights.panels().data()), &x, tokens, 64);
                     let mut out = vec![0.0; 16 * tokens];

@@ -15,13 +15,15 @@
 //! 3. Packing has put a tile's activations in the order of use, one stream next to the stream of weights.
 //! 4. Weights of 16 bits are widened in registers each time a tile passes them. That takes two instructions next to
 //!    twelve multiply-adds, on other ports; widening once into a buffer was slower (0.93 of the multiply-add rate
-//!    against 0.98), because it needs stores, and because f32 fills the L1 cache twice as fast.
-//! 5. When the weights come from memory, a prefetch runs ahead of them. The processor's own prefetchers stop at
-//!    each 4 KiB page and need a few misses to start again.
+//!    against 0.98 on a Zen 5), because it needs stores, and because f32 fills the L1 cache twice as fast. For bf16
+//!    the two are shuffles: a shift and a mask cost 5 % on Intel's cores, whose shifts share the ports of multiply-adds.
+//! 5. What comes next from a slower cache or from memory is prefetched: weights, or the activations of the next tile.
+//!    The processor's own prefetchers stop at each 4 KiB page, and at the end of each tile's part of the columns, and
+//!    need a few misses to start again.
 
 use std::arch::x86_64::*;
 
-use crate::lanes::{load, prefetch, store};
+use crate::lanes::{LINE, load, prefetch, store};
 use crate::panels::PANEL;
 
 /// How the sixteen weights of a column are held.
@@ -60,11 +62,14 @@ impl Column for F16 {
     const WIDTH: Width = Width::F16;
 }
 
-/// `acc[m] += Σ_k panel[k] x[k][m]`, where `panel` is `[k, 16]` and `x` is `[k, M]`; with `PREFETCH` also asks for as
-/// many bytes from `ahead` on as `panel` has.
+/// Columns between two prefetches, and of accumulators in turn.
+const STEP: usize = 4;
+
+/// `acc[m] += Σ_k panel[k] x[k][m]`, where `panel` is `[k, 16]` and `x` is `[k, M]`; column k adds to set k % SETS. From
+/// `ahead` on also asks for as many bytes as `panel` has (`WEIGHTS`), or as `x` has.
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c")]
-pub(super) fn add_products<C: Column, const M: usize, const SETS: usize, const PREFETCH: bool>(
+pub(super) fn add_products<C: Column, const M: usize, const SETS: usize, const WEIGHTS: bool>(
     panel: &[C::Bits],
     x: &[f32],
     acc: &mut [[f32; PANEL]; M],
@@ -73,17 +78,17 @@ pub(super) fn add_products<C: Column, const M: usize, const SETS: usize, const P
     let (columns, x) = (panel.as_chunks::<PANEL>().0, x.as_chunks::<M>().0);
     assert!(columns.len() == x.len(), "{} columns of weights, {} of activations", columns.len(), x.len());
     let mut sums = [[[_mm256_setzero_ps(); 2]; M]; SETS];
-    let ((columns, last_columns), (x, last_x)) = (columns.as_chunks::<SETS>(), x.as_chunks::<SETS>());
+    let ((columns, last_columns), (x, last_x)) = (columns.as_chunks::<STEP>(), x.as_chunks::<STEP>());
     let mut ahead = ahead;
     for (columns, x) in columns.iter().zip(x) {
-        for (set, ((column, x), sums)) in columns.iter().zip(x).zip(&mut sums).enumerate() {
-            // Two columns of 16-bit weights share a cache line.
-            if PREFETCH && (set % 2 == 0 || size_of::<C::Bits>() == 4) {
-                prefetch::<_MM_HINT_T0>(ahead.wrapping_add(set * size_of_val(column)));
-            }
-            step::<C, M>(column, x, sums);
+        let next = if WEIGHTS { size_of_val(columns) } else { size_of_val(x) };
+        for line in (0..next).step_by(LINE) {
+            prefetch::<_MM_HINT_T0>(ahead.wrapping_add(line));
         }
-        ahead = ahead.wrapping_add(size_of_val(columns));
+        ahead = ahead.wrapping_add(next);
+        for (k, (column, x)) in columns.iter().zip(x).enumerate() {
+            step::<C, M>(column, x, &mut sums[k % SETS]);
+        }
     }
     for (column, x) in last_columns.iter().zip(last_x) {
         step::<C, M>(column, x, &mut sums[0]);
@@ -122,8 +127,9 @@ fn widen<C: Column>(column: &[C::Bits; PANEL]) -> (__m256, __m256) {
             Width::F32 => (_mm256_loadu_ps(start.cast()), _mm256_loadu_ps(start.cast::<f32>().add(8))),
             Width::Bf16 => {
                 let both = _mm256_loadu_si256(start.cast());
-                let upper = _mm256_and_si256(both, _mm256_set1_epi32(0xffff_0000_u32 as i32));
-                (_mm256_castsi256_ps(_mm256_slli_epi32::<16>(both)), _mm256_castsi256_ps(upper))
+                let zero = _mm256_setzero_si256();
+                let halves = [_mm256_unpacklo_epi16(zero, both), _mm256_unpackhi_epi16(zero, both)];
+                (_mm256_castsi256_ps(halves[0]), _mm256_castsi256_ps(halves[1]))
             }
             Width::F16 => (
                 _mm256_cvtph_ps(_mm_loadu_si128(start.cast())),

@@ -14,13 +14,15 @@
 //!    a group are summed there: the largest sum of magnitudes is 16 * 8 * 127 < 2^15, because the sum starts from
 //!    the zero point (see `IntTile::offsets`), which makes every partial sum one of products with nibbles minus 8
 //!    or with -8. One `vpmaddwd` with ones per group then adds the halves in int32.
-//! 3. The sums of a group take twelve registers for six tokens, so the f32 totals live in memory (L1) and are
+//! 3. With AVX-VNNI one instruction does the multiplication and the addition, for Q4 in int32 at once. The sums are
+//!    the same numbers.
+//! 4. The sums of a group take twelve registers for six tokens, so the f32 totals live in memory (L1) and are
 //!    touched once a group. The sums of the first word are set, not added.
 
 use std::arch::x86_64::*;
 
 use crate::input::IntTile;
-use crate::lanes::{load, prefetch, store};
+use crate::lanes::{LINE, load, prefetch, store};
 use crate::panels::{PANEL, Q4_BLOCK, Q8_BLOCK};
 
 /// Words in a group: 8 quads or 16 pairs.
@@ -33,11 +35,11 @@ const fn block_bytes(q4: bool) -> usize {
     if q4 { Q4_BLOCK } else { Q8_BLOCK }
 }
 
-/// `acc[m] += Σ_k w[k] x[k][m]` over the groups of `panel`; with `PREFETCH` also asks for as many bytes from `ahead` on
-/// as `panel` has.
+/// `acc[m] += Σ_k w[k] x[k][m]` over the groups of `panel`, and from `ahead` on also asks for as many bytes as
+/// `panel` has (`WEIGHTS`), or as the words of `x` have.
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c")]
-pub(super) fn add_products<const Q4: bool, const M: usize, const PREFETCH: bool>(
+pub(super) fn add_products<const Q4: bool, const VNNI: bool, const M: usize, const WEIGHTS: bool>(
     panel: &[u8],
     x: IntTile<'_>,
     acc: &mut [[f32; PANEL]; M],
@@ -50,34 +52,32 @@ pub(super) fn add_products<const Q4: bool, const M: usize, const PREFETCH: bool>
     let mut ahead = ahead;
     for ((block, words), scales) in groups.zip(words).zip(scales) {
         let (row_scales, weights) = block.as_chunks::<32>().0.split_first().expect("a block starts with its scales");
-        // A block is a number of whole lines and half a line, which the first prefetch covers.
-        if PREFETCH {
-            prefetch::<_MM_HINT_T0>(ahead);
-        }
-        let mut sums = first_sums::<Q4, M>(offsets.next());
+        let next = if WEIGHTS { block.len() } else { size_of_val(words) };
+        let mut sums = first_sums::<Q4, VNNI, M>(offsets.next());
         // Two words of weights are a line.
         for (i, (weights, words)) in weights.as_chunks::<2>().0.iter().zip(words.as_chunks::<2>().0).enumerate() {
-            if PREFETCH {
-                prefetch::<_MM_HINT_T0>(ahead.wrapping_add(64 * (1 + i)));
+            if LINE * i < next {
+                prefetch::<_MM_HINT_T0>(ahead.wrapping_add(LINE * i));
             }
             for (weights, word) in weights.iter().zip(words) {
-                add_word::<Q4, M>(widen::<Q4>(weights), word, &mut sums);
+                add_word::<Q4, VNNI, M>(widen::<Q4>(weights), word, &mut sums);
             }
         }
-        add_scaled::<Q4, M>(&sums, widen_scales(row_scales), scales, acc);
-        ahead = ahead.wrapping_add(block.len());
+        add_scaled::<Q4, VNNI, M>(&sums, widen_scales(row_scales), scales, acc);
+        ahead = ahead.wrapping_add(next);
     }
 }
 
 /// The sums of a group before its first word: zero, or the zero point of each token.
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c")]
-fn first_sums<const Q4: bool, const M: usize>(offsets: Option<&[i32; M]>) -> [[__m256i; 2]; M] {
+fn first_sums<const Q4: bool, const VNNI: bool, const M: usize>(offsets: Option<&[i32; M]>) -> [[__m256i; 2]; M] {
     let mut sums = [[_mm256_setzero_si256(); 2]; M];
     if Q4 {
         let offsets = offsets.expect("int8 activations have offsets");
         for (sums, offset) in sums.iter_mut().zip(offsets) {
-            *sums = [_mm256_set1_epi32(*offset); 2];
+            let offset = _mm256_set1_epi32(*offset);
+            *sums = [if VNNI { add_halves(offset) } else { offset }; 2];
         }
     }
     sums
@@ -86,10 +86,18 @@ fn first_sums<const Q4: bool, const M: usize>(offsets: Option<&[i32; M]>) -> [[_
 /// `sums[m] += dot(word[m], w)` in each lane.
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c")]
-fn add_word<const Q4: bool, const M: usize>(w: [__m256i; 2], word: &[i32; M], sums: &mut [[__m256i; 2]; M]) {
+fn add_word<const Q4: bool, const VNNI: bool, const M: usize>(
+    w: [__m256i; 2],
+    word: &[i32; M],
+    sums: &mut [[__m256i; 2]; M],
+) {
     for (sums, x) in sums.iter_mut().zip(word) {
         let x = _mm256_set1_epi32(*x);
         for (sum, w) in sums.iter_mut().zip(w) {
+            if VNNI {
+                add_dot::<Q4>(w, x, sum);
+                continue;
+            }
             *sum = if Q4 {
                 _mm256_add_epi16(*sum, _mm256_maddubs_epi16(w, x))
             } else {
@@ -98,6 +106,31 @@ fn add_word<const Q4: bool, const M: usize>(w: [__m256i; 2], word: &[i32; M], su
             hold::<M>(sum);
         }
     }
+}
+
+/// `sum += dot(w, x)` in each lane with one instruction of AVX-VNNI.
+///
+/// The intrinsics would need functions that enable it, all the way up from here; the rest of them gains nothing by it.
+#[inline]
+#[target_feature(enable = "avx2,fma,f16c")]
+fn add_dot<const Q4: bool>(w: __m256i, x: __m256i, sum: &mut __m256i) {
+    // SAFETY: callers set `VNNI` only where an `Isa` proves AVX-VNNI; the instructions touch the named registers only.
+    unsafe {
+        if Q4 {
+            std::arch::asm!("{{vex}} vpdpbusd {}, {}, {}", inout(ymm_reg) *sum, in(ymm_reg) w, in(ymm_reg) x,
+                options(nomem, nostack, preserves_flags));
+        } else {
+            std::arch::asm!("{{vex}} vpdpwssd {}, {}, {}", inout(ymm_reg) *sum, in(ymm_reg) w, in(ymm_reg) x,
+                options(nomem, nostack, preserves_flags));
+        }
+    }
+}
+
+/// The sum of the two int16 of each lane.
+#[inline]
+#[target_feature(enable = "avx2,fma,f16c")]
+fn add_halves(v: __m256i) -> __m256i {
+    _mm256_madd_epi16(v, _mm256_set1_epi16(1))
 }
 
 /// Makes the compiler have `sum` in a register here, after those held before it.
@@ -117,7 +150,7 @@ fn hold<const M: usize>(sum: &mut __m256i) {
 /// `acc[m] += sums[m] * row_scales * scales[m]`.
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c")]
-fn add_scaled<const Q4: bool, const M: usize>(
+fn add_scaled<const Q4: bool, const VNNI: bool, const M: usize>(
     sums: &[[__m256i; 2]; M],
     row_scales: [__m256; 2],
     scales: &[f32; M],
@@ -126,8 +159,8 @@ fn add_scaled<const Q4: bool, const M: usize>(
     for ((sums, scale), acc) in sums.iter().zip(scales).zip(acc) {
         let scale = _mm256_set1_ps(*scale);
         for ((sum, row_scale), acc) in sums.iter().zip(row_scales).zip(acc.as_chunks_mut().0) {
-            // The int16 sums of Q4 are two halves of a lane.
-            let sum = if Q4 { _mm256_madd_epi16(*sum, _mm256_set1_epi16(1)) } else { *sum };
+            // Without VNNI the sums of Q4 are two int16 in a lane.
+            let sum = if Q4 && !VNNI { add_halves(*sum) } else { *sum };
             let both = _mm256_mul_ps(row_scale, scale);
             store(acc, _mm256_fmadd_ps(_mm256_cvtepi32_ps(sum), both, load(acc)));
         }
