@@ -14,6 +14,8 @@ use crate::wire::WireFormat;
 const SPINS: u32 = 300;
 /// After this long it sleeps between looks: nobody who waits for a person burns a core.
 const YIELDING: Duration = Duration::from_millis(10);
+/// At least this long where the rank's own threads need the core: an offer of the core is taken up only in part.
+const NAP: Duration = Duration::from_micros(20);
 /// How often it looks for ranks that left or died.
 const PROBE: Duration = Duration::from_millis(50);
 
@@ -112,6 +114,8 @@ pub(crate) struct Call<'a> {
     pub timeout: Duration,
     /// Whether a waiting rank may keep its core.
     pub spin: bool,
+    /// Whether other threads of this rank compute meanwhile.
+    pub background: bool,
     /// Time spent waiting so far.
     pub waited: Duration,
 }
@@ -152,10 +156,10 @@ impl Call<'_> {
         let mut next_probe = PROBE;
         loop {
             let waited = start.elapsed();
-            if waited < YIELDING {
+            if waited < YIELDING && !self.background {
                 thread::yield_now();
             } else {
-                thread::sleep((waited / 200).min(Duration::from_millis(1)));
+                thread::sleep((waited / 200).clamp(NAP, Duration::from_millis(1)));
             }
             if ready()? {
                 return Ok(());

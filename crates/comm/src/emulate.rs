@@ -74,17 +74,15 @@ impl EmulatedComm {
         least: f64,
         call: impl FnOnce() -> Result<R, CommError>,
     ) -> Result<R, CommError> {
-        let (inner, phase) = (self.inner.ledger(), self.ledger.phase());
-        inner.set_phase(phase);
-        inner.set_layer(self.ledger.layer());
+        let activity = self.ledger.activity();
         let waited_before = self.waited(collective);
         let start = Instant::now();
-        let result = call();
+        let result = activity.during(call);
         let waited = Duration::from_secs_f64((self.waited(collective) - waited_before).max(0.0));
         if result.is_ok() && least > 0.0 {
-            wait_until(start + waited + Duration::from_secs_f64(least));
+            wait_until(start + waited + Duration::from_secs_f64(least), activity.background);
         }
-        self.ledger.record(collective, phase, bytes, start.elapsed(), waited);
+        self.ledger.record(collective, activity, bytes, start.elapsed(), waited);
         result
     }
 
@@ -101,14 +99,16 @@ impl EmulatedComm {
     }
 }
 
-fn wait_until(end: Instant) {
+/// `background`: the core has better things to do than to be precise.
+fn wait_until(end: Instant, background: bool) {
+    let spin = if background { Duration::ZERO } else { SPIN };
     loop {
         let left = end.saturating_duration_since(Instant::now());
         if left.is_zero() {
             return;
         }
-        if left > SPIN {
-            thread::sleep(left - SPIN);
+        if left > spin {
+            thread::sleep(left - spin);
         } else {
             // Yields, since the rank that is waited for may need this core.
             thread::yield_now();
@@ -194,7 +194,7 @@ impl Communicator for EmulatedComm {
         // Both directions of a link at once: the slower message counts. Its time stands in the line of what is received.
         let least = self.message(to, send.len()).max(self.message(from, recv.len()));
         let none = Duration::ZERO;
-        self.ledger.record(Collective::Send, self.ledger.phase(), send.len(), none, none);
+        self.ledger.record(Collective::Send, self.ledger.activity(), send.len(), none, none);
         self.slowed(Collective::Recv, recv.len(), least, || self.inner.send_recv_bytes(to, send, from, recv))
     }
 

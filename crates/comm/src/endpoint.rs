@@ -9,7 +9,7 @@ use crate::call::{Call, Header, Site};
 use crate::communicator::{Communicator, ReduceOp};
 use crate::cost::Crowd;
 use crate::error::{CommError, Place};
-use crate::ledger::{Collective, Ledger};
+use crate::ledger::{Activity, Collective, Ledger};
 use crate::transport::{Counts, Reduction, Transport};
 use crate::wire::WireFormat;
 
@@ -97,17 +97,14 @@ impl Endpoint {
         let start = Instant::now();
         let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
         let State { transport, failed } = &mut *state;
-        let (collective, phase) = (header.collective, self.ledger.phase());
+        let (collective, activity) = (header.collective, self.ledger.activity());
+        let Activity { phase, layer, background } = activity;
         let mut call = Call {
-            site: Site {
-                place: Place { collective, phase, layer: self.ledger.layer() },
-                header,
-                rank: self.rank,
-                world: &self.world,
-            },
+            site: Site { place: Place { collective, phase, layer }, header, rank: self.rank, world: &self.world },
             alarm: &self.membership.alarm,
             timeout: self.timeout(),
             spin: self.spin,
+            background,
             waited: Duration::ZERO,
         };
         let result = if let Some(error) = failed {
@@ -131,7 +128,7 @@ impl Endpoint {
             }
         }
         let waited = call.waited;
-        self.ledger.record(collective, phase, payload, start.elapsed(), waited);
+        self.ledger.record(collective, activity, payload, start.elapsed(), waited);
         result
     }
 
@@ -343,8 +340,8 @@ impl<E: End> Communicator for E {
     fn send_recv_bytes(&self, to: usize, send: &[u8], from: usize, recv: &mut [u8]) -> Result<(), CommError> {
         let end = self.end();
         // The time of an exchange stands in the line of what is received.
-        let (phase, none) = (end.ledger.phase(), Duration::ZERO);
-        end.ledger.record(Collective::Send, phase, send.len(), none, none);
+        let none = Duration::ZERO;
+        end.ledger.record(Collective::Send, end.ledger.activity(), send.len(), none, none);
         let header = Header::new(Collective::Recv, recv.len());
         end.messages(header, Some((to, send)), Some((from, recv)))
     }

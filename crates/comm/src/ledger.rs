@@ -1,5 +1,6 @@
 //! The ledger: calls, payload bytes, seconds and waiting per collective and phase.
 
+use std::cell::Cell as ThreadCell;
 use std::fmt;
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, AtomicUsize, Ordering::Relaxed};
 use std::sync::{Mutex, PoisonError};
@@ -100,6 +101,36 @@ impl fmt::Display for Phase {
     }
 }
 
+/// What a thread is doing while it communicates: where its calls count, and where they fail.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Activity {
+    /// The phase under which they count.
+    pub phase: Phase,
+    /// The decoder layer that their errors name.
+    pub layer: Option<usize>,
+    /// Whether other threads of the rank compute meanwhile: then a call that waits leaves its core to them.
+    pub background: bool,
+}
+
+thread_local! {
+    static ACTIVITY: ThreadCell<Option<Activity>> = const { ThreadCell::new(None) };
+}
+
+impl Activity {
+    /// Does `work` on this thread, whose calls have this activity whatever their ledgers say meanwhile: for calls that
+    /// one thread makes for another.
+    pub fn during<R>(self, work: impl FnOnce() -> R) -> R {
+        struct Restore(Option<Activity>);
+        impl Drop for Restore {
+            fn drop(&mut self) {
+                ACTIVITY.set(self.0);
+            }
+        }
+        let _restore = Restore(ACTIVITY.replace(Some(self)));
+        work()
+    }
+}
+
 /// One line of the ledger: everything one rank did of one kind in one phase.
 #[derive(Clone, Copy, PartialEq, Debug)]
 pub struct Entry {
@@ -131,6 +162,8 @@ pub struct TracedCall {
     pub waited: Duration,
     /// As in [`Entry`].
     pub payload_bytes: u64,
+    /// Whether the rank computed meanwhile.
+    pub background: bool,
 }
 
 #[derive(Default, Debug)]
@@ -176,7 +209,7 @@ impl Ledger {
 
     /// The phase under which calls count now.
     pub fn phase(&self) -> Phase {
-        Phase::ALL[self.phase.load(Relaxed) as usize]
+        self.activity().phase
     }
 
     /// The decoder layer that error messages name from now on, if any.
@@ -186,7 +219,17 @@ impl Ledger {
 
     /// The decoder layer that error messages name now.
     pub fn layer(&self) -> Option<usize> {
-        Some(self.layer.load(Relaxed)).filter(|&layer| layer != NO_LAYER)
+        self.activity().layer
+    }
+
+    /// What the calling thread is doing: what was set here, or what it does [`during`](Activity::during) something else.
+    #[inline]
+    pub fn activity(&self) -> Activity {
+        ACTIVITY.get().unwrap_or_else(|| Activity {
+            phase: Phase::ALL[self.phase.load(Relaxed) as usize],
+            layer: Some(self.layer.load(Relaxed)).filter(|&layer| layer != NO_LAYER),
+            background: false,
+        })
     }
 
     /// The lines with at least one call, by phase, then by kind.
@@ -234,12 +277,12 @@ impl Ledger {
     pub(crate) fn record(
         &self,
         collective: Collective,
-        phase: Phase,
+        activity: Activity,
         payload_bytes: usize,
         total: Duration,
         waited: Duration,
     ) {
-        let cell = &self.cells[collective as usize][phase as usize];
+        let cell = &self.cells[collective as usize][activity.phase as usize];
         cell.calls.fetch_add(1, Relaxed);
         cell.payload_bytes.fetch_add(payload_bytes as u64, Relaxed);
         cell.nanos.fetch_add(total.as_nanos() as u64, Relaxed);
@@ -251,6 +294,7 @@ impl Ledger {
                 length: total,
                 waited: waited.min(total),
                 payload_bytes: payload_bytes as u64,
+                background: activity.background,
             };
             self.traced.lock().unwrap_or_else(PoisonError::into_inner).push(call);
         }
@@ -270,10 +314,11 @@ mod tests {
         assert_eq!((ledger.phase(), ledger.layer()), (Phase::Other, None));
         ledger.set_layer(Some(0));
         assert_eq!(ledger.layer(), Some(0));
+        let at = |phase| Activity { phase, ..ledger.activity() };
         let (ms, us) = (Duration::from_millis(1), Duration::from_micros(1));
-        ledger.record(Collective::Allreduce, Phase::Prefill, 4096, ms, us);
-        ledger.record(Collective::Allreduce, Phase::Decode, 100, ms, us);
-        ledger.record(Collective::Allreduce, Phase::Decode, 50, ms, ms * 9);
+        ledger.record(Collective::Allreduce, at(Phase::Prefill), 4096, ms, us);
+        ledger.record(Collective::Allreduce, at(Phase::Decode), 100, ms, us);
+        ledger.record(Collective::Allreduce, at(Phase::Decode), 50, ms, ms * 9);
         let entries = ledger.entries();
         assert_eq!(entries.len(), 2);
         assert_eq!((entries[0].phase, entries[0].payload_bytes), (Phase::Prefill, 4096));
@@ -289,7 +334,7 @@ mod tests {
     fn calls_are_kept_one_by_one_only_while_traced() {
         let ledger = Ledger::default();
         let us = Duration::from_micros(1);
-        let record = |bytes| ledger.record(Collective::Allreduce, Phase::Decode, bytes, 5 * us, 9 * us);
+        let record = |bytes| ledger.record(Collective::Allreduce, ledger.activity(), bytes, 5 * us, 9 * us);
         record(1);
         ledger.trace(true);
         let before = Instant::now();
@@ -302,5 +347,24 @@ mod tests {
         assert!(calls[0].start + calls[0].length >= before, "it ended when it was recorded");
         assert!(ledger.take_traced().is_empty());
         assert_eq!(ledger.entries()[0].calls, 3);
+    }
+
+    #[test]
+    fn an_activity_holds_for_one_thread_and_while_it_lasts() {
+        let ledger = Ledger::default();
+        ledger.set_phase(Phase::Decode);
+        let before = ledger.activity();
+        let errand = Activity { phase: Phase::Prefill, layer: Some(3), background: true };
+        errand.during(|| {
+            ledger.set_layer(Some(4));
+            assert_eq!(ledger.activity(), errand);
+            std::thread::scope(|scope| {
+                let other = scope.spawn(|| ledger.activity()).join().unwrap();
+                assert_eq!(other, Activity { layer: Some(4), ..before });
+            });
+            before.during(|| assert_eq!(ledger.activity(), before));
+            assert_eq!((ledger.phase(), ledger.layer()), (Phase::Prefill, Some(3)));
+        });
+        assert_eq!((ledger.phase(), ledger.layer()), (Phase::Decode, Some(4)));
     }
 }

@@ -2,7 +2,7 @@
 #![doc = ""]
 #![doc = include_str!("../README.md")]
 
-// What is counted: kinds of calls, phases, bytes, seconds.
+// What is counted: kinds of calls, what a thread does meanwhile, bytes, seconds.
 mod ledger;
 
 // How f32 payloads travel.
@@ -66,7 +66,7 @@ pub use communicator::{Communicator, CommunicatorExt, ReduceOp};
 pub use cost::{Cluster, InvalidLink, Link, node_of};
 pub use emulate::EmulatedComm;
 pub use error::{CommError, Place};
-pub use ledger::{Collective, Entry, Ledger, Phase, TracedCall};
+pub use ledger::{Activity, Collective, Entry, Ledger, Phase, TracedCall};
 #[cfg(feature = "mpi")]
 pub use mpi_comm::{MpiComm, MpiOptions};
 pub use solo::SoloComm;

@@ -6,6 +6,7 @@ use std::time::Instant;
 use comm::{CommError, Communicator};
 use simd_kernels::Isa;
 
+use crate::background::Background;
 use crate::profile::Profile;
 use crate::team::{Placement, Team};
 
@@ -24,6 +25,8 @@ pub struct Context {
     pub heads: Arc<dyn Communicator>,
     /// The ranks that hold the same heads and split the positions (sequence parallel).
     pub positions: Arc<dyn Communicator>,
+    /// What makes calls while the team computes.
+    pub background: Background,
     /// What the operations took.
     pub profile: Arc<Profile>,
 }
@@ -33,7 +36,7 @@ impl Context {
     /// `r / columns` and column `r % columns`. All ranks call it.
     ///
     /// # Errors
-    /// When the groups cannot be formed.
+    /// When the groups cannot be formed or there is no thread for calls in the background.
     ///
     /// # Panics
     /// When `columns` does not divide the number of ranks.
@@ -51,9 +54,10 @@ impl Context {
         };
         let heads = group(columns, rank / columns)?;
         let positions = group(ranks / columns, rank % columns)?;
+        let background = Background::new(comm.clone())?;
         let profile = Arc::new(Profile::new(Instant::now()));
         let team = Team::new(threads, placement, profile.clone());
-        Ok(Self { isa, team, comm, heads, positions, profile })
+        Ok(Self { isa, team, comm, heads, positions, background, profile })
     }
 
     /// The ranks over which the feed-forward block is split: those that split the heads, or, where none do, those

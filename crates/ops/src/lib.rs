@@ -8,6 +8,7 @@
 mod attention;
 mod attention_headwise;
 mod attention_sequence;
+mod background;
 mod context;
 mod embedding;
 mod kv_cache;
@@ -27,6 +28,7 @@ mod limits;
 pub use attention::{AttentionAlgorithm, AttentionScratch, AttentionShape, AttentionSpec, QkNorm, Rotary};
 pub use attention_headwise::attention_headwise;
 pub use attention_sequence::{SequenceSpan, attention_sequence};
+pub use background::{Background, Pending};
 pub use context::Context;
 pub use embedding::Embedding;
 pub use kv_cache::LayerCache;
