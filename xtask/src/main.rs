@@ -14,6 +14,7 @@ mod demo;
 mod launch;
 mod mpi_test;
 mod report;
+mod netbench;
 mod suite;
 
 mod ci;
@@ -93,6 +94,13 @@ enum Command {
         #[arg(long)]
         quick: bool,
     },
+    /// Measure the model on emulated clusters: one rank in each of several network namespaces, TCP between them
+    ///
+    /// Needs Linux, ip and tc, and root or the right to make user namespaces; nothing outside of its own namespaces
+    /// changes. Compares f32, bf16 and q8 on the wire and both strategies with the plan's predictions.
+    ///
+    /// Exit status: 3 something is missing and nothing was measured.
+    Netbench(netbench::NetbenchArgs),
     /// Check what the compiler does not: layers, unsafe, file heads and lengths, what the documents name
     Tidy,
     /// Format, clippy, tidy and documentation checks, then all tests
@@ -121,6 +129,7 @@ fn run(command: Command) -> Result<ExitCode> {
         Command::MpiTest { ranks, package, deadline } => mpi_test::command(&ranks, package.as_deref(), deadline),
         Command::Mpirun { ranks, hostfile, bind, args } => launch::command(ranks, hostfile, bind, &args),
         Command::Report { quick } => report::command(quick),
+        Command::Netbench(args) => netbench::command(&args),
         Command::Tidy => tidy::command(),
         Command::Ci { no_test } => ci::command(no_test),
     }

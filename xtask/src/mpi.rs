@@ -53,13 +53,14 @@ pub struct Parts {
 }
 
 impl Parts {
-    /// Looks for every part, in `PATH` and in the places where distributions put them.
+    /// Looks for every part, in `PATH` and in the places where distributions put them. `MPICC` and `MPIRUN` (paths of
+    /// files) choose among several MPIs.
     pub fn find() -> Parts {
         let cc = ["cc", "gcc", "clang"].iter().find_map(|name| process::find_program(name, &[]));
         let from_variable = |name: &str| std::env::var_os(name).map(PathBuf::from).filter(|path| path.is_file());
         Parts {
             mpicc: from_variable("MPICC").or_else(|| process::find_program("mpicc", &wrapper_folders())),
-            mpirun: process::find_program("mpirun", &wrapper_folders()),
+            mpirun: from_variable("MPIRUN").or_else(|| process::find_program("mpirun", &wrapper_folders())),
             libclang: find_libclang(),
             cc: from_variable("CC").or(cc),
         }

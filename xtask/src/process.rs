@@ -55,6 +55,8 @@ impl Finished {
 pub enum Output {
     /// Standard output is shown line by line, standard error as it is.
     Shown,
+    /// Standard output is collected; standard error goes where the command sends it.
+    Collected,
     /// Standard output is collected; standard error is dropped.
     Silent,
 }

@@ -16,7 +16,7 @@ use std::process::ExitCode;
 use anyhow::{Context, Result};
 
 use crate::workspace;
-use lab::Lab;
+pub use lab::Lab;
 
 /// A part of the page.
 pub struct Section {

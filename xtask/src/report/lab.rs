@@ -29,7 +29,11 @@ pub struct Lab {
 impl Lab {
     /// Builds the program (without MPI: the ranks of these sections are threads of one process).
     pub fn open(quick: bool) -> Result<Self> {
-        let program = launch::build_program(None)?;
+        Self::with(launch::build_program(None)?, quick)
+    }
+
+    /// The same with a program that was built before.
+    pub fn with(program: PathBuf, quick: bool) -> Result<Self> {
         let release = program.parent().and_then(Path::parent).context("the program lies in no target folder")?;
         let cache = release.join("report");
         std::fs::create_dir_all(&cache).with_context(|| format!("cannot make {}", cache.display()))?;
