@@ -40,6 +40,6 @@ pub use mlp::{Expert, Mlp, MlpScratch, mlp};
 pub use norm::{prepare, rms_norm};
 pub use profile::{Operation, Profile, Span, Work};
 pub use routing::Router;
-pub use schedule::MlpSchedule;
+pub use schedule::{ExpertSplit, MlpSchedule};
 pub use simd_kernels::{Input, Isa, IsaError, KvFormat, Store};
 pub use team::{Placement, Team};

@@ -29,8 +29,10 @@ pub struct Expert {
 pub struct Mlp {
     /// What is exchanged; also decides how the weights were split.
     pub schedule: MlpSchedule,
-    /// The experts, of equal shape.
+    /// The experts of which this rank has a share, of equal shape.
     pub experts: Vec<Expert>,
+    /// Which of the router's experts these are.
+    pub own: Range<usize>,
     /// Chooses experts for each token.
     pub router: Option<Router>,
     /// Intermediate features that each rank owns.
@@ -95,7 +97,7 @@ impl Mlp {
         let comm = ctx.mlp_ranks();
         scratch.inputs.resize_with(self.experts.len().max(1), Input::new);
         let routing = match &self.router {
-            Some(router) => route(ctx, router, x, &mut scratch.inputs[0], &mut scratch.scores),
+            Some(router) => route(ctx, router, &self.own, x, &mut scratch.inputs[0], &mut scratch.scores),
             None => Routing::dense(x.nrows()),
         };
         self.activate(ctx, &routing, x, scratch)?;
@@ -108,13 +110,14 @@ impl Mlp {
             return Ok(());
         }
         let rows = activation.nrows();
-        let width = self.experts[0].down.rows();
+        // Not from an expert: a rank may have none, and then its part of the sum is 0.
+        let width = if self.schedule == MlpSchedule::Gathered { self.hidden[comm.rank()] } else { residual.ncols() };
         // Rows of visits are combined into rows of tokens before anything is exchanged.
         let target = if self.router.is_some() { &mut *sorted } else { &mut *partial };
         reshape(target, rows, width);
         self.down(ctx, &routing, inputs, target, Store::Set);
         if self.router.is_some() {
-            routing.combine(ctx, sorted, x.nrows(), partial);
+            routing.combine(ctx, sorted, partial);
         }
         if whole {
             simd_kernels::add(ctx.isa, slice_mut(residual), slice(partial));
@@ -157,10 +160,10 @@ impl Mlp {
         };
         prepare_groups(ctx, self, |expert| &expert.gate, routing, x, inputs);
         let _operation = ctx.profile.operation("gate_up", self.work(routing, |expert| [&expert.gate, &expert.up]));
-        let (rows, width) = (x.nrows(), self.experts[0].gate.rows());
+        let (rows, width) = (x.nrows(), self.experts.first().map_or(0, |expert| expert.gate.rows()));
         if matches!(self.schedule, MlpSchedule::Fused | MlpSchedule::Local) {
             reshape(activation, rows, width);
-            self.each_group(ctx, routing, inputs, width, activation, |expert, panels, input, out| {
+            self.each_group(ctx, routing, inputs, activation, |expert, panels, input, out| {
                 matmul_swiglu(ctx.isa, expert.gate.panels(), expert.up.panels(), panels, input, out);
             });
             return Ok(());
@@ -169,7 +172,7 @@ impl Mlp {
             [(&mut *gate, (|expert| &expert.gate) as fn(&Expert) -> &Linear), (&mut *up, |expert| &expert.up)]
         {
             reshape(own, rows, width);
-            self.each_group(ctx, routing, inputs, width, own, |expert, panels, input, out| {
+            self.each_group(ctx, routing, inputs, own, |expert, panels, input, out| {
                 matmul(ctx.isa, pick(expert).panels(), panels, input, out, Store::Set);
             });
             gather_columns(comm, own, &self.intermediate, self.schedule == MlpSchedule::Naive, out)?;
@@ -199,9 +202,8 @@ impl Mlp {
     }
 
     fn down(&self, ctx: &Context, routing: &Routing, inputs: &[Input], out: &mut Activations, store: Store) {
-        let width = self.experts[0].down.rows();
         let _operation = ctx.profile.operation("down_proj", self.work(routing, |expert| [&expert.down]));
-        self.each_group(ctx, routing, inputs, width, out, |expert, panels, input, out| {
+        self.each_group(ctx, routing, inputs, out, |expert, panels, input, out| {
             matmul(ctx.isa, expert.down.panels(), panels, input, out, store);
         });
     }
@@ -222,11 +224,10 @@ impl Mlp {
         ctx: &Context,
         routing: &Routing,
         inputs: &[Input],
-        width: usize,
         out: &mut Activations,
         job: impl Fn(&Expert, Range<usize>, &Input, MatMut<'_>) + Sync,
     ) {
-        let ranges = ctx.team.panel_ranges(width);
+        let ranges = ctx.team.panel_ranges(out.ncols());
         let mut threads: Vec<Vec<_>> = ranges.iter().map(|_| Vec::new()).collect();
         let mut rest = matrix(out);
         for (index, (expert, rows)) in routing.groups.iter().enumerate() {
@@ -249,18 +250,18 @@ impl Mlp {
 fn prepare_groups(
     ctx: &Context,
     block: &Mlp,
-    weights: impl Fn(&Expert) -> &Linear,
+    weights: impl Fn(&Expert) -> &Linear + Sync,
     routing: &Routing,
     x: &Activations,
     inputs: &mut [Input],
 ) {
-    let kind = weights(&block.experts[0]).input_kind();
     if block.router.is_none() {
-        return prepare(ctx, kind, x, &mut inputs[0]);
+        return prepare(ctx, weights(&block.experts[0]).input_kind(), x, &mut inputs[0]);
     }
     let width = x.ncols();
     let parts: Vec<_> = routing.groups.iter().zip(inputs).collect();
-    ctx.team.each(parts, |((_, rows), input)| {
+    ctx.team.each(parts, |((expert, rows), input)| {
+        let kind = weights(&block.experts[*expert]).input_kind();
         input.prepare(ctx.isa, kind, &slice(x)[rows.start * width..rows.end * width], rows.len(), width);
     });
 }

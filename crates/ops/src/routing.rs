@@ -19,17 +19,18 @@ pub struct Router {
     pub normalize: bool,
 }
 
-/// The visits of some tokens to experts, sorted by expert.
+/// The visits of some tokens to the experts of this rank, sorted by expert; experts count from the rank's first one.
 #[derive(Debug, Default, PartialEq)]
 pub(crate) struct Routing {
-    /// The experts that are visited, each with its rows of the sorted order; ascending, none empty.
+    /// The experts here that are visited, each with its rows of the sorted order; ascending, none empty.
     pub groups: Vec<(usize, Range<usize>)>,
     /// For each row of the sorted order, its token. Empty for a dense block: one expert sees all the
     /// tokens in their own order.
     tokens: Vec<usize>,
-    /// For each token in turn, its rows of the sorted order and the experts' weights there; as many for
-    /// each token.
+    /// For each token in turn, its rows of the sorted order and the experts' weights there.
     visits: Vec<(usize, f32)>,
+    /// For each token, where its visits end.
+    ends: Vec<usize>,
 }
 
 impl Routing {
@@ -38,29 +39,32 @@ impl Routing {
         Self { groups: if tokens > 0 { vec![(0, 0..tokens)] } else { Vec::new() }, ..Self::default() }
     }
 
-    /// Counting sort of `choices`, for each token its experts and their weights.
-    fn sorted(choices: &[Vec<(usize, f32)>], experts: usize) -> Self {
-        let mut starts = vec![0; experts + 1];
-        for (expert, _) in choices.iter().flatten() {
+    /// Counting sort of those of `choices`, for each token its experts and their weights, that are among the experts `own`.
+    fn sorted(choices: &[Vec<(usize, f32)>], own: &Range<usize>) -> Self {
+        let here = |&(expert, weight): &(usize, f32)| own.contains(&expert).then(|| (expert - own.start, weight));
+        let mut starts = vec![0; own.len() + 1];
+        for (expert, _) in choices.iter().flatten().filter_map(here) {
             starts[expert + 1] += 1;
         }
-        for expert in 0..experts {
+        for expert in 0..own.len() {
             starts[expert + 1] += starts[expert];
         }
-        let groups = (0..experts)
+        let groups = (0..own.len())
             .map(|expert| (expert, starts[expert]..starts[expert + 1]))
             .filter(|(_, rows)| !rows.is_empty())
             .collect();
-        let mut tokens = vec![0; starts[experts]];
+        let mut tokens = vec![0; starts[own.len()]];
         let mut visits = Vec::with_capacity(tokens.len());
+        let mut ends = Vec::with_capacity(choices.len());
         for (token, choices) in choices.iter().enumerate() {
-            for &(expert, weight) in choices {
+            for (expert, weight) in choices.iter().filter_map(here) {
                 tokens[starts[expert]] = token;
                 visits.push((starts[expert], weight));
                 starts[expert] += 1;
             }
+            ends.push(visits.len());
         }
-        Self { groups, tokens, visits }
+        Self { groups, tokens, visits, ends }
     }
 
     /// The tokens in the order of the visits; out [visits, hidden].
@@ -70,14 +74,14 @@ impl Routing {
         by_rows(ctx, out, |row, out| out.copy_from_slice(&slice(x)[self.tokens[row] * width..][..width]));
     }
 
-    /// `out[t] = Σ weight · y[row]` over the visits of token t; y [visits, n], out [tokens, n].
-    pub fn combine(&self, ctx: &Context, y: &Activations, tokens: usize, out: &mut Activations) {
+    /// `out[t] = Σ weight · y[row]` over the visits of token t, 0 where it has none here; y [visits, n], out [tokens, n].
+    pub fn combine(&self, ctx: &Context, y: &Activations, out: &mut Activations) {
         let width = y.ncols();
-        reshape(out, tokens, width);
-        let each = self.visits.len() / tokens.max(1);
+        reshape(out, self.ends.len(), width);
         by_rows(ctx, out, |token, out| {
             out.fill(0.0);
-            for &(row, weight) in &self.visits[token * each..(token + 1) * each] {
+            let start = if token == 0 { 0 } else { self.ends[token - 1] };
+            for &(row, weight) in &self.visits[start..self.ends[token]] {
                 simd_kernels::scale_add(ctx.isa, out, weight, &slice(y)[row * width..][..width]);
             }
         });
@@ -100,10 +104,11 @@ fn by_rows(ctx: &Context, rows: &mut Activations, job: impl Fn(usize, &mut [f32]
 }
 
 /// Routes `x` [tokens, hidden]: softmax over all experts, then the largest `experts_per_token`; among
-/// equals the lower expert. `input` and `scores` are scratch.
+/// equals the lower expert. Of the visits, those to the experts `own` are kept. `input` and `scores` are scratch.
 pub(crate) fn route(
     ctx: &Context,
     router: &Router,
+    own: &Range<usize>,
     x: &Activations,
     input: &mut Input,
     scores: &mut Activations,
@@ -115,7 +120,7 @@ pub(crate) fn route(
         .outer_iter_mut()
         .map(|row| choose(ctx, router, row.into_slice().expect("rows of activations are contiguous")))
         .collect();
-    Routing::sorted(&choices, router.weights.rows())
+    Routing::sorted(&choices, own)
 }
 
 fn choose(ctx: &Context, router: &Router, scores: &mut [f32]) -> Vec<(usize, f32)> {
@@ -138,9 +143,21 @@ mod tests {
     fn visits_are_sorted_by_expert_and_then_by_token() {
         // A token with one choice never meets others with two, but the sort does not mind.
         let choices = [vec![(2, 0.75), (0, 0.25)], vec![(2, 1.0)], vec![(0, 0.5), (3, 0.5)]];
-        let routing = Routing::sorted(&choices, 5);
+        let routing = Routing::sorted(&choices, &(0..5));
         assert_eq!(routing.groups, [(0, 0..2), (2, 2..4), (3, 4..5)]);
         assert_eq!(routing.tokens, [0, 2, 0, 1, 2]);
         assert_eq!(routing.visits, [(2, 0.75), (0, 0.25), (3, 1.0), (1, 0.5), (4, 0.5)]);
+        assert_eq!(routing.ends, [2, 3, 5]);
+    }
+
+    #[test]
+    fn visits_to_experts_of_other_ranks_are_left_out() {
+        let choices = [vec![(2, 0.75), (0, 0.25)], vec![(0, 1.0)], vec![(1, 0.5), (3, 0.5)]];
+        let routing = Routing::sorted(&choices, &(2..4));
+        assert_eq!(routing.groups, [(0, 0..1), (1, 1..2)]);
+        assert_eq!(routing.tokens, [0, 2]);
+        assert_eq!((routing.visits, routing.ends), (vec![(0, 0.75), (1, 0.5)], vec![1, 1, 2]));
+        let none = Routing::sorted(&choices, &(4..4));
+        assert_eq!((none.groups, none.tokens, none.visits, none.ends), (vec![], vec![], vec![], vec![0, 0, 0]));
     }
 }

@@ -17,6 +17,38 @@ pub enum MlpSchedule {
     Local,
 }
 
+/// How a mixture of experts lies on the ranks that split the feed-forward block.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
+pub enum ExpertSplit {
+    /// Each rank has a part of every expert, as the schedule cuts it: equal work whatever the router chooses.
+    #[default]
+    Inside,
+    /// Each rank has whole experts, a contiguous share of them, and computes the visits to these. The partial sums of `Fused` are
+    /// then sums over experts instead of columns; the other schedules exchange parts of experts and have no such form.
+    Ranks,
+}
+
+impl fmt::Display for ExpertSplit {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(match self {
+            Self::Inside => "inside",
+            Self::Ranks => "ranks",
+        })
+    }
+}
+
+impl FromStr for ExpertSplit {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        match text {
+            "inside" => Ok(Self::Inside),
+            "ranks" => Ok(Self::Ranks),
+            _ => Err(format!("found `{text}`, expected inside or ranks")),
+        }
+    }
+}
+
 impl fmt::Display for MlpSchedule {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.pad(match self {

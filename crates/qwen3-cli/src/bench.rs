@@ -50,7 +50,7 @@ pub struct BenchArgs {
     reps: usize,
 
     /// Print one JSON object: {"model","weights","ranks","threads","comm","strategy","attention","mlp","results","traffic",
-    /// "limits","kv","isa"}; the traffic is rank 0's in one repetition of everything
+    /// "limits","kv","isa","experts"}; the traffic is rank 0's in one repetition of everything
     #[arg(long)]
     json: bool,
 

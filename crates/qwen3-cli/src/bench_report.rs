@@ -109,6 +109,7 @@ impl Report<'_> {
             "limits": {"fma_gflops": self.limits.0 * 1e-9, "read_gb_per_s": self.limits.1 * 1e-9},
             "kv": options.kv.to_string(),
             "isa": options.isa.name(),
+            "experts": options.experts.to_string(),
         });
         if !self.recordings.is_empty() {
             report["profile"] = self.recordings.iter().flat_map(Recording::json).collect();
@@ -121,7 +122,7 @@ impl Report<'_> {
         let (comm, options) = (self.model.comm(), self.model.options());
         let mut out = String::new();
         let line = format!(
-            "{}: weights {}, cache {}, {}; ranks {} ({}), threads {}; strategy {}, attention {}, mlp {}\n\n",
+            "{}: weights {}, cache {}, {}; ranks {} ({}), threads {}; {}; attention {}\n\n",
             self.name,
             self.model.weight_format(),
             options.kv,
@@ -129,9 +130,8 @@ impl Report<'_> {
             comm.size(),
             comm.transport(),
             options.threads,
-            options.strategy,
+            options.division(),
             options.attention,
-            options.schedule(),
         );
         out.push_str(&line);
         out.push_str("phase    tokens  after  tokens/s (slowest..fastest)       ms     GFLOP/s    GB/s  of limit\n");

@@ -9,8 +9,8 @@ use clap::Args;
 use clap::builder::{PossibleValuesParser, TypedValueParser};
 use qwen3_model::comm::{Link, WireFormat};
 use qwen3_model::{
-    AttentionAlgorithm, Isa, KvFormat, MlpSchedule, ModelOptions, ParallelStrategy, Placement, SamplingParams,
-    WeightFormat,
+    AttentionAlgorithm, ExpertSplit, Isa, KvFormat, MlpSchedule, ModelOptions, ParallelStrategy, Placement,
+    SamplingParams, WeightFormat,
 };
 
 use crate::affinity::Neighbours;
@@ -92,6 +92,10 @@ pub struct EngineOptions {
     /// --strategy sequence]
     #[arg(long, value_parser = choice::<MlpSchedule>(&["fused", "naive", "gathered", "local"]), help_heading = "Computing")]
     pub mlp: Option<MlpSchedule>,
+
+    /// Of a mixture of experts, what each rank has: a part of every expert (inside), or whole experts (ranks, with --mlp fused)
+    #[arg(long, default_value = "inside", value_parser = choice::<ExpertSplit>(&["inside", "ranks"]), help_heading = "Computing")]
+    pub experts: ExpertSplit,
 
     /// Instruction set; auto takes the best one of this CPU (or what SIMD_KERNELS_ISA says)
     #[arg(long, default_value = "auto", value_parser = choice::<IsaChoice>(&["auto", "scalar", "avx2", "avx2-vnni"]), help_heading = "Computing")]
@@ -184,6 +188,7 @@ impl EngineOptions {
             strategy,
             attention: self.attention,
             mlp: self.mlp,
+            experts: self.experts,
             weights: self.weights.0,
             kv,
             isa: self.isa.0,

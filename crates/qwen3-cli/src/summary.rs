@@ -57,9 +57,8 @@ impl fmt::Display for Summary<'_> {
         )?;
         writeln!(
             f,
-            "split        {}, feed-forward {}, attention {}, weights {}",
-            options.strategy,
-            options.schedule(),
+            "split        {}, attention {}, weights {}",
+            options.division(),
             options.attention,
             model.weight_format()
         )?;

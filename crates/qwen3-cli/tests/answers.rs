@@ -139,7 +139,7 @@ fn bench_reports_results_and_the_ledger() {
     let found = json(&args);
     let mut expected =
         vec!["model", "weights", "ranks", "threads", "comm", "strategy", "attention", "mlp", "results", "traffic"];
-    expected.extend(["limits", "kv", "isa"]);
+    expected.extend(["limits", "kv", "isa", "experts"]);
     assert_eq!(keys(&found), expected);
     assert_eq!(found["weights"], "bf16");
     assert_eq!((&found["ranks"], &found["threads"]), (&Value::from(2), &Value::from(1)));

@@ -1,6 +1,9 @@
 //! Why a model cannot be loaded or run.
 
+use std::path::PathBuf;
+
 use comm::CommError;
+use ops::MlpSchedule;
 use tensor::CheckpointError;
 
 use crate::fields::ConfigError;
@@ -32,6 +35,18 @@ pub enum ModelError {
         sp: usize,
         /// Ranks there are.
         ranks: usize,
+    },
+    /// Whole experts on ranks, with a schedule that exchanges parts of experts or splits nothing.
+    #[error("whole experts on ranks need the feed-forward schedule fused, found {schedule}")]
+    ExpertSchedule {
+        /// The schedule.
+        schedule: MlpSchedule,
+    },
+    /// Whole experts on ranks, of a model without experts.
+    #[error("{}: found a dense model, expected a mixture of experts to lay whole experts on ranks", file.display())]
+    NoExperts {
+        /// Its `config.json`.
+        file: PathBuf,
     },
     /// A token is not in the vocabulary.
     #[error("token {index} has id {id}, expected an id below the vocabulary size {vocab_size}")]

@@ -1,7 +1,8 @@
-//! Which heads, feed-forward columns and vocabulary rows each rank owns.
+//! Which heads, feed-forward columns, experts and vocabulary rows each rank owns.
 
 use std::ops::Range;
 
+use ops::{ExpertSplit, MlpSchedule};
 use tensor::{split_granular, split_range};
 
 use crate::config::Config;
@@ -49,6 +50,60 @@ impl HeadPlan {
     }
 }
 
+/// The shape of a layer's feed-forward block.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct BlockShape {
+    /// Experts; `None` in a dense block.
+    pub experts: Option<usize>,
+    /// Columns of the block, or of each expert.
+    pub columns: usize,
+    /// Width of the residual stream.
+    pub hidden: usize,
+    /// Columns that are never cut apart: 1, or the group of a quantized format, so that no scale straddles ranks.
+    pub granularity: usize,
+}
+
+impl BlockShape {
+    /// The block of `layer`.
+    pub fn new(config: &Config, layer: usize, granularity: usize) -> Self {
+        let moe = config.moe.as_ref().filter(|_| config.is_sparse(layer));
+        let columns = moe.map_or(config.intermediate_size, |moe| moe.moe_intermediate_size);
+        Self { experts: moe.map(|moe| moe.num_experts), columns, hidden: config.hidden_size, granularity }
+    }
+}
+
+/// What one rank has of a feed-forward block.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct BlockShare {
+    /// The experts of which it has something; one in a dense block.
+    pub experts: Range<usize>,
+    /// Rows of gate and up, of each of them.
+    pub inner: Range<usize>,
+    /// Rows and columns of down.
+    pub down: (Range<usize>, Range<usize>),
+}
+
+impl BlockShare {
+    /// The share of `rank` among the `ranks` that split the block.
+    pub fn new(shape: BlockShape, schedule: MlpSchedule, split: ExpertSplit, ranks: usize, rank: usize) -> Self {
+        let (columns, hidden) = (0..shape.columns, 0..shape.hidden);
+        if let (Some(experts), ExpertSplit::Ranks) = (shape.experts, split) {
+            return Self {
+                experts: split_range(experts, ranks, rank),
+                inner: columns.clone(),
+                down: (hidden, columns),
+            };
+        }
+        let own = split_granular(shape.columns, shape.granularity, ranks, rank);
+        let (inner, down) = match schedule {
+            MlpSchedule::Local => (columns.clone(), (hidden, columns)),
+            MlpSchedule::Gathered => (own, (split_range(shape.hidden, ranks, rank), columns)),
+            MlpSchedule::Fused | MlpSchedule::Naive => (own.clone(), (hidden, own)),
+        };
+        Self { experts: 0..shape.experts.unwrap_or(1), inner, down }
+    }
+}
+
 /// All that one rank owns when weights are split.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct RankPlan {
@@ -56,24 +111,34 @@ pub struct RankPlan {
     pub heads: HeadPlan,
     /// Columns of a dense feed-forward block.
     pub columns: Range<usize>,
-    /// Columns of each expert; empty in a dense model.
+    /// Experts of which it owns columns; empty in a dense model.
+    pub experts: Range<usize>,
+    /// Columns of each of these; empty in a dense model.
     pub expert_columns: Range<usize>,
     /// Rows of the head and of the embedding.
     pub vocabulary: Range<usize>,
 }
 
 impl RankPlan {
-    /// What `rank` of `ranks` owns. Feed-forward columns are cut at multiples of `granularity`: 1, or the group of a quantized format.
+    /// What `rank` of `ranks` owns under the schedule `Fused`. Feed-forward columns are cut at multiples of `granularity`: 1, or the
+    /// group of a quantized format.
     ///
     /// # Panics
     ///
     /// If `rank >= ranks` or `granularity` is 0.
-    pub fn new(config: &Config, ranks: usize, rank: usize, granularity: usize) -> Self {
-        let expert_columns = config.moe.as_ref().map_or(0, |moe| moe.moe_intermediate_size);
+    pub fn new(config: &Config, ranks: usize, rank: usize, granularity: usize, split: ExpertSplit) -> Self {
+        let moe = config.moe.as_ref();
+        let expert_columns = moe.map_or(0, |moe| moe.moe_intermediate_size);
+        let share = |experts, columns| {
+            let shape = BlockShape { experts, columns, hidden: config.hidden_size, granularity };
+            BlockShare::new(shape, MlpSchedule::Fused, split, ranks, rank)
+        };
+        let sparse = share(Some(moe.map_or(0, |moe| moe.num_experts)), expert_columns);
         Self {
             heads: HeadPlan::new(config, ranks, rank),
-            columns: split_granular(config.intermediate_size, granularity, ranks, rank),
-            expert_columns: split_granular(expert_columns, granularity, ranks, rank),
+            columns: share(None, config.intermediate_size).inner,
+            experts: sparse.experts,
+            expert_columns: sparse.inner,
             vocabulary: split_range(config.vocab_size, ranks, rank),
         }
     }
@@ -85,7 +150,9 @@ impl RankPlan {
         (0..config.num_hidden_layers)
             .map(|layer| {
                 let columns = match &config.moe {
-                    Some(moe) if config.is_sparse(layer) => moe.num_experts * (3 * self.expert_columns.len() + 1),
+                    Some(moe) if config.is_sparse(layer) => {
+                        moe.num_experts + self.experts.len() * 3 * self.expert_columns.len()
+                    }
                     _ => 3 * self.columns.len(),
                 };
                 hidden * (heads + columns) as u64
@@ -133,7 +200,7 @@ pub struct Imbalance {
     pub query_heads: Share,
     /// KV heads; replication shows as a sum above the total.
     pub kv_heads: Share,
-    /// Columns of dense feed-forward blocks, or of an expert in a model that has only sparse ones.
+    /// Columns of dense feed-forward blocks, or in a model that has only sparse ones those of all experts together.
     pub columns: Share,
     /// Rows of the vocabulary.
     pub vocabulary: Share,
@@ -141,12 +208,14 @@ pub struct Imbalance {
 
 impl Imbalance {
     /// The shares of `ranks` ranks, with feed-forward columns cut at multiples of `granularity`.
-    pub fn new(config: &Config, ranks: usize, granularity: usize) -> Self {
-        let plans: Vec<_> = (0..ranks).map(|rank| RankPlan::new(config, ranks, rank, granularity)).collect();
+    pub fn new(config: &Config, ranks: usize, granularity: usize, split: ExpertSplit) -> Self {
+        let plans: Vec<_> = (0..ranks).map(|rank| RankPlan::new(config, ranks, rank, granularity, split)).collect();
         let share = |total, part: fn(&RankPlan) -> usize| Share::of(total, plans.iter().map(part));
         let sparse = (0..config.num_hidden_layers).all(|layer| config.is_sparse(layer));
         let columns = match &config.moe {
-            Some(moe) if sparse => share(moe.moe_intermediate_size, |plan| plan.expert_columns.len()),
+            Some(moe) if sparse => share(moe.num_experts * moe.moe_intermediate_size, |plan| {
+                plan.experts.len() * plan.expert_columns.len()
+            }),
             _ => share(config.intermediate_size, |plan| plan.columns.len()),
         };
         Self {

@@ -45,9 +45,10 @@ pub use load::LoadProgress;
 pub use model::{Logits, Model};
 pub use names::{EMBEDDING, FINAL_NORM, LM_HEAD, LayerNames, MlpNames, TensorRole, TensorSpec, tensor_specs};
 pub use ops::{
-    AttentionAlgorithm, Isa, IsaError, KvFormat, LimitsProbe, LogitRows, MlpSchedule, Placement, Profile, Span, Work,
+    AttentionAlgorithm, ExpertSplit, Isa, IsaError, KvFormat, LimitsProbe, LogitRows, MlpSchedule, Placement, Profile,
+    Span, Work,
 };
-pub use options::{ModelOptions, ParallelStrategy};
+pub use options::{Division, ModelOptions, ParallelStrategy};
 pub use perplexity::{Perplexity, PerplexityError, perplexity};
 pub use plan::{PassCost, Plan, PlanInput, Prediction, plan};
 pub use plan_machine::{LinkFigures, Machine, Rate};

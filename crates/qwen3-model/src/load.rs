@@ -5,12 +5,12 @@ use std::path::Path;
 use std::sync::{Arc, Mutex};
 
 use comm::{Communicator, CommunicatorExt, Phase};
-use ops::{AttentionShape, Context, Embedding, Expert, Linear, Mlp, MlpSchedule, Router};
-use tensor::{Checkpoint, CheckpointError, GROUP, Matrix, WeightFormat, split_granular, split_range};
+use ops::{AttentionShape, Context, Embedding, Expert, ExpertSplit, Linear, Mlp, MlpSchedule, Router};
+use tensor::{Checkpoint, CheckpointError, GROUP, Matrix, WeightFormat, split_range};
 
 use crate::config::Config;
 use crate::error::ModelError;
-use crate::heads::HeadPlan;
+use crate::heads::{BlockShape, BlockShare, HeadPlan};
 use crate::layer::DecoderLayer;
 use crate::model::Model;
 use crate::names::{EMBEDDING, FINAL_NORM, LM_HEAD, LayerNames, MlpNames};
@@ -43,6 +43,10 @@ impl Model {
         if tp.checked_mul(sp) != Some(comm.size()) {
             return Err(ModelError::Grid { tp, sp, ranks: comm.size() });
         }
+        let schedule = options.schedule();
+        if options.experts == ExpertSplit::Ranks && schedule != MlpSchedule::Fused {
+            return Err(ModelError::ExpertSchedule { schedule });
+        }
         let ctx = Context::new(options.isa, comm.clone(), tp, options.threads, options.placement)?;
         let loaded = load_share(dir, ctx, options, progress);
         let mut failed = vec![0u8; comm.size()];
@@ -62,6 +66,9 @@ fn load_share(
     progress: &dyn Fn(LoadProgress),
 ) -> Result<Model, ModelError> {
     let config = Config::read(dir)?;
+    if options.experts == ExpertSplit::Ranks && config.moe.is_none() {
+        return Err(ModelError::NoExperts { file: dir.join("config.json") });
+    }
     let checkpoint = Checkpoint::open(dir)?;
     let embedding = checkpoint.matrix(EMBEDDING, config.vocab_size, config.hidden_size)?;
     let share = Share::new(&ctx, &config, &checkpoint, options);
@@ -103,6 +110,7 @@ struct Share<'a> {
     checkpoint: &'a Checkpoint,
     weights: Option<WeightFormat>,
     schedule: MlpSchedule,
+    experts: ExpertSplit,
     /// Query heads and the KV heads that they need.
     queries: Range<usize>,
     keys: Range<usize>,
@@ -118,6 +126,7 @@ impl<'a> Share<'a> {
             checkpoint,
             weights: options.weights,
             schedule: options.schedule(),
+            experts: options.experts,
             shape: AttentionShape { groups: plan.groups, head_dim: config.head_dim },
             queries: plan.query_heads,
             keys: plan.kv_heads,
@@ -153,10 +162,7 @@ impl<'a> Share<'a> {
     fn mlp(&self, layer: usize, names: &LayerNames) -> Result<Mlp, CheckpointError> {
         let hidden_size = self.config.hidden_size;
         let moe = self.config.moe.as_ref().filter(|_| self.config.is_sparse(layer));
-        let (experts, intermediate_size) = match moe {
-            Some(moe) => ((0..moe.num_experts).map(|expert| names.expert(expert)).collect(), moe.moe_intermediate_size),
-            None => (vec![names.mlp()], self.config.intermediate_size),
-        };
+        let expert_names = |expert| if moe.is_some() { names.expert(expert) } else { names.mlp() };
         let router = match moe {
             Some(moe) => {
                 // The router decides which weights count at all: it keeps its stored precision.
@@ -169,38 +175,32 @@ impl<'a> Share<'a> {
             }
             None => None,
         };
-        let format = self.weights.map_or_else(|| self.checkpoint.stored_format(&experts[0].down_proj), Ok)?;
-        // Columns of `down_proj` are split at whole quantization groups, so that no scale straddles ranks.
-        let granule = if matches!(format, WeightFormat::Q8 | WeightFormat::Q4) { GROUP } else { 1 };
-        let split = |size, granule| -> Vec<Range<usize>> {
-            let ranks = self.ctx.mlp_ranks().size();
-            (0..ranks).map(|rank| split_granular(size, granule, ranks, rank)).collect()
-        };
-        let (columns, outputs) = (split(intermediate_size, granule), split(hidden_size, 1));
-        let rank = self.ctx.mlp_ranks().rank();
-        let (inner, down_rows, down_cols) = match self.schedule {
-            MlpSchedule::Local => (0..intermediate_size, 0..hidden_size, 0..intermediate_size),
-            MlpSchedule::Gathered => (columns[rank].clone(), outputs[rank].clone(), 0..intermediate_size),
-            MlpSchedule::Fused | MlpSchedule::Naive => (columns[rank].clone(), 0..hidden_size, columns[rank].clone()),
-        };
-        let expert = |names: &MlpNames| -> Result<Expert, CheckpointError> {
+        let stored = || self.checkpoint.stored_format(&expert_names(0).down_proj);
+        let format = self.weights.map_or_else(stored, Ok)?;
+        let shape = BlockShape::new(self.config, layer, if format.is_quantized() { GROUP } else { 1 });
+        let ranks = self.ctx.mlp_ranks().size();
+        let share = |rank| BlockShare::new(shape, self.schedule, self.experts, ranks, rank);
+        let shares: Vec<_> = (0..ranks).map(share).collect();
+        let own = &shares[self.ctx.mlp_ranks().rank()];
+        let expert = |names: MlpNames| -> Result<Expert, CheckpointError> {
             let own_rows = |name| -> Result<Linear, CheckpointError> {
-                let whole = self.checkpoint.matrix(name, intermediate_size, hidden_size)?;
-                self.linear(&[whole.slice(inner.clone(), 0..hidden_size)])
+                let whole = self.checkpoint.matrix(name, shape.columns, hidden_size)?;
+                self.linear(&[whole.slice(own.inner.clone(), 0..hidden_size)])
             };
-            let down = self.checkpoint.matrix(&names.down_proj, hidden_size, intermediate_size)?;
+            let down = self.checkpoint.matrix(&names.down_proj, hidden_size, shape.columns)?;
             Ok(Expert {
                 gate: own_rows(&names.gate_proj)?,
                 up: own_rows(&names.up_proj)?,
-                down: self.linear(&[down.slice(down_rows.clone(), down_cols.clone())])?,
+                down: self.linear(&[down.slice(own.down.0.clone(), own.down.1.clone())])?,
             })
         };
         Ok(Mlp {
             schedule: self.schedule,
-            experts: experts.iter().map(expert).collect::<Result<_, _>>()?,
+            experts: own.experts.clone().map(|index| expert(expert_names(index))).collect::<Result<_, _>>()?,
+            own: own.experts.clone(),
             router,
-            intermediate: columns.iter().map(ExactSizeIterator::len).collect(),
-            hidden: outputs.iter().map(ExactSizeIterator::len).collect(),
+            intermediate: shares.iter().map(|share| share.inner.len()).collect(),
+            hidden: shares.iter().map(|share| share.down.0.len()).collect(),
         })
     }
 

@@ -3,7 +3,7 @@
 use std::fmt;
 use std::str::FromStr;
 
-use ops::{AttentionAlgorithm, Isa, KvFormat, MlpSchedule, Placement};
+use ops::{AttentionAlgorithm, ExpertSplit, Isa, KvFormat, MlpSchedule, Placement};
 use tensor::WeightFormat;
 
 /// What the ranks divide among themselves.
@@ -61,6 +61,24 @@ impl FromStr for ParallelStrategy {
     }
 }
 
+/// How ranks divide a model.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Division {
+    /// What they divide.
+    pub strategy: ParallelStrategy,
+    /// How feed-forward blocks are split and what is exchanged.
+    pub schedule: MlpSchedule,
+    /// How a mixture of experts lies on them.
+    pub experts: ExpertSplit,
+}
+
+impl fmt::Display for Division {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let experts = if self.experts == ExpertSplit::Ranks { ", whole experts on ranks" } else { "" };
+        write!(f, "{}, feed-forward {}{experts}", self.strategy, self.schedule)
+    }
+}
+
 /// How a model is split, computed and stored; the same on every rank.
 #[derive(Clone, Copy, Debug)]
 pub struct ModelOptions {
@@ -70,6 +88,8 @@ pub struct ModelOptions {
     pub attention: AttentionAlgorithm,
     /// The feed-forward schedule; `None` takes the strategy's own.
     pub mlp: Option<MlpSchedule>,
+    /// How a mixture of experts lies on the ranks.
+    pub experts: ExpertSplit,
     /// The format of the weights in memory; `None` keeps the checkpoint's.
     pub weights: Option<WeightFormat>,
     /// The format of cached keys and values.
@@ -83,19 +103,25 @@ pub struct ModelOptions {
 }
 
 impl ModelOptions {
-    /// The defaults with the given instruction set: `Heads`, `Streaming`, the checkpoint's weights, an f32
-    /// cache, one thread.
+    /// The defaults with the given instruction set: `Heads`, `Streaming`, experts split `Inside`, the checkpoint's
+    /// weights, an f32 cache, one thread.
     pub fn new(isa: Isa) -> Self {
         Self {
             strategy: ParallelStrategy::default(),
             attention: AttentionAlgorithm::default(),
             mlp: None,
+            experts: ExpertSplit::default(),
             weights: None,
             kv: KvFormat::F32,
             isa,
             threads: 1,
             placement: Placement::Free,
         }
+    }
+
+    /// How the ranks divide the model.
+    pub fn division(&self) -> Division {
+        Division { strategy: self.strategy, schedule: self.schedule(), experts: self.experts }
     }
 
     /// The feed-forward schedule: the chosen one, or `Fused` where weights are split and `Local` where only

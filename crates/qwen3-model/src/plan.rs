@@ -5,12 +5,12 @@
 //! [`TrafficModel`], by the α–β model of [`comm::Link`].
 
 use comm::{Cluster, Collective, WireFormat, node_of};
-use ops::{KvFormat, LogitRows, MlpSchedule, TokenLayout};
+use ops::{ExpertSplit, KvFormat, LogitRows, MlpSchedule, TokenLayout};
 use tensor::WeightFormat;
 
 use crate::config::Config;
 use crate::heads::{HeadPlan, Imbalance};
-use crate::options::ParallelStrategy;
+use crate::options::{Division, ParallelStrategy};
 use crate::plan_machine::Machine;
 use crate::plan_weights::{ByFormat, RankWeights, WeightFormats};
 use crate::traffic::TrafficModel;
@@ -152,7 +152,8 @@ struct Way<'a> {
 impl<'a> Way<'a> {
     fn new(input: &'a PlanInput<'a>, strategy: ParallelStrategy, schedule: MlpSchedule) -> Self {
         let (tp, sp) = strategy.grid(input.ranks);
-        let share = |rank| input.weights.of_rank(input.config, strategy, schedule, input.ranks, rank);
+        let division = Division { strategy, schedule, experts: ExpertSplit::Inside };
+        let share = |rank| input.weights.of_rank(input.config, division, input.ranks, rank);
         let shares = (0..input.ranks).map(share).collect();
         Self { input, strategy, schedule, tp, sp, shares, cluster: input.machine.cluster() }
     }
@@ -172,8 +173,8 @@ impl<'a> Way<'a> {
             past += tokens;
         }
         let granularity = self.input.weights.granularity();
-        let mut imbalance = Imbalance::new(config, self.tp, granularity);
-        imbalance.vocabulary = Imbalance::new(config, ranks, granularity).vocabulary;
+        let of = |ranks| Imbalance::new(config, ranks, granularity, ExpertSplit::Inside);
+        let imbalance = Imbalance { vocabulary: of(ranks).vocabulary, ..of(self.tp) };
         Prediction {
             strategy: self.strategy,
             schedule: self.schedule,

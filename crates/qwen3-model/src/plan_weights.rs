@@ -1,12 +1,13 @@
 //! The weights that each rank would hold, from the checkpoint's headers alone.
 
-use ops::MlpSchedule;
-use tensor::{Checkpoint, CheckpointError, GROUP, WeightFormat, split_granular, split_range};
+use std::ops::Range;
+
+use tensor::{Checkpoint, CheckpointError, GROUP, WeightFormat, split_range};
 
 use crate::config::Config;
-use crate::heads::HeadPlan;
+use crate::heads::{BlockShape, BlockShare, HeadPlan};
 use crate::names::{EMBEDDING, LM_HEAD, LayerNames};
-use crate::options::ParallelStrategy;
+use crate::options::Division;
 
 /// An amount for each weight format, in the order of [`WeightFormat::ALL`].
 pub(crate) type ByFormat = [f64; WeightFormat::ALL.len()];
@@ -28,8 +29,8 @@ struct LayerFormats {
     qkv: WeightFormat,
     output: WeightFormat,
     router: Option<WeightFormat>,
-    /// Gate, up and down, and how many experts have them; one in a dense layer.
-    experts: Vec<([WeightFormat; 3], usize)>,
+    /// Gate, up and down, and the consecutive experts that have them; one in a dense layer.
+    experts: Vec<([WeightFormat; 3], Range<usize>)>,
     /// Of the first expert's down projection, which decides where columns may be cut.
     granule: usize,
 }
@@ -67,12 +68,12 @@ impl WeightFormats {
                 Some(moe) => (0..moe.num_experts).map(|expert| names.expert(expert)).collect(),
                 None => vec![names.mlp()],
             };
-            let mut experts: Vec<([WeightFormat; 3], usize)> = Vec::new();
-            for names in &blocks {
+            let mut experts: Vec<([WeightFormat; 3], Range<usize>)> = Vec::new();
+            for (index, names) in blocks.iter().enumerate() {
                 let formats = [format(&names.gate_proj)?, format(&names.up_proj)?, format(&names.down_proj)?];
-                match experts.iter_mut().find(|(other, _)| *other == formats) {
-                    Some((_, count)) => *count += 1,
-                    None => experts.push((formats, 1)),
+                match experts.last_mut() {
+                    Some((last, run)) if *last == formats => run.end = index + 1,
+                    _ => experts.push((formats, index..index + 1)),
                 }
             }
             let quantized = experts[0].0[2].is_quantized();
@@ -100,26 +101,12 @@ impl WeightFormats {
 
     /// Bytes of packed weights of `rank` among `ranks`, replicated KV heads and routers included: what
     /// [`Model::weight_bytes`](crate::Model::weight_bytes) is after loading.
-    pub fn bytes(
-        &self,
-        config: &Config,
-        strategy: ParallelStrategy,
-        schedule: MlpSchedule,
-        ranks: usize,
-        rank: usize,
-    ) -> usize {
-        self.of_rank(config, strategy, schedule, ranks, rank).bytes
+    pub fn bytes(&self, config: &Config, division: Division, ranks: usize, rank: usize) -> usize {
+        self.of_rank(config, division, ranks, rank).bytes
     }
 
-    pub(crate) fn of_rank(
-        &self,
-        config: &Config,
-        strategy: ParallelStrategy,
-        schedule: MlpSchedule,
-        ranks: usize,
-        rank: usize,
-    ) -> RankWeights {
-        let (tp, _) = strategy.grid(ranks);
+    pub(crate) fn of_rank(&self, config: &Config, division: Division, ranks: usize, rank: usize) -> RankWeights {
+        let (tp, _) = division.strategy.grid(ranks);
         let heads = HeadPlan::new(config, tp, rank % tp);
         let (hidden, head_dim) = (config.hidden_size, config.head_dim);
         let qkv_rows = (heads.query_heads.len() + 2 * heads.kv_heads.len()) * head_dim;
@@ -134,21 +121,16 @@ impl WeightFormats {
                 add(&mut share.attention_elements, format, (rows * cols) as f64);
             }
             let moe = config.moe.as_ref().filter(|_| config.is_sparse(index));
-            let (columns, experts, visited) = match moe {
-                Some(moe) => (moe.moe_intermediate_size, moe.num_experts, moe.num_experts_per_tok),
-                None => (config.intermediate_size, 1, 1),
-            };
+            let (experts, visited) = moe.map_or((1, 1), |moe| (moe.num_experts, moe.num_experts_per_tok));
             if let Some(format) = layer.router {
                 share.hold(format, experts, hidden);
                 add(&mut share.mlp_elements, format, (experts * hidden) as f64);
             }
-            let own = split_granular(columns, layer.granule, parts, part).len();
-            let (inner, (down_rows, down_cols)) = match schedule {
-                MlpSchedule::Local => (columns, (hidden, columns)),
-                MlpSchedule::Gathered => (own, (split_granular(hidden, 1, parts, part).len(), columns)),
-                MlpSchedule::Fused | MlpSchedule::Naive => (own, (hidden, own)),
-            };
-            for ([gate, up, down], count) in &layer.experts {
+            let shape = BlockShape::new(config, index, layer.granule);
+            let own = BlockShare::new(shape, division.schedule, division.experts, parts, part);
+            let (inner, (down_rows, down_cols)) = (own.inner.len(), (own.down.0.len(), own.down.1.len()));
+            for ([gate, up, down], run) in &layer.experts {
+                let count = run.end.min(own.experts.end).saturating_sub(run.start.max(own.experts.start));
                 for (format, rows, cols) in
                     [(*gate, inner, hidden), (*up, inner, hidden), (*down, down_rows, down_cols)]
                 {

@@ -16,7 +16,7 @@ fn main() {
     for case in CASES {
         let reference = suite::Reference::read(case);
         for isa in suite::isas() {
-            for what in suite::combinations(comm.size(), isa, None, 1) {
+            for what in suite::combinations(reference.mixture, comm.size(), isa, None, 1) {
                 reference.check(comm.clone(), &what);
                 passed += 1;
             }

@@ -12,7 +12,7 @@ fn check_all(case: &str) {
     for ranks in 1..=5 {
         for isa in suite::isas() {
             for weights in [None, Some(WeightFormat::F32)] {
-                for what in suite::combinations(ranks, isa, weights, 1 + ranks % 2) {
+                for what in suite::combinations(reference.mixture, ranks, isa, weights, 1 + ranks % 2) {
                     std::thread::scope(|scope| {
                         for comm in ThreadComm::group(ranks) {
                             scope.spawn(|| reference.check(Arc::new(comm), &what));

@@ -2,8 +2,10 @@
 
 use std::path::Path;
 
-use qwen3_model::{Config, HeadPlan, Imbalance, RankPlan, TensorRole, tensor_specs};
+use qwen3_model::{Config, ExpertSplit, HeadPlan, Imbalance, RankPlan, TensorRole, tensor_specs};
 use serde_json::json;
+
+const INSIDE: ExpertSplit = ExpertSplit::Inside;
 
 fn config(heads: usize, kv_heads: usize, columns: usize, vocabulary: usize) -> Config {
     let value = json!({
@@ -15,10 +17,19 @@ fn config(heads: usize, kv_heads: usize, columns: usize, vocabulary: usize) -> C
 }
 
 fn sparse() -> Config {
+    mixture(&[1])
+}
+
+fn all_sparse() -> Config {
+    mixture(&[])
+}
+
+/// A mixture of experts with the given dense layers.
+fn mixture(dense: &[usize]) -> Config {
     let value = json!({
         "model_type": "qwen3_moe", "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3,
         "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "vocab_size": 100, "num_experts": 5,
-        "num_experts_per_tok": 2, "moe_intermediate_size": 40, "mlp_only_layers": [1],
+        "num_experts_per_tok": 2, "moe_intermediate_size": 40, "mlp_only_layers": dense,
         "max_position_embeddings": 128, "rms_norm_eps": 1e-6, "rope_theta": 1e4
     });
     Config::from_json(Path::new("config.json"), &value).expect("a valid configuration")
@@ -76,7 +87,7 @@ fn columns_and_rows_are_covered_once() {
     for (ranks, granularity) in [(1, 1), (2, 32), (3, 32), (4, 1), (9, 32)] {
         let (mut column, mut row) = (0, 0);
         for rank in 0..ranks {
-            let plan = RankPlan::new(&config, ranks, rank, granularity);
+            let plan = RankPlan::new(&config, ranks, rank, granularity, INSIDE);
             assert_eq!((plan.columns.start, plan.vocabulary.start), (column, row));
             assert!(plan.columns.end.is_multiple_of(granularity) || plan.columns.end == 200, "{plan:?}");
             (column, row) = (plan.columns.end, plan.vocabulary.end);
@@ -95,21 +106,38 @@ fn shares_sum_to_the_model() {
             .filter(|spec| spec.name.starts_with("model.layers."))
             .map(|spec| spec.elements())
             .sum();
-        assert_eq!(RankPlan::new(&config, 1, 0, 1).layer_elements(&config), layers as u64);
+        assert_eq!(RankPlan::new(&config, 1, 0, 1, INSIDE).layer_elements(&config), layers as u64);
         // On 2 ranks only the router is replicated: 2 KV heads, one for each.
-        let both: u64 = (0..2).map(|rank| RankPlan::new(&config, 2, rank, 1).layer_elements(&config)).sum();
+        let both: u64 = (0..2).map(|rank| RankPlan::new(&config, 2, rank, 1, INSIDE).layer_elements(&config)).sum();
         let routers: usize = matrices(TensorRole::Router).map(|spec| spec.elements()).sum();
         assert_eq!(both, (layers + routers) as u64);
     }
 }
 
 #[test]
+fn whole_experts_on_ranks() {
+    let config = sparse();
+    // 5 experts on 2 ranks, and on 7, of which the last two have none; the dense layer is split by columns all the same.
+    let plan = |ranks, rank| RankPlan::new(&config, ranks, rank, 32, ExpertSplit::Ranks);
+    assert_eq!((plan(2, 0).experts, plan(2, 0).expert_columns, plan(2, 0).columns), (0..3, 0..40, 0..64));
+    assert_eq!((plan(2, 1).experts, plan(2, 1).expert_columns, plan(2, 1).columns), (3..5, 0..40, 64..96));
+    assert_eq!((plan(7, 4).experts, plan(7, 5).experts, plan(7, 6).experts), (4..5, 5..5, 5..5));
+    // Nothing but routers, heads of several ranks and norms is held twice.
+    let sum: u64 = (0..2).map(|rank| plan(2, rank).layer_elements(&config)).sum();
+    assert_eq!(sum, plan(1, 0).layer_elements(&config) + 2 * 5 * 64);
+    let split = |experts| Imbalance::new(&all_sparse(), 2, 32, experts).columns;
+    // 40 columns are a group of 32 and a short one; 5 experts are 3 and 2.
+    assert_eq!((split(INSIDE).most, split(INSIDE).least, split(INSIDE).total), (5 * 32, 5 * 8, 5 * 40));
+    assert_eq!((split(ExpertSplit::Ranks).most, split(ExpertSplit::Ranks).least), (3 * 40, 2 * 40));
+}
+
+#[test]
 fn imbalance_is_the_largest_share_over_the_mean() {
     let config = config(16, 8, 200, 331);
-    let even = Imbalance::new(&config, 4, 1);
+    let even = Imbalance::new(&config, 4, 1, INSIDE);
     assert_eq!((even.query_heads.imbalance(), even.kv_heads.imbalance(), even.columns.imbalance()), (1.0, 1.0, 1.0));
     assert_eq!((even.vocabulary.most, even.vocabulary.least), (83, 82));
-    let uneven = Imbalance::new(&config, 12, 32);
+    let uneven = Imbalance::new(&config, 12, 32, INSIDE);
     assert_eq!((uneven.query_heads.most, uneven.query_heads.least), (2, 1));
     assert_eq!(uneven.query_heads.imbalance(), 1.5);
     // 16 heads on 12 ranks: 8 of the ranks share their KV head with a neighbour.

@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use qwen3_model::comm::{ThreadComm, WireFormat};
 use qwen3_model::{
-    Checkpoint, Config, Isa, KvFormat, LinkFigures, LogitRows, Machine, MlpSchedule, Model, ModelOptions,
+    Checkpoint, Config, ExpertSplit, Isa, KvFormat, LinkFigures, LogitRows, Machine, MlpSchedule, Model, ModelOptions,
     ParallelStrategy, Plan, PlanInput, Preset, SynthOptions, TrafficModel, WeightFormat, WeightFormats, plan,
     synthesize,
 };
@@ -32,16 +32,20 @@ fn memory_is_what_loading_takes() {
             let formats = WeightFormats::read(&config, &checkpoint, weights).unwrap();
             let grids = (2..ranks).filter(|tp| ranks % tp == 0).map(|tp| ParallelStrategy::Grid { tp, sp: ranks / tp });
             for strategy in [ParallelStrategy::Heads, ParallelStrategy::Sequence].into_iter().chain(grids) {
-                for mlp in [MlpSchedule::Fused, MlpSchedule::Naive, MlpSchedule::Gathered, MlpSchedule::Local] {
+                let whole = config.moe.is_some().then_some((MlpSchedule::Fused, ExpertSplit::Ranks));
+                let inside = [MlpSchedule::Fused, MlpSchedule::Naive, MlpSchedule::Gathered, MlpSchedule::Local]
+                    .map(|mlp| (mlp, ExpertSplit::Inside));
+                for (mlp, experts) in inside.into_iter().chain(whole) {
                     let options =
-                        ModelOptions { strategy, mlp: Some(mlp), weights, ..ModelOptions::new(Isa::scalar()) };
+                        ModelOptions { strategy, mlp: Some(mlp), experts, weights, ..ModelOptions::new(Isa::scalar()) };
                     std::thread::scope(|scope| {
                         for (rank, comm) in ThreadComm::group(ranks).into_iter().enumerate() {
                             let (dir, formats, config) = (&dir, &formats, &config);
                             scope.spawn(move || {
                                 let model = Model::load(dir, Arc::new(comm), &options, &|_| ()).unwrap();
-                                let planned = formats.bytes(config, strategy, mlp, ranks, rank);
-                                let label = format!("{case}, {weights:?}, rank {rank} of {ranks}, {strategy} {mlp}");
+                                let planned = formats.bytes(config, options.division(), ranks, rank);
+                                let label =
+                                    format!("{case}, {weights:?}, rank {rank} of {ranks}, {strategy} {mlp} {experts}");
                                 assert_eq!(planned, model.weight_bytes(), "{label}");
                             });
                         }

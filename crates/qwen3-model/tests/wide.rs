@@ -1,12 +1,12 @@
 //! More ranks than a model divides into: on 3 to 16 ranks every split gives the answer of one rank, and its shares are those planned.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use comm::{Communicator, CommunicatorExt, SoloComm, ThreadComm};
 use qwen3_model::{
-    Checkpoint, Config, Imbalance, Isa, LogitRows, MlpSchedule, Model, ModelOptions, ParallelStrategy, RankPlan,
-    Sampler, SamplingParams, TensorRole, WeightFormat, WeightFormats, tensor_specs,
+    Checkpoint, Config, ExpertSplit, Imbalance, Isa, LogitRows, MlpSchedule, Model, ModelOptions, ParallelStrategy,
+    RankPlan, Sampler, SamplingParams, TensorRole, WeightFormat, WeightFormats, quantize, tensor_specs,
 };
 use rand::rngs::StdRng;
 use rand::{RngExt, SeedableRng};
@@ -42,9 +42,10 @@ fn sparse(experts: usize, columns: usize) -> Value {
     value
 }
 
-/// A checkpoint in a folder of its own, and what one rank makes of it with scalar kernels.
+/// A checkpoint, and what one rank makes of it with scalar kernels.
 struct Case {
-    dir: tempfile::TempDir,
+    _folder: tempfile::TempDir,
+    dir: PathBuf,
     config: Config,
     weights: Option<WeightFormat>,
     prompt: Vec<u32>,
@@ -56,16 +57,39 @@ struct Case {
 }
 
 impl Case {
+    /// A checkpoint in f32, loaded as `weights`.
     fn new(value: &Value, weights: Option<WeightFormat>) -> Self {
-        let dir = tempfile::tempdir().unwrap();
-        let config = Config::from_json(Path::new("config.json"), value).unwrap();
-        std::fs::write(dir.path().join("config.json"), value.to_string()).unwrap();
-        write_weights(dir.path(), &config);
+        let folder = tempfile::tempdir().unwrap();
+        write_checkpoint(folder.path(), value);
+        let dir = folder.path().to_owned();
+        Self::of(folder, dir, weights)
+    }
+
+    /// A checkpoint that was quantized before.
+    fn quantized(value: &Value, format: WeightFormat) -> Self {
+        let folder = tempfile::tempdir().unwrap();
+        write_checkpoint(folder.path(), value);
+        let dir = folder.path().join("quantized");
+        quantize(folder.path(), &dir, format, &mut |_| ()).unwrap();
+        Self::of(folder, dir, None)
+    }
+
+    fn of(folder: tempfile::TempDir, dir: PathBuf, weights: Option<WeightFormat>) -> Self {
+        let config = Config::read(&dir).unwrap();
         let mut rng = StdRng::seed_from_u64(7);
         let prompt = (0..PROMPT).map(|_| rng.random_range(0..config.vocab_size as u32)).collect();
-        let mut case = Self { dir, config, weights, prompt, logits: Vec::new(), greedy: Vec::new(), head_bytes: 0 };
+        let mut case = Self {
+            _folder: folder,
+            dir,
+            config,
+            weights,
+            prompt,
+            logits: Vec::new(),
+            greedy: Vec::new(),
+            head_bytes: 0,
+        };
         let options = case.options(ParallelStrategy::Heads, Isa::scalar());
-        let model = Model::load(case.dir.path(), Arc::new(SoloComm::new()), &options, &|_| ()).unwrap();
+        let model = Model::load(&case.dir, Arc::new(SoloComm::new()), &options, &|_| ()).unwrap();
         (case.logits, case.greedy) = run(&model, &case.prompt, &[usize::MAX]);
         let mut cache = model.new_cache(1);
         model.forward(&mut cache, &[1], LogitRows::None).unwrap();
@@ -86,31 +110,37 @@ impl Case {
             let heads = [Fused, Naive, Gathered].map(|schedule| (ParallelStrategy::Heads, schedule));
             let sequence = [Local, Fused].map(|schedule| (ParallelStrategy::Sequence, schedule));
             for (strategy, schedule) in heads.into_iter().chain(sequence).chain(grid) {
-                let options = self.options(strategy, Isa::avx2().unwrap_or(Isa::scalar()));
-                let options = ModelOptions { mlp: Some(schedule), ..options };
-                std::thread::scope(|scope| {
-                    for comm in ThreadComm::group(ranks) {
-                        scope.spawn(move || self.check_rank(Arc::new(comm), &options));
+                for experts in [ExpertSplit::Inside, ExpertSplit::Ranks] {
+                    if experts == ExpertSplit::Ranks && (self.config.moe.is_none() || schedule != Fused) {
+                        continue;
                     }
-                });
+                    let options = self.options(strategy, Isa::avx2().unwrap_or(Isa::scalar()));
+                    let options = ModelOptions { mlp: Some(schedule), experts, ..options };
+                    std::thread::scope(|scope| {
+                        for comm in ThreadComm::group(ranks) {
+                            scope.spawn(move || self.check_rank(Arc::new(comm), &options));
+                        }
+                    });
+                }
             }
         }
     }
 
     fn check_rank(&self, comm: Arc<dyn Communicator>, options: &ModelOptions) {
         let label = format!(
-            "{}/{} heads, {:?} weights, rank {} of {}, {} {}",
+            "{}/{} heads, {:?} weights, rank {} of {}, {} {}, experts {}",
             self.config.num_attention_heads,
             self.config.num_key_value_heads,
             self.weights,
             comm.rank(),
             comm.size(),
             options.strategy,
-            options.schedule()
+            options.schedule(),
+            options.experts
         );
-        let model = Model::load(self.dir.path(), comm, options, &|_| ()).unwrap_or_else(|e| panic!("{label}: {e}"));
+        let model = Model::load(&self.dir, comm, options, &|_| ()).unwrap_or_else(|e| panic!("{label}: {e}"));
         self.check_shares(&model, &label);
-        let tolerance = if self.weights.is_some_and(WeightFormat::is_quantized) { QUANTIZED } else { TOLERANCE };
+        let tolerance = if model.weight_format().is_quantized() { QUANTIZED } else { TOLERANCE };
         for pieces in [&[usize::MAX][..], &[1, 14, 2, usize::MAX]] {
             let (logits, greedy) = run(&model, &self.prompt, pieces);
             assert_eq!(greedy, self.greedy, "{label}, in pieces of {pieces:?}: greedy continuation");
@@ -126,19 +156,23 @@ impl Case {
     fn check_shares(&self, model: &Model, label: &str) {
         let (comm, options, config) = (model.comm(), model.options(), &self.config);
         let (rank, ranks) = (comm.rank(), comm.size());
-        let formats = WeightFormats::read(config, &Checkpoint::open(self.dir.path()).unwrap(), self.weights).unwrap();
-        let planned = formats.bytes(config, options.strategy, options.schedule(), ranks, rank);
+        let formats = WeightFormats::read(config, &Checkpoint::open(&self.dir).unwrap(), self.weights).unwrap();
+        let planned = formats.bytes(config, options.division(), ranks, rank);
         assert_eq!(model.weight_bytes(), planned, "{label}: bytes of weights");
 
         let (tp, _) = options.strategy.grid(ranks);
         let granularity = formats.granularity();
-        let own = RankPlan::new(config, tp, rank % tp, granularity);
+        let own = RankPlan::new(config, tp, rank % tp, granularity, options.experts);
         let mut cache = model.new_cache(1);
         let logits = model.forward(&mut cache, &[1], LogitRows::Last).unwrap();
-        assert_eq!(logits.vocab, RankPlan::new(config, ranks, rank, granularity).vocabulary, "{label}: vocabulary");
+        assert_eq!(
+            logits.vocab,
+            RankPlan::new(config, ranks, rank, granularity, options.experts).vocabulary,
+            "{label}: vocabulary"
+        );
         // Where no ranks split heads, those that split positions divide the feed-forward blocks.
         if options.schedule() == MlpSchedule::Fused && tp > 1 {
-            let format = self.weights.unwrap_or(WeightFormat::F32);
+            let format = model.weight_format();
             assert_eq!(
                 model.weight_bytes(),
                 planned_bytes(config, format, &own, logits.vocab.len()),
@@ -151,7 +185,7 @@ impl Case {
         assert_eq!(kept, if rank < tp { own.heads.kv_heads.len() } else { 0 }, "{label}: KV heads");
         let mut all = vec![0; ranks];
         comm.all_gather(&[kept], &mut all).unwrap();
-        let stated = Imbalance::new(config, tp, granularity).kv_heads;
+        let stated = Imbalance::new(config, tp, granularity, options.experts).kv_heads;
         let found = (all[..tp].iter().max(), all[..tp].iter().min(), all.iter().sum());
         assert_eq!(found, (Some(&stated.most), Some(&stated.least), stated.sum), "{label}: KV heads of all ranks");
     }
@@ -165,7 +199,8 @@ fn planned_bytes(config: &Config, format: WeightFormat, plan: &RankPlan, vocabul
     let block = |columns| 2 * format.packed_bytes(columns, hidden) + format.packed_bytes(hidden, columns);
     let layer = |layer| match &config.moe {
         Some(moe) if config.is_sparse(layer) => {
-            WeightFormat::F32.packed_bytes(moe.num_experts, hidden) + moe.num_experts * block(plan.expert_columns.len())
+            let router = WeightFormat::F32.packed_bytes(moe.num_experts, hidden);
+            router + plan.experts.len() * block(plan.expert_columns.len())
         }
         _ => block(plan.columns.len()),
     };
@@ -200,8 +235,10 @@ fn run(model: &Model, prompt: &[u32], pieces: &[usize]) -> (Vec<f32>, Vec<u32>) 
 }
 
 /// Random weights that let a layer change what passes through it by about as much as there is.
-fn write_weights(dir: &Path, config: &Config) {
-    let specs: Vec<_> = tensor_specs(config).collect();
+fn write_checkpoint(dir: &Path, value: &Value) {
+    std::fs::write(dir.join("config.json"), value.to_string()).unwrap();
+    let config = Config::read(dir).unwrap();
+    let specs: Vec<_> = tensor_specs(&config).collect();
     let stored = specs.iter().map(|spec| TensorSpec {
         name: spec.name.clone(),
         format: WeightFormat::F32,
@@ -252,5 +289,22 @@ fn quantized() {
     for format in [WeightFormat::Q8, WeightFormat::Q4] {
         Case::new(&config(8, 2, 6 * 32 + 8, 50), Some(format)).check();
         Case::new(&sparse(5, 3 * 32), Some(format)).check();
+    }
+    Case::quantized(&sparse(6, 2 * 32), WeightFormat::Q8).check();
+}
+
+#[test]
+fn whole_experts_are_refused_where_they_have_no_meaning() {
+    let (dense, mixture) = (Case::new(&config(6, 2, 11, 13), None), Case::new(&sparse(5, 11), None));
+    let error = |case: &Case, mlp| {
+        let options = ModelOptions { experts: ExpertSplit::Ranks, mlp, ..ModelOptions::new(Isa::scalar()) };
+        let loaded = Model::load(&case.dir, Arc::new(SoloComm::new()), &options, &|_| ());
+        loaded.err().expect("no such model").to_string()
+    };
+    let found = error(&dense, None);
+    assert!(found.contains("config.json: found a dense model, expected a mixture of experts"), "{found}");
+    for schedule in [MlpSchedule::Naive, MlpSchedule::Gathered, MlpSchedule::Local] {
+        let found = error(&mixture, Some(schedule));
+        assert_eq!(found, format!("whole experts on ranks need the feed-forward schedule fused, found {schedule}"));
     }
 }

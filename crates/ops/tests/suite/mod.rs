@@ -6,9 +6,10 @@ use std::sync::Arc;
 
 use comm::Communicator;
 use ops::{
-    AttentionAlgorithm, AttentionScratch, AttentionShape, AttentionSpec, Context, Expert, Input, Isa, KvFormat,
-    LayerCache, Linear, LogitRows, Mlp, MlpSchedule, MlpScratch, Placement, QkNorm, Rotary, Router, SequenceSpan,
-    TokenLayout, attention_headwise, attention_sequence, linear_mpi, lm_head, mlp, prepare, rms_norm, wanted_rows,
+    AttentionAlgorithm, AttentionScratch, AttentionShape, AttentionSpec, Context, Expert, ExpertSplit, Input, Isa,
+    KvFormat, LayerCache, Linear, LogitRows, Mlp, MlpSchedule, MlpScratch, Placement, QkNorm, Rotary, Router,
+    SequenceSpan, TokenLayout, attention_headwise, attention_sequence, linear_mpi, lm_head, mlp, prepare, rms_norm,
+    wanted_rows,
 };
 use rand::rngs::StdRng;
 use rand::{RngExt, SeedableRng};
@@ -193,9 +194,13 @@ fn mlp_formula(rank: &Rank, experts: bool, x: &[f64]) -> Vec<f64> {
 
 fn every_schedule_gives_the_formula(rank: &Rank, experts: bool) {
     let ctx = &rank.ctx;
-    for schedule in [MlpSchedule::Fused, MlpSchedule::Naive, MlpSchedule::Gathered, MlpSchedule::Local] {
+    let whole = experts.then_some((MlpSchedule::Fused, ExpertSplit::Ranks));
+    let inside = [MlpSchedule::Fused, MlpSchedule::Naive, MlpSchedule::Gathered, MlpSchedule::Local];
+    for (schedule, split) in inside.map(|schedule| (schedule, ExpertSplit::Inside)).into_iter().chain(whole) {
+        let own = if split == ExpertSplit::Ranks { rank.share(EXPERTS) } else { 0..if experts { EXPERTS } else { 1 } };
         let (inner, outer) = (rank.share(INTERMEDIATE), rank.share(HIDDEN));
         let (inner, down_rows, down_cols) = match schedule {
+            _ if split == ExpertSplit::Ranks => (0..INTERMEDIATE, 0..HIDDEN, 0..INTERMEDIATE),
             MlpSchedule::Local => (0..INTERMEDIATE, 0..HIDDEN, 0..INTERMEDIATE),
             MlpSchedule::Gathered => (inner, outer, 0..INTERMEDIATE),
             _ => (inner.clone(), 0..HIDDEN, inner),
@@ -209,7 +214,8 @@ fn every_schedule_gives_the_formula(rank: &Rank, experts: bool) {
         };
         let block = Mlp {
             schedule,
-            experts: (0..if experts { EXPERTS } else { 1 }).map(expert).collect(),
+            experts: own.clone().map(expert).collect(),
+            own,
             router: experts.then(|| Router {
                 weights: rank.linear(rank.matrix("router", EXPERTS, HIDDEN)),
                 experts_per_token: 2,
@@ -232,7 +238,11 @@ fn every_schedule_gives_the_formula(rank: &Rank, experts: bool) {
                     })
                     .collect();
                 mlp(ctx, &block, &own, &layout, &mut scratch, &mut residual).unwrap();
-                assert_close(&format!("{schedule}, {layout:?}"), residual.as_slice().unwrap(), &expected);
+                assert_close(
+                    &format!("{schedule}, experts {split}, {layout:?}"),
+                    residual.as_slice().unwrap(),
+                    &expected,
+                );
             }
         }
     }

@@ -5,8 +5,8 @@ use std::sync::Arc;
 
 use qwen3_model::comm::Communicator;
 use qwen3_model::{
-    AttentionAlgorithm, Isa, LogitRows, MlpSchedule, Model, ModelOptions, ParallelStrategy, Traffic, TrafficModel,
-    WeightFormat,
+    AttentionAlgorithm, ExpertSplit, Isa, LogitRows, MlpSchedule, Model, ModelOptions, ParallelStrategy, Traffic,
+    TrafficModel, WeightFormat,
 };
 use safetensors::SafeTensors;
 
@@ -19,20 +19,31 @@ pub struct Combination {
     pub strategy: ParallelStrategy,
     pub attention: AttentionAlgorithm,
     pub mlp: MlpSchedule,
+    pub experts: ExpertSplit,
     pub isa: Isa,
     pub weights: Option<WeightFormat>,
     pub threads: usize,
 }
 
-/// All combinations of strategy (every grid of the ranks among them), attention and schedule.
-pub fn combinations(ranks: usize, isa: Isa, weights: Option<WeightFormat>, threads: usize) -> Vec<Combination> {
+/// All combinations of strategy (every grid of the ranks among them), attention, schedule and, in a mixture, places of experts.
+pub fn combinations(
+    mixture: bool,
+    ranks: usize,
+    isa: Isa,
+    weights: Option<WeightFormat>,
+    threads: usize,
+) -> Vec<Combination> {
     let mut all = Vec::new();
     let inner = (2..ranks).filter(|tp| ranks.is_multiple_of(*tp));
     let grids = inner.map(|tp| ParallelStrategy::Grid { tp, sp: ranks / tp });
     for strategy in [ParallelStrategy::Heads, ParallelStrategy::Sequence].into_iter().chain(grids) {
         for attention in [AttentionAlgorithm::Materialized, AttentionAlgorithm::Streaming] {
             for mlp in [MlpSchedule::Fused, MlpSchedule::Naive, MlpSchedule::Gathered, MlpSchedule::Local] {
-                all.push(Combination { strategy, attention, mlp, isa, weights, threads });
+                let one = Combination { strategy, attention, mlp, experts: ExpertSplit::Inside, isa, weights, threads };
+                all.push(one);
+                if mixture && mlp == MlpSchedule::Fused {
+                    all.push(Combination { experts: ExpertSplit::Ranks, ..one });
+                }
             }
         }
     }
@@ -47,6 +58,8 @@ pub fn isas() -> Vec<Isa> {
 /// The answers of the reference implementation.
 pub struct Reference {
     pub folder: PathBuf,
+    /// Whether the model is a mixture of experts.
+    pub mixture: bool,
     pub input_ids: Vec<u32>,
     pub logits: Vec<f32>,
     pub greedy_ids: Vec<u32>,
@@ -96,7 +109,13 @@ impl Reference {
         let data = |name| file.tensor(name).expect(name).data().to_vec();
         let ids = |name| data(name).chunks_exact(8).map(|b| i64::from_le_bytes(b.try_into().unwrap()) as u32).collect();
         let logits = data("logits").chunks_exact(4).map(|b| f32::from_le_bytes(b.try_into().unwrap())).collect();
-        Self { folder, input_ids: ids("input_ids"), logits, greedy_ids: ids("greedy_ids") }
+        Self {
+            folder,
+            mixture: case.starts_with("moe"),
+            input_ids: ids("input_ids"),
+            logits,
+            greedy_ids: ids("greedy_ids"),
+        }
     }
 
     /// Compares this rank's view with the reference: prefill in one chunk and in pieces, then greedy decoding.
@@ -107,6 +126,7 @@ impl Reference {
             strategy: what.strategy,
             attention: what.attention,
             mlp: Some(what.mlp),
+            experts: what.experts,
             weights: what.weights,
             threads: what.threads,
             ..ModelOptions::new(what.isa)
