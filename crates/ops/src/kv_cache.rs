@@ -44,7 +44,7 @@ impl LayerCache {
     }
 
     /// Appends the keys and values of the tokens `range` of fused projections [tokens, `qkv_width`].
-    pub(crate) fn push(&mut self, ctx: &Context, qkv: &[f32], shape: &AttentionShape, range: Range<usize>) {
+    pub fn push(&mut self, ctx: &Context, qkv: &[f32], shape: &AttentionShape, range: Range<usize>) {
         let (isa, width, size) = (ctx.isa, shape.qkv_width(), shape.head_dim);
         assert_eq!(self.heads.len(), shape.groups.len(), "cached heads against the shape's");
         if range.is_empty() {

@@ -38,6 +38,15 @@ impl Linear {
         }
     }
 
+    /// Weights that mean nothing, in memory as [`load`](Self::load) leaves it: for measurements.
+    pub fn sample(ctx: &Context, format: WeightFormat, rows: usize, cols: usize) -> Self {
+        let mut weights = PackedMatrix::allocate(format, rows, cols);
+        let chunks = weights.split_panels(&ctx.team.panel_ranges(rows));
+        // As a half-precision number, and so as the scale of a group, this byte twice is 0.08: sums stay small in every format.
+        ctx.team.each(chunks, |chunk| chunk.fill(0x2d));
+        Self { weights }
+    }
+
     /// Output features of this share.
     pub fn rows(&self) -> usize {
         self.weights.rows()

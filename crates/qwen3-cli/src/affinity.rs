@@ -62,7 +62,7 @@ mod tests {
         let found = std::thread::scope(|scope| {
             let ranks: Vec<_> = ThreadComm::group(3)
                 .into_iter()
-                .map(|comm| scope.spawn(|| Neighbours::find(&Rank::new(Arc::new(comm))).unwrap()))
+                .map(|comm| scope.spawn(|| Neighbours::find(&Rank::new(Arc::new(comm), None)).unwrap()))
                 .collect();
             ranks.into_iter().map(|rank| rank.join().unwrap()).collect::<Vec<_>>()
         });

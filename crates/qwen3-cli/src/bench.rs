@@ -9,6 +9,7 @@ use clap::Args;
 use qwen3_model::comm::{CommunicatorExt as _, Entry, Phase};
 use qwen3_model::{KvCache, KvFormat, LogitRows, Model, Sampler, SamplingParams};
 
+use crate::allocations::{self, Allocations};
 use crate::bench_limits::{Limits, median};
 use crate::bench_profile::Recording;
 use crate::bench_report::{Measured, Report};
@@ -17,7 +18,7 @@ use crate::failure::{CliError, Failure};
 use crate::options::{EngineOptions, LaunchOptions, misfit, positive};
 use crate::plan::Workload;
 use crate::rank::Rank;
-use crate::session;
+use crate::session::{self, Loaded};
 
 /// Measure prefill and decode on token ids made up for the purpose: median and spread, arithmetic, memory, traffic
 #[derive(Args, Clone, Debug)]
@@ -50,7 +51,8 @@ pub struct BenchArgs {
     reps: usize,
 
     /// Print one JSON object: {"model","weights","ranks","threads","comm","strategy","attention","mlp","results","traffic",
-    /// "limits","kv","isa","experts"}; the traffic is rank 0's in one repetition of everything
+    /// "limits","kv","isa","experts","wire","plan","weight_bytes"}; the plan says why the strategy was chosen if it was, the
+    /// traffic is rank 0's in one repetition of everything
     #[arg(long)]
     json: bool,
 
@@ -66,7 +68,7 @@ impl BenchArgs {
 
     /// Runs the command on this rank.
     pub fn run(&self, rank: &Rank) -> Result<(), Failure> {
-        let model = session::load(rank, &self.engine, self.workload())?;
+        let Loaded { model, reason } = session::load(rank, &self.engine, self.workload())?;
         let depths = if self.depth.is_empty() { &self.prompt_len[..1] } else { &self.depth };
         let needed = self.check(&model, depths)?;
         // A file that cannot be written is found before the measurements, not after.
@@ -103,7 +105,9 @@ impl BenchArgs {
             recordings.clear();
         }
         let name = self.engine.model.display().to_string();
-        let report = Report { name, model: &model, results, entries: bench.entries, limits, recordings };
+        let weight_bytes = bench.memory.held;
+        let report =
+            Report { name, model: &model, reason, weight_bytes, results, entries: bench.entries, limits, recordings };
         let text = if self.json { report.json() } else { report.table() };
         rank.agree(rank.say(&text))
     }
@@ -133,6 +137,8 @@ impl BenchArgs {
 struct Memory {
     /// Weights that a token visits, all of them in a dense model.
     weights: f64,
+    /// Bytes of weights that each rank holds.
+    held: Vec<u64>,
 }
 
 impl Memory {
@@ -146,7 +152,7 @@ impl Memory {
         let held = config.parameters() - (tables - 1) * head;
         let visited = config.active_matrix_elements() + head;
         let share = (visited as f64 / held as f64).min(1.0);
-        Ok(Self { weights: all.iter().sum::<u64>() as f64 * share })
+        Ok(Self { weights: all.iter().sum::<u64>() as f64 * share, held: all })
     }
 }
 
@@ -175,28 +181,36 @@ struct Measurement {
     reps: usize,
 }
 
+/// What came of it.
+struct Repeated {
+    seconds: Vec<f64>,
+    limit: f64,
+    /// Of this process in the last repetition.
+    allocations: Option<Allocations>,
+}
+
 impl Bench<'_> {
     fn prefill(&mut self, tokens: usize, reps: usize) -> Result<Measured, Failure> {
         self.cache.truncate(0);
         let what = Measurement { phase: Phase::Prefill, tokens, depth: 0, reps };
-        let (seconds, limit) = self.repeat(what, |bench| bench.fill(tokens))?;
+        let Repeated { seconds, limit, allocations } = self.repeat(what, |bench| bench.fill(tokens))?;
         let passes = tokens.div_ceil(self.chunk) as f64;
         let flops = self.model.config().forward_flops(tokens, 0, 1) as f64;
         let bytes = passes * self.memory.weights;
-        Ok(Measured { phase: what.phase, tokens, flops, bytes, depth: 0, seconds, limit })
+        Ok(Measured { phase: what.phase, tokens, flops, bytes, depth: 0, seconds, limit, allocations })
     }
 
     fn decode(&mut self, depth: usize, tokens: usize, reps: usize) -> Result<Measured, Failure> {
         self.cache.truncate(0);
         self.fill(depth)?;
         let what = Measurement { phase: Phase::Decode, tokens, depth, reps };
-        let (seconds, limit) = self.repeat(what, |bench| bench.generate(tokens))?;
+        let Repeated { seconds, limit, allocations } = self.repeat(what, |bench| bench.generate(tokens))?;
         let config = self.model.config();
         let flops = (0..tokens).map(|step| config.forward_flops(1, depth + step, 1) as f64).sum();
         let per_position = self.cache_bytes()? / self.cache.len() as f64;
         let positions = (0..tokens).map(|step| (depth + step + 1) as f64).sum::<f64>();
         let bytes = tokens as f64 * self.memory.weights + per_position * positions;
-        Ok(Measured { phase: what.phase, tokens, flops, bytes, depth, seconds, limit })
+        Ok(Measured { phase: what.phase, tokens, flops, bytes, depth, seconds, limit, allocations })
     }
 
     /// Times `work` after one repetition that does not count, each from the same state of the cache, and looks at the
@@ -205,19 +219,21 @@ impl Bench<'_> {
         &mut self,
         what: Measurement,
         work: impl Fn(&mut Self) -> Result<(), Failure>,
-    ) -> Result<(Vec<f64>, f64), Failure> {
+    ) -> Result<Repeated, Failure> {
         let comm = self.rank.comm();
         let (mut seconds, mut looks) = (Vec::with_capacity(what.reps), Vec::new());
+        let mut allocations = None;
         for rep in 0..=what.reps {
             self.cache.truncate(what.depth);
             comm.barrier()?;
             comm.ledger().reset();
             comm.ledger().set_phase(what.phase);
-            let start = Instant::now();
+            let (before, start) = (allocations::now(), Instant::now());
             work(self)?;
             comm.ledger().set_phase(Phase::Other);
             // The slowest rank's time is the pass's.
             comm.barrier()?;
+            allocations = allocations::now().zip(before).map(|(now, before)| now.since(before));
             if rep > 0 {
                 seconds.push(start.elapsed().as_secs_f64());
             }
@@ -235,7 +251,7 @@ impl Bench<'_> {
             recordings.push(Recording { phase, tokens, depth, length, spans, calls });
             self.recordings = Some(recordings);
         }
-        Ok((seconds, median(&looks)))
+        Ok(Repeated { seconds, limit: median(&looks), allocations })
     }
 
     /// A prompt of `tokens` tokens, in chunks; logits for the last one only.

@@ -6,6 +6,7 @@ use qwen3_model::Model;
 use qwen3_model::comm::{Collective, Entry, Phase};
 use serde_json::{Value, json};
 
+use crate::allocations::Allocations;
 use crate::bench_limits::median;
 use crate::bench_profile::Recording;
 
@@ -25,6 +26,8 @@ pub struct Measured {
     pub seconds: Vec<f64>,
     /// What all ranks could do in a second, measured around the repetitions: operations in prefill, bytes in decode.
     pub limit: f64,
+    /// What rank 0's process allocated in a repetition, where it is counted.
+    pub allocations: Option<Allocations>,
 }
 
 impl Measured {
@@ -51,6 +54,10 @@ pub struct Report<'a> {
     pub name: String,
     /// The model, with its options and ranks.
     pub model: &'a Model,
+    /// Why the model is split as it is, where the plan said so.
+    pub reason: Option<String>,
+    /// Bytes of weights of each rank.
+    pub weight_bytes: Vec<u64>,
     /// Results in the order in which they were measured.
     pub results: Vec<Measured>,
     /// Rank 0's ledger of one repetition of each.
@@ -70,7 +77,7 @@ impl Report<'_> {
             .iter()
             .map(|result| {
                 let seconds = result.median();
-                json!({
+                let mut object = json!({
                     "phase": result.phase.name(),
                     "tokens": result.tokens,
                     "tokens_per_s": result.tokens as f64 / seconds,
@@ -79,7 +86,11 @@ impl Report<'_> {
                     "gb_per_s": result.bytes / seconds * 1e-9,
                     "limit_share": result.limit_share(),
                     "depth": result.depth,
-                })
+                });
+                if let Some(Allocations { count, bytes }) = result.allocations {
+                    (object["allocations"], object["allocated_bytes"]) = (count.into(), bytes.into());
+                }
+                object
             })
             .collect();
         let traffic: Vec<Value> = self
@@ -92,6 +103,7 @@ impl Report<'_> {
                     "calls": entry.calls,
                     "payload_bytes": entry.payload_bytes,
                     "seconds": entry.seconds,
+                    "wait_seconds": entry.wait_seconds,
                 })
             })
             .collect();
@@ -110,6 +122,9 @@ impl Report<'_> {
             "kv": options.kv.to_string(),
             "isa": options.isa.name(),
             "experts": options.experts.to_string(),
+            "wire": comm.wire().name(),
+            "plan": self.reason,
+            "weight_bytes": self.weight_bytes,
         });
         if !self.recordings.is_empty() {
             report["profile"] = self.recordings.iter().flat_map(Recording::json).collect();
@@ -122,18 +137,22 @@ impl Report<'_> {
         let (comm, options) = (self.model.comm(), self.model.options());
         let mut out = String::new();
         let line = format!(
-            "{}: weights {}, cache {}, {}; ranks {} ({}), threads {}; {}; attention {}\n\n",
+            "{}: weights {}, cache {}, {}; ranks {} ({}, wire {}), threads {}; {}; attention {}\n\n",
             self.name,
             self.model.weight_format(),
             options.kv,
             options.isa.name(),
             comm.size(),
             comm.transport(),
+            comm.wire().name(),
             options.threads,
             options.division(),
             options.attention,
         );
         out.push_str(&line);
+        if let Some(reason) = &self.reason {
+            let _ = writeln!(out, "plan: {reason}\n");
+        }
         out.push_str("phase    tokens  after  tokens/s (slowest..fastest)       ms     GFLOP/s    GB/s  of limit\n");
         for result in &self.results {
             let seconds = result.median();

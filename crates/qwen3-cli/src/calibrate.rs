@@ -3,10 +3,11 @@
 use std::collections::HashSet;
 use std::fs;
 use std::path::PathBuf;
+use std::sync::Arc;
 
 use clap::Args;
-use qwen3_model::comm::{CommunicatorExt as _, node_of};
-use qwen3_model::{Isa, LinkFigures, Machine, Placement, measure_link, measure_rate};
+use qwen3_model::comm::{Communicator, CommunicatorExt as _, node_of};
+use qwen3_model::{Isa, LinkFigures, Machine, Placement, Rate, measure_link, measure_speeds};
 use serde_json::json;
 
 use crate::affinity::Neighbours;
@@ -42,17 +43,15 @@ impl CalibrateArgs {
         let cores = std::thread::available_parallelism().map_or(1, usize::from);
         let threads = self.threads.map_or((cores / neighbours.count).max(1), usize::from);
         let placement = Placement::for_rank(neighbours.index, neighbours.count, threads);
-        let rate = measure_rate(comm, Isa::detect(), threads, placement)?;
         let (node, nodes) = self.node(rank)?;
-        let (inside, between) = if nodes == 1 {
-            let link = measure_link(&**comm)?;
-            (link, link)
-        } else {
-            let here = comm.split(node, comm.rank())?;
-            let inside = measure_link(&*here)?;
-            let leaders = comm.split(usize::from(here.rank() > 0), comm.rank())?;
-            let between = if here.rank() == 0 { measure_link(&*leaders)? } else { None };
-            (inside, between)
+        let here: Arc<dyn Communicator> = comm.split(node, comm.rank())?.into();
+        let inside = measure_link(&*here)?;
+        let speeds = measure_speeds(&**comm, Arc::clone(&here), inside, Isa::detect(), threads, placement)?;
+        let leaders = comm.split(usize::from(here.rank() > 0), comm.rank())?;
+        let between = match (nodes, here.rank()) {
+            (1, _) => inside,
+            (_, 0) => measure_link(&*leaders)?,
+            _ => None,
         };
         rank.agree(Ok(()))?;
         let typical = Machine::typical(comm.size(), nodes, threads);
@@ -60,7 +59,8 @@ impl CalibrateArgs {
             transport: comm.transport().to_owned(),
             inside: inside.map_or(typical.inside, LinkFigures::from),
             between: between.map_or(typical.between, LinkFigures::from),
-            rates: vec![rate],
+            rates: speeds.rates,
+            attention: speeds.attention,
             ..typical
         };
         let saved = if rank.speaks() { self.save(rank, machine) } else { Ok(()) };
@@ -70,7 +70,8 @@ impl CalibrateArgs {
     /// The machine of this rank, emulated or real, and how many there are.
     fn node(&self, rank: &Rank) -> Result<(usize, usize), CliError> {
         let comm = rank.comm();
-        if let (Some(_), nodes) = (self.launch.emulate_link, usize::from(self.launch.emulate_nodes)) {
+        if rank.emulated_link().is_some() {
+            let nodes = comm.machines();
             return Ok((node_of(comm.rank(), comm.size(), nodes), nodes));
         }
         let name = fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default();
@@ -94,11 +95,17 @@ impl CalibrateArgs {
         if self.json {
             return rank.say(&format!("{}\n", json!({ "file": path.display().to_string(), "machine": machine })));
         }
-        let Machine { transport, ranks, nodes, threads, inside, between, rates } = &machine;
+        let Machine { transport, ranks, nodes, threads, inside, between, .. } = &machine;
         let mut text = format!("{ranks} ranks ({transport}) on {nodes} machines, {threads} threads each\n");
         text += &format!("inside       {:.2} µs, {:.2} GB/s\n", inside.alpha_us, inside.beta_gb_s);
         text += &format!("between      {:.2} µs, {:.2} GB/s\n", between.alpha_us, between.beta_gb_s);
-        text += &format!("a rank reads {:.1} GB/s and does {:.0} GFLOP/s\n", rates[0].read_gb_s, rates[0].gflops);
+        for (what, rates) in [("weights", &machine.rates), ("cache", &machine.attention)] {
+            for Rate { format, start_us, read_gb_s, gflops } in rates {
+                text += &format!(
+                    "{what:<8}{format:<5}{start_us:.1} µs, {read_gb_s:.1} GB/s one token, {gflops:.0} GFLOP/s many\n"
+                );
+            }
+        }
         rank.say(&format!("{text}saved in {}\n", path.display()))
     }
 }

@@ -3,7 +3,7 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use qwen3_model::Machine;
+use qwen3_model::{LinkFigures, Machine};
 use serde::{Deserialize, Serialize};
 
 use crate::failure::CliError;
@@ -27,14 +27,14 @@ impl Calibration {
     /// Reads a file that has to be there and to be sound.
     pub fn read(path: &Path) -> Result<Self, CliError> {
         let text = fs::read_to_string(path).map_err(|source| CliError::file(path, source))?;
-        let found: Self = serde_json::from_str(&text).map_err(|error| {
-            misfit("--calibration", format!("{}: {error}", path.display()), "a file of qwen3 calibrate")
-        })?;
+        let broken = |found: String| {
+            misfit("calibration", format!("{}: {found}", path.display()), "a file that qwen3 calibrate wrote")
+        };
+        let found: Self = serde_json::from_str(&text).map_err(|error| broken(error.to_string()))?;
         if found.machines.iter().all(Machine::is_sound) {
             return Ok(found);
         }
-        let found = format!("{}: a rate or a link that is not positive", path.display());
-        Err(misfit("--calibration", found, "a file of qwen3 calibrate"))
+        Err(broken("a rate or a link that is not positive".to_owned()))
     }
 
     /// Adds a measurement in place of an older one of the same kind.
@@ -58,16 +58,64 @@ impl Calibration {
         write().map_err(|source| CliError::file(path, source))
     }
 
-    /// The measurement for so many ranks and machines; of several the one with that transport and those threads.
-    pub fn find(
-        &self,
-        transport: Option<&str>,
-        ranks: usize,
-        nodes: usize,
-        threads: Option<usize>,
-    ) -> Option<&Machine> {
-        let fits = self.machines.iter().filter(|m| m.ranks == ranks && m.nodes == nodes);
-        let fits = fits.filter(|m| threads.is_none_or(|threads| m.threads == threads));
-        fits.max_by_key(|m| transport == Some(&*m.transport))
+    /// The measurement for these ranks, with the layout's own link; of several the one with its transport. Where the link between
+    /// machines is given, a measurement on one machine will do.
+    pub fn machine(&self, layout: &Layout<'_>) -> Option<Machine> {
+        let Layout { transport, ranks, nodes, threads, link } = *layout;
+        let fits = |m: &&Machine| m.ranks == ranks && threads.is_none_or(|threads| m.threads == threads);
+        let on = |nodes| {
+            let fits = self.machines.iter().filter(fits).filter(|m| m.nodes == nodes);
+            fits.max_by_key(|m| transport == Some(&*m.transport))
+        };
+        // Emulated machines share one: what was measured on it, all ranks at work, is nearest.
+        let found = if link.is_some() { on(1).or_else(|| on(nodes)) } else { on(nodes) };
+        found.map(|found| layout.connect(found.clone()))
+    }
+
+    /// The machine of the calibration that nobody named, or a typical one, and where its figures come from: there need not be a
+    /// calibration.
+    pub fn by_itself(layout: &Layout<'_>) -> (Machine, String) {
+        let typical = || layout.connect(Machine::typical(layout.ranks, layout.nodes, layout.threads.unwrap_or(1)));
+        let Some(path) = default_path().filter(|path| path.exists()) else {
+            return (typical(), "typical, not measured (qwen3 calibrate measures them)".to_owned());
+        };
+        match Self::read(&path) {
+            Err(error) => (typical(), format!("typical, since {}", error.line())),
+            Ok(calibration) => match calibration.machine(layout) {
+                Some(machine) => {
+                    let figures = format!("calibrated ({}, {})", machine.transport, path.display());
+                    (machine, figures)
+                }
+                None => (typical(), format!("typical, since {} has none of these ranks", path.display())),
+            },
+        }
+    }
+}
+
+/// What a measurement is wanted for.
+#[derive(Clone, Copy, Debug)]
+pub struct Layout<'a> {
+    /// What carries the data, where it matters.
+    pub transport: Option<&'a str>,
+    /// Ranks, and the machines on which they lie.
+    pub ranks: usize,
+    pub nodes: usize,
+    /// Threads of a rank; any if not given.
+    pub threads: Option<usize>,
+    /// The link between machines, or between ranks where there is one machine, if it is not the measured one.
+    pub link: Option<LinkFigures>,
+}
+
+impl Layout<'_> {
+    /// `machine` with these machines and this link.
+    fn connect(&self, mut machine: Machine) -> Machine {
+        machine.nodes = self.nodes;
+        if let Some(link) = self.link {
+            machine.between = link;
+            if self.nodes == 1 {
+                machine.inside = link;
+            }
+        }
+        machine
     }
 }

@@ -13,7 +13,7 @@ use crate::interrupt;
 use crate::options::{EngineOptions, LaunchOptions, SamplingOptions, positive};
 use crate::plan::Workload;
 use crate::rank::Rank;
-use crate::session;
+use crate::session::{self, Loaded};
 use crate::template::{ChatTemplate, Conversation};
 use crate::text::Text;
 
@@ -54,7 +54,7 @@ impl ChatArgs {
     /// Runs the command on this rank.
     pub fn run(&self, rank: &Rank) -> Result<(), Failure> {
         let read = || Ok((Text::open(&self.engine.model)?, ChatTemplate::open(&self.engine.model)?));
-        let (model, texts) =
+        let (Loaded { model, .. }, texts) =
             session::load_with(rank, &self.engine, Workload { kv: KvFormat::F16, prompt: 512, generate: 256 }, read)?;
         let mut speaker = texts.map(|(text, template)| Speaker::new(self, text, template, &model));
         let watching = if rank.speaks() { interrupt::watch() } else { Ok(()) };

@@ -60,9 +60,9 @@ fn dispatch(command: &Command) -> ExitCode {
     match command {
         Command::Generate(args) => launch(&args.launch, |rank| args.run(rank)),
         Command::Chat(args) => launch(&args.launch, |rank| args.run(rank)),
-        Command::Logits(args) => launch(&args.launch, |rank| args.run(rank)),
+        Command::Logits(args) => launch(&args.launch.exact(), |rank| args.run(rank)),
         Command::Bench(args) => launch(&args.launch, |rank| args.run(rank)),
-        Command::Perplexity(args) => launch(&args.launch, |rank| args.run(rank)),
+        Command::Perplexity(args) => launch(&args.launch.exact(), |rank| args.run(rank)),
         Command::Plan(args) => launch(&alone, |rank| args.run(rank)),
         Command::Calibrate(args) => launch(&args.launch, |rank| args.run(rank)),
         Command::Synth(args) => launch(&alone, |rank| args.run(rank)),

@@ -9,7 +9,7 @@ use crate::failure::Failure;
 use crate::options::{EngineOptions, LaunchOptions};
 use crate::plan::Workload;
 use crate::rank::Rank;
-use crate::session;
+use crate::session::{self, Loaded};
 use crate::summary::Summary;
 use crate::template::{ChatTemplate, Conversation};
 use crate::text::Text;
@@ -33,7 +33,7 @@ impl DemoArgs {
     /// Runs the command on this rank.
     pub fn run(&self, rank: &Rank) -> Result<(), Failure> {
         let read = || Ok((Text::open(&self.engine.model)?, ChatTemplate::open(&self.engine.model)?));
-        let (model, texts) =
+        let (Loaded { model, reason }, texts) =
             session::load_with(rank, &self.engine, Workload { kv: KvFormat::F16, prompt: 64, generate: TOKENS }, read)?;
         let options = AnswerOptions::new(rank, &model, &self.engine, SamplingParams::default(), TOKENS)?;
         rank.comm().ledger().reset();
@@ -58,7 +58,11 @@ impl DemoArgs {
             rank.agree(rank.say("\n\n"))?;
         }
         let entries = rank.comm().ledger().entries();
-        rank.agree(rank.say(&Summary { model: &model, prefill, decode, entries: &entries }.to_string()))
+        rank.agree(
+            rank.say(
+                &Summary { model: &model, reason: reason.as_deref(), prefill, decode, entries: &entries }.to_string(),
+            ),
+        )
     }
 }
 

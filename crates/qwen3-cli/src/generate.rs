@@ -10,7 +10,7 @@ use crate::options::{EngineOptions, LaunchOptions, SamplingOptions, positive};
 use crate::plan::Workload;
 use crate::prompt::PromptOptions;
 use crate::rank::Rank;
-use crate::session;
+use crate::session::{self, Loaded};
 
 /// Continue a prompt: the text comes as it is chosen
 ///
@@ -56,7 +56,7 @@ impl GenerateArgs {
     pub fn run(&self, rank: &Rank) -> Result<(), Failure> {
         let chat = self.chat.then(|| self.no_thinking.then_some(false));
         let read = || self.prompt.read(&self.engine.model, chat);
-        let (model, prompt) = session::load_with(
+        let (Loaded { model, .. }, prompt) = session::load_with(
             rank,
             &self.engine,
             Workload { kv: KvFormat::F16, prompt: 512, generate: self.max_new_tokens.min(1024) },

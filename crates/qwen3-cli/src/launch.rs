@@ -147,7 +147,6 @@ fn run_processes(world: &World, options: &LaunchOptions, command: impl Command) 
 /// Runs the command on this rank; a panic is a failure like any other.
 fn run_rank(comm: &Arc<dyn Communicator>, options: &LaunchOptions, command: &impl Command) -> Result<(), Failure> {
     comm.set_timeout(options.timeout());
-    comm.set_wire(options.wire);
     let comm = &match options.emulate_link {
         Some(link) => {
             let nodes = usize::from(options.emulate_nodes);
@@ -159,7 +158,8 @@ fn run_rank(comm: &Arc<dyn Communicator>, options: &LaunchOptions, command: &imp
         }
         None => Arc::clone(comm),
     };
-    let rank = Rank::new(Arc::clone(comm));
+    comm.set_wire(options.wire.on(comm.machines()));
+    let rank = Rank::new(Arc::clone(comm), options.emulate_link);
     let work = AssertUnwindSafe(|| {
         command(&rank)?;
         // A rank that is done stays until all are, so that a late failure still ends every rank with an error.

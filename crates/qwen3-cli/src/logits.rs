@@ -14,7 +14,7 @@ use crate::options::{EngineOptions, LaunchOptions};
 use crate::plan::Workload;
 use crate::prompt::PromptOptions;
 use crate::rank::Rank;
-use crate::session;
+use crate::session::{self, Loaded};
 
 /// Write the logits of every token of a prompt: a safetensors file with `logits`, f32 [tokens, vocabulary]
 #[derive(Args, Clone, Debug)]
@@ -40,7 +40,7 @@ impl LogitsArgs {
     /// Runs the command on this rank.
     pub fn run(&self, rank: &Rank) -> Result<(), Failure> {
         let read = || Ok(self.prompt.read(&self.engine.model, None)?.tokens);
-        let (model, tokens) =
+        let (Loaded { model, .. }, tokens) =
             session::load_with(rank, &self.engine, Workload { kv: KvFormat::F32, prompt: 512, generate: 0 }, read)?;
         let tokens = rank.share(|| Ok(tokens.expect("rank 0 read the prompt")))?;
         self.prompt.check(&model, tokens.len())?;

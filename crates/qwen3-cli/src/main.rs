@@ -21,6 +21,7 @@ mod rank;
 mod world;
 
 // What several commands do.
+mod allocations;
 mod answer;
 mod interrupt;
 mod prompt;

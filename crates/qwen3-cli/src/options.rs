@@ -39,9 +39,10 @@ pub struct LaunchOptions {
     #[arg(long, value_name = "S", default_value_t = 60.0, allow_negative_numbers = true, value_parser = seconds, help_heading = "Ranks")]
     pub comm_timeout: f64,
 
-    /// How sums travel between ranks: f32 is exact, bf16 halves the bytes, q8 quarters them
-    #[arg(long, default_value = "f32", value_parser = choice::<WireFormat>(&["f32", "bf16", "q8"]), help_heading = "Ranks")]
-    pub wire: WireFormat,
+    /// How sums travel between ranks: f32 is exact, bf16 halves the bytes, q8 quarters them; auto takes bf16 between machines and
+    /// f32 within one (and for logits and perplexity)
+    #[arg(long, default_value = "auto", value_parser = choice::<WireChoice>(&["auto", "f32", "bf16", "q8"]), help_heading = "Ranks")]
+    pub wire: WireChoice,
 
     /// Make calls between emulated nodes take as long as on a link of so many microseconds and GB/s: 40,0.117 is 1 GbE
     #[arg(long, value_name = "ALPHA_US,BETA_GB_S", allow_hyphen_values = true, help_heading = "Ranks")]
@@ -55,7 +56,12 @@ pub struct LaunchOptions {
 impl LaunchOptions {
     /// One rank in this process, for commands that only read and write files.
     pub fn alone() -> Self {
-        Self { ranks: 1, comm_timeout: 60.0, wire: WireFormat::F32, emulate_link: None, emulate_nodes: 2 }
+        Self { ranks: 1, comm_timeout: 60.0, wire: WireChoice(None), emulate_link: None, emulate_nodes: 2 }
+    }
+
+    /// The same ranks for a command whose figures are to be exact unless the user has it otherwise.
+    pub fn exact(&self) -> Self {
+        Self { wire: WireChoice(self.wire.0.or(Some(WireFormat::F32))), ..self.clone() }
     }
 
     /// `--comm-timeout`.
@@ -77,7 +83,7 @@ pub struct EngineOptions {
 
     /// What is split over the ranks: the weights (heads), the positions of the text (sequence), or what the plan for this command
     /// recommends (auto; see qwen3 plan)
-    #[arg(long, default_value = "heads", value_parser = choice::<StrategyChoice>(&["auto", "heads", "sequence"]), help_heading = "Computing")]
+    #[arg(long, default_value = "auto", value_parser = choice::<StrategyChoice>(&["auto", "heads", "sequence"]), help_heading = "Computing")]
     pub strategy: StrategyChoice,
 
     /// Split both: A ranks share the weights, B such groups share the positions; A times B is the number of ranks
@@ -143,6 +149,27 @@ impl FromStr for StrategyChoice {
     }
 }
 
+/// `--wire`; `None` leaves it to where the ranks lie.
+#[derive(Clone, Copy, Debug)]
+pub struct WireChoice(pub Option<WireFormat>);
+
+impl WireChoice {
+    /// The format between ranks on so many machines. On a machine's memory a shorter one costs more than it saves; between machines bf16
+    /// keeps logits within 1e-2 of the largest (docs/parallelism.md).
+    pub fn on(self, machines: usize) -> WireFormat {
+        self.0.unwrap_or(if machines > 1 { WireFormat::Bf16 } else { WireFormat::F32 })
+    }
+}
+
+impl FromStr for WireChoice {
+    type Err = String;
+
+    fn from_str(name: &str) -> Result<Self, String> {
+        let wire = |name: &str| name.parse().map_err(|error: <WireFormat as FromStr>::Err| error.to_string());
+        if name == "auto" { Ok(Self(None)) } else { wire(name).map(|wire| Self(Some(wire))) }
+    }
+}
+
 /// `--weights`; `None` keeps the stored format.
 #[derive(Clone, Copy, Debug)]
 pub struct WeightChoice(pub Option<WeightFormat>);
@@ -162,8 +189,8 @@ impl FromStr for WeightChoice {
 }
 
 impl EngineOptions {
-    /// What the model has to know for `work`. All ranks call this together.
-    pub fn model_options(&self, rank: &Rank, work: Workload) -> Result<ModelOptions, Failure> {
+    /// What the model has to know for `work`, and why it is split as it is where the plan says so. All ranks call this together.
+    pub fn model_options(&self, rank: &Rank, work: Workload) -> Result<(ModelOptions, Option<String>), Failure> {
         let ranks = rank.comm().size();
         if let Some(ParallelStrategy::Grid { tp, sp }) = self.grid
             && tp.checked_mul(sp) != Some(ranks)
@@ -177,14 +204,17 @@ impl EngineOptions {
         let share = (cores / neighbours.count).max(1);
         let threads = self.threads.map_or(share, usize::from);
         let kv = self.kv.unwrap_or(work.kv);
-        let strategy = match self.grid.or(self.strategy.0) {
-            Some(strategy) => strategy,
+        let (strategy, reason) = match self.grid.or(self.strategy.0) {
+            Some(strategy) => (strategy, None),
+            // The plan knows experts inside of ranks only; whole ones need the schedule of `heads`.
+            None if ranks == 1 || self.experts == ExpertSplit::Ranks => (ParallelStrategy::Heads, None),
             None => {
                 let (dir, weights, mlp, chunk) = (&*self.model, self.weights.0, self.mlp, self.chunk);
-                choose(rank, &Wanted { dir, weights, kv, mlp, chunk, threads, work })?
+                let (strategy, reason) = choose(rank, &Wanted { dir, weights, kv, mlp, chunk, threads, work })?;
+                (strategy, Some(reason))
             }
         };
-        Ok(ModelOptions {
+        let options = ModelOptions {
             strategy,
             attention: self.attention,
             mlp: self.mlp,
@@ -194,7 +224,8 @@ impl EngineOptions {
             isa: self.isa.0,
             threads,
             placement: Placement::for_rank(neighbours.index, neighbours.count, threads),
-        })
+        };
+        Ok((options, reason))
     }
 }
 

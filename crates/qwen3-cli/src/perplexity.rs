@@ -12,7 +12,7 @@ use crate::options::{EngineOptions, LaunchOptions};
 use crate::plan::Workload;
 use crate::progress;
 use crate::rank::Rank;
-use crate::session;
+use crate::session::{self, Loaded};
 use crate::text::Text;
 
 /// Measure how well the model predicts a text, in windows that do not see each other
@@ -44,7 +44,7 @@ impl PerplexityArgs {
             let text = fs::read_to_string(&self.file).map_err(|source| CliError::file(&self.file, source))?;
             Ok(Text::open(&self.engine.model)?.encode(&text)?)
         };
-        let (model, tokens) = session::load_with(
+        let (Loaded { model, .. }, tokens) = session::load_with(
             rank,
             &self.engine,
             Workload { kv: KvFormat::F32, prompt: self.context, generate: 0 },

@@ -3,16 +3,15 @@
 use std::path::{Path, PathBuf};
 
 use clap::Args;
-use qwen3_model::comm::WireFormat;
 use qwen3_model::{
     Checkpoint, Config, KvFormat, LinkFigures, Machine, MlpSchedule, ModelError, ParallelStrategy, Plan, PlanInput,
     Prediction, Share, WeightFormat, WeightFormats, plan,
 };
 use serde_json::{Value, json};
 
-use crate::calibration::{Calibration, default_path};
+use crate::calibration::{Calibration, Layout};
 use crate::failure::{CliError, Failure};
-use crate::options::{WeightChoice, choice, figure, misfit, positive};
+use crate::options::{WeightChoice, WireChoice, choice, figure, misfit, positive};
 use crate::rank::Rank;
 
 /// Predict memory, traffic and speed of each way to split a model over ranks, from its headers alone
@@ -58,9 +57,9 @@ pub struct PlanArgs {
     #[arg(long, default_value = "f16", value_parser = choice::<KvFormat>(&["f32", "f16", "q8"]))]
     kv: KvFormat,
 
-    /// How sums travel between ranks
-    #[arg(long, default_value = "f32", value_parser = choice::<WireFormat>(&["f32", "bf16", "q8"]))]
-    wire: WireFormat,
+    /// How sums travel between ranks; auto takes bf16 between machines and f32 within one
+    #[arg(long, default_value = "auto", value_parser = choice::<WireChoice>(&["auto", "f32", "bf16", "q8"]))]
+    wire: WireChoice,
 
     /// Only this feed-forward schedule
     #[arg(long, value_parser = choice::<MlpSchedule>(&["fused", "naive", "gathered", "local"]))]
@@ -77,12 +76,6 @@ pub struct PlanArgs {
     /// Print one JSON object: {"model","ranks","nodes","figures","machine","ways","recommended"}
     #[arg(long)]
     json: bool,
-}
-
-/// The calibration that nobody named: there need not be one, and a broken one counts for nothing.
-fn found_by_itself() -> Option<(PathBuf, Calibration)> {
-    let path = default_path()?;
-    Some((path.clone(), Calibration::read(&path).ok()?))
 }
 
 fn headers(dir: &Path, weights: Option<WeightFormat>) -> Result<(Config, WeightFormats), ModelError> {
@@ -114,7 +107,7 @@ impl PlanArgs {
             config: &config,
             weights: &weights,
             kv: self.kv,
-            wire: self.wire,
+            wire: self.wire.on(nodes),
             machine: &machine,
             ranks,
             nodes,
@@ -122,43 +115,28 @@ impl PlanArgs {
             generate: self.generate,
             chunk: 512,
             schedule: self.mlp,
+            memory: None,
             all_schedules: self.all,
         });
         rank.say(&if self.json {
             self.object(&plan, &machine, &figures)
         } else {
-            self.table(&plan, &machine, &figures)
+            self.table(&plan, &machine, weights.main(), &figures)
         })
     }
 
     /// The machine to plan for, and where its figures come from.
     fn machine(&self, ranks: usize, nodes: usize) -> Result<(Machine, String), CliError> {
         let threads = self.threads.map(usize::from);
-        let calibration = match &self.calibration {
-            Some(path) => Some((path.clone(), Calibration::read(path)?)),
-            None => found_by_itself(),
-        };
-        let found = calibration.as_ref().and_then(|(path, calibration)| {
-            let machine = calibration.find(None, ranks, nodes, threads)?;
-            Some((machine.clone(), format!("calibrated ({}, {})", machine.transport, path.display())))
-        });
-        if let (None, Some(path)) = (&found, &self.calibration) {
+        let link = self.alpha_us.zip(self.beta_gb_s).map(|(alpha_us, beta_gb_s)| LinkFigures { alpha_us, beta_gb_s });
+        let layout = Layout { transport: None, ranks, nodes, threads, link };
+        let Some(path) = &self.calibration else { return Ok(Calibration::by_itself(&layout)) };
+        let found = Calibration::read(path)?.machine(&layout);
+        let machine = found.ok_or_else(|| {
             let found = format!("{}: nothing for {ranks} ranks on {nodes} machines", path.display());
-            return Err(misfit("--calibration", found, "a calibration of these ranks, nodes and threads"));
-        }
-        let (mut machine, mut figures) = found.unwrap_or_else(|| {
-            let machine = Machine::typical(ranks, nodes, threads.unwrap_or(1));
-            (machine, "typical, not measured (qwen3 calibrate measures them)".to_owned())
-        });
-        if let (Some(alpha_us), Some(beta_gb_s)) = (self.alpha_us, self.beta_gb_s) {
-            let link = LinkFigures { alpha_us, beta_gb_s };
-            if nodes > 1 {
-                machine.between = link
-            } else {
-                (machine.inside, machine.between) = (link, link)
-            }
-            figures += ", with the given link";
-        }
+            misfit("--calibration", found, "a calibration of these ranks, nodes and threads")
+        })?;
+        let figures = format!("calibrated ({}, {})", machine.transport, path.display());
         Ok((machine, figures))
     }
 
@@ -200,8 +178,9 @@ impl PlanArgs {
         })
     }
 
-    fn table(&self, plan: &Plan, machine: &Machine, figures: &str) -> String {
-        let (rate, most) = (&machine.rates[0], |bytes: &[usize]| bytes.iter().max().copied().unwrap_or(0) as f64 / 1e6);
+    fn table(&self, plan: &Plan, machine: &Machine, format: WeightFormat, figures: &str) -> String {
+        let (rate, most) =
+            (machine.rate(format), |bytes: &[usize]| bytes.iter().max().copied().unwrap_or(0) as f64 / 1e6);
         let mut text = format!(
             "{} ranks on {} machines; prompt {}, answer {} tokens\n",
             self.ranks, self.nodes, self.prompt, self.generate
@@ -210,7 +189,10 @@ impl PlanArgs {
         for (name, link) in [("inside", machine.inside), ("between", machine.between)] {
             text += &format!("  {name} machines {:.2} µs, {:.3} GB/s\n", link.alpha_us, link.beta_gb_s);
         }
-        text += &format!("  a rank reads {:.1} GB/s and does {:.0} GFLOP/s\n\n", rate.read_gb_s, rate.gflops);
+        text += &format!(
+            "  {} weights on a rank: {:.1} GB/s one token, {:.0} GFLOP/s many\n\n",
+            rate.format, rate.read_gb_s, rate.gflops
+        );
         text += "way                 MB weights  MB cache  imbalance  calls/token  bytes/token  calls/prompt  MB/prompt  prompt tok/s  decode tok/s\n";
         for way in &plan.ways {
             let Prediction { prompt, token, imbalance, .. } = way;
@@ -263,21 +245,19 @@ pub struct Wanted<'a> {
     pub work: Workload,
 }
 
-/// The strategy for a command: rank 0 plans, all ranks get its choice. A checkpoint that cannot be read is left to loading to report.
-pub fn choose(rank: &Rank, wanted: &Wanted<'_>) -> Result<ParallelStrategy, Failure> {
+/// The strategy for a command, and why: rank 0 plans, all ranks get its choice. A checkpoint that cannot be read is left to loading to
+/// report.
+pub fn choose(rank: &Rank, wanted: &Wanted<'_>) -> Result<(ParallelStrategy, String), Failure> {
     let comm = rank.comm();
-    let ranks = comm.size();
-    if ranks == 1 {
-        return Ok(ParallelStrategy::Heads);
-    }
-    let name = rank.share(|| {
+    let (ranks, nodes) = (comm.size(), comm.machines());
+    let (name, reason) = rank.share(|| {
         let Ok((config, weights)) = headers(wanted.dir, wanted.weights) else {
-            return Ok(ParallelStrategy::Heads.to_string());
+            return Ok((ParallelStrategy::Heads.to_string(), String::new()));
         };
-        let calibration = found_by_itself().map(|(_, calibration)| calibration).unwrap_or_default();
-        let transport = Some(comm.transport());
-        let machine = calibration.find(transport, ranks, 1, Some(wanted.threads)).cloned();
-        let machine = machine.unwrap_or_else(|| Machine::typical(ranks, 1, wanted.threads));
+        let link = rank.emulated_link().map(LinkFigures::from);
+        let threads = Some(wanted.threads);
+        let layout = Layout { transport: Some(comm.transport()), ranks, nodes, threads, link };
+        let (machine, figures) = Calibration::by_itself(&layout);
         let prompt = wanted.work.prompt.clamp(1, config.context_length());
         let generate = wanted.work.generate.min(config.context_length() - prompt);
         let plan = plan(&PlanInput {
@@ -287,14 +267,32 @@ pub fn choose(rank: &Rank, wanted: &Wanted<'_>) -> Result<ParallelStrategy, Fail
             wire: comm.wire(),
             machine: &machine,
             ranks,
-            nodes: 1,
+            nodes,
             prompt,
             generate,
             chunk: wanted.chunk,
             schedule: wanted.mlp,
+            memory: available_memory().map(|bytes| bytes / ranks.div_ceil(nodes)),
             all_schedules: false,
         });
-        Ok(plan.ways[plan.best].strategy.to_string())
+        let best = &plan.ways[plan.best];
+        let share = |way: &Prediction| way.seconds(generate) / best.seconds(generate);
+        let others = plan.ways.iter().filter(|way| way.strategy != best.strategy);
+        let others: Vec<_> =
+            others.map(|way| format!("{} takes {:.2} times as long", way.strategy, share(way))).collect();
+        let reason = format!(
+            "{} for {prompt} and {generate} tokens on {ranks} ranks, {nodes} machines: {}; figures {figures}",
+            best.strategy,
+            others.join(", ")
+        );
+        Ok((best.strategy.to_string(), reason))
     })?;
-    Ok(name.parse().expect("a strategy's own name"))
+    Ok((name.parse().expect("a strategy's own name"), reason))
+}
+
+/// Bytes that this machine can give to programs, where its system tells.
+fn available_memory() -> Option<usize> {
+    let text = std::fs::read_to_string("/proc/meminfo").ok()?;
+    let line = text.lines().find_map(|line| line.strip_prefix("MemAvailable:"))?;
+    line.trim().trim_end_matches(" kB").parse::<usize>().ok()?.checked_mul(1024)
 }

@@ -3,7 +3,7 @@
 use std::io::{self, Write as _};
 use std::sync::Arc;
 
-use qwen3_model::comm::{Communicator, CommunicatorExt as _};
+use qwen3_model::comm::{Communicator, CommunicatorExt as _, Link};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
@@ -12,12 +12,18 @@ use crate::failure::{CliError, Failure};
 /// A rank and its way to the others.
 pub struct Rank {
     comm: Arc<dyn Communicator>,
+    link: Option<Link>,
 }
 
 impl Rank {
-    /// The rank at one end of `comm`.
-    pub fn new(comm: Arc<dyn Communicator>) -> Self {
-        Self { comm }
+    /// The rank at one end of `comm`, whose machines are connected by `link` where that is emulated.
+    pub fn new(comm: Arc<dyn Communicator>, link: Option<Link>) -> Self {
+        Self { comm, link }
+    }
+
+    /// The emulated link between machines, if it is emulated.
+    pub fn emulated_link(&self) -> Option<Link> {
+        self.link
     }
 
     /// The way to the other ranks.

@@ -1,16 +1,25 @@
 //! A loaded model with what rank 0 read for it in the meantime.
 
+use std::io::{self, IsTerminal as _};
 use std::panic;
 use std::thread;
 use std::time::Duration;
 
-use qwen3_model::{LoadProgress, Model, ModelError};
+use qwen3_model::{LoadProgress, Model, ModelError, ParallelStrategy};
 
 use crate::failure::{CliError, Failure};
 use crate::options::EngineOptions;
 use crate::plan::Workload;
 use crate::progress;
 use crate::rank::Rank;
+
+/// A model on all ranks.
+pub struct Loaded {
+    /// This rank's share.
+    pub model: Model,
+    /// Why it is split as it is, where the plan said so.
+    pub reason: Option<String>,
+}
 
 /// Loads the model on all ranks while `read` runs on a thread of rank 0, which has its value afterwards. `work` is what the
 /// command is going to do.
@@ -19,18 +28,24 @@ pub fn load_with<T: Send>(
     engine: &EngineOptions,
     work: Workload,
     read: impl FnOnce() -> Result<T, CliError> + Send,
-) -> Result<(Model, Option<T>), Failure> {
+) -> Result<(Loaded, Option<T>), Failure> {
     thread::scope(|scope| {
         let reading = rank.speaks().then(|| scope.spawn(read));
-        let model = load(rank, engine, work)?;
+        let loaded = load(rank, engine, work)?;
         let value = reading.map(|thread| thread.join().unwrap_or_else(|payload| panic::resume_unwind(payload)));
-        Ok((model, rank.agree(value.transpose())?))
+        Ok((loaded, rank.agree(value.transpose())?))
     })
 }
 
 /// Loads the model on all ranks, with a progress bar where rank 0 writes to a terminal.
-pub fn load(rank: &Rank, engine: &EngineOptions, work: Workload) -> Result<Model, Failure> {
-    let options = engine.model_options(rank, work)?;
+pub fn load(rank: &Rank, engine: &EngineOptions, work: Workload) -> Result<Loaded, Failure> {
+    let (options, reason) = engine.model_options(rank, work)?;
+    if let Some(reason) = reason.as_ref().filter(|_| options.strategy != ParallelStrategy::Heads)
+        && rank.speaks()
+        && io::stderr().is_terminal()
+    {
+        eprintln!("split: {reason}");
+    }
     let bar = progress::counting(rank, "layers");
     let progress = |progress: LoadProgress| {
         // A bar that is gone at once only flickers.
@@ -49,5 +64,6 @@ pub fn load(rank: &Rank, engine: &EngineOptions, work: Workload) -> Result<Model
         Err(error) => Err(error.into()),
     };
     let model = rank.agree(loaded)?;
-    Ok(model.expect("without a model on this rank there is a failure on another, and then none gets here"))
+    let model = model.expect("without a model on this rank there is a failure on another, and then none gets here");
+    Ok(Loaded { model, reason })
 }

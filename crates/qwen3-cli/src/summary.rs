@@ -34,6 +34,8 @@ impl Traffic {
 pub struct Summary<'a> {
     /// The model, with its ranks.
     pub model: &'a Model,
+    /// Why the model is split as it is, where the plan said so.
+    pub reason: Option<&'a str>,
     /// Prompt tokens and their time.
     pub prefill: Timing,
     /// The tokens after the first of each answer, and their time.
@@ -62,6 +64,9 @@ impl fmt::Display for Summary<'_> {
             options.attention,
             model.weight_format()
         )?;
+        if let Some(reason) = self.reason {
+            writeln!(f, "plan         {reason}")?;
+        }
         writeln!(f, "prompt       {:.0} tokens/s ({} tokens)", prefill.tokens_per_s(), prefill.tokens)?;
         writeln!(f, "answer       {:.0} tokens/s ({} tokens)", decode.tokens_per_s(), decode.tokens)?;
         let traffic = Traffic::of(self.entries, Phase::Decode);

@@ -139,7 +139,7 @@ fn bench_reports_results_and_the_ledger() {
     let found = json(&args);
     let mut expected =
         vec!["model", "weights", "ranks", "threads", "comm", "strategy", "attention", "mlp", "results", "traffic"];
-    expected.extend(["limits", "kv", "isa", "experts"]);
+    expected.extend(["limits", "kv", "isa", "experts", "wire", "plan", "weight_bytes"]);
     assert_eq!(keys(&found), expected);
     assert_eq!(found["weights"], "bf16");
     assert_eq!((&found["ranks"], &found["threads"]), (&Value::from(2), &Value::from(1)));
@@ -162,7 +162,7 @@ fn bench_reports_results_and_the_ledger() {
     let traffic = found["traffic"].as_array().unwrap();
     let reduced = |phase: &str| {
         let entry = traffic.iter().find(|entry| entry["phase"] == phase && entry["collective"] == "Allreduce").unwrap();
-        assert_eq!(keys(entry), ["phase", "collective", "calls", "payload_bytes", "seconds"]);
+        assert_eq!(keys(entry), ["phase", "collective", "calls", "payload_bytes", "seconds", "wait_seconds"]);
         (entry["calls"].as_u64().unwrap(), entry["payload_bytes"].as_u64().unwrap())
     };
     // 4 layers with 2 Allreduce each, hidden size 256; two prompts, five passes.

@@ -1,8 +1,8 @@
 //! How a model could be split over ranks, what each way costs, and which one is best.
 //!
-//! A pass takes the time of the slowest rank's work, which is the longer of reading (weights and cached keys and values over the rank's
-//! read rate) and arithmetic (matrices at the rank's rate, attention at a part of it), and that of the collectives of
-//! [`TrafficModel`], by the α–β model of [`comm::Link`].
+//! A pass takes the time of the slowest rank's work and that of the collectives of [`TrafficModel`], by the α–β model of
+//! [`comm::Link`]. Work is that of the layers' products, of attention and of the head, each the longer of reading and arithmetic at the
+//! rates of [`Machine`], after a constant for each layer and KV head.
 
 use comm::{Cluster, Collective, WireFormat, node_of};
 use ops::{ExpertSplit, KvFormat, LogitRows, MlpSchedule, TokenLayout};
@@ -11,17 +11,13 @@ use tensor::WeightFormat;
 use crate::config::Config;
 use crate::heads::{HeadPlan, Imbalance};
 use crate::options::{Division, ParallelStrategy};
-use crate::plan_machine::Machine;
-use crate::plan_weights::{ByFormat, RankWeights, WeightFormats};
+use crate::plan_machine::{Machine, Rate};
+use crate::plan_weights::{RankWeights, WeightFormats};
 use crate::traffic::TrafficModel;
 
-/// The parts of a machine's limits that the kernels of matrix products reach.
-const READ_RATE: f64 = 0.9;
-const MATRIX_RATE: f64 = 0.85;
-/// The part of the rate of matrix products that attention reaches: its tiles are small and its exponentials count for nothing.
-const ATTENTION_RATE: f64 = 0.5;
-/// How much better than an earlier one a way has to be to be recommended instead; predictions are no better than that.
-const MARGIN: f64 = 0.02;
+/// How much faster than the first way another has to be to be recommended instead. It is the error of predictions: on 2 ranks they lie
+/// within this of measured speeds (the section "Plan and measurement" of docs/performance.md), and the first needs least memory.
+const MARGIN: f64 = 0.2;
 
 /// What is planned for.
 #[derive(Clone, Copy, Debug)]
@@ -48,6 +44,8 @@ pub struct PlanInput<'a> {
     pub chunk: usize,
     /// The feed-forward schedule, where it is given.
     pub schedule: Option<MlpSchedule>,
+    /// Bytes that weights and cache of a rank may take, where it is known: ways that need more are not recommended if there are others.
+    pub memory: Option<usize>,
     /// Whether schedules that exchange more than they have to are listed too.
     pub all_schedules: bool,
 }
@@ -92,6 +90,11 @@ pub struct Prediction {
 }
 
 impl Prediction {
+    /// Bytes of weights and cache of the rank that has most.
+    pub fn memory(&self) -> usize {
+        self.weight_bytes.iter().zip(&self.kv_bytes).map(|(weights, kv)| weights + kv).max().unwrap_or(0)
+    }
+
     /// Seconds of the prompt and the answer.
     pub fn seconds(&self, generate: usize) -> f64 {
         self.prompt.seconds() + generate as f64 * self.token.seconds()
@@ -124,10 +127,21 @@ pub fn plan(input: &PlanInput<'_>) -> Plan {
         let schedules: Vec<_> = input.schedule.map_or_else(|| [own].into_iter().chain(slow).collect(), |one| vec![one]);
         ways.extend(schedules.into_iter().map(|schedule| Way::new(input, strategy, schedule).predict()));
     }
-    let seconds: Vec<f64> = ways.iter().map(|way| way.seconds(input.generate)).collect();
-    let best =
-        (1..ways.len()).fold(0, |best, way| if seconds[way] < seconds[best] * (1.0 - MARGIN) { way } else { best });
+    let fits = |way: &Prediction| input.memory.is_none_or(|most| way.memory() <= most);
+    let any_fits = ways.iter().any(fits);
+    // What does not fit takes for ever, unless nothing fits.
+    let seconds = |way: &Prediction| {
+        if any_fits && !fits(way) { f64::INFINITY } else { way.seconds(input.generate) }
+    };
+    let seconds: Vec<f64> = ways.iter().map(seconds).collect();
+    let fastest = (0..ways.len()).min_by(|a, b| seconds[*a].total_cmp(&seconds[*b])).unwrap_or(0);
+    let best = if seconds[fastest] < seconds[0] * (1.0 - MARGIN) { fastest } else { 0 };
     Plan { ways, best }
+}
+
+/// Seconds of reading or of arithmetic, whichever takes longer.
+fn longer(rate: &Rate, bytes: f64, flops: f64) -> f64 {
+    (bytes / rate.read_gb_s).max(flops / rate.gflops) * 1e-9
 }
 
 /// Bytes of the key and the value of one position of a head.
@@ -219,26 +233,24 @@ impl<'a> Way<'a> {
             let missed = 1.0 - moe.num_experts_per_tok as f64 / moe.num_experts as f64;
             1.0 - missed.max(0.0).powf(mlp_tokens)
         });
-        let head = if rows == LogitRows::None { 0.0 } else { 1.0 };
-        let amount = |values: &ByFormat, index: usize| values[index];
-        let (mut reading, mut arithmetic) = (0.0, 0.0);
+        let layers = config.num_hidden_layers as f64;
+        let mut seconds = layers * machine.rate(self.input.weights.main()).start_us * 1e-6;
         for (index, format) in WeightFormat::ALL.into_iter().enumerate() {
-            let elements = amount(&share.attention_elements, index) * own
-                + amount(&share.mlp_elements, index) * mlp_tokens
-                + amount(&share.head_elements, index) * head;
-            let bytes = amount(&share.always, index) + amount(&share.experts, index) * visited;
-            if bytes > 0.0 {
-                let rate = machine.rate(format);
-                reading += bytes / (rate.read_gb_s * READ_RATE * 1e9);
-                arithmetic += 2.0 * elements / (rate.gflops * MATRIX_RATE * 1e9);
+            let rate = machine.rate(format);
+            let elements = share.attention_elements[index] * own + share.mlp_elements[index] * mlp_tokens;
+            seconds += longer(rate, share.always[index] + share.experts[index] * visited, 2.0 * elements);
+            if rows != LogitRows::None {
+                // One row: there is nothing to wait for but the bytes.
+                seconds += longer(rate, share.head[index], 0.0);
             }
         }
-        let main = machine.rate(WeightFormat::Bf16);
-        reading += self.kv_bytes(rank, past + tokens) / (main.read_gb_s * READ_RATE * 1e9);
-        let heads = HeadPlan::new(config, self.tp, rank % self.tp).query_heads.len() as f64;
-        let attention = config.attention_flops(tokens, past) as f64 * heads / config.num_attention_heads as f64;
-        arithmetic += attention / self.sp as f64 / (main.gflops * MATRIX_RATE * ATTENTION_RATE * 1e9);
-        if tokens == 1 { reading } else { reading.max(arithmetic) }
+        let heads = HeadPlan::new(config, self.tp, rank % self.tp);
+        let share = heads.query_heads.len() as f64 / config.num_attention_heads as f64;
+        let flops = config.attention_flops(tokens, past) as f64 * share;
+        let rate = machine.attention_rate(self.input.kv);
+        let flops = if tokens == 1 { 0.0 } else { flops / self.sp as f64 };
+        seconds += layers * heads.kv_heads.len() as f64 * rate.start_us * 1e-6;
+        seconds + longer(rate, self.kv_bytes(rank, past + tokens), flops)
     }
 
     /// Calls, payload on the wire and seconds of a rank's collectives; the choice of the next token is one of them.

@@ -40,14 +40,13 @@ struct LayerFormats {
 pub(crate) struct RankWeights {
     /// Bytes held.
     pub bytes: usize,
-    /// Bytes by format that every pass reads, and those of experts.
+    /// Bytes by format that the layers read in every pass, those of experts, and those of the head.
     pub always: ByFormat,
     pub experts: ByFormat,
+    pub head: ByFormat,
     /// Elements by format that a token of attention and of the feed-forward block visits.
     pub attention_elements: ByFormat,
     pub mlp_elements: ByFormat,
-    /// Elements of the head.
-    pub head_elements: ByFormat,
 }
 
 impl WeightFormats {
@@ -142,15 +141,15 @@ impl WeightFormats {
                 }
             }
         }
-        let vocabulary = split_range(config.vocab_size, ranks, rank).len();
-        share.hold(self.head, vocabulary, hidden);
-        add(&mut share.head_elements, self.head, (vocabulary * hidden) as f64);
+        let bytes = self.head.packed_bytes(split_range(config.vocab_size, ranks, rank).len(), hidden);
+        share.bytes += bytes;
+        add(&mut share.head, self.head, bytes as f64);
         share
     }
 }
 
 impl RankWeights {
-    /// A matrix that every pass reads.
+    /// A matrix that the layers read in every pass.
     fn hold(&mut self, format: WeightFormat, rows: usize, cols: usize) {
         let bytes = format.packed_bytes(rows, cols);
         self.bytes += bytes;

@@ -79,6 +79,7 @@ fn run(config: &Config, weights: &WeightFormats, machine: &Machine, change: impl
         generate: 64,
         chunk: 512,
         schedule: None,
+        memory: None,
         all_schedules: true,
     };
     change(&mut input);

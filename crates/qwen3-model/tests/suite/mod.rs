@@ -169,11 +169,14 @@ impl Reference {
 
     fn assert_close(&self, label: &str, how: &str, found: &[f32]) {
         assert_eq!(found.len(), self.logits.len(), "{label}: {how}: number of logits");
+        let off = self.distance(found);
+        assert!(off <= TOLERANCE, "{label}: {how}: off by {off} of the largest reference logit");
+    }
+
+    /// The largest distance of a logit, relative to the largest reference logit; NaN where a logit is.
+    pub fn distance(&self, found: &[f32]) -> f32 {
         let largest = self.logits.iter().fold(0.0f32, |max, x| max.max(x.abs()));
-        let off = found
-            .iter()
-            .zip(&self.logits)
-            .fold(0.0f32, |max, (a, b)| if (a - b).abs() <= max { max } else { (a - b).abs() });
-        assert!(off <= TOLERANCE * largest, "{label}: {how}: off by {off}, largest reference logit {largest}");
+        let apart = found.iter().zip(&self.logits).map(|(a, b)| (a - b).abs());
+        apart.fold(0.0f32, |max, apart| if apart <= max { max } else { apart }) / largest
     }
 }
