@@ -12,8 +12,16 @@ use crate::{setup, workspace};
 
 /// The release build of the program `qwen3`, with the MPI backend where an MPI is given.
 pub fn build_program(mpi: Option<&Mpi>) -> Result<PathBuf> {
+    build_with(mpi, &[])
+}
+
+/// The same with further features.
+pub fn build_with(mpi: Option<&Mpi>, features: &[&str]) -> Result<PathBuf> {
     let mut command = workspace::cargo();
     command.args(["build", "--release", "--package", "qwen3-cli", "--bin", "qwen3"]);
+    for feature in features {
+        command.args(["--features", feature]);
+    }
     if let Some(mpi) = mpi {
         command.args(["--features", "mpi"]);
         mpi.prepare(&mut command, Bind::None, true);

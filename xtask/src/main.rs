@@ -88,11 +88,14 @@ enum Command {
     },
     /// Measure this machine and write docs/performance.md with its charts
     ///
-    /// Takes half an hour on two cores and nearly 6 GB under target/; nothing else should run meanwhile.
+    /// Takes about an hour on two cores and 9 GB under target/; nothing else should run meanwhile.
     Report {
         /// Few layers, short prompts, one repetition: to see that it works
         #[arg(long)]
         quick: bool,
+        /// Measure only these sections and leave the rest of the page as it is
+        #[arg(long, value_delimiter = ',', value_name = "SECTION,..", value_parser = clap::builder::PossibleValuesParser::new(report::names()))]
+        only: Vec<String>,
     },
     /// Measure the model on emulated clusters: one rank in each of several network namespaces, TCP between them
     ///
@@ -128,7 +131,7 @@ fn run(command: Command) -> Result<ExitCode> {
         Command::Test => suite::command(),
         Command::MpiTest { ranks, package, deadline } => mpi_test::command(&ranks, package.as_deref(), deadline),
         Command::Mpirun { ranks, hostfile, bind, args } => launch::command(ranks, hostfile, bind, &args),
-        Command::Report { quick } => report::command(quick),
+        Command::Report { quick, only } => report::command(quick, &only),
         Command::Netbench(args) => netbench::command(&args),
         Command::Tidy => tidy::command(),
         Command::Ci { no_test } => ci::command(no_test),

@@ -3,11 +3,16 @@
 //! The page is a list of sections; each is a function of its own file that measures and returns its text and charts.
 
 mod accuracy;
+mod analysis;
 mod chart;
+mod clusters;
 mod dense;
 mod lab;
 mod machine;
 mod moe;
+mod networks;
+mod planning;
+mod scaling;
 
 use std::fmt::Write as _;
 use std::path::Path;
@@ -20,53 +25,93 @@ pub use lab::Lab;
 
 /// A part of the page.
 pub struct Section {
-    /// Its heading.
-    pub title: &'static str,
     /// Its text, in Markdown, without the heading.
     pub text: String,
     /// Its charts: file names, and SVG. The text links them as `performance/NAME`.
     pub charts: Vec<(String, String)>,
 }
 
-/// Measures one section.
-type Measure = fn(&mut Lab) -> Result<Section>;
+/// How a section is called on the command line and on the page, and what measures it.
+struct Entry {
+    name: &'static str,
+    title: &'static str,
+    measure: fn(&mut Lab) -> Result<Section>,
+}
 
 /// The sections in the order of the page; a new one is added here.
-const SECTIONS: [Measure; 3] = [dense::measure, moe::measure, accuracy::measure];
+const SECTIONS: [Entry; 8] = [
+    Entry { name: "dense", title: "One machine: a dense model", measure: dense::measure },
+    Entry { name: "moe", title: "One machine: mixtures of experts", measure: moe::measure },
+    Entry { name: "accuracy", title: "Accuracy of the formats", measure: accuracy::measure },
+    Entry { name: "analysis", title: "The analysis, repeated", measure: analysis::measure },
+    Entry { name: "scaling", title: "More ranks on one machine", measure: scaling::measure },
+    Entry { name: "planning", title: "Plan and measurement", measure: planning::measure },
+    Entry { name: "clusters", title: "Emulated clusters: the cost of a link", measure: clusters::measure },
+    Entry { name: "networks", title: "Emulated clusters: TCP between namespaces", measure: networks::measure },
+];
 
-/// Measures everything and writes the page.
-pub fn command(quick: bool) -> Result<ExitCode> {
+/// The names of the sections.
+pub fn names() -> [&'static str; SECTIONS.len()] {
+    SECTIONS.map(|section| section.name)
+}
+
+/// Measures everything, or only some sections, and writes the page.
+pub fn command(quick: bool, only: &[String]) -> Result<ExitCode> {
     let root = workspace::root();
+    let docs = root.join("docs");
+    let old = std::fs::read_to_string(docs.join("performance.md")).unwrap_or_default();
     let mut lab = Lab::open(quick)?;
     let load = machine::load();
     let mut sections = Vec::new();
-    for measure in SECTIONS {
-        sections.push(measure(&mut lab)?);
+    for Entry { name, title, measure } in SECTIONS {
+        if only.is_empty() || only.iter().any(|wanted| wanted == name) {
+            eprintln!("report: section {name}");
+            let mut section = measure(&mut lab)?;
+            if !only.is_empty() {
+                section.text.push_str(&format!(
+                    "\nMeasured apart from the rest of this page, {}.\n",
+                    machine::moment(&root, quick)
+                ));
+            }
+            sections.push((title, section));
+        } else if let Some(text) = kept(&old, title) {
+            sections.push((title, Section { text: text.to_owned(), charts: Vec::new() }));
+        }
     }
-    let about = format!("{}\n{}", machine::describe(&root), machine::conditions(quick, load, machine::load()));
-    write(&root.join("docs"), &about, &sections)?;
+    let about = match old.split_once(ABOUT).and_then(|(_, rest)| rest.split_once("\n## ")) {
+        Some((about, _)) if !only.is_empty() => about.to_owned(),
+        _ => format!("{}\n{}", machine::describe(&root), machine::conditions(quick, load, machine::load())),
+    };
+    write(&docs, &about, &sections)?;
     println!("report: docs/performance.md, docs/performance/*.svg");
     Ok(ExitCode::SUCCESS)
 }
 
-fn write(docs: &Path, about: &str, sections: &[Section]) -> Result<()> {
+/// What comes before the description of the machine.
+const ABOUT: &str = "# Performance\n\nWritten by `cargo xtask report`; run it again rather than edit this page.\n\n";
+
+/// The text under a heading of an earlier page.
+fn kept<'a>(page: &'a str, title: &str) -> Option<&'a str> {
+    let (_, rest) = page.split_once(&format!("\n## {title}\n\n"))?;
+    Some(rest.split_once("\n## ").map_or(rest, |(text, _)| text))
+}
+
+fn write(docs: &Path, about: &str, sections: &[(&str, Section)]) -> Result<()> {
     let folder = docs.join("performance");
     std::fs::create_dir_all(&folder).with_context(|| format!("cannot make {}", folder.display()))?;
     let save = |path: &Path, text: &str| {
         std::fs::write(path, text).with_context(|| format!("cannot write {}", path.display()))
     };
-    for (name, svg) in sections.iter().flat_map(|section| &section.charts) {
+    for (name, svg) in sections.iter().flat_map(|(_, section)| &section.charts) {
         save(&folder.join(name), svg)?;
     }
     save(&docs.join("performance.md"), &page(about, sections))
 }
 
-fn page(about: &str, sections: &[Section]) -> String {
-    let mut page =
-        String::from("# Performance\n\nWritten by `cargo xtask report`; run it again rather than edit this page.\n\n");
-    page.push_str(about);
-    for Section { title, text, .. } in sections {
-        let _ = write!(page, "\n## {title}\n\n{}\n", text.trim_end());
+fn page(about: &str, sections: &[(&str, Section)]) -> String {
+    let mut page = format!("{ABOUT}{}\n", about.trim_end());
+    for (title, section) in sections {
+        let _ = write!(page, "\n## {title}\n\n{}\n", section.text.trim_end());
     }
     page
 }
@@ -78,15 +123,17 @@ mod tests {
     #[test]
     fn the_page_has_its_sections_in_order_and_their_charts_as_files() {
         let docs = tempfile::tempdir().unwrap();
-        let section = |title, chart: &str| Section {
-            title,
-            text: format!("![x](performance/{chart})\n\n"),
-            charts: vec![(chart.to_owned(), "<svg/>".to_owned())],
+        let section = |title, chart: &str| {
+            let text = format!("![x](performance/{chart})\n\n");
+            (title, Section { text, charts: vec![(chart.to_owned(), "<svg/>".to_owned())] })
         };
         write(docs.path(), "A machine.\n", &[section("One", "1.svg"), section("Two", "2.svg")]).unwrap();
         let page = std::fs::read_to_string(docs.path().join("performance.md")).unwrap();
         let expected = "A machine.\n\n## One\n\n![x](performance/1.svg)\n\n## Two\n\n![x](performance/2.svg)\n";
         assert!(page.starts_with("# Performance\n") && page.ends_with(expected), "{page}");
         assert_eq!(std::fs::read_to_string(docs.path().join("performance/2.svg")).unwrap(), "<svg/>");
+        // A section that is not measured again stays as it is.
+        assert_eq!(kept(&page, "One"), Some("![x](performance/1.svg)\n"));
+        assert_eq!((kept(&page, "Two"), kept(&page, "Three")), (Some("![x](performance/2.svg)\n"), None));
     }
 }

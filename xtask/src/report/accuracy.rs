@@ -22,7 +22,7 @@ pub fn measure(lab: &mut Lab) -> Result<Section> {
     );
     text.push_str(&table(&found));
     text.push_str(&lab.take_commands());
-    Ok(Section { title: "Accuracy of the formats", text, charts: Vec::new() })
+    Ok(Section { text, charts: Vec::new() })
 }
 
 fn table(found: &[(&str, f64)]) -> String {

@@ -80,7 +80,7 @@ pub fn measure(lab: &mut Lab) -> Result<Section> {
     text.push_str("![decode speed against context length](performance/context.svg)\n\nDashes mark the limit.\n");
     text.push_str(&lab.take_commands());
     let charts = charts(extent, &formats, &narrow);
-    Ok(Section { title: "One machine: a dense model", text, charts })
+    Ok(Section { text, charts })
 }
 
 fn bench(lab: &mut Lab, args: &[&str], extent: &Extent, deep: bool) -> Result<Bench> {

@@ -8,11 +8,39 @@ use std::time::Duration;
 use anyhow::{Context, Result, bail};
 use serde_json::Value;
 
+use crate::mpi::{Bind, Mpi, Parts};
 use crate::process::{self, Output};
 use crate::{launch, workspace};
 
 /// No single bench takes longer.
 const DEADLINE: Duration = Duration::from_secs(3600);
+
+/// Where the ranks of a run are.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Ranks {
+    /// Threads of one process.
+    Threads(usize),
+    /// Processes of the MPI launcher.
+    Mpi(usize),
+}
+
+impl Ranks {
+    /// How many there are.
+    pub fn count(self) -> usize {
+        match self {
+            Self::Threads(count) | Self::Mpi(count) => count,
+        }
+    }
+
+    /// For a table.
+    pub fn name(self) -> String {
+        match self {
+            Self::Threads(1) => "1 rank".to_owned(),
+            Self::Threads(count) => format!("{count} ranks in one process"),
+            Self::Mpi(count) => format!("{count} MPI ranks"),
+        }
+    }
+}
 
 /// What the sections share.
 pub struct Lab {
@@ -21,6 +49,8 @@ pub struct Lab {
     /// Cores that this process may use.
     pub cores: usize,
     program: PathBuf,
+    /// The launcher of MPI and the program built with it, or without both; `None` before anyone asked.
+    mpi: Option<Option<(Mpi, PathBuf)>>,
     cache: PathBuf,
     /// The commands since the last look, as a user would type them.
     commands: Vec<String>,
@@ -29,7 +59,10 @@ pub struct Lab {
 impl Lab {
     /// Builds the program (without MPI: the ranks of these sections are threads of one process).
     pub fn open(quick: bool) -> Result<Self> {
-        Self::with(launch::build_program(None)?, quick)
+        let mut lab = Self::with(launch::build_program(None)?, quick)?;
+        // Other builds of it take its place there.
+        lab.program = lab.keep(&lab.program, "qwen3")?;
+        Ok(lab)
     }
 
     /// The same with a program that was built before.
@@ -38,7 +71,44 @@ impl Lab {
         let cache = release.join("report");
         std::fs::create_dir_all(&cache).with_context(|| format!("cannot make {}", cache.display()))?;
         let cores = std::thread::available_parallelism().map_or(1, usize::from);
-        Ok(Self { quick, cores, program, cache, commands: Vec::new() })
+        Ok(Self { quick, cores, program, mpi: None, cache, commands: Vec::new() })
+    }
+
+    /// A copy of a program that was just built.
+    fn keep(&self, program: &Path, name: &str) -> Result<PathBuf> {
+        let copy = self.cache.join(name);
+        std::fs::copy(program, &copy).with_context(|| format!("cannot copy {}", program.display()))?;
+        Ok(copy)
+    }
+
+    /// Whether there are MPI ranks; builds the program for them at the first call.
+    pub fn has_mpi(&mut self) -> Result<bool> {
+        if self.mpi.is_none() {
+            let found = Mpi::from_parts(&Parts::find()).ok();
+            let built = found
+                .map(|mpi| Ok::<_, anyhow::Error>((self.keep(&launch::build_program(Some(&mpi))?, "qwen3-mpi")?, mpi)));
+            self.mpi = Some(built.transpose()?.map(|(program, mpi)| (mpi, program)));
+        }
+        Ok(matches!(self.mpi, Some(Some(_))))
+    }
+
+    /// `count` MPI ranks, or where there is no MPI as many threads.
+    pub fn processes(&mut self, count: usize) -> Result<Ranks> {
+        Ok(if self.has_mpi()? { Ranks::Mpi(count) } else { Ranks::Threads(count) })
+    }
+
+    /// From here on every run counts its allocations; those of the section's own lab only.
+    pub fn counting(&mut self) -> Result<Lab> {
+        let features = ["count-allocations"];
+        let mpi = if self.has_mpi()? { self.mpi.clone().flatten().map(|(mpi, _)| mpi) } else { None };
+        let program = self.keep(&launch::build_with(mpi.as_ref(), &features)?, "qwen3-counting")?;
+        let mpi = Some(mpi.map(|mpi| (mpi, program.clone())));
+        Ok(Lab { program, mpi, cache: self.cache.clone(), commands: Vec::new(), ..*self })
+    }
+
+    /// A file of the lab.
+    pub fn file(&self, name: &str) -> String {
+        self.cache.join(name).to_string_lossy().into_owned()
     }
 
     /// A random checkpoint of a published shape, made at the first call and kept under the target folder.
@@ -73,6 +143,26 @@ impl Lab {
         self.note(args);
         let answer = self.run(args)?;
         serde_json::from_str(&answer).with_context(|| format!("qwen3 {} printed no JSON", args.join(" ")))
+    }
+
+    /// The same on several ranks.
+    pub fn json_on(&mut self, ranks: Ranks, args: &[&str]) -> Result<Value> {
+        let count = ranks.count().to_string();
+        let Ranks::Mpi(processes) = ranks else {
+            return self.json(&[args, &["--ranks", &count]].concat());
+        };
+        let Some(Some((mpi, program))) = self.mpi.clone() else { bail!("there is no MPI here") };
+        self.note(args);
+        if let Some(command) = self.commands.last_mut() {
+            *command = format!("mpirun -n {count} {command}");
+        }
+        eprintln!("report: mpirun -n {count} qwen3 {}", args.join(" "));
+        let mut command = mpi.launcher(processes, None, Bind::None, program.as_os_str());
+        let finished = process::run(command.args(args), DEADLINE, Output::Silent)?;
+        if !finished.ok() {
+            bail!("mpirun -n {count} qwen3 {}: {}", args.join(" "), finished.reason());
+        }
+        serde_json::from_str(&finished.stdout).with_context(|| format!("qwen3 {} printed no JSON", args.join(" ")))
     }
 
     /// The commands since the last call, for the end of a section.

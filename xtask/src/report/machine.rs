@@ -27,6 +27,14 @@ pub fn describe(root: &Path) -> String {
     out
 }
 
+/// When and of what a part of the page was measured.
+pub fn moment(root: &Path, quick: bool) -> String {
+    let cpuinfo = fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
+    let quick =
+        if quick { ", with `--quick`: it shows that the section works, not how fast the program is" } else { "" };
+    format!("at commit {} on {}{quick}", commit(root), processor(&cpuinfo))
+}
+
 /// How far the figures can be trusted.
 pub fn conditions(quick: bool, before: Option<f64>, after: Option<f64>) -> String {
     let mut out = String::from(

@@ -34,7 +34,7 @@ pub fn measure(lab: &mut Lab) -> Result<Section> {
     );
     text.push_str(&table(&rows));
     text.push_str(&lab.take_commands());
-    Ok(Section { title: "One machine: mixtures of experts", text, charts: Vec::new() })
+    Ok(Section { text, charts: Vec::new() })
 }
 
 fn table(rows: &[(String, &str, Value)]) -> String {

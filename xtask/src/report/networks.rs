@@ -1,0 +1,91 @@
+//! Real TCP between network namespaces of this machine: what `cargo xtask netbench` measures, as a section.
+
+use std::fmt::Write as _;
+
+use anyhow::{Context, Result};
+use serde_json::Value;
+
+use super::Section;
+use super::lab::Lab;
+use crate::netbench::{self, NetbenchArgs};
+
+/// Measures the section.
+pub fn measure(lab: &mut Lab) -> Result<Section> {
+    let file = lab.file("netbench.json");
+    std::fs::remove_file(&file).ok();
+    let args = NetbenchArgs {
+        quick: lab.quick,
+        json: Some(file.clone().into()),
+        ranks: vec![2, 4],
+        gbit: if lab.quick { vec![1.0] } else { vec![1.0, 10.0, 25.0] },
+        delay_us: 20,
+        inside: None,
+    };
+    netbench::command(&args)?;
+    let text = match std::fs::read_to_string(&file) {
+        Ok(text) => {
+            let found = serde_json::from_str(&text).with_context(|| format!("{file} is no JSON"))?;
+            format!("{}\n```sh\ncargo xtask netbench --json FILE\n```\n", page(&found))
+        }
+        Err(_) => "Not measured on this machine: `cargo xtask netbench` says what is missing.\n".to_owned(),
+    };
+    Ok(Section { text, charts: Vec::new() })
+}
+
+fn page(found: &Value) -> String {
+    let number = |value: &Value| value.as_f64().unwrap_or(f64::NAN);
+    let delay = match found["delay_us"].as_f64() {
+        Some(delay) => format!("a delay of {delay:.0} µs"),
+        None => "no delay of their own (this kernel has no netem)".to_owned(),
+    };
+    let mut out = format!(
+        "One rank of one thread in each of several network namespaces, links of limited speed and {delay} between them, {} over TCP; all \
+         ranks share the {} cores of this machine. Prompt {}, {} tokens generated; tokens a second, measured and as `qwen3 plan` predicted \
+         from a calibration over the same links.\n\n\
+         | Gbit/s | ranks | link as measured | strategy | wire | prompt | predicted | decode | predicted | bytes a token |\n\
+         |---|---|---|---|---|---|---|---|---|---|\n",
+        found["mpi"].as_str().unwrap_or("MPI"),
+        found["cores"],
+        found["prompt"].as_str().unwrap_or("?"),
+        found["generated"].as_str().unwrap_or("?"),
+    );
+    for network in found["networks"].as_array().into_iter().flatten() {
+        let link = &network["link"];
+        for run in network["runs"].as_array().into_iter().flatten() {
+            let [prefill, decode] = ["prefill", "decode"].map(|phase| {
+                format!("{:.1} | {:.1}", number(&run[phase]["tokens_per_s"]), number(&run[phase]["predicted"]))
+            });
+            let _ = writeln!(
+                out,
+                "| {} | {} | {:.1} µs, {:.3} GB/s | {} | {} | {prefill} | {decode} | {:.0} |",
+                network["gbit"],
+                network["ranks"],
+                number(&link["alpha_us"]),
+                number(&link["beta_gb_s"]),
+                run["strategy"].as_str().unwrap_or("?"),
+                run["wire"].as_str().unwrap_or("?"),
+                number(&run["token_bytes"]),
+            );
+        }
+    }
+    out
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    #[test]
+    fn a_row_for_each_run_of_each_network() {
+        let speed = |measured, predicted| json!({"tokens_per_s": measured, "predicted": predicted});
+        let run = json!({"strategy": "heads", "wire": "bf16", "prefill": speed(90.0, 100.0), "decode": speed(20.0, 25.0), "token_bytes": 114_688.0});
+        let page = page(&json!({
+            "mpi": "Open MPI 4", "cores": 2, "delay_us": null, "prompt": "256", "generated": "32",
+            "networks": [{"gbit": 1.0, "ranks": 2, "link": {"alpha_us": 20.0, "beta_gb_s": 0.11}, "runs": [run]}],
+        }));
+        let row = "| 1.0 | 2 | 20.0 µs, 0.110 GB/s | heads | bf16 | 90.0 | 100.0 | 20.0 | 25.0 | 114688 |\n";
+        assert!(page.ends_with(row) && page.contains("no netem") && page.contains("2 cores"), "{page}");
+    }
+}
