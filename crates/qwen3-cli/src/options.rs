@@ -99,9 +99,10 @@ pub struct EngineOptions {
     #[arg(long, value_parser = choice::<MlpSchedule>(&["fused", "naive", "gathered", "local"]), help_heading = "Computing")]
     pub mlp: Option<MlpSchedule>,
 
-    /// Of a mixture of experts, what each rank has: a part of every expert (inside), or whole experts (ranks, with --mlp fused)
-    #[arg(long, default_value = "inside", value_parser = choice::<ExpertSplit>(&["inside", "ranks"]), help_heading = "Computing")]
-    pub experts: ExpertSplit,
+    /// Of a mixture of experts, what each rank has: a part of every expert (inside), whole experts (ranks, with --mlp fused), or what the
+    /// plan recommends (auto; inside where --strategy is given)
+    #[arg(long, default_value = "auto", value_parser = choice::<ExpertChoice>(&["auto", "inside", "ranks"]), help_heading = "Computing")]
+    pub experts: ExpertChoice,
 
     /// Instruction set; auto takes the best one of this CPU (or what SIMD_KERNELS_ISA says)
     #[arg(long, default_value = "auto", value_parser = choice::<IsaChoice>(&["auto", "scalar", "avx2", "avx2-vnni"]), help_heading = "Computing")]
@@ -146,6 +147,18 @@ impl FromStr for StrategyChoice {
 
     fn from_str(name: &str) -> Result<Self, String> {
         if name == "auto" { Ok(Self(None)) } else { name.parse().map(|strategy| Self(Some(strategy))) }
+    }
+}
+
+/// `--experts`; `None` leaves it to the plan.
+#[derive(Clone, Copy, Debug)]
+pub struct ExpertChoice(pub Option<ExpertSplit>);
+
+impl FromStr for ExpertChoice {
+    type Err = String;
+
+    fn from_str(name: &str) -> Result<Self, String> {
+        if name == "auto" { Ok(Self(None)) } else { name.parse().map(|split| Self(Some(split))) }
     }
 }
 
@@ -204,21 +217,22 @@ impl EngineOptions {
         let share = (cores / neighbours.count).max(1);
         let threads = self.threads.map_or(share, usize::from);
         let kv = self.kv.unwrap_or(work.kv);
-        let (strategy, reason) = match self.grid.or(self.strategy.0) {
-            Some(strategy) => (strategy, None),
-            // The plan knows experts inside of ranks only; whole ones need the schedule of `heads`.
-            None if ranks == 1 || self.experts == ExpertSplit::Ranks => (ParallelStrategy::Heads, None),
+        let experts = self.experts.0;
+        let (strategy, experts, reason) = match self.grid.or(self.strategy.0) {
+            Some(strategy) => (strategy, experts.unwrap_or_default(), None),
+            None if ranks == 1 => (ParallelStrategy::Heads, experts.unwrap_or_default(), None),
             None => {
                 let (dir, weights, mlp, chunk) = (&*self.model, self.weights.0, self.mlp, self.chunk);
-                let (strategy, reason) = choose(rank, &Wanted { dir, weights, kv, mlp, chunk, threads, work })?;
-                (strategy, Some(reason))
+                let wanted = Wanted { dir, weights, kv, mlp, experts, chunk, threads, work };
+                let (strategy, experts, reason) = choose(rank, &wanted)?;
+                (strategy, experts, Some(reason))
             }
         };
         let options = ModelOptions {
             strategy,
             attention: self.attention,
             mlp: self.mlp,
-            experts: self.experts,
+            experts,
             weights: self.weights.0,
             kv,
             isa: self.isa.0,

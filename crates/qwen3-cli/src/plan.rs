@@ -4,8 +4,8 @@ use std::path::{Path, PathBuf};
 
 use clap::Args;
 use qwen3_model::{
-    Checkpoint, Config, KvFormat, LinkFigures, Machine, MlpSchedule, ModelError, ParallelStrategy, Plan, PlanInput,
-    Prediction, Share, WeightFormat, WeightFormats, plan,
+    Checkpoint, Config, ExpertSplit, KvFormat, LinkFigures, Machine, MlpSchedule, ModelError, ParallelStrategy, Plan,
+    PlanInput, Prediction, Share, WeightFormat, WeightFormats, plan,
 };
 use serde_json::{Value, json};
 
@@ -115,6 +115,7 @@ impl PlanArgs {
             generate: self.generate,
             chunk: 512,
             schedule: self.mlp,
+            experts: None,
             memory: None,
             all_schedules: self.all,
         });
@@ -150,7 +151,9 @@ impl PlanArgs {
             "figures": figures,
             "machine": machine,
             "ways": ways,
-            "recommended": { "strategy": best.strategy.to_string(), "mlp": best.schedule.to_string() },
+            "recommended": {
+                "strategy": best.strategy.to_string(), "mlp": best.schedule.to_string(), "experts": best.experts.to_string(),
+            },
         });
         format!("{object}\n")
     }
@@ -167,6 +170,7 @@ impl PlanArgs {
         json!({
             "strategy": way.strategy.to_string(),
             "mlp": way.schedule.to_string(),
+            "experts": way.experts.to_string(),
             "weight_bytes": way.weight_bytes,
             "kv_bytes": way.kv_bytes,
             "imbalance": {
@@ -193,14 +197,14 @@ impl PlanArgs {
             "  {} weights on a rank: {:.1} GB/s one token, {:.0} GFLOP/s many\n\n",
             rate.format, rate.read_gb_s, rate.gflops
         );
-        text += "way                 MB weights  MB cache  imbalance  calls/token  bytes/token  calls/prompt  MB/prompt  prompt tok/s  decode tok/s\n";
+        text += "way                            MB weights  MB cache  imbalance  calls/token  bytes/token  calls/prompt  MB/prompt  prompt tok/s  decode tok/s\n";
         for way in &plan.ways {
             let Prediction { prompt, token, imbalance, .. } = way;
             let uneven = [&imbalance.query_heads, &imbalance.columns, &imbalance.vocabulary];
             let uneven = uneven.iter().map(|share| share.imbalance()).fold(1.0, f64::max);
             text += &format!(
-                "{:<18} {:>11.1} {:>9.1} {:>10.2} {:>12} {:>12} {:>13} {:>10.2} {:>13.1} {:>13.1}\n",
-                format!("{} {}", way.strategy, way.schedule),
+                "{:<29} {:>11.1} {:>9.1} {:>10.2} {:>12} {:>12} {:>13} {:>10.2} {:>13.1} {:>13.1}\n",
+                format!("{} {}{}", way.strategy, way.schedule, whole_experts(way)),
                 most(&way.weight_bytes),
                 most(&way.kv_bytes),
                 uneven,
@@ -213,8 +217,13 @@ impl PlanArgs {
             );
         }
         let best = &plan.ways[plan.best];
-        text + &format!("\nrecommended: {} with feed-forward {}\n", best.strategy, best.schedule)
+        text + &format!("\nrecommended: {} with feed-forward {}{}\n", best.strategy, best.schedule, whole_experts(best))
     }
+}
+
+/// What a way's name says of experts.
+fn whole_experts(way: &Prediction) -> &'static str {
+    if way.experts == ExpertSplit::Ranks { " with whole experts" } else { "" }
 }
 
 /// What a command is going to do, as far as it is known before the model is loaded.
@@ -237,6 +246,8 @@ pub struct Wanted<'a> {
     pub kv: KvFormat,
     /// `--mlp`.
     pub mlp: Option<MlpSchedule>,
+    /// `--experts`.
+    pub experts: Option<ExpertSplit>,
     /// Prompt tokens of a pass.
     pub chunk: usize,
     /// Threads of a rank.
@@ -245,14 +256,18 @@ pub struct Wanted<'a> {
     pub work: Workload,
 }
 
-/// The strategy for a command, and why: rank 0 plans, all ranks get its choice. A checkpoint that cannot be read is left to loading to
-/// report.
-pub fn choose(rank: &Rank, wanted: &Wanted<'_>) -> Result<(ParallelStrategy, String), Failure> {
+/// The strategy for a command, the place of experts, and why: rank 0 plans, all ranks get its choice. A checkpoint that cannot be read, or
+/// has no experts where they are to be whole, is left to loading to report.
+pub fn choose(rank: &Rank, wanted: &Wanted<'_>) -> Result<(ParallelStrategy, ExpertSplit, String), Failure> {
     let comm = rank.comm();
     let (ranks, nodes) = (comm.size(), comm.machines());
-    let (name, reason) = rank.share(|| {
-        let Ok((config, weights)) = headers(wanted.dir, wanted.weights) else {
-            return Ok((ParallelStrategy::Heads.to_string(), String::new()));
+    let (name, experts, reason) = rank.share(|| {
+        let whole = wanted.experts == Some(ExpertSplit::Ranks);
+        let readable = headers(wanted.dir, wanted.weights).ok();
+        let fused = wanted.mlp.is_none_or(|schedule| schedule == MlpSchedule::Fused);
+        let Some((config, weights)) = readable.filter(|(config, _)| !whole || fused && config.moe.is_some()) else {
+            let experts = wanted.experts.unwrap_or_default();
+            return Ok((ParallelStrategy::Heads.to_string(), experts.to_string(), String::new()));
         };
         let link = rank.emulated_link().map(LinkFigures::from);
         let threads = Some(wanted.threads);
@@ -272,22 +287,26 @@ pub fn choose(rank: &Rank, wanted: &Wanted<'_>) -> Result<(ParallelStrategy, Str
             generate,
             chunk: wanted.chunk,
             schedule: wanted.mlp,
+            experts: wanted.experts,
             memory: available_memory().map(|bytes| bytes / ranks.div_ceil(nodes)),
             all_schedules: false,
         });
         let best = &plan.ways[plan.best];
         let share = |way: &Prediction| way.seconds(generate) / best.seconds(generate);
-        let others = plan.ways.iter().filter(|way| way.strategy != best.strategy);
-        let others: Vec<_> =
-            others.map(|way| format!("{} takes {:.2} times as long", way.strategy, share(way))).collect();
+        let others = plan.ways.iter().filter(|way| way.division() != best.division());
+        let others: Vec<_> = others
+            .map(|way| format!("{}{} takes {:.2} times as long", way.strategy, whole_experts(way), share(way)))
+            .collect();
         let reason = format!(
-            "{} for {prompt} and {generate} tokens on {ranks} ranks, {nodes} machines: {}; figures {figures}",
+            "{}{} for {prompt} and {generate} tokens on {ranks} ranks, {nodes} machines: {}; figures {figures}",
             best.strategy,
+            whole_experts(best),
             others.join(", ")
         );
-        Ok((best.strategy.to_string(), reason))
+        Ok((best.strategy.to_string(), best.experts.to_string(), reason))
     })?;
-    Ok((name.parse().expect("a strategy's own name"), reason))
+    let experts = experts.parse().expect("a place's own name");
+    Ok((name.parse().expect("a strategy's own name"), experts, reason))
 }
 
 /// Bytes that this machine can give to programs, where its system tells.

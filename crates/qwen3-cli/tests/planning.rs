@@ -46,7 +46,8 @@ fn a_plan_tells_memory_traffic_speed_and_imbalance_of_every_way() {
     let strategies: Vec<_> = ways.iter().map(|way| way["strategy"].as_str().unwrap()).collect();
     assert_eq!(strategies, ["heads", "sequence"]);
     for way in ways {
-        assert_eq!(keys(way), ["strategy", "mlp", "weight_bytes", "kv_bytes", "imbalance", "prompt", "token"], "{way}");
+        let names = ["strategy", "mlp", "experts", "weight_bytes", "kv_bytes", "imbalance", "prompt", "token"];
+        assert_eq!(keys(way), names, "{way}");
         for phase in ["prompt", "token"] {
             assert_eq!(keys(&way[phase]), ["calls", "bytes", "work_ms", "collectives_ms", "tokens_per_s"]);
             assert!(way[phase]["tokens_per_s"].as_f64().unwrap() > 0.0);

@@ -20,6 +20,7 @@ mod candidates;
 mod sampling;
 mod plan_machine;
 mod plan_weights;
+mod plan_experts;
 mod plan;
 mod presets;
 mod shards;

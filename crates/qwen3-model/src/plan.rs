@@ -6,11 +6,12 @@
 
 use comm::{Cluster, Collective, WireFormat, node_of};
 use ops::{ExpertSplit, KvFormat, LogitRows, MlpSchedule, TokenLayout};
-use tensor::WeightFormat;
+use tensor::{WeightFormat, split_range};
 
-use crate::config::Config;
+use crate::config::{Config, MoeConfig};
 use crate::heads::{HeadPlan, Imbalance};
 use crate::options::{Division, ParallelStrategy};
+use crate::plan_experts::expected_most;
 use crate::plan_machine::{Machine, Rate};
 use crate::plan_weights::{RankWeights, WeightFormats};
 use crate::traffic::TrafficModel;
@@ -18,6 +19,12 @@ use crate::traffic::TrafficModel;
 /// How much faster than the first way another has to be to be recommended instead. It is the error of predictions: on 2 ranks they lie
 /// within this of measured speeds (the section "Plan and measurement" of docs/performance.md), and the first needs least memory.
 const MARGIN: f64 = 0.2;
+
+/// Passes over the row of a visit to an expert: it is gathered, prepared, written and added up.
+const ROW_PASSES: f64 = 5.0;
+/// How many more visits than an equal share the fullest rank with whole experts has in a prompt. Routers are trained to spread the visits
+/// of many texts, those of one are less even: 1.1 was measured on 2 ranks with random weights.
+const SKEW: f64 = 1.1;
 
 /// What is planned for.
 #[derive(Clone, Copy, Debug)]
@@ -44,6 +51,8 @@ pub struct PlanInput<'a> {
     pub chunk: usize,
     /// The feed-forward schedule, where it is given.
     pub schedule: Option<MlpSchedule>,
+    /// How a mixture of experts lies on the ranks, where it is given.
+    pub experts: Option<ExpertSplit>,
     /// Bytes that weights and cache of a rank may take, where it is known: ways that need more are not recommended if there are others.
     pub memory: Option<usize>,
     /// Whether schedules that exchange more than they have to are listed too.
@@ -77,6 +86,8 @@ pub struct Prediction {
     pub strategy: ParallelStrategy,
     /// How they divide the feed-forward blocks.
     pub schedule: MlpSchedule,
+    /// How a mixture of experts lies on them.
+    pub experts: ExpertSplit,
     /// Bytes of weights of each rank.
     pub weight_bytes: Vec<usize>,
     /// Bytes of keys and values of each rank when prompt and answer are cached.
@@ -90,6 +101,11 @@ pub struct Prediction {
 }
 
 impl Prediction {
+    /// How the ranks divide the model.
+    pub fn division(&self) -> Division {
+        Division { strategy: self.strategy, schedule: self.schedule, experts: self.experts }
+    }
+
     /// Bytes of weights and cache of the rank that has most.
     pub fn memory(&self) -> usize {
         self.weight_bytes.iter().zip(&self.kv_bytes).map(|(weights, kv)| weights + kv).max().unwrap_or(0)
@@ -113,7 +129,7 @@ pub struct Plan {
 /// Predicts every way of splitting the model and recommends one.
 ///
 /// # Panics
-/// If there are no ranks or nodes, more nodes than ranks, or the chunk is 0.
+/// If there are no ranks or nodes, more nodes than ranks, or the chunk is 0; if whole experts are given and no way can have them.
 pub fn plan(input: &PlanInput<'_>) -> Plan {
     let PlanInput { ranks, nodes, chunk, .. } = *input;
     assert!((1..=ranks).contains(&nodes) && chunk > 0, "{ranks} ranks on {nodes} nodes, chunks of {chunk} tokens");
@@ -125,8 +141,14 @@ pub fn plan(input: &PlanInput<'_>) -> Plan {
         let own = if strategy == ParallelStrategy::Sequence { MlpSchedule::Local } else { MlpSchedule::Fused };
         let slow = [MlpSchedule::Naive, MlpSchedule::Gathered].into_iter().filter(|_| input.all_schedules);
         let schedules: Vec<_> = input.schedule.map_or_else(|| [own].into_iter().chain(slow).collect(), |one| vec![one]);
-        ways.extend(schedules.into_iter().map(|schedule| Way::new(input, strategy, schedule).predict()));
+        for schedule in schedules {
+            let whole = input.config.moe.is_some() && schedule == MlpSchedule::Fused && ranks > 1;
+            let splits = [ExpertSplit::Inside].into_iter().chain(whole.then_some(ExpertSplit::Ranks));
+            let splits = splits.filter(|split| input.experts.is_none_or(|given| given == *split));
+            ways.extend(splits.map(|experts| Way::new(input, Division { strategy, schedule, experts }).predict()));
+        }
     }
+    assert!(!ways.is_empty(), "whole experts on {ranks} ranks, with {:?} feed-forward", input.schedule);
     let fits = |way: &Prediction| input.memory.is_none_or(|most| way.memory() <= most);
     let any_fits = ways.iter().any(fits);
     // What does not fit takes for ever, unless nothing fits.
@@ -155,8 +177,7 @@ fn kv_position_bytes(format: KvFormat, head_dim: usize) -> usize {
 
 struct Way<'a> {
     input: &'a PlanInput<'a>,
-    strategy: ParallelStrategy,
-    schedule: MlpSchedule,
+    division: Division,
     tp: usize,
     sp: usize,
     shares: Vec<RankWeights>,
@@ -164,12 +185,11 @@ struct Way<'a> {
 }
 
 impl<'a> Way<'a> {
-    fn new(input: &'a PlanInput<'a>, strategy: ParallelStrategy, schedule: MlpSchedule) -> Self {
-        let (tp, sp) = strategy.grid(input.ranks);
-        let division = Division { strategy, schedule, experts: ExpertSplit::Inside };
+    fn new(input: &'a PlanInput<'a>, division: Division) -> Self {
+        let (tp, sp) = division.strategy.grid(input.ranks);
         let share = |rank| input.weights.of_rank(input.config, division, input.ranks, rank);
         let shares = (0..input.ranks).map(share).collect();
-        Self { input, strategy, schedule, tp, sp, shares, cluster: input.machine.cluster() }
+        Self { input, division, tp, sp, shares, cluster: input.machine.cluster() }
     }
 
     fn predict(&self) -> Prediction {
@@ -187,11 +207,13 @@ impl<'a> Way<'a> {
             past += tokens;
         }
         let granularity = self.input.weights.granularity();
-        let of = |ranks| Imbalance::new(config, ranks, granularity, ExpertSplit::Inside);
+        let Division { strategy, schedule, experts } = self.division;
+        let of = |ranks| Imbalance::new(config, ranks, granularity, experts);
         let imbalance = Imbalance { vocabulary: of(ranks).vocabulary, ..of(self.tp) };
         Prediction {
-            strategy: self.strategy,
-            schedule: self.schedule,
+            strategy,
+            schedule,
+            experts,
             weight_bytes: self.shares.iter().map(|share| share.bytes).collect(),
             kv_bytes: (0..ranks).map(|rank| self.kv_bytes(rank, prompt + generate) as usize).collect(),
             imbalance,
@@ -227,23 +249,24 @@ impl<'a> Way<'a> {
         let layout = TokenLayout::balanced(tokens, self.sp);
         let own = layout.count(rank / self.tp) as f64;
         // Ranks that only split positions bring their tokens together for feed-forward blocks that they split.
-        let together = self.tp == 1 && self.schedule != MlpSchedule::Local;
+        let together = self.tp == 1 && self.division.schedule != MlpSchedule::Local;
         let mlp_tokens = if together { tokens as f64 } else { own };
-        let visited = config.moe.as_ref().map_or(1.0, |moe| {
-            let missed = 1.0 - moe.num_experts_per_tok as f64 / moe.num_experts as f64;
-            1.0 - missed.max(0.0).powf(mlp_tokens)
-        });
+        let visited = config.moe.as_ref().map_or(1.0, |moe| self.visited(moe, mlp_tokens));
+        let skew = if self.division.experts == ExpertSplit::Ranks && tokens > 1 { SKEW } else { 1.0 };
         let layers = config.num_hidden_layers as f64;
         let mut seconds = layers * machine.rate(self.input.weights.main()).start_us * 1e-6;
         for (index, format) in WeightFormat::ALL.into_iter().enumerate() {
             let rate = machine.rate(format);
-            let elements = share.attention_elements[index] * own + share.mlp_elements[index] * mlp_tokens;
+            let mlp_elements = share.mlp_elements[index] + share.expert_elements[index] * skew;
+            let elements = share.attention_elements[index] * own + mlp_elements * mlp_tokens;
             seconds += longer(rate, share.always[index] + share.experts[index] * visited, 2.0 * elements);
             if rows != LogitRows::None {
                 // One row: there is nothing to wait for but the bytes.
                 seconds += longer(rate, share.head[index], 0.0);
             }
         }
+        let rows = 4.0 * share.expert_rows * mlp_tokens * skew;
+        seconds += longer(machine.rate(self.input.weights.main()), rows * ROW_PASSES, 0.0);
         let heads = HeadPlan::new(config, self.tp, rank % self.tp);
         let share = heads.query_heads.len() as f64 / config.num_attention_heads as f64;
         let flops = config.attention_flops(tokens, past) as f64 * share;
@@ -253,10 +276,23 @@ impl<'a> Way<'a> {
         seconds + longer(rate, self.kv_bytes(rank, past + tokens), flops)
     }
 
+    /// The part of its experts' bytes that the rank with most visits reads in a pass.
+    fn visited(&self, moe: &MoeConfig, tokens: f64) -> f64 {
+        let (experts, visits) = (moe.num_experts as f64, moe.num_experts_per_tok as f64);
+        let different = experts * (1.0 - (1.0 - visits / experts).powf(tokens));
+        if self.division.experts == ExpertSplit::Inside {
+            return different / experts;
+        }
+        // Where no ranks split weights, those that split positions divide the experts.
+        let ranks = if self.tp > 1 { self.tp } else { self.sp };
+        let shares: Vec<_> = (0..ranks).map(|rank| split_range(moe.num_experts, ranks, rank).len()).collect();
+        expected_most(&shares, different.round() as usize) / shares[0] as f64
+    }
+
     /// Calls, payload on the wire and seconds of a rank's collectives; the choice of the next token is one of them.
     fn collectives(&self, rank: usize, tokens: usize, past: usize, rows: LogitRows) -> (u64, u64, f64) {
         let PlanInput { config, ranks, nodes, wire, .. } = *self.input;
-        let (strategy, schedule) = (self.strategy, self.schedule);
+        let Division { strategy, schedule, .. } = self.division;
         let granularity = self.input.weights.granularity();
         let model = TrafficModel { config, ranks, rank, strategy, schedule, granularity };
         let node = |rank| node_of(rank, ranks, nodes);

@@ -47,6 +47,10 @@ pub(crate) struct RankWeights {
     /// Elements by format that a token of attention and of the feed-forward block visits.
     pub attention_elements: ByFormat,
     pub mlp_elements: ByFormat,
+    /// Those in experts, of evenly spread visits, with what narrow matrices take longer.
+    pub expert_elements: ByFormat,
+    /// Elements of the rows that a token's visits make, an expert's result each.
+    pub expert_rows: f64,
 }
 
 impl WeightFormats {
@@ -128,6 +132,12 @@ impl WeightFormats {
             let shape = BlockShape::new(config, index, layer.granule);
             let own = BlockShare::new(shape, division.schedule, division.experts, parts, part);
             let (inner, (down_rows, down_cols)) = (own.inner.len(), (own.down.0.len(), own.down.1.len()));
+            // A product with few columns, or few of a sum, spends more on its edges: as much as with so many columns more.
+            let edge = if layer.granule > 1 { 32.0 } else { 16.0 };
+            let narrow = 1.0 + edge / inner.max(1) as f64;
+            if moe.is_some() {
+                share.expert_rows += (own.experts.len() * visited * hidden) as f64 / experts as f64;
+            }
             for ([gate, up, down], run) in &layer.experts {
                 let count = run.end.min(own.experts.end).saturating_sub(run.start.max(own.experts.start));
                 for (format, rows, cols) in
@@ -135,9 +145,14 @@ impl WeightFormats {
                 {
                     let bytes = count * format.packed_bytes(rows, cols);
                     share.bytes += bytes;
-                    add(if moe.is_some() { &mut share.experts } else { &mut share.always }, format, bytes as f64);
-                    let visits = (count * visited) as f64 / experts as f64;
-                    add(&mut share.mlp_elements, format, visits * (rows * cols) as f64);
+                    let elements = (count * rows * cols) as f64;
+                    if moe.is_some() {
+                        add(&mut share.experts, format, bytes as f64);
+                        add(&mut share.expert_elements, format, elements * narrow * visited as f64 / experts as f64);
+                    } else {
+                        add(&mut share.always, format, bytes as f64);
+                        add(&mut share.mlp_elements, format, elements);
+                    }
                 }
             }
         }

@@ -5,9 +5,9 @@ use std::sync::Arc;
 
 use qwen3_model::comm::{ThreadComm, WireFormat};
 use qwen3_model::{
-    Checkpoint, Config, ExpertSplit, Isa, KvFormat, LinkFigures, LogitRows, Machine, MlpSchedule, Model, ModelOptions,
-    ParallelStrategy, Plan, PlanInput, Preset, SynthOptions, TrafficModel, WeightFormat, WeightFormats, plan,
-    synthesize,
+    Checkpoint, Config, Division, ExpertSplit, Isa, KvFormat, LinkFigures, LogitRows, Machine, MlpSchedule, Model,
+    ModelOptions, ParallelStrategy, Plan, PlanInput, Preset, SynthOptions, TrafficModel, WeightFormat, WeightFormats,
+    plan, synthesize,
 };
 
 fn folder(case: &str) -> PathBuf {
@@ -79,6 +79,7 @@ fn run(config: &Config, weights: &WeightFormats, machine: &Machine, change: impl
         generate: 64,
         chunk: 512,
         schedule: None,
+        experts: None,
         memory: None,
         all_schedules: true,
     };
@@ -140,4 +141,43 @@ fn recommendations_follow_the_machine() {
     assert!(seconds(WireFormat::Bf16) < seconds(WireFormat::F32));
     let alone = run(&config, &weights, &Machine::typical(1, 1, 2), |_| ());
     assert_eq!(best(alone).token.collective_seconds, 0.0);
+}
+
+/// A small mixture.
+fn mixture() -> (tempfile::TempDir, Config, WeightFormats) {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("model");
+    synthesize(&path, &SynthOptions { preset: Preset::TinyMoe, layers: None, seed: 1 }, &mut |_| ()).unwrap();
+    let config = Config::read(&path).unwrap();
+    let formats = WeightFormats::read(&config, &Checkpoint::open(&path).unwrap(), None).unwrap();
+    (dir, config, formats)
+}
+
+#[test]
+fn whole_experts_cost_tokens_and_save_prompts() {
+    let (_dir, config, weights) = mixture();
+    // Memory so slow that a token is reading, and arithmetic so slow that a prompt is that.
+    let mut machine = Machine::typical(4, 1, 1);
+    machine.rates[0].read_gb_s = 0.01;
+    machine.rates[0].gflops = 0.1;
+    machine.rates[0].start_us = 0.0;
+    let plan = run(&config, &weights, &machine, |input| input.prompt = 512);
+    let way = |experts| {
+        let division = Division { strategy: ParallelStrategy::Heads, schedule: MlpSchedule::Fused, experts };
+        plan.ways.iter().find(|way| way.division() == division).expect("it is listed")
+    };
+    let (inside, whole) = (way(ExpertSplit::Inside), way(ExpertSplit::Ranks));
+    // 8 experts of 64 columns: 4 ranks have 16 columns of each or 2 of them, and a token visits 2. Of the 28 sets of 2
+    // experts 4 are on one rank: 2 · 4/28 + 1 · 24/28 experts of 64 columns instead of 2 of 16.
+    assert_eq!(inside.weight_bytes, whole.weight_bytes);
+    let (own, share) = (whole.token.work_seconds, inside.token.work_seconds);
+    assert!(own > 1.1 * share && own < 2.3 * share, "{own} against {share} seconds");
+    let (own, share) = (whole.prompt.work_seconds, inside.prompt.work_seconds);
+    assert!(own < 0.9 * share, "{own} against {share} seconds");
+    assert_eq!((whole.token.calls, whole.token.bytes), (inside.token.calls, inside.token.bytes));
+    // Given, nothing else is listed; under a schedule without such a form it is not.
+    let given = run(&config, &weights, &machine, |input| input.experts = Some(ExpertSplit::Ranks));
+    assert!(given.ways.iter().all(|way| way.experts == ExpertSplit::Ranks));
+    let naive = run(&config, &weights, &machine, |input| input.schedule = Some(MlpSchedule::Naive));
+    assert!(naive.ways.iter().all(|way| way.experts == ExpertSplit::Inside));
 }
