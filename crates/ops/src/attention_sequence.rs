@@ -1,8 +1,10 @@
 //! Attention where each rank owns positions: queries meet the keys of all earlier positions, on
 //! whichever rank these are.
 //!
-//! Split tokens (prefill): the keys and values of the pass are gathered, and each rank attends its own
-//! queries to them. Keys of earlier passes stay where they are; the queries are gathered instead, each
+//! Split tokens (prefill): each rank attends its own queries to the keys and values of the whole pass. On one machine these are
+//! gathered first; between machines they go round in a ring, and a rank attends to one block of them while the next one
+//! travels. Since each rank has an early and a late part of the pass, every block is the same work for it.
+//! Keys of earlier passes stay where they are; the queries are gathered instead, each
 //! rank attends all of them to the keys that it holds, and the partial results merge by their softmax
 //! state `(m, s, o)`: `m = max mᵢ`, `s = Σ sᵢ·e^(mᵢ−m)`, `o = Σ oᵢ·e^(mᵢ−m) / s` (an Allreduce of the
 //! maxima, a Reduce-scatter of the rescaled rest).
@@ -10,15 +12,20 @@
 //! Replicated tokens (decode): each rank attends to the keys that it holds, and one Allgather of the
 //! states lets every rank merge them all.
 
+use std::ops::Range;
+use std::slice::from_ref;
+
 use comm::{CommError, CommunicatorExt, ReduceOp};
-use simd_kernels::{KvHead, SoftmaxState};
+use simd_kernels::KvHead;
 use tensor::Activations;
 
-use crate::attention::{Attend, AttentionScratch, AttentionSpec, Partial, attend, norm_and_rotate};
+use crate::attention::{Attend, AttentionScratch, AttentionShape, AttentionSpec, attend, norm_and_rotate};
 use crate::context::Context;
 use crate::kv_cache::LayerCache;
+use crate::kv_ring::KvRing;
 use crate::layout::TokenLayout;
 use crate::linear::{slice, slice_mut};
+use crate::merged::Merged;
 
 /// The tokens of a pass among all positions of their sequence.
 #[derive(Clone, Copy)]
@@ -97,14 +104,13 @@ fn attend_replicated(
     gathered.resize(message.len() * ctx.positions.size(), 0.0);
     ctx.positions.all_gather(message, gathered)?;
     let rows = partial.max.len();
-    let mut merged = SoftmaxState::new();
-    merged.reset(rows, spec.shape.head_dim);
+    let mut merged = Merged::new(ctx, qkv.nrows(), spec.shape);
     for state in gathered.chunks_exact(message.len().max(1)) {
         let (max, rest) = state.split_at(rows);
         let (sum, acc) = rest.split_at(rows);
-        merged.merge_rows(ctx.isa, max, sum, acc);
+        merged.add(ctx, max, sum, acc);
     }
-    write_merged(ctx, &merged, spec.shape.head_dim, out);
+    merged.write(ctx, out);
     Ok(())
 }
 
@@ -117,48 +123,62 @@ fn attend_split(
     scratch: &mut AttentionScratch,
     out: &mut Activations,
 ) -> Result<(), CommError> {
-    let chunk = gather_chunk(ctx, spec, span, qkv, cache)?;
-    let visible: Vec<_> = span.layout.indices(ctx.positions.rank()).map(|index| index + 1).collect();
-    let task = attend_to(spec, slice(qkv), qkv.ncols(), &visible, chunk.heads());
-    if span.start == 0 {
-        attend(ctx, &task, &mut scratch.tasks, out, None);
+    let (shape, layout) = (spec.shape, span.layout);
+    let width = 2 * shape.kv_width();
+    let own: Vec<_> = layout.indices(ctx.positions.rank()).collect();
+    let keys = columns(qkv, shape.query_width(), width);
+    if layout.goes_round(ctx.positions.machines()) {
+        let mut ring = KvRing::new(ctx, layout, width, keys);
+        let mut merged = if span.start == 0 {
+            Merged::new(ctx, own.len(), shape)
+        } else {
+            attend_past(ctx, spec, span, qkv, cache, scratch, Some(&mut ring))?
+        };
+        while let Some((owner, keys)) = ring.next()? {
+            let block = block_of(ctx, shape, cache, &keys, from_ref(&(0..layout.count(owner))));
+            let held: Vec<_> = layout.indices(owner).collect();
+            let visible: Vec<_> = own.iter().map(|index| held.partition_point(|key| key <= index)).collect();
+            let task = attend_to(spec, slice(qkv), qkv.ncols(), &visible, block.heads());
+            attend(ctx, &task, &mut scratch.tasks, out, Some(&mut scratch.partial));
+            merged.add(ctx, slice(&scratch.partial.max), slice(&scratch.partial.sum), slice(out));
+        }
+        merged.write(ctx, out);
     } else {
-        let past = attend_past(ctx, spec, span, qkv, cache, scratch)?;
-        attend(ctx, &task, &mut scratch.tasks, out, Some(&mut scratch.partial));
-        let Partial { max, sum } = &scratch.partial;
-        let mut merged = past;
-        merged.merge_rows(ctx.isa, slice(max), slice(sum), slice(out));
-        write_merged(ctx, &merged, spec.shape.head_dim, out);
+        let mut gathered = vec![0.0; layout.tokens() * width];
+        ctx.positions.all_gather_v(&keys, &layout.lengths(ctx.positions.size(), width), &mut gathered)?;
+        let block = block_of(ctx, shape, cache, &gathered, &layout.gathered_ranges());
+        let visible: Vec<_> = own.iter().map(|index| index + 1).collect();
+        let task = attend_to(spec, slice(qkv), qkv.ncols(), &visible, block.heads());
+        if span.start == 0 {
+            attend(ctx, &task, &mut scratch.tasks, out, None);
+        } else {
+            let mut merged = attend_past(ctx, spec, span, qkv, cache, scratch, None)?;
+            attend(ctx, &task, &mut scratch.tasks, out, Some(&mut scratch.partial));
+            merged.add(ctx, slice(&scratch.partial.max), slice(&scratch.partial.sum), slice(out));
+            merged.write(ctx, out);
+        }
     }
-    cache.push(ctx, slice(qkv), spec.shape, 0..qkv.nrows());
+    cache.push(ctx, slice(qkv), shape, 0..qkv.nrows());
     Ok(())
 }
 
-/// The keys and values of all tokens of the pass, in their order: one Allgatherv of tokens · 2 · `kv_width` · 4 bytes.
-fn gather_chunk(
+/// Keys and values of some tokens, stored as `cache` stores them: the given ranges of rows `keys`, [tokens, 2 * `kv_width`].
+fn block_of(
     ctx: &Context,
-    spec: &AttentionSpec<'_>,
-    span: &SequenceSpan<'_>,
-    qkv: &Activations,
+    shape: &AttentionShape,
     cache: &LayerCache,
-) -> Result<LayerCache, CommError> {
-    let (shape, width) = (spec.shape, 2 * spec.shape.kv_width());
-    let tokens = span.layout.tokens();
-    let own: Vec<f32> = columns(qkv, shape.query_width(), width);
-    let mut gathered = vec![0.0; tokens * width];
-    ctx.positions.all_gather_v(&own, &span.layout.lengths(ctx.positions.size(), width), &mut gathered)?;
-    // Rows as the cache takes them: room for the queries, then keys and values, in token order.
-    let mut ordered = vec![0.0; tokens * shape.qkv_width()];
-    for (row, index) in gathered.chunks_exact(width.max(1)).zip(span.layout.gathered_order()) {
-        ordered[index * shape.qkv_width() + shape.query_width()..][..width].copy_from_slice(row);
-    }
-    let mut chunk = cache.empty_like();
-    chunk.reserve(tokens);
-    chunk.push(ctx, &ordered, shape, 0..tokens);
-    Ok(chunk)
+    keys: &[f32],
+    rows: &[Range<usize>],
+) -> LayerCache {
+    // The same heads without their queries.
+    let bare = AttentionShape { groups: vec![0..0; shape.groups.len()], head_dim: shape.head_dim };
+    let mut block = cache.empty_like();
+    block.reserve(keys.len() / bare.qkv_width().max(1));
+    rows.iter().for_each(|rows| block.push(ctx, keys, &bare, rows.clone()));
+    block
 }
 
-/// The state of this rank's queries after all keys of earlier passes, wherever they are.
+/// What this rank's queries find in all keys of earlier passes, wherever they are. A block of `ring` travels meanwhile.
 fn attend_past(
     ctx: &Context,
     spec: &AttentionSpec<'_>,
@@ -166,7 +186,8 @@ fn attend_past(
     qkv: &Activations,
     cache: &LayerCache,
     scratch: &mut AttentionScratch,
-) -> Result<SoftmaxState, CommError> {
+    mut ring: Option<&mut KvRing<'_>>,
+) -> Result<Merged, CommError> {
     let (heads, head_dim, width) = (spec.shape.heads(), spec.shape.head_dim, spec.shape.query_width());
     let tokens = span.layout.tokens();
     let AttentionScratch { tasks, partial, past, message, gathered } = scratch;
@@ -174,7 +195,13 @@ fn attend_past(
     let own = columns(qkv, 0, width);
     ctx.positions.all_gather_v(&own, &span.layout.lengths(ctx.positions.size(), width), gathered)?;
     let visible = vec![span.held.len(); tokens];
+    if let Some(ring) = &mut ring {
+        ring.pass_on();
+    }
     attend(ctx, &attend_to(spec, gathered, width, &visible, cache.heads()), tasks, past, Some(partial));
+    if let Some(ring) = &mut ring {
+        ring.settle()?;
+    }
 
     let own_max = slice(&partial.max).to_vec();
     ctx.positions.all_reduce(slice_mut(&mut partial.max), ReduceOp::Max)?;
@@ -189,19 +216,18 @@ fn attend_past(
     }
     let counts = span.layout.lengths(ctx.positions.size(), heads + width);
     let own = span.layout.count(ctx.positions.rank());
-    let mut merged = vec![0.0; own * (heads + width)];
-    ctx.positions.reduce_scatter(message, &counts, &mut merged)?;
+    let mut reduced = vec![0.0; own * (heads + width)];
+    ctx.positions.reduce_scatter(message, &counts, &mut reduced)?;
 
     let first: usize = (0..ctx.positions.rank()).map(|rank| span.layout.count(rank)).sum();
     let (mut sum, mut acc) = (Vec::with_capacity(own * heads), Vec::with_capacity(own * width));
-    for row in merged.chunks_exact(heads + width) {
+    for row in reduced.chunks_exact(heads + width) {
         sum.extend_from_slice(&row[..heads]);
         acc.extend_from_slice(&row[heads..]);
     }
-    let mut state = SoftmaxState::new();
-    state.reset(own * heads, head_dim);
-    state.merge_rows(ctx.isa, &slice(&partial.max)[first * heads..(first + own) * heads], &sum, &acc);
-    Ok(state)
+    let mut merged = Merged::new(ctx, own, spec.shape);
+    merged.add(ctx, &slice(&partial.max)[first * heads..(first + own) * heads], &sum, &acc);
+    Ok(merged)
 }
 
 fn attend_to<'a>(
@@ -218,10 +244,4 @@ fn attend_to<'a>(
 fn columns(rows: &Activations, start: usize, width: usize) -> Vec<f32> {
     let stride = rows.ncols().max(1);
     slice(rows).chunks_exact(stride).flat_map(|row| &row[start..start + width]).copied().collect()
-}
-
-fn write_merged(ctx: &Context, state: &SoftmaxState, head_dim: usize, out: &mut Activations) {
-    for (row, out) in slice_mut(out).chunks_exact_mut(head_dim).enumerate() {
-        state.write(ctx.isa, row, out);
-    }
 }

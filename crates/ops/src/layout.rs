@@ -4,6 +4,10 @@ use std::ops::Range;
 
 use tensor::split_range;
 
+/// Tokens of a rank from which its keys and values go round. On 2 ranks with 1 GbE between them the shape of Qwen3-0.6B loses 2 % to it
+/// with 256 tokens a rank, and gains 2 % with 512 and 6 % with 1024.
+const ROUND_TOKENS: usize = 512;
+
 /// How the tokens of one forward pass lie on the ranks.
 ///
 /// `Split` gives rank i the chunks i and 2R−1−i of 2R: causal attention costs the later chunks
@@ -43,6 +47,12 @@ impl TokenLayout {
         matches!(self, Self::Split { .. })
     }
 
+    /// Whether keys and values of the pass go round the ranks block by block instead of being gathered: where they travel between
+    /// machines, and a block is long enough for attention to it to take longer than merging its result.
+    pub fn goes_round(&self, machines: usize) -> bool {
+        matches!(*self, Self::Split { tokens, ranks } if machines > 1 && tokens >= ranks * ROUND_TOKENS)
+    }
+
     /// The tokens of `rank`, as up to two ascending ranges of indices into the pass.
     pub fn ranges(&self, rank: usize) -> [Range<usize>; 2] {
         match *self {
@@ -69,6 +79,20 @@ impl TokenLayout {
         (0..ranks).map(|rank| self.count(rank) * width).collect()
     }
 
+    /// The rows of a gather in the order of the tokens: consecutive ranges.
+    pub fn gathered_ranges(&self) -> Vec<Range<usize>> {
+        let Self::Split { ranks, .. } = *self else { return std::iter::once(0..self.tokens()).collect() };
+        let mut first = 0;
+        let mut ranges = vec![0..0; 2 * ranks];
+        for rank in 0..ranks {
+            let [early, late] = self.ranges(rank).map(|range| range.len());
+            ranges[rank] = first..first + early;
+            ranges[2 * ranks - 1 - rank] = first + early..first + early + late;
+            first += early + late;
+        }
+        ranges
+    }
+
     /// The index of each token in the order of a gather: rank 0's tokens, rank 1's, and so on.
     pub fn gathered_order(&self) -> Vec<usize> {
         match self {
@@ -90,6 +114,9 @@ mod tests {
                 let mut order = layout.gathered_order();
                 order.sort_unstable();
                 assert_eq!(order, (0..tokens).collect::<Vec<_>>(), "{tokens} tokens, {ranks} ranks");
+                let gathered = layout.gathered_order();
+                let rows = layout.gathered_ranges().into_iter().flatten().map(|row| gathered[row]);
+                assert!(rows.eq(0..tokens), "{tokens} tokens, {ranks} ranks");
                 if layout.is_split() {
                     let work = |rank| layout.indices(rank).map(|i| i + 1).sum::<usize>();
                     let (least, most) = ((0..ranks).map(work).min(), (0..ranks).map(work).max());

@@ -294,7 +294,7 @@ impl<'a> Way<'a> {
         let PlanInput { config, ranks, nodes, wire, .. } = *self.input;
         let Division { strategy, schedule, .. } = self.division;
         let granularity = self.input.weights.granularity();
-        let model = TrafficModel { config, ranks, rank, strategy, schedule, granularity };
+        let model = TrafficModel { config, ranks, nodes, rank, strategy, schedule, granularity };
         let node = |rank| node_of(rank, ranks, nodes);
         let row: Vec<usize> = (0..self.tp).map(|i| node(rank / self.tp * self.tp + i)).collect();
         let column: Vec<usize> = (0..self.sp).map(|i| node(rank % self.tp + i * self.tp)).collect();
@@ -317,6 +317,10 @@ impl<'a> Way<'a> {
             };
             calls += entry.calls;
             bytes += payload;
+            if entry.collective == Collective::Send {
+                // In a ring a rank receives at the same time.
+                continue;
+            }
             seconds += entry.calls as f64 * self.cluster.seconds(entry.collective, group, each);
         }
         if ranks > 1 && rows != LogitRows::None {

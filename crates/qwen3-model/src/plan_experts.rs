@@ -70,7 +70,9 @@ mod tests {
         for set in 0u32..1 << rank_of.len() {
             if set.count_ones() as usize == visits {
                 let mut on = vec![0; experts.len()];
-                (0..rank_of.len()).filter(|expert| (set >> expert) & 1 == 1).for_each(|expert| on[rank_of[expert]] += 1);
+                (0..rank_of.len())
+                    .filter(|expert| (set >> expert) & 1 == 1)
+                    .for_each(|expert| on[rank_of[expert]] += 1);
                 (sets, sum) = (sets + 1, sum + on.iter().max().unwrap());
             }
         }

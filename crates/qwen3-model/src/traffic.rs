@@ -4,7 +4,7 @@
 //! one rank's ledger: calls, and payload bytes as the ledger defines them (the whole buffer of an Allreduce, Reduce-scatter or
 //! Broadcast, the whole gathered result of an Allgather), with f32 on the wire.
 
-use comm::Collective;
+use comm::{Collective, node_of};
 use ops::{LogitRows, MlpSchedule, TokenLayout};
 use tensor::split_granular;
 
@@ -22,6 +22,8 @@ pub struct TrafficModel<'a> {
     pub config: &'a Config,
     /// Ranks that share it.
     pub ranks: usize,
+    /// Machines on which they lie, in equal contiguous blocks.
+    pub nodes: usize,
     /// The rank whose ledger is predicted; all agree unless the ranks form a grid or heads are split unevenly.
     pub rank: usize,
     /// What they divide.
@@ -118,17 +120,32 @@ impl TrafficModel<'_> {
             // The softmax states of all ranks: maximum and sum of each head, accumulators of each element.
             sum.add(Collective::Allgather, 1, sp * tokens * (2 * heads + queries));
         }
-        if split {
+        let layout = TokenLayout::balanced(tokens, sp);
+        if layout.goes_round(self.machines(tp, sp)) {
+            // Every block but the next rank's leaves, every block but this rank's own arrives.
+            let block = |number: usize| 2 * keys * layout.count((self.rank / tp + sp - number) % sp);
+            (1..sp).for_each(|number| {
+                sum.add(Collective::Send, 1, block(number - 1));
+                sum.add(Collective::Recv, 1, block(number));
+            });
+        } else if split {
             sum.add(Collective::Allgatherv, 1, tokens * 2 * keys);
-            if past > 0 {
-                sum.add(Collective::Allgatherv, 1, tokens * queries);
-                sum.add(Collective::Allreduce, 1, tokens * heads);
-                sum.add(Collective::ReduceScatter, 1, tokens * (heads + queries));
-            }
+        }
+        if split && past > 0 {
+            sum.add(Collective::Allgatherv, 1, tokens * queries);
+            sum.add(Collective::Allreduce, 1, tokens * heads);
+            sum.add(Collective::ReduceScatter, 1, tokens * (heads + queries));
         }
         if tp > 1 {
             sum.add(Collective::Allreduce, 1, own * self.config.hidden_size);
         }
+    }
+
+    /// Machines on which the ranks lie that hold the same heads as this one.
+    fn machines(&self, tp: usize, sp: usize) -> usize {
+        let mut nodes: Vec<_> = (0..sp).map(|row| node_of(row * tp + self.rank % tp, self.ranks, self.nodes)).collect();
+        nodes.dedup();
+        nodes.len()
     }
 
     fn feed_forward(&self, pass: Pass, layer: usize, sum: &mut Sum) {

@@ -99,6 +99,7 @@ fn calls_and_bytes_are_those_of_the_traffic_model() {
                     let model = TrafficModel {
                         config: &config,
                         ranks,
+                        nodes: 1,
                         rank,
                         strategy: way.strategy,
                         schedule: way.schedule,

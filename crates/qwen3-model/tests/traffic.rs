@@ -3,7 +3,7 @@
 use std::path::Path;
 use std::sync::Arc;
 
-use comm::{Collective, ThreadComm};
+use comm::{Collective, EmulatedComm, Link, ThreadComm};
 use qwen3_model::{
     Config, Isa, LogitRows, MlpSchedule, Model, ModelOptions, ParallelStrategy, Preset, SynthOptions, Traffic,
     TrafficModel, WeightFormat, synthesize,
@@ -30,7 +30,7 @@ fn sparse() -> Config {
 }
 
 fn model(config: &Config, ranks: usize, strategy: ParallelStrategy, schedule: MlpSchedule) -> TrafficModel<'_> {
-    TrafficModel { config, ranks, rank: 0, strategy, schedule, granularity: 1 }
+    TrafficModel { config, ranks, nodes: 1, rank: 0, strategy, schedule, granularity: 1 }
 }
 
 fn entry(collective: Collective, calls: u64, payload_bytes: u64) -> Traffic {
@@ -105,6 +105,17 @@ fn sequence() {
         entry(ReduceScatter, 2, 2 * 64 * (16 + 2048) * 4),
     ];
     assert_eq!(found, expected);
+    // Between machines keys and values of a long pass go round: 3 of 4 blocks leave a rank, and 3 arrive.
+    use Collective::{Recv, Send};
+    let apart = TrafficModel { nodes: 2, ..base };
+    let bytes = |tokens: u64| 2 * tokens * 2048 * 4;
+    let three = bytes(3 * 512);
+    assert_eq!(apart.forward(2048, 0, LogitRows::None), [entry(Send, 6, three), entry(Recv, 6, three)]);
+    assert_eq!(apart.forward(2047, 0, LogitRows::None), [entry(Allgatherv, 2, bytes(2047))]);
+    // 2049 tokens are 8 chunks, of which rank 0's first is one longer: that one does not come to rank 0 and does not leave rank 3.
+    let of = |rank| TrafficModel { rank, ..apart }.forward(2049, 0, LogitRows::None);
+    assert_eq!(of(0), [entry(Send, 6, three + bytes(1)), entry(Recv, 6, three)]);
+    assert_eq!(of(3), [entry(Send, 6, three), entry(Recv, 6, three + bytes(1))]);
     // Decode: every rank has the token and its own keys.
     assert_eq!(base.forward(1, 64, LogitRows::Last), [entry(Allgather, 2, 2 * 4 * (32 + 2048) * 4)]);
     // Split weights: tokens are gathered, results scattered.
@@ -114,10 +125,18 @@ fn sequence() {
 }
 
 /// What the ledger of each rank counts for each of the passes, one after the other on one cache.
-fn counted(dir: &Path, ranks: usize, options: ModelOptions, passes: &[(usize, LogitRows)]) -> Vec<Vec<Vec<Traffic>>> {
+fn counted(
+    dir: &Path,
+    (ranks, nodes): (usize, usize),
+    options: ModelOptions,
+    passes: &[(usize, LogitRows)],
+) -> Vec<Vec<Vec<Traffic>>> {
+    // A link that costs nothing, but is one between machines.
+    let link = Link { latency: 0.0, bandwidth: f64::INFINITY };
     let run = |comm: ThreadComm| {
+        let comm = EmulatedComm::new(Arc::new(comm), link, nodes).expect("no more nodes than ranks");
         let model = Model::load(dir, Arc::new(comm), &options, &|_| ()).expect("the model loads");
-        let mut cache = model.new_cache(64);
+        let mut cache = model.new_cache(passes.iter().map(|(tokens, _)| tokens).sum());
         let count = |&(tokens, rows): &(usize, LogitRows)| {
             model.comm().ledger().reset();
             model.forward(&mut cache, &vec![3; tokens], rows).expect("a pass");
@@ -148,8 +167,9 @@ fn the_ledger_counts_what_was_predicted_for_quantized_weights() {
             for (schedule, ranks) in schedules.into_iter().flat_map(|schedule| [(schedule, 2), (schedule, 3)]) {
                 let (mlp, weights) = (Some(schedule), Some(WeightFormat::Q8));
                 let options = ModelOptions { strategy, mlp, weights, ..ModelOptions::new(Isa::scalar()) };
-                for (rank, counted) in counted(&dir, ranks, options, &passes).into_iter().enumerate() {
-                    let model = TrafficModel { config: &config, ranks, rank, strategy, schedule, granularity: 32 };
+                for (rank, counted) in counted(&dir, (ranks, 1), options, &passes).into_iter().enumerate() {
+                    let model =
+                        TrafficModel { config: &config, ranks, nodes: 1, rank, strategy, schedule, granularity: 32 };
                     let mut past = 0;
                     for (counted, (tokens, rows)) in counted.into_iter().zip(passes) {
                         let predicted = model.forward(tokens, past, rows);
@@ -158,6 +178,32 @@ fn the_ledger_counts_what_was_predicted_for_quantized_weights() {
                         past += tokens;
                     }
                 }
+            }
+        }
+    }
+}
+
+#[test]
+fn the_ledger_counts_keys_that_go_round() {
+    use LogitRows::{All, Last, None};
+    let folder = tempfile::tempdir().expect("a folder");
+    let dir = folder.path().join("tiny");
+    synthesize(&dir, &SynthOptions { preset: Preset::Tiny, layers: Some(2), seed: 1 }, &mut |_| ()).expect("written");
+    let config = Config::read(&dir).expect("valid");
+    let passes = [(1541, None), (1600, All), (100, Last), (1, Last)];
+    let grid = ParallelStrategy::Grid { tp: 2, sp: 2 };
+    let sequence = ParallelStrategy::Sequence;
+    for (ranks, nodes, strategy) in [(2, 2, sequence), (3, 2, sequence), (3, 3, sequence), (4, 2, grid), (4, 4, grid)] {
+        let options = ModelOptions { strategy, ..ModelOptions::new(Isa::avx2().unwrap_or(Isa::scalar())) };
+        let schedule = options.schedule();
+        for (rank, counted) in counted(&dir, (ranks, nodes), options, &passes).into_iter().enumerate() {
+            let model = TrafficModel { config: &config, ranks, nodes, rank, strategy, schedule, granularity: 1 };
+            assert!(counted[0].iter().any(|entry| entry.collective == Collective::Send), "{strategy} {ranks} {nodes}");
+            let mut past = 0;
+            for (counted, (tokens, rows)) in counted.into_iter().zip(passes) {
+                let label = format!("rank {rank} of {ranks} on {nodes}, {strategy}, {tokens} after {past}");
+                assert_eq!(counted, model.forward(tokens, past, rows), "{label}");
+                past += tokens;
             }
         }
     }

@@ -3,10 +3,11 @@
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use comm::{Communicator, CommunicatorExt, SoloComm, ThreadComm};
+use comm::{Communicator, CommunicatorExt, EmulatedComm, Link, SoloComm, ThreadComm};
 use qwen3_model::{
-    Checkpoint, Config, ExpertSplit, Imbalance, Isa, LogitRows, MlpSchedule, Model, ModelOptions, ParallelStrategy,
-    RankPlan, Sampler, SamplingParams, TensorRole, WeightFormat, WeightFormats, quantize, tensor_specs,
+    AttentionAlgorithm, Checkpoint, Config, ExpertSplit, Imbalance, Isa, LogitRows, MlpSchedule, Model, ModelOptions,
+    ParallelStrategy, RankPlan, Sampler, SamplingParams, TensorRole, WeightFormat, WeightFormats, quantize,
+    tensor_specs,
 };
 use rand::rngs::StdRng;
 use rand::{RngExt, SeedableRng};
@@ -27,7 +28,7 @@ fn config(heads: usize, kv_heads: usize, columns: usize, vocabulary: usize) -> V
     json!({
         "model_type": "qwen3", "hidden_size": 64, "intermediate_size": columns, "num_hidden_layers": 2,
         "num_attention_heads": heads, "num_key_value_heads": kv_heads, "head_dim": 32, "vocab_size": vocabulary,
-        "max_position_embeddings": 128, "rms_norm_eps": 1e-6, "rope_theta": 1e4
+        "max_position_embeddings": 4096, "rms_norm_eps": 1e-6, "rope_theta": 1e4
     })
 }
 
@@ -291,6 +292,36 @@ fn quantized() {
         Case::new(&sparse(5, 3 * 32), Some(format)).check();
     }
     Case::quantized(&sparse(6, 2 * 32), WeightFormat::Q8).check();
+}
+
+/// Between machines keys and values of long passes go round the ranks; here also after earlier passes, and in uneven blocks.
+#[test]
+fn long_prompts_on_several_machines() {
+    let mut case = Case::new(&config(4, 2, 40, 50), None);
+    case.prompt = (0..1637).map(|index| (index * index + 3 * index) % 50).collect();
+    let model = Model::load(
+        &case.dir,
+        Arc::new(SoloComm::new()),
+        &case.options(ParallelStrategy::Heads, Isa::scalar()),
+        &|_| (),
+    );
+    (case.logits, case.greedy) = run(&model.unwrap(), &case.prompt, &[usize::MAX]);
+    let link = Link { latency: 0.0, bandwidth: f64::INFINITY };
+    let grid = ParallelStrategy::Grid { tp: 2, sp: 2 };
+    let sequence = ParallelStrategy::Sequence;
+    for (ranks, machines, strategy) in [(2, 2, sequence), (3, 2, sequence), (3, 3, sequence), (4, 2, grid)] {
+        for attention in [AttentionAlgorithm::Streaming, AttentionAlgorithm::Materialized] {
+            let options = case.options(strategy, Isa::avx2().unwrap_or(Isa::scalar()));
+            let options = ModelOptions { attention, threads: 1 + ranks % 2, ..options };
+            std::thread::scope(|scope| {
+                for comm in ThreadComm::group(ranks) {
+                    let comm = EmulatedComm::new(Arc::new(comm), link, machines).unwrap();
+                    let case = &case;
+                    scope.spawn(move || case.check_rank(Arc::new(comm), &options));
+                }
+            });
+        }
+    }
 }
 
 #[test]

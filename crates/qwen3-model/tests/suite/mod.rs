@@ -71,6 +71,7 @@ fn check_traffic(model: &Model, prompt: &[u32], label: &str) {
     let prediction = TrafficModel {
         config: model.config(),
         ranks: comm.size(),
+        nodes: comm.machines(),
         rank: comm.rank(),
         strategy: options.strategy,
         schedule: options.schedule(),
