@@ -178,14 +178,20 @@ impl Call<'_> {
                 if ready()? {
                     return Ok(());
                 }
-                return Err(self.site.peer_failed(rank, reason));
+                let missing = if rank == self.site.world[self.site.rank] { self.in_job(late()) } else { vec![] };
+                return Err(CommError::PeerFailed { place: self.site.place, rank, reason, missing });
             }
             if waited >= self.timeout {
-                let missing = late().into_iter().map(|rank| self.site.world[rank]).collect();
+                let missing = self.in_job(late());
                 let rank = self.site.world[self.site.rank];
                 return Err(CommError::Timeout { place: self.site.place, rank, missing, waited });
             }
         }
+    }
+
+    /// Ranks of the communicator as ranks of the whole job.
+    fn in_job(&self, ranks: Vec<usize>) -> Vec<usize> {
+        ranks.into_iter().map(|rank| self.site.world[rank]).collect()
     }
 
     /// The same call among other ranks: those of one machine, say. `world` and `rank` are as in [`Site`].
@@ -200,7 +206,7 @@ impl Call<'_> {
 
 impl Site<'_> {
     pub(crate) fn peer_failed(&self, rank: usize, reason: String) -> CommError {
-        CommError::PeerFailed { place: self.place, rank, reason }
+        CommError::PeerFailed { place: self.place, rank, reason, missing: vec![] }
     }
 
     /// Fails where `peer` (a rank of the communicator) is in another call than this rank.

@@ -33,7 +33,7 @@ impl fmt::Display for Place {
 #[non_exhaustive]
 pub enum CommError {
     /// Some ranks had not come when the deadline passed.
-    #[error("{place}: rank {rank} waited {waited:?} for {}", Ranks(missing))]
+    #[error("{place}: rank {rank} waited {waited:.1?} for {}", Ranks(missing))]
     Timeout {
         /// The call that waited.
         place: Place,
@@ -59,7 +59,7 @@ pub enum CommError {
         there: String,
     },
     /// Another rank (or this one, by `abort`) gave up, panicked, left or died.
-    #[error("{place}: rank {rank} failed: {reason}")]
+    #[error("{place}: rank {rank} failed: {reason}{}", WhileWaiting(missing))]
     PeerFailed {
         /// The call that cannot finish.
         place: Place,
@@ -67,6 +67,8 @@ pub enum CommError {
         rank: usize,
         /// Its reason, in its own words.
         reason: String,
+        /// Where this rank itself was to give up while it waited: the ranks that had not come.
+        missing: Vec<usize>,
     },
     /// An argument does not fit the communicator or the other arguments.
     #[error("{place}: {what} is {found}, expected {expected}")]
@@ -119,6 +121,15 @@ impl fmt::Display for Ranks<'_> {
     }
 }
 
+/// " while it waited for rank 3", or nothing.
+struct WhileWaiting<'a>(&'a [usize]);
+
+impl fmt::Display for WhileWaiting<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if self.0.is_empty() { Ok(()) } else { write!(f, " while it waited for {}", Ranks(self.0)) }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -130,7 +141,9 @@ mod tests {
         let error = CommError::Timeout { place, rank: 0, missing: vec![1, 2, 5], waited };
         assert_eq!(error.to_string(), "Allreduce (decode, layer 7): rank 0 waited 1.5s for ranks 1, 2 and 5");
         let place = Place { layer: None, ..place };
-        let error = CommError::PeerFailed { place, rank: 3, reason: "out of memory".into() };
-        assert_eq!(error.to_string(), "Allreduce (decode): rank 3 failed: out of memory");
+        let failed = |reason: &str, missing| CommError::PeerFailed { place, rank: 3, reason: reason.into(), missing };
+        assert_eq!(failed("out of memory", vec![]).to_string(), "Allreduce (decode): rank 3 failed: out of memory");
+        let told = failed("it was told to end", vec![1]).to_string();
+        assert_eq!(told, "Allreduce (decode): rank 3 failed: it was told to end while it waited for rank 1");
     }
 }

@@ -2,7 +2,7 @@
 
 use std::ops::ControlFlow;
 
-use qwen3_model::{GenerateParams, Generated, GenerationConfig, KvCache, Model, SamplingParams, generate};
+use qwen3_model::{GenerateParams, Generated, GenerationConfig, KvCache, Model, Progress, SamplingParams, generate};
 
 use crate::failure::{CliError, Failure};
 use crate::interrupt;
@@ -71,7 +71,7 @@ impl Answer {
         options: &AnswerOptions,
     ) -> Result<Self, Failure> {
         let mut screen = Screen { rank, text, stream: text.map(Text::stream), quiet: options.quiet, result: Ok(()) };
-        let generated = generate(model, cache, tokens, &options.params, &mut |id| screen.show(id))?;
+        let generated = generate(model, cache, tokens, &options.params, &mut |progress| screen.show(progress))?;
         let text = rank.agree(screen.finish(&generated.ids))?;
         Ok(Self { generated, text })
     }
@@ -88,8 +88,11 @@ struct Screen<'a> {
 }
 
 impl Screen<'_> {
-    fn show(&mut self, id: u32) -> ControlFlow<()> {
-        if self.result.is_ok() && !self.quiet {
+    fn show(&mut self, progress: Progress) -> ControlFlow<()> {
+        if let Progress::Token(id) = progress
+            && self.result.is_ok()
+            && !self.quiet
+        {
             let words = match &mut self.stream {
                 Some(stream) => stream.push(id).map_err(CliError::from),
                 None => Ok(format!("{id} ")),

@@ -192,8 +192,13 @@ impl Speaker {
 
     /// Keeps an answer. The template drops its thinking when the next question comes.
     fn heard(&mut self, rank: &Rank, answer: &Answer) -> Result<(), CliError> {
-        let end = if answer.generated.stop == StopReason::Callback { " (stopped)\n" } else { "\n" };
-        rank.say(end)?;
+        let stopped = answer.generated.stop == StopReason::Callback;
+        rank.say(if stopped { " (stopped)\n" } else { "\n" })?;
+        if stopped && answer.generated.ids.is_empty() {
+            // Stopped while the prompt was read: the conversation goes on as if the message had not been sent.
+            self.messages.pop();
+            return Ok(());
+        }
         self.messages.push(json!({ "role": "assistant", "content": answer.text }));
         Ok(())
     }

@@ -109,6 +109,23 @@ impl CliError {
         Self::Perplexity { file: file.to_owned(), source: Box::new(source) }
     }
 
+    /// The failed collective behind this error, if that is what it is.
+    #[cfg_attr(not(feature = "mpi"), allow(dead_code))]
+    pub fn collective(&self) -> Option<&CommError> {
+        match self {
+            Self::Comm(error) => Some(error),
+            Self::Model(ModelError::Comm(error)) => Some(error),
+            Self::Sampling(SamplingError::Comm(error)) => Some(error),
+            Self::Generate(GenerateError::Model(ModelError::Comm(error))) => Some(error),
+            Self::Generate(GenerateError::Sampling(SamplingError::Comm(error))) => Some(error),
+            Self::Perplexity { source, .. } => match &**source {
+                PerplexityError::Comm(error) | PerplexityError::Model(ModelError::Comm(error)) => Some(error),
+                _ => None,
+            },
+            _ => None,
+        }
+    }
+
     /// The message on one line: libraries' messages may have several.
     pub fn line(&self) -> String {
         one_line(&self.to_string())

@@ -3,13 +3,19 @@
 use std::any::Any;
 use std::panic::{self, AssertUnwindSafe};
 use std::process::ExitCode;
+#[cfg(feature = "mpi")]
+use std::sync::Weak;
+#[cfg(feature = "mpi")]
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
 use std::time::Duration;
 
-use qwen3_model::comm::{Communicator, EmulatedComm, SoloComm, ThreadComm};
+use qwen3_model::comm::{CommError, Communicator, EmulatedComm, SoloComm, ThreadComm};
 
 use crate::failure::{CliError, Failure, one_line};
+#[cfg(feature = "mpi")]
+use crate::interrupt;
 use crate::options::{LaunchOptions, misfit};
 use crate::rank::Rank;
 use crate::world::World;
@@ -21,6 +27,14 @@ impl<F: Fn(&Rank) -> Result<(), Failure> + Send + Sync> Command for F {}
 
 /// How long a failed rank leaves rank 0 to say why, before its own end makes a launcher end them all.
 const GRACE: Duration = Duration::from_secs(2);
+
+/// How long a rank that is told to end has to come to a collective.
+#[cfg(feature = "mpi")]
+const PATIENCE: Duration = Duration::from_millis(700);
+
+/// Whether the command has ended on this rank, which then says itself why.
+#[cfg(feature = "mpi")]
+static OVER: AtomicBool = AtomicBool::new(false);
 
 /// Runs `command` on every rank: on the processes of an MPI launcher, or on threads of this one.
 pub fn launch(options: &LaunchOptions, command: impl Command) -> ExitCode {
@@ -41,12 +55,14 @@ pub fn launch(options: &LaunchOptions, command: impl Command) -> ExitCode {
     }
 }
 
-/// Says on the first process why there are no ranks; the others wait until it has.
+/// Says on the first process why there are no ranks; the others wait until it has. One that is still there afterwards is alone with
+/// its error, and the first process waits for it.
 pub fn refuse(world: &World, error: &CliError) -> ExitCode {
     if world.rank == 0 {
         return report(error);
     }
     thread::sleep(GRACE);
+    eprintln!("error: rank {}: {}", world.rank, error.line());
     ExitCode::FAILURE
 }
 
@@ -71,8 +87,15 @@ fn run_threads(options: &LaunchOptions, command: impl Command) -> Result<(), Box
     if options.ranks == 1 {
         run(Arc::new(SoloComm::new()));
     } else {
+        let group = panic::catch_unwind(|| ThreadComm::group(usize::from(options.ranks)));
+        let group = group.map_err(|payload| {
+            // What many ranks share grows with the square of their number.
+            let reason = lock(&PANIC).take().unwrap_or_else(|| words(&*payload));
+            let problem = format!("cannot connect {} ranks in one process: {reason}", options.ranks);
+            Box::new(CliError::Launch { problem })
+        })?;
         thread::scope(|scope| {
-            for comm in ThreadComm::group(usize::from(options.ranks)) {
+            for comm in group {
                 let comm: Arc<dyn Communicator> = Arc::new(comm);
                 let rank = comm.rank();
                 let thread = thread::Builder::new().name(format!("rank {rank}"));
@@ -124,10 +147,22 @@ fn run_processes(world: &World, options: &LaunchOptions, command: impl Command) 
         return refuse(world, &CliError::Launch { problem });
     }
     let comm: Arc<dyn Communicator> = Arc::new(comm);
-    let Err(failure) = run_rank(&comm, options, &command) else {
+    // A launcher that loses one rank tells the others to end, at once and often with no word about it.
+    let to_end = Arc::downgrade(&comm);
+    let end = move |signal| end_on(signal, &to_end);
+    if let Err(error) = interrupt::before_end(end) {
+        return refuse(world, &error);
+    }
+    let command = |rank: &Rank| {
+        same_arguments(rank)?;
+        command(rank)
+    };
+    let result = run_rank(&comm, options, &command);
+    OVER.store(true, Ordering::Release);
+    let Err(failure) = result else {
         return ExitCode::SUCCESS;
     };
-    let speaks = comm.rank() == 0;
+    let speaks = speaks_for_all(&failure.error, comm.rank());
     if failure.agreed {
         let status = if speaks { report(&failure.error) } else { ExitCode::FAILURE };
         // Nobody leaves before rank 0 has spoken. If this fails there is nothing left to say.
@@ -141,6 +176,70 @@ fn run_processes(world: &World, options: &LaunchOptions, command: impl Command) 
     }
     report(&failure.error);
     // MPI cannot be finalized together with ranks that may be gone.
+    std::process::exit(1);
+}
+
+/// Ends every rank where one was started with other arguments than rank 0: what does not show in the collectives, such as another
+/// format of the weights, would otherwise only show in the answers.
+#[cfg(feature = "mpi")]
+fn same_arguments(rank: &Rank) -> Result<(), Failure> {
+    let own = shared_arguments(std::env::args().skip(1));
+    let of_rank_0 = rank.share(|| Ok(own.clone()))?;
+    let same = if own == of_rank_0 {
+        Ok(())
+    } else {
+        let expected = format!("those of rank 0, {of_rank_0:?} (only {} may differ)", OWN.join(", "));
+        Err(CliError::Option { option: "arguments", found: format!("{own:?}"), expected })
+    };
+    rank.agree(same)
+}
+
+/// Options that a rank may have to itself, as on nodes of different kinds.
+#[cfg_attr(not(feature = "mpi"), allow(dead_code))]
+const OWN: [&str; 3] = ["--model", "--threads", "--isa"];
+
+/// The arguments without those that may differ, in one line.
+#[cfg_attr(not(feature = "mpi"), allow(dead_code))]
+fn shared_arguments(arguments: impl Iterator<Item = String>) -> String {
+    let mut kept = Vec::new();
+    let mut skip = false;
+    for argument in arguments {
+        let own = OWN.iter().find_map(|option| argument.strip_prefix(option));
+        match own {
+            _ if skip => skip = false,
+            Some("") => skip = true,
+            Some(value) if value.starts_with('=') => {}
+            _ => kept.push(argument),
+        }
+    }
+    kept.join(" ")
+}
+
+/// Whether this rank says why the job ends: rank 0, or the first of those that wait for it when they are told to end.
+#[cfg_attr(not(feature = "mpi"), allow(dead_code))]
+fn speaks_for_all(error: &CliError, rank: usize) -> bool {
+    let missing = match error.collective() {
+        Some(CommError::PeerFailed { missing, .. }) => &missing[..],
+        _ => &[],
+    };
+    (0..rank).all(|other| missing.contains(&other))
+}
+
+/// A signal wants this process to end. Its rank fails in its next collective, or in the one where it waits, and says so; one that
+/// computes for long says less, before the launcher loses its patience (Open MPI after a second).
+#[cfg(feature = "mpi")]
+fn end_on(signal: &str, comm: &Weak<dyn Communicator>) {
+    let reason = format!("it was told to end ({signal})");
+    let over = || OVER.load(Ordering::Acquire);
+    let mut speaks = false;
+    if let Some(comm) = comm.upgrade().filter(|_| !over()) {
+        comm.abort(&reason);
+        speaks = comm.rank() == 0;
+    }
+    thread::sleep(PATIENCE);
+    if speaks && !over() {
+        eprintln!("error: rank 0 failed: {reason}");
+    }
     std::process::exit(1);
 }
 
@@ -196,6 +295,8 @@ fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
 
 #[cfg(test)]
 mod tests {
+    use qwen3_model::comm::{Collective, Phase, Place};
+
     use super::*;
 
     /// The line that a command on three ranks ends with.
@@ -231,6 +332,27 @@ mod tests {
         });
         panic::set_hook(usual);
         assert!(told.starts_with("internal error on rank 2: two is too many (crates"), "{told}");
+    }
+
+    #[test]
+    fn ranks_may_differ_in_model_threads_and_isa_only() {
+        let shared = |line: &str| shared_arguments(line.split(' ').map(str::to_owned));
+        let line = shared("chat --model /a --threads=4 --wire bf16 --isa avx2 --modelling");
+        assert_eq!(line, "chat --wire bf16 --modelling");
+        assert_eq!(line, shared("chat --threads 2 --wire bf16 --model=/b --modelling"));
+        assert_ne!(line, shared("chat --wire f32 --modelling"));
+    }
+
+    #[test]
+    fn the_first_rank_that_is_left_speaks() {
+        let place = Place { collective: Collective::Allreduce, phase: Phase::Decode, layer: Some(3) };
+        let failed = |missing: &[usize]| {
+            CliError::from(CommError::PeerFailed { place, rank: 1, reason: "x".into(), missing: missing.to_vec() })
+        };
+        assert!(speaks_for_all(&failed(&[]), 0) && speaks_for_all(&local("anything"), 0));
+        assert!(speaks_for_all(&failed(&[0]), 1) && speaks_for_all(&failed(&[0, 1]), 2));
+        assert!(!speaks_for_all(&failed(&[0]), 2) && !speaks_for_all(&failed(&[2]), 1));
+        assert!(!speaks_for_all(&local("anything"), 1));
     }
 
     #[test]

@@ -12,6 +12,7 @@ mod text;
 // Ranks: where they come from, how they fail together, what they share.
 mod affinity;
 mod failure;
+mod interrupt;
 mod launch;
 mod options;
 mod calibration;
@@ -23,7 +24,6 @@ mod world;
 // What several commands do.
 mod allocations;
 mod answer;
-mod interrupt;
 mod prompt;
 mod session;
 

@@ -53,6 +53,15 @@ pub enum StopReason {
     Callback,
 }
 
+/// What a continuation's callback is told, and may break at.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Progress {
+    /// Some more layers of the prompt are done: at least once a chunk, and about twice a second.
+    Prompt,
+    /// A token was chosen.
+    Token(u32),
+}
+
 /// How long some tokens took.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct Timing {
@@ -126,20 +135,22 @@ pub enum GenerateError {
 /// Continues `prompt`, the whole sequence so far, of which the first `cache.len()` tokens are in `cache` already (none for a new
 /// sequence, all but the latest message in a conversation). All ranks call it with the same arguments.
 ///
-/// `on_token` sees each new token as it is chosen, on every rank. Where it breaks on any rank, all ranks stop before the next token:
-/// the wish travels with the exchange that chooses tokens, so that no rank is left waiting.
+/// `on_progress` sees each new token as it is chosen, on every rank, and is asked now and then while the prompt runs. Where it breaks
+/// on any rank, all ranks stop before the next token, or together within the prompt: the wish travels with the exchange that chooses
+/// tokens, and in the prompt by an Allreduce of four bytes every few layers, so that no rank is left waiting.
 ///
-/// Afterwards `cache` holds the prompt and the new tokens except the last one, which has not been run.
+/// Afterwards `cache` holds the prompt and the new tokens except the last one, which has not been run; of a prompt that was stopped, the
+/// chunks that are complete.
 pub fn generate(
     model: &Model,
     cache: &mut KvCache,
     prompt: &[u32],
     params: &GenerateParams,
-    on_token: &mut dyn FnMut(u32) -> ControlFlow<()>,
+    on_progress: &mut dyn FnMut(Progress) -> ControlFlow<()>,
 ) -> Result<Generated, GenerateError> {
     check_prompt(prompt, cache.len(), cache.capacity(), model.config().vocab_size)?;
     let mut sampler = Sampler::new(params.sampling, model.config().vocab_size, model.comm().clone())?;
-    let result = run(model, cache, prompt, params, &mut sampler, on_token);
+    let result = run(model, cache, prompt, params, &mut sampler, on_progress);
     model.comm().ledger().set_phase(Phase::Other);
     result
 }
@@ -150,13 +161,18 @@ fn run(
     prompt: &[u32],
     params: &GenerateParams,
     sampler: &mut Sampler,
-    on_token: &mut dyn FnMut(u32) -> ControlFlow<()>,
+    on_progress: &mut dyn FnMut(Progress) -> ControlFlow<()>,
 ) -> Result<Generated, GenerateError> {
     let ledger = model.comm().ledger();
     ledger.set_phase(Phase::Prefill);
     let start = Instant::now();
     let new = &prompt[cache.len()..];
-    let mut logits = prefill(model, cache, new, params.prefill_chunk)?;
+    let cached = cache.len();
+    let mut stop = || on_progress(Progress::Prompt).is_break();
+    let Some(mut logits) = prefill(model, cache, new, params.prefill_chunk, &mut stop)? else {
+        let prefill = Timing { tokens: cache.len() - cached, elapsed: start.elapsed() };
+        return Ok(Generated { ids: Vec::new(), stop: StopReason::Callback, prefill, decode: Timing::default() });
+    };
     let mut prefill = Timing { tokens: new.len(), elapsed: start.elapsed() };
     let mut decode = Timing::default();
 
@@ -186,7 +202,7 @@ fn run(
         } else {
             decode = Timing { tokens: count, elapsed: start.elapsed() - prefill.elapsed };
         }
-        wishes_to_stop |= on_token(sample.id).is_break();
+        wishes_to_stop |= on_progress(Progress::Token(sample.id)).is_break();
         if !params.ignore_eos && params.eos_token_ids.contains(&sample.id) {
             break StopReason::EndOfSequence;
         }
@@ -197,14 +213,20 @@ fn run(
     Ok(Generated { ids: history.split_off(prompt.len()), stop, prefill, decode })
 }
 
-/// Runs the tokens in chunks and returns the last one's logits.
-fn prefill(model: &Model, cache: &mut KvCache, tokens: &[u32], chunk: usize) -> Result<Logits, ModelError> {
+/// Runs the tokens in chunks and returns the last one's logits; nothing where a rank wants to stop before.
+fn prefill(
+    model: &Model,
+    cache: &mut KvCache,
+    tokens: &[u32],
+    chunk: usize,
+    stop: &mut dyn FnMut() -> bool,
+) -> Result<Option<Logits>, ModelError> {
     let mut chunks = tokens.chunks(chunk.max(1)).peekable();
     loop {
         let chunk = chunks.next().expect("a checked prompt has new tokens");
         let rows = if chunks.peek().is_some() { LogitRows::None } else { LogitRows::Last };
-        let logits = model.forward(cache, chunk, rows)?;
-        if rows == LogitRows::Last {
+        let logits = model.forward_unless(cache, chunk, rows, stop)?;
+        if rows == LogitRows::Last || logits.is_none() {
             return Ok(logits);
         }
     }

@@ -39,7 +39,7 @@ pub use comm;
 pub use config::{Config, MoeConfig};
 pub use error::ModelError;
 pub use fields::ConfigError;
-pub use generation::{GenerateError, GenerateParams, Generated, StopReason, Timing, generate};
+pub use generation::{GenerateError, GenerateParams, Generated, Progress, StopReason, Timing, generate};
 pub use generation_config::GenerationConfig;
 pub use heads::{HeadPlan, Imbalance, RankPlan, Share};
 pub use load::LoadProgress;

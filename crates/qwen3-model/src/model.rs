@@ -3,7 +3,7 @@
 use std::ops::Range;
 use std::sync::{Arc, Mutex};
 
-use comm::{CommError, Communicator};
+use comm::{CommError, Communicator, ReduceOp};
 use ops::{
     AttentionShape, Context, Embedding, LayerCache, Linear, LogitRows, Profile, Rotary, SequenceSpan, TokenLayout,
     gather_columns, lm_head, rms_norm, wanted_rows,
@@ -16,6 +16,10 @@ use crate::error::ModelError;
 use crate::layer::{DecoderLayer, Pass, Scratch};
 use crate::options::ModelOptions;
 use crate::rotary::RotaryTable;
+
+/// Floating-point operations of a rank between two looks at whether to stop: some tenths of a second, in which the look's few
+/// microseconds are lost.
+const LOOK: f64 = 2e10;
 
 /// A Qwen3 model, as far as this rank holds it.
 pub struct Model {
@@ -98,6 +102,28 @@ impl Model {
     /// When a token is outside the vocabulary, the cache has no room, the embedding cannot be read, or a
     /// rank is lost; after the last two the cache is of no further use.
     pub fn forward(&self, cache: &mut KvCache, tokens: &[u32], rows: LogitRows) -> Result<Logits, ModelError> {
+        Ok(self.run(cache, tokens, rows, None)?.expect("nobody may stop it"))
+    }
+
+    /// Like [`forward`](Self::forward), unless `stop` is true on any rank when it is asked, before the first layer and
+    /// then after every [`LOOK`] of work: then nothing is returned on any rank, and the cache is as it was.
+    pub(crate) fn forward_unless(
+        &self,
+        cache: &mut KvCache,
+        tokens: &[u32],
+        rows: LogitRows,
+        stop: &mut dyn FnMut() -> bool,
+    ) -> Result<Option<Logits>, ModelError> {
+        self.run(cache, tokens, rows, Some((self.layers_between_looks(tokens.len()), stop)))
+    }
+
+    fn run(
+        &self,
+        cache: &mut KvCache,
+        tokens: &[u32],
+        rows: LogitRows,
+        mut stop: Option<(usize, &mut dyn FnMut() -> bool)>,
+    ) -> Result<Option<Logits>, ModelError> {
         self.check(cache, tokens)?;
         let ctx = &self.ctx;
         let (rank, ranks) = (ctx.positions.rank(), ctx.positions.size());
@@ -118,6 +144,15 @@ impl Model {
         };
         for (index, (layer, cached)) in self.layers.iter().zip(&mut cache.layers).enumerate() {
             ctx.comm.ledger().set_layer(Some(index));
+            if let Some((stride, stop)) = &mut stop
+                && index % *stride == 0
+                && self.any(stop())?
+            {
+                ctx.comm.ledger().set_layer(None);
+                let held = if ranks > 1 { cache.held.len() } else { cache.len };
+                cache.layers.iter_mut().for_each(|layer| layer.truncate(held));
+                return Ok(None);
+            }
             layer.forward(&pass, cached, scratch)?;
         }
         ctx.comm.ledger().set_layer(None);
@@ -126,7 +161,25 @@ impl Model {
             cache.held.extend(kept);
         }
         cache.len += tokens.len();
-        Ok(Logits { vocab: self.vocab.clone(), values: self.logits(&layout, rows, scratch)? })
+        Ok(Some(Logits { vocab: self.vocab.clone(), values: self.logits(&layout, rows, scratch)? }))
+    }
+
+    /// Layers that take a rank about [`LOOK`] for so many tokens; the same number on every rank.
+    fn layers_between_looks(&self, tokens: usize) -> usize {
+        let layers = self.layers.len().max(1);
+        let pass = 2.0 * tokens as f64 * self.config.active_matrix_elements() as f64;
+        let layer = pass / (layers * self.ctx.comm.size()) as f64;
+        ((LOOK / layer) as usize).clamp(1, layers)
+    }
+
+    /// Whether it is so on any rank.
+    fn any(&self, here: bool) -> Result<bool, CommError> {
+        if self.ctx.comm.size() == 1 {
+            return Ok(here);
+        }
+        let mut wishes = [f32::from(u8::from(here))];
+        self.ctx.comm.all_reduce(&mut wishes, ReduceOp::Max)?;
+        Ok(wishes[0] > 0.0)
     }
 
     /// The logits of all the vocabulary, [rows, vocab_size], on every rank: rows · vocab_size · 4 bytes
@@ -157,5 +210,59 @@ impl Model {
             return Err(ModelError::ContextFull { tokens: tokens.len(), cached: cache.len, capacity: cache.capacity });
         }
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    use comm::ThreadComm;
+
+    use super::*;
+    use crate::options::ParallelStrategy;
+
+    #[test]
+    fn a_pass_that_is_stopped_between_layers_leaves_the_cache_as_it_was() {
+        let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../models/austen");
+        for (ranks, strategy) in
+            [(1, ParallelStrategy::Heads), (2, ParallelStrategy::Heads), (3, ParallelStrategy::Sequence)]
+        {
+            std::thread::scope(|scope| {
+                for comm in ThreadComm::group(ranks) {
+                    let dir = &dir;
+                    scope.spawn(move || {
+                        let last = comm.rank() + 1 == ranks;
+                        let options = ModelOptions { strategy, ..ModelOptions::new(ops::Isa::detect()) };
+                        let model = Model::load(dir, Arc::new(comm), &options, &|_| {}).expect("the bundled model");
+                        // The second pass has earlier tokens, of which under Sequence some ranks hold none.
+                        for first in [0, 1] {
+                            let mut cache = model.new_cache(64);
+                            let begin = |cache: &mut KvCache| {
+                                if first > 0 {
+                                    model.forward(cache, &[7], LogitRows::None).expect("a first pass");
+                                }
+                            };
+                            begin(&mut cache);
+                            let tokens: Vec<u32> = (10..30).collect();
+                            let bytes = cache.bytes();
+                            let mut looks = 0;
+                            let mut stop = || {
+                                looks += 1;
+                                looks == 3 && last
+                            };
+                            let stopped = model.run(&mut cache, &tokens, LogitRows::Last, Some((1, &mut stop)));
+                            assert!(stopped.expect("no rank is lost").is_none(), "one rank's wish is all ranks' end");
+                            assert_eq!((looks, cache.len(), cache.bytes()), (3, first, bytes));
+                            let again = model.forward(&mut cache, &tokens, LogitRows::Last).expect("a whole pass");
+                            let mut fresh = model.new_cache(64);
+                            begin(&mut fresh);
+                            let expected = model.forward(&mut fresh, &tokens, LogitRows::Last).expect("a whole pass");
+                            assert_eq!(again.values, expected.values);
+                        }
+                    });
+                }
+            });
+        }
     }
 }

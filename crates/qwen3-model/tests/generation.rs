@@ -6,8 +6,8 @@ use std::sync::Arc;
 
 use comm::{Communicator, Phase, SoloComm, ThreadComm};
 use qwen3_model::{
-    GenerateError, GenerateParams, Generated, Isa, LogitRows, Model, ModelOptions, PerplexityError, SamplingParams,
-    StopReason, generate, perplexity,
+    GenerateError, GenerateParams, Generated, Isa, LogitRows, Model, ModelOptions, PerplexityError, Progress,
+    SamplingParams, StopReason, generate, perplexity,
 };
 use serde_json::Value;
 
@@ -49,8 +49,10 @@ fn greedy(max_new_tokens: usize) -> GenerateParams {
 fn run(model: &Model, prompt: &[u32], params: &GenerateParams) -> Generated {
     let mut cache = model.new_cache(256);
     let mut seen = Vec::new();
-    let result = generate(model, &mut cache, prompt, params, &mut |id| {
-        seen.push(id);
+    let result = generate(model, &mut cache, prompt, params, &mut |progress| {
+        if let Progress::Token(id) = progress {
+            seen.push(id);
+        }
         ControlFlow::Continue(())
     });
     let result = result.expect("a continuation");
@@ -136,8 +138,8 @@ fn a_callback_stops_all_ranks() {
         let results = on_ranks(ranks, |model| {
             let mut count = 0;
             let mut cache = model.new_cache(256);
-            generate(model, &mut cache, &prompt, &greedy(48), &mut |_| {
-                count += 1;
+            generate(model, &mut cache, &prompt, &greedy(48), &mut |progress| {
+                count += usize::from(progress != Progress::Prompt);
                 if count == 4 && model.comm().rank() == 0 { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
             })
             .expect("some tokens")
@@ -145,6 +147,32 @@ fn a_callback_stops_all_ranks() {
         for result in results {
             assert_eq!((&result.ids[..], result.stop), (&ids[..4], StopReason::Callback), "{ranks} ranks");
         }
+    }
+}
+
+#[test]
+fn a_callback_stops_all_ranks_within_the_prompt() {
+    let (prompt, ids) = expected().swap_remove(0);
+    let params = GenerateParams { prefill_chunk: 4, ..greedy(48) };
+    for ranks in [1, 2, 3] {
+        on_ranks(ranks, |model| {
+            let mut asked = 0;
+            let mut cache = model.new_cache(256);
+            // Only the last rank wants it, when the third chunk is to begin.
+            let stopped = generate(model, &mut cache, &prompt, &params, &mut |_| {
+                asked += 1;
+                if asked == 3 && model.comm().rank() + 1 == ranks {
+                    ControlFlow::Break(())
+                } else {
+                    ControlFlow::Continue(())
+                }
+            });
+            let stopped = stopped.expect("no error");
+            assert_eq!((stopped.ids.len(), stopped.stop, stopped.prefill.tokens), (0, StopReason::Callback, 8));
+            assert_eq!((asked, cache.len()), (3, 8));
+            let rest = generate(model, &mut cache, &prompt, &params, &mut |_| ControlFlow::Continue(()));
+            assert_eq!(rest.expect("the rest").ids, ids, "{ranks} ranks");
+        });
     }
 }
 
@@ -158,8 +186,9 @@ fn the_ledger_tells_phases_apart() {
         model.comm().ledger().entries()
     }) {
         let calls = |phase| entries.iter().filter(|entry| entry.phase == phase).map(|entry| entry.calls).sum::<u64>();
-        // 4 layers of two Allreduce and the exchange of candidates, for one prefill and two decoded tokens.
-        assert_eq!((calls(Phase::Prefill), calls(Phase::Decode), calls(Phase::Other)), (9, 18, 0), "{entries:?}");
+        // 4 layers of two Allreduce and the exchange of candidates, for one prefill and two decoded tokens; and one look at
+        // whether to stop, in the prompt.
+        assert_eq!((calls(Phase::Prefill), calls(Phase::Decode), calls(Phase::Other)), (10, 18, 0), "{entries:?}");
     }
 }
 
