@@ -35,7 +35,7 @@ const TOOLS: [(&str, &str); 8] = [
     ("sh", "a shell"),
 ];
 /// No single run of the program takes longer.
-const DEADLINE: Duration = Duration::from_secs(600);
+const DEADLINE: Duration = Duration::from_secs(180);
 /// Nor do all together.
 const ALL: Duration = Duration::from_secs(3600);
 /// The exit status of a skipped command, as of one that misses MPI.
@@ -282,7 +282,8 @@ fn answer(command: &mut Command, args: &[String], files: &Path) -> Result<Value>
     let finished = process::run(command.stderr(log), DEADLINE, Output::Collected)?;
     if !finished.ok() {
         let text = std::fs::read_to_string(&said).unwrap_or_default();
-        bail!("qwen3 {}: {}\n{}", args.join(" "), finished.reason(), text.trim_end());
+        // MPICH's launcher complains on standard output.
+        bail!("qwen3 {}: {}\n{}{}", args.join(" "), finished.reason(), finished.stdout, text.trim_end());
     }
     serde_json::from_str(&finished.stdout).with_context(|| format!("qwen3 {} printed no JSON", args.join(" ")))
 }
