@@ -36,8 +36,8 @@ struct Row {
 /// Measures the section.
 pub fn measure(lab: &mut Lab) -> Result<Section> {
     let layers = if lab.quick { 1 } else { LAYERS };
-    let model = lab.synth("0.6b", Some(layers))?.to_string_lossy().into_owned();
     let mut lab = lab.counting()?;
+    let model = lab.synth("0.6b", Some(layers))?.to_string_lossy().into_owned();
     let ranks = lab.processes(2)?;
     let reps = if lab.quick { "1" } else { "3" };
     let prompt = PROMPT.to_string();

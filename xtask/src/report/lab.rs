@@ -97,7 +97,7 @@ impl Lab {
         Ok(if self.has_mpi()? { Ranks::Mpi(count) } else { Ranks::Threads(count) })
     }
 
-    /// From here on every run counts its allocations; those of the section's own lab only.
+    /// A lab of its own, with the same checkpoints and a program that counts its allocations.
     pub fn counting(&mut self) -> Result<Lab> {
         let features = ["count-allocations"];
         let mpi = if self.has_mpi()? { self.mpi.clone().flatten().map(|(mpi, _)| mpi) } else { None };
