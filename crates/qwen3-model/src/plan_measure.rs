@@ -73,20 +73,16 @@ pub fn measure_speeds(
     placement: Placement,
 ) -> Result<Speeds, CommError> {
     let formats = [WeightFormat::Bf16, WeightFormat::F32, WeightFormat::F16, WeightFormat::Q8, WeightFormat::Q4];
-    let ranks = here.size();
-    let lab = |group: Arc<dyn Communicator>| -> Result<Lab<'_>, CommError> {
-        let columns = group.size();
-        Ok(Lab { comm, ctx: Context::new(isa, group, columns, threads, placement)?, ranks })
-    };
-    let alone = lab(Arc::new(SoloComm::new()))?;
-    let starts = formats.map(|format| alone.start(format));
-    let attention = [KvFormat::F16, KvFormat::F32, KvFormat::Q8].map(|format| alone.attention(format));
+    let (ctx, ranks) = (Context::new(isa, Arc::new(SoloComm::new()), 1, threads, placement)?, here.size());
+    let mut lab = Lab { comm, ctx, ranks };
+    let starts = formats.map(|format| lab.start(format));
+    let attention = [KvFormat::F16, KvFormat::F32, KvFormat::Q8].map(|format| lab.attention(format));
     let attention = attention.into_iter().collect::<Result<Vec<_>, _>>()?;
-    drop(alone);
-    let together = lab(here)?;
-    let rates =
-        formats.into_iter().zip(starts).map(|(format, start)| together.products(format, start?, inside, &attention[0]));
-    Ok(Speeds { rates: rates.collect::<Result<_, _>>()?, attention })
+    // The same team goes on: this thread is bound to its core by now, and the threads of another team would be bound to no other.
+    lab.ctx.heads = here;
+    let products = |(format, start): (_, Result<_, _>)| lab.products(format, start?, inside, &attention[0]);
+    let rates = formats.into_iter().zip(starts).map(products).collect::<Result<_, _>>()?;
+    Ok(Speeds { rates, attention })
 }
 
 /// The median time of `rounds` rounds after one that does not count, that of the slowest rank.
@@ -111,7 +107,7 @@ fn median(
 
 struct Lab<'a> {
     comm: &'a dyn Communicator,
-    /// This rank alone, or those of the machine.
+    /// This rank alone, or with those of its machine as `heads`.
     ctx: Context,
     /// Ranks of the machine.
     ranks: usize,
@@ -224,7 +220,7 @@ impl Lab<'_> {
         layers.resize_with(count, || sizes.layer(&self.ctx, format));
         // Two sums a layer are the link's.
         let sums = |tokens: usize| {
-            let bytes = self.ctx.comm.wire().encoded_bytes(tokens * sizes.hidden) as f64;
+            let bytes = self.ctx.heads.wire().encoded_bytes(tokens * sizes.hidden) as f64;
             inside.map_or(0.0, |link| 2.0 * link.seconds(Collective::Allreduce, self.ranks, bytes))
         };
         let one = self.pass(sizes, &layers, 1, ROUNDS[0])? - count as f64 * (start + sums(1));
