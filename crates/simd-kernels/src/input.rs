@@ -216,6 +216,7 @@ impl Input {
     }
 
     /// The address of some columns of a tile.
+    #[cfg(target_arch = "x86_64")]
     #[inline]
     pub(crate) fn start(&self, tile: usize, columns: &Range<usize>) -> *const u8 {
         match self.kind {

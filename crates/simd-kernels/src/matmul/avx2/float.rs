@@ -23,6 +23,7 @@
 
 use std::arch::x86_64::*;
 
+use super::prefetch_weights;
 use crate::lanes::{LINE, load, prefetch, store};
 use crate::panels::PANEL;
 
@@ -83,7 +84,8 @@ pub(super) fn add_products<C: Column, const M: usize, const SETS: usize, const W
     for (columns, x) in columns.iter().zip(x) {
         let next = if WEIGHTS { size_of_val(columns) } else { size_of_val(x) };
         for line in (0..next).step_by(LINE) {
-            prefetch::<_MM_HINT_T0>(ahead.wrapping_add(line));
+            let line = ahead.wrapping_add(line);
+            if WEIGHTS { prefetch_weights(line) } else { prefetch::<_MM_HINT_T0>(line) }
         }
         ahead = ahead.wrapping_add(next);
         for (k, (column, x)) in columns.iter().zip(x).enumerate() {

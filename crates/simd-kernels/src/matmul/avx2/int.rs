@@ -21,6 +21,7 @@
 
 use std::arch::x86_64::*;
 
+use super::prefetch_weights;
 use crate::input::IntTile;
 use crate::lanes::{LINE, load, prefetch, store};
 use crate::panels::{PANEL, Q4_BLOCK, Q8_BLOCK};
@@ -57,7 +58,8 @@ pub(super) fn add_products<const Q4: bool, const VNNI: bool, const M: usize, con
         // Two words of weights are a line.
         for (i, (weights, words)) in weights.as_chunks::<2>().0.iter().zip(words.as_chunks::<2>().0).enumerate() {
             if LINE * i < next {
-                prefetch::<_MM_HINT_T0>(ahead.wrapping_add(LINE * i));
+                let line = ahead.wrapping_add(LINE * i);
+                if WEIGHTS { prefetch_weights(line) } else { prefetch::<_MM_HINT_T0>(line) }
             }
             for (weights, word) in weights.iter().zip(words) {
                 add_word::<Q4, VNNI, M>(widen::<Q4>(weights), word, &mut sums);
