@@ -62,7 +62,7 @@ impl Context {
 
     /// The ranks over which the feed-forward block is split: those that split the heads, or, where none do, those
     /// that split the positions.
-    pub fn mlp_ranks(&self) -> &dyn Communicator {
-        if self.heads.size() > 1 { &*self.heads } else { &*self.positions }
+    pub fn mlp_ranks(&self) -> &Arc<dyn Communicator> {
+        if self.heads.size() > 1 { &self.heads } else { &self.positions }
     }
 }

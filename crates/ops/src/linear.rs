@@ -1,4 +1,4 @@
-//! Matrix products with packed weights: this rank's share, and the two ways to make it whole.
+//! Matrix products with packed weights: this rank's share, and columns gathered from all ranks.
 
 use comm::{CommError, Communicator, CommunicatorExt};
 use simd_kernels::{Input, InputKind, MatMut, PanelData, Panels, Store, matmul};
@@ -96,27 +96,6 @@ impl Linear {
             matmul(ctx.isa, self.panels(), panels, x, block, store);
         });
     }
-}
-
-/// A linear layer whose *input* features are split over the ranks that split heads: `residual += Σᵣ xᵣ · Wᵣᵀ`, with one
-/// Allreduce of tokens · out · 4 bytes. `partial` is scratch.
-///
-/// # Errors
-/// When the collective fails.
-pub fn linear_mpi(
-    ctx: &Context,
-    weights: &Linear,
-    x: &Input,
-    partial: &mut Activations,
-    residual: &mut Activations,
-) -> Result<(), CommError> {
-    if ctx.heads.size() == 1 {
-        weights.apply(ctx, x, residual, Store::Add);
-        return Ok(());
-    }
-    reshape(partial, residual.nrows(), residual.ncols());
-    weights.apply(ctx, x, partial, Store::Set);
-    ctx.heads.all_reduce_add(slice(partial), slice_mut(residual))
 }
 
 /// Makes `[tokens, n]` on every rank from each rank's `[tokens, counts[rank]]` columns: one Allgather

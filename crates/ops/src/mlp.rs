@@ -11,6 +11,7 @@ use crate::layout::TokenLayout;
 use crate::linear::{Linear, gather_columns, matrix, reshape, slice, slice_mut};
 use crate::norm::prepare;
 use crate::profile::Work;
+use crate::residual::Residual;
 use crate::routing::{Router, Routing, route};
 use crate::schedule::MlpSchedule;
 use crate::team::cut_columns;
@@ -68,7 +69,7 @@ pub fn mlp(
     x: &Activations,
     layout: &TokenLayout,
     scratch: &mut MlpScratch,
-    residual: &mut Activations,
+    residual: &mut Residual,
 ) -> Result<(), CommError> {
     let mut tokens = std::mem::take(&mut scratch.tokens);
     let comm = ctx.mlp_ranks();
@@ -92,7 +93,7 @@ impl Mlp {
         x: &Activations,
         split: Option<&TokenLayout>,
         scratch: &mut MlpScratch,
-        residual: &mut Activations,
+        residual: &mut Residual,
     ) -> Result<(), CommError> {
         let comm = ctx.mlp_ranks();
         scratch.inputs.resize_with(self.experts.len().max(1), Input::new);
@@ -106,12 +107,13 @@ impl Mlp {
 
         let whole = self.schedule == MlpSchedule::Local || comm.size() == 1;
         if whole && self.router.is_none() {
-            self.down(ctx, &routing, inputs, residual, Store::Add);
+            self.down(ctx, &routing, inputs, residual.tokens_mut(), Store::Add);
             return Ok(());
         }
         let rows = activation.nrows();
         // Not from an expert: a rank may have none, and then its part of the sum is 0.
-        let width = if self.schedule == MlpSchedule::Gathered { self.hidden[comm.rank()] } else { residual.ncols() };
+        let width =
+            if self.schedule == MlpSchedule::Gathered { self.hidden[comm.rank()] } else { residual.tokens().ncols() };
         // Rows of visits are combined into rows of tokens before anything is exchanged.
         let target = if self.router.is_some() { &mut *sorted } else { &mut *partial };
         reshape(target, rows, width);
@@ -120,19 +122,21 @@ impl Mlp {
             routing.combine(ctx, sorted, partial);
         }
         if whole {
-            simd_kernels::add(ctx.isa, slice_mut(residual), slice(partial));
+            simd_kernels::add(ctx.isa, slice_mut(residual.tokens_mut()), slice(partial));
             return Ok(());
         }
         match (self.schedule, split) {
             (MlpSchedule::Gathered, _) => {
-                gather_columns(comm, partial, &self.hidden, false, result)?;
+                let residual = residual.tokens_mut();
+                gather_columns(&**comm, partial, &self.hidden, false, result)?;
                 let first = split.map_or(0, |layout| (0..comm.rank()).map(|rank| layout.count(rank)).sum());
                 let start = first * residual.ncols();
                 let end = start + residual.len();
                 simd_kernels::add(ctx.isa, slice_mut(residual), &slice(result)[start..end]);
             }
-            (_, None) => comm.all_reduce_add(slice(partial), slice_mut(residual))?,
+            (_, None) => residual.add_sum(ctx, comm, partial)?,
             (_, Some(layout)) => {
+                let residual = residual.tokens_mut();
                 reshape(own, residual.nrows(), residual.ncols());
                 let counts = layout.lengths(comm.size(), residual.ncols());
                 comm.reduce_scatter(slice(partial), &counts, slice_mut(own))?;
@@ -175,7 +179,7 @@ impl Mlp {
             self.each_group(ctx, routing, inputs, own, |expert, panels, input, out| {
                 matmul(ctx.isa, pick(expert).panels(), panels, input, out, Store::Set);
             });
-            gather_columns(comm, own, &self.intermediate, self.schedule == MlpSchedule::Naive, out)?;
+            gather_columns(&**comm, own, &self.intermediate, self.schedule == MlpSchedule::Naive, out)?;
         }
         let start: usize = self.intermediate[..comm.rank()].iter().sum();
         let columns = start..start + self.intermediate[comm.rank()];
@@ -198,7 +202,7 @@ impl Mlp {
         for (part, (gate, up)) in slice_mut(own).chunks_exact_mut(part.max(1)).zip(whole) {
             simd_kernels::swiglu(ctx.isa, &gate[columns.clone()], &up[columns.clone()], part);
         }
-        gather_columns(comm, own, &self.intermediate, false, activation)
+        gather_columns(&**comm, own, &self.intermediate, false, activation)
     }
 
     fn down(&self, ctx: &Context, routing: &Routing, inputs: &[Input], out: &mut Activations, store: Store) {

@@ -20,6 +20,8 @@ pub struct Call {
     pub waited: Duration,
     /// Payload, as the ledger counts it.
     pub bytes: u64,
+    /// Whether the rank computed meanwhile: then what it waited is an operation of its own.
+    pub background: bool,
 }
 
 /// One repetition on this rank, span by span.
@@ -60,13 +62,15 @@ impl Recording {
             length: call.length,
             waited: call.waited,
             bytes: call.payload_bytes,
+            background: call.background,
         };
         Ok((length, spans, ledger.take_traced().into_iter().map(call).collect()))
     }
 
-    /// The rows of the table: operations by time, then collectives, then what is neither. They add up to the length.
+    /// The rows of the table: operations by time, then collectives, then what is neither. They add up to the length: collectives
+    /// in the background are left out, since their time is that of other operations, too.
     pub fn rows(&self) -> Vec<Row> {
-        let mut calls = self.calls.clone();
+        let mut calls: Vec<Call> = self.calls.iter().filter(|call| !call.background).copied().collect();
         calls.sort_by_key(|call| call.start);
         let mut rows: Vec<Row> = Vec::new();
         for span in self.spans.iter().filter(|span| span.thread.is_none()) {
@@ -190,6 +194,7 @@ pub mod tests {
             length: us(length),
             waited: us(1),
             bytes,
+            background: length == 50,
         };
         Recording {
             phase: Phase::Decode,
@@ -202,7 +207,11 @@ pub mod tests {
                 span("down_proj", Some(1), 1, 20),
                 span("o_proj", None, 40, 40),
             ],
-            calls: vec![call(Collective::Broadcast, 85, 5, 4), call(Collective::Allreduce, 65, 10, 4096)],
+            calls: vec![
+                call(Collective::Broadcast, 85, 5, 4),
+                call(Collective::Allreduce, 65, 10, 4096),
+                call(Collective::Allreduce, 20, 50, 1),
+            ],
         }
     }
 

@@ -235,9 +235,9 @@ impl EngineOptions {
             experts,
             weights: self.weights.0,
             kv,
-            isa: self.isa.0,
             threads,
             placement: Placement::for_rank(neighbours.index, neighbours.count, threads),
+            ..ModelOptions::new(self.isa.0)
         };
         Ok((options, reason))
     }

@@ -3,8 +3,8 @@
 use comm::CommError;
 use ops::{
     AttentionAlgorithm, AttentionScratch, AttentionShape, AttentionSpec, Context, Input, LayerCache, Linear, Mlp,
-    MlpScratch, QkNorm, Rotary, SequenceSpan, Store, attention_headwise, attention_sequence, linear_mpi, mlp, prepare,
-    reshape, rms_norm,
+    MlpScratch, QkNorm, Residual, Rotary, SequenceSpan, Store, attention_headwise, attention_sequence, linear_mpi, mlp,
+    prepare, reshape, rms_norm,
 };
 use tensor::Activations;
 
@@ -26,15 +26,18 @@ pub(crate) struct Pass<'a> {
     pub ctx: &'a Context,
     pub algorithm: AttentionAlgorithm,
     pub shape: &'a AttentionShape,
-    pub rotary: Rotary<'a>,
     pub span: SequenceSpan<'a>,
     pub eps: f32,
 }
 
-/// Working memory of a forward pass, kept from pass to pass.
+/// Tokens that go through the layers together: all of this rank's, or half of them. Kept from pass to pass for its memory.
 #[derive(Default)]
-pub(crate) struct Scratch {
-    pub x: Activations,
+pub(crate) struct Part {
+    /// [tokens, hidden]
+    pub x: Residual,
+    /// Rotary factors, each [tokens, head_dim / 2].
+    pub cos: Activations,
+    pub sin: Activations,
     pub normed: Activations,
     pub wanted: Activations,
     pub input: Input,
@@ -53,16 +56,31 @@ impl DecoderLayer {
         [&self.qkv_proj, &self.o_proj].into_iter().chain(experts).chain(router).map(Linear::bytes).sum()
     }
 
-    /// Adds the attention and the feed-forward block to the residual stream `scratch.x` [own tokens, hidden].
-    pub fn forward(&self, pass: &Pass<'_>, cache: &mut LayerCache, scratch: &mut Scratch) -> Result<(), CommError> {
-        let Pass { ctx, eps, .. } = *pass;
-        let Scratch { x, normed, input, qkv, attended, partial, attention, mlp: mlp_scratch, .. } = scratch;
+    /// Adds the attention and the feed-forward block to the residual stream of each part. Where there are two, the sums of one are on
+    /// their way while the other is computed; those of the feed-forward block still are at the end.
+    pub fn forward(&self, pass: &Pass<'_>, cache: &mut LayerCache, parts: &mut [Part]) -> Result<(), CommError> {
+        for part in &mut *parts {
+            part.x.settle(pass.ctx)?;
+            self.attention(pass, cache, part)?;
+        }
+        for part in parts {
+            part.x.settle(pass.ctx)?;
+            rms_norm(pass.ctx, part.x.tokens(), &self.post_attention_norm, pass.eps, &mut part.normed);
+            mlp(pass.ctx, &self.mlp, &part.normed, pass.span.layout, &mut part.mlp, &mut part.x)?;
+        }
+        Ok(())
+    }
 
-        rms_norm(ctx, x, &self.input_norm, eps, normed);
+    fn attention(&self, pass: &Pass<'_>, cache: &mut LayerCache, part: &mut Part) -> Result<(), CommError> {
+        let Pass { ctx, eps, .. } = *pass;
+        let Part { x, cos, sin, normed, input, qkv, attended, partial, attention, .. } = part;
+        let tokens = x.tokens().nrows();
+
+        rms_norm(ctx, x.tokens(), &self.input_norm, eps, normed);
         prepare(ctx, self.qkv_proj.input_kind(), normed, input);
-        reshape(qkv, x.nrows(), pass.shape.qkv_width());
+        reshape(qkv, tokens, pass.shape.qkv_width());
         {
-            let _operation = ctx.profile.operation("qkv_proj", self.qkv_proj.work(x.nrows()));
+            let _operation = ctx.profile.operation("qkv_proj", self.qkv_proj.work(tokens));
             self.qkv_proj.apply(ctx, input, qkv, Store::Set);
         }
 
@@ -70,7 +88,7 @@ impl DecoderLayer {
             algorithm: pass.algorithm,
             shape: pass.shape,
             norm: QkNorm { q: &self.q_norm, k: &self.k_norm, eps },
-            rotary: pass.rotary,
+            rotary: Rotary { cos, sin },
         };
         if ctx.positions.size() == 1 {
             attention_headwise(ctx, &spec, qkv, cache, attention, attended);
@@ -78,12 +96,7 @@ impl DecoderLayer {
             attention_sequence(ctx, &spec, &pass.span, qkv, cache, attention, attended)?;
         }
         prepare(ctx, self.o_proj.input_kind(), attended, input);
-        {
-            let _operation = ctx.profile.operation("o_proj", self.o_proj.work(x.nrows()));
-            linear_mpi(ctx, &self.o_proj, input, partial, x)?;
-        }
-
-        rms_norm(ctx, x, &self.post_attention_norm, eps, normed);
-        mlp(ctx, &self.mlp, normed, pass.span.layout, mlp_scratch, x)
+        let _operation = ctx.profile.operation("o_proj", self.o_proj.work(tokens));
+        linear_mpi(ctx, &self.o_proj, input, partial, x)
     }
 }

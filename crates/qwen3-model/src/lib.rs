@@ -14,6 +14,7 @@ mod rotary;
 mod heads;
 mod error;
 mod options;
+mod overlap;
 mod traffic;
 mod deterministic;
 mod candidates;
@@ -50,6 +51,7 @@ pub use ops::{
     Span, Work,
 };
 pub use options::{Division, ModelOptions, ParallelStrategy};
+pub use overlap::Overlap;
 pub use perplexity::{Perplexity, PerplexityError, perplexity};
 pub use plan::{PassCost, Plan, PlanInput, Prediction, plan};
 pub use plan_machine::{LinkFigures, Machine, Rate};

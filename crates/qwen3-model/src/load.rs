@@ -93,7 +93,7 @@ fn load_share(
         shape: share.shape,
         weight_format: lm_head.format(),
         options: *options,
-        scratch: Mutex::default(),
+        parts: Mutex::default(),
         config,
         ctx,
         layers,

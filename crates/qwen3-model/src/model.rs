@@ -4,8 +4,9 @@ use std::ops::Range;
 use std::sync::{Arc, Mutex};
 
 use comm::{CommError, Communicator, ReduceOp};
+use ndarray::Axis;
 use ops::{
-    AttentionShape, Context, Embedding, LayerCache, Linear, LogitRows, Profile, Rotary, SequenceSpan, TokenLayout,
+    AttentionShape, Context, Embedding, LayerCache, Linear, LogitRows, Profile, SequenceSpan, TokenLayout,
     gather_columns, lm_head, rms_norm, wanted_rows,
 };
 use tensor::{Activations, split_range};
@@ -13,8 +14,9 @@ use tensor::{Activations, split_range};
 use crate::cache::KvCache;
 use crate::config::Config;
 use crate::error::ModelError;
-use crate::layer::{DecoderLayer, Pass, Scratch};
+use crate::layer::{DecoderLayer, Part, Pass};
 use crate::options::ModelOptions;
+use crate::overlap::Overlap;
 use crate::rotary::RotaryTable;
 
 /// Floating-point operations of a rank between two looks at whether to stop: some tenths of a second, in which the look's few
@@ -34,7 +36,7 @@ pub struct Model {
     pub(crate) lm_head: Linear,
     pub(crate) vocab: Range<usize>,
     pub(crate) weight_format: tensor::WeightFormat,
-    pub(crate) scratch: Mutex<Scratch>,
+    pub(crate) parts: Mutex<[Part; 2]>,
 }
 
 /// Logits of some tokens, as far as this rank has them.
@@ -75,6 +77,11 @@ impl Model {
     /// The format of the projection weights in memory.
     pub fn weight_format(&self) -> tensor::WeightFormat {
         self.weight_format
+    }
+
+    /// Which passes go through the layers in halves.
+    pub fn overlap(&self) -> Overlap {
+        Overlap { machines: self.ctx.heads.machines(), tokens: self.options.overlap }
     }
 
     /// Bytes of packed weights on this rank.
@@ -129,16 +136,19 @@ impl Model {
         let (rank, ranks) = (ctx.positions.rank(), ctx.positions.size());
         let layout = TokenLayout::balanced(tokens.len(), ranks);
         let own: Vec<usize> = layout.indices(rank).collect();
-        let (cos, sin) = self.rotary.rows(&own.iter().map(|index| cache.len + index).collect::<Vec<_>>());
-        let mut scratch = self.scratch.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
-        let scratch = &mut *scratch;
-        self.embedding.lookup(own.iter().map(|index| tokens[*index]), &mut scratch.x)?;
+        let ranges = self.overlap().parts(&self.config, ranks, self.options.schedule(), own.len());
+        let mut parts = self.parts.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+        let parts = &mut parts[..ranges.len()];
+        for (part, range) in parts.iter_mut().zip(&ranges) {
+            let own = &own[range.clone()];
+            (part.cos, part.sin) = self.rotary.rows(&own.iter().map(|index| cache.len + index).collect::<Vec<_>>());
+            self.embedding.lookup(own.iter().map(|index| tokens[*index]), part.x.start(ranges.len() > 1))?;
+        }
 
         let pass = Pass {
             ctx,
             algorithm: self.options.attention,
             shape: &self.shape,
-            rotary: Rotary { cos: &cos, sin: &sin },
             span: SequenceSpan { layout: &layout, start: cache.len, held: &cache.held },
             eps: self.config.rms_norm_eps,
         };
@@ -146,22 +156,26 @@ impl Model {
             ctx.comm.ledger().set_layer(Some(index));
             if let Some((stride, stop)) = &mut stop
                 && index % *stride == 0
-                && self.any(stop())?
             {
-                ctx.comm.ledger().set_layer(None);
-                let held = if ranks > 1 { cache.held.len() } else { cache.len };
-                cache.layers.iter_mut().for_each(|layer| layer.truncate(held));
-                return Ok(None);
+                // A look is a call of this thread: the other one has to be done with its own.
+                settle(ctx, parts)?;
+                if self.any(stop())? {
+                    ctx.comm.ledger().set_layer(None);
+                    let held = if ranks > 1 { cache.held.len() } else { cache.len };
+                    cache.layers.iter_mut().for_each(|layer| layer.truncate(held));
+                    return Ok(None);
+                }
             }
-            layer.forward(&pass, cached, scratch)?;
+            layer.forward(&pass, cached, parts)?;
         }
+        settle(ctx, parts)?;
         ctx.comm.ledger().set_layer(None);
         if ranks > 1 {
             let kept = pass.span.kept(rank, ranks);
             cache.held.extend(kept);
         }
         cache.len += tokens.len();
-        Ok(Some(Logits { vocab: self.vocab.clone(), values: self.logits(&layout, rows, scratch)? }))
+        Ok(Some(Logits { vocab: self.vocab.clone(), values: self.logits(&layout, rows, parts)? }))
     }
 
     /// Layers that take a rank about [`LOOK`] for so many tokens; the same number on every rank.
@@ -195,9 +209,14 @@ impl Model {
         Ok(whole)
     }
 
-    fn logits(&self, layout: &TokenLayout, rows: LogitRows, scratch: &mut Scratch) -> Result<Activations, CommError> {
-        let Scratch { x, normed, wanted, input, .. } = scratch;
-        wanted_rows(&self.ctx, x, layout, rows, wanted)?;
+    fn logits(&self, layout: &TokenLayout, rows: LogitRows, parts: &mut [Part]) -> Result<Activations, CommError> {
+        let (first, others) = parts.split_first_mut().expect("a pass has a part");
+        let Part { x, normed, wanted, input, .. } = first;
+        for other in others {
+            let tokens = other.x.tokens().view();
+            x.tokens_mut().append(Axis(0), tokens).expect("parts are equally wide");
+        }
+        wanted_rows(&self.ctx, x.tokens(), layout, rows, wanted)?;
         rms_norm(&self.ctx, wanted, &self.norm, self.config.rms_norm_eps, normed);
         Ok(lm_head(&self.ctx, &self.lm_head, normed, input))
     }
@@ -211,6 +230,11 @@ impl Model {
         }
         Ok(())
     }
+}
+
+/// Waits for the sums of all parts.
+fn settle(ctx: &Context, parts: &mut [Part]) -> Result<(), CommError> {
+    parts.iter_mut().try_for_each(|part| part.x.settle(ctx))
 }
 
 #[cfg(test)]

@@ -79,6 +79,9 @@ impl fmt::Display for Division {
     }
 }
 
+/// From this many tokens on, the products of half of them run at the speed of all.
+pub(crate) const OVERLAP_TOKENS: usize = 128;
+
 /// How a model is split, computed and stored; the same on every rank.
 #[derive(Clone, Copy, Debug)]
 pub struct ModelOptions {
@@ -94,6 +97,9 @@ pub struct ModelOptions {
     pub weights: Option<WeightFormat>,
     /// The format of cached keys and values.
     pub kv: KvFormat,
+    /// The least tokens of a pass that goes through the layers in halves, where that hides the sums of several machines;
+    /// see [`Overlap`](crate::Overlap).
+    pub overlap: usize,
     /// The kernels' instruction set.
     pub isa: Isa,
     /// Threads of this rank.
@@ -113,6 +119,7 @@ impl ModelOptions {
             experts: ExpertSplit::default(),
             weights: None,
             kv: KvFormat::F32,
+            overlap: OVERLAP_TOKENS,
             isa,
             threads: 1,
             placement: Placement::Free,

@@ -10,7 +10,8 @@ use tensor::{WeightFormat, split_range};
 
 use crate::config::{Config, MoeConfig};
 use crate::heads::{HeadPlan, Imbalance};
-use crate::options::{Division, ParallelStrategy};
+use crate::options::{Division, OVERLAP_TOKENS, ParallelStrategy};
+use crate::overlap::Overlap;
 use crate::plan_experts::expected_most;
 use crate::plan_machine::{Machine, Rate};
 use crate::plan_weights::{RankWeights, WeightFormats};
@@ -68,7 +69,7 @@ pub struct PassCost {
     pub bytes: u64,
     /// Seconds of work of the slowest rank.
     pub work_seconds: f64,
-    /// Seconds of collectives.
+    /// Seconds of collectives that no work hides.
     pub collective_seconds: f64,
 }
 
@@ -239,7 +240,17 @@ impl<'a> Way<'a> {
             cost.collective_seconds = cost.collective_seconds.max(seconds);
             cost.work_seconds = cost.work_seconds.max(self.work(rank, tokens, past, rows));
         }
+        if self.overlap().parts(self.input.config, self.sp, self.division.schedule, tokens).len() > 1 {
+            // Each half's sum travels while the other half computes; the last one has nothing to hide behind.
+            let exposed = (cost.collective_seconds - cost.work_seconds).max(0.0);
+            cost.collective_seconds = exposed + cost.collective_seconds / cost.calls as f64;
+        }
         cost
+    }
+
+    /// Only ranks that split weights alone go in halves, and then all of them share all machines.
+    fn overlap(&self) -> Overlap {
+        Overlap { machines: self.input.nodes, tokens: OVERLAP_TOKENS }
     }
 
     /// Seconds that a rank computes.
@@ -294,7 +305,8 @@ impl<'a> Way<'a> {
         let PlanInput { config, ranks, nodes, wire, .. } = *self.input;
         let Division { strategy, schedule, .. } = self.division;
         let granularity = self.input.weights.granularity();
-        let model = TrafficModel { config, ranks, nodes, rank, strategy, schedule, granularity };
+        let overlap = self.overlap();
+        let model = TrafficModel { config, ranks, nodes, rank, strategy, schedule, granularity, overlap };
         let node = |rank| node_of(rank, ranks, nodes);
         let row: Vec<usize> = (0..self.tp).map(|i| node(rank / self.tp * self.tp + i)).collect();
         let column: Vec<usize> = (0..self.sp).map(|i| node(rank % self.tp + i * self.tp)).collect();

@@ -10,7 +10,7 @@ use ops::{
 };
 use tensor::{Activations, WeightFormat};
 
-use crate::layer::{DecoderLayer, Pass, Scratch};
+use crate::layer::{DecoderLayer, Part, Pass};
 use crate::plan_machine::Rate;
 
 /// Payloads of the sums that are timed, in f32: 256 B to 4 MiB.
@@ -182,17 +182,17 @@ impl Lab<'_> {
             ctx: &self.ctx,
             algorithm: AttentionAlgorithm::Streaming,
             shape: &shape,
-            rotary: Rotary { cos: &angles, sin: &angles },
             span: SequenceSpan { layout: &layout, start: 0, held: &[] },
             eps: 1e-6,
         };
-        let mut scratch = Scratch::default();
-        scratch.x = Activations::ones((tokens, sizes.hidden));
+        let mut part = Part::default();
+        (part.cos, part.sin) = (angles.clone(), angles);
+        *part.x.start(false) = Activations::ones((tokens, sizes.hidden));
         let mut cache = LayerCache::new(KvFormat::F16, sizes.kv_heads, sizes.head_dim);
         median(self.comm, rounds, || {
             for layer in layers {
                 cache.truncate(0);
-                layer.forward(&pass, &mut cache, &mut scratch)?;
+                layer.forward(&pass, &mut cache, std::slice::from_mut(&mut part))?;
             }
             Ok(())
         })

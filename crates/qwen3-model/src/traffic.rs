@@ -11,6 +11,7 @@ use tensor::split_granular;
 use crate::config::Config;
 use crate::heads::HeadPlan;
 use crate::options::ParallelStrategy;
+use crate::overlap::Overlap;
 
 /// Bytes of an f32.
 const F32: usize = 4;
@@ -32,6 +33,8 @@ pub struct TrafficModel<'a> {
     pub schedule: MlpSchedule,
     /// Feed-forward columns that are never cut apart: 1, or the group of a quantized format.
     pub granularity: usize,
+    /// Which passes go in halves, whose sums are calls of their own.
+    pub overlap: Overlap,
 }
 
 /// Calls of one collective and the bytes that they carry.
@@ -75,11 +78,12 @@ impl Sum {
 }
 
 /// One forward pass as one rank sees it.
-#[derive(Clone, Copy)]
 struct Pass {
     /// Tokens of the pass, and those of this rank among them.
     tokens: usize,
     own: usize,
+    /// Tokens whose sums are made together.
+    parts: Vec<usize>,
     /// Tokens cached before it.
     past: usize,
     /// Whether each token is on one rank of those that split positions.
@@ -95,11 +99,14 @@ impl TrafficModel<'_> {
     pub fn forward(&self, tokens: usize, past: usize, rows: LogitRows) -> Vec<Traffic> {
         let (tp, sp) = self.strategy.grid(self.ranks);
         let layout = TokenLayout::balanced(tokens, sp);
-        let pass = Pass { tokens, own: layout.count(self.rank / tp), past, split: layout.is_split(), tp, sp };
+        let own = layout.count(self.rank / tp);
+        let parts = self.overlap.parts(self.config, sp, self.schedule, own);
+        let parts = parts.iter().map(ExactSizeIterator::len).collect();
+        let pass = Pass { tokens, own, parts, past, split: layout.is_split(), tp, sp };
         let mut sum = Sum::default();
         for layer in 0..self.config.num_hidden_layers {
-            self.attention(pass, &mut sum);
-            self.feed_forward(pass, layer, &mut sum);
+            self.attention(&pass, &mut sum);
+            self.feed_forward(&pass, layer, &mut sum);
         }
         if pass.split {
             match rows {
@@ -111,8 +118,8 @@ impl TrafficModel<'_> {
         sum.sorted()
     }
 
-    fn attention(&self, pass: Pass, sum: &mut Sum) {
-        let Pass { tokens, own, past, split, tp, sp } = pass;
+    fn attention(&self, pass: &Pass, sum: &mut Sum) {
+        let Pass { tokens, past, split, tp, sp, .. } = *pass;
         let plan = HeadPlan::new(self.config, tp, self.rank % tp);
         let heads = plan.query_heads.len();
         let (queries, keys) = (heads * self.config.head_dim, plan.kv_heads.len() * self.config.head_dim);
@@ -137,7 +144,7 @@ impl TrafficModel<'_> {
             sum.add(Collective::ReduceScatter, 1, tokens * (heads + queries));
         }
         if tp > 1 {
-            sum.add(Collective::Allreduce, 1, own * self.config.hidden_size);
+            pass.parts.iter().for_each(|part| sum.add(Collective::Allreduce, 1, part * self.config.hidden_size));
         }
     }
 
@@ -148,8 +155,8 @@ impl TrafficModel<'_> {
         nodes.len()
     }
 
-    fn feed_forward(&self, pass: Pass, layer: usize, sum: &mut Sum) {
-        let Pass { tokens, own, split, tp, sp, .. } = pass;
+    fn feed_forward(&self, pass: &Pass, layer: usize, sum: &mut Sum) {
+        let Pass { tokens, own, split, tp, sp, .. } = *pass;
         // Ranks that split weights hold the same tokens; where none do, those that split positions gather theirs.
         let (ranks, split, tokens) = if tp > 1 { (tp, false, own) } else { (sp, split, tokens) };
         let hidden = tokens * self.config.hidden_size;
@@ -167,7 +174,10 @@ impl TrafficModel<'_> {
         let reductions = usize::from(ranks > 1);
         match self.schedule {
             MlpSchedule::Local => {}
-            MlpSchedule::Fused => sum.add(reduce, reductions, hidden),
+            MlpSchedule::Fused if split => sum.add(reduce, reductions, hidden),
+            MlpSchedule::Fused => {
+                pass.parts.iter().for_each(|part| sum.add(reduce, reductions, part * self.config.hidden_size));
+            }
             MlpSchedule::Naive => {
                 sum.add(Collective::Allgatherv, 2, inner);
                 sum.add(reduce, reductions, hidden);

@@ -4,13 +4,17 @@ mod suite;
 
 use std::sync::Arc;
 
-use qwen3_model::comm::{Communicator, MpiComm};
+use qwen3_model::comm::{Communicator, MpiComm, MpiOptions};
 
 const CASES: [&str; 6] =
     ["dense-tied-bf16", "dense-untied-f32", "dense-uneven-bf16", "dense-sharded-f16", "dense-yarn-bf16", "moe-bf16"];
 
 fn main() {
-    let comm: Arc<dyn Communicator> = Arc::new(MpiComm::init().expect("MPI starts"));
+    let world = MpiComm::init().expect("MPI starts");
+    let mut options = MpiOptions::default();
+    options.nodes = Some(2);
+    let machines: Arc<dyn Communicator> = Arc::new(world.with_options(&options).expect("the same ranks, far apart"));
+    let comm: Arc<dyn Communicator> = Arc::new(world);
     // A failed check ends the other ranks too: dropped in a panic, this end fails them all.
     let mut passed = 0;
     for case in CASES {
@@ -18,6 +22,12 @@ fn main() {
         for isa in suite::isas() {
             for what in suite::combinations(reference.mixture, comm.size(), isa, None, 1) {
                 reference.check(comm.clone(), &what);
+                passed += 1;
+            }
+            // On several machines the sums of one half of a pass travel while the other half computes.
+            for what in suite::halved(reference.mixture, comm.size(), isa, None, 1) {
+                assert_eq!(machines.machines(), comm.size().min(2));
+                reference.check(machines.clone(), &what);
                 passed += 1;
             }
         }

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use comm::Communicator;
 use ops::{
     AttentionAlgorithm, AttentionScratch, AttentionShape, AttentionSpec, Context, Expert, ExpertSplit, Input, Isa,
-    KvFormat, LayerCache, Linear, LogitRows, Mlp, MlpSchedule, MlpScratch, Placement, QkNorm, Rotary, Router,
+    KvFormat, LayerCache, Linear, LogitRows, Mlp, MlpSchedule, MlpScratch, Placement, QkNorm, Residual, Rotary, Router,
     SequenceSpan, TokenLayout, attention_headwise, attention_sequence, linear_mpi, lm_head, mlp, prepare, rms_norm,
     wanted_rows,
 };
@@ -149,7 +149,7 @@ fn linear_is_the_whole_product(rank: &Rank) {
     let ctx = &rank.ctx;
     for tokens in [0, 1, 2, 11] {
         let x = activations(1, tokens, INTERMEDIATE);
-        let mut residual = activations(2, tokens, HIDDEN);
+        let residual = activations(2, tokens, HIDDEN);
         let w = rank.whole("linear", HIDDEN, INTERMEDIATE);
         let expected: Vec<f64> = (0..tokens)
             .flat_map(|t| {
@@ -163,8 +163,13 @@ fn linear_is_the_whole_product(rank: &Rank) {
         let own_x = x.slice(ndarray::s![.., own]).as_standard_layout().into_owned();
         let (mut input, mut partial) = (Input::new(), Activations::default((0, 0)));
         prepare(ctx, weights.input_kind(), &own_x, &mut input);
-        linear_mpi(ctx, &weights, &input, &mut partial, &mut residual).unwrap();
-        assert_close(&format!("{tokens} tokens"), residual.as_slice().unwrap(), &expected);
+        for overlap in [false, true] {
+            let mut sum = Residual::default();
+            *sum.start(overlap) = residual.clone();
+            linear_mpi(ctx, &weights, &input, &mut partial, &mut sum).unwrap();
+            sum.settle(ctx).unwrap();
+            assert_close(&format!("{tokens} tokens"), sum.tokens().as_slice().unwrap(), &expected);
+        }
     }
 }
 
@@ -229,7 +234,6 @@ fn every_schedule_gives_the_formula(rank: &Rank, experts: bool) {
             for layout in [TokenLayout::Replicated { tokens }, TokenLayout::balanced(tokens, ctx.positions.size())] {
                 let (x, before) = (activations(3, tokens, HIDDEN), activations(4, tokens, HIDDEN));
                 let own = rows_of(&x, layout.indices(ctx.positions.rank()));
-                let mut residual = rows_of(&before, layout.indices(ctx.positions.rank()));
                 let expected: Vec<f64> = layout
                     .indices(ctx.comm.rank())
                     .flat_map(|t| {
@@ -237,12 +241,18 @@ fn every_schedule_gives_the_formula(rank: &Rank, experts: bool) {
                         before.row(t).iter().zip(y).map(|(b, y)| f64::from(*b) + y).collect::<Vec<_>>()
                     })
                     .collect();
-                mlp(ctx, &block, &own, &layout, &mut scratch, &mut residual).unwrap();
-                assert_close(
-                    &format!("{schedule}, experts {split}, {layout:?}"),
-                    residual.as_slice().unwrap(),
-                    &expected,
-                );
+                for overlap in [false, true] {
+                    let mut residual = Residual::default();
+                    *residual.start(overlap) = rows_of(&before, layout.indices(ctx.positions.rank()));
+                    mlp(ctx, &block, &own, &layout, &mut scratch, &mut residual).unwrap();
+                    residual.settle(ctx).unwrap();
+                    let found = residual.tokens().as_slice().unwrap();
+                    assert_close(
+                        &format!("{schedule}, experts {split}, {layout:?}, overlap {overlap}"),
+                        found,
+                        &expected,
+                    );
+                }
             }
         }
     }

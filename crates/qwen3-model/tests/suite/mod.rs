@@ -50,6 +50,19 @@ pub fn combinations(
     all
 }
 
+/// The combinations in which a pass goes in halves where the ranks lie on several machines.
+pub fn halved(
+    mixture: bool,
+    ranks: usize,
+    isa: Isa,
+    weights: Option<WeightFormat>,
+    threads: usize,
+) -> Vec<Combination> {
+    let mut all = combinations(mixture, ranks, isa, weights, threads);
+    all.retain(|what| what.strategy == ParallelStrategy::Heads && what.mlp == MlpSchedule::Fused);
+    all
+}
+
 /// The instruction sets of this machine, the fast one first.
 pub fn isas() -> Vec<Isa> {
     [Isa::avx2(), Some(Isa::scalar())].into_iter().flatten().collect()
@@ -76,6 +89,7 @@ fn check_traffic(model: &Model, prompt: &[u32], label: &str) {
         strategy: options.strategy,
         schedule: options.schedule(),
         granularity: 1,
+        overlap: model.overlap(),
     };
     let mut cache = model.new_cache(prompt.len());
     let middle = prompt.len() - 12;
@@ -130,6 +144,8 @@ impl Reference {
             experts: what.experts,
             weights: what.weights,
             threads: what.threads,
+            // The reference's prompts are short.
+            overlap: 2,
             ..ModelOptions::new(what.isa)
         };
         let model =

@@ -1,0 +1,103 @@
+//! The residual stream, to which the blocks of a layer add sums over the ranks: at once, or while the team goes on.
+
+use std::sync::Arc;
+
+use comm::{CommError, Communicator};
+use simd_kernels::{Input, Store};
+use tensor::Activations;
+
+use crate::background::Pending;
+use crate::context::Context;
+use crate::linear::{Linear, reshape, slice, slice_mut};
+use crate::profile::Work;
+
+/// The residual stream of some tokens, [tokens, hidden].
+#[derive(Default)]
+pub struct Residual {
+    tokens: Activations,
+    overlap: bool,
+    /// A sum on its way, which brings back its input and the tokens.
+    sum: Option<Pending<Result<(Activations, Activations), CommError>>>,
+    /// The input of the last sum: memory for the next one.
+    spare: Activations,
+}
+
+impl Residual {
+    /// The stream of new tokens. `overlap`: sums are made in the background, for whoever has something to do meanwhile.
+    pub fn start(&mut self, overlap: bool) -> &mut Activations {
+        // What an earlier pass that failed left behind is of no use.
+        self.sum = None;
+        self.overlap = overlap;
+        &mut self.tokens
+    }
+
+    /// The tokens. No sum may be on its way.
+    pub fn tokens(&self) -> &Activations {
+        assert!(self.sum.is_none(), "a sum that is on its way has the tokens");
+        &self.tokens
+    }
+
+    /// The tokens, to add to them. No sum may be on its way.
+    pub fn tokens_mut(&mut self) -> &mut Activations {
+        assert!(self.sum.is_none(), "a sum that is on its way has the tokens");
+        &mut self.tokens
+    }
+
+    /// Adds the sum over the ranks of `partial`, like the tokens [tokens, hidden]: one Allreduce of tokens · hidden · 4 bytes. In the
+    /// background it is done only after [`settle`](Self::settle), and `partial` is left with unspecified contents.
+    ///
+    /// # Errors
+    /// When the collective fails.
+    pub fn add_sum(
+        &mut self,
+        ctx: &Context,
+        comm: &Arc<dyn Communicator>,
+        partial: &mut Activations,
+    ) -> Result<(), CommError> {
+        if !self.overlap {
+            return comm.all_reduce_add(slice(partial), slice_mut(&mut self.tokens));
+        }
+        assert!(self.sum.is_none(), "a sum is on its way already");
+        let partial = std::mem::replace(partial, std::mem::take(&mut self.spare));
+        let mut tokens = std::mem::take(&mut self.tokens);
+        self.sum = Some(ctx.background.start(comm, move |comm| {
+            comm.all_reduce_add(slice(&partial), slice_mut(&mut tokens))?;
+            Ok((partial, tokens))
+        }));
+        Ok(())
+    }
+
+    /// Waits for the sum that is on its way, if there is one.
+    ///
+    /// # Errors
+    /// When the collective has failed; the tokens are lost then.
+    pub fn settle(&mut self, ctx: &Context) -> Result<(), CommError> {
+        if let Some(sum) = self.sum.take() {
+            let _operation = ctx.profile.operation("wait for sums", Work::default());
+            (self.spare, self.tokens) = sum.wait()?;
+        }
+        Ok(())
+    }
+}
+
+/// A linear layer whose *input* features are split over the ranks that split heads: `residual += Σᵣ xᵣ · Wᵣᵀ`, with one
+/// Allreduce of tokens · out · 4 bytes. `partial` is scratch.
+///
+/// # Errors
+/// When the collective fails.
+pub fn linear_mpi(
+    ctx: &Context,
+    weights: &Linear,
+    x: &Input,
+    partial: &mut Activations,
+    residual: &mut Residual,
+) -> Result<(), CommError> {
+    if ctx.heads.size() == 1 {
+        weights.apply(ctx, x, residual.tokens_mut(), Store::Add);
+        return Ok(());
+    }
+    let (tokens, width) = residual.tokens().dim();
+    reshape(partial, tokens, width);
+    weights.apply(ctx, x, partial, Store::Set);
+    residual.add_sum(ctx, &ctx.heads, partial)
+}
