@@ -82,15 +82,19 @@ pub(super) fn add_products<C: Column, const M: usize, const SETS: usize, const W
     let ((columns, last_columns), (x, last_x)) = (columns.as_chunks::<STEP>(), x.as_chunks::<STEP>());
     let mut ahead = ahead;
     for (columns, x) in columns.iter().zip(x) {
-        let next = if WEIGHTS { size_of_val(columns) } else { size_of_val(x) };
-        for line in (0..next).step_by(LINE) {
-            let line = ahead.wrapping_add(line);
-            if WEIGHTS { prefetch_weights(line) } else { prefetch::<_MM_HINT_T0>(line) }
+        if !WEIGHTS {
+            for line in (0..size_of_val(x)).step_by(LINE) {
+                prefetch::<_MM_HINT_T0>(ahead.wrapping_add(line));
+            }
         }
-        ahead = ahead.wrapping_add(next);
         for (k, (column, x)) in columns.iter().zip(x).enumerate() {
+            // Spread over the columns: from memory, two in a row cost 3 % of the bandwidth.
+            if WEIGHTS && (k * size_of_val(column)).is_multiple_of(LINE) {
+                prefetch_weights(ahead.wrapping_add(k * size_of_val(column)));
+            }
             step::<C, M>(column, x, &mut sums[k % SETS]);
         }
+        ahead = ahead.wrapping_add(if WEIGHTS { size_of_val(columns) } else { size_of_val(x) });
     }
     for (column, x) in last_columns.iter().zip(last_x) {
         step::<C, M>(column, x, &mut sums[0]);
