@@ -101,9 +101,9 @@ mod tests {
         let on = |rank: u64, row: u64| {
             all.iter().filter(|e| e["ph"] == "X" && e["pid"] == rank && e["tid"] == row).collect::<Vec<_>>()
         };
-        assert_eq!([0, 1, 2, 3].map(|row| on(1, row).len()), [3, 1, 1, 2]);
+        assert_eq!([0, 1, 2, 3].map(|row| on(1, row).len()), [3, 1, 1, 3]);
         // The second recording starts where the first one ends, at 100 us.
-        let second = on(0, 3)[3];
+        let second = on(0, 3)[4];
         assert_eq!(
             (&second["name"], &second["ts"], &second["dur"]),
             (&"Allreduce".into(), &165.0.into(), &10.0.into())

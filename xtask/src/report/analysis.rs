@@ -6,7 +6,7 @@ use anyhow::{Context, Result};
 use serde_json::Value;
 
 use super::Section;
-use super::lab::{Lab, Ranks};
+use super::lab::{Lab, Measured, Ranks};
 
 const ISAS: [&str; 2] = ["scalar", "avx2"];
 const SCHEDULES: [&str; 3] = ["gathered", "naive", "fused"];
@@ -68,8 +68,26 @@ pub fn measure(lab: &mut Lab) -> Result<Section> {
     }
     text.push_str(&table(&rows));
     text.push_str(&lessons(&rows, layers));
+    text.push_str(&decode(&mut lab, ranks, &model)?);
     text.push_str(&lab.take_commands());
     Ok(Section { text, charts: Vec::new() })
+}
+
+/// What AVX2 gains where the scalar kernels are plain Rust: in products of one token.
+fn decode(lab: &mut Lab, ranks: Ranks, model: &str) -> Result<String> {
+    let mut speeds = [0.0; ISAS.len()];
+    for (isa, speed) in ISAS.into_iter().zip(&mut speeds) {
+        let args = ["bench", "--json", "--model", model, "--threads", "1", "--strategy", "heads", "--isa", isa];
+        let bench =
+            lab.json_on(ranks, &[&args[..], &["--prompt-len", "8", "--gen-len", "8", "--reps", "3"]].concat())?;
+        *speed = Measured::find(&bench, "decode", 8).context("the bench decoded nothing")?.speed;
+    }
+    Ok(format!(
+        "\nDecoding, where the scalar kernels are plain Rust: {:.2} tokens/s, with AVX2 {:.2}, {:.1} times as fast.\n",
+        speeds[0],
+        speeds[1],
+        speeds[1] / speeds[0]
+    ))
 }
 
 fn row(
