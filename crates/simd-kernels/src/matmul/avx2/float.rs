@@ -63,7 +63,7 @@ impl Column for F16 {
     const WIDTH: Width = Width::F16;
 }
 
-/// Columns between two prefetches, and of accumulators in turn.
+/// Columns of a round, a multiple of every number of sets.
 const STEP: usize = 4;
 
 /// `acc[m] += Σ_k panel[k] x[k][m]`, where `panel` is `[k, 16]` and `x` is `[k, M]`; column k adds to set k % SETS. From
