@@ -3,7 +3,7 @@
 use std::ffi::OsString;
 use std::os::unix::process::CommandExt;
 use std::path::PathBuf;
-use std::process::ExitCode;
+use std::process::{Command, ExitCode};
 
 use anyhow::{Context, Result, bail};
 
@@ -12,21 +12,17 @@ use crate::{setup, workspace};
 
 /// The release build of the program `qwen3`, with the MPI backend where an MPI is given.
 pub fn build_program(mpi: Option<&Mpi>) -> Result<PathBuf> {
-    build_with(mpi, &[])
+    build_with(mpi, &mut workspace::cargo(), &[])
 }
 
-/// The same with further features.
-pub fn build_with(mpi: Option<&Mpi>, features: &[&str]) -> Result<PathBuf> {
-    let mut command = workspace::cargo();
-    command.args(["build", "--release", "--package", "qwen3-cli", "--bin", "qwen3"]);
-    for feature in features {
-        command.args(["--features", feature]);
-    }
+/// The same by a given cargo, with further arguments.
+pub fn build_with(mpi: Option<&Mpi>, cargo: &mut Command, args: &[&str]) -> Result<PathBuf> {
+    let command = cargo.args(["build", "--release", "--package", "qwen3-cli", "--bin", "qwen3"]).args(args);
     if let Some(mpi) = mpi {
         command.args(["--features", "mpi"]);
-        mpi.prepare(&mut command, Bind::None, true);
+        mpi.prepare(command, Bind::None, true);
     }
-    let built = workspace::build(&mut command)?;
+    let built = workspace::build(command)?;
     let program = built.into_iter().find(|executable| executable.target == "qwen3");
     Ok(program.context("the build made no program qwen3")?.path)
 }

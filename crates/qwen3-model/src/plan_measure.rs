@@ -20,7 +20,7 @@ const WEIGHT_BYTES: usize = 320 << 20;
 const CACHE_BYTES: usize = 128 << 20;
 /// Tokens of a pass of many: fewer where arithmetic is not what the machine is made for.
 fn tokens(isa: Isa) -> usize {
-    if isa == Isa::scalar() { 16 } else { 256 }
+    if isa.has_avx2() { 256 } else { 16 }
 }
 /// Tokens in caches: few, where starting costs most, and many.
 const DEPTHS: [usize; 2] = [128, 2048];

@@ -14,17 +14,24 @@ pub struct Isa(Kind);
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 enum Kind {
     Scalar,
+    Portable,
     Avx2,
     Avx2Vnni,
 }
 
-/// The environment variable that [`Isa::detect`] reads: `auto`, `scalar`, `avx2` or `avx2-vnni`.
+/// The environment variable that [`Isa::detect`] reads: `auto`, `scalar`, `portable`, `avx2` or `avx2-vnni`.
 const VARIABLE: &str = "SIMD_KERNELS_ISA";
 
 impl Isa {
     /// Plain Rust on any CPU: the reference for every other instruction set.
     pub fn scalar() -> Isa {
         Isa(Kind::Scalar)
+    }
+
+    /// The same, but for products of many tokens with float weights: these are the crate `matrixmultiply`'s, which chooses
+    /// instructions by itself. The best there is without AVX2.
+    pub fn portable() -> Isa {
+        Isa(Kind::Portable)
     }
 
     /// AVX2 with FMA and F16C, or `None` when the CPU or the operating system lacks one of the three.
@@ -48,11 +55,11 @@ impl Isa {
 
     /// All instruction sets of this CPU, the reference first and the best last.
     pub fn all() -> impl Iterator<Item = Isa> {
-        [Some(Isa::scalar()), Isa::avx2(), Isa::avx2_vnni()].into_iter().flatten()
+        [Some(Isa::scalar()), Some(Isa::portable()), Isa::avx2(), Isa::avx2_vnni()].into_iter().flatten()
     }
 
     /// The best instruction set here, or the one that the environment variable `SIMD_KERNELS_ISA` names
-    /// (`auto`, `scalar`, `avx2` or `avx2-vnni`).
+    /// (`auto`, `scalar`, `portable`, `avx2` or `avx2-vnni`).
     ///
     /// # Panics
     /// When the variable names an instruction set that is unknown or missing here; [`Isa::from_env`] returns that
@@ -72,18 +79,24 @@ impl Isa {
         }
     }
 
-    /// `"scalar"`, `"avx2"` or `"avx2-vnni"`.
+    /// `"scalar"`, `"portable"`, `"avx2"` or `"avx2-vnni"`.
     pub fn name(self) -> &'static str {
         match self.0 {
             Kind::Scalar => "scalar",
+            Kind::Portable => "portable",
             Kind::Avx2 => "avx2",
             Kind::Avx2Vnni => "avx2-vnni",
         }
     }
 
-    /// Whether the AVX2 functions may be entered.
-    pub(crate) fn has_avx2(self) -> bool {
-        self.0 != Kind::Scalar
+    /// Whether it is AVX2 or more, so that the AVX2 functions may be entered.
+    pub fn has_avx2(self) -> bool {
+        matches!(self.0, Kind::Avx2 | Kind::Avx2Vnni)
+    }
+
+    /// Whether the scalar functions leave large products to `matrixmultiply`.
+    pub(crate) fn has_matrixmultiply(self) -> bool {
+        self.0 == Kind::Portable
     }
 
     /// Whether they may use AVX-VNNI.
@@ -101,11 +114,12 @@ impl fmt::Display for Isa {
 impl FromStr for Isa {
     type Err = IsaError;
 
-    /// `auto` (the best one here), `scalar`, `avx2` or `avx2-vnni`.
+    /// `auto` (the best one here), `scalar`, `portable`, `avx2` or `avx2-vnni`.
     fn from_str(name: &str) -> Result<Isa, IsaError> {
         match name {
-            "auto" => Ok(Isa::all().last().unwrap_or(Isa::scalar())),
+            "auto" => Ok(Isa::all().last().unwrap_or(Isa::portable())),
             "scalar" => Ok(Isa::scalar()),
+            "portable" => Ok(Isa::portable()),
             "avx2" => Isa::avx2().ok_or(IsaError::Missing { name: "avx2" }),
             "avx2-vnni" => Isa::avx2_vnni().ok_or(IsaError::Missing { name: "avx2-vnni" }),
             other => Err(IsaError::Unknown { name: other.to_owned() }),
@@ -132,7 +146,7 @@ impl fmt::Display for IsaError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             IsaError::Unknown { name } => {
-                write!(f, "unknown instruction set {name:?}, expected auto, scalar, avx2 or avx2-vnni")
+                write!(f, "unknown instruction set {name:?}, expected auto, scalar, portable, avx2 or avx2-vnni")
             }
             IsaError::Missing { name } => {
                 write!(f, "this CPU does not have {name} (AVX2 with FMA and F16C, VNNI as AVX-VNNI)")
@@ -144,12 +158,12 @@ impl fmt::Display for IsaError {
 impl std::error::Error for IsaError {}
 
 /// Calls the AVX2 function when `isa` proves it may run, else the scalar one, both with the same arguments:
-/// `dispatch!(isa, avx2::dot, scalar::dot, (a, b))`; `avx2: (c)` at the end is for the AVX2 function alone. Its path is
-/// compiled on x86-64 only.
+/// `dispatch!(isa, avx2::dot, scalar::dot, (a, b))`; `avx2: (c)` and `scalar: (d)` at the end are for one of them alone. The
+/// AVX2 function's path is compiled on x86-64 only.
 ///
 /// A macro because no generic function can call a `#[target_feature]` function, which implements no `Fn` trait.
 macro_rules! dispatch {
-    ($isa:expr, $avx2:path, $scalar:path, ($($arg:expr),* $(,)?) $(, avx2: ($($more:expr),*))?) => {{
+    ($isa:expr, $avx2:path, $scalar:path, ($($arg:expr),* $(,)?) $(, avx2: ($($more:expr),*))? $(, scalar: ($($plain:expr),*))?) => {{
         #[cfg(target_arch = "x86_64")]
         if $isa.has_avx2() {
             #[cfg(test)]
@@ -161,7 +175,7 @@ macro_rules! dispatch {
         }
         #[cfg(not(target_arch = "x86_64"))]
         let _ = $isa;
-        $scalar($($arg),*)
+        $scalar($($arg),* $(, $($plain),*)?)
     }};
 }
 pub(crate) use dispatch;
@@ -192,10 +206,11 @@ mod tests {
 
     #[test]
     fn names_round_trip() {
-        assert_eq!("scalar".parse(), Ok(Isa::scalar()));
-        assert_eq!("scalar".parse::<Isa>().map(Isa::name), Ok("scalar"));
+        for (name, isa) in [("scalar", Isa::scalar()), ("portable", Isa::portable())] {
+            assert_eq!((name.parse(), isa.name(), isa.has_avx2()), (Ok(isa), name, false));
+        }
         let best: Isa = "auto".parse().expect("auto always works");
-        assert_eq!(Some(best), Isa::avx2_vnni().or(Isa::avx2()).or(Some(Isa::scalar())));
+        assert_eq!(Some(best), Isa::avx2_vnni().or(Isa::avx2()).or(Some(Isa::portable())));
         for (name, isa) in [("avx2", Isa::avx2()), ("avx2-vnni", Isa::avx2_vnni())] {
             assert_eq!(name.parse(), isa.ok_or(IsaError::Missing { name }));
             assert!(isa.is_none_or(|isa| isa.name() == name && isa.has_avx2()));
@@ -205,6 +220,9 @@ mod tests {
     #[test]
     fn unknown_names_are_errors() {
         let error = "avx512".parse::<Isa>().expect_err("not an instruction set of this crate");
-        assert_eq!(error.to_string(), "unknown instruction set \"avx512\", expected auto, scalar, avx2 or avx2-vnni");
+        assert_eq!(
+            error.to_string(),
+            "unknown instruction set \"avx512\", expected auto, scalar, portable, avx2 or avx2-vnni"
+        );
     }
 }

@@ -32,7 +32,8 @@ pub fn matmul(isa: Isa, w: Panels<'_>, panels: Range<usize>, x: &Input, out: Mat
     if out.rows() == 0 || out.cols() == 0 {
         return;
     }
-    dispatch!(isa, avx2::matmul, scalar::matmul, (w, panels, x, out, store), avx2: (isa.has_vnni()))
+    let (vnni, general) = (isa.has_vnni(), isa.has_matrixmultiply());
+    dispatch!(isa, avx2::matmul, scalar::matmul, (w, panels, x, out, store), avx2: (vnni), scalar: (general))
 }
 
 /// `out[t, c] = silu(gate[c] · x[t]) * (up[c] · x[t])` for the rows that `panels` of both matrices cover.
@@ -46,7 +47,8 @@ pub fn matmul_swiglu(isa: Isa, gate: Panels<'_>, up: Panels<'_>, panels: Range<u
     if out.rows() == 0 || out.cols() == 0 {
         return;
     }
-    dispatch!(isa, avx2::matmul_swiglu, scalar::matmul_swiglu, (gate, up, panels, x, out), avx2: (isa.has_vnni()))
+    let (vnni, general) = (isa.has_vnni(), isa.has_matrixmultiply());
+    dispatch!(isa, avx2::matmul_swiglu, scalar::matmul_swiglu, (gate, up, panels, x, out), avx2: (vnni), scalar: (general))
 }
 
 fn check(w: Panels<'_>, panels: &Range<usize>, x: &Input, out: &MatMut<'_>) {

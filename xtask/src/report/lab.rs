@@ -99,9 +99,18 @@ impl Lab {
 
     /// A lab of its own, with the same checkpoints and a program that counts its allocations.
     pub fn counting(&mut self) -> Result<Lab> {
-        let features = ["count-allocations"];
+        self.variant("qwen3-counting", &mut workspace::cargo(), &["--features", "count-allocations"])
+    }
+
+    /// The same with a program that is compiled with the given `RUSTFLAGS`.
+    pub fn compiled(&mut self, name: &str, flags: &str) -> Result<Lab> {
+        let target = self.file(&format!("{name}-target"));
+        self.variant(name, workspace::cargo().env("RUSTFLAGS", flags), &["--target-dir", &target])
+    }
+
+    fn variant(&mut self, name: &str, cargo: &mut Command, args: &[&str]) -> Result<Lab> {
         let mpi = if self.has_mpi()? { self.mpi.clone().flatten().map(|(mpi, _)| mpi) } else { None };
-        let program = self.keep(&launch::build_with(mpi.as_ref(), &features)?, "qwen3-counting")?;
+        let program = self.keep(&launch::build_with(mpi.as_ref(), cargo, args)?, name)?;
         let mpi = Some(mpi.map(|mpi| (mpi, program.clone())));
         Ok(Lab { program, mpi, cache: self.cache.clone(), commands: Vec::new(), ..*self })
     }

@@ -1,4 +1,4 @@
-//! The reference products in plain Rust, and `matrixmultiply` for many tokens of float weights.
+//! The reference products in plain Rust, and where that is wanted `matrixmultiply` for many tokens of float weights.
 
 use std::ops::Range;
 
@@ -11,8 +11,15 @@ use crate::panels::{GROUP, PANEL, PanelData, Panels, Q4_BLOCK, Q8_BLOCK, block_s
 /// Tokens from which packing for a general matrix product pays.
 const MANY_TOKENS: usize = 16;
 
-pub(super) fn matmul(w: Panels<'_>, panels: Range<usize>, x: &Input, mut out: MatMut<'_>, store: Store) {
-    if x.kind() == InputKind::Float && x.tokens() >= MANY_TOKENS && x.cols() > 0 {
+pub(super) fn matmul(
+    w: Panels<'_>,
+    panels: Range<usize>,
+    x: &Input,
+    mut out: MatMut<'_>,
+    store: Store,
+    general_pays: bool,
+) {
+    if general_pays && x.kind() == InputKind::Float && x.tokens() >= MANY_TOKENS && x.cols() > 0 {
         return general(w, panels, x, out, store);
     }
     let mut widened = vec![0.0; if x.kind() == InputKind::Float { w.cols() * PANEL } else { 0 }];
@@ -40,11 +47,18 @@ pub(super) fn matmul(w: Panels<'_>, panels: Range<usize>, x: &Input, mut out: Ma
     }
 }
 
-pub(super) fn matmul_swiglu(gate: Panels<'_>, up: Panels<'_>, panels: Range<usize>, x: &Input, mut out: MatMut<'_>) {
+pub(super) fn matmul_swiglu(
+    gate: Panels<'_>,
+    up: Panels<'_>,
+    panels: Range<usize>,
+    x: &Input,
+    mut out: MatMut<'_>,
+    general_pays: bool,
+) {
     let (tokens, rows) = (out.rows(), out.cols());
     let mut products = vec![0.0; tokens * rows];
-    matmul(up, panels.clone(), x, MatMut::new(&mut products, tokens, rows, rows), Store::Set);
-    matmul(gate, panels, x, out.reborrow(), Store::Set);
+    matmul(up, panels.clone(), x, MatMut::new(&mut products, tokens, rows, rows), Store::Set, general_pays);
+    matmul(gate, panels, x, out.reborrow(), Store::Set, general_pays);
     for (token, up) in products.chunks_exact(rows).enumerate() {
         for (out, &up) in out.row_mut(token).iter_mut().zip(up) {
             let gate = *out;
