@@ -17,7 +17,16 @@ pub fn build_program(mpi: Option<&Mpi>) -> Result<PathBuf> {
 
 /// The same by a given cargo, with further arguments.
 pub fn build_with(mpi: Option<&Mpi>, cargo: &mut Command, args: &[&str]) -> Result<PathBuf> {
-    let command = cargo.args(["build", "--release", "--package", "qwen3-cli", "--bin", "qwen3"]).args(args);
+    build(mpi, cargo.args(["build", "--release"]).args(args))
+}
+
+/// The program with the MPI backend, built as the tests are, with which it shares most of the work.
+pub fn build_for_tests(mpi: &Mpi) -> Result<PathBuf> {
+    build(Some(mpi), workspace::cargo().arg("build"))
+}
+
+fn build(mpi: Option<&Mpi>, command: &mut Command) -> Result<PathBuf> {
+    command.args(["--package", "qwen3-cli", "--bin", "qwen3"]);
     if let Some(mpi) = mpi {
         command.args(["--features", "mpi"]);
         mpi.prepare(command, Bind::None, true);

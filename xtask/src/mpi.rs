@@ -113,7 +113,7 @@ impl Mpi {
                 command.env(name, value);
             }
         }
-        command.env("MPICC", &self.mpicc);
+        command.env("MPICC", &self.mpicc).env("MPIRUN", &self.mpirun);
         // Ranks and build scripts find the rest of the installation (mpiexec, orted, hydra_pmi_proxy) beside it.
         let path = std::env::var_os("PATH").unwrap_or_default();
         let mut folders: Vec<PathBuf> = std::env::split_paths(&path).collect();

@@ -1,13 +1,13 @@
 //! `cargo xtask mpi-test`: the tests that need real MPI processes, on several rank counts.
 //!
 //! Such a test is a program (`tests/mpi.rs` with `harness = false`) that runs its checks on whatever world it finds;
-//! rank 0 ends with a line "N passed, M failed", and a failure anywhere gives a non-zero status.
+//! rank 0 ends with a line "N passed, M failed", and a failure anywhere gives a non-zero status. Tests of what becomes of a whole
+//! job start their jobs themselves.
 
-use std::path::Path;
-use std::process::ExitCode;
+use std::process::{Command, ExitCode};
 use std::time::{Duration, Instant};
 
-use anyhow::{Result, bail};
+use anyhow::{Context, Result, bail};
 
 use crate::mpi::{Bind, Mpi};
 use crate::process::{self, Finished, Output};
@@ -16,6 +16,9 @@ use crate::workspace::{self, Executable, Package};
 
 /// The packages that have such tests, lowest first.
 const PACKAGES: [&str; 3] = ["comm", "ops", "qwen3-model"];
+
+/// Tests that start their own jobs: the package, and the test's name.
+const LAUNCHERS: [(&str, &str); 2] = [("comm", "mpi_failures"), ("qwen3-cli", "mpirun")];
 
 /// Default deadline of one run.
 pub const DEADLINE_SECONDS: u64 = 300;
@@ -63,16 +66,27 @@ pub fn run(mpi: &Mpi, ranks: &[usize], package: Option<&str>, deadline: Duration
     }
     let mut rows = Vec::new();
     let mut tally = Tally { skipped: without.len(), ..Tally::default() };
-    for executable in build(mpi, &with)? {
-        let name = with.iter().find(|p| p.folder == executable.package).map_or("?", |p| p.name.as_str());
+    let mut judge_run = |name: &str, count: &str, finished: &Finished| {
+        let outcome = judge(finished);
+        println!("mpi-test: {name} on {count}: {} ({:.1} s)", text(&outcome), finished.elapsed.as_secs_f64());
+        *if outcome.is_ok() { &mut tally.passed } else { &mut tally.failed } += 1;
+        rows.push(format!("{name:<12} {count:>5} {:>8.1}  {}", finished.elapsed.as_secs_f64(), text(&outcome)));
+    };
+    let with: Vec<(&str, &str)> = with.iter().map(|package| (package.name.as_str(), "mpi")).collect();
+    for (name, executable) in build(mpi, &with)? {
         for &count in ranks {
             println!("\nmpi-test: {name} on {count} {}", if count == 1 { "rank" } else { "ranks" });
-            let finished = launch(mpi, &executable, count, deadline)?;
-            let outcome = judge(&finished);
-            println!("mpi-test: {name} on {count}: {} ({:.1} s)", text(&outcome), finished.elapsed.as_secs_f64());
-            *if outcome.is_ok() { &mut tally.passed } else { &mut tally.failed } += 1;
-            rows.push(format!("{name:<12} {count:>5} {:>8.1}  {}", finished.elapsed.as_secs_f64(), text(&outcome)));
+            let mut command = mpi.launcher(count, None, Bind::None, executable.path.as_os_str());
+            judge_run(name, &count.to_string(), &run_in_package(&mut command, &executable, deadline)?);
         }
+    }
+    let launchers: Vec<_> =
+        LAUNCHERS.into_iter().filter(|(name, _)| package.is_none_or(|only| only == *name)).collect();
+    for (name, executable) in build(mpi, &launchers)? {
+        println!("\nmpi-test: {name}, {}", executable.target);
+        let mut command = Command::new(&executable.path);
+        mpi.prepare(&mut command, Bind::None, true);
+        judge_run(name, "jobs", &run_in_package(&mut command, &executable, deadline)?);
     }
     println!("\n{:<12} {:>5} {:>8}  result ({})\n{}", "package", "ranks", "seconds", mpi.version, rows.join("\n"));
     for name in &without {
@@ -87,8 +101,9 @@ pub fn run(mpi: &Mpi, ranks: &[usize], package: Option<&str>, deadline: Duration
 
 /// The packages to test, with and without such a test.
 fn select<'a>(packages: &'a [Package], only: Option<&str>) -> Result<(Vec<&'a Package>, Vec<&'static str>)> {
-    if let Some(name) = only.filter(|name| !PACKAGES.contains(name)) {
-        bail!("-p {name}: MPI tests belong to {}", PACKAGES.join(", "));
+    let all = || PACKAGES.into_iter().chain(["qwen3-cli"]);
+    if let Some(name) = only.filter(|&name| all().all(|known| known != name)) {
+        bail!("-p {name}: MPI tests belong to {}", all().collect::<Vec<_>>().join(", "));
     }
     let (mut with, mut without) = (Vec::new(), Vec::new());
     for name in PACKAGES.into_iter().filter(|&name| only.is_none_or(|only| only == name)) {
@@ -100,33 +115,34 @@ fn select<'a>(packages: &'a [Package], only: Option<&str>) -> Result<(Vec<&'a Pa
     Ok((with, without))
 }
 
-fn build(mpi: &Mpi, packages: &[&Package]) -> Result<Vec<Executable>> {
-    if packages.is_empty() {
+/// The executables of some tests, in their order.
+fn build<'a>(mpi: &Mpi, tests: &[(&'a str, &str)]) -> Result<Vec<(&'a str, Executable)>> {
+    if tests.is_empty() {
         return Ok(Vec::new());
     }
     let started = Instant::now();
     let mut command = workspace::cargo();
-    command.args(["test", "--no-run", "--test", "mpi"]);
-    for package in packages {
-        command.args(["--package", &package.name, "--features", &format!("{}/mpi", package.name)]);
+    command.args(["test", "--no-run"]);
+    for (package, test) in tests {
+        command.args(["--test", test, "--package", package, "--features", &format!("{package}/mpi")]);
     }
     mpi.prepare(&mut command, Bind::None, true);
     let mut built = workspace::build(&mut command)?;
-    built.retain(|executable| executable.target == "mpi");
-    if built.len() != packages.len() {
-        bail!("cargo built {} tests named mpi for {} packages", built.len(), packages.len());
+    let mut found = Vec::new();
+    for &(package, test) in tests {
+        let folder = workspace::root().join("crates").join(package);
+        let place = built.iter().position(|made| made.package == folder && made.target == test);
+        let place = place.with_context(|| format!("cargo built no test {test} of {package}"))?;
+        found.push((package, built.swap_remove(place)));
     }
-    // Cargo reports them as they become ready; the reader wants the lowest layer first.
-    built.sort_by_key(|executable| packages.iter().position(|package| package.folder == executable.package));
-    println!("mpi-test: built {} programs in {:.1} s", built.len(), started.elapsed().as_secs_f64());
-    Ok(built)
+    println!("mpi-test: built {} programs in {:.1} s", found.len(), started.elapsed().as_secs_f64());
+    Ok(found)
 }
 
-fn launch(mpi: &Mpi, executable: &Executable, ranks: usize, deadline: Duration) -> Result<Finished> {
-    let mut command = mpi.launcher(ranks, None, Bind::None, executable.path.as_os_str());
-    // As under `cargo test`.
-    command.current_dir(&executable.package).env("CARGO_MANIFEST_DIR", Path::new(&executable.package));
-    process::run(&mut command, deadline, Output::Shown)
+/// Runs a test as `cargo test` does.
+fn run_in_package(command: &mut Command, executable: &Executable, deadline: Duration) -> Result<Finished> {
+    command.current_dir(&executable.package).env("CARGO_MANIFEST_DIR", &executable.package);
+    process::run(command, deadline, Output::Shown)
 }
 
 /// How many checks passed, or why the run counts as failed.
@@ -147,9 +163,9 @@ fn judge(finished: &Finished) -> Result<usize, String> {
     }
 }
 
-/// The numbers of a line that contains "N passed, M failed".
+/// The numbers of a line that contains "N passed, M failed", or with a semicolon as cargo's harness writes it.
 fn counts(line: &str) -> Option<(usize, usize)> {
-    let (before, after) = line.split_once(" passed, ")?;
+    let (before, after) = line.split_once(" passed, ").or_else(|| line.split_once(" passed; "))?;
     let passed = before.rsplit(|c: char| !c.is_ascii_digit()).next()?.parse().ok()?;
     let failed = after.split_once(" failed")?.0.parse().ok()?;
     Some((passed, failed))
@@ -164,8 +180,6 @@ fn text(outcome: &Result<usize, String>) -> String {
 
 #[cfg(test)]
 mod tests {
-    use std::process::Command;
-
     use super::*;
 
     fn ended(script: &str) -> Finished {
@@ -176,6 +190,7 @@ mod tests {
     #[test]
     fn a_run_passes_only_when_one_rank_says_so() {
         assert_eq!(judge(&ended("echo comm on 3 ranks: 41 passed, 0 failed")), Ok(41));
+        assert_eq!(judge(&ended("echo 'test result: ok. 3 passed; 0 failed; 0 ignored'")), Ok(3));
         let reason = |script: &str| judge(&ended(script)).unwrap_err();
         assert!(reason("echo 41 passed, 0 failed; exit 1").contains("exit status: 1"));
         assert!(reason("echo 40 passed, 1 failed").contains("1 checks failed"));

@@ -1,4 +1,5 @@
-//! `cargo xtask netbench`: one rank on each machine of an emulated cluster, real TCP between them, measured and predicted.
+//! `cargo xtask netbench`: one rank on each machine of an emulated cluster, real TCP between them: how fast it is beside what
+//! was predicted, and what becomes of it when a machine fails.
 //!
 //! The cluster is made of Linux network namespaces on this machine. It runs below a process of its own that is root of
 //! its own namespaces, so that nothing of it is seen outside: no address, bridge or route of this machine changes,
@@ -7,6 +8,8 @@
 mod cluster;
 mod launcher;
 mod results;
+mod speeds;
+mod failures;
 
 use std::io::Read as _;
 use std::path::{Path, PathBuf};
@@ -14,14 +17,10 @@ use std::process::{Command, ExitCode, Stdio};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
-use serde_json::{Value, json};
 
 use crate::mpi::{Implementation, Mpi, Parts};
-use crate::process::{self, Output};
 use crate::report::Lab;
-use crate::{launch, setup};
-use cluster::{Cluster, Net};
-use results::{Network, Run};
+use crate::{launch, process, setup, workspace};
 
 /// Programs that make namespaces, links and their limits, with what brings them.
 const TOOLS: [(&str, &str); 8] = [
@@ -34,18 +33,17 @@ const TOOLS: [(&str, &str); 8] = [
     ("tc", "iproute2"),
     ("sh", "a shell"),
 ];
-/// No single run of the program takes longer.
-const DEADLINE: Duration = Duration::from_secs(180);
-/// Nor do all together.
+/// All runs together take no longer.
 const ALL: Duration = Duration::from_secs(3600);
 /// The exit status of a skipped command, as of one that misses MPI.
 const SKIPPED: u8 = 3;
-const STRATEGIES: [&str; 2] = ["heads", "sequence"];
-const WIRES: [&str; 3] = ["f32", "bf16", "q8"];
 
 /// What to measure.
-#[derive(clap::Args, Clone, Debug)]
+#[derive(clap::Args, Clone, Debug, Default)]
 pub struct NetbenchArgs {
+    /// Measure nothing: kill ranks, end them, cut their links, and see that all ends soon and says why
+    #[arg(long)]
+    pub failures: bool,
     /// Few layers, short prompts, one repetition: to see that it works
     #[arg(long)]
     pub quick: bool,
@@ -71,39 +69,46 @@ fn gbit(text: &str) -> Result<f64, String> {
     text.parse().ok().filter(fits).ok_or_else(|| "expected Gbit/s from 0.01 to 400".to_owned())
 }
 
-/// Prompt, generated tokens and repetitions of a bench.
-fn extent(quick: bool) -> [usize; 3] {
-    if quick { [64, 8, 1] } else { [256, 32, 3] }
-}
-
 /// The command, outside and inside of the namespaces.
 pub fn command(args: &NetbenchArgs) -> Result<ExitCode> {
     if let Some([program, model]) = args.inside.as_deref() {
-        die_with_parent();
-        cluster::own_folder(&files_of(program))?;
-        inside(args, program, model)?;
-        return Ok(ExitCode::SUCCESS);
+        return inside(args, program, model);
     }
-    if let Some(reason) = obstacle() {
-        println!("netbench: SKIPPED: {reason}");
-        return Ok(ExitCode::from(SKIPPED));
-    }
-    let mpi = match setup::ensure(true) {
+    let mpi = match ready() {
         Ok(mpi) => mpi,
-        Err(missing) => {
-            println!("netbench: SKIPPED: {missing}");
-            return Ok(missing.exit_code());
+        Err((reason, status)) => {
+            println!("netbench: SKIPPED: {reason}");
+            return Ok(status);
         }
     };
-    if mpi.implementation == Implementation::Other {
-        println!("netbench: SKIPPED: {}: only Open MPI and MPICH are known to start ranks in namespaces", mpi.version);
-        return Ok(ExitCode::from(SKIPPED));
+    if args.failures {
+        return Ok(if failures(&mpi)? { ExitCode::SUCCESS } else { ExitCode::FAILURE });
     }
     let program = launch::build_program(Some(&mpi))?;
-    let files = files_of(&program);
-    std::fs::create_dir_all(&files).with_context(|| format!("cannot make {}", files.display()))?;
     let model = Lab::with(program.clone(), args.quick)?.synth("0.6b", args.quick.then_some(4))?;
-    outside(args, &program, &model)
+    Ok(if outside(args, &program, &model)? { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+}
+
+/// The MPI to use, or what is missing for clusters on this machine and the exit status that says so.
+pub fn ready() -> Result<Mpi, (String, ExitCode)> {
+    let skipped = |reason| Err((reason, ExitCode::from(SKIPPED)));
+    if let Some(reason) = obstacle() {
+        return skipped(reason);
+    }
+    match setup::ensure(true) {
+        Err(missing) => Err((missing.to_string(), missing.exit_code())),
+        Ok(mpi) if mpi.implementation == Implementation::Other => {
+            skipped(format!("{}: only Open MPI and MPICH are known to start ranks in namespaces", mpi.version))
+        }
+        Ok(mpi) => Ok(mpi),
+    }
+}
+
+/// Whether all ends as it should where a machine fails; how it ended is printed.
+pub fn failures(mpi: &Mpi) -> Result<bool> {
+    let program = launch::build_for_tests(mpi)?;
+    let args = NetbenchArgs { failures: true, ..NetbenchArgs::default() };
+    outside(&args, &program, &workspace::root().join("models/austen"))
 }
 
 /// The folder for files of the run, which stays empty outside of the namespaces.
@@ -111,15 +116,20 @@ fn files_of(program: &Path) -> PathBuf {
     program.with_file_name("netbench")
 }
 
-/// Runs this program once more, inside of new namespaces, and stays as the hand that holds it.
-fn outside(args: &NetbenchArgs, program: &Path, model: &Path) -> Result<ExitCode> {
-    let list = |values: &[String]| values.join(",");
+/// Runs this program once more, inside of new namespaces, and stays as the hand that holds it; whether it succeeds.
+fn outside(args: &NetbenchArgs, program: &Path, model: &Path) -> Result<bool> {
+    let files = files_of(program);
+    std::fs::create_dir_all(&files).with_context(|| format!("cannot make {}", files.display()))?;
     let mut command = namespaces();
     command.arg(std::env::current_exe().context("this program has no path")?).arg("netbench");
-    command.args(["--ranks", &list(&args.ranks.iter().map(u16::to_string).collect::<Vec<_>>())]);
-    command.args(["--gbit", &list(&args.gbit.iter().map(f64::to_string).collect::<Vec<_>>())]);
+    command.args(args.quick.then_some("--quick")).args(args.failures.then_some("--failures"));
+    for ranks in &args.ranks {
+        command.args(["--ranks", &ranks.to_string()]);
+    }
+    for gbit in &args.gbit {
+        command.args(["--gbit", &gbit.to_string()]);
+    }
     command.args(["--delay-us", &args.delay_us.to_string()]);
-    command.args(args.quick.then_some("--quick"));
     if let Some(file) = &args.json {
         command.arg("--json").arg(file);
     }
@@ -129,7 +139,7 @@ fn outside(args: &NetbenchArgs, program: &Path, model: &Path) -> Result<ExitCode
     let started = Instant::now();
     loop {
         if let Some(status) = child.try_wait()? {
-            return Ok(if status.success() { ExitCode::SUCCESS } else { ExitCode::FAILURE });
+            return Ok(status.success());
         }
         if started.elapsed() > ALL {
             child.kill().ok();
@@ -138,6 +148,20 @@ fn outside(args: &NetbenchArgs, program: &Path, model: &Path) -> Result<ExitCode
         }
         std::thread::sleep(Duration::from_millis(50));
     }
+}
+
+/// What runs inside of the namespaces.
+fn inside(args: &NetbenchArgs, program: &Path, model: &Path) -> Result<ExitCode> {
+    die_with_parent();
+    let files = files_of(program);
+    cluster::own_folder(&files)?;
+    let mpi = Mpi::from_parts(&Parts::find())?;
+    if args.failures {
+        let failed = failures::check(&mpi, program, model, &files)?;
+        return Ok(if failed == 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE });
+    }
+    speeds::measure(args, &mpi, program, model, &files)?;
+    Ok(ExitCode::SUCCESS)
 }
 
 /// Ends this process, the first of its namespaces, when the process that holds its input ends: Ctrl-C reaches that one,
@@ -197,93 +221,4 @@ fn search_path() -> std::ffi::OsString {
     let path = std::env::var_os("PATH").unwrap_or_default();
     let folders = std::env::split_paths(&path).chain(sbin());
     std::env::join_paths(folders).unwrap_or(path)
-}
-
-/// Inside of the namespaces: measures every network and shows and writes what came of it.
-fn inside(args: &NetbenchArgs, program: &Path, model: &Path) -> Result<()> {
-    let mpi = Mpi::from_parts(&Parts::find())?;
-    let files = files_of(program);
-    let cores = cluster::cores();
-    let delay_us = cluster::can_delay().then_some(args.delay_us);
-    if delay_us.is_none() {
-        println!("netbench: this kernel has no netem: links have their speed and no delay of their own");
-    }
-    let [prompt, generated, reps] = extent(args.quick);
-    let (prompt, generated, reps) = (prompt.to_string(), generated.to_string(), reps.to_string());
-    let bench = |more: &[&str]| -> Vec<String> {
-        let common = ["bench", "--json", "--threads", "1", "--prompt-len", &prompt, "--gen-len", &generated];
-        let model = model.to_string_lossy();
-        [&common[..], &["--reps", &reps, "--model", &model], more].concat().iter().map(|&a| a.to_owned()).collect()
-    };
-    let mut networks = Vec::new();
-    for &ranks in &args.ranks {
-        for &gbit in &args.gbit {
-            let cluster = Cluster::build(usize::from(ranks), &cores, Net { gbit, delay_us }, files.clone())?;
-            let calibration = files.join("calibration.json");
-            std::fs::remove_file(&calibration).ok();
-            let file = calibration.to_string_lossy().into_owned();
-            let on_cluster = |args: &[String]| -> Result<Value> {
-                let before = cluster.traffic()?;
-                let mut command = launcher::command(&mpi, &cluster, program);
-                let value = answer(command.args(args), args, &files)?;
-                Ok(json!({ "answer": value, "network_bytes": cluster.traffic()? - before }))
-            };
-            let words = |args: &[&str]| args.iter().map(|&arg| arg.to_owned()).collect::<Vec<_>>();
-            let calibrated = on_cluster(&words(&["calibrate", "--json", "--threads", "1", "--output", &file]))?;
-            let mut network = Network::of(&calibrated["answer"]["machine"], gbit, usize::from(ranks))?;
-            for wire in WIRES {
-                let (count, model) = (ranks.to_string(), model.to_string_lossy());
-                let plan = words(&[
-                    "plan",
-                    "--json",
-                    "--model",
-                    &model,
-                    "--ranks",
-                    &count,
-                    "--nodes",
-                    &count,
-                    "--threads",
-                    "1",
-                    "--calibration",
-                    &file,
-                    "--prompt",
-                    &prompt,
-                    "--generate",
-                    &generated,
-                    "--wire",
-                    wire,
-                ]);
-                let plan = answer(Command::new(program).args(&plan), &plan, &files)?;
-                for strategy in STRATEGIES {
-                    let measured = on_cluster(&bench(&["--strategy", strategy, "--wire", wire]))?;
-                    network.runs.push(Run::of(&measured, &plan, strategy, wire)?);
-                }
-            }
-            println!("{}", network.table());
-            networks.push(network.json());
-        }
-    }
-    if let Some(file) = &args.json {
-        let alone = answer(Command::new(program).args(bench(&[])), &bench(&[]), &files)?;
-        let all = json!({
-            "mpi": mpi.version, "cores": cores.len(), "quick": args.quick, "delay_us": delay_us,
-            "model": model.file_name().map(|name| name.to_string_lossy()), "prompt": prompt, "generated": generated,
-            "one_rank": alone["results"], "networks": networks,
-        });
-        std::fs::write(file, format!("{all:#}\n")).with_context(|| format!("cannot write {}", file.display()))?;
-    }
-    Ok(())
-}
-
-/// The JSON that a run of the program prints. What it and its launcher say beside is shown where the run fails.
-fn answer(command: &mut Command, args: &[String], files: &Path) -> Result<Value> {
-    let said = files.join("stderr");
-    let log = std::fs::File::create(&said).with_context(|| format!("cannot write {}", said.display()))?;
-    let finished = process::run(command.stderr(log), DEADLINE, Output::Collected)?;
-    if !finished.ok() {
-        let text = std::fs::read_to_string(&said).unwrap_or_default();
-        // MPICH's launcher complains on standard output.
-        bail!("qwen3 {}: {}\n{}{}", args.join(" "), finished.reason(), finished.stdout, text.trim_end());
-    }
-    serde_json::from_str(&finished.stdout).with_context(|| format!("qwen3 {} printed no JSON", args.join(" ")))
 }

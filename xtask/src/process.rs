@@ -13,7 +13,8 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
-use rustix::process::{Pid, Signal, kill_process};
+pub use rustix::process::Signal;
+use rustix::process::{Pid, kill_process};
 
 const MARK: &str = "XTASK_JOB";
 /// What a terminated job gets to clean up after itself before it is killed.
@@ -63,36 +64,70 @@ pub enum Output {
 
 /// Runs `command` without input until it ends or `deadline` passes; afterwards none of its descendants runs.
 pub fn run(command: &mut Command, deadline: Duration, output: Output) -> Result<Finished> {
-    static JOBS: AtomicU32 = AtomicU32::new(0);
-    let mark = format!("{}-{}", std::process::id(), JOBS.fetch_add(1, Ordering::Relaxed));
-    command.env(MARK, &mark).stdin(Stdio::null()).stdout(Stdio::piped());
+    command.stdout(Stdio::piped());
     if output == Output::Silent {
         command.stderr(Stdio::null());
     }
-    let started = Instant::now();
-    let name = command.get_program().to_string_lossy().into_owned();
-    let mut child = command.spawn().with_context(|| format!("cannot start {name}"))?;
-    let pipe = child.stdout.take().context("the child has no standard output")?;
+    let mut job = Job::start(command)?;
+    let pipe = job.child.stdout.take().context("the child has no standard output")?;
     let reader = thread::spawn(move || collect(pipe, output));
 
-    let status = wait(&mut child, started + deadline)?;
+    let status = job.wait(deadline.saturating_sub(job.started.elapsed()))?;
     if status.is_none() {
-        signal(child.id(), Signal::TERM);
-        wait(&mut child, Instant::now() + GRACE)?;
+        signal(job.child.id(), Signal::TERM);
+        job.wait(GRACE)?;
     } else {
         // Daemons of a launcher need a moment to notice that the job is over.
         let settled = Instant::now() + GRACE;
-        while !marked(&mark).is_empty() && Instant::now() < settled {
+        while !job.processes().is_empty() && Instant::now() < settled {
             thread::sleep(Duration::from_millis(20));
         }
     }
-    let left_behind = kill_marked(&mark);
-    if status.is_none() {
-        child.kill().ok();
-        child.wait()?;
-    }
+    let left_behind = job.end()?;
     let stdout = reader.join().unwrap_or_default();
-    Ok(Finished { status, stdout, elapsed: started.elapsed(), left_behind })
+    Ok(Finished { status, stdout, elapsed: job.started.elapsed(), left_behind })
+}
+
+/// A process with its descendants; none of them outlives this value.
+pub struct Job {
+    child: Child,
+    mark: String,
+    started: Instant,
+}
+
+impl Job {
+    /// Starts `command` without input.
+    pub fn start(command: &mut Command) -> Result<Job> {
+        static JOBS: AtomicU32 = AtomicU32::new(0);
+        let mark = format!("{}-{}", std::process::id(), JOBS.fetch_add(1, Ordering::Relaxed));
+        let name = command.get_program().to_string_lossy().into_owned();
+        let child = command.env(MARK, &mark).stdin(Stdio::null()).spawn();
+        Ok(Job { child: child.with_context(|| format!("cannot start {name}"))?, mark, started: Instant::now() })
+    }
+
+    /// Waits until the process itself ends, but no longer than `limit`.
+    pub fn wait(&mut self, limit: Duration) -> Result<Option<ExitStatus>> {
+        wait(&mut self.child, Instant::now() + limit)
+    }
+
+    /// The running processes: this one and its descendants. Empty where there is no `/proc`.
+    pub fn processes(&self) -> Vec<u32> {
+        marked(&self.mark)
+    }
+
+    /// Kills what still runs; returns how many that were.
+    fn end(&mut self) -> Result<usize> {
+        let killed = kill_marked(&self.mark);
+        self.child.kill().ok();
+        self.child.wait()?;
+        Ok(killed)
+    }
+}
+
+impl Drop for Job {
+    fn drop(&mut self) {
+        self.end().ok();
+    }
 }
 
 fn wait(child: &mut Child, until: Instant) -> Result<Option<ExitStatus>> {
@@ -159,7 +194,8 @@ fn marked(mark: &str) -> Vec<u32> {
         .collect()
 }
 
-fn signal(pid: u32, signal: Signal) {
+/// Sends a signal to a process.
+pub fn signal(pid: u32, signal: Signal) {
     if let Some(pid) = i32::try_from(pid).ok().and_then(Pid::from_raw) {
         // It may have ended meanwhile; there is nothing to do then.
         kill_process(pid, signal).ok();

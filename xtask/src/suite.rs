@@ -6,14 +6,15 @@ use std::time::{Duration, Instant};
 use anyhow::Result;
 
 use crate::process::{self, Output};
-use crate::{mpi_test, setup, workspace};
+use crate::{mpi_test, netbench, setup, workspace};
 
 /// A suite whose tests take longer than this hangs.
 const DEADLINE: Duration = Duration::from_secs(40 * 60);
 /// What the whole suite is meant to take at most, on two cores.
 const BUDGET: Duration = Duration::from_secs(15 * 60);
 
-/// Runs `cargo test` over the workspace, doc tests included, then the MPI tests; says at the end what ran.
+/// Runs `cargo test` over the workspace, doc tests included, then the MPI tests, then those on emulated machines; says at the end
+/// what ran.
 pub fn command() -> Result<ExitCode> {
     let started = Instant::now();
     let mpi = setup::ensure(true);
@@ -59,8 +60,17 @@ pub fn command() -> Result<ExitCode> {
         Err(missing) => (true, format!("mpi-test: SKIPPED, nothing was tested on MPI processes: {missing}")),
     };
 
-    println!("\n{cargo_line}\n{mpi_line}");
-    let (ok, took) = (cargo_ok && mpi_ok, started.elapsed());
+    let (failing_ok, failing_line) = match netbench::ready() {
+        Ok(mpi) => {
+            println!("\ntest: machines that fail");
+            let ok = netbench::failures(&mpi)?;
+            (ok, format!("netbench --failures: {}", if ok { "passed" } else { "FAILED" }))
+        }
+        Err((reason, _)) => (true, format!("netbench --failures: SKIPPED, no machine failed over TCP: {reason}")),
+    };
+
+    println!("\n{cargo_line}\n{mpi_line}\n{failing_line}");
+    let (ok, took) = (cargo_ok && mpi_ok && failing_ok, started.elapsed());
     if took > BUDGET {
         println!(
             "test: took {:.0} s, more than the {:.0} s meant for two cores",

@@ -75,6 +75,11 @@ impl Cluster {
         self.folder.join("agent")
     }
 
+    /// Takes a machine, counted from 0, off the network.
+    pub fn cut(&self, machine: usize) -> Result<()> {
+        run(&["ip", "link", "set", &port(machine), "down"])
+    }
+
     /// Bytes that the machines have sent so far, as the switch saw them.
     pub fn traffic(&self) -> Result<u64> {
         received(&fs::read_to_string("/proc/net/dev").context("cannot read /proc/net/dev")?)

@@ -19,7 +19,7 @@ pub fn measure(lab: &mut Lab) -> Result<Section> {
         ranks: vec![2, 4],
         gbit: if lab.quick { vec![1.0] } else { vec![1.0, 10.0, 25.0] },
         delay_us: 20,
-        inside: None,
+        ..NetbenchArgs::default()
     };
     netbench::command(&args)?;
     let text = match std::fs::read_to_string(&file) {

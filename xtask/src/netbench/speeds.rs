@@ -1,0 +1,116 @@
+//! The speed of the model on emulated clusters, run by run beside what the plan predicts.
+
+use std::path::Path;
+use std::process::Command;
+use std::time::Duration;
+
+use anyhow::{Context, Result, bail};
+use serde_json::{Value, json};
+
+use super::NetbenchArgs;
+use super::cluster::{self, Cluster, Net};
+use super::launcher;
+use super::results::{Network, Run};
+use crate::mpi::Mpi;
+use crate::process::{self, Output};
+
+/// No single run of the program takes longer.
+const DEADLINE: Duration = Duration::from_secs(180);
+/// What is compared. Positions in place of weights are split with whole feed-forward blocks, so that no sum travels and
+/// the wire's format changes nothing: once is enough.
+const RUNS: [(&str, &str); 4] = [("heads", "f32"), ("heads", "bf16"), ("heads", "q8"), ("sequence", "f32")];
+
+/// Prompt, generated tokens and repetitions of a bench.
+fn extent(quick: bool) -> [&'static str; 3] {
+    if quick { ["64", "8", "1"] } else { ["256", "32", "3"] }
+}
+
+/// Measures every network and shows and writes what came of it.
+pub fn measure(args: &NetbenchArgs, mpi: &Mpi, program: &Path, model: &Path, files: &Path) -> Result<()> {
+    let cores = cluster::cores();
+    let delay_us = cluster::can_delay().then_some(args.delay_us);
+    if delay_us.is_none() {
+        println!("netbench: this kernel has no netem: links have their speed and no delay of their own");
+    }
+    let [prompt, generated, reps] = extent(args.quick);
+    let model_path = model.to_string_lossy();
+    let bench = [
+        "bench",
+        "--json",
+        "--model",
+        &model_path,
+        "--threads",
+        "1",
+        "--prompt-len",
+        prompt,
+        "--gen-len",
+        generated,
+        "--reps",
+        reps,
+    ];
+    let mut networks = Vec::new();
+    for &ranks in &args.ranks {
+        for &gbit in &args.gbit {
+            let cluster = Cluster::build(usize::from(ranks), &cores, Net { gbit, delay_us }, files.to_path_buf())?;
+            let calibration = files.join("calibration.json");
+            std::fs::remove_file(&calibration).ok();
+            let file = calibration.to_string_lossy();
+            let on_cluster = |args: &[&str]| -> Result<Value> {
+                let before = cluster.traffic()?;
+                let value = answer(&mut launcher::command(mpi, &cluster, program), args, files)?;
+                Ok(json!({ "answer": value, "network_bytes": cluster.traffic()? - before }))
+            };
+            let calibrated = on_cluster(&["calibrate", "--json", "--threads", "1", "--output", &file])?;
+            let mut network = Network::of(&calibrated["answer"]["machine"], gbit, usize::from(ranks))?;
+            let count = ranks.to_string();
+            let plan = [
+                "plan",
+                "--json",
+                "--model",
+                &model_path,
+                "--ranks",
+                &count,
+                "--nodes",
+                &count,
+                "--threads",
+                "1",
+                "--calibration",
+                &file,
+                "--prompt",
+                prompt,
+                "--generate",
+                generated,
+            ];
+            for (strategy, wire) in RUNS {
+                let planned = answer(&mut Command::new(program), &[&plan[..], &["--wire", wire]].concat(), files)?;
+                let measured = on_cluster(&[&bench[..], &["--strategy", strategy, "--wire", wire]].concat())?;
+                network.runs.push(Run::of(&measured, &planned, strategy, wire)?);
+            }
+            println!("{}", network.table());
+            networks.push(network.json());
+        }
+    }
+    if let Some(file) = &args.json {
+        let alone = answer(&mut Command::new(program), &bench, files)?;
+        let all = json!({
+            "mpi": mpi.version, "cores": cores.len(), "quick": args.quick, "delay_us": delay_us,
+            "model": model.file_name().map(|name| name.to_string_lossy()), "prompt": prompt, "generated": generated,
+            "reps": reps, "one_rank": alone["results"], "networks": networks,
+        });
+        std::fs::write(file, format!("{all:#}\n")).with_context(|| format!("cannot write {}", file.display()))?;
+    }
+    Ok(())
+}
+
+/// The JSON that a run of the program prints. What it and its launcher say beside is shown where the run fails.
+fn answer(command: &mut Command, args: &[&str], files: &Path) -> Result<Value> {
+    let said = files.join("stderr");
+    let log = std::fs::File::create(&said).with_context(|| format!("cannot write {}", said.display()))?;
+    let finished = process::run(command.args(args).stderr(log), DEADLINE, Output::Collected)?;
+    if !finished.ok() {
+        let text = std::fs::read_to_string(&said).unwrap_or_default();
+        // MPICH's launcher complains on standard output.
+        bail!("qwen3 {}: {}\n{}{}", args.join(" "), finished.reason(), finished.stdout, text.trim_end());
+    }
+    serde_json::from_str(&finished.stdout).with_context(|| format!("qwen3 {} printed no JSON", args.join(" ")))
+}
