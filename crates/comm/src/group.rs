@@ -30,6 +30,8 @@ pub(crate) const BLOCK: usize = 1024;
 pub(crate) struct Group {
     exchange: Exchange,
     mail: Mail,
+    /// What this rank put into its outbox, where it has to look at it once more.
+    own: Vec<u8>,
 }
 
 /// Bytes of words and of data in the segment of a group of `size` ranks.
@@ -63,7 +65,7 @@ impl Group {
     pub(crate) fn new(segment: Arc<Segment>, rank: usize, size: usize) -> Group {
         let exchange = Exchange::new(segment.clone(), rank, size);
         let mail = Mail::new(segment, exchange::extent(size), rank, size);
-        Group { exchange, mail }
+        Group { exchange, mail, own: Vec::new() }
     }
 
     pub(crate) fn rank(&self) -> usize {
@@ -91,19 +93,27 @@ impl Group {
         let Reduction { input, output, op, wire } = data;
         let (rank, size) = (self.rank(), self.size());
         for chunk in steps(output.len(), elements(wire, CHUNK)) {
-            let own = input.map(|input| &input[chunk.clone()]);
+            let input = input.map(|input| &input[chunk.clone()]);
             let output = &mut output[chunk];
-            wire.encode(own.unwrap_or(output), self.exchange.outbox());
+            let outbox = self.exchange.outbox();
+            wire.encode(input.unwrap_or(output), outbox);
+            // The sum of two is the same in either order, and the own input is at hand.
+            let plain = size == 2 && wire == WireFormat::F32 && op == ReduceOp::Sum;
+            if !plain {
+                // A copy, since to look at the outbox itself would take its lines back from the rank that reads them.
+                self.own.clear();
+                self.own.extend_from_slice(&outbox[..wire.encoded_bytes(output.len())]);
+            }
             let met = self.exchange.meet(call)?;
-            if size == 2 && wire == WireFormat::F32 && op == ReduceOp::Sum {
-                // The sum of two is the same in either order, and the own input is at hand.
+            if plain {
                 let other = met.outbox(1 - rank);
-                match own {
+                match input {
                     None => wire.decode(other, output, Fold::Add),
                     Some(own) => add_sum(output, own, other),
                 }
             } else {
-                fold_all(wire, op, size, |rank| met.outbox(rank), output, own.is_some());
+                let of = |peer| if peer == rank { &self.own[..] } else { met.outbox(peer) };
+                fold_all(wire, op, size, of, output, input.is_some());
             }
         }
         Ok(())

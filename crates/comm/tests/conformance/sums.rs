@@ -1,6 +1,6 @@
 //! Allreduce and reduce-scatter.
 
-use comm::{Collective, Communicator, Phase, ReduceOp, WireFormat};
+use comm::{Collective, Communicator, CommunicatorExt, Phase, ReduceOp, WireFormat};
 
 use super::{Check, LENGTHS, assert_sum, same_everywhere, values};
 
@@ -9,6 +9,7 @@ pub const CHECKS: &[Check] = &[
     ("all_reduce adds in rank order where memory is shared", all_reduce_keeps_rank_order),
     ("all_reduce finds the largest", all_reduce_finds_the_largest),
     ("all_reduce_add adds the sum to the residual", all_reduce_add),
+    ("calls that follow each other at once stay apart", quick_succession),
     ("reduce_scatter gives each rank its block", reduce_scatter),
     ("narrow wires round no more than they say", narrow_wires),
 ];
@@ -78,6 +79,27 @@ fn all_reduce_add(comm: &dyn Communicator) {
         comm.all_reduce(&mut sum, ReduceOp::Sum).unwrap();
         for (i, got) in residual.iter().enumerate() {
             assert_eq!(*got, start[i] + sum[i], "element {i} of {len}");
+        }
+    }
+}
+
+/// Nothing but the calls themselves keeps a fast rank from writing what a slow one still reads: here each is now fast, now slow.
+fn quick_succession(comm: &dyn Communicator) {
+    let (rank, size) = (comm.rank(), comm.size());
+    let (mut sum, mut all) = (vec![0.0; 3000], vec![0.0; 500 * size]);
+    for round in 0..600 {
+        if (round + 5 * rank) % 7 == 0 {
+            std::thread::sleep(std::time::Duration::from_micros(1));
+        }
+        let (value, len) = ((round % 100) as f32, [1, 500, 3000][round % 3]);
+        sum[..len].fill(value + rank as f32);
+        comm.all_reduce(&mut sum[..len], [ReduceOp::Sum, ReduceOp::Max][round / 3 % 2]).unwrap();
+        let last = (size - 1) as f32;
+        let expected = [size as f32 * (value + last / 2.0), value + last][round / 3 % 2];
+        assert!(sum[..len].iter().all(|sum| *sum == expected), "call {round}");
+        if round % 5 == 0 {
+            comm.all_gather(&[value - rank as f32; 500], &mut all).unwrap();
+            assert!((0..size * 500).all(|i| all[i] == value - (i / 500) as f32), "the gather after call {round}");
         }
     }
 }
