@@ -16,12 +16,13 @@ use crate::rank::Rank;
 use crate::session::{self, Loaded};
 use crate::template::{ChatTemplate, Conversation};
 use crate::text::Text;
+use crate::world::World;
 
 /// Talk with the model: Ctrl-C stops an answer, Ctrl-D leaves
 ///
 /// Tokens are chosen as the checkpoint's generation_config.json recommends, where the options below say nothing else. The
 /// history is kept; when it outgrows the model's context, its oldest messages are forgotten. Under mpirun, Ctrl-C reaches
-/// the launcher, which ends the whole job.
+/// the launcher: Open MPI's ends the whole job, MPICH's passes the first one on and ends the job at the second.
 #[derive(Args, Clone, Debug)]
 pub struct ChatArgs {
     #[command(flatten)]
@@ -57,6 +58,7 @@ impl ChatArgs {
         let (Loaded { model, .. }, texts) =
             session::load_with(rank, &self.engine, Workload { kv: KvFormat::F16, prompt: 512, generate: 256 }, read)?;
         let mut speaker = texts.map(|(text, template)| Speaker::new(self, text, template, &model));
+        interrupt::converse();
         let watching = if rank.speaks() { interrupt::watch() } else { Ok(()) };
         rank.agree(watching)?;
 
@@ -122,7 +124,8 @@ struct Speaker {
     fixed: usize,
     /// Tokens of a prompt that leaves room for an answer.
     room: usize,
-    terminal: bool,
+    /// Whether to say that it is the user's turn. A launcher passes a terminal on as a pipe, so below one it is always said.
+    prompts: bool,
 }
 
 impl Speaker {
@@ -137,19 +140,19 @@ impl Speaker {
             fixed: messages.len(),
             messages,
             room: context - (context / 8).min(256),
-            terminal: io::stdin().is_terminal(),
+            prompts: io::stdin().is_terminal() || World::detect().is_some_and(|world| world.is_many()),
         }
     }
 
     /// Reads messages until one fits the model.
     fn next(&mut self) -> Result<Option<Vec<u32>>, CliError> {
         loop {
-            if self.terminal {
+            if self.prompts {
                 eprint!("> ");
             }
             let mut line = String::new();
             if io::stdin().lock().read_line(&mut line).map_err(|source| CliError::Input { source })? == 0 {
-                if self.terminal {
+                if self.prompts {
                     eprintln!();
                 }
                 return Ok(None);

@@ -13,12 +13,16 @@ use crate::failure::CliError;
 static PRESSED: AtomicBool = AtomicBool::new(false);
 /// Whether an answer is being written.
 static ANSWERING: AtomicBool = AtomicBool::new(false);
-/// Whether this process holds a conversation, which has its own use for Ctrl-C.
+/// Whether this process is in a conversation, which has its own use for Ctrl-C.
 static CONVERSATION: AtomicBool = AtomicBool::new(false);
+
+/// This process is a rank of a conversation: Ctrl-C, where a launcher passes it on to all of them, is rank 0's affair.
+pub fn converse() {
+    CONVERSATION.store(true, Ordering::Release);
+}
 
 /// From now on Ctrl-C ends an answer that is being written; at the prompt it says how to leave.
 pub fn watch() -> Result<(), CliError> {
-    CONVERSATION.store(true, Ordering::Release);
     let handler = |_| {
         if ANSWERING.load(Ordering::Acquire) {
             // Twice in one answer: the first was not heard, so leave.

@@ -13,7 +13,7 @@ use serde_json::Value;
 /// The program on two processes, also where there are fewer cores, and for root, as in a container.
 fn mpirun(args: &[&str]) -> Command {
     let program = program(args);
-    let mut command = Command::new("mpirun");
+    let mut command = Command::new(std::env::var_os("MPIRUN").unwrap_or_else(|| "mpirun".into()));
     command.args(["-n", "2"]).arg(program.get_program()).args(args);
     for name in ["OMPI_ALLOW_RUN_AS_ROOT", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM", "OMPI_MCA_rmaps_base_oversubscribe"] {
         command.env(name, "1");

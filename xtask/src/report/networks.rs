@@ -34,40 +34,62 @@ pub fn measure(lab: &mut Lab) -> Result<Section> {
 
 fn page(found: &Value) -> String {
     let number = |value: &Value| value.as_f64().unwrap_or(f64::NAN);
+    let word = |value: &Value| value.as_str().unwrap_or("?").to_owned();
     let delay = match found["delay_us"].as_f64() {
         Some(delay) => format!("a delay of {delay:.0} µs"),
         None => "no delay of their own (this kernel has no netem)".to_owned(),
     };
     let mut out = format!(
-        "One rank of one thread in each of several network namespaces, links of limited speed and {delay} between them, {} over TCP; all \
-         ranks share the {} cores of this machine. Prompt {}, {} tokens generated; tokens a second, measured and as `qwen3 plan` predicted \
-         from a calibration over the same links.\n\n\
+        "{}, one rank of one thread in each of several network namespaces, links of limited speed and {delay} between them, {} over TCP; \
+         all ranks share the {} cores of this machine, and with them its network's work. Prompt {}, {} tokens generated, the median of {}; \
+         tokens a second, measured and as `qwen3 plan` predicted from a calibration over the same links. `sequence` sends no sums, so the \
+         format on the wire makes no difference to it.\n\n\
          | Gbit/s | ranks | link as measured | strategy | wire | prompt | predicted | decode | predicted | bytes a token |\n\
          |---|---|---|---|---|---|---|---|---|---|\n",
+        word(&found["model"]),
         found["mpi"].as_str().unwrap_or("MPI"),
         found["cores"],
-        found["prompt"].as_str().unwrap_or("?"),
-        found["generated"].as_str().unwrap_or("?"),
+        word(&found["prompt"]),
+        word(&found["generated"]),
+        word(&found["reps"]),
     );
+    let alone = |phase: &str| {
+        let results = found["one_rank"].as_array().into_iter().flatten();
+        results
+            .clone()
+            .find(|result| result["phase"] == phase)
+            .map_or(f64::NAN, |result| number(&result["tokens_per_s"]))
+    };
+    let _ = writeln!(out, "| – | 1 | – | – | – | {:.1} | – | {:.1} | – | 0 |", alone("prefill"), alone("decode"));
+    let mut ratios = [("prompts", Vec::new()), ("decoding", Vec::new())];
     for network in found["networks"].as_array().into_iter().flatten() {
         let link = &network["link"];
         for run in network["runs"].as_array().into_iter().flatten() {
-            let [prefill, decode] = ["prefill", "decode"].map(|phase| {
-                format!("{:.1} | {:.1}", number(&run[phase]["tokens_per_s"]), number(&run[phase]["predicted"]))
-            });
+            let mut cells = Vec::new();
+            for (phase, (_, ratios)) in ["prefill", "decode"].into_iter().zip(&mut ratios) {
+                let [measured, predicted] = ["tokens_per_s", "predicted"].map(|name| number(&run[phase][name]));
+                ratios.push(measured / predicted);
+                cells.push(format!("{measured:.1} | {predicted:.1}"));
+            }
             let _ = writeln!(
                 out,
-                "| {} | {} | {:.1} µs, {:.3} GB/s | {} | {} | {prefill} | {decode} | {:.0} |",
+                "| {} | {} | {:.1} µs, {:.3} GB/s | {} | {} | {} | {:.0} |",
                 network["gbit"],
                 network["ranks"],
                 number(&link["alpha_us"]),
                 number(&link["beta_gb_s"]),
-                run["strategy"].as_str().unwrap_or("?"),
-                run["wire"].as_str().unwrap_or("?"),
+                word(&run["strategy"]),
+                word(&run["wire"]),
+                cells.join(" | "),
                 number(&run["token_bytes"]),
             );
         }
     }
+    let range = |(what, ratios): &(&str, Vec<f64>)| {
+        let least = ratios.iter().copied().fold(f64::INFINITY, f64::min);
+        format!("{least:.2} to {:.2} in {what}", ratios.iter().copied().fold(0.0, f64::max))
+    };
+    let _ = writeln!(out, "\nMeasured over predicted: {}.", ratios.iter().map(range).collect::<Vec<_>>().join(", "));
     out
 }
 
@@ -82,10 +104,16 @@ mod tests {
         let speed = |measured, predicted| json!({"tokens_per_s": measured, "predicted": predicted});
         let run = json!({"strategy": "heads", "wire": "bf16", "prefill": speed(90.0, 100.0), "decode": speed(20.0, 25.0), "token_bytes": 114_688.0});
         let page = page(&json!({
-            "mpi": "Open MPI 4", "cores": 2, "delay_us": null, "prompt": "256", "generated": "32",
+            "mpi": "Open MPI 4", "cores": 2, "delay_us": null, "prompt": "256", "generated": "32", "reps": "3", "model": "0.6b",
+            "one_rank": [{"phase": "prefill", "tokens_per_s": 60.0}, {"phase": "decode", "tokens_per_s": 15.0}],
             "networks": [{"gbit": 1.0, "ranks": 2, "link": {"alpha_us": 20.0, "beta_gb_s": 0.11}, "runs": [run]}],
         }));
         let row = "| 1.0 | 2 | 20.0 µs, 0.110 GB/s | heads | bf16 | 90.0 | 100.0 | 20.0 | 25.0 | 114688 |\n";
-        assert!(page.ends_with(row) && page.contains("no netem") && page.contains("2 cores"), "{page}");
+        assert!(page.contains(row) && page.contains("no netem") && page.contains("2 cores"), "{page}");
+        assert!(page.contains("| – | 1 | – | – | – | 60.0 | – | 15.0 | – | 0 |\n"), "{page}");
+        assert!(
+            page.ends_with("Measured over predicted: 0.90 to 0.90 in prompts, 0.80 to 0.80 in decoding.\n"),
+            "{page}"
+        );
     }
 }
