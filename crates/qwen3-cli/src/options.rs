@@ -54,9 +54,16 @@ pub struct LaunchOptions {
 }
 
 impl LaunchOptions {
-    /// One rank in this process, for commands that only read and write files.
+    /// For commands that only read and write files: one rank in this process. Under a launcher the first rank does the work, which
+    /// may take any time, while the others wait.
     pub fn alone() -> Self {
-        Self { ranks: 1, comm_timeout: 60.0, wire: WireChoice(None), emulate_link: None, emulate_nodes: 2 }
+        Self {
+            ranks: 1,
+            comm_timeout: f64::from(u32::MAX),
+            wire: WireChoice(None),
+            emulate_link: None,
+            emulate_nodes: 2,
+        }
     }
 
     /// The same ranks for a command whose figures are to be exact unless the user has it otherwise.

@@ -52,8 +52,18 @@ fn broken_configs() {
     copy.config(|config| drop(config.insert("hidden_size".into(), json!("wide"))));
     copy_fails(&copy, &["config.json", "hidden_size"]);
     let copy = Copy::new();
-    copy.config(|config| drop(config.insert("vocab_size".into(), json!(4000))));
-    copy_fails(&copy, &["embed_tokens", "4096", "4000"]);
+    copy.config(|config| drop(config.insert("vocab_size".into(), json!(4095))));
+    copy_fails(&copy, &["embed_tokens", "4096", "4095"]);
+    let copy = Copy::new();
+    copy.config(|config| drop(config.insert("eos_token_id".into(), json!(4096))));
+    copy_fails(&copy, &["config.json", "eos_token_id", "4096", "vocab_size"]);
+    let copy = Copy::new();
+    fs::write(copy.file("generation_config.json"), r#"{"eos_token_id": [4089, 5000]}"#).unwrap();
+    copy_fails(&copy, &["generation_config.json", "eos_token_id", "5000", "vocab_size = 4096"]);
+    // Fewer layers than there are weights would give answers, and wrong ones.
+    let copy = Copy::new();
+    copy.config(|config| drop(config.insert("num_hidden_layers".into(), json!(3))));
+    copy_fails(&copy, &["config.json", "num_hidden_layers", "3", "model.layers.3.input_layernorm.weight"]);
     let copy = Copy::new();
     fs::write(copy.file("generation_config.json"), "[]").unwrap();
     copy_fails(&copy, &["generation_config.json"]);

@@ -3,11 +3,12 @@
 mod program;
 
 use std::fs;
-use std::process::Command;
+use std::io::{Read as _, Write as _};
+use std::process::{Command, Stdio};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use program::{Run, austen, program, run_with};
+use program::{Copy, Run, austen, program, run_with};
 use serde_json::Value;
 
 /// The program on two processes, also where there are fewer cores, and for root, as in a container.
@@ -62,28 +63,40 @@ fn a_failure_is_one_line() {
     assert_one_error(&failed(&["perplexity", "--model", model, "--file", "nowhere.txt"]), &["nowhere.txt"]);
 }
 
+/// The processes of the two ranks, as soon as they are there. MPICH has a process of its own between launcher and ranks.
+fn ranks(launcher: u32) -> Vec<String> {
+    let children = |parent: &str| -> Vec<String> {
+        let found = Command::new("pgrep").args(["-P", parent]).output().unwrap();
+        String::from_utf8(found.stdout).unwrap().lines().map(str::to_owned).collect()
+    };
+    let name = |process: &String| fs::read_to_string(format!("/proc/{process}/comm")).unwrap_or_default();
+    let start = Instant::now();
+    loop {
+        let near = children(&launcher.to_string());
+        let far = near.iter().flat_map(|child| children(child));
+        let found: Vec<_> = near.iter().cloned().chain(far).filter(|process| name(process) == "qwen3\n").collect();
+        if found.len() == 2 {
+            return found;
+        }
+        assert!(start.elapsed() < Duration::from_secs(20), "no ranks: {found:?}");
+        thread::sleep(Duration::from_millis(20));
+    }
+}
+
+fn signal(kind: &str, processes: &[String]) {
+    assert!(Command::new("kill").arg(kind).args(processes).status().unwrap().success());
+}
+
 #[test]
 fn a_killed_rank_ends_the_other() {
     let model = austen();
     let args = ["bench", "--model", model.to_str().unwrap(), "--reps", "1000000", "--threads", "1"];
     let mut launcher = mpirun(&args).spawn().unwrap();
-    let ranks = |launcher: u32| -> Vec<String> {
-        let found = Command::new("pgrep").args(["-P", &launcher.to_string(), "qwen3"]).output().unwrap();
-        String::from_utf8(found.stdout).unwrap().lines().map(str::to_owned).collect()
-    };
-    let start = Instant::now();
-    let found = loop {
-        let found = ranks(launcher.id());
-        if found.len() == 2 {
-            break found;
-        }
-        assert!(start.elapsed() < Duration::from_secs(20), "no ranks: {found:?}");
-        thread::sleep(Duration::from_millis(20));
-    };
+    let found = ranks(launcher.id());
     // Long enough to be loaded and computing, short enough not to be done.
     thread::sleep(Duration::from_secs(1));
     assert!(launcher.try_wait().unwrap().is_none(), "the bench ended by itself");
-    assert!(Command::new("kill").args(["-KILL", &found[1]]).status().unwrap().success());
+    signal("-KILL", &found[1..]);
     let killed = Instant::now();
     let status = loop {
         if let Some(status) = launcher.try_wait().unwrap() {
@@ -93,4 +106,29 @@ fn a_killed_rank_ends_the_other() {
         thread::sleep(Duration::from_millis(20));
     };
     assert!(!status.success());
+}
+
+#[test]
+fn in_a_conversation_the_user_may_take_long_and_an_interrupt_of_all_ranks_ends_an_answer() {
+    // Without a token that ends a text, an answer goes on for thousands of tokens.
+    let copy = Copy::new();
+    copy.config(|config| drop(config.remove("eos_token_id")));
+    fs::remove_file(copy.file("generation_config.json")).unwrap();
+    let model = copy.path().to_str().unwrap();
+    let args =
+        ["chat", "--model", model, "--no-thinking", "--temperature", "0", "--threads", "1", "--comm-timeout", "1"];
+    let mut launcher = mpirun(&args);
+    let mut launcher = launcher.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+    let found = ranks(launcher.id());
+    // The other rank waits for longer than a late one may take.
+    thread::sleep(Duration::from_secs(3));
+    let mut stdin = launcher.stdin.take().unwrap();
+    stdin.write_all(b"Tell me about music.\n").unwrap();
+    let mut first = [0];
+    launcher.stdout.as_mut().unwrap().read_exact(&mut first).unwrap();
+    signal("-INT", &found);
+    drop(stdin);
+    let end = launcher.wait_with_output().unwrap();
+    assert!(end.status.success(), "{end:?}");
+    assert!(String::from_utf8_lossy(&end.stdout).ends_with(" (stopped)\n"), "{end:?}");
 }

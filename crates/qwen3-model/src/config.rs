@@ -117,6 +117,11 @@ impl Config {
         } else {
             fields.count("intermediate_size", 0)?.unwrap_or(0)
         };
+        // An answer would go on past its end.
+        if let Some(id) = config.eos_token_ids.iter().find(|&&id| id as usize >= config.vocab_size) {
+            let vocab_size = ("vocab_size", config.vocab_size);
+            return Err(fields.contradiction(("eos_token_id", id), vocab_size, "ids below it"));
+        }
         config.check_sliding_window(&fields, sparse)?;
         config.check_total(&fields)?;
         Ok(config)

@@ -13,7 +13,7 @@ use crate::error::ModelError;
 use crate::heads::{BlockShape, BlockShare, HeadPlan};
 use crate::layer::DecoderLayer;
 use crate::model::Model;
-use crate::names::{EMBEDDING, FINAL_NORM, LM_HEAD, LayerNames, MlpNames};
+use crate::names::{EMBEDDING, FINAL_NORM, LM_HEAD, LayerNames, MlpNames, open_weights};
 use crate::options::ModelOptions;
 use crate::rotary::RotaryTable;
 
@@ -69,7 +69,7 @@ fn load_share(
     if options.experts == ExpertSplit::Ranks && config.moe.is_none() {
         return Err(ModelError::NoExperts { file: dir.join("config.json") });
     }
-    let checkpoint = Checkpoint::open(dir)?;
+    let checkpoint = open_weights::<ModelError>(dir, &config)?;
     let embedding = checkpoint.matrix(EMBEDDING, config.vocab_size, config.hidden_size)?;
     let share = Share::new(&ctx, &config, &checkpoint, options);
 

@@ -1,6 +1,11 @@
 //! Names and shapes of the tensors of a published Qwen3 checkpoint.
 
+use std::path::Path;
+
+use tensor::{Checkpoint, CheckpointError};
+
 use crate::config::Config;
+use crate::fields::ConfigError;
 
 /// Rows of the vocabulary, `[vocab_size, hidden_size]`; also the head where the two are tied.
 pub const EMBEDDING: &str = "model.embed_tokens.weight";
@@ -109,6 +114,26 @@ impl TensorSpec {
     pub fn elements(&self) -> usize {
         self.shape.iter().product()
     }
+}
+
+/// The weights in the folder `dir`, which must not have more layers than its configuration says: the answers of the first few would
+/// look like answers. That nothing is missing shows when it is read.
+pub fn open_weights<E: From<ConfigError> + From<CheckpointError>>(
+    dir: &Path,
+    config: &Config,
+) -> Result<Checkpoint, E> {
+    let checkpoint = Checkpoint::open(dir)?;
+    let beyond = LayerNames::new(config.num_hidden_layers).input_layernorm;
+    if let Some(file) = checkpoint.file(&beyond) {
+        return Err(E::from(ConfigError::Contradiction {
+            file: dir.join("config.json"),
+            field: "num_hidden_layers".into(),
+            found: config.num_hidden_layers.to_string(),
+            other: format!("tensor {beyond} in {}", file.display()),
+            expected: "the number of layers that the weights have".into(),
+        }));
+    }
+    Ok(checkpoint)
 }
 
 /// All tensors of a model in reading order: embedding, layers, final norm, head.

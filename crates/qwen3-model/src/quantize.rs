@@ -4,11 +4,11 @@ use std::path::Path;
 use std::thread;
 
 use serde_json::json;
-use tensor::{Checkpoint, EncodeError, Matrix, TensorSpec as StoredSpec, WeightFormat, WriteError, encode_rows};
+use tensor::{EncodeError, Matrix, TensorSpec as StoredSpec, WeightFormat, WriteError, encode_rows};
 
 use crate::config::Config;
 use crate::fields::read_json;
-use crate::names::{TensorRole, TensorSpec, tensor_specs};
+use crate::names::{TensorRole, TensorSpec, open_weights, tensor_specs};
 use crate::shards::{ExportError, ExportProgress, SHARD_BYTES, ShardWriter, create_folder, write_json};
 
 /// Weights that one thread converts at once.
@@ -47,7 +47,7 @@ pub fn quantize(
     if let Some(bits) = config.quantization_bits {
         return Err(ExportError::AlreadyQuantized { dir: source.to_owned(), bits });
     }
-    let checkpoint = Checkpoint::open(source)?;
+    let checkpoint = open_weights::<ExportError>(source, &config)?;
     let tensors = tensor_specs(&config)
         .map(|spec| {
             let format = match spec.role {

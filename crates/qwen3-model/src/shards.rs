@@ -65,6 +65,9 @@ pub struct ExportProgress {
 /// Creates `dir`, which must not hold a checkpoint.
 pub(crate) fn create_folder(dir: &Path) -> Result<(), ExportError> {
     let io_error = |source| ExportError::Io { file: dir.to_owned(), source };
+    if dir.exists() && !dir.is_dir() {
+        return Err(ExportError::Exists { file: dir.to_owned() });
+    }
     std::fs::create_dir_all(dir).map_err(io_error)?;
     for entry in std::fs::read_dir(dir).map_err(io_error)? {
         let file = entry.map_err(io_error)?.path();
@@ -82,7 +85,7 @@ pub(crate) fn write_json(file: &Path, value: &Value) -> Result<(), ExportError> 
     std::fs::write(file, text + "\n").map_err(|source| ExportError::Io { file: file.to_owned(), source })
 }
 
-/// The weights of a checkpoint, written tensor by tensor.
+/// The weights of a checkpoint, written tensor by tensor. Files of one that is not finished are removed, as on a disk that is full.
 pub(crate) struct ShardWriter {
     dir: PathBuf,
     /// The tensors of each file.
@@ -91,6 +94,7 @@ pub(crate) struct ShardWriter {
     current: Option<(CheckpointWriter, usize)>,
     next: usize,
     total: u64,
+    finished: bool,
 }
 
 impl ShardWriter {
@@ -107,7 +111,7 @@ impl ShardWriter {
             shards.last_mut().expect("one was just added").push(spec);
             (filled, total) = (filled + bytes, total + bytes);
         }
-        Self { dir: dir.to_owned(), shards, current: None, next: 0, total }
+        Self { dir: dir.to_owned(), shards, current: None, next: 0, total, finished: false }
     }
 
     /// Bytes of weights in all.
@@ -119,11 +123,12 @@ impl ShardWriter {
     pub fn begin(&mut self) -> Result<(), ExportError> {
         if self.current.as_ref().is_none_or(|(_, left)| *left == 0) {
             self.close()?;
-            let shard = &self.shards[self.next];
-            let metadata = [("format".to_owned(), "pt".to_owned())];
-            let writer = CheckpointWriter::create(self.dir.join(self.file_name(self.next)), shard, &metadata)?;
-            self.current = Some((writer, shard.len()));
+            let index = self.next;
             self.next += 1;
+            let shard = &self.shards[index];
+            let metadata = [("format".to_owned(), "pt".to_owned())];
+            let writer = CheckpointWriter::create(self.dir.join(self.file_name(index)), shard, &metadata)?;
+            self.current = Some((writer, shard.len()));
         }
         if let Some((_, left)) = &mut self.current {
             *left -= 1;
@@ -143,7 +148,8 @@ impl ShardWriter {
     /// Completes the last file and, where there are several, the index.
     pub fn finish(mut self) -> Result<(), ExportError> {
         self.close()?;
-        if self.shards.len() == 1 {
+        self.finished = self.shards.len() == 1;
+        if self.finished {
             return Ok(());
         }
         let mut map = Map::new();
@@ -153,7 +159,9 @@ impl ShardWriter {
             }
         }
         let index = json!({"metadata": {"total_size": self.total}, "weight_map": map});
-        write_json(&self.dir.join("model.safetensors.index.json"), &index)
+        write_json(&self.dir.join("model.safetensors.index.json"), &index)?;
+        self.finished = true;
+        Ok(())
     }
 
     fn close(&mut self) -> Result<(), ExportError> {
@@ -167,6 +175,16 @@ impl ShardWriter {
         match self.shards.len() {
             1 => "model.safetensors".to_owned(),
             count => format!("model-{:05}-of-{count:05}.safetensors", index + 1),
+        }
+    }
+}
+
+impl Drop for ShardWriter {
+    fn drop(&mut self) {
+        let begun = if self.finished { 0 } else { self.next };
+        for index in 0..begun {
+            // Whoever hears of the failure has more use for the space than for this file; if it stays, it is named the next time.
+            std::fs::remove_file(self.dir.join(self.file_name(index))).ok();
         }
     }
 }

@@ -223,7 +223,18 @@ fn what_cannot_be_written() {
     let message = error.to_string();
     assert!(matches!(error, ExportError::Write(_)), "{message}");
     assert!(message.contains("model.layers.2.mlp.down_proj.weight") && message.contains("row 95"), "{message}");
-    assert!(!folder.path().join("nan/config.json").exists(), "an interrupted folder is no checkpoint");
+    let left = std::fs::read_dir(folder.path().join("nan")).expect("a folder").count();
+    assert_eq!(left, 0, "what is not finished does not stay");
+    let error = quantize(&source, &file, WeightFormat::Q8, &mut |_| ()).expect_err("a file in the way");
+    assert!(matches!(error, ExportError::Exists { .. }), "{error}");
+
+    // Weights of more layers than the configuration has.
+    let mut config: serde_json::Value =
+        serde_json::from_slice(&std::fs::read(source.join("config.json")).expect("readable")).expect("JSON");
+    config["num_hidden_layers"] = 2.into();
+    std::fs::write(source.join("config.json"), config.to_string()).expect("writable");
+    let error = quantize(&source, &folder.path().join("y"), WeightFormat::Q8, &mut |_| ()).expect_err("a third layer");
+    assert!(matches!(error, ExportError::Config(ConfigError::Contradiction { .. })), "{error}");
 
     std::fs::remove_file(&weights).expect("removable");
     let error = quantize(&source, &folder.path().join("y"), WeightFormat::Q8, &mut |_| ()).expect_err("no weights");

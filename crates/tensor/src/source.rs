@@ -1,7 +1,7 @@
 //! One open weight file: positioned reads, counted.
 
 use std::{
-    fs::File,
+    fs::{self, File},
     io,
     os::unix::fs::FileExt,
     path::{Path, PathBuf},
@@ -25,12 +25,14 @@ pub(crate) struct Source {
 
 impl Source {
     pub(crate) fn open(path: PathBuf, bytes_read: Arc<AtomicU64>) -> Result<Self, CheckpointError> {
-        let opened = File::open(&path).and_then(|file| {
-            let metadata = file.metadata()?;
+        // Asked before it is opened: a pipe would make that wait for a writer.
+        let opened = fs::metadata(&path).and_then(|metadata| {
             if !metadata.is_file() {
                 return Err(io::Error::other("not a regular file"));
             }
-            Ok((file, metadata.len()))
+            let file = File::open(&path)?;
+            let len = file.metadata()?.len();
+            Ok((file, len))
         });
         match opened {
             Ok((file, len)) => Ok(Self { path, file, len, bytes_read }),

@@ -52,6 +52,15 @@ fn a_folder_in_place_of_the_file() {
 }
 
 #[test]
+fn a_pipe_in_place_of_the_file() {
+    let folder = Folder::new();
+    let made = std::process::Command::new("mkfifo").arg(folder.path().join("model.safetensors")).status().unwrap();
+    assert!(made.success());
+    // Opening it would wait for somebody who writes.
+    assert_error!(open(&folder), CheckpointError::Open { .. }, "model.safetensors", "not a regular file");
+}
+
+#[test]
 fn too_short_for_a_header() {
     let folder = Folder::new();
     folder.file("model.safetensors", b"1234567");
