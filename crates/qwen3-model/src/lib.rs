@@ -51,7 +51,6 @@ pub use ops::{
     Span, Work,
 };
 pub use options::{Division, ModelOptions, ParallelStrategy};
-pub use overlap::Overlap;
 pub use perplexity::{Perplexity, PerplexityError, perplexity};
 pub use plan::{PassCost, Plan, PlanInput, Prediction, plan};
 pub use plan_machine::{LinkFigures, Machine, Rate};

@@ -80,7 +80,7 @@ impl Model {
     }
 
     /// Which passes go through the layers in halves.
-    pub fn overlap(&self) -> Overlap {
+    fn overlap(&self) -> Overlap {
         Overlap { machines: self.ctx.heads.machines(), tokens: self.options.overlap }
     }
 

@@ -97,8 +97,8 @@ pub struct ModelOptions {
     pub weights: Option<WeightFormat>,
     /// The format of cached keys and values.
     pub kv: KvFormat,
-    /// The least tokens of a pass that goes through the layers in halves, where that hides the sums of several machines;
-    /// see [`Overlap`](crate::Overlap).
+    /// The least tokens of a pass (in a mixture of experts, of an expert on average) that goes through the layers in halves,
+    /// so that between machines the sums of one half travel while the other computes.
     pub overlap: usize,
     /// The kernels' instruction set.
     pub isa: Isa,

@@ -17,7 +17,7 @@ use crate::config::Config;
 
 /// Which passes go in halves.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Overlap {
+pub(crate) struct Overlap {
     /// Machines on which the ranks that split heads lie: within one, sums take the cores' time, which is not gained back.
     pub machines: usize,
     /// The least tokens of a pass; in a mixture of experts, of an expert on average. Products with fewer would be slower.

@@ -305,7 +305,7 @@ impl<'a> Way<'a> {
         let PlanInput { config, ranks, nodes, wire, .. } = *self.input;
         let Division { strategy, schedule, .. } = self.division;
         let granularity = self.input.weights.granularity();
-        let overlap = self.overlap();
+        let overlap = OVERLAP_TOKENS;
         let model = TrafficModel { config, ranks, nodes, rank, strategy, schedule, granularity, overlap };
         let node = |rank| node_of(rank, ranks, nodes);
         let row: Vec<usize> = (0..self.tp).map(|i| node(rank / self.tp * self.tp + i)).collect();

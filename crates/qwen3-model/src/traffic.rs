@@ -33,8 +33,9 @@ pub struct TrafficModel<'a> {
     pub schedule: MlpSchedule,
     /// Feed-forward columns that are never cut apart: 1, or the group of a quantized format.
     pub granularity: usize,
-    /// Which passes go in halves, whose sums are calls of their own.
-    pub overlap: Overlap,
+    /// The least tokens of a pass that goes in halves, whose sums are calls of their own:
+    /// [`ModelOptions::overlap`](crate::ModelOptions::overlap).
+    pub overlap: usize,
 }
 
 /// Calls of one collective and the bytes that they carry.
@@ -100,7 +101,9 @@ impl TrafficModel<'_> {
         let (tp, sp) = self.strategy.grid(self.ranks);
         let layout = TokenLayout::balanced(tokens, sp);
         let own = layout.count(self.rank / tp);
-        let parts = self.overlap.parts(self.config, sp, self.schedule, own);
+        // Only where all ranks split heads does a pass go in halves, and then these lie on all machines.
+        let overlap = Overlap { machines: self.nodes, tokens: self.overlap };
+        let parts = overlap.parts(self.config, sp, self.schedule, own);
         let parts = parts.iter().map(ExactSizeIterator::len).collect();
         let pass = Pass { tokens, own, parts, past, split: layout.is_split(), tp, sp };
         let mut sum = Sum::default();

@@ -6,8 +6,8 @@ use std::sync::Arc;
 use qwen3_model::comm::{ThreadComm, WireFormat};
 use qwen3_model::{
     Checkpoint, Config, Division, ExpertSplit, Isa, KvFormat, LinkFigures, LogitRows, Machine, MlpSchedule, Model,
-    ModelOptions, Overlap, ParallelStrategy, Plan, PlanInput, Preset, SynthOptions, TrafficModel, WeightFormat,
-    WeightFormats, plan, synthesize,
+    ModelOptions, ParallelStrategy, Plan, PlanInput, Preset, SynthOptions, TrafficModel, WeightFormat, WeightFormats,
+    plan, synthesize,
 };
 
 fn folder(case: &str) -> PathBuf {
@@ -104,7 +104,7 @@ fn calls_and_bytes_are_those_of_the_traffic_model() {
                         strategy: way.strategy,
                         schedule: way.schedule,
                         granularity: 1,
-                        overlap: Overlap { machines: 1, tokens: 0 },
+                        overlap: 0,
                     };
                     let traffic = model.forward(tokens, past, LogitRows::Last);
                     calls = calls.max(traffic.iter().map(|entry| entry.calls).sum());

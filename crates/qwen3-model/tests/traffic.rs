@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use comm::{Collective, EmulatedComm, Link, ThreadComm};
 use qwen3_model::{
-    Config, Isa, LogitRows, MlpSchedule, Model, ModelOptions, Overlap, ParallelStrategy, Preset, SynthOptions, Traffic,
+    Config, Isa, LogitRows, MlpSchedule, Model, ModelOptions, ParallelStrategy, Preset, SynthOptions, Traffic,
     TrafficModel, WeightFormat, synthesize,
 };
 use serde_json::json;
@@ -29,11 +29,8 @@ fn sparse() -> Config {
     Config::from_json(Path::new("config.json"), &value).expect("a valid configuration")
 }
 
-/// On one machine no pass goes in halves.
-const WHOLE: Overlap = Overlap { machines: 1, tokens: 0 };
-
 fn model(config: &Config, ranks: usize, strategy: ParallelStrategy, schedule: MlpSchedule) -> TrafficModel<'_> {
-    TrafficModel { config, ranks, nodes: 1, rank: 0, strategy, schedule, granularity: 1, overlap: WHOLE }
+    TrafficModel { config, ranks, nodes: 1, rank: 0, strategy, schedule, granularity: 1, overlap: 0 }
 }
 
 fn entry(collective: Collective, calls: u64, payload_bytes: u64) -> Traffic {
@@ -63,10 +60,9 @@ fn heads() {
 fn halves() {
     use Collective::{Allgatherv, Allreduce};
     let config = config(1024, 3072, 28);
-    let overlap = Overlap { machines: 2, tokens: 128 };
     let traffic = |schedule, tokens| {
         let base = model(&config, 3, ParallelStrategy::Heads, schedule);
-        TrafficModel { overlap, ..base }.forward(tokens, 0, LogitRows::Last)
+        TrafficModel { nodes: 2, overlap: 128, ..base }.forward(tokens, 0, LogitRows::Last)
     };
     // Two calls for one, and the same bytes, also of an odd number of tokens.
     assert_eq!(traffic(MlpSchedule::Fused, 129), [entry(Allreduce, 112, 56 * 129 * 4096)]);
@@ -78,11 +74,11 @@ fn halves() {
     let sparse = sparse();
     let calls = |tokens| {
         let base = model(&sparse, 2, ParallelStrategy::Heads, MlpSchedule::Fused);
-        TrafficModel { overlap, ..base }.forward(tokens, 0, LogitRows::None)[0].calls
+        TrafficModel { nodes: 2, overlap: 128, ..base }.forward(tokens, 0, LogitRows::None)[0].calls
     };
     assert_eq!((calls(319), calls(320)), (6, 12));
     let grid = model(&config, 4, ParallelStrategy::Grid { tp: 2, sp: 2 }, MlpSchedule::Fused);
-    let halved = TrafficModel { overlap, ..grid }.forward(512, 0, LogitRows::Last);
+    let halved = TrafficModel { nodes: 2, overlap: 128, ..grid }.forward(512, 0, LogitRows::Last);
     assert_eq!(halved, grid.forward(512, 0, LogitRows::Last));
 }
 
@@ -227,16 +223,8 @@ fn the_ledger_counts_keys_that_go_round() {
         let options = ModelOptions { strategy, ..ModelOptions::new(Isa::avx2().unwrap_or(Isa::scalar())) };
         let schedule = options.schedule();
         for (rank, counted) in counted(&dir, (ranks, nodes), options, &passes).into_iter().enumerate() {
-            let model = TrafficModel {
-                config: &config,
-                ranks,
-                nodes,
-                rank,
-                strategy,
-                schedule,
-                granularity: 1,
-                overlap: WHOLE,
-            };
+            let model =
+                TrafficModel { config: &config, ranks, nodes, rank, strategy, schedule, granularity: 1, overlap: 0 };
             assert!(counted[0].iter().any(|entry| entry.collective == Collective::Send), "{strategy} {ranks} {nodes}");
             let mut past = 0;
             for (counted, (tokens, rows)) in counted.into_iter().zip(passes) {
