@@ -277,7 +277,7 @@ impl Group {
             let message = into.as_mut().expect("a message to receive");
             self.pull(site, message.from, message)
         };
-        carry(call, [to.map(|to| (to, &mut push as _)), from.map(|from| (from, &mut pull as _))])
+        carry(call, [to.map(|to| (to, &mut push as _)), from.map(|from| (from, &mut pull as _))].into_iter().flatten())
     }
 
     /// Moves a message on.

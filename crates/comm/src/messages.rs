@@ -104,20 +104,24 @@ impl Messages {
             sending.push((to, self.start(words, to, payload, false)?));
         }
         let mut receiving: Vec<_> = recvs.iter().map(|&(from, _)| self.expect(from, false)).collect();
-        for (receiving, &(_, length)) in receiving.iter_mut().zip(recvs) {
-            // One after the other: MPI moves all of them on whichever is asked about.
-            let peer = receiving.peer;
-            let mut advance = |site: Site<'_>| {
-                receiving.advance(|there, total| {
-                    site.compare(peer, there)?;
-                    if total == length { Ok(()) } else { Err(site.mismatch(peer, there)) }
-                })
-            };
-            carry(call, [None, Some((peer, &mut advance as _))])?;
-        }
-        for (to, sending) in &mut sending {
-            carry(call, [Some((*to, &mut |_: Site<'_>| sending.advance())), None])?;
-        }
+        let mut pulls: Vec<_> = receiving
+            .iter_mut()
+            .zip(recvs)
+            .map(|(receiving, &(peer, length))| {
+                let advance = move |site: Site<'_>| {
+                    receiving.advance(|there, total| {
+                        site.compare(peer, there)?;
+                        if total == length { Ok(()) } else { Err(site.mismatch(peer, there)) }
+                    })
+                };
+                (peer, advance)
+            })
+            .collect();
+        let mut pushes: Vec<_> =
+            sending.iter_mut().map(|(to, sending)| (*to, move |_: Site<'_>| sending.advance())).collect();
+        let pulls = pulls.iter_mut().map(|(peer, advance)| (*peer, advance as _));
+        let pushes = pushes.iter_mut().map(|(peer, advance)| (*peer, advance as _));
+        carry(call, pulls.chain(pushes))?;
         Ok(receiving.into_iter().map(|receiving| receiving.payload).collect())
     }
 
@@ -269,7 +273,7 @@ impl Messages {
             let (message, data) = into.as_mut().expect("a message to receive");
             message.advance_into(site, data)
         };
-        carry(call, [to.map(|to| (to, &mut push as _)), from.map(|from| (from, &mut pull as _))])
+        carry(call, [to.map(|to| (to, &mut push as _)), from.map(|from| (from, &mut pull as _))].into_iter().flatten())
     }
 
     /// The rank in MPI's world of each rank.

@@ -287,7 +287,7 @@ impl Machines {
                 (None, None) => unreachable!("a message to receive comes one way or the other"),
             }
         };
-        carry(call, [to.map(|to| (to, &mut push as _)), from.map(|from| (from, &mut pull as _))])
+        carry(call, [to.map(|to| (to, &mut push as _)), from.map(|from| (from, &mut pull as _))].into_iter().flatten())
     }
 }
 

@@ -1,6 +1,6 @@
 //! What a way of carrying data offers to the endpoint above it, which has checked all arguments.
 
-use std::cell::Cell;
+use std::cell::RefCell;
 
 use crate::call::{Call, Site};
 use crate::communicator::ReduceOp;
@@ -65,30 +65,36 @@ pub(crate) struct Step {
     pub done: bool,
 }
 
-/// One of the two messages of an exchange: the other rank, and what moves the message on without waiting.
-pub(crate) type Part<'a> = Option<(usize, &'a mut dyn FnMut(Site<'_>) -> Result<Step, CommError>)>;
+/// One message of an exchange: the other rank, and what moves the message on without waiting.
+pub(crate) type Part<'a> = (usize, &'a mut dyn FnMut(Site<'_>) -> Result<Step, CommError>);
 
 /// Moves messages on until they are done. The deadline is for peers that do nothing: it starts again whenever
-/// something moved.
-pub(crate) fn carry(call: &mut Call<'_>, mut parts: [Part<'_>; 2]) -> Result<(), CommError> {
-    let open = [0, 1].map(|i| Cell::new(parts[i].as_ref().map(|part| part.0)));
+/// something moved. All messages are looked at in turn, so that all ranks that have not come are known.
+pub(crate) fn carry<'a>(call: &mut Call<'_>, parts: impl IntoIterator<Item = Part<'a>>) -> Result<(), CommError> {
+    let open = RefCell::new(parts.into_iter().collect::<Vec<_>>());
     let site = call.site;
-    while open.iter().any(|peer| peer.get().is_some()) {
+    while !open.borrow().is_empty() {
         call.wait(
             || {
-                let mut moved = false;
-                for (part, open) in parts.iter_mut().zip(&open) {
-                    if let (Some((_, advance)), Some(_)) = (part, open.get()) {
-                        let step = advance(site)?;
+                let (mut moved, mut result) = (false, Ok(()));
+                open.borrow_mut().retain_mut(|(_, advance)| match advance(site) {
+                    Ok(step) => {
                         moved |= step.moved || step.done;
-                        if step.done {
-                            open.set(None);
-                        }
+                        !step.done
                     }
-                }
-                Ok(moved)
+                    Err(error) => {
+                        result = Err(error);
+                        true
+                    }
+                });
+                result.map(|()| moved)
             },
-            || open.iter().filter_map(Cell::get).collect(),
+            || {
+                let mut peers: Vec<usize> = open.borrow().iter().map(|part| part.0).collect();
+                peers.sort_unstable();
+                peers.dedup();
+                peers
+            },
         )?;
     }
     Ok(())
