@@ -23,6 +23,7 @@ use crate::attention::{Attend, AttentionScratch, AttentionShape, AttentionSpec, 
 use crate::context::Context;
 use crate::kv_cache::LayerCache;
 use crate::kv_ring::KvRing;
+use crate::kv_wire::KvWire;
 use crate::layout::TokenLayout;
 use crate::linear::{slice, slice_mut};
 use crate::merged::Merged;
@@ -124,9 +125,10 @@ fn attend_split(
     out: &mut Activations,
 ) -> Result<(), CommError> {
     let (shape, layout) = (spec.shape, span.layout);
-    let width = 2 * shape.kv_width();
+    let (numbers, wire) = (2 * shape.kv_width(), KvWire::new(ctx, cache));
+    let width = wire.width(numbers);
     let own: Vec<_> = layout.indices(ctx.positions.rank()).collect();
-    let keys = columns(qkv, shape.query_width(), width);
+    let keys = wire.pack(ctx, columns(qkv, shape.query_width(), numbers));
     if layout.goes_round(ctx.positions.machines()) {
         let mut ring = KvRing::new(ctx, layout, width, keys);
         let mut merged = if span.start == 0 {
@@ -135,7 +137,7 @@ fn attend_split(
             attend_past(ctx, spec, span, qkv, cache, scratch, Some(&mut ring))?
         };
         while let Some((owner, keys)) = ring.next()? {
-            let block = block_of(ctx, shape, cache, &keys, from_ref(&(0..layout.count(owner))));
+            let block = block_of(ctx, shape, cache, &wire.unpack(ctx, &keys), from_ref(&(0..layout.count(owner))));
             let held: Vec<_> = layout.indices(owner).collect();
             let visible: Vec<_> = own.iter().map(|index| held.partition_point(|key| key <= index)).collect();
             let task = attend_to(spec, slice(qkv), qkv.ncols(), &visible, block.heads());
@@ -146,7 +148,7 @@ fn attend_split(
     } else {
         let mut gathered = vec![0.0; layout.tokens() * width];
         ctx.positions.all_gather_v(&keys, &layout.lengths(ctx.positions.size(), width), &mut gathered)?;
-        let block = block_of(ctx, shape, cache, &gathered, &layout.gathered_ranges());
+        let block = block_of(ctx, shape, cache, &wire.unpack(ctx, &gathered), &layout.gathered_ranges());
         let visible: Vec<_> = own.iter().map(|index| index + 1).collect();
         let task = attend_to(spec, slice(qkv), qkv.ncols(), &visible, block.heads());
         if span.start == 0 {

@@ -10,7 +10,7 @@ use crate::context::Context;
 use crate::layout::TokenLayout;
 use crate::profile::Work;
 
-/// The keys and values of one rank's tokens, [tokens, width].
+/// The keys and values of one rank's tokens as they travel, [tokens, width].
 type Block = Arc<Vec<f32>>;
 
 /// Blocks that each rank passes on to the next one, its own first, until every rank has had all of them.
@@ -30,7 +30,7 @@ pub(crate) struct KvRing<'a> {
 }
 
 impl<'a> KvRing<'a> {
-    /// A ring of the ranks that split positions, of which this one has its `own` block; `width` elements a token.
+    /// A ring of the ranks that split positions, of which this one has its `own` block; `width` places a token.
     pub fn new(ctx: &'a Context, layout: &'a TokenLayout, width: usize, own: Vec<f32>) -> Self {
         let own = Arc::new(own);
         let waiting = VecDeque::from([(ctx.positions.rank(), own.clone())]);

@@ -13,6 +13,7 @@ mod context;
 mod embedding;
 mod kv_cache;
 mod kv_ring;
+mod kv_wire;
 mod layout;
 mod linear;
 mod lm_head;

@@ -76,7 +76,7 @@ impl BenchArgs {
         let mut bench = Bench {
             rank,
             model: &model,
-            chunk: self.engine.chunk,
+            chunk: model.pass_tokens(self.engine.chunk),
             cache: model.new_cache(needed),
             sampler: Sampler::new(SamplingParams::default(), model.config().vocab_size, rank.comm().clone())?,
             memory: Memory::of(&model)?,
@@ -159,6 +159,7 @@ impl Memory {
 struct Bench<'a> {
     rank: &'a Rank,
     model: &'a Model,
+    /// Prompt tokens of a pass.
     chunk: usize,
     cache: KvCache,
     sampler: Sampler,

@@ -50,7 +50,7 @@ impl LogitsArgs {
             if rank.speaks() { Output::create(&self.output, tokens.len(), vocab_size).map(Some) } else { Ok(None) };
         let mut output = rank.agree(local)?;
         let mut cache = model.new_cache(tokens.len());
-        for chunk in tokens.chunks(self.engine.chunk.min((BLOCK / vocab_size).max(1))) {
+        for chunk in tokens.chunks(model.pass_tokens(self.engine.chunk).min((BLOCK / vocab_size).max(1))) {
             let logits = model.forward(&mut cache, chunk, LogitRows::All)?;
             let rows = collect(rank, &model, logits)?;
             let written = match &mut output {

@@ -123,7 +123,7 @@ pub struct EngineOptions {
     #[arg(long, value_parser = choice::<KvFormat>(&["f32", "f16", "q8"]), help_heading = "Computing")]
     pub kv: Option<KvFormat>,
 
-    /// Prompt tokens that one pass takes at most: fewer need less memory, more are faster
+    /// Prompt tokens that one pass takes at most, for each rank of those that split positions: fewer need less memory, more are faster
     #[arg(long, value_name = "N", default_value_t = 512, value_parser = positive, help_heading = "Computing")]
     pub chunk: usize,
 }

@@ -248,7 +248,7 @@ pub struct Wanted<'a> {
     pub mlp: Option<MlpSchedule>,
     /// `--experts`.
     pub experts: Option<ExpertSplit>,
-    /// Prompt tokens of a pass.
+    /// Prompt tokens of a pass, for each rank of those that split positions.
     pub chunk: usize,
     /// Threads of a rank.
     pub threads: usize,

@@ -22,8 +22,8 @@ pub struct GenerateParams {
     pub eos_token_ids: Vec<u32>,
     /// Whether to go on past them.
     pub ignore_eos: bool,
-    /// Tokens of the prompt that run through the model at once, at least 1: longer chunks make better use of the processor and take
-    /// more memory.
+    /// Tokens of the prompt that run through the model at once, at least 1, for each rank of those that split positions: longer chunks
+    /// make better use of the processor and of a ring of keys and values, and take more memory.
     pub prefill_chunk: usize,
 }
 
@@ -221,7 +221,7 @@ fn prefill(
     chunk: usize,
     stop: &mut dyn FnMut() -> bool,
 ) -> Result<Option<Logits>, ModelError> {
-    let mut chunks = tokens.chunks(chunk.max(1)).peekable();
+    let mut chunks = tokens.chunks(model.pass_tokens(chunk)).peekable();
     loop {
         let chunk = chunks.next().expect("a checked prompt has new tokens");
         let rows = if chunks.peek().is_some() { LogitRows::None } else { LogitRows::Last };

@@ -84,6 +84,11 @@ impl Model {
         Overlap { machines: self.ctx.heads.machines(), tokens: self.options.overlap }
     }
 
+    /// Tokens of a pass that gives each rank at most `chunk` of them: that many for each rank of those that split positions.
+    pub fn pass_tokens(&self, chunk: usize) -> usize {
+        chunk.max(1).saturating_mul(self.ctx.positions.size())
+    }
+
     /// Bytes of packed weights on this rank.
     pub fn weight_bytes(&self) -> usize {
         self.layers.iter().map(DecoderLayer::bytes).sum::<usize>() + self.lm_head.bytes()

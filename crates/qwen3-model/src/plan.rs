@@ -48,7 +48,7 @@ pub struct PlanInput<'a> {
     pub prompt: usize,
     /// Tokens to generate.
     pub generate: usize,
-    /// Prompt tokens of a pass.
+    /// Prompt tokens of a pass for each rank of those that split positions.
     pub chunk: usize,
     /// The feed-forward schedule, where it is given.
     pub schedule: Option<MlpSchedule>,
@@ -176,6 +176,17 @@ fn kv_position_bytes(format: KvFormat, head_dim: usize) -> usize {
     }
 }
 
+/// What a rank exchanges in a pass.
+#[derive(Clone, Copy, Default)]
+struct Exchange {
+    calls: u64,
+    /// Payload on the wire.
+    bytes: u64,
+    seconds: f64,
+    /// Those of keys and values that go round.
+    ring_seconds: f64,
+}
+
 struct Way<'a> {
     input: &'a PlanInput<'a>,
     division: Division,
@@ -198,7 +209,7 @@ impl<'a> Way<'a> {
         let mut whole = PassCost::default();
         let mut past = 0;
         while past < prompt {
-            let tokens = chunk.min(prompt - past);
+            let tokens = (chunk * self.sp).min(prompt - past);
             let rows = if past + tokens == prompt { LogitRows::Last } else { LogitRows::None };
             let pass = self.pass(tokens, past, rows);
             whole.calls += pass.calls;
@@ -234,11 +245,14 @@ impl<'a> Way<'a> {
     fn pass(&self, tokens: usize, past: usize, rows: LogitRows) -> PassCost {
         let mut cost = PassCost::default();
         for rank in 0..self.input.ranks {
-            let (calls, bytes, seconds) = self.collectives(rank, tokens, past, rows);
+            let Exchange { calls, bytes, seconds, ring_seconds } = self.collectives(rank, tokens, past, rows);
+            let attention = self.attention(rank, tokens, past);
+            // Blocks of keys travel while a rank attends to those that it has; behind the last one nothing travels.
+            let hidden = attention * (self.sp - 1) as f64 / self.sp as f64;
             cost.calls = cost.calls.max(calls);
             cost.bytes = cost.bytes.max(bytes);
-            cost.collective_seconds = cost.collective_seconds.max(seconds);
-            cost.work_seconds = cost.work_seconds.max(self.work(rank, tokens, past, rows));
+            cost.collective_seconds = cost.collective_seconds.max(seconds + (ring_seconds - hidden).max(0.0));
+            cost.work_seconds = cost.work_seconds.max(self.products(rank, tokens, rows) + attention);
         }
         if self.overlap().parts(self.input.config, self.sp, self.division.schedule, tokens).len() > 1 {
             // Each half's sum travels while the other half computes; the last one has nothing to hide behind.
@@ -253,8 +267,8 @@ impl<'a> Way<'a> {
         Overlap { machines: self.input.nodes, tokens: OVERLAP_TOKENS }
     }
 
-    /// Seconds that a rank computes.
-    fn work(&self, rank: usize, tokens: usize, past: usize, rows: LogitRows) -> f64 {
+    /// Seconds of a rank's products with weights.
+    fn products(&self, rank: usize, tokens: usize, rows: LogitRows) -> f64 {
         let PlanInput { config, machine, .. } = *self.input;
         let share = &self.shares[rank];
         let layout = TokenLayout::balanced(tokens, self.sp);
@@ -277,14 +291,19 @@ impl<'a> Way<'a> {
             }
         }
         let rows = 4.0 * share.expert_rows * mlp_tokens * skew;
-        seconds += longer(machine.rate(self.input.weights.main()), rows * ROW_PASSES, 0.0);
+        seconds + longer(machine.rate(self.input.weights.main()), rows * ROW_PASSES, 0.0)
+    }
+
+    /// Seconds of a rank's attention.
+    fn attention(&self, rank: usize, tokens: usize, past: usize) -> f64 {
+        let PlanInput { config, machine, .. } = *self.input;
         let heads = HeadPlan::new(config, self.tp, rank % self.tp);
         let share = heads.query_heads.len() as f64 / config.num_attention_heads as f64;
         let flops = config.attention_flops(tokens, past) as f64 * share;
         let rate = machine.attention_rate(self.input.kv);
         let flops = if tokens == 1 { 0.0 } else { flops / self.sp as f64 };
-        seconds += layers * heads.kv_heads.len() as f64 * rate.start_us * 1e-6;
-        seconds + longer(rate, self.kv_bytes(rank, past + tokens), flops)
+        let starts = (config.num_hidden_layers * heads.kv_heads.len()) as f64;
+        starts * rate.start_us * 1e-6 + longer(rate, self.kv_bytes(rank, past + tokens), flops)
     }
 
     /// The part of its experts' bytes that the rank with most visits reads in a pass.
@@ -300,18 +319,18 @@ impl<'a> Way<'a> {
         expected_most(&shares, different.round() as usize) / shares[0] as f64
     }
 
-    /// Calls, payload on the wire and seconds of a rank's collectives; the choice of the next token is one of them.
-    fn collectives(&self, rank: usize, tokens: usize, past: usize, rows: LogitRows) -> (u64, u64, f64) {
-        let PlanInput { config, ranks, nodes, wire, .. } = *self.input;
+    /// A rank's collectives; the choice of the next token is one of them.
+    fn collectives(&self, rank: usize, tokens: usize, past: usize, rows: LogitRows) -> Exchange {
+        let PlanInput { config, ranks, nodes, wire, kv, .. } = *self.input;
         let Division { strategy, schedule, .. } = self.division;
         let granularity = self.input.weights.granularity();
         let overlap = OVERLAP_TOKENS;
-        let model = TrafficModel { config, ranks, nodes, rank, strategy, schedule, granularity, overlap };
+        let model = TrafficModel { config, ranks, nodes, rank, strategy, schedule, granularity, kv, overlap };
         let node = |rank| node_of(rank, ranks, nodes);
         let row: Vec<usize> = (0..self.tp).map(|i| node(rank / self.tp * self.tp + i)).collect();
         let column: Vec<usize> = (0..self.sp).map(|i| node(rank % self.tp + i * self.tp)).collect();
         let everyone: Vec<usize> = (0..ranks).map(node).collect();
-        let (mut calls, mut bytes, mut seconds) = (0, 0, 0.0);
+        let mut all = Exchange::default();
         for entry in model.forward(tokens, past, rows) {
             let sums = matches!(entry.collective, Collective::Allreduce | Collective::ReduceScatter);
             let payload = entry.payload_bytes;
@@ -327,20 +346,22 @@ impl<'a> Way<'a> {
                 }
                 _ => &column,
             };
-            calls += entry.calls;
-            bytes += payload;
-            if entry.collective == Collective::Send {
+            all.calls += entry.calls;
+            all.bytes += payload;
+            let seconds = entry.calls as f64 * self.cluster.seconds(entry.collective, group, each);
+            match entry.collective {
                 // In a ring a rank receives at the same time.
-                continue;
+                Collective::Send => {}
+                Collective::Recv => all.ring_seconds += seconds,
+                _ => all.seconds += seconds,
             }
-            seconds += entry.calls as f64 * self.cluster.seconds(entry.collective, group, each);
         }
         if ranks > 1 && rows != LogitRows::None {
             let candidates = 8 * ranks as u64;
-            calls += 1;
-            bytes += candidates;
-            seconds += self.cluster.seconds(Collective::Allgather, &everyone, candidates as f64);
+            all.calls += 1;
+            all.bytes += candidates;
+            all.seconds += self.cluster.seconds(Collective::Allgather, &everyone, candidates as f64);
         }
-        (calls, bytes, seconds)
+        all
     }
 }

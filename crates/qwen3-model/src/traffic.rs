@@ -5,7 +5,7 @@
 //! Broadcast, the whole gathered result of an Allgather), with f32 on the wire.
 
 use comm::{Collective, node_of};
-use ops::{LogitRows, MlpSchedule, TokenLayout};
+use ops::{KvFormat, LogitRows, MlpSchedule, TokenLayout};
 use tensor::split_granular;
 
 use crate::config::Config;
@@ -33,6 +33,8 @@ pub struct TrafficModel<'a> {
     pub schedule: MlpSchedule,
     /// Feed-forward columns that are never cut apart: 1, or the group of a quantized format.
     pub granularity: usize,
+    /// How keys and values are cached: between machines they travel as f16 where they are going to be kept so.
+    pub kv: KvFormat,
     /// The least tokens of a pass that goes in halves, whose sums are calls of their own:
     /// [`ModelOptions::overlap`](crate::ModelOptions::overlap).
     pub overlap: usize,
@@ -130,16 +132,18 @@ impl TrafficModel<'_> {
             // The softmax states of all ranks: maximum and sum of each head, accumulators of each element.
             sum.add(Collective::Allgather, 1, sp * tokens * (2 * heads + queries));
         }
-        let layout = TokenLayout::balanced(tokens, sp);
-        if layout.goes_round(self.machines(tp, sp)) {
+        let (layout, machines) = (TokenLayout::balanced(tokens, sp), self.machines(tp, sp));
+        // Keys and values of a token, in the places of f32 that they take.
+        let width = if self.kv == KvFormat::F16 && machines > 1 { keys } else { 2 * keys };
+        if layout.goes_round(machines) {
             // Every block but the next rank's leaves, every block but this rank's own arrives.
-            let block = |number: usize| 2 * keys * layout.count((self.rank / tp + sp - number) % sp);
+            let block = |number: usize| width * layout.count((self.rank / tp + sp - number) % sp);
             (1..sp).for_each(|number| {
                 sum.add(Collective::Send, 1, block(number - 1));
                 sum.add(Collective::Recv, 1, block(number));
             });
         } else if split {
-            sum.add(Collective::Allgatherv, 1, tokens * 2 * keys);
+            sum.add(Collective::Allgatherv, 1, tokens * width);
         }
         if split && past > 0 {
             sum.add(Collective::Allgatherv, 1, tokens * queries);

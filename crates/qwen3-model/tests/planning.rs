@@ -104,6 +104,7 @@ fn calls_and_bytes_are_those_of_the_traffic_model() {
                         strategy: way.strategy,
                         schedule: way.schedule,
                         granularity: 1,
+                        kv: KvFormat::F16,
                         overlap: 0,
                     };
                     let traffic = model.forward(tokens, past, LogitRows::Last);

@@ -5,8 +5,8 @@ use std::sync::Arc;
 
 use comm::{Collective, EmulatedComm, Link, ThreadComm};
 use qwen3_model::{
-    Config, Isa, LogitRows, MlpSchedule, Model, ModelOptions, ParallelStrategy, Preset, SynthOptions, Traffic,
-    TrafficModel, WeightFormat, synthesize,
+    Config, Isa, KvFormat, LogitRows, MlpSchedule, Model, ModelOptions, ParallelStrategy, Preset, SynthOptions,
+    Traffic, TrafficModel, WeightFormat, synthesize,
 };
 use serde_json::json;
 
@@ -30,7 +30,8 @@ fn sparse() -> Config {
 }
 
 fn model(config: &Config, ranks: usize, strategy: ParallelStrategy, schedule: MlpSchedule) -> TrafficModel<'_> {
-    TrafficModel { config, ranks, nodes: 1, rank: 0, strategy, schedule, granularity: 1, overlap: 0 }
+    let kv = KvFormat::F32;
+    TrafficModel { config, ranks, nodes: 1, rank: 0, strategy, schedule, granularity: 1, kv, overlap: 0 }
 }
 
 fn entry(collective: Collective, calls: u64, payload_bytes: u64) -> Traffic {
@@ -142,6 +143,11 @@ fn sequence() {
     let of = |rank| TrafficModel { rank, ..apart }.forward(2049, 0, LogitRows::None);
     assert_eq!(of(0), [entry(Send, 6, three + bytes(1)), entry(Recv, 6, three)]);
     assert_eq!(of(3), [entry(Send, 6, three), entry(Recv, 6, three + bytes(1))]);
+    // A cache in half precision: half the bytes, but not within a machine.
+    let halves = |nodes, tokens| TrafficModel { kv: KvFormat::F16, nodes, ..base }.forward(tokens, 0, LogitRows::None);
+    assert_eq!(halves(2, 2048), [entry(Send, 6, three / 2), entry(Recv, 6, three / 2)]);
+    assert_eq!(halves(2, 2047), [entry(Allgatherv, 2, bytes(2047) / 2)]);
+    assert_eq!(halves(1, 2047), [entry(Allgatherv, 2, bytes(2047))]);
     // Decode: every rank has the token and its own keys.
     assert_eq!(base.forward(1, 64, LogitRows::Last), [entry(Allgather, 2, 2 * 4 * (32 + 2048) * 4)]);
     // Split weights: tokens are gathered, results scattered.
@@ -150,18 +156,33 @@ fn sequence() {
     assert_eq!(found, [entry(Allgatherv, 5, 2 * keys + 3 * hidden), entry(ReduceScatter, 2, 2 * hidden)]);
 }
 
-/// What the ledger of each rank counts for each of the passes, one after the other on one cache.
-fn counted(
+/// What each rank makes of its part of the model.
+fn on_ranks<T: Send>(
     dir: &Path,
     (ranks, nodes): (usize, usize),
     options: ModelOptions,
-    passes: &[(usize, LogitRows)],
-) -> Vec<Vec<Vec<Traffic>>> {
+    work: impl Fn(&Model) -> T + Sync,
+) -> Vec<T> {
     // A link that costs nothing, but is one between machines.
     let link = Link { latency: 0.0, bandwidth: f64::INFINITY };
     let run = |comm: ThreadComm| {
         let comm = EmulatedComm::new(Arc::new(comm), link, nodes).expect("no more nodes than ranks");
-        let model = Model::load(dir, Arc::new(comm), &options, &|_| ()).expect("the model loads");
+        work(&Model::load(dir, Arc::new(comm), &options, &|_| ()).expect("the model loads"))
+    };
+    std::thread::scope(|scope| {
+        let threads: Vec<_> = ThreadComm::group(ranks).into_iter().map(|comm| scope.spawn(|| run(comm))).collect();
+        threads.into_iter().map(|thread| thread.join().expect("no rank panics")).collect()
+    })
+}
+
+/// What the ledger of each rank counts for each of the passes, one after the other on one cache.
+fn counted(
+    dir: &Path,
+    layout: (usize, usize),
+    options: ModelOptions,
+    passes: &[(usize, LogitRows)],
+) -> Vec<Vec<Vec<Traffic>>> {
+    on_ranks(dir, layout, options, |model| {
         let mut cache = model.new_cache(passes.iter().map(|(tokens, _)| tokens).sum());
         let count = |&(tokens, rows): &(usize, LogitRows)| {
             model.comm().ledger().reset();
@@ -171,11 +192,32 @@ fn counted(
             entries.map(|entry| self::entry(entry.collective, entry.calls, entry.payload_bytes)).collect()
         };
         passes.iter().map(count).collect()
-    };
-    std::thread::scope(|scope| {
-        let threads: Vec<_> = ThreadComm::group(ranks).into_iter().map(|comm| scope.spawn(|| run(comm))).collect();
-        threads.into_iter().map(|thread| thread.join().expect("no rank panics")).collect()
     })
+}
+
+/// Half precision on the way between machines is what the cache would have made of the numbers anyway.
+#[test]
+fn keys_travel_as_they_are_kept() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let dir = folder.path().join("tiny");
+    synthesize(&dir, &SynthOptions { preset: Preset::Tiny, layers: Some(2), seed: 1 }, &mut |_| ()).expect("written");
+    for isa in Isa::all() {
+        let options =
+            ModelOptions { strategy: ParallelStrategy::Sequence, kv: KvFormat::F16, ..ModelOptions::new(isa) };
+        let logits = |nodes| {
+            on_ranks(&dir, (3, nodes), options, |model| {
+                let mut cache = model.new_cache(50);
+                let tokens: Vec<u32> = (0..50).collect();
+                let [first, second] = [&tokens[..31], &tokens[31..]]
+                    .map(|tokens| model.forward(&mut cache, tokens, LogitRows::All).expect("a pass").values);
+                (first, second, model.comm().ledger().entries().iter().map(|entry| entry.payload_bytes).sum::<u64>())
+            })
+        };
+        for (here, apart) in logits(1).into_iter().zip(logits(3)) {
+            assert_eq!((here.0, here.1), (apart.0, apart.1), "{isa}");
+            assert!(apart.2 < here.2, "{isa}: {} bytes between machines, {} within one", apart.2, here.2);
+        }
+    }
 }
 
 /// The reference cases are not quantized; here the columns come in groups of 32.
@@ -219,12 +261,15 @@ fn the_ledger_counts_keys_that_go_round() {
     let passes = [(1541, None), (1600, All), (100, Last), (1, Last)];
     let grid = ParallelStrategy::Grid { tp: 2, sp: 2 };
     let sequence = ParallelStrategy::Sequence;
-    for (ranks, nodes, strategy) in [(2, 2, sequence), (3, 2, sequence), (3, 3, sequence), (4, 2, grid), (4, 4, grid)] {
-        let options = ModelOptions { strategy, ..ModelOptions::new(Isa::avx2().unwrap_or(Isa::scalar())) };
+    let (full, half) = (KvFormat::F32, KvFormat::F16);
+    for (ranks, nodes, strategy, kv) in
+        [(2, 2, sequence, full), (3, 2, sequence, half), (3, 3, sequence, full), (4, 2, grid, half), (4, 4, grid, full)]
+    {
+        let options = ModelOptions { strategy, kv, ..ModelOptions::new(Isa::detect()) };
         let schedule = options.schedule();
         for (rank, counted) in counted(&dir, (ranks, nodes), options, &passes).into_iter().enumerate() {
-            let model =
-                TrafficModel { config: &config, ranks, nodes, rank, strategy, schedule, granularity: 1, overlap: 0 };
+            let base = model(&config, ranks, strategy, schedule);
+            let model = TrafficModel { nodes, rank, kv, ..base };
             assert!(counted[0].iter().any(|entry| entry.collective == Collective::Send), "{strategy} {ranks} {nodes}");
             let mut past = 0;
             for (counted, (tokens, rows)) in counted.into_iter().zip(passes) {

@@ -12,6 +12,8 @@ mod isa;
 #[cfg(target_arch = "x86_64")]
 mod lanes;
 
+mod halves;
+
 // Elementwise kernels and one row at a time.
 mod exp;
 mod norm;
@@ -43,6 +45,7 @@ mod limits;
 pub use attention::{AttentionInput, SoftmaxState, attention_materialized, attention_streaming};
 pub use exp::exp;
 pub use fork_join::ForkJoin;
+pub use halves::{pack_halves, unpack_halves};
 pub use input::{Input, InputKind, InputPart};
 pub use isa::{Isa, IsaError};
 pub use kv::{KvFormat, KvHead, UnknownKvFormat};

@@ -89,6 +89,7 @@ fn check_traffic(model: &Model, prompt: &[u32], label: &str) {
         strategy: options.strategy,
         schedule: options.schedule(),
         granularity: 1,
+        kv: options.kv,
         overlap: options.overlap,
     };
     let mut cache = model.new_cache(prompt.len());
