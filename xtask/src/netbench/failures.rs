@@ -71,13 +71,13 @@ const SCENARIOS: [Scenario; 4] = [
         open_mpi: &["error: ", "(decode", "rank 2 failed: it was told to end (SIGTERM)"],
         mpich: &["error: ", "(decode", "rank 2 failed: it was told to end (SIGTERM)"],
     },
-    // A message on its way to one rank only leaves that one a call behind: then the ranks miss each other, too.
+    // A message that reached one rank only leaves the other a call behind: then it is missed, too.
     Scenario {
         name: "a link that goes down in decode",
         event: Event::CutLink,
         moment: Moment::Decode,
-        open_mpi: &["error: ", "(decode", " waited 2.", "s for rank"],
-        mpich: &["error: ", "(decode", " waited 2.", "s for rank"],
+        open_mpi: &["error: ", "(decode", " waited 2.", "s for rank", " 2"],
+        mpich: &["error: ", "(decode", " waited 2.", "s for rank", " 2"],
     },
 ];
 
