@@ -204,6 +204,10 @@ impl Drop for World {
             std::mem::forget(self.universe.take());
         } else {
             let _turn = self.turn();
+            // Ranks that do not come together to the end of MPICH over UCX and TCP mostly hang there: docs/clusters.md.
+            // SAFETY: the communicator is valid until it is freed below; all ranks that did not fail come here.
+            let code = unsafe { ffi::MPI_Barrier(self.comm) };
+            debug_assert_eq!(code, ffi::MPI_SUCCESS as i32);
             // SAFETY: nobody uses the communicator any more; all transfers borrowed this world.
             let code = unsafe { ffi::MPI_Comm_free(&mut self.comm.clone()) };
             debug_assert_eq!(code, ffi::MPI_SUCCESS as i32);
