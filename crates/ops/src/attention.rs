@@ -171,8 +171,11 @@ pub(crate) struct Attend<'a> {
     pub cache: &'a [KvHead],
 }
 
-/// Rows of queries that one task handles: enough to share a tile of keys, few enough to balance.
-const TASK_ROWS: usize = 128;
+/// Rows of queries that one task handles: at most those that share a tile of keys, and fewer, down to a point, where that leaves a
+/// thread too few tasks to balance.
+const TASK_ROWS: Range<usize> = 64..256;
+/// Tasks of a thread, so that the last ones to finish do not finish long after the others.
+const TASKS: usize = 4;
 
 /// Keys below which a head's cache is not split over threads.
 const PIECE_KEYS: usize = 256;
@@ -221,12 +224,13 @@ pub(crate) fn attend(
         }
         return;
     }
+    let rows = (tokens * heads / (TASKS * threads)).clamp(TASK_ROWS.start, TASK_ROWS.end);
     let mut parts = Vec::new();
     let mut rest = OutputBlocks::whole(out, partial);
     for (head, group) in task.shape.groups.iter().enumerate() {
         let mut column;
         (column, rest) = rest.split_heads(group.len(), task.shape.head_dim);
-        let step = (TASK_ROWS / group.len()).max(1);
+        let step = (rows / group.len()).max(1);
         for start in (0..tokens).step_by(step) {
             let end = (start + step).min(tokens);
             let block;

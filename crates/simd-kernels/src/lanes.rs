@@ -81,3 +81,24 @@ pub(crate) fn max(v: __m256) -> f32 {
     let two = _mm_max_ps(four, _mm_movehl_ps(four, four));
     _mm_cvtss_f32(_mm_max_ss(two, _mm_movehdup_ps(two)))
 }
+
+/// `sum += dot(a, b)` of the two int16 in each 32-bit lane: with one instruction of AVX-VNNI, or two of AVX2.
+///
+/// The intrinsic of the one would need functions that enable it, all the way up from here; the rest of them gains nothing by it. After
+/// the two, the compiler has to have `sum` in a register: integer addition being associative, it may otherwise form all products
+/// of one sum, then those of the next, and then has far more factors and products to keep than registers.
+#[inline]
+#[target_feature(enable = "avx2,fma,f16c")]
+pub(crate) fn add_pairs<const VNNI: bool>(sum: &mut __m256i, a: __m256i, b: __m256i) {
+    if VNNI {
+        // SAFETY: callers set `VNNI` only where an `Isa` proves AVX-VNNI; the instruction touches the named registers only.
+        unsafe {
+            std::arch::asm!("{{vex}} vpdpwssd {}, {}, {}", inout(ymm_reg) *sum, in(ymm_reg) a, in(ymm_reg) b,
+                options(nomem, nostack, preserves_flags));
+        }
+    } else {
+        *sum = _mm256_add_epi32(*sum, _mm256_madd_epi16(a, b));
+        // SAFETY: there is no instruction in it.
+        unsafe { std::arch::asm!("/* {} */", inout(ymm_reg) * sum, options(nomem, nostack, preserves_flags)) }
+    }
+}

@@ -5,6 +5,26 @@ use crate::isa::Isa;
 use crate::kv::Lines;
 use crate::vector::{scale, scale_add};
 
+/// Working memory of the kernels, kept between calls.
+#[derive(Clone, Default)]
+pub(super) struct Scratch {
+    pub scores: Lines,
+    pub acc: Lines,
+    pub tiles: TileScratch,
+}
+
+/// Queries, keys and values as the kernels read them, and what goes with them where they are integers.
+#[derive(Clone, Default)]
+pub(super) struct TileScratch {
+    pub q: Lines,
+    pub q_scales: Lines,
+    pub keys: Lines,
+    pub values: Lines,
+    pub weights: Lines,
+    /// A block on its way from the cache to `keys` or `values`.
+    pub block: Lines,
+}
+
 /// The softmax state of rows of queries over the keys seen so far.
 ///
 /// For scores xⱼ and values vⱼ a row holds m = max xⱼ, s = Σ e^(xⱼ − m) and acc = Σ e^(xⱼ − m) vⱼ; its attention is
@@ -19,8 +39,7 @@ pub struct SoftmaxState {
     /// Weighted sum of values of each row, not divided by `sum`: `[rows, head_dim]`.
     pub acc: Vec<f32>,
     head_dim: usize,
-    /// Working memory of the kernels, kept between calls.
-    pub(super) scratch: Lines,
+    pub(super) scratch: Scratch,
 }
 
 impl SoftmaxState {

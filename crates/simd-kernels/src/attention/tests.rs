@@ -67,6 +67,33 @@ impl Case {
         Some((attention, most + sum.ln(), rounding))
     }
 
+    /// What int16 may cost a row where it is used: in a score, and in an element of the attention.
+    ///
+    /// Each element of q and k is off by half a step, of a length that keeps their norms below 65000 and 32500. Each weight of a tile
+    /// of 128 keys is off by up to half of 1/32767 of the largest, and those add up as random numbers do (to 7 standard
+    /// deviations; 16 keys and fewer as they come); each value by half of 1/8191 of its largest element.
+    fn integers(&self, isa: Isa, row: usize) -> (f64, f64) {
+        let head_dim = self.kv.head_dim();
+        if self.kv.format() == KvFormat::F32 || !isa.has_avx2() || self.visible.len() <= 12 {
+            return (0.0, 0.0);
+        }
+        let norm = |x: &[f32]| x.iter().map(|&x| f64::from(x).powi(2)).sum::<f64>().sqrt();
+        let total = |x: &[f32]| x.iter().map(|&x| f64::from(x.abs())).sum::<f64>();
+        let q = &self.q[row * head_dim..(row + 1) * head_dim];
+        let most = q.iter().fold(0.0f32, |most, x| most.max(x.abs()));
+        let q_step = (norm(q) / 65_000.0).max(f64::from(most) / 32_767.0);
+        let mut key = vec![0.0; head_dim];
+        let mut score = 0.0f64;
+        for i in self.keys.start..self.visible[row].min(self.keys.end) {
+            self.kv.key(i, &mut key);
+            let k_step = norm(&key) / 32_500.0;
+            let steps = q_step * total(&key) + k_step * total(q) + q_step * k_step * head_dim as f64;
+            score = score.max(0.5 * steps * f64::from(self.scale));
+        }
+        let keys = self.keys.len().min(128) as f64;
+        (score, 1.01 * (2.0 * keys.sqrt() / 32_767.0 + 0.5 / 8_191.0))
+    }
+
     fn check(&self, isa: Isa, state: &SoftmaxState, what: &str) {
         let head_dim = self.kv.head_dim();
         let mut out = vec![f32::NAN; head_dim];
@@ -80,7 +107,8 @@ impl Case {
             let n = self.keys.len() as f64;
             // Rounded scores shift each weight by that much; the exponentials and the sum of n of them add the rest.
             // Values are below 1.01.
-            let allowed = 2.0 * rounding + (n + 16.0) * f64::from(f32::EPSILON);
+            let (score, value) = self.integers(isa, row);
+            let allowed = 2.0 * (rounding + score) + value + (n + 16.0) * f64::from(f32::EPSILON);
             let found = f64::from(state.max[row]) + f64::from(state.sum[row]).ln();
             assert!(
                 (found - log_sum).abs() <= allowed * (1.0 + log_sum.abs()),
@@ -270,6 +298,51 @@ fn scores_of_minus_infinity_weigh_nothing() {
                 }
             }
         }
+    }
+}
+
+#[test]
+fn the_largest_sums_of_integers_fit() {
+    for isa in Isa::all() {
+        for head_dim in [1, 2, 127, 128, 512] {
+            // Queries and keys that are parallel, dense or of one element, and equal weights of equal values.
+            for one in [false, true] {
+                let vector: Vec<f32> = (0..head_dim).map(|d| if one && d > 0 { 0.0 } else { 3.0 }).collect();
+                let (keys, values) = (vector.repeat(256), vec![-0.75; 256 * head_dim]);
+                for format in FORMATS {
+                    let mut kv = KvHead::new(format, head_dim);
+                    kv.push_many(isa, &keys, &values, 256, head_dim);
+                    let scale = 1.0 / (head_dim as f32).sqrt();
+                    let case = Case { kv, q: vector.repeat(13), visible: vec![256; 13], keys: 0..256, scale };
+                    case.check_all(isa, 128);
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn a_key_of_large_weight_and_small_value_costs_the_others_nothing() {
+    for isa in Isa::all() {
+        // The first key weighs 4000 times what each of the others does, and brings next to nothing.
+        let (head_dim, tokens) = (64, 128);
+        let (mut keys, mut values) = (vec![0.0; tokens * head_dim], noise(tokens * head_dim, 5));
+        keys[0] = 4000.0f32.ln();
+        values[..head_dim].iter_mut().for_each(|x| *x *= 1.0e-4);
+        let mut kv = KvHead::new(KvFormat::F16, head_dim);
+        kv.push_many(isa, &keys, &values, tokens, head_dim);
+        let q: Vec<f32> = (0..13 * head_dim).map(|i| f32::from(i % head_dim == 0)).collect();
+        let case = Case { kv, q, visible: vec![tokens; 13], keys: 0..tokens, scale: 1.0 };
+        let mut state = case.state();
+        attention_streaming(isa, &case.input(0..tokens), &mut state);
+        let (exact, ..) = case.exact(3).expect("every row sees all keys");
+        let mut out = vec![f32::NAN; head_dim];
+        state.write(isa, 3, &mut out);
+        let norm = |x: &mut dyn Iterator<Item = f64>| x.map(|x| x * x).sum::<f64>().sqrt();
+        let error =
+            norm(&mut out.iter().zip(&exact).map(|(&x, e)| f64::from(x) - e)) / norm(&mut exact.iter().copied());
+        // In steps of 1/32767 of the largest weight each of the others would be eight.
+        assert!(error < 1.0e-3, "{isa}: {error:e}");
     }
 }
 

@@ -1,7 +1,7 @@
 //! Attention by online softmax in tiles of rows and keys: the AVX2 version.
 //!
 //! ```text
-//! for each tile of at most 144 rows, its queries scaled and packed in panels of six rows:
+//! for each tile of at most 258 rows, its queries scaled and packed in panels of six rows:
 //!   for each tile of 128 keys that some row sees:
 //!     S = Q Kᵀ                     panels x blocks of 16 keys
 //!     for each row:  m, s, P = online softmax of its scores; its acc rescaled if m moved
@@ -10,27 +10,33 @@
 //!
 //! 1. Few rows (decode) read the cache as it lies: every key and value is loaded once, for all rows of the group, and
 //!    widened in registers. There the time is that of the memory.
-//! 2. Many rows (prefill) share keys and values widened to f32 once per tile: keys as [16-key block][head_dim][16],
-//!    values as [16-element chunk][key][16], so that both products stream from L1. There the time is that of the FMAs.
-//! 3. A panel leaves out the blocks of keys that none of its rows sees; only rows that see part of a tile are masked,
+//! 2. Many rows (prefill) over a cache in f32 share values gathered once per tile as [16-element chunk][key][16]; so both
+//!    products stream from L1. There the time is that of the FMAs.
+//! 3. Many rows over a cache in f16 or q8 share keys and values rounded to int16 once per tile (`int`): the products of
+//!    integers are faster, and what they round is less than what the cache has.
+//! 4. A panel leaves out the blocks of keys that none of its rows sees; only rows that see part of a tile are masked,
 //!    by zeros in P behind what they see.
-//! 4. The rows' `acc` is a copy padded to chunks of 16, so that no kernel has a tail in that direction.
+//! 5. The rows' `acc` is a copy padded to chunks of 16, so that no kernel has a tail in that direction.
 
+mod int;
 mod kernels;
 mod widen;
 
+use super::state::{Scratch, TileScratch};
 use super::{AttentionInput, SoftmaxState};
-use crate::kv::{BLOCK, KvFormat, KvHead, LINE, Lines, SPAN};
+use crate::kv::{BLOCK, KvFormat, KvHead, SPAN};
 use crate::lanes::{LANES, load, store};
 use kernels::{Element, PANEL_ROWS, Values, blend, scores, soften};
 use std::arch::x86_64::*;
 use std::ops::Range;
 
-/// Rows that share widened keys and values. More would widen less often, but their queries, scores and sums leave L2.
-const ROW_TILE: usize = 24 * PANEL_ROWS;
+/// Rows that share prepared keys and values. More would prepare less often, but their queries, scores, weights and sums, 380
+/// KiB now, would leave L2.
+const ROW_TILE: usize = 43 * PANEL_ROWS;
 /// Keys of a tile: a span of the cache.
 const KEY_TILE: usize = SPAN;
-/// Up to so many rows the cache is read as it lies; more rows than this would widen each number again and again.
+/// Up to so many rows the cache is read as it lies; more rows than this would widen each number again and again. Their panels
+/// have four to six rows.
 const DIRECT_ROWS: usize = 2 * PANEL_ROWS;
 
 /// One tile of rows, and where its softmax stands.
@@ -40,8 +46,6 @@ struct RowTile<'a> {
     panels: &'a [usize],
     /// The key after the last one that each row sees.
     limits: &'a [usize],
-    /// Scaled queries, for each panel [head_dim][rows of the panel].
-    q: &'a [f32],
     /// Scores, then weights: [rows, KEY_TILE].
     scores: &'a mut [f32],
     /// [rows, width].
@@ -80,20 +84,20 @@ impl<'a, T: Element> KeyTile<'a, T> {
 }
 
 #[target_feature(enable = "avx2,fma,f16c")]
-pub(super) fn attention(input: &AttentionInput<'_>, state: &mut SoftmaxState) {
+pub(super) fn attention(input: &AttentionInput<'_>, state: &mut SoftmaxState, vnni: bool) {
     let rows = input.visible.len();
     let tiles = rows.div_ceil(ROW_TILE).max(1);
     let tile_rows = rows.div_ceil(tiles).next_multiple_of(PANEL_ROWS).min(ROW_TILE);
     let mut scratch = std::mem::take(&mut state.scratch);
     for first in (0..rows).step_by(tile_rows.max(1)) {
-        attend(input, first..rows.min(first + tile_rows), state, &mut scratch);
+        attend(input, first..rows.min(first + tile_rows), state, &mut scratch, vnni);
     }
     state.scratch = scratch;
 }
 
 /// One tile of rows over all keys.
 #[target_feature(enable = "avx2,fma,f16c")]
-fn attend(input: &AttentionInput<'_>, rows: Range<usize>, state: &mut SoftmaxState, scratch: &mut Lines) {
+fn attend(input: &AttentionInput<'_>, rows: Range<usize>, state: &mut SoftmaxState, scratch: &mut Scratch, vnni: bool) {
     let (kv, head_dim, width) = (input.kv, input.kv.head_dim(), input.kv.width());
     let mut limits = [0; ROW_TILE];
     for (limit, row) in limits.iter_mut().zip(rows.clone()) {
@@ -112,62 +116,73 @@ fn attend(input: &AttentionInput<'_>, rows: Range<usize>, state: &mut SoftmaxSta
         *first = p * rows.len() / count;
     }
 
-    let direct = rows.len() <= DIRECT_ROWS;
-    let widen_keys = !direct && kv.format() != KvFormat::F32;
-    let lines = |floats: usize| floats.div_ceil(LINE / size_of::<f32>());
-    let sizes = [
-        lines(rows.len() * head_dim),
-        lines(rows.len() * KEY_TILE),
-        lines(rows.len() * width),
-        if widen_keys { lines(KEY_TILE * head_dim) } else { 0 },
-        if direct { 0 } else { lines(KEY_TILE * width) },
-    ];
-    scratch.grow(sizes.iter().sum());
-    let mut rest = scratch.view_mut::<[f32; BLOCK]>(0);
-    let [q, scores, acc, wide_keys, wide_values] = sizes.map(|size| {
-        let (part, others) = std::mem::take(&mut rest).split_at_mut(size);
-        rest = others;
-        part
-    });
-    pack_queries(&input.q[rows.start * head_dim..], &panels[..=count], head_dim, input.scale, q.as_flattened_mut());
+    let elements = rows.start * head_dim..rows.end * head_dim;
     let mut tile = RowTile {
         kv,
         panels: &panels[..=count],
         limits,
-        q: q.as_flattened(),
-        scores: scores.as_flattened_mut(),
-        acc: acc.as_flattened_mut(),
+        scores: scratch.scores.scratch(rows.len() * KEY_TILE),
+        acc: scratch.acc.scratch(rows.len() * width),
         max: &mut state.max[rows.clone()],
         sum: &mut state.sum[rows.clone()],
     };
-    let acc_rows = rows.start * head_dim..rows.end * head_dim;
-    for (padded, row) in tile.acc.chunks_exact_mut(width).zip(state.acc[acc_rows.clone()].chunks_exact(head_dim)) {
+    for (padded, row) in tile.acc.chunks_exact_mut(width).zip(state.acc[elements.clone()].chunks_exact(head_dim)) {
         padded[..head_dim].copy_from_slice(row);
         padded[head_dim..].fill(0.0);
     }
+    // Tiles of keys, and how many keys of each are before the range asked for.
+    let spans = (input.keys.start / SPAN..end.div_ceil(SPAN)).map(|span| {
+        let keys = span * SPAN..end.min((span + 1) * SPAN);
+        (input.keys.start.saturating_sub(keys.start), keys)
+    });
+    let q = &input.q[elements.clone()];
+    if rows.len() <= DIRECT_ROWS || kv.format() == KvFormat::F32 {
+        attend_float(&mut tile, q, input.scale, spans, &mut scratch.tiles);
+    } else if vnni {
+        int::attend::<true>(&mut tile, q, input.scale, spans, &mut scratch.tiles);
+    } else {
+        int::attend::<false>(&mut tile, q, input.scale, spans, &mut scratch.tiles);
+    }
+    for (padded, row) in tile.acc.chunks_exact(width).zip(state.acc[elements].chunks_exact_mut(head_dim)) {
+        row.copy_from_slice(&padded[..head_dim]);
+    }
+}
 
-    let first_span = input.keys.start / SPAN;
-    for span in first_span..end.div_ceil(SPAN) {
-        let (block, keys) = (span * SPAN / BLOCK, span * SPAN..end.min((span + 1) * SPAN));
-        let skip = input.keys.start.saturating_sub(keys.start);
-        match (direct, kv.format()) {
-            (true, KvFormat::F32) => tile.step::<f32, true>(&KeyTile::stored(kv, keys, skip)),
-            (true, KvFormat::F16) => tile.step::<u16, true>(&KeyTile::stored(kv, keys, skip)),
-            (true, KvFormat::Q8) => tile.step::<i8, true>(&KeyTile::stored(kv, keys, skip)),
-            (false, format) => {
-                let blocks = keys.len().div_ceil(BLOCK);
-                widen::values(kv, block, blocks, wide_values, KEY_TILE);
-                let mut wide = KeyTile { values: &*wide_values, run: KEY_TILE, ..KeyTile::stored(kv, keys, skip) };
-                if format != KvFormat::F32 {
-                    widen::keys(kv, block, blocks, wide_keys);
-                    (wide.keys, wide.key_step) = (&*wide_keys, head_dim);
-                }
-                tile.step::<f32, false>(&wide);
-            }
+/// A tile of rows over some tiles of keys, in floats.
+#[target_feature(enable = "avx2,fma,f16c")]
+fn attend_float(
+    tile: &mut RowTile<'_>,
+    q: &[f32],
+    scale: f32,
+    spans: impl Iterator<Item = (usize, Range<usize>)>,
+    scratch: &mut TileScratch,
+) {
+    let kv = tile.kv;
+    let packed = scratch.q.scratch(q.len());
+    pack_queries(q, tile.panels, kv.head_dim(), scale, packed);
+    for (skip, keys) in spans {
+        if tile.limits.len() > DIRECT_ROWS {
+            let values = scratch.values.scratch(KEY_TILE * kv.width() / BLOCK);
+            gather_values(kv, &keys, values);
+            let stored = KeyTile::<f32>::stored(kv, keys, skip);
+            tile.step::<_, false>(packed, &KeyTile { values, run: KEY_TILE, ..stored });
+            continue;
+        }
+        match kv.format() {
+            KvFormat::F32 => tile.step::<f32, true>(packed, &KeyTile::stored(kv, keys, skip)),
+            KvFormat::F16 => tile.step::<u16, true>(packed, &KeyTile::stored(kv, keys, skip)),
+            KvFormat::Q8 => tile.step::<i8, true>(packed, &KeyTile::stored(kv, keys, skip)),
         }
     }
-    for (padded, row) in tile.acc.chunks_exact(width).zip(state.acc[acc_rows].chunks_exact_mut(head_dim)) {
-        row.copy_from_slice(&padded[..head_dim]);
+}
+
+/// Values of a cache in f32 as [chunk of 16 elements][KEY_TILE][16].
+fn gather_values(kv: &KvHead, keys: &Range<usize>, out: &mut [[f32; BLOCK]]) {
+    for (b, from) in (0..keys.len()).step_by(BLOCK).enumerate() {
+        let block = kv.value_block::<f32>(keys.start / BLOCK + b);
+        for (values, out) in block.chunks_exact(BLOCK).zip(out.chunks_exact_mut(KEY_TILE)) {
+            out[from..from + BLOCK].copy_from_slice(values);
+        }
     }
 }
 
@@ -185,26 +200,31 @@ fn pack_queries(q: &[f32], panels: &[usize], head_dim: usize, scale: f32, packed
 }
 
 impl RowTile<'_> {
-    /// One tile of keys. STREAM: they come from memory as they lie there, and not from a tile of scratch.
-    #[target_feature(enable = "avx2,fma,f16c")]
-    fn step<T: Element, const STREAM: bool>(&mut self, tile: &KeyTile<'_, T>) {
-        let (kv, head_dim, width) = (self.kv, self.kv.head_dim(), self.kv.width());
-        let (keys, skip, first_block) = (&tile.positions, tile.skip, tile.positions.start / BLOCK);
-        let count = self.panels.len() - 1;
-        // Keys of this tile that some row of the panel sees.
+    /// For each panel, the keys of a tile that some of its rows sees.
+    fn cover(&self, keys: &Range<usize>) -> [usize; ROW_TILE / PANEL_ROWS] {
         let mut cover = [0; ROW_TILE / PANEL_ROWS];
         for (cover, panel) in cover.iter_mut().zip(self.panels.windows(2)) {
             let last = self.limits[panel[0]..panel[1]].iter().copied().max().unwrap_or(0);
             *cover = last.min(keys.end).saturating_sub(keys.start);
         }
-        let cover = &cover[..count];
+        cover
+    }
+
+    /// One tile of keys. STREAM: they come from memory as they lie there, and not from a tile of scratch. q: scaled queries,
+    /// for each panel [head_dim][rows of the panel].
+    #[target_feature(enable = "avx2,fma,f16c")]
+    fn step<T: Element, const STREAM: bool>(&mut self, q: &[f32], tile: &KeyTile<'_, T>) {
+        let (kv, head_dim, width) = (self.kv, self.kv.head_dim(), self.kv.width());
+        let (keys, skip, first_block) = (&tile.positions, tile.skip, tile.positions.start / BLOCK);
+        let count = self.panels.len() - 1;
+        let cover = &self.cover(keys)[..count];
 
         for b in skip / BLOCK..keys.len().div_ceil(BLOCK) {
             let block = &tile.keys[b * tile.key_step..][..head_dim];
             let scales = if T::SCALED { kv.key_scales(first_block + b) } else { &[] };
             for p in (0..count).filter(|&p| cover[p] > b * BLOCK) {
                 let (first, rows) = (self.panels[p], self.panels[p + 1] - self.panels[p]);
-                let q = &self.q[first * head_dim..(first + rows) * head_dim];
+                let q = &q[first * head_dim..(first + rows) * head_dim];
                 let out = &mut self.scores[first * KEY_TILE + b * BLOCK..];
                 match rows {
                     1 => scores::<T, 1, 4, STREAM>(block, scales, q, out, KEY_TILE),

@@ -21,6 +21,8 @@ pub(crate) unsafe trait Plain: Copy {}
 
 // SAFETY: a primitive number of four bytes.
 unsafe impl Plain for f32 {}
+// SAFETY: a primitive number of four bytes.
+unsafe impl Plain for i32 {}
 // SAFETY: a primitive number of two bytes.
 unsafe impl Plain for u16 {}
 // SAFETY: a primitive number of one byte.
@@ -56,11 +58,13 @@ impl Lines {
         self.len = n;
     }
 
-    /// At least `n` lines (contents unspecified), for use as scratch.
-    pub(crate) fn grow(&mut self, n: usize) {
-        if self.len < n {
-            self.resize(n);
+    /// `n` numbers (contents unspecified), for use as scratch.
+    pub(crate) fn scratch<T: Plain>(&mut self, n: usize) -> &mut [T] {
+        let lines = (n * size_of::<T>()).div_ceil(LINE);
+        if self.len < lines {
+            self.resize(lines);
         }
+        &mut self.view_mut(0)[..n]
     }
 
     /// Makes room for `n` lines in all, without touching it.

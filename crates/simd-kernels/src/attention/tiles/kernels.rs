@@ -265,7 +265,7 @@ unsafe fn add_values<V: Element, const R: usize>(
 /// Sixteen floats, the first of `x`.
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c")]
-fn get(x: &[f32]) -> [__m256; 2] {
+pub(super) fn get(x: &[f32]) -> [__m256; 2] {
     let (halves, _) = x[..BLOCK].as_chunks::<LANES>();
     [load(&halves[0]), load(&halves[1])]
 }
@@ -273,7 +273,7 @@ fn get(x: &[f32]) -> [__m256; 2] {
 /// Into the first sixteen of `x`.
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c")]
-fn put(x: &mut [f32], v: [__m256; 2]) {
+pub(super) fn put(x: &mut [f32], v: [__m256; 2]) {
     let (halves, _) = x[..BLOCK].as_chunks_mut::<LANES>();
     store(&mut halves[0], v[0]);
     store(&mut halves[1], v[1]);
