@@ -39,11 +39,13 @@ pub fn matmul(isa: Isa, w: Panels<'_>, panels: Range<usize>, x: &Input, out: Mat
 /// `out[t, c] = silu(gate[c] · x[t]) * (up[c] · x[t])` for the rows that `panels` of both matrices cover.
 ///
 /// # Panics
-/// When shapes differ, or `x` was prepared for another kind of weights.
+/// When shapes or formats of the matrices differ, or `x` was prepared for another kind of weights.
 pub fn matmul_swiglu(isa: Isa, gate: Panels<'_>, up: Panels<'_>, panels: Range<usize>, x: &Input, out: MatMut<'_>) {
     check(gate, &panels, x, &out);
     check(up, &panels, x, &out);
     assert!(gate.rows() == up.rows(), "gate has {} rows, up has {}", gate.rows(), up.rows());
+    let formats = [gate, up].map(|w| w.data().name());
+    assert!(formats[0] == formats[1], "gate is {}, up is {}", formats[0], formats[1]);
     if out.rows() == 0 || out.cols() == 0 {
         return;
     }

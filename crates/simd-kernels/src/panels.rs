@@ -56,7 +56,7 @@ impl<'a> PanelData<'a> {
         }
     }
 
-    fn name(&self) -> &'static str {
+    pub(crate) fn name(&self) -> &'static str {
         match self {
             PanelData::F32(_) => "f32",
             PanelData::Bf16(_) => "bf16",

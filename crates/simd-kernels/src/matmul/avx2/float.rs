@@ -66,46 +66,54 @@ impl Column for F16 {
 /// Columns of a round, a multiple of every number of sets.
 const STEP: usize = 4;
 
-/// `acc[m] += Σ_k panel[k] x[k][m]`, where `panel` is `[k, 16]` and `x` is `[k, M]`; column k adds to set k % SETS. From
-/// `ahead` on also asks for as many bytes as `panel` has (`WEIGHTS`), or as `x` has.
+/// `acc[p][m] += Σ_k panels[p][k] x[k][m]`, where a panel is `[k, 16]` and `x` is `[k, M]`; column k adds to set k % SETS. From
+/// `ahead[p]` on also asks for as many bytes as a panel has (`WEIGHTS`), or from `ahead[0]` on for as many as `x` has.
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c")]
-pub(super) fn add_products<C: Column, const M: usize, const SETS: usize, const WEIGHTS: bool>(
-    panel: &[C::Bits],
+pub(super) fn add_products<C: Column, const P: usize, const M: usize, const SETS: usize, const WEIGHTS: bool>(
+    panels: [&[[C::Bits; PANEL]]; P],
     x: &[f32],
-    acc: &mut [[f32; PANEL]; M],
-    ahead: *const u8,
+    acc: &mut [[[f32; PANEL]; M]; P],
+    mut ahead: [*const u8; P],
 ) {
-    let (columns, x) = (panel.as_chunks::<PANEL>().0, x.as_chunks::<M>().0);
-    assert!(columns.len() == x.len(), "{} columns of weights, {} of activations", columns.len(), x.len());
-    let mut sums = [[[_mm256_setzero_ps(); 2]; M]; SETS];
-    let ((columns, last_columns), (x, last_x)) = (columns.as_chunks::<STEP>(), x.as_chunks::<STEP>());
-    let mut ahead = ahead;
-    for (columns, x) in columns.iter().zip(x) {
+    let x = x.as_chunks::<M>().0;
+    for columns in panels {
+        assert!(columns.len() == x.len(), "{} columns of weights, {} of activations", columns.len(), x.len());
+    }
+    let mut sums = [[[[_mm256_setzero_ps(); 2]; M]; SETS]; P];
+    let (rounds, last_x) = x.as_chunks::<STEP>();
+    for (round, x) in rounds.iter().enumerate() {
         if !WEIGHTS {
             for line in (0..size_of_val(x)).step_by(LINE) {
-                prefetch::<_MM_HINT_T0>(ahead.wrapping_add(line));
+                prefetch::<_MM_HINT_T0>(ahead[0].wrapping_add(line));
             }
         }
-        for (k, (column, x)) in columns.iter().zip(x).enumerate() {
-            // Spread over the columns: from memory, two in a row cost 3 % of the bandwidth.
-            if WEIGHTS && (k * size_of_val(column)).is_multiple_of(LINE) {
-                prefetch_weights(ahead.wrapping_add(k * size_of_val(column)));
+        for ((columns, sums), ahead) in panels.iter().zip(&mut sums).zip(&mut ahead) {
+            let columns = &columns.as_chunks::<STEP>().0[round];
+            for (k, (column, x)) in columns.iter().zip(x).enumerate() {
+                // Spread over the columns: from memory, two in a row cost 3 % of the bandwidth.
+                if WEIGHTS && (k * size_of_val(column)).is_multiple_of(LINE) {
+                    prefetch_weights(ahead.wrapping_add(k * size_of_val(column)));
+                }
+                step::<C, M>(column, x, &mut sums[k % SETS]);
             }
-            step::<C, M>(column, x, &mut sums[k % SETS]);
+            *ahead = ahead.wrapping_add(if WEIGHTS { size_of_val(columns) } else { size_of_val(x) });
         }
-        ahead = ahead.wrapping_add(if WEIGHTS { size_of_val(columns) } else { size_of_val(x) });
     }
-    for (column, x) in last_columns.iter().zip(last_x) {
-        step::<C, M>(column, x, &mut sums[0]);
+    for (columns, sums) in panels.into_iter().zip(&mut sums) {
+        for (column, x) in columns[rounds.len() * STEP..].iter().zip(last_x) {
+            step::<C, M>(column, x, &mut sums[0]);
+        }
     }
-    for (m, acc) in acc.iter_mut().enumerate() {
-        for (half, acc) in acc.as_chunks_mut().0.iter_mut().enumerate() {
-            let mut sum = load(acc);
-            for set in &sums {
-                sum = _mm256_add_ps(sum, set[m][half]);
+    for (sets, acc) in sums.iter().zip(acc) {
+        for (m, acc) in acc.iter_mut().enumerate() {
+            for (half, acc) in acc.as_chunks_mut().0.iter_mut().enumerate() {
+                let mut sum = load(acc);
+                for set in sets {
+                    sum = _mm256_add_ps(sum, set[m][half]);
+                }
+                store(acc, sum);
             }
-            store(acc, sum);
         }
     }
 }

@@ -36,37 +36,43 @@ const fn block_bytes(q4: bool) -> usize {
     if q4 { Q4_BLOCK } else { Q8_BLOCK }
 }
 
-/// `acc[m] += Σ_k w[k] x[k][m]` over the groups of `panel`, and from `ahead` on also asks for as many bytes as
-/// `panel` has (`WEIGHTS`), or as the words of `x` have.
+/// `acc[p][m] += Σ_k w[p][k] x[k][m]` over the groups of `panels`, and from `ahead[p]` on also asks for as many bytes as a
+/// panel has (`WEIGHTS`), or from `ahead[0]` on for as many as the words of `x` have.
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c")]
-pub(super) fn add_products<const Q4: bool, const VNNI: bool, const M: usize, const WEIGHTS: bool>(
-    panel: &[u8],
+pub(super) fn add_products<const Q4: bool, const VNNI: bool, const P: usize, const M: usize, const WEIGHTS: bool>(
+    panels: [&[u8]; P],
     x: IntTile<'_>,
-    acc: &mut [[f32; PANEL]; M],
-    ahead: *const u8,
+    acc: &mut [[[f32; PANEL]; M]; P],
+    ahead: [*const u8; P],
 ) {
-    let groups = panel.chunks_exact(block_bytes(Q4));
+    let size = block_bytes(Q4);
     let words = x.words.as_chunks::<M>().0.chunks_exact(words_in_group(Q4));
-    assert!(groups.len() == words.len(), "{} groups of weights, {} of activations", groups.len(), words.len());
+    for panel in panels {
+        let groups = panel.len() / size;
+        assert!(groups == words.len(), "{groups} groups of weights, {} of activations", words.len());
+    }
     let (scales, mut offsets) = (x.scales.as_chunks::<M>().0, x.offsets.as_chunks::<M>().0.iter());
-    let mut ahead = ahead;
-    for ((block, words), scales) in groups.zip(words).zip(scales) {
-        let (row_scales, weights) = block.as_chunks::<32>().0.split_first().expect("a block starts with its scales");
-        let next = if WEIGHTS { block.len() } else { size_of_val(words) };
-        let mut sums = first_sums::<Q4, VNNI, M>(offsets.next());
-        // Two words of weights are a line.
-        for (i, (weights, words)) in weights.as_chunks::<2>().0.iter().zip(words.as_chunks::<2>().0).enumerate() {
-            if LINE * i < next {
-                let line = ahead.wrapping_add(LINE * i);
-                if WEIGHTS { prefetch_weights(line) } else { prefetch::<_MM_HINT_T0>(line) }
+    for (group, (words, scales)) in words.zip(scales).enumerate() {
+        let offsets = offsets.next();
+        for ((panel, acc), ahead) in panels.iter().zip(&mut *acc).zip(ahead) {
+            let block = &panel[group * size..][..size];
+            let (row_scales, weights) =
+                block.as_chunks::<32>().0.split_first().expect("a block starts with its scales");
+            let next = if WEIGHTS { size } else { size_of_val(words) };
+            let mut sums = first_sums::<Q4, VNNI, M>(offsets);
+            // Two words of weights are a line.
+            for (i, (weights, words)) in weights.as_chunks::<2>().0.iter().zip(words.as_chunks::<2>().0).enumerate() {
+                if LINE * i < next {
+                    let line = ahead.wrapping_add(group * next + LINE * i);
+                    if WEIGHTS { prefetch_weights(line) } else { prefetch::<_MM_HINT_T0>(line) }
+                }
+                for (weights, word) in weights.iter().zip(words) {
+                    add_word::<Q4, VNNI, M>(widen::<Q4>(weights), word, &mut sums);
+                }
             }
-            for (weights, word) in weights.iter().zip(words) {
-                add_word::<Q4, VNNI, M>(widen::<Q4>(weights), word, &mut sums);
-            }
+            add_scaled::<Q4, VNNI, M>(&sums, widen_scales(row_scales), scales, acc);
         }
-        add_scaled::<Q4, VNNI, M>(&sums, widen_scales(row_scales), scales, acc);
-        ahead = ahead.wrapping_add(next);
     }
 }
 
