@@ -44,15 +44,18 @@ impl Calibration {
         self.machines.push(machine);
     }
 
-    /// Writes the file as a whole: a reader sees the old one or the new one.
+    /// Writes the file as a whole: a reader sees the old one or the new one. A device or a pipe is written itself, not replaced.
     pub fn write(&self, path: &Path) -> Result<(), CliError> {
         let write = || {
             if let Some(folder) = path.parent().filter(|folder| !folder.as_os_str().is_empty()) {
                 fs::create_dir_all(folder)?;
             }
+            let text = serde_json::to_string_pretty(self).expect("figures are finite and keys are strings") + "\n";
+            if path.metadata().is_ok_and(|found| !found.is_file()) {
+                return fs::write(path, text);
+            }
             let part = path.with_extension("part");
-            let text = serde_json::to_string_pretty(self).expect("figures are finite and keys are strings");
-            fs::write(&part, text + "\n")?;
+            fs::write(&part, text)?;
             fs::rename(part, path)
         };
         write().map_err(|source| CliError::file(path, source))

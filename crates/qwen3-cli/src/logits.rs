@@ -91,18 +91,22 @@ fn collect(rank: &Rank, model: &Model, logits: Logits) -> Result<Vec<f32>, CliEr
     Ok(all)
 }
 
-/// A safetensors file in the making: its header is known before its numbers.
+/// A safetensors file in the making: its header is known before its numbers. One that is not finished is removed.
 struct Output {
     path: PathBuf,
-    part: PathBuf,
+    /// What it is called until then; nothing once it is finished, and where the name belongs to a device or a pipe.
+    part: Option<PathBuf>,
     file: BufWriter<File>,
 }
 
 impl Output {
-    /// Starts a file beside `path`; it takes that name when it is whole.
+    /// Starts a file beside `path`; it takes that name when it is whole. A device or a pipe is written itself, not replaced.
     fn create(path: &Path, rows: usize, cols: usize) -> Result<Self, CliError> {
+        let special = path.metadata().is_ok_and(|found| !found.is_file());
         let mut part = path.as_os_str().to_owned();
-        part.push(".part");
+        if !special {
+            part.push(".part");
+        }
         let part = PathBuf::from(part);
         let start = || -> io::Result<BufWriter<File>> {
             let tensor = json!({ "dtype": "F32", "shape": [rows, cols], "data_offsets": [0, rows * cols * 4] });
@@ -115,18 +119,32 @@ impl Output {
             Ok(file)
         };
         match start() {
-            Ok(file) => Ok(Self { path: path.to_owned(), part, file }),
+            Ok(file) => Ok(Self { path: path.to_owned(), part: (!special).then_some(part), file }),
             Err(source) => Err(CliError::file(path, source)),
         }
     }
 
     fn write(&mut self, values: &[f32]) -> Result<(), CliError> {
         let mut write = || values.iter().try_for_each(|value| self.file.write_all(&value.to_le_bytes()));
-        write().map_err(|source| CliError::file(&self.part, source))
+        write().map_err(|source| CliError::file(&self.path, source))
     }
 
     fn finish(mut self) -> Result<(), CliError> {
-        self.file.flush().map_err(|source| CliError::file(&self.part, source))?;
-        std::fs::rename(&self.part, &self.path).map_err(|source| CliError::file(&self.path, source))
+        let error = |source| CliError::file(&self.path, source);
+        self.file.flush().map_err(error)?;
+        if let Some(part) = &self.part {
+            std::fs::rename(part, &self.path).map_err(error)?;
+        }
+        self.part = None;
+        Ok(())
+    }
+}
+
+impl Drop for Output {
+    fn drop(&mut self) {
+        if let Some(part) = &self.part {
+            // Why it is not finished is said elsewhere; on a full disk its space is needed.
+            std::fs::remove_file(part).ok();
+        }
     }
 }

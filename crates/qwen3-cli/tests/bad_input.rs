@@ -4,6 +4,7 @@ mod program;
 
 use std::fs;
 use std::path::Path;
+use std::process::{Command, Stdio};
 
 use program::{Copy, Run, assert_one_line, austen, program, run, run_with};
 use serde_json::json;
@@ -168,6 +169,23 @@ fn other_commands_fail_alike() {
         assert_one_line(&with(&["logits", "--model", model, "--tokens", "1", "--output", output]), &[output]);
         assert_one_line(&with(&["logits", "--model", model, "--tokens", "9999", "--output", "/dev/null"]), &["9999"]);
     }
+}
+
+#[test]
+fn a_pipe_in_place_of_a_file_is_written_and_not_replaced() {
+    let folder = tempfile::tempdir().unwrap();
+    let pipe = folder.path().join("logits.safetensors");
+    assert!(Command::new("mkfifo").arg(&pipe).status().unwrap().success());
+    let reader = Command::new("cat").arg(&pipe).stdout(Stdio::piped()).spawn().unwrap();
+    let model = austen();
+    let done =
+        run(&["logits", "--model", model.to_str().unwrap(), "--tokens", "1", "--output", pipe.to_str().unwrap()]);
+    assert!(done.success, "{done:?}");
+    let read = reader.wait_with_output().unwrap().stdout;
+    let header = u64::from_le_bytes(read[..8].try_into().unwrap()) as usize;
+    assert_eq!(read.len(), 8 + header + 4096 * 4);
+    assert!(!fs::metadata(&pipe).unwrap().is_file());
+    assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 1);
 }
 
 #[test]
