@@ -1,6 +1,7 @@
 //! The plan: memory as loaded, traffic as counted, and recommendations that make sense.
 
-use std::path::{Path, PathBuf};
+mod cases;
+
 use std::sync::Arc;
 
 use qwen3_model::comm::{ThreadComm, WireFormat};
@@ -10,22 +11,10 @@ use qwen3_model::{
     plan, synthesize,
 };
 
-fn folder(case: &str) -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data").join(case)
-}
-
 #[test]
 fn memory_is_what_loading_takes() {
-    let cases = [
-        "dense-tied-bf16",
-        "dense-untied-f32",
-        "dense-uneven-bf16",
-        "dense-sharded-f16",
-        "dense-yarn-bf16",
-        "moe-bf16",
-    ];
-    for case in cases {
-        let dir = folder(case);
+    for case in cases::CASES {
+        let dir = cases::folder(case);
         let config = Config::read(&dir).unwrap();
         let checkpoint = Checkpoint::open(&dir).unwrap();
         for (weights, ranks) in [None, Some(WeightFormat::Q8)].into_iter().flat_map(|w| (1..=5).map(move |r| (w, r))) {

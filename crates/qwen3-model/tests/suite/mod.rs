@@ -1,6 +1,6 @@
 //! The reference answers of `tests/data` on any group of ranks: run by threads and by MPI processes.
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::Arc;
 
 use qwen3_model::comm::Communicator;
@@ -9,6 +9,8 @@ use qwen3_model::{
     TrafficModel, WeightFormat,
 };
 use safetensors::SafeTensors;
+
+use crate::cases::folder;
 
 /// The largest distance of a logit, relative to the largest reference logit (the numeric contract).
 const TOLERANCE: f32 = 2e-4;
@@ -50,17 +52,11 @@ pub fn combinations(
     all
 }
 
-/// The combinations in which a pass goes in halves where the ranks lie on several machines.
-pub fn halved(
-    mixture: bool,
-    ranks: usize,
-    isa: Isa,
-    weights: Option<WeightFormat>,
-    threads: usize,
-) -> Vec<Combination> {
-    let mut all = combinations(mixture, ranks, isa, weights, threads);
-    all.retain(|what| what.strategy == ParallelStrategy::Heads && what.mlp == MlpSchedule::Fused);
-    all
+impl Combination {
+    /// Whether a pass goes in halves where the ranks lie on several machines: the sums of one half travel while the other computes.
+    pub fn goes_in_halves(&self) -> bool {
+        self.strategy == ParallelStrategy::Heads && self.mlp == MlpSchedule::Fused
+    }
 }
 
 /// The instruction sets of this machine, the fast one first.
@@ -119,7 +115,7 @@ fn check_traffic(model: &Model, prompt: &[u32], label: &str) {
 
 impl Reference {
     pub fn read(case: &str) -> Self {
-        let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data").join(case);
+        let folder = folder(case);
         let bytes = std::fs::read(folder.join("expected.safetensors")).expect("the case has its answers");
         let file = SafeTensors::deserialize(&bytes).expect("the answers are a safetensors file");
         let data = |name| file.tensor(name).expect(name).data().to_vec();
