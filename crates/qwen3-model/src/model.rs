@@ -15,7 +15,7 @@ use crate::cache::KvCache;
 use crate::config::Config;
 use crate::error::ModelError;
 use crate::layer::{DecoderLayer, Part, Pass};
-use crate::options::ModelOptions;
+use crate::options::{ModelOptions, pass_tokens};
 use crate::overlap::Overlap;
 use crate::rotary::RotaryTable;
 
@@ -86,7 +86,7 @@ impl Model {
 
     /// Tokens of a pass that gives each rank at most `chunk` of them: that many for each rank of those that split positions.
     pub fn pass_tokens(&self, chunk: usize) -> usize {
-        chunk.max(1).saturating_mul(self.ctx.positions.size())
+        pass_tokens(chunk, self.ctx.positions.size())
     }
 
     /// Bytes of packed weights on this rank.

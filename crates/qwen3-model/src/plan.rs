@@ -10,7 +10,7 @@ use tensor::{WeightFormat, split_range};
 
 use crate::config::{Config, MoeConfig};
 use crate::heads::{HeadPlan, Imbalance};
-use crate::options::{Division, OVERLAP_TOKENS, ParallelStrategy};
+use crate::options::{Division, OVERLAP_TOKENS, ParallelStrategy, pass_tokens};
 use crate::overlap::Overlap;
 use crate::plan_experts::expected_most;
 use crate::plan_machine::{Machine, Rate};
@@ -209,7 +209,7 @@ impl<'a> Way<'a> {
         let mut whole = PassCost::default();
         let mut past = 0;
         while past < prompt {
-            let tokens = (chunk * self.sp).min(prompt - past);
+            let tokens = pass_tokens(chunk, self.sp).min(prompt - past);
             let rows = if past + tokens == prompt { LogitRows::Last } else { LogitRows::None };
             let pass = self.pass(tokens, past, rows);
             whole.calls += pass.calls;

@@ -112,6 +112,20 @@ fn calls_and_bytes_are_those_of_the_traffic_model() {
 }
 
 #[test]
+fn chunks_beyond_any_prompt_take_it_in_one_pass() {
+    let (_dir, config, weights) = shape();
+    // Twice or four times as many are 0 to whoever multiplies without care, and of passes of nothing there is no end.
+    let machine = Machine::typical(4, 1, 1);
+    let calls = |chunk| {
+        let ways = run(&config, &weights, &machine, |input| input.chunk = chunk).ways;
+        ways.iter().map(|way| way.prompt.calls).collect::<Vec<_>>()
+    };
+    for chunk in [1 << 62, 1 << 63, usize::MAX] {
+        assert_eq!(calls(chunk), calls(64), "{chunk}");
+    }
+}
+
+#[test]
 fn recommendations_follow_the_machine() {
     let (_dir, config, weights) = shape();
     let mut machine = Machine::typical(4, 4, 1);
