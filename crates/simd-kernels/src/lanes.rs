@@ -84,9 +84,7 @@ pub(crate) fn max(v: __m256) -> f32 {
 
 /// `sum += dot(a, b)` of the two int16 in each 32-bit lane: with one instruction of AVX-VNNI, or two of AVX2.
 ///
-/// The intrinsic of the one would need functions that enable it, all the way up from here; the rest of them gains nothing by it. After
-/// the two, the compiler has to have `sum` in a register: integer addition being associative, it may otherwise form all products
-/// of one sum, then those of the next, and then has far more factors and products to keep than registers.
+/// The intrinsic of the one would need functions that enable it, all the way up from here; the rest of them gains nothing by it.
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c")]
 pub(crate) fn add_pairs<const VNNI: bool>(sum: &mut __m256i, a: __m256i, b: __m256i) {
@@ -98,7 +96,18 @@ pub(crate) fn add_pairs<const VNNI: bool>(sum: &mut __m256i, a: __m256i, b: __m2
         }
     } else {
         *sum = _mm256_add_epi32(*sum, _mm256_madd_epi16(a, b));
-        // SAFETY: there is no instruction in it.
-        unsafe { std::arch::asm!("/* {} */", inout(ymm_reg) * sum, options(nomem, nostack, preserves_flags)) }
+        hold(sum);
     }
+}
+
+/// Makes the compiler have `sum` in a register here, after those held before it.
+///
+/// Integer addition is associative and the terms of a sum are independent, so it may otherwise form all products of one sum, then
+/// those of the next, and then has far more factors and products to keep than registers: two tokens of Q4 weights took
+/// twice as long.
+#[inline]
+#[target_feature(enable = "avx2,fma,f16c")]
+pub(crate) fn hold(sum: &mut __m256i) {
+    // SAFETY: there is no instruction in it.
+    unsafe { std::arch::asm!("/* {} */", inout(ymm_reg) * sum, options(nomem, nostack, preserves_flags)) }
 }

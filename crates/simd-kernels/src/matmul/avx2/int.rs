@@ -23,7 +23,7 @@ use std::arch::x86_64::*;
 
 use super::prefetch_weights;
 use crate::input::IntTile;
-use crate::lanes::{LINE, load, prefetch, store};
+use crate::lanes::{LINE, add_pairs, hold, load, prefetch, store};
 use crate::panels::{PANEL, Q4_BLOCK, Q8_BLOCK};
 
 /// Words in a group: 8 quads or 16 pairs.
@@ -102,35 +102,24 @@ fn add_word<const Q4: bool, const VNNI: bool, const M: usize>(
     for (sums, x) in sums.iter_mut().zip(word) {
         let x = _mm256_set1_epi32(*x);
         for (sum, w) in sums.iter_mut().zip(w) {
-            if VNNI {
-                add_dot::<Q4>(w, x, sum);
-                continue;
-            }
-            *sum = if Q4 {
-                _mm256_add_epi16(*sum, _mm256_maddubs_epi16(w, x))
-            } else {
-                _mm256_add_epi32(*sum, _mm256_madd_epi16(w, x))
-            };
-            hold::<M>(sum);
+            if Q4 { add_quads::<VNNI>(sum, w, x) } else { add_pairs::<VNNI>(sum, w, x) }
         }
     }
 }
 
-/// `sum += dot(w, x)` in each lane with one instruction of AVX-VNNI.
-///
-/// The intrinsics would need functions that enable it, all the way up from here; the rest of them gains nothing by it.
+/// `sum += dot(w, x)` of the four bytes in each lane, those of `w` unsigned: as int32 with AVX-VNNI, or as two int16 with AVX2.
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c")]
-fn add_dot<const Q4: bool>(w: __m256i, x: __m256i, sum: &mut __m256i) {
-    // SAFETY: callers set `VNNI` only where an `Isa` proves AVX-VNNI; the instructions touch the named registers only.
-    unsafe {
-        if Q4 {
+fn add_quads<const VNNI: bool>(sum: &mut __m256i, w: __m256i, x: __m256i) {
+    if VNNI {
+        // SAFETY: as in `add_pairs`.
+        unsafe {
             std::arch::asm!("{{vex}} vpdpbusd {}, {}, {}", inout(ymm_reg) *sum, in(ymm_reg) w, in(ymm_reg) x,
                 options(nomem, nostack, preserves_flags));
-        } else {
-            std::arch::asm!("{{vex}} vpdpwssd {}, {}, {}", inout(ymm_reg) *sum, in(ymm_reg) w, in(ymm_reg) x,
-                options(nomem, nostack, preserves_flags));
         }
+    } else {
+        *sum = _mm256_add_epi16(*sum, _mm256_maddubs_epi16(w, x));
+        hold(sum);
     }
 }
 
@@ -139,20 +128,6 @@ fn add_dot<const Q4: bool>(w: __m256i, x: __m256i, sum: &mut __m256i) {
 #[target_feature(enable = "avx2,fma,f16c")]
 fn add_halves(v: __m256i) -> __m256i {
     _mm256_madd_epi16(v, _mm256_set1_epi16(1))
-}
-
-/// Makes the compiler have `sum` in a register here, after those held before it.
-///
-/// Integer addition is associative and the words of a group are independent, so it may otherwise form all products of
-/// one sum, then those of the next, and then has far more weights and products to keep than registers: two tokens of
-/// Q4 took twice as long.
-#[inline]
-#[target_feature(enable = "avx2,fma,f16c")]
-fn hold<const M: usize>(sum: &mut __m256i) {
-    if M > 1 {
-        // SAFETY: there is no instruction in it.
-        unsafe { std::arch::asm!("/* {} */", inout(ymm_reg) * sum, options(nomem, nostack, preserves_flags)) }
-    }
 }
 
 /// `acc[m] += sums[m] * row_scales * scales[m]`.
