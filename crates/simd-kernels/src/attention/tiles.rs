@@ -58,28 +58,19 @@ struct RowTile<'a> {
 struct KeyTile<'a, T> {
     positions: Range<usize>,
     skip: usize,
-    /// Block b is `keys[b * key_step..][..head_dim]`.
+    /// As they lie in the cache: block b is `keys[b * key_step..][..head_dim]` with the step of the cache.
     keys: &'a [[T; BLOCK]],
-    key_step: usize,
-    /// Run n is `values[n * run_step..]`: [chunk of 16 elements][key of the run][16].
-    values: &'a [[T; BLOCK]],
+    /// Keys of a run: those of a block as the cache has them, or all of the tile.
     run: usize,
-    run_step: usize,
+    /// Run n is `values[n * value_step..]` with the step of the cache: [chunk of 16 elements][key of the run][16].
+    values: &'a [[T; BLOCK]],
 }
 
 impl<'a, T: Element> KeyTile<'a, T> {
     /// As it lies in the cache.
     fn stored(kv: &'a KvHead, positions: Range<usize>, skip: usize) -> KeyTile<'a, T> {
         let block = positions.start / BLOCK;
-        KeyTile {
-            positions,
-            skip,
-            keys: kv.key_block(block),
-            key_step: kv.key_step::<T>(),
-            values: kv.value_block(block),
-            run: BLOCK,
-            run_step: kv.value_step::<T>(),
-        }
+        KeyTile { positions, skip, keys: kv.key_block(block), run: BLOCK, values: kv.value_block(block) }
     }
 }
 
@@ -220,7 +211,7 @@ impl RowTile<'_> {
         let cover = &self.cover(keys)[..count];
 
         for b in skip / BLOCK..keys.len().div_ceil(BLOCK) {
-            let block = &tile.keys[b * tile.key_step..][..head_dim];
+            let block = &tile.keys[b * kv.key_step::<T>()..][..head_dim];
             let scales = if T::SCALED { kv.key_scales(first_block + b) } else { &[] };
             for p in (0..count).filter(|&p| cover[p] > b * BLOCK) {
                 let (first, rows) = (self.panels[p], self.panels[p + 1] - self.panels[p]);
@@ -247,7 +238,7 @@ impl RowTile<'_> {
         let (run, chunks) = (tile.run, width / BLOCK);
         let together = if STREAM { chunks } else { 1 };
         for (n, from) in (0..keys.len()).step_by(run).enumerate() {
-            let values = &tile.values[n * tile.run_step..];
+            let values = &tile.values[n * kv.value_step::<T>()..];
             let scales = if T::SCALED { kv.value_scales(first_block + n) } else { &[] };
             for c in (0..chunks).step_by(together) {
                 let chunks = &values[c * run..][..together * run];
