@@ -2,9 +2,7 @@
 
 use std::ops::ControlFlow;
 
-use qwen3_model::{
-    ConfigError, GenerateParams, Generated, GenerationConfig, KvCache, Model, Progress, SamplingParams, generate,
-};
+use qwen3_model::{GenerateParams, Generated, KvCache, Model, Progress, SamplingParams, eos_token_ids, generate};
 
 use crate::failure::{CliError, Failure};
 use crate::interrupt;
@@ -30,23 +28,7 @@ impl AnswerOptions {
         sampling: SamplingParams,
         max_new_tokens: usize,
     ) -> Result<Self, Failure> {
-        let vocab_size = model.config().vocab_size;
-        let config = GenerationConfig::read(&engine.model).and_then(|config| match config.eos_token_ids.iter().max() {
-            // An answer would go on past its end.
-            Some(&id) if id as usize >= vocab_size => Err(ConfigError::Contradiction {
-                file: engine.model.join("generation_config.json"),
-                field: "eos_token_id".into(),
-                found: id.to_string(),
-                other: format!("vocab_size = {vocab_size} of config.json"),
-                expected: "ids below it".into(),
-            }),
-            _ => Ok(config),
-        });
-        let config = rank.agree(config.map_err(CliError::from))?;
-        let mut eos_token_ids = config.eos_token_ids;
-        if eos_token_ids.is_empty() {
-            eos_token_ids.clone_from(&model.config().eos_token_ids);
-        }
+        let eos_token_ids = rank.agree(eos_token_ids(&engine.model, model.config()).map_err(CliError::from))?;
         let prefill_chunk = engine.chunk;
         let params = GenerateParams { sampling, max_new_tokens, eos_token_ids, ignore_eos: false, prefill_chunk };
         Ok(Self { params, quiet: false })

@@ -4,7 +4,10 @@ use std::path::Path;
 
 use serde_json::Value;
 
+use crate::config::Config;
 use crate::fields::{ConfigError, Fields, read_json};
+
+const FILE: &str = "generation_config.json";
 
 /// The publisher's recommendation; what the file leaves out is `None` or empty.
 #[derive(Clone, Debug, Default, PartialEq)]
@@ -28,7 +31,7 @@ pub struct GenerationConfig {
 impl GenerationConfig {
     /// Reads `generation_config.json` in the folder `dir`; a folder without one recommends nothing.
     pub fn read(dir: &Path) -> Result<Self, ConfigError> {
-        let file = dir.join("generation_config.json");
+        let file = dir.join(FILE);
         match read_json(&file) {
             Ok(value) => Self::from_json(&file, &value),
             Err(ConfigError::Read { source, .. }) if source.kind() == std::io::ErrorKind::NotFound => {
@@ -60,4 +63,22 @@ impl GenerationConfig {
             repetition_penalty: number("repetition_penalty", |r| r > 0.0 && r <= 1e6, "a number above 0, at most 1e6")?,
         })
     }
+}
+
+/// Ids that end an answer of the model in the folder `dir`: those of `generation_config.json`, else of its `config`.
+///
+/// # Errors
+/// When the file is there and broken, or an id is beyond the vocabulary: an answer would go on past its end.
+pub fn eos_token_ids(dir: &Path, config: &Config) -> Result<Vec<u32>, ConfigError> {
+    let ids = GenerationConfig::read(dir)?.eos_token_ids;
+    if let Some(id) = ids.iter().max().filter(|&&id| id as usize >= config.vocab_size) {
+        return Err(ConfigError::Contradiction {
+            file: dir.join(FILE),
+            field: "eos_token_id".into(),
+            found: id.to_string(),
+            other: format!("vocab_size = {} of config.json", config.vocab_size),
+            expected: "ids below it".into(),
+        });
+    }
+    Ok(if ids.is_empty() { config.eos_token_ids.clone() } else { ids })
 }
