@@ -8,6 +8,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::failure::CliError;
 use crate::options::misfit;
+use crate::output_file::part_of;
 
 /// The file's content.
 #[derive(Clone, Debug, Default, Serialize, Deserialize)]
@@ -44,17 +45,14 @@ impl Calibration {
         self.machines.push(machine);
     }
 
-    /// Writes the file as a whole: a reader sees the old one or the new one. A device or a pipe is written itself, not replaced.
+    /// Writes the file as a whole: a reader sees the old one or the new one.
     pub fn write(&self, path: &Path) -> Result<(), CliError> {
         let write = || {
             if let Some(folder) = path.parent().filter(|folder| !folder.as_os_str().is_empty()) {
                 fs::create_dir_all(folder)?;
             }
             let text = serde_json::to_string_pretty(self).expect("figures are finite and keys are strings") + "\n";
-            if path.metadata().is_ok_and(|found| !found.is_file()) {
-                return fs::write(path, text);
-            }
-            let part = path.with_extension("part");
+            let Some(part) = part_of(path) else { return fs::write(path, text) };
             fs::write(&part, text)?;
             fs::rename(part, path)
         };

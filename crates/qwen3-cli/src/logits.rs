@@ -11,6 +11,7 @@ use serde_json::json;
 
 use crate::failure::{CliError, Failure};
 use crate::options::{EngineOptions, LaunchOptions};
+use crate::output_file::part_of;
 use crate::plan::Workload;
 use crate::prompt::PromptOptions;
 use crate::rank::Rank;
@@ -100,26 +101,21 @@ struct Output {
 }
 
 impl Output {
-    /// Starts a file beside `path`; it takes that name when it is whole. A device or a pipe is written itself, not replaced.
+    /// Starts a file beside `path`; it takes that name when it is whole.
     fn create(path: &Path, rows: usize, cols: usize) -> Result<Self, CliError> {
-        let special = path.metadata().is_ok_and(|found| !found.is_file());
-        let mut part = path.as_os_str().to_owned();
-        if !special {
-            part.push(".part");
-        }
-        let part = PathBuf::from(part);
+        let part = part_of(path);
         let start = || -> io::Result<BufWriter<File>> {
             let tensor = json!({ "dtype": "F32", "shape": [rows, cols], "data_offsets": [0, rows * cols * 4] });
             let mut header = json!({ "logits": tensor }).to_string();
             // The numbers start at a multiple of 8, as the format asks.
             header.push_str(&" ".repeat(header.len().next_multiple_of(8) - header.len()));
-            let mut file = BufWriter::new(File::create(&part)?);
+            let mut file = BufWriter::new(File::create(part.as_deref().unwrap_or(path))?);
             file.write_all(&(header.len() as u64).to_le_bytes())?;
             file.write_all(header.as_bytes())?;
             Ok(file)
         };
         match start() {
-            Ok(file) => Ok(Self { path: path.to_owned(), part: (!special).then_some(part), file }),
+            Ok(file) => Ok(Self { path: path.to_owned(), part, file }),
             Err(source) => Err(CliError::file(path, source)),
         }
     }

@@ -15,6 +15,7 @@ mod failure;
 mod interrupt;
 mod launch;
 mod options;
+mod output_file;
 mod calibration;
 mod plan;
 mod progress;
