@@ -2,12 +2,16 @@
 
 use std::ops::Range;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, LazyLock, Mutex};
 
+use core_affinity::CoreId;
 use simd_kernels::{ForkJoin, MatMut, PANEL};
 use tensor::split_range;
 
 use crate::profile::Profile;
+
+/// The cores that this process may use, listed before its first team pins a thread, which then sees its own only.
+static CORES: LazyLock<Vec<CoreId>> = LazyLock::new(|| core_affinity::get_core_ids().unwrap_or_default());
 
 /// Where the threads of a team run.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -25,8 +29,7 @@ impl Placement {
     /// The placement of rank `rank` of `ranks` on this machine with `threads` threads each: a core
     /// for each thread where there are enough, otherwise free.
     pub fn for_rank(rank: usize, ranks: usize, threads: usize) -> Self {
-        let cores = core_affinity::get_core_ids().map_or(0, |ids| ids.len());
-        if ranks * threads <= cores { Self::Cores { first: rank * threads } } else { Self::Free }
+        if ranks * threads <= CORES.len() { Self::Cores { first: rank * threads } } else { Self::Free }
     }
 }
 
@@ -42,9 +45,7 @@ impl Team {
     pub fn new(threads: usize, placement: Placement, profile: Arc<Profile>) -> Self {
         let cores = match placement {
             Placement::Free => Vec::new(),
-            Placement::Cores { first } => core_affinity::get_core_ids()
-                .map(|ids| ids.into_iter().skip(first).take(threads).collect())
-                .unwrap_or_default(),
+            Placement::Cores { first } => CORES.iter().copied().skip(first).take(threads).collect(),
         };
         // A refused pin (a container may forbid it) costs speed, not correctness.
         let pin = move |thread: usize| {
@@ -52,8 +53,9 @@ impl Team {
                 core_affinity::set_for_current(core);
             }
         };
+        let pool = ForkJoin::new(threads.max(1), Arc::new(pin.clone()));
         pin(0);
-        Self { pool: ForkJoin::new(threads.max(1), Arc::new(pin)), profile }
+        Self { pool, profile }
     }
 
     /// Number of threads, the caller among them.
@@ -136,4 +138,20 @@ pub(crate) fn cut_columns<'a>(out: MatMut<'a>, ranges: &[Range<usize>]) -> Vec<(
 fn take<P>(slot: &Mutex<Option<P>>) -> Option<P> {
     // A poisoned slot means that another thread's job panicked; the pool reports that panic.
     slot.lock().ok().and_then(|mut part| part.take())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_pinned_thread_still_counts_all_cores() {
+        let all = std::thread::available_parallelism().expect("Linux tells").get();
+        let placement = std::thread::spawn(move || {
+            let before = Placement::for_rank(0, 1, all);
+            let _team = Team::new(1, before, Arc::new(Profile::new(std::time::Instant::now())));
+            (before, Placement::for_rank(0, 1, all))
+        });
+        assert_eq!(placement.join().expect("no panic"), (Placement::Cores { first: 0 }, Placement::Cores { first: 0 }));
+    }
 }

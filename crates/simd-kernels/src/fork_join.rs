@@ -35,7 +35,7 @@ use std::any::Any;
 use std::cell::{Cell, RefCell};
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, LazyLock, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, JoinHandle, Thread};
 use std::time::{Duration, Instant};
 
@@ -48,6 +48,9 @@ const YIELD: Duration = Duration::from_millis(1);
 /// Threads of all teams alive in this process, callers included. With more of them than cores a spinning thread
 /// only keeps another one from the work it waits for.
 static TEAM_THREADS: AtomicUsize = AtomicUsize::new(0);
+
+/// Cores that this process may use, counted when its first team starts: a thread that has been pinned since sees its own only.
+static CORES: LazyLock<usize> = LazyLock::new(|| thread::available_parallelism().map_or(1, |n| n.get()));
 
 thread_local! {
     /// The teams whose jobs this thread is running, innermost last, by the address of what they share.
@@ -89,7 +92,6 @@ struct Rest {
     caller: Mutex<Option<Thread>>,
     panicked: AtomicBool,
     panic: Mutex<Option<Box<dyn Any + Send>>>,
-    cores: usize,
 }
 
 /// Two cache lines, which some processors fetch together.
@@ -105,13 +107,14 @@ unsafe impl Send for Shared {}
 
 impl ForkJoin {
     /// Starts `threads - 1` threads (the caller of `run` is thread 0). Each calls `on_start` with its index 1..
-    /// first, which is the place to pin it to a core; the caller pins itself.
+    /// first, which is the place to pin it to a core; the caller pins itself, afterwards: cores are counted here.
     ///
     /// # Panics
     /// When `threads` is 0 or the operating system refuses a thread; with the payload of an `on_start` that panics.
     pub fn new(threads: usize, on_start: Arc<dyn Fn(usize) + Send + Sync>) -> ForkJoin {
         assert!(threads > 0, "a team of 0 threads");
         TEAM_THREADS.fetch_add(threads, Ordering::Relaxed);
+        LazyLock::force(&CORES);
         let shared = Arc::new(Shared {
             call: OwnLine(Call { epoch: AtomicUsize::new(0), job: Cell::new(None) }),
             served: OwnLine(AtomicUsize::new(0)),
@@ -122,7 +125,6 @@ impl ForkJoin {
                 caller: Mutex::new(None),
                 panicked: AtomicBool::new(false),
                 panic: Mutex::new(None),
-                cores: thread::available_parallelism().map_or(1, |n| n.get()),
             }),
         });
         let mut team = ForkJoin { shared, workers: Vec::new(), turn: Mutex::new(()) };
@@ -287,7 +289,7 @@ impl Shared {
             std::hint::spin_loop();
         }
         let start = Instant::now();
-        let crowded = TEAM_THREADS.load(Ordering::Relaxed) > self.rest.0.cores;
+        let crowded = TEAM_THREADS.load(Ordering::Relaxed) > *CORES;
         while !crowded && start.elapsed() < SPIN {
             for _ in 0..16 {
                 if ready() {
