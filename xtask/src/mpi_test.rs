@@ -17,8 +17,9 @@ use crate::workspace::{self, Executable, Package};
 /// The packages that have such tests, lowest first.
 const PACKAGES: [&str; 3] = ["comm", "ops", "qwen3-model"];
 
-/// Tests that start their own jobs: the package, and the test's name.
-const LAUNCHERS: [(&str, &str); 2] = [("comm", "mpi_failures"), ("qwen3-cli", "mpirun")];
+/// Tests that no launcher starts: the package, and the test's name. Some start their own jobs; the package's own name stands for
+/// the tests in its sources, of which `cargo test` sees only those that do without MPI.
+const ALONE: [(&str, &str); 3] = [("comm", "comm"), ("comm", "mpi_failures"), ("qwen3-cli", "mpirun")];
 
 /// Default deadline of one run.
 pub const DEADLINE_SECONDS: u64 = 300;
@@ -80,13 +81,12 @@ pub fn run(mpi: &Mpi, ranks: &[usize], package: Option<&str>, deadline: Duration
             judge_run(name, &count.to_string(), &run_in_package(&mut command, &executable, deadline)?);
         }
     }
-    let launchers: Vec<_> =
-        LAUNCHERS.into_iter().filter(|(name, _)| package.is_none_or(|only| only == *name)).collect();
-    for (name, executable) in build(mpi, &launchers)? {
+    let alone: Vec<_> = ALONE.into_iter().filter(|(name, _)| package.is_none_or(|only| only == *name)).collect();
+    for (name, executable) in build(mpi, &alone)? {
         println!("\nmpi-test: {name}, {}", executable.target);
         let mut command = Command::new(&executable.path);
         mpi.prepare(&mut command, Bind::None, true);
-        judge_run(name, "jobs", &run_in_package(&mut command, &executable, deadline)?);
+        judge_run(name, "alone", &run_in_package(&mut command, &executable, deadline)?);
     }
     println!("\n{:<12} {:>5} {:>8}  result ({})\n{}", "package", "ranks", "seconds", mpi.version, rows.join("\n"));
     for name in &without {
@@ -124,7 +124,11 @@ fn build<'a>(mpi: &Mpi, tests: &[(&'a str, &str)]) -> Result<Vec<(&'a str, Execu
     let mut command = workspace::cargo();
     command.args(["test", "--no-run"]);
     for (package, test) in tests {
-        command.args(["--test", test, "--package", package, "--features", &format!("{package}/mpi")]);
+        match test == package {
+            true => command.arg("--lib"),
+            false => command.args(["--test", test]),
+        };
+        command.args(["--package", package, "--features", &format!("{package}/mpi")]);
     }
     mpi.prepare(&mut command, Bind::None, true);
     let mut built = workspace::build(&mut command)?;

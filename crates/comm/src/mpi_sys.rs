@@ -3,13 +3,19 @@
 
 use std::io;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::os::unix::thread::JoinHandleExt;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Mutex, MutexGuard, PoisonError, mpsc};
+use std::thread;
+use std::time::Duration;
 
 use mpi::environment::{Threading, Universe, initialize_with_threading};
 use mpi::ffi;
 
 use crate::error::CommError;
+
+/// MPI may take this long to end once all ranks have left.
+const PATIENCE: Duration = Duration::from_secs(5);
 
 /// The only communicator of this crate: a duplicate of MPI's world, so that no other library's messages mix in.
 pub(crate) struct World {
@@ -200,19 +206,64 @@ impl World {
 
 impl Drop for World {
     fn drop(&mut self) {
+        let last = Last { comm: self.comm, universe: self.universe.take() };
         if self.failed.load(Relaxed) {
-            std::mem::forget(self.universe.take());
+            std::mem::forget(last);
         } else {
-            let _turn = self.turn();
-            // Ranks that do not come together to the end of MPICH over UCX and TCP mostly hang there: docs/clusters.md.
-            // SAFETY: the communicator is valid until it is freed below; all ranks that did not fail come here.
-            let code = unsafe { ffi::MPI_Barrier(self.comm) };
-            debug_assert_eq!(code, ffi::MPI_SUCCESS as i32);
-            // SAFETY: nobody uses the communicator any more; all transfers borrowed this world.
-            let code = unsafe { ffi::MPI_Comm_free(&mut self.comm.clone()) };
-            debug_assert_eq!(code, ffi::MPI_SUCCESS as i32);
+            within(PATIENCE, move || last.end());
         }
     }
+}
+
+/// What is left of MPI when all ranks have done with it.
+struct Last {
+    comm: ffi::MPI_Comm,
+    universe: Option<Universe>,
+}
+
+// SAFETY: as for `World`, the last owner of the handle, whose turns are over.
+unsafe impl Send for Last {}
+
+impl Last {
+    fn end(mut self) {
+        // Ranks that do not come together to the end of MPICH over UCX and TCP mostly hang there: docs/clusters.md.
+        // SAFETY: the communicator is valid until it is freed below; all ranks that did not fail come here.
+        let code = unsafe { ffi::MPI_Barrier(self.comm) };
+        debug_assert_eq!(code, ffi::MPI_SUCCESS as i32);
+        // SAFETY: nobody uses the communicator any more; all transfers borrowed the world that was dropped.
+        let code = unsafe { ffi::MPI_Comm_free(&mut self.comm) };
+        debug_assert_eq!(code, ffi::MPI_SUCCESS as i32);
+        drop(self.universe);
+    }
+}
+
+/// Does `work` on a thread that is left behind when it takes longer than `limit`; whether it was done.
+///
+/// MPICH can hang at its end where one rank spins until another reads its messages, which sleeps until the launcher
+/// says that all have come. Who sleeps is left behind a little later: if its process ended first, the other would go on
+/// to the launcher, which fails to answer one that is gone, and so makes a failure of a job that has done all its work.
+fn within(limit: Duration, work: impl FnOnce() + Send + 'static) -> bool {
+    let (done, ended) = mpsc::channel();
+    let work = move || {
+        work();
+        // Nobody may be there to hear it.
+        let _ = done.send(());
+    };
+    let thread = thread::Builder::new().name("end of MPI".into()).spawn(work);
+    let came = |limit| ended.recv_timeout(limit) == Ok(());
+    // Where there is no thread to be had, MPI is left as it is.
+    thread.is_ok_and(|thread| came(limit) || (time_on_core(&thread) < limit / 2 && came(Duration::from_secs(1))))
+}
+
+/// How long a thread has computed so far.
+fn time_on_core(thread: &thread::JoinHandle<()>) -> Duration {
+    let (mut clock, mut time) = (0, libc::timespec { tv_sec: 0, tv_nsec: 0 });
+    // SAFETY: the thread has not been joined, so that its handle is valid; the out-pointers are to live variables.
+    let known = unsafe {
+        libc::pthread_getcpuclockid(thread.as_pthread_t(), &mut clock) == 0
+            && libc::clock_gettime(clock, &mut time) == 0
+    };
+    if known { Duration::new(time.tv_sec as u64, time.tv_nsec as u32) } else { Duration::ZERO }
 }
 
 fn byte_type() -> ffi::MPI_Datatype {
@@ -310,4 +361,25 @@ pub(crate) fn cores() -> [u64; CORE_WORDS] {
         }
     }
     cores
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Instant;
+
+    use super::*;
+
+    #[test]
+    fn what_never_ends_is_left_behind_whether_it_sleeps_or_spins() {
+        let limit = Duration::from_millis(200);
+        assert!(within(Duration::from_secs(60), || ()));
+        let start = Instant::now();
+        assert!(!within(limit, || loop {
+            std::hint::spin_loop()
+        }));
+        let spun = start.elapsed();
+        assert!(!within(limit, || thread::sleep(Duration::MAX)));
+        let slept = start.elapsed() - spun;
+        assert!(limit <= spun && spun + limit < slept && slept < Duration::from_secs(5), "{spun:?}, {slept:?}");
+    }
 }
