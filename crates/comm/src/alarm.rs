@@ -14,12 +14,15 @@ const WRITING: u64 = 1;
 const RAISED: u64 = 2;
 /// Words of the reason, 8 bytes each; longer reasons are cut.
 const REASON_WORDS: usize = 128;
-// The board: state, rank, length of the reason, the reason, one word per rank that says whether it left.
+// The board: state, rank, length of the reason, the reason, one word per rank that says whether it left or failed.
 const STATE: usize = 0;
 const RANK: usize = 1;
 const LENGTH: usize = 2;
 const REASON: usize = 3;
-const DEPARTED: usize = REASON + REASON_WORDS;
+const GONE: usize = REASON + REASON_WORDS;
+// Bits of a rank's word.
+const LEFT: u64 = 1;
+const FAILED: u64 = 2;
 
 /// Notices what the board cannot: other machines, dead processes.
 pub(crate) trait Watch: Send + Sync {
@@ -36,8 +39,8 @@ pub(crate) trait Watch: Send + Sync {
 /// What a watch has found. Threads need none: what they do is on the board at once.
 #[cfg_attr(not(feature = "mpi"), allow(dead_code))]
 pub(crate) enum News {
-    /// A rank failed. `told`: the other ranks have been told as well.
-    Failed { rank: usize, reason: String, told: bool },
+    /// A rank failed. `teller`: a rank that told all others, and fails with it.
+    Failed { rank: usize, reason: String, teller: Option<usize> },
     /// A rank has left.
     Left { rank: usize },
 }
@@ -51,7 +54,7 @@ pub(crate) struct Alarm {
 impl Alarm {
     /// Bytes of the board for a job of `size` ranks.
     pub(crate) fn board_bytes(size: usize) -> usize {
-        8 * (DEPARTED + size)
+        8 * (GONE + size)
     }
 
     pub(crate) fn new(board: Arc<Segment>, watch: Option<Box<dyn Watch>>) -> Alarm {
@@ -67,7 +70,7 @@ impl Alarm {
         }
     }
 
-    /// Puts a failure on the board; false if there was one.
+    /// Puts a failure on the board; false if there was one, which stays.
     fn post(&self, rank: usize, reason: &str) -> bool {
         let state = self.board.word(STATE);
         if state.compare_exchange(QUIET, WRITING, AcqRel, Relaxed).is_err() {
@@ -109,13 +112,14 @@ impl Alarm {
     pub(crate) fn probe(&self) -> Option<(usize, String)> {
         for news in self.watch.as_ref()?.look() {
             match news {
-                News::Failed { rank, reason, told: true } => {
+                News::Failed { rank, reason, teller: Some(teller) } => {
                     self.post(rank, &reason);
+                    self.mark(teller, FAILED);
                 }
                 // A process may end once its rank has left.
                 News::Failed { rank, .. } if self.departed(rank) => {}
-                News::Failed { rank, reason, told: false } => self.raise(rank, &reason),
-                News::Left { rank } => self.mark_departed(rank),
+                News::Failed { rank, reason, teller: None } => self.raise(rank, &reason),
+                News::Left { rank } => self.mark(rank, LEFT),
             }
         }
         self.raised()
@@ -124,7 +128,7 @@ impl Alarm {
     /// Says that `rank`, this one of `size`, will make no further call. Processes then wait a while for the
     /// others, since to finalize MPI while one of them fails can hang the launcher.
     fn depart(&self, rank: usize, size: usize) {
-        self.mark_departed(rank);
+        self.mark(rank, LEFT);
         let Some(watch) = &self.watch else { return };
         if self.raised().is_none() {
             watch.left(rank);
@@ -140,13 +144,18 @@ impl Alarm {
         watch.close(self.raised().is_some());
     }
 
-    fn mark_departed(&self, rank: usize) {
-        self.board.word(DEPARTED + rank).store(1, Release);
+    fn mark(&self, rank: usize, how: u64) {
+        self.board.word(GONE + rank).fetch_or(how, AcqRel);
     }
 
-    /// Whether `rank` said so.
+    /// Whether `rank` said that it leaves.
     pub(crate) fn departed(&self, rank: usize) -> bool {
-        self.board.word(DEPARTED + rank).load(Acquire) != 0
+        self.board.word(GONE + rank).load(Acquire) & LEFT != 0
+    }
+
+    /// Whether `rank` said that it leaves or fails.
+    pub(crate) fn gone(&self, rank: usize) -> bool {
+        self.board.word(GONE + rank).load(Acquire) != 0
     }
 }
 
@@ -160,12 +169,18 @@ pub(crate) struct Membership {
 }
 
 impl Membership {
+    /// Fails the job in the name of this rank, unless it has failed before.
+    pub(crate) fn fail(&self, reason: &str) {
+        self.alarm.raise(self.rank, reason);
+        self.alarm.mark(self.rank, FAILED);
+    }
+
     /// To be called when a communicator is dropped: a panic on the way is a failure of the rank.
     pub(crate) fn check_panic(&self) {
         if thread::panicking() {
             let thread = thread::current();
             let name = thread.name().unwrap_or("unnamed");
-            self.alarm.raise(self.rank, &format!("it panicked (thread '{name}')"));
+            self.fail(&format!("it panicked (thread '{name}')"));
         }
     }
 }

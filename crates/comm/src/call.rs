@@ -18,6 +18,8 @@ const YIELDING: Duration = Duration::from_millis(10);
 const NAP: Duration = Duration::from_micros(20);
 /// How often it looks for ranks that left or died.
 const PROBE: Duration = Duration::from_millis(50);
+/// How long a rank that fails looks whether those that it waits for fail, too, and say so.
+const LAST_WORDS: Duration = Duration::from_millis(100);
 
 /// What a rank calls. Two ranks in the same call have equal headers.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -132,7 +134,8 @@ impl Call<'_> {
             return Ok(());
         }
         let start = Instant::now();
-        if self.spin {
+        // In the background each look, over messages a call of MPI, would be taken from those who compute.
+        if self.spin && !self.background {
             for _ in 0..SPINS {
                 if ready()? {
                     self.waited += start.elapsed();
@@ -178,7 +181,7 @@ impl Call<'_> {
                 if ready()? {
                     return Ok(());
                 }
-                let missing = if rank == self.site.world[self.site.rank] { self.in_job(late()) } else { vec![] };
+                let missing = if rank == self.site.world[self.site.rank] { self.silent(late) } else { vec![] };
                 return Err(CommError::PeerFailed { place: self.site.place, rank, reason, missing });
             }
             if waited >= self.timeout {
@@ -186,6 +189,21 @@ impl Call<'_> {
                 let rank = self.site.world[self.site.rank];
                 return Err(CommError::Timeout { place: self.site.place, rank, missing, waited });
             }
+        }
+    }
+
+    /// The late ranks, in the whole job, that neither left nor failed by their own word. One signal to all ranks makes
+    /// each of them the first to fail on its machine: whoever is about to say so is not missing.
+    fn silent(&self, late: &dyn Fn() -> Vec<usize>) -> Vec<usize> {
+        let start = Instant::now();
+        loop {
+            self.alarm.probe();
+            let mut ranks = self.in_job(late());
+            ranks.retain(|&rank| !self.alarm.gone(rank));
+            if ranks.is_empty() || start.elapsed() > LAST_WORDS {
+                return ranks;
+            }
+            thread::sleep(Duration::from_millis(1));
         }
     }
 

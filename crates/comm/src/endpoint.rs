@@ -124,7 +124,7 @@ impl Endpoint {
             *failed = Some(error.clone());
             match error {
                 CommError::PeerFailed { rank, reason, .. } => call.alarm.raise(*rank, reason),
-                _ => call.alarm.raise(self.membership.rank, &error.to_string()),
+                _ => self.membership.fail(&error.to_string()),
             }
         }
         let waited = call.waited;
@@ -379,7 +379,6 @@ impl<E: End> Communicator for E {
     }
 
     fn abort(&self, reason: &str) {
-        let membership = &self.end().membership;
-        membership.alarm.raise(membership.rank, reason);
+        self.end().membership.fail(reason);
     }
 }

@@ -133,14 +133,14 @@ impl Lookout {
             match (word(0), word(1)) {
                 (Some(FAILED), Some(rank)) => {
                     let reason = String::from_utf8_lossy(&data[16..]).into_owned();
-                    news.push(News::Failed { rank: rank as usize, reason, told: true });
+                    news.push(News::Failed { rank: rank as usize, reason, teller: Some(from) });
                 }
                 (Some(LEFT), Some(_)) => {
                     news.push(News::Left { rank: from });
                 }
                 _ => {
                     let reason = format!("it sent news of {} bytes that make no sense", data.len());
-                    news.push(News::Failed { rank: from, reason, told: false });
+                    news.push(News::Failed { rank: from, reason, teller: None });
                 }
             }
         }
@@ -178,11 +178,11 @@ impl Watch for Lookout {
         let dead: Vec<usize> =
             self.near.iter().filter(|(_, process)| !process.lives()).map(|&(rank, _)| rank).collect();
         let mut news = self.hear().unwrap_or_else(|error| {
-            vec![News::Failed { rank: self.world.rank(), reason: error.to_string(), told: false }]
+            vec![News::Failed { rank: self.world.rank(), reason: error.to_string(), teller: None }]
         });
         news.extend(dead.into_iter().map(|rank| {
             let reason = "its process ended without a word".to_owned();
-            News::Failed { rank, reason, told: false }
+            News::Failed { rank, reason, teller: None }
         }));
         news
     }

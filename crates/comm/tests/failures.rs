@@ -114,6 +114,36 @@ fn the_last_call_of_a_rank_that_leaves_still_counts() {
 }
 
 #[test]
+fn a_rank_that_is_told_to_end_misses_those_only_that_are_not() {
+    for others in [0, 1, 2] {
+        let errors = on_ranks(3, |comm| {
+            thread::scope(|scope| {
+                if comm.rank() == 2 {
+                    let call = scope.spawn(|| comm.barrier().unwrap_err());
+                    thread::sleep(Duration::from_millis(200));
+                    comm.abort("a signal");
+                    Some(call.join().unwrap())
+                } else {
+                    // Busy elsewhere, when some hear of the same signal, a little later.
+                    thread::sleep(Duration::from_millis(240));
+                    if comm.rank() < others {
+                        comm.abort("a signal");
+                    }
+                    thread::sleep(Duration::from_millis(400));
+                    None
+                }
+            })
+        });
+        match &errors[2] {
+            Some(CommError::PeerFailed { rank: 2, missing, .. }) => {
+                assert_eq!(*missing, (others..2).collect::<Vec<_>>(), "with {others} others");
+            }
+            other => panic!("{other:?}"),
+        }
+    }
+}
+
+#[test]
 fn abort_reaches_pending_and_next_calls_in_all_groups() {
     let errors = on_ranks(4, |comm| {
         let pairs = comm.split(comm.rank() / 2, 0).unwrap();

@@ -1,5 +1,7 @@
 //! The command line: which command runs, and what becomes of a line that is wrong.
 
+use std::ffi::OsString;
+use std::io;
 use std::process::ExitCode;
 
 use clap::error::ErrorKind;
@@ -74,11 +76,15 @@ fn dispatch(command: &Command) -> ExitCode {
 
 /// Prints the help where it was asked for; otherwise says in one line, once for all processes, what is wrong.
 fn explain(error: &clap::Error) -> ExitCode {
-    let world = World::detect();
+    let alone = World { launcher: "none", rank: 0, size: Some(1) };
+    let world = World::detect().unwrap_or(alone);
     if !error.use_stderr() || error.kind() == ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand {
-        if world.is_none_or(|world| world.rank == 0) {
+        if world.rank == 0
+            && let Err(source) = error.print()
             // Nothing is lost when the reader of the help has gone away.
-            let _ = error.print();
+            && source.kind() != io::ErrorKind::BrokenPipe
+        {
+            return refuse(&world, &CliError::Output { source });
         }
         return if error.use_stderr() { ExitCode::FAILURE } else { ExitCode::SUCCESS };
     }
@@ -86,9 +92,18 @@ fn explain(error: &clap::Error) -> ExitCode {
     let lines =
         text.lines().take_while(|line| !line.starts_with("Usage:") && !line.starts_with("For more information"));
     let text = one_line(&lines.collect::<Vec<_>>().join("\n"));
-    let problem = text.strip_prefix("error: ").unwrap_or(&text).to_owned();
-    let alone = World { launcher: "none", rank: 0, size: Some(1) };
-    refuse(&world.unwrap_or(alone), &CliError::Launch { problem })
+    let mut problem = text.strip_prefix("error: ").unwrap_or(&text).to_owned();
+    if error.kind() == ErrorKind::InvalidUtf8 {
+        problem = format!("found {}; expected UTF-8", not_unicode(std::env::args_os()));
+    }
+    refuse(&world, &CliError::Launch { problem })
+}
+
+/// The arguments that are no text, each with the one before it, which names it as a rule.
+fn not_unicode(arguments: impl Iterator<Item = OsString>) -> String {
+    let all: Vec<_> = arguments.collect();
+    let pairs = all.windows(2).filter(|pair| pair[1].to_str().is_none());
+    pairs.map(|pair| format!("'{} {}'", pair[0].display(), pair[1].display())).collect::<Vec<_>>().join(" and ")
 }
 
 #[cfg(test)]

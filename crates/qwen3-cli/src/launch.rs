@@ -1,6 +1,7 @@
 //! Starting the ranks of a command, and ending them all with one line when one fails.
 
 use std::any::Any;
+use std::io::{self, Write as _};
 use std::panic::{self, AssertUnwindSafe};
 use std::process::ExitCode;
 #[cfg(feature = "mpi")]
@@ -62,13 +63,19 @@ pub fn refuse(world: &World, error: &CliError) -> ExitCode {
         return report(error);
     }
     thread::sleep(GRACE);
-    eprintln!("error: rank {}: {}", world.rank, error.line());
+    say(&format!("rank {}: {}", world.rank, error.line()));
     ExitCode::FAILURE
 }
 
 fn report(error: &CliError) -> ExitCode {
-    eprintln!("error: {}", error.line());
+    say(&error.line());
     ExitCode::FAILURE
+}
+
+/// Says why all ends, at once: `eprintln` writes word by word, between which come those of launchers and other ranks.
+fn say(line: &str) {
+    // There is no better place to complain.
+    let _ = io::stderr().write_all(format!("error: {line}\n").as_bytes());
 }
 
 /// Runs the command on ranks of this process; the error is the one to tell.
@@ -238,7 +245,7 @@ fn end_on(signal: &str, comm: &Weak<dyn Communicator>) {
     }
     thread::sleep(PATIENCE);
     if speaks && !over() {
-        eprintln!("error: rank 0 failed: {reason}");
+        say(&format!("rank 0 failed: {reason}"));
     }
     std::process::exit(1);
 }

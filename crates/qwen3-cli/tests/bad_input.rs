@@ -199,6 +199,22 @@ fn checkpoints_are_not_written_over() {
 }
 
 #[test]
+fn arguments_that_are_no_text_and_a_full_disk_are_said() {
+    use std::os::unix::ffi::OsStrExt as _;
+
+    let args = ["generate", "--model", "x", "--prompt"].map(std::ffi::OsStr::new);
+    let run = run_with(program(&[&args[..], &[std::ffi::OsStr::from_bytes(b"a\xff")]].concat()), "");
+    assert_one_line(&run, &["--prompt a\u{fffd}", "expected UTF-8"]);
+    let full = fs::OpenOptions::new().write(true).open("/dev/full").unwrap();
+    let help = program(&["--help"]).stdout(full).output().unwrap();
+    let said = String::from_utf8(help.stderr).unwrap();
+    assert!(
+        !help.status.success() && said.starts_with("error: standard output: ") && said.lines().count() == 1,
+        "{said}"
+    );
+}
+
+#[test]
 fn a_launcher_without_mpi_is_one_line_from_its_first_process() {
     if cfg!(feature = "mpi") {
         return;

@@ -109,6 +109,27 @@ fn a_killed_rank_ends_the_other() {
 }
 
 #[test]
+fn ranks_that_are_all_told_to_end_say_so_once() {
+    let model = austen();
+    let args = ["bench", "--model", model.to_str().unwrap(), "--reps", "1000000", "--threads", "1"];
+    for memory in ["on", "off"] {
+        let mut launcher = mpirun(&args);
+        launcher.env("COMM_SHARED_MEMORY", memory).stdout(Stdio::piped()).stderr(Stdio::piped());
+        let launcher = launcher.spawn().unwrap();
+        let found = ranks(launcher.id());
+        thread::sleep(Duration::from_secs(1));
+        signal("-TERM", &found);
+        let end = launcher.wait_with_output().unwrap();
+        assert!(!end.status.success());
+        // MPICH's launcher has both outputs of the ranks on its own first.
+        let text = [end.stdout, end.stderr].map(|text| String::from_utf8_lossy(&text).into_owned()).concat();
+        let lines: Vec<_> = text.lines().filter(|line| line.starts_with("error: ")).collect();
+        assert_eq!(lines.len(), 1, "{text}");
+        assert!(lines[0].contains("it was told to end (SIGTERM)"), "{text}");
+    }
+}
+
+#[test]
 fn in_a_conversation_the_user_may_take_long_and_an_interrupt_of_all_ranks_ends_an_answer() {
     // Without a token that ends a text, an answer goes on for thousands of tokens.
     let copy = Copy::new();

@@ -35,6 +35,7 @@ enum Event {
 /// When it happens.
 #[derive(Clone, Copy, PartialEq, Debug)]
 enum Moment {
+    Load,
     Prefill,
     Decode,
 }
@@ -49,7 +50,14 @@ struct Scenario {
 }
 
 /// MPICH's launcher kills all ranks at once when one is gone, and says so itself.
-const SCENARIOS: [Scenario; 4] = [
+const SCENARIOS: [Scenario; 5] = [
+    Scenario {
+        name: "kill -9 in load",
+        event: Event::Signal(Signal::KILL),
+        moment: Moment::Load,
+        open_mpi: &["error: ", "(load", "rank 2"],
+        mpich: &["BAD TERMINATION"],
+    },
     Scenario {
         name: "kill -9 in prefill",
         event: Event::Signal(Signal::KILL),
@@ -125,16 +133,18 @@ fn play(scenario: &Scenario, mpi: &Mpi, cluster: &Cluster, program: &Path, model
         text.concat()
     };
 
-    let come = || -> Result<bool> {
+    let come = |job: &Job| -> Result<bool> {
         Ok(match scenario.moment {
+            Moment::Load => ranks(job).into_iter().any(|(rank, process)| rank == VICTIM && loads(process)),
             // More than the start of a job sends, less than the sums of the prompt.
             Moment::Prefill => cluster.traffic()? - before > 500_000,
             Moment::Decode => fs::metadata(&answer)?.len() > 0,
         })
     };
     let started = Instant::now();
-    while !come()? {
-        if let Some(status) = job.wait(Duration::from_millis(20))? {
+    while !come(&job)? {
+        let pause = if scenario.moment == Moment::Load { 1 } else { 20 };
+        if let Some(status) = job.wait(Duration::from_millis(pause))? {
             bail!("the job ended by itself ({status})\n{}", text());
         }
         if started.elapsed() > START {
@@ -173,6 +183,14 @@ fn play(scenario: &Scenario, mpi: &Mpi, cluster: &Cluster, program: &Path, model
         bail!("a rank panicked\n{text}");
     }
     Ok(format!("ranks gone after {:.1} s: {}", gone.as_secs_f64(), line.trim()))
+}
+
+/// Whether a process has a file of weights open.
+fn loads(process: u32) -> bool {
+    let files = fs::read_dir(format!("/proc/{process}/fd")).into_iter().flatten().flatten();
+    files
+        .filter_map(|file| fs::read_link(file.path()).ok())
+        .any(|file| file.extension().is_some_and(|e| e == "safetensors"))
 }
 
 /// The ranks of a job that run: number and process.
