@@ -14,7 +14,7 @@
 //! 1. For few tokens memory is the limit. Two neighbouring panels, or a panel of gate and one of up, are read side by side,
 //!    and prefetches run ahead in both, on into the panels that come next. The processor's own prefetchers stop at each
 //!    4 KiB page, and with two streams the other one goes on meanwhile: on a Sapphire Rapids 1.17 times as fast as one
-//!    stream. Panels farther apart, in the two halves of the matrix, were 6 % slower than neighbours.
+//!    stream. Large panels farther apart, in the two halves of the matrix, were slower than neighbours, small ones faster.
 //! 2. For many, a part of a panel (8 to 18 KiB) stays in the L1 cache while the tiles pass it, and the same part of
 //!    all tiles (512 KiB) stays in the L2 cache while four panels pass. One panel at a time, activations would stream
 //!    from L3 at 17 GB/s for one core.
@@ -141,9 +141,10 @@ fn few<const N: usize, const M: usize, const SETS: usize>(
 ) {
     // Two panels of one matrix side by side are two streams, as those of two matrices are.
     let pairs = if N == 1 && M <= SIDE_BY_SIDE { panels.len() / 2 } else { 0 };
-    for i in (0..2 * pairs).step_by(2) {
-        let pair = [i, i + 1];
-        let acc = products::<2, M, SETS>(pair.map(|i| (ws[0], panels.start + i)), 1, x);
+    let neighbours = pairs > 0 && size(ws[0].part(panels.start, &x.range)) > FAR_APART;
+    for i in 0..pairs {
+        let pair = if neighbours { [2 * i, 2 * i + 1] } else { [i, i + pairs] };
+        let acc = products::<2, M, SETS>(pair.map(|i| (ws[0], panels.start + i)), usize::from(neighbours), x);
         for (i, acc) in pair.into_iter().zip(&acc) {
             for (m, acc) in acc.iter().enumerate() {
                 finish_row(finish, [acc], out.row_mut(m), i * PANEL);
@@ -157,6 +158,10 @@ fn few<const N: usize, const M: usize, const SETS: usize>(
         }
     }
 }
+
+/// Bytes of a panel up to which the two that are read side by side come from the two halves of the range, each a stream without
+/// turns: Q4 of 1024 columns, 9 KiB, is read at 37 GB/s so, and at 33 as neighbours; bf16, 32 KiB, at 36.5 and 37.5.
+const FAR_APART: usize = 20 << 10;
 
 /// Tokens up to which the registers hold the sums of two panels.
 const SIDE_BY_SIDE: usize = 3;
