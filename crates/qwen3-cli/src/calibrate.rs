@@ -2,12 +2,14 @@
 
 use std::collections::HashSet;
 use std::fs;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use clap::Args;
 use qwen3_model::comm::{Communicator, CommunicatorExt as _, node_of};
-use qwen3_model::{Isa, LinkFigures, Machine, Placement, Rate, measure_link, measure_speeds};
+use qwen3_model::{
+    AttentionRate, Groups, HiddenSums, Isa, LinkFigures, Machine, Placement, Rate, measure_link, measure_speeds,
+};
 use serde_json::json;
 
 use crate::affinity::Neighbours;
@@ -39,6 +41,8 @@ impl CalibrateArgs {
     /// Runs the command on this rank.
     pub fn run(&self, rank: &Rank) -> Result<(), Failure> {
         let comm = rank.comm();
+        // A file that cannot be read is found before the measurements, not after.
+        let file = rank.agree(if rank.speaks() { self.file().map(Some) } else { Ok(None) })?;
         let neighbours = Neighbours::find(rank)?;
         let cores = std::thread::available_parallelism().map_or(1, usize::from);
         let threads = self.threads.map_or((cores / neighbours.count).max(1), usize::from);
@@ -46,24 +50,22 @@ impl CalibrateArgs {
         let (node, nodes) = self.node(rank)?;
         let here: Arc<dyn Communicator> = comm.split(node, comm.rank())?.into();
         let inside = measure_link(&*here)?;
-        let speeds = measure_speeds(&**comm, Arc::clone(&here), inside, Isa::detect(), threads, placement)?;
-        let leaders = comm.split(usize::from(here.rank() > 0), comm.rank())?;
-        let between = match (nodes, here.rank()) {
-            (1, _) => inside,
-            (_, 0) => measure_link(&*leaders)?,
-            _ => None,
-        };
+        let leaders: Arc<dyn Communicator> = comm.split(usize::from(here.rank() > 0), comm.rank())?.into();
+        let between = if here.rank() == 0 { measure_link(&*leaders)? } else { None };
+        let groups = Groups { all: Arc::clone(comm), here, inside, leaders, between };
+        let speeds = measure_speeds(&groups, Isa::detect(), threads, placement)?;
         rank.agree(Ok(()))?;
         let typical = Machine::typical(comm.size(), nodes, threads);
         let machine = Machine {
             transport: comm.transport().to_owned(),
             inside: inside.map_or(typical.inside, LinkFigures::from),
-            between: between.map_or(typical.between, LinkFigures::from),
+            between: between.or(inside).map_or(typical.between, LinkFigures::from),
+            hidden: speeds.hidden.unwrap_or(typical.hidden),
             rates: speeds.rates,
             attention: speeds.attention,
             ..typical
         };
-        let saved = if rank.speaks() { self.save(rank, machine) } else { Ok(()) };
+        let saved = file.map_or(Ok(()), |(path, calibration)| self.save(rank, &path, calibration, machine));
         rank.agree(saved)
     }
 
@@ -84,27 +86,42 @@ impl CalibrateArgs {
         Ok((first, all.iter().collect::<HashSet<_>>().len()))
     }
 
-    fn save(&self, rank: &Rank, machine: Machine) -> Result<(), CliError> {
+    /// The file to add to, and what it has.
+    fn file(&self) -> Result<(PathBuf, Calibration), CliError> {
         let path = match self.output.clone().or_else(default_path) {
             Some(path) => path,
             None => return Err(misfit("--output", "nothing, and no HOME", "a file")),
         };
-        let mut calibration = if path.exists() { Calibration::read(&path)? } else { Calibration::default() };
+        let calibration = if path.exists() { Calibration::read(&path)? } else { Calibration::default() };
+        Ok((path, calibration))
+    }
+
+    fn save(&self, rank: &Rank, path: &Path, mut calibration: Calibration, machine: Machine) -> Result<(), CliError> {
         calibration.insert(machine.clone());
-        calibration.write(&path)?;
+        calibration.write(path)?;
         if self.json {
             return rank.say(&format!("{}\n", json!({ "file": path.display().to_string(), "machine": machine })));
         }
-        let Machine { transport, ranks, nodes, threads, inside, between, .. } = &machine;
+        let Machine { transport, ranks, nodes, threads, inside, between, hidden, .. } = &machine;
         let mut text = format!("{ranks} ranks ({transport}) on {nodes} machines, {threads} threads each\n");
         text += &format!("inside       {:.2} µs, {:.2} GB/s\n", inside.alpha_us, inside.beta_gb_s);
         text += &format!("between      {:.2} µs, {:.2} GB/s\n", between.alpha_us, between.beta_gb_s);
-        for (what, rates) in [("weights", &machine.rates), ("cache", &machine.attention)] {
-            for Rate { format, start_us, read_gb_s, gflops } in rates {
-                text += &format!(
-                    "{what:<8}{format:<5}{start_us:.1} µs, {read_gb_s:.1} GB/s one token, {gflops:.0} GFLOP/s many\n"
-                );
-            }
+        if *nodes > 1 {
+            let HiddenSums { link, taken } = hidden;
+            text += &format!(
+                "behind work  {:.2} µs, {:.2} GB/s; takes {:.2} µs, {:.2} GB/s of it\n",
+                link.alpha_us, link.beta_gb_s, taken.alpha_us, taken.beta_gb_s
+            );
+        }
+        for Rate { format, start_us, read_gb_s, few_gb_s, gflops } in &machine.rates {
+            text += &format!(
+                "weights {format:<5}{start_us:.1} µs, {read_gb_s:.1} GB/s one token, {few_gb_s:.1} GB/s eight, {gflops:.0} GFLOP/s many\n"
+            );
+        }
+        for AttentionRate { format, start_us, read_gb_s, gflops } in &machine.attention {
+            text += &format!(
+                "cache   {format:<5}{start_us:.1} µs, {read_gb_s:.1} GB/s one token, {gflops:.0} GFLOP/s many\n"
+            );
         }
         rank.say(&format!("{text}saved in {}\n", path.display()))
     }

@@ -29,7 +29,11 @@ impl Calibration {
     pub fn read(path: &Path) -> Result<Self, CliError> {
         let text = fs::read_to_string(path).map_err(|source| CliError::file(path, source))?;
         let broken = |found: String| {
-            misfit("calibration", format!("{}: {found}", path.display()), "a file that qwen3 calibrate wrote")
+            misfit(
+                "calibration",
+                format!("{}: {found}", path.display()),
+                "a file that this version of qwen3 calibrate wrote (without it, calibrate writes a new one)",
+            )
         };
         let found: Self = serde_json::from_str(&text).map_err(|error| broken(error.to_string()))?;
         if found.machines.iter().all(Machine::is_sound) {
@@ -113,6 +117,7 @@ impl Layout<'_> {
         machine.nodes = self.nodes;
         if let Some(link) = self.link {
             machine.between = link;
+            machine.hidden.link = link;
             if self.nodes == 1 {
                 machine.inside = link;
             }

@@ -24,10 +24,12 @@ fn bench(extra: &[&str]) -> Value {
 /// A file of `calibrate` for `ranks` ranks with these GB/s.
 fn calibration(ranks: usize, nodes: usize, read: Value) -> Value {
     let link = json!({"alpha_us": 1.0, "beta_gb_s": 10.0});
-    let rate = json!({"format": "bf16", "start_us": 1.0, "read_gb_s": read, "gflops": 50.0});
+    let rate = json!({"format": "bf16", "start_us": 1.0, "read_gb_s": read, "few_gb_s": 5.0, "gflops": 50.0});
+    let attention = json!({"format": "f16", "start_us": 1.0, "read_gb_s": 10.0, "gflops": 30.0});
     json!({"machines": [{
         "transport": "threads", "ranks": ranks, "nodes": nodes, "threads": 1, "inside": link, "between": link,
-        "rates": [rate], "attention": [rate],
+        "hidden": {"link": link, "taken": link},
+        "rates": [rate], "attention": [attention],
     }]})
 }
 

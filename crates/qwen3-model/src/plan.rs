@@ -1,8 +1,8 @@
 //! How a model could be split over ranks, what each way costs, and which one is best.
 //!
 //! A pass takes the time of the slowest rank's work and that of the collectives of [`TrafficModel`], by the α–β model of
-//! [`comm::Link`]. Work is that of the layers' products, of attention and of the head, each the longer of reading and arithmetic at the
-//! rates of [`Machine`], after a constant for each layer and KV head.
+//! [`comm::Link`]. Work is that of the layers' products, of attention and of the head, at the rates of [`Machine`], after a constant for
+//! each layer and KV head.
 
 use comm::{Cluster, Collective, WireFormat, node_of};
 use ops::{ExpertSplit, KvFormat, LogitRows, MlpSchedule, TokenLayout};
@@ -13,8 +13,8 @@ use crate::heads::{HeadPlan, Imbalance};
 use crate::options::{Division, OVERLAP_TOKENS, ParallelStrategy, pass_tokens};
 use crate::overlap::Overlap;
 use crate::plan_experts::expected_most;
-use crate::plan_machine::{Machine, Rate};
-use crate::plan_weights::{RankWeights, WeightFormats};
+use crate::plan_machine::Machine;
+use crate::plan_weights::{Matrices, RankWeights, WeightFormats};
 use crate::traffic::TrafficModel;
 
 /// How much faster than the first way another has to be to be recommended instead. It is the error of predictions: on 2 ranks they lie
@@ -162,11 +162,6 @@ pub fn plan(input: &PlanInput<'_>) -> Plan {
     Plan { ways, best }
 }
 
-/// Seconds of reading or of arithmetic, whichever takes longer.
-fn longer(rate: &Rate, bytes: f64, flops: f64) -> f64 {
-    (bytes / rate.read_gb_s).max(flops / rate.gflops) * 1e-9
-}
-
 /// Bytes of the key and the value of one position of a head.
 fn kv_position_bytes(format: KvFormat, head_dim: usize) -> usize {
     2 * match format {
@@ -185,6 +180,8 @@ struct Exchange {
     seconds: f64,
     /// Those of keys and values that go round.
     ring_seconds: f64,
+    /// Of sums that have work to travel behind: waited for, behind it, and what they take from it.
+    sums: [f64; 3],
 }
 
 struct Way<'a> {
@@ -194,6 +191,7 @@ struct Way<'a> {
     sp: usize,
     shares: Vec<RankWeights>,
     cluster: Cluster,
+    hidden: [Cluster; 2],
 }
 
 impl<'a> Way<'a> {
@@ -201,7 +199,7 @@ impl<'a> Way<'a> {
         let (tp, sp) = division.strategy.grid(input.ranks);
         let share = |rank| input.weights.of_rank(input.config, division, input.ranks, rank);
         let shares = (0..input.ranks).map(share).collect();
-        Self { input, division, tp, sp, shares, cluster: input.machine.cluster() }
+        Self { input, division, tp, sp, shares, cluster: input.machine.cluster(), hidden: input.machine.hidden() }
     }
 
     fn predict(&self) -> Prediction {
@@ -244,20 +242,27 @@ impl<'a> Way<'a> {
 
     fn pass(&self, tokens: usize, past: usize, rows: LogitRows) -> PassCost {
         let mut cost = PassCost::default();
+        let halves = self.overlap().parts(self.input.config, self.sp, self.division.schedule, tokens).len() > 1;
+        let mut most = [0.0; 3];
         for rank in 0..self.input.ranks {
-            let Exchange { calls, bytes, seconds, ring_seconds } = self.collectives(rank, tokens, past, rows);
+            let Exchange { calls, bytes, seconds, ring_seconds, sums } =
+                self.collectives(rank, tokens, past, rows, halves);
             let attention = self.attention(rank, tokens, past);
             // Blocks of keys travel while a rank attends to those that it has; behind the last one nothing travels.
-            let hidden = attention * (self.sp - 1) as f64 / self.sp as f64;
+            let behind = attention * (self.sp - 1) as f64 / self.sp as f64;
             cost.calls = cost.calls.max(calls);
             cost.bytes = cost.bytes.max(bytes);
-            cost.collective_seconds = cost.collective_seconds.max(seconds + (ring_seconds - hidden).max(0.0));
+            cost.collective_seconds = cost.collective_seconds.max(seconds + (ring_seconds - behind).max(0.0));
             cost.work_seconds = cost.work_seconds.max(self.products(rank, tokens, rows) + attention);
+            most = std::array::from_fn(|i| f64::max(most[i], sums[i]));
         }
-        if self.overlap().parts(self.input.config, self.sp, self.division.schedule, tokens).len() > 1 {
-            // Each half's sum travels while the other half computes; the last one has nothing to hide behind.
-            let exposed = (cost.collective_seconds - cost.work_seconds).max(0.0);
-            cost.collective_seconds = exposed + cost.collective_seconds / cost.calls as f64;
+        if halves {
+            // Each half's sum travels while the other half computes, as many of them as the work, slowed down by them, lasts for; the
+            // others are waited for, and so is the last one, which has nothing to hide behind.
+            let [alone, behind, taken] = most;
+            let hidden = if behind > taken { (cost.work_seconds / (behind - taken)).min(1.0) } else { 1.0 };
+            cost.work_seconds += hidden * taken;
+            cost.collective_seconds += (1.0 - hidden) * alone + behind / cost.calls as f64;
         }
         cost
     }
@@ -276,22 +281,25 @@ impl<'a> Way<'a> {
         // Ranks that only split positions bring their tokens together for feed-forward blocks that they split.
         let together = self.tp == 1 && self.division.schedule != MlpSchedule::Local;
         let mlp_tokens = if together { tokens as f64 } else { own };
-        let visited = config.moe.as_ref().map_or(1.0, |moe| self.visited(moe, mlp_tokens));
         let skew = if self.division.experts == ExpertSplit::Ranks && tokens > 1 { SKEW } else { 1.0 };
+        let (visited, rows_each) = config.moe.as_ref().map_or((0.0, 0.0), |moe| self.visited(moe, mlp_tokens));
         let layers = config.num_hidden_layers as f64;
         let mut seconds = layers * machine.rate(self.input.weights.main()).start_us * 1e-6;
         for (index, format) in WeightFormat::ALL.into_iter().enumerate() {
             let rate = machine.rate(format);
-            let mlp_elements = share.mlp_elements[index] + share.expert_elements[index] * skew;
-            let elements = share.attention_elements[index] * own + mlp_elements * mlp_tokens;
-            seconds += longer(rate, share.always[index] + share.experts[index] * visited, 2.0 * elements);
-            if rows != LogitRows::None {
-                // One row: there is nothing to wait for but the bytes.
-                seconds += longer(rate, share.head[index], 0.0);
+            let heads = if rows == LogitRows::None { 0.0 } else { 1.0 };
+            let visits = [
+                (&share.attention, 1.0, own),
+                (&share.mlp, 1.0, mlp_tokens),
+                (&share.experts, visited, rows_each * skew),
+                (&share.head, heads, 1.0),
+            ];
+            for (Matrices { bytes, elements }, part, rows) in visits {
+                seconds += rate.seconds(bytes[index] * part, elements[index] * part, rows);
             }
         }
-        let rows = 4.0 * share.expert_rows * mlp_tokens * skew;
-        seconds + longer(machine.rate(self.input.weights.main()), rows * ROW_PASSES, 0.0)
+        let row_bytes = 4.0 * share.expert_rows * mlp_tokens * skew * ROW_PASSES;
+        seconds + row_bytes / machine.rate(self.input.weights.main()).read_gb_s * 1e-9
     }
 
     /// Seconds of a rank's attention.
@@ -303,24 +311,26 @@ impl<'a> Way<'a> {
         let rate = machine.attention_rate(self.input.kv);
         let flops = if tokens == 1 { 0.0 } else { flops / self.sp as f64 };
         let starts = (config.num_hidden_layers * heads.kv_heads.len()) as f64;
-        starts * rate.start_us * 1e-6 + longer(rate, self.kv_bytes(rank, past + tokens), flops)
+        let work = (self.kv_bytes(rank, past + tokens) / rate.read_gb_s).max(flops / rate.gflops);
+        starts * rate.start_us * 1e-6 + work * 1e-9
     }
 
-    /// The part of its experts' bytes that the rank with most visits reads in a pass.
-    fn visited(&self, moe: &MoeConfig, tokens: f64) -> f64 {
+    /// The part of its experts that the rank with most visits has visited in a pass, and the rows of each of these.
+    fn visited(&self, moe: &MoeConfig, tokens: f64) -> (f64, f64) {
         let (experts, visits) = (moe.num_experts as f64, moe.num_experts_per_tok as f64);
         let different = experts * (1.0 - (1.0 - visits / experts).powf(tokens));
+        let rows = tokens * visits / different.max(1.0);
         if self.division.experts == ExpertSplit::Inside {
-            return different / experts;
+            return (different / experts, rows);
         }
         // Where no ranks split weights, those that split positions divide the experts.
         let ranks = if self.tp > 1 { self.tp } else { self.sp };
         let shares: Vec<_> = (0..ranks).map(|rank| split_range(moe.num_experts, ranks, rank).len()).collect();
-        expected_most(&shares, different.round() as usize) / shares[0] as f64
+        (expected_most(&shares, different.round() as usize) / shares[0] as f64, rows)
     }
 
     /// A rank's collectives; the choice of the next token is one of them.
-    fn collectives(&self, rank: usize, tokens: usize, past: usize, rows: LogitRows) -> Exchange {
+    fn collectives(&self, rank: usize, tokens: usize, past: usize, rows: LogitRows, halves: bool) -> Exchange {
         let PlanInput { config, ranks, nodes, wire, kv, .. } = *self.input;
         let Division { strategy, schedule, .. } = self.division;
         let granularity = self.input.weights.granularity();
@@ -348,8 +358,15 @@ impl<'a> Way<'a> {
             };
             all.calls += entry.calls;
             all.bytes += payload;
-            let seconds = entry.calls as f64 * self.cluster.seconds(entry.collective, group, each);
+            let on = |cluster: &Cluster| entry.calls as f64 * cluster.seconds(entry.collective, group, each);
+            let seconds = on(&self.cluster);
             match entry.collective {
+                Collective::Allreduce if halves => {
+                    let [link, taken] = &self.hidden;
+                    for (sum, more) in all.sums.iter_mut().zip([seconds, on(link), on(taken)]) {
+                        *sum += more;
+                    }
+                }
                 // In a ring a rank receives at the same time.
                 Collective::Send => {}
                 Collective::Recv => all.ring_seconds += seconds,

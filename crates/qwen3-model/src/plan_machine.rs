@@ -27,12 +27,51 @@ impl From<Link> for LinkFigures {
     }
 }
 
-/// How fast a rank's kernels work with weights, or with cached keys and values, of one format while all ranks are at work.
+/// Sums between machines that travel in the background while the ranks compute.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+pub struct HiddenSums {
+    /// The link as it is then: a rank that computes looks after its messages late.
+    pub link: LinkFigures,
+    /// What a sum takes from the work, as if that were a link: cores that compute move the packets, too.
+    pub taken: LinkFigures,
+}
+
+/// Rows of a product that count as few: what an expert of a mixture sees of a short prompt. Arithmetic on so many is slower for each than on
+/// those that follow.
+pub(crate) const FEW: usize = 8;
+
+/// How fast a rank's kernels multiply weights of one format while all ranks are at work.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Rate {
     /// The format's name.
     pub format: String,
-    /// Microseconds of a layer of weights, or of a KV head of a layer, however little there is of it.
+    /// Microseconds of a layer, however little there is of it.
+    pub start_us: f64,
+    /// GB/s of a pass of one token, which has to read all there is.
+    pub read_gb_s: f64,
+    /// GB/s of a pass of eight tokens.
+    pub few_gb_s: f64,
+    /// GFLOP/s of each token more.
+    pub gflops: f64,
+}
+
+impl Rate {
+    /// Seconds of products of `rows` rows with `elements` weights that take `bytes`: all of them are read, and rows are multiplied
+    /// meanwhile.
+    pub(crate) fn seconds(&self, bytes: f64, elements: f64, rows: f64) -> f64 {
+        let (one, few) = (bytes / self.read_gb_s, bytes / self.few_gb_s);
+        let rows_of_few = rows / FEW as f64;
+        let more = 2.0 * elements * (rows - FEW as f64).max(0.0) / self.gflops;
+        (one.max(few * rows_of_few.min(1.0)) + more) * 1e-9
+    }
+}
+
+/// How fast a rank attends to keys and values of one format while all ranks are at work.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct AttentionRate {
+    /// The format's name.
+    pub format: String,
+    /// Microseconds of a KV head of a layer, however few tokens it has.
     pub start_us: f64,
     /// GB/s of a pass of one token, which has to read all there is.
     pub read_gb_s: f64,
@@ -55,18 +94,23 @@ pub struct Machine {
     pub inside: LinkFigures,
     /// The link between machines; that inside where there is one machine only.
     pub between: LinkFigures,
+    /// Sums behind the work of several machines.
+    pub hidden: HiddenSums,
     /// Of products with weights, by their format, at least one.
     pub rates: Vec<Rate>,
     /// Of attention, by the format of the cache, at least one.
-    pub attention: Vec<Rate>,
+    pub attention: Vec<AttentionRate>,
 }
 
 /// Between processes of one machine that share memory.
 const SHARED_MEMORY: LinkFigures = LinkFigures { alpha_us: 0.5, beta_gb_s: 8.0 };
 /// 10 Gbit/s Ethernet.
 const ETHERNET: LinkFigures = LinkFigures { alpha_us: 15.0, beta_gb_s: 1.15 };
-/// GB/s and GFLOP/s that the kernels reach on a core of an ordinary server.
+/// What sums over TCP take from the work of a core.
+const PACKETS: LinkFigures = LinkFigures { alpha_us: 50.0, beta_gb_s: 1.0 };
+/// GB/s, with one token and with eight, and GFLOP/s that the kernels reach on a core of an ordinary server.
 const CORE_READ: f64 = 10.0;
+const CORE_FEW: f64 = 6.0;
 const CORE_GFLOPS: f64 = 60.0;
 /// The part of the rate of products that attention reaches: its tiles are small and its exponentials count for nothing.
 const ATTENTION_SHARE: f64 = 0.6;
@@ -76,12 +120,9 @@ impl Machine {
     /// 1.15 GB/s between machines, 10 GB/s and 60 GFLOP/s for each thread.
     pub fn typical(ranks: usize, nodes: usize, threads: usize) -> Self {
         let cores = threads as f64;
-        let rate = |format: &str, start_us, share| Rate {
-            format: format.to_owned(),
-            start_us,
-            read_gb_s: CORE_READ * cores,
-            gflops: CORE_GFLOPS * share * cores,
-        };
+        let (read_gb_s, gflops) = (CORE_READ * cores, CORE_GFLOPS * cores);
+        let weights = WeightFormat::Bf16.name().to_owned();
+        let cache = KvFormat::F16.to_string();
         Self {
             transport: "typical".to_owned(),
             ranks,
@@ -89,8 +130,14 @@ impl Machine {
             threads,
             inside: SHARED_MEMORY,
             between: if nodes > 1 { ETHERNET } else { SHARED_MEMORY },
-            rates: vec![rate(WeightFormat::Bf16.name(), 10.0, 1.0)],
-            attention: vec![rate(&KvFormat::F16.to_string(), 1.0, ATTENTION_SHARE)],
+            hidden: HiddenSums { link: ETHERNET, taken: PACKETS },
+            rates: vec![Rate { format: weights, start_us: 10.0, read_gb_s, few_gb_s: CORE_FEW * cores, gflops }],
+            attention: vec![AttentionRate {
+                format: cache,
+                start_us: 1.0,
+                read_gb_s,
+                gflops: gflops * ATTENTION_SHARE,
+            }],
         }
     }
 
@@ -99,28 +146,48 @@ impl Machine {
         Cluster { inside: self.inside.link(), between: self.between.link() }
     }
 
+    /// The links while sums travel behind work, and what they take from it.
+    pub(crate) fn hidden(&self) -> [Cluster; 2] {
+        let HiddenSums { link, taken } = self.hidden;
+        [link, taken].map(|between| Cluster { inside: self.inside.link(), between: between.link() })
+    }
+
     /// The rate of a weight format: its own, or that of the first one measured.
     pub fn rate(&self, format: WeightFormat) -> &Rate {
-        named(&self.rates, format.name())
+        self.rates.iter().find(|rate| rate.format == format.name()).unwrap_or(&self.rates[0])
     }
 
     /// The rate of attention with a cache of this format.
-    pub fn attention_rate(&self, format: KvFormat) -> &Rate {
-        named(&self.attention, &format.to_string())
+    pub fn attention_rate(&self, format: KvFormat) -> &AttentionRate {
+        let name = format.to_string();
+        self.attention.iter().find(|rate| rate.format == name).unwrap_or(&self.attention[0])
     }
 
     /// Whether all figures are positive numbers and there are rates, as [`plan`](crate::plan) needs.
     pub fn is_sound(&self) -> bool {
-        let links = [self.inside, self.between];
+        let links = [self.inside, self.between, self.hidden.link, self.hidden.taken];
         let (sound, latency) = (|x: f64| x.is_finite() && x > 0.0, |x: f64| x.is_finite() && x >= 0.0);
-        let mut rates = self.rates.iter().chain(&self.attention);
-        ![&self.rates, &self.attention].iter().any(|rates| rates.is_empty())
-            && rates.all(|rate| sound(rate.read_gb_s) && sound(rate.gflops) && latency(rate.start_us))
+        let products =
+            |rate: &Rate| [rate.read_gb_s, rate.few_gb_s, rate.gflops].into_iter().all(sound) && latency(rate.start_us);
+        let attends =
+            |rate: &AttentionRate| [rate.read_gb_s, rate.gflops].into_iter().all(sound) && latency(rate.start_us);
+        !(self.rates.is_empty() || self.attention.is_empty())
+            && self.rates.iter().all(products)
+            && self.attention.iter().all(attends)
             && links.iter().all(|link| latency(link.alpha_us) && sound(link.beta_gb_s))
             && [self.ranks, self.nodes, self.threads].iter().all(|count| (1..=1 << 20).contains(count))
     }
 }
 
-fn named<'a>(rates: &'a [Rate], format: &str) -> &'a Rate {
-    rates.iter().find(|rate| rate.format == format).unwrap_or_else(|| &rates[0])
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn products_read_everything_once_and_multiply_each_row() {
+        let rate = Rate { format: String::new(), start_us: 0.0, read_gb_s: 10.0, few_gb_s: 4.0, gflops: 50.0 };
+        // 20 GB of 10 G elements: 2 s to read, 5 s for eight rows, 0.4 s for each further one.
+        let seconds = |rows| (rate.seconds(20e9, 10e9, rows) * 1e6).round() / 1e6;
+        assert_eq!([0.0, 1.0, 3.2, 4.0, 8.0, 9.0, 108.0].map(seconds), [2.0, 2.0, 2.0, 2.5, 5.0, 5.4, 45.0]);
+    }
 }

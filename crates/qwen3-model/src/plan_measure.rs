@@ -1,9 +1,8 @@
-//! Measuring what ranks can do: the model's own kernels on weights that mean nothing, and sums, with all ranks at work at once.
+//! Measuring how fast ranks work: the model's own kernels on weights that mean nothing, with all ranks at work at once.
 
 use std::sync::Arc;
-use std::time::Instant;
 
-use comm::{Collective, CommError, Communicator, CommunicatorExt, Link, ReduceOp, SoloComm};
+use comm::{Collective, CommError, Communicator, Link, SoloComm};
 use ops::{
     AttentionAlgorithm, AttentionScratch, AttentionShape, AttentionSpec, Context, Expert, Isa, KvFormat, LayerCache,
     Linear, Mlp, MlpSchedule, Placement, QkNorm, Rotary, SequenceSpan, TokenLayout, attention_headwise,
@@ -11,19 +10,19 @@ use ops::{
 use tensor::{Activations, WeightFormat};
 
 use crate::layer::{DecoderLayer, Part, Pass};
-use crate::plan_machine::Rate;
+use crate::plan_link::{Groups, measure_hidden, median};
+use crate::plan_machine::{AttentionRate, FEW, HiddenSums, Rate};
 
-/// Payloads of the sums that are timed, in f32: 256 B to 4 MiB.
-const SIZES: [usize; 8] = [64, 256, 1024, 4096, 16_384, 65_536, 262_144, 1 << 20];
-/// Bytes of weights, and of caches, through which ranks that share a memory go in turn: more than a cache keeps for them.
+/// Bytes of weights, and of keys and values, through which ranks that share a memory go in turn: more than a cache keeps for them. (Of 128 MiB
+/// of keys and values the last cache of a Xeon with 480 MiB kept so much that attention read them at 49 GB/s, in a model at 34.)
 const WEIGHT_BYTES: usize = 320 << 20;
-const CACHE_BYTES: usize = 128 << 20;
+const CACHE_BYTES: usize = 448 << 20;
 /// Tokens of a pass of many: fewer where arithmetic is not what the machine is made for.
 fn tokens(isa: Isa) -> usize {
     if isa.has_avx2() { 256 } else { 16 }
 }
-/// Tokens in caches: few, where starting costs most, and many.
-const DEPTHS: [usize; 2] = [128, 2048];
+/// Tokens in caches: few, where starting costs most, a chunk's past, and many, with the one that joins them a power of two.
+const DEPTHS: [usize; 3] = [128, 2048, 4095];
 /// Rounds of passes of one token, and of many, which take longer and vary less.
 const ROUNDS: [usize; 2] = [11, 3];
 /// The heads of Qwen3-0.6B.
@@ -31,78 +30,38 @@ const KV_HEADS: usize = 8;
 const GROUP: usize = 2;
 const HEAD_DIM: usize = 128;
 
-/// Times Allreduces of several sizes and fits the link between the ranks of `comm`; `None` where there is one rank. All ranks call it
-/// and get the same figures: the medians of the slowest rank.
-///
-/// # Errors
-/// When a rank is lost.
-pub fn measure_link(comm: &dyn Communicator) -> Result<Option<Link>, CommError> {
-    if comm.size() < 2 {
-        return Ok(None);
-    }
-    let mut measured = Vec::new();
-    for len in SIZES {
-        let mut buf = vec![0.0f32; len];
-        let rounds = (1 << 21 >> len.ilog2()).clamp(7, 201);
-        let seconds = median(comm, rounds, || comm.all_reduce(&mut buf, ReduceOp::Sum))?;
-        measured.push((comm.wire().encoded_bytes(len) as f64, seconds));
-    }
-    Ok(Link::fit(comm.size(), &measured))
-}
-
 /// What the kernels of the slowest rank reach.
 #[derive(Clone, Debug)]
 pub struct Speeds {
     /// Products with weights, for each weight format.
     pub rates: Vec<Rate>,
     /// Attention, for each format of the cache.
-    pub attention: Vec<Rate>,
+    pub attention: Vec<AttentionRate>,
+    /// Sums between machines behind the work, on a rank that has a link between them.
+    pub hidden: Option<HiddenSums>,
 }
 
-/// Runs decoder layers on all ranks at once, a few seconds in all. The ranks of `here` share a machine, over the link `inside` of
-/// [`measure_link`]: they share the layers too, since what they wait for each other counts. All ranks call it and get the same figures.
+/// Runs decoder layers on all ranks at once, a few seconds in all. The ranks of a machine share the layers, since what they wait for each
+/// other counts. All ranks call it and get the same rates.
 ///
 /// # Errors
 /// When a rank is lost.
-pub fn measure_speeds(
-    comm: &dyn Communicator,
-    here: Arc<dyn Communicator>,
-    inside: Option<Link>,
-    isa: Isa,
-    threads: usize,
-    placement: Placement,
-) -> Result<Speeds, CommError> {
+pub fn measure_speeds(groups: &Groups, isa: Isa, threads: usize, placement: Placement) -> Result<Speeds, CommError> {
+    let Groups { all, here, inside, leaders, between } = groups;
     let formats = [WeightFormat::Bf16, WeightFormat::F32, WeightFormat::F16, WeightFormat::Q8, WeightFormat::Q4];
-    let (ctx, ranks) = (Context::new(isa, Arc::new(SoloComm::new()), 1, threads, placement)?, here.size());
-    let mut lab = Lab { comm, ctx, ranks };
+    // The thread that makes sums in the background is there before this one is bound to a core; the ranks themselves work apart at first.
+    let mut ctx = Context::new(isa, Arc::clone(all), 1, threads, placement)?;
+    ctx.positions = Arc::new(SoloComm::new());
+    let mut lab = Lab { comm: &**all, ctx, ranks: here.size() };
     let starts = formats.map(|format| lab.start(format));
     let attention = [KvFormat::F16, KvFormat::F32, KvFormat::Q8].map(|format| lab.attention(format));
     let attention = attention.into_iter().collect::<Result<Vec<_>, _>>()?;
     // The same team goes on: this thread is bound to its core by now, and the threads of another team would be bound to no other.
-    lab.ctx.heads = here;
-    let products = |(format, start): (_, Result<_, _>)| lab.products(format, start?, inside, &attention[0]);
+    lab.ctx.heads = Arc::clone(here);
+    let products = |(format, start): (_, Result<_, _>)| lab.products(format, start?, *inside, &attention[0]);
     let rates = formats.into_iter().zip(starts).map(products).collect::<Result<_, _>>()?;
-    Ok(Speeds { rates, attention })
-}
-
-/// The median time of `rounds` rounds after one that does not count, that of the slowest rank.
-fn median(
-    comm: &dyn Communicator,
-    rounds: usize,
-    mut round: impl FnMut() -> Result<(), CommError>,
-) -> Result<f64, CommError> {
-    let mut times = Vec::with_capacity(rounds);
-    round()?;
-    comm.barrier()?;
-    for _ in 0..rounds {
-        let start = Instant::now();
-        round()?;
-        times.push(start.elapsed().as_secs_f64());
-    }
-    times.sort_by(f64::total_cmp);
-    let mut all = vec![0.0f64; comm.size()];
-    comm.all_gather(&[times[rounds / 2]], &mut all)?;
-    Ok(all.into_iter().fold(0.0, f64::max))
+    let hidden = between.map(|link| measure_hidden(&lab.ctx, leaders, link)).transpose()?;
+    Ok(Speeds { rates, attention, hidden })
 }
 
 struct Lab<'a> {
@@ -209,7 +168,7 @@ impl Lab<'_> {
         format: WeightFormat,
         start: f64,
         inside: Option<Link>,
-        attention: &Rate,
+        attention: &AttentionRate,
     ) -> Result<Rate, CommError> {
         let tokens = tokens(self.ctx.isa);
         let sizes = if self.ranks > 1 { HALF } else { USUAL };
@@ -223,32 +182,28 @@ impl Lab<'_> {
             let bytes = self.ctx.heads.wire().encoded_bytes(tokens * sizes.hidden) as f64;
             inside.map_or(0.0, |link| 2.0 * link.seconds(Collective::Allreduce, self.ranks, bytes))
         };
-        let one = self.pass(sizes, &layers, 1, ROUNDS[0])? - count as f64 * (start + sums(1));
-        let scores = sizes.attention_flops(tokens, 0) / (attention.gflops * 1e9);
-        let many = self.pass(sizes, &layers[..1], tokens, ROUNDS[1])? - start - sums(tokens) - scores;
+        let scores = |tokens| sizes.attention_flops(tokens, 0) / (attention.gflops * 1e9);
+        let layer = |layers: &[_], tokens, rounds| -> Result<f64, CommError> {
+            let seconds = self.pass(sizes, layers, tokens, rounds)? / layers.len() as f64;
+            Ok(seconds - start - sums(tokens) - scores(tokens))
+        };
+        let one = layer(&layers, 1, ROUNDS[0])?;
+        let few = layer(&layers, FEW, ROUNDS[0])?;
+        let many = layer(&layers[..1], tokens, ROUNDS[1])?;
+        // Unless noise has it that all but the few cost next to nothing.
+        let more = (many - few).max(many / 2.0);
         Ok(Rate {
             format: format.name().to_owned(),
             start_us: start * 1e6,
-            read_gb_s: (count * bytes) as f64 / one * 1e-9,
-            gflops: (2 * sizes.elements() * tokens) as f64 / many * 1e-9,
+            read_gb_s: bytes as f64 / one * 1e-9,
+            few_gb_s: bytes as f64 / few * 1e-9,
+            gflops: (2 * sizes.elements() * (tokens - FEW)) as f64 / more * 1e-9,
         })
     }
 
-    /// Seconds of attention of `tokens` tokens after `depth` others, for a layer, and the bytes of its cache.
-    fn attend(&self, format: KvFormat, depth: usize, tokens: usize, rounds: usize) -> Result<(f64, f64), CommError> {
+    /// Median seconds of attention of `tokens` tokens after `depth` others, for each of `caches`, which hold at least as many.
+    fn attend(&self, caches: &mut [LayerCache], depth: usize, tokens: usize, rounds: usize) -> Result<f64, CommError> {
         let shape = USUAL.shape();
-        let past = Activations::ones((depth, shape.qkv_width()));
-        let cache = || {
-            let mut cache = LayerCache::new(format, KV_HEADS, HEAD_DIM);
-            cache.reserve(depth + tokens);
-            cache.push(&self.ctx, past.as_slice().expect("rows are contiguous"), &shape, 0..depth);
-            cache
-        };
-        let mut caches = vec![cache()];
-        let bytes = caches[0].bytes();
-        // Arithmetic does not ask where its operands come from.
-        let count = if tokens > 1 { 1 } else { (CACHE_BYTES / self.ranks).div_ceil(bytes) };
-        caches.resize_with(count, cache);
         let (ones, angles) = (vec![1.0; HEAD_DIM], Activations::zeros((tokens, HEAD_DIM / 2)));
         let spec = AttentionSpec {
             algorithm: AttentionAlgorithm::Streaming,
@@ -258,28 +213,37 @@ impl Lab<'_> {
         };
         let mut qkv = Activations::ones((tokens, shape.qkv_width()));
         let (mut scratch, mut out) = (AttentionScratch::default(), Activations::default((0, 0)));
+        let count = caches.len() as f64;
         let seconds = median(self.comm, rounds, || {
-            for cache in &mut caches {
+            for cache in &mut *caches {
                 cache.truncate(depth);
                 attention_headwise(&self.ctx, &spec, &mut qkv, cache, &mut scratch, &mut out);
             }
             Ok(())
         })?;
-        Ok((seconds / count as f64, bytes as f64))
+        Ok(seconds / count)
     }
 
-    fn attention(&self, format: KvFormat) -> Result<Rate, CommError> {
-        let ([shallow, deep], tokens) = (DEPTHS, tokens(self.ctx.isa));
-        let (short, few) = self.attend(format, shallow, 1, ROUNDS[0])?;
-        let (long, all) = self.attend(format, deep, 1, ROUNDS[0])?;
-        let (many, _) = self.attend(format, deep, tokens, ROUNDS[1])?;
+    fn attention(&self, format: KvFormat) -> Result<AttentionRate, CommError> {
+        let ([shallow, middle, deep], tokens, shape) = (DEPTHS, tokens(self.ctx.isa), USUAL.shape());
+        let mut first = LayerCache::new(format, KV_HEADS, HEAD_DIM);
+        first.reserve(deep + 1);
+        let past = Activations::ones((deep, shape.qkv_width()));
+        first.push(&self.ctx, past.as_slice().expect("rows are contiguous"), &shape, 0..deep);
+        let all = first.bytes();
+        let mut caches = vec![first; (CACHE_BYTES / self.ranks).div_ceil(all)];
+        let long = self.attend(&mut caches, deep, 1, ROUNDS[0])?;
+        // Arithmetic does not ask where its operands come from.
+        let many = self.attend(&mut caches[..1], middle, tokens, ROUNDS[1])?;
+        let short = self.attend(&mut caches, shallow, 1, ROUNDS[0])?;
         // The line through both, unless noise has it that starting takes less than nothing.
+        let (all, few) = (all as f64, caches[0].bytes() as f64);
         let rate = ((all - few) / (long - short).max(1e-9)).min(all / long * 2.0);
-        Ok(Rate {
+        Ok(AttentionRate {
             format: format.to_string(),
             start_us: (short - few / rate).max(0.0) / KV_HEADS as f64 * 1e6,
             read_gb_s: rate * 1e-9,
-            gflops: USUAL.attention_flops(tokens, deep) / many * 1e-9,
+            gflops: USUAL.attention_flops(tokens, middle) / many * 1e-9,
         })
     }
 }

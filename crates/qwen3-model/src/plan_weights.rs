@@ -12,11 +12,6 @@ use crate::options::Division;
 /// An amount for each weight format, in the order of [`WeightFormat::ALL`].
 pub(crate) type ByFormat = [f64; WeightFormat::ALL.len()];
 
-fn add(sum: &mut ByFormat, format: WeightFormat, amount: f64) {
-    let index = WeightFormat::ALL.iter().position(|other| *other == format);
-    sum[index.expect("ALL lists every format")] += amount;
-}
-
 /// The formats that a model's matrices have in memory.
 #[derive(Clone, Debug)]
 pub struct WeightFormats {
@@ -35,20 +30,24 @@ struct LayerFormats {
     granule: usize,
 }
 
+/// Matrices of a rank, by their formats.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Matrices {
+    pub bytes: ByFormat,
+    pub elements: ByFormat,
+}
+
 /// The share of one rank.
 #[derive(Clone, Copy, Debug, Default)]
 pub(crate) struct RankWeights {
     /// Bytes held.
     pub bytes: usize,
-    /// Bytes by format that the layers read in every pass, those of experts, and those of the head.
-    pub always: ByFormat,
-    pub experts: ByFormat,
-    pub head: ByFormat,
-    /// Elements by format that a token of attention and of the feed-forward block visits.
-    pub attention_elements: ByFormat,
-    pub mlp_elements: ByFormat,
-    /// Those in experts, of evenly spread visits, with what narrow matrices take longer.
-    pub expert_elements: ByFormat,
+    /// What every token visits: of attention, and of the feed-forward blocks (dense ones and routers).
+    pub attention: Matrices,
+    pub mlp: Matrices,
+    /// All experts; their elements are counted with what narrow matrices take longer.
+    pub experts: Matrices,
+    pub head: Matrices,
     /// Elements of the rows that a token's visits make, an expert's result each.
     pub expert_rows: f64,
 }
@@ -120,14 +119,12 @@ impl WeightFormats {
         let mut share = RankWeights::default();
         for (index, layer) in self.layers.iter().enumerate() {
             for (format, rows, cols) in [(layer.qkv, qkv_rows, hidden), (layer.output, hidden, queries)] {
-                share.hold(format, rows, cols);
-                add(&mut share.attention_elements, format, (rows * cols) as f64);
+                share.bytes += share.attention.add(format, 1, rows, cols, 1.0);
             }
             let moe = config.moe.as_ref().filter(|_| config.is_sparse(index));
             let (experts, visited) = moe.map_or((1, 1), |moe| (moe.num_experts, moe.num_experts_per_tok));
             if let Some(format) = layer.router {
-                share.hold(format, experts, hidden);
-                add(&mut share.mlp_elements, format, (experts * hidden) as f64);
+                share.bytes += share.mlp.add(format, 1, experts, hidden, 1.0);
             }
             let shape = BlockShape::new(config, index, layer.granule);
             let own = BlockShare::new(shape, division.schedule, division.experts, parts, part);
@@ -143,31 +140,24 @@ impl WeightFormats {
                 for (format, rows, cols) in
                     [(*gate, inner, hidden), (*up, inner, hidden), (*down, down_rows, down_cols)]
                 {
-                    let bytes = count * format.packed_bytes(rows, cols);
-                    share.bytes += bytes;
-                    let elements = (count * rows * cols) as f64;
-                    if moe.is_some() {
-                        add(&mut share.experts, format, bytes as f64);
-                        add(&mut share.expert_elements, format, elements * narrow * visited as f64 / experts as f64);
-                    } else {
-                        add(&mut share.always, format, bytes as f64);
-                        add(&mut share.mlp_elements, format, elements);
-                    }
+                    let (kind, longer) =
+                        if moe.is_some() { (&mut share.experts, narrow) } else { (&mut share.mlp, 1.0) };
+                    share.bytes += kind.add(format, count, rows, cols, longer);
                 }
             }
         }
-        let bytes = self.head.packed_bytes(split_range(config.vocab_size, ranks, rank).len(), hidden);
-        share.bytes += bytes;
-        add(&mut share.head, self.head, bytes as f64);
+        share.bytes += share.head.add(self.head, 1, split_range(config.vocab_size, ranks, rank).len(), hidden, 1.0);
         share
     }
 }
 
-impl RankWeights {
-    /// A matrix that the layers read in every pass.
-    fn hold(&mut self, format: WeightFormat, rows: usize, cols: usize) {
-        let bytes = format.packed_bytes(rows, cols);
-        self.bytes += bytes;
-        add(&mut self.always, format, bytes as f64);
+impl Matrices {
+    /// Adds `count` matrices, whose products take `longer` than others, and returns their bytes.
+    fn add(&mut self, format: WeightFormat, count: usize, rows: usize, cols: usize, longer: f64) -> usize {
+        let index = WeightFormat::ALL.iter().position(|other| *other == format).expect("ALL lists every format");
+        let bytes = count * format.packed_bytes(rows, cols);
+        self.bytes[index] += bytes as f64;
+        self.elements[index] += (count * rows * cols) as f64 * longer;
+        bytes
     }
 }

@@ -6,9 +6,9 @@ use std::sync::Arc;
 
 use qwen3_model::comm::{ThreadComm, WireFormat};
 use qwen3_model::{
-    Checkpoint, Config, Division, ExpertSplit, Isa, KvFormat, LinkFigures, LogitRows, Machine, MlpSchedule, Model,
-    ModelOptions, ParallelStrategy, Plan, PlanInput, Preset, SynthOptions, TrafficModel, WeightFormat, WeightFormats,
-    plan, synthesize,
+    Checkpoint, Config, Division, ExpertSplit, HiddenSums, Isa, KvFormat, LinkFigures, LogitRows, Machine, MlpSchedule,
+    Model, ModelOptions, ParallelStrategy, Plan, PlanInput, Preset, Rate, SynthOptions, TrafficModel, WeightFormat,
+    WeightFormats, plan, synthesize,
 };
 
 #[test]
@@ -147,6 +147,50 @@ fn recommendations_follow_the_machine() {
     assert!(seconds(WireFormat::Bf16) < seconds(WireFormat::F32));
     let alone = run(&config, &weights, &Machine::typical(1, 1, 2), |_| ());
     assert_eq!(best(alone).token.collective_seconds, 0.0);
+}
+
+#[test]
+fn sums_behind_work_take_from_it_and_the_rest_is_waited_for() {
+    let (_dir, config, weights) = shape();
+    let link = |ms: f64| LinkFigures { alpha_us: ms * 1e3, beta_gb_s: 1e6 };
+    // A prompt of 256 goes in halves: each layer has 4 sums of one message each way, of any size 1, 2 and 0.5 ms.
+    let mut machine = Machine::typical(2, 2, 1);
+    machine.between = link(1.0);
+    machine.hidden = HiddenSums { link: link(2.0), taken: link(0.5) };
+    let prompt = |machine: &Machine| run(&config, &weights, machine, |input| input.prompt = 256).ways[0].prompt;
+    let sums = 4.0 * config.num_hidden_layers as f64 * 1e-3;
+    let near = |found: f64, expected: f64| assert!((found / expected - 1.0).abs() < 1e-3, "{found}, not {expected}");
+    // Work without end hides all of them but the last.
+    machine.rates[0].gflops = 1e-3;
+    let long = prompt(&machine);
+    let last = 2.0 * sums / long.calls as f64 + 1e-3;
+    near(long.collective_seconds, last);
+    machine.hidden.taken = link(1.0);
+    near(prompt(&machine).work_seconds - long.work_seconds, 0.5 * sums);
+    // Work of half of what they take behind it, less what they take from it, hides half of them.
+    machine.hidden.taken = link(1e-6);
+    let alone = prompt(&machine).work_seconds;
+    let share = 0.5 * 2.0 * sums / alone;
+    machine.rates[0] = scaled(&machine.rates[0], 1.0 / share);
+    machine.attention[0].start_us = 0.0;
+    machine.attention[0].gflops = 1e9;
+    machine.attention[0].read_gb_s = 1e9;
+    let half = prompt(&machine);
+    let hidden = half.work_seconds / (2.0 * sums);
+    assert!((0.45..0.55).contains(&hidden), "{hidden}");
+    near(half.collective_seconds, (1.0 - hidden) * sums + last);
+}
+
+/// A rate with so many times the speed.
+fn scaled(rate: &Rate, times: f64) -> Rate {
+    let Rate { format, start_us, read_gb_s, few_gb_s, gflops } = rate.clone();
+    Rate {
+        format,
+        start_us: start_us / times,
+        read_gb_s: read_gb_s * times,
+        few_gb_s: few_gb_s * times,
+        gflops: gflops * times,
+    }
 }
 
 /// A small mixture.

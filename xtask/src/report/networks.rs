@@ -43,9 +43,8 @@ fn page(found: &Value) -> String {
         "{}, one rank of one thread in each of several network namespaces, links of limited speed and {delay} between them, {} over TCP; \
          all ranks share the {} cores of this machine, and with them its network's work. Prompt {}, {} tokens generated, the median of {}; \
          tokens a second, measured and as `qwen3 plan` predicted from a calibration over the same links. `sequence` sends no sums, so the \
-         format on the wire makes no difference to it. The plan takes what a prompt sends for hidden where the ranks can compute meanwhile; \
-         here the packets need the same cores as the computing does, so prompts stay behind it, the more the more bytes they send and the \
-         more ranks there are.\n\n\
+         format on the wire makes no difference to it. The sums of a prompt travel while the ranks compute, but the packets need the same cores: \
+         calibration measures what that takes from the work, and the plan charges it.\n\n\
          | Gbit/s | ranks | link as measured | strategy | wire | prompt | predicted | decode | predicted | bytes a token |\n\
          |---|---|---|---|---|---|---|---|---|---|\n",
         word(&found["model"]),
