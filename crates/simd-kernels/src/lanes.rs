@@ -111,3 +111,14 @@ pub(crate) fn hold(sum: &mut __m256i) {
     // SAFETY: there is no instruction in it.
     unsafe { std::arch::asm!("/* {} */", inout(ymm_reg) * sum, options(nomem, nostack, preserves_flags)) }
 }
+
+/// Makes the compiler have `totals` in memory here.
+///
+/// It may otherwise keep totals that a loop updates in registers that it does not have, and copy them to the stack and back
+/// in each round: products with Q8 weights took 2 to 5 % longer.
+#[inline]
+#[target_feature(enable = "avx2,fma,f16c")]
+pub(crate) fn settle<T>(totals: &mut [T]) {
+    // SAFETY: there is no instruction in it; it only may, as far as the compiler knows, change what `totals` borrows mutably.
+    unsafe { std::arch::asm!("/* {} */", in(reg) totals.as_mut_ptr(), options(nostack, preserves_flags)) }
+}

@@ -17,13 +17,13 @@
 //! 3. With AVX-VNNI one instruction does the multiplication and the addition, for Q4 in int32 at once. The sums are
 //!    the same numbers.
 //! 4. The sums of a group take twelve registers for six tokens, so the f32 totals live in memory (L1) and are
-//!    touched once a group. The sums of the first word are set, not added.
+//!    touched once a group (`settle`). The sums of the first word are set, not added.
 
 use std::arch::x86_64::*;
 
 use super::prefetch_weights;
 use crate::input::IntTile;
-use crate::lanes::{LINE, add_pairs, hold, load, prefetch, store};
+use crate::lanes::{LINE, add_pairs, hold, load, prefetch, settle, store};
 use crate::panels::{PANEL, Q4_BLOCK, Q8_BLOCK};
 
 /// Words in a group: 8 quads or 16 pairs.
@@ -72,6 +72,10 @@ pub(super) fn add_products<const Q4: bool, const VNNI: bool, const P: usize, con
                 }
             }
             add_scaled::<Q4, VNNI, M>(&sums, widen_scales(row_scales), scales, acc);
+            // The few totals of a decoded token do stay in registers.
+            if !WEIGHTS {
+                settle(acc);
+            }
         }
     }
 }
