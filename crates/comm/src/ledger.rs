@@ -145,9 +145,9 @@ pub struct Entry {
     pub payload_bytes: u64,
     /// Wall-clock time inside the calls.
     pub seconds: f64,
-    /// The part of `seconds` in which this rank only waited for a slower one. What comes by message is waited for until it
-    /// is there: its way between machines is part of this, also for the ranks whose leader waits. The way over an
-    /// emulated link is not.
+    /// The part of `seconds` in which this rank only waited for a slower one: the rest is the data's way. Over messages that
+    /// begins when the last rank has sent, by clocks that were compared at the start. Ranks of a machine whose leader
+    /// exchanges messages for them wait for it all the while.
     pub wait_seconds: f64,
 }
 

@@ -46,15 +46,15 @@ mod threads;
 // A communicator on which calls cost what they would on a link.
 mod emulate;
 
-// The functions of MPI, collectives over its messages, the job, machines with several ranks, the communicator.
+// The functions of MPI, the job, collectives over its messages, machines with several ranks, the communicator.
 #[cfg(feature = "mpi")]
 mod mpi_sys;
 
 #[cfg(feature = "mpi")]
-mod messages;
+mod mpi_job;
 
 #[cfg(feature = "mpi")]
-mod mpi_job;
+mod messages;
 
 #[cfg(feature = "mpi")]
 mod nodes;

@@ -9,20 +9,22 @@
 
 use std::collections::VecDeque;
 use std::sync::Arc;
+use std::time::Duration;
 
 use crate::call::{Call, Header, Site};
 use crate::communicator::ReduceOp;
 use crate::error::CommError;
 use crate::group::{fold, fold_all, fold_values, part};
 use crate::ledger::Collective;
+use crate::mpi_job::Job;
 use crate::mpi_sys::{Transfer, World};
 use crate::transport::{Counts, Reduction, Step, carry};
 use crate::wire::{Fold, WireFormat};
 
 /// Bytes of payload in one MPI message; longer ones go in pieces.
 const PIECE: usize = 4 << 20;
-/// The first piece begins with: the three words of the header, the length of the whole.
-const HEAD: usize = 4 * 8;
+/// The first piece begins with: the three words of the header, the length of the whole, when it was sent by the sender's clock.
+const HEAD: usize = 5 * 8;
 /// A sum goes as a whole while what that adds to the bytes of each rank costs less than a latency: this is
 /// latency times bandwidth, between 1 GbE (5 KB), 10 GbE (17 KB) and a machine's own memory.
 const WHOLE: usize = 12 << 10;
@@ -30,6 +32,7 @@ const WHOLE: usize = 12 << 10;
 /// One rank's end of a group.
 pub(crate) struct Messages {
     world: Arc<World>,
+    clocks: Arc<[i64]>,
     /// The rank in MPI's world of each rank.
     members: Vec<usize>,
     rank: usize,
@@ -40,6 +43,13 @@ pub(crate) struct Messages {
 /// A message on its way out: all its pieces.
 pub(crate) struct Sending<'m>(Vec<Transfer<'m>>);
 
+/// When a part of a call began, and how long the call had waited before.
+#[derive(Clone, Copy)]
+pub(crate) struct Begun {
+    clock: i64,
+    waited: Duration,
+}
+
 /// A message on its way in.
 pub(crate) struct Receiving<'m> {
     group: &'m Messages,
@@ -48,13 +58,15 @@ pub(crate) struct Receiving<'m> {
     transfer: Option<Transfer<'m>>,
     /// The length, once the first piece is there.
     length: Option<usize>,
+    /// When it was sent, by the clock of this rank.
+    pub sent: i64,
     pub payload: Vec<u8>,
 }
 
 impl Messages {
     /// The end of `rank` among `members`. `tag` and the one after it are this group's own.
-    pub(crate) fn new(world: Arc<World>, members: Vec<usize>, rank: usize, tag: usize) -> Self {
-        Messages { world, members, rank, tag }
+    pub(crate) fn new(job: &Job, members: Vec<usize>, rank: usize, tag: usize) -> Self {
+        Messages { world: job.world.clone(), clocks: job.clocks.clone(), members, rank, tag }
     }
 
     fn size(&self) -> usize {
@@ -76,7 +88,7 @@ impl Messages {
         let tag = self.tag + user as usize;
         let (first, rest) = payload.split_at(payload.len().min(PIECE));
         let mut data = Vec::with_capacity(HEAD + first.len());
-        for word in [words[0], words[1], words[2], payload.len() as u64] {
+        for word in [words[0], words[1], words[2], payload.len() as u64, self.world.clock() as u64] {
             data.extend(word.to_le_bytes());
         }
         data.extend(first);
@@ -87,7 +99,21 @@ impl Messages {
     /// Expects a message of `peer`.
     pub(crate) fn expect(&self, peer: usize, user: bool) -> Receiving<'_> {
         let tag = self.tag + user as usize;
-        Receiving { group: self, peer, tag, transfer: None, length: None, payload: Vec::new() }
+        Receiving { group: self, peer, tag, transfer: None, length: None, sent: 0, payload: Vec::new() }
+    }
+
+    /// A part of a call begins in which this rank receives.
+    pub(crate) fn begin(&self, call: &Call<'_>) -> Begun {
+        Begun { clock: self.world.clock(), waited: call.waited }
+    }
+
+    /// That part is over, and the last of its messages was sent at `sent`: from then on they were on their way, and this
+    /// rank waited for no other.
+    pub(crate) fn settle(&self, call: &mut Call<'_>, begun: Begun, sent: impl Iterator<Item = i64>) {
+        if let Some(sent) = sent.max() {
+            let late = Duration::from_nanos((sent - begun.clock).max(0) as u64);
+            call.waited = call.waited.min(begun.waited + late);
+        }
     }
 
     /// Sends to some ranks while it receives from others; returns what came, in the order of `recvs`, where each
@@ -98,6 +124,7 @@ impl Messages {
         sends: &[(usize, &[u8])],
         recvs: &[(usize, usize)],
     ) -> Result<Vec<Vec<u8>>, CommError> {
+        let begun = self.begin(call);
         let words = call.site.header.words();
         let mut sending = Vec::with_capacity(sends.len());
         for &(to, payload) in sends {
@@ -122,6 +149,7 @@ impl Messages {
         let pulls = pulls.iter_mut().map(|(peer, advance)| (*peer, advance as _));
         let pushes = pushes.iter_mut().map(|(peer, advance)| (*peer, advance as _));
         carry(call, pulls.chain(pushes))?;
+        self.settle(call, begun, receiving.iter().map(|message| message.sent));
         Ok(receiving.into_iter().map(|receiving| receiving.payload).collect())
     }
 
@@ -262,6 +290,7 @@ impl Messages {
         send: Option<(usize, &[u8])>,
         recv: Option<(usize, &mut [u8])>,
     ) -> Result<(), CommError> {
+        let begun = self.begin(call);
         let mut out = match send {
             Some((to, data)) => Some((to, self.start_message(to, data)?)),
             None => None,
@@ -273,7 +302,12 @@ impl Messages {
             let (message, data) = into.as_mut().expect("a message to receive");
             message.advance_into(site, data)
         };
-        carry(call, [to.map(|to| (to, &mut push as _)), from.map(|from| (from, &mut pull as _))].into_iter().flatten())
+        carry(
+            call,
+            [to.map(|to| (to, &mut push as _)), from.map(|from| (from, &mut pull as _))].into_iter().flatten(),
+        )?;
+        self.settle(call, begun, into.iter().map(|(message, _)| message.sent));
+        Ok(())
     }
 
     /// The rank in MPI's world of each rank.
@@ -301,12 +335,12 @@ impl Receiving<'_> {
     /// Takes what has come; `accept` looks at the words and the length in the head.
     fn advance(&mut self, accept: impl Fn([u64; 3], usize) -> Result<(), CommError>) -> Result<Step, CommError> {
         let mut moved = false;
+        let from = self.group.members[self.peer];
         loop {
             if self.length.is_some_and(|length| self.payload.len() >= length) {
                 return Ok(Step { moved, done: true });
             }
             if self.transfer.is_none() {
-                let from = self.group.members[self.peer];
                 self.transfer = self.group.world.receive(Some(from), self.tag)?.map(|(_, transfer)| transfer);
             }
             match self.transfer.take() {
@@ -329,6 +363,9 @@ impl Receiving<'_> {
                     let length = usize::try_from(word(3)).unwrap_or(usize::MAX);
                     accept([word(0), word(1), word(2)], length)?;
                     self.length = Some(length);
+                    // Nothing comes before it is sent, whatever clocks say.
+                    let sent = (word(4) as i64).saturating_add(self.group.clocks[from]);
+                    self.sent = sent.min(self.group.world.clock());
                     self.payload = data;
                     self.payload.drain(..HEAD.min(self.payload.len()));
                 }

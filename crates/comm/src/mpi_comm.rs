@@ -7,7 +7,7 @@ use crate::alarm::{Alarm, Membership};
 use crate::cost::node_of;
 use crate::endpoint::{End, Endpoint};
 use crate::error::{CommError, Ranks};
-use crate::mpi_job::{Job, Lookout, process_space, share};
+use crate::mpi_job::{Job, Lookout, clocks, process_space, share};
 use crate::mpi_sys::{self, CORE_WORDS, Process, World};
 use crate::nodes::Nodes;
 use crate::segment::Segment;
@@ -29,6 +29,7 @@ pub struct MpiComm {
 #[derive(Clone)]
 struct Parts {
     world: Arc<World>,
+    clocks: Arc<[i64]>,
     membership: Arc<Membership>,
     /// For each rank, the first rank of its machine.
     physical: Vec<usize>,
@@ -123,6 +124,7 @@ impl MpiComm {
         let (rank, size) = (world.rank(), world.size());
         compare(&world.all_gather(&introduce(&options.program))?)?;
         let physical = world.machines()?;
+        let clocks = clocks(&world)?;
         let mut gather = |words: &[u64]| world.all_gather(words);
 
         // The board of the ranks of a machine, and a watch over all that it does not show.
@@ -145,7 +147,7 @@ impl MpiComm {
         let board = board.unwrap_or_else(|| Arc::new(Segment::private(words, 0)));
         let alarm = Alarm::new(board, Some(Box::new(Lookout::new(world.clone(), far, near))));
         let membership = Arc::new(Membership { alarm, rank, size });
-        MpiComm::connect(Parts { world, membership, physical, spin }, options)
+        MpiComm::connect(Parts { world, clocks, membership, physical, spin }, options)
     }
 
     /// Another communicator of all ranks, with other options and a ledger of its own: to compare ways to
@@ -155,10 +157,11 @@ impl MpiComm {
     }
 
     fn connect(parts: Parts, options: &MpiOptions) -> Result<MpiComm, CommError> {
-        let Parts { world, membership, physical, spin } = parts.clone();
+        let Parts { world, clocks, membership, physical, spin } = parts.clone();
         let (rank, size) = (world.rank(), world.size());
         let machine: Arc<[usize]> = machines(options, &physical).into();
-        let job = Arc::new(Job { world: world.clone(), machine: machine.clone(), shared: options.shared_memory });
+        let job =
+            Arc::new(Job { world: world.clone(), clocks, machine: machine.clone(), shared: options.shared_memory });
         let ranks: Vec<usize> = (0..size).collect();
         let mut gather = |words: &[u64]| world.all_gather(words);
         let nodes = Nodes::connect(&job, &ranks, std::slice::from_ref(&ranks), rank, &mut gather)?;

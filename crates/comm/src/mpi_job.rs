@@ -20,6 +20,8 @@ const NEWS: usize = 0;
 const GRACE: Duration = Duration::from_secs(3);
 /// How long news to one rank may take to leave this process, which is about to end.
 const HURRY: Duration = Duration::from_millis(20);
+/// So often each rank asks rank 0 for the time.
+const QUESTIONS: usize = 8;
 // What a message of news begins with; the rank and a reason follow.
 const FAILED: u64 = 1;
 const LEFT: u64 = 2;
@@ -30,6 +32,8 @@ pub(crate) type Gather<'a> = &'a mut dyn FnMut(&[u64]) -> Result<Vec<u64>, CommE
 /// What a communicator of all ranks and those split from it share.
 pub(crate) struct Job {
     pub world: Arc<World>,
+    /// What makes a time of each rank's clock one of this rank's clock, in nanoseconds.
+    pub clocks: Arc<[i64]>,
     /// For each rank, a number that it shares with the ranks of its machine.
     pub machine: Arc<[usize]>,
     /// Whether ranks of one machine may use its memory.
@@ -81,6 +85,46 @@ pub(crate) fn share(
 fn nonce() -> u64 {
     use std::hash::{BuildHasher, Hasher};
     std::collections::hash_map::RandomState::new().build_hasher().finish() | 1
+}
+
+/// Compares the clocks of all ranks, each with that of rank 0; see [`Job::clocks`]. Collective, for the start.
+///
+/// As much is known of a clock elsewhere as the shortest of some questions takes. Clocks that drift apart later (those of machines
+/// with NTP by less than a millisecond in minutes) blur what is waiting and what is travel, never their sum.
+pub(crate) fn clocks(world: &World) -> Result<Arc<[i64]>, CommError> {
+    let receive = |from: usize| loop {
+        if let Some((_, mut transfer)) = world.receive(Some(from), NEWS)? {
+            while !transfer.done()? {
+                thread::yield_now();
+            }
+            return Ok(i64::from_le_bytes(transfer.into_data().try_into().unwrap_or_default()));
+        }
+        thread::yield_now();
+    };
+    let send = |to: usize| {
+        let mut transfer = world.send(to, NEWS, world.clock().to_le_bytes().to_vec())?;
+        while !transfer.done()? {
+            thread::yield_now();
+        }
+        Ok(())
+    };
+    let mut to_rank_0 = (i64::MAX, 0);
+    for rank in 1..world.size() {
+        for _ in 0..QUESTIONS {
+            if world.rank() == 0 {
+                receive(rank)?;
+                send(rank)?;
+            } else if world.rank() == rank {
+                let asked = world.clock();
+                send(0)?;
+                let there = receive(0)?;
+                let took = world.clock() - asked;
+                to_rank_0 = to_rank_0.min((took, there - (asked + took / 2)));
+            }
+        }
+    }
+    let all = world.all_gather(&[to_rank_0.1 as u64])?;
+    Ok(all.into_iter().map(|other| other as i64 - to_rank_0.1).collect())
 }
 
 /// The name space in which this process's id counts; zero where the system does not say.

@@ -7,7 +7,7 @@ use std::os::unix::thread::JoinHandleExt;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
 use std::sync::{Mutex, MutexGuard, PoisonError, mpsc};
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use mpi::environment::{Threading, Universe, initialize_with_threading};
 use mpi::ffi;
@@ -28,6 +28,8 @@ pub(crate) struct World {
     /// Taken by every call: MPI may have been built for one thread at a time.
     turn: Mutex<()>,
     universe: Option<Universe>,
+    /// Where this rank's clock begins.
+    epoch: Instant,
     /// Finalizing waits for all processes, so it has to be left out when one of them may be gone.
     failed: AtomicBool,
 }
@@ -82,6 +84,7 @@ impl World {
                 next_tag: AtomicU64::new(1),
                 turn: Mutex::new(()),
                 universe: Some(universe),
+                epoch: Instant::now(),
                 failed: AtomicBool::new(false),
             })
         }
@@ -97,6 +100,11 @@ impl World {
 
     pub(crate) fn largest_tag(&self) -> usize {
         self.largest_tag
+    }
+
+    /// Nanoseconds of a clock of this rank's own.
+    pub(crate) fn clock(&self) -> i64 {
+        self.epoch.elapsed().as_nanos() as i64
     }
 
     /// From now on this process will not wait for the others at its end.
@@ -365,8 +373,6 @@ pub(crate) fn cores() -> [u64; CORE_WORDS] {
 
 #[cfg(test)]
 mod tests {
-    use std::time::Instant;
-
     use super::*;
 
     #[test]

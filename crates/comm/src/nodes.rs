@@ -83,7 +83,7 @@ impl Nodes {
         let failed = gather(&[(wanted && shared.is_none()) as u64])?;
         let off = !job.shared || members.iter().any(|&rank| failed[rank] != 0);
         let tag = tag as usize;
-        let all = Messages::new(job.world.clone(), in_world.clone(), rank, tag);
+        let all = Messages::new(job, in_world.clone(), rank, tag);
         let inside = match shared {
             _ if off || machines.len() == members.len() => Inside::Messages,
             Some(group) if machines.len() == 1 => Inside::Shared(group),
@@ -91,7 +91,7 @@ impl Nodes {
                 let of = |ranks: &[usize]| ranks.iter().map(|&rank| in_world[rank]).collect::<Vec<_>>();
                 let leading: Vec<usize> = machines.iter().map(|ranks| ranks[0]).collect();
                 let world = (of(&machines[at]), of(&leading));
-                let leaders = (place == 0).then(|| Messages::new(job.world.clone(), world.1.clone(), at, tag + 2));
+                let leaders = (place == 0).then(|| Messages::new(job, world.1.clone(), at, tag + 2));
                 Inside::Both(Machines { ranks: machines, own: (at, place), world, local, leaders })
             }
         };
@@ -260,6 +260,7 @@ impl Machines {
         let near = (send.and_then(|s| self.place(s.0)), recv.as_ref().and_then(|r| self.place(r.0)));
         // Each of the two messages takes its own way, and they move on together.
         let Some(group) = &self.local else { return all.send_recv(call, send, recv) };
+        let begun = all.begin(call);
         let (to, from) = (send.map(|s| s.0), recv.as_ref().map(|r| r.0));
         let mut near_out = send.zip(near.0).map(|((_, data), to)| Outgoing { to, data, chunks: 0 });
         let mut far_out = match send.filter(|_| near.0.is_none()) {
@@ -287,7 +288,12 @@ impl Machines {
                 (None, None) => unreachable!("a message to receive comes one way or the other"),
             }
         };
-        carry(call, [to.map(|to| (to, &mut push as _)), from.map(|from| (from, &mut pull as _))].into_iter().flatten())
+        carry(
+            call,
+            [to.map(|to| (to, &mut push as _)), from.map(|from| (from, &mut pull as _))].into_iter().flatten(),
+        )?;
+        all.settle(call, begun, far_in.iter().map(|message| message.sent));
+        Ok(())
     }
 }
 
