@@ -30,10 +30,22 @@ pub(crate) trait Watch: Send + Sync {
     fn failed(&self, rank: usize, reason: &str);
     /// Tells the ranks that do not see the board that `rank`, this one, has left.
     fn left(&self, rank: usize);
-    /// Nothing will be asked any more; `failed`: the job has failed, or may have.
-    fn close(&self, failed: bool);
+    /// Nothing will be asked any more.
+    fn close(&self, ending: Ending);
     /// News that the board does not show. Waiting ranks ask some times a second.
     fn look(&self) -> Vec<News>;
+}
+
+/// How a job ends for a rank that has left.
+#[cfg_attr(not(feature = "mpi"), allow(dead_code))]
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) enum Ending {
+    /// It has failed, or may have.
+    Failed,
+    /// Some ranks still work.
+    Early,
+    /// All have left.
+    Together,
 }
 
 /// What a watch has found. Threads need none: what they do is on the board at once.
@@ -134,14 +146,15 @@ impl Alarm {
             watch.left(rank);
         }
         let start = Instant::now();
-        while self.raised().is_none()
-            && self.probe().is_none()
-            && start.elapsed() < FAREWELL
-            && !(0..size).all(|rank| self.departed(rank))
-        {
+        let all_left = || (0..size).all(|rank| self.departed(rank));
+        while self.raised().is_none() && self.probe().is_none() && start.elapsed() < FAREWELL && !all_left() {
             thread::sleep(Duration::from_micros(200));
         }
-        watch.close(self.raised().is_some());
+        watch.close(match self.raised() {
+            Some(_) => Ending::Failed,
+            None if all_left() => Ending::Together,
+            None => Ending::Early,
+        });
     }
 
     fn mark(&self, rank: usize, how: u64) {
@@ -210,5 +223,28 @@ mod tests {
         assert!(!other.departed(2));
         alarm.depart(2, 3);
         assert!(other.departed(2) && !other.departed(0));
+    }
+
+    #[test]
+    fn the_watch_hears_how_the_job_ends() {
+        struct Ended(Arc<std::sync::Mutex<Vec<Ending>>>);
+        impl Watch for Ended {
+            fn failed(&self, _: usize, _: &str) {}
+            fn left(&self, _: usize) {}
+            fn close(&self, ending: Ending) {
+                self.0.lock().unwrap().push(ending);
+            }
+            fn look(&self) -> Vec<News> {
+                Vec::new()
+            }
+        }
+        let endings = Arc::new(std::sync::Mutex::new(Vec::new()));
+        let board = Arc::new(Segment::private(Alarm::board_bytes(2), 0));
+        let alarm = Alarm::new(board, Some(Box::new(Ended(endings.clone()))));
+        alarm.mark(1, LEFT);
+        alarm.depart(0, 2);
+        alarm.raise(1, "it stumbled");
+        alarm.depart(0, 2);
+        assert_eq!(*endings.lock().unwrap(), [Ending::Together, Ending::Failed]);
     }
 }

@@ -9,7 +9,7 @@ use std::sync::atomic::Ordering::Relaxed;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use crate::alarm::{News, Watch};
+use crate::alarm::{Ending, News, Watch};
 use crate::error::CommError;
 use crate::mpi_sys::{Process, World};
 use crate::segment::Segment;
@@ -194,7 +194,7 @@ impl Lookout {
 
 impl Watch for Lookout {
     fn failed(&self, rank: usize, reason: &str) {
-        self.world.fail();
+        self.world.set_ending(Ending::Failed);
         self.tell(FAILED, rank, reason);
         let world = self.world.clone();
         // Ranks that wait fail by themselves; one that computes, or hangs elsewhere, is ended with the job.
@@ -211,10 +211,8 @@ impl Watch for Lookout {
         self.tell(LEFT, rank, "");
     }
 
-    fn close(&self, failed: bool) {
-        if failed {
-            self.world.fail();
-        }
+    fn close(&self, ending: Ending) {
+        self.world.set_ending(ending);
     }
 
     fn look(&self) -> Vec<News> {

@@ -4,7 +4,7 @@
 use std::io;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::os::unix::thread::JoinHandleExt;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
+use std::sync::atomic::AtomicU64;
 use std::sync::{Mutex, MutexGuard, PoisonError, mpsc};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -12,6 +12,7 @@ use std::time::{Duration, Instant};
 use mpi::environment::{Threading, Universe, initialize_with_threading};
 use mpi::ffi;
 
+use crate::alarm::Ending;
 use crate::error::CommError;
 
 /// MPI may take this long to end once all ranks have left.
@@ -31,7 +32,7 @@ pub(crate) struct World {
     /// Where this rank's clock begins.
     epoch: Instant,
     /// Finalizing waits for all processes, so it has to be left out when one of them may be gone.
-    failed: AtomicBool,
+    ending: Mutex<Ending>,
 }
 
 // SAFETY: the handle is a number or a pointer to an object that MPI allows all threads to use, one at a time,
@@ -85,7 +86,7 @@ impl World {
                 turn: Mutex::new(()),
                 universe: Some(universe),
                 epoch: Instant::now(),
-                failed: AtomicBool::new(false),
+                ending: Mutex::new(Ending::Early),
             })
         }
     }
@@ -107,9 +108,9 @@ impl World {
         self.epoch.elapsed().as_nanos() as i64
     }
 
-    /// From now on this process will not wait for the others at its end.
-    pub(crate) fn fail(&self) {
-        self.failed.store(true, Relaxed);
+    /// How this process ends: it waits for the others unless one has failed, and not for long once all have left.
+    pub(crate) fn set_ending(&self, ending: Ending) {
+        *self.ending.lock().unwrap_or_else(PoisonError::into_inner) = ending;
     }
 
     fn turn(&self) -> MutexGuard<'_, ()> {
@@ -215,10 +216,12 @@ impl World {
 impl Drop for World {
     fn drop(&mut self) {
         let last = Last { comm: self.comm, universe: self.universe.take() };
-        if self.failed.load(Relaxed) {
-            std::mem::forget(last);
-        } else {
-            within(PATIENCE, move || last.end());
+        match *self.ending.get_mut().unwrap_or_else(PoisonError::into_inner) {
+            Ending::Failed => std::mem::forget(last),
+            Ending::Early => last.end(),
+            Ending::Together => {
+                within(PATIENCE, move || last.end());
+            }
         }
     }
 }
