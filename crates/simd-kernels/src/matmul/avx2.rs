@@ -15,7 +15,7 @@
 //!    and prefetches run ahead in both, on into the panels that come next. The processor's own prefetchers stop at each
 //!    4 KiB page, and with two streams the other one goes on meanwhile: on a Sapphire Rapids 1.17 times as fast as one
 //!    stream. Large panels farther apart, in the two halves of the matrix, were slower than neighbours, small ones faster.
-//! 2. For many, a part of a panel (8 to 18 KiB) stays in the L1 cache while the tiles pass it, and the same part of
+//! 2. For many, a part of a panel (8 to 18 KiB; `wide`) stays in the L1 cache while the tiles pass it, and the same part of
 //!    all tiles (512 KiB) stays in the L2 cache while four panels pass. One panel at a time, activations would stream
 //!    from L3 at 17 GB/s for one core.
 //! 3. The sums of a panel are kept next to each other and written to `out` once: rows of `out` are often a multiple
@@ -39,6 +39,9 @@ use std::arch::x86_64::*;
 
 mod float;
 mod int;
+mod wide;
+
+use wide::{Part, Wide};
 
 /// Bytes by which the prefetch into the L1 cache runs ahead of weights that stream from memory.
 const AHEAD: usize = 2048;
@@ -77,12 +80,17 @@ enum Finish {
 /// The sums of one tile: a row of 16 for each token.
 type Tile = [[f32; PANEL]; Input::TILE];
 
-/// The sums of a block of tiles with some panels.
-type Sums = [[Tile; TILES]; SLOTS];
+/// What a block of tiles needs.
+struct Block {
+    /// The sums of its tiles with some panels.
+    sums: [[Tile; TILES]; SLOTS],
+    wide: Wide,
+}
 
 thread_local! {
-    /// Kept between calls; 129 KiB, which is why it is not on the stack.
-    static SUMS: RefCell<Box<Sums>> = RefCell::new(Box::new([[[[0.0; PANEL]; Input::TILE]; TILES]; SLOTS]));
+    /// Kept between calls; 162 KiB, which is why it is not on the stack.
+    static BLOCK: RefCell<Box<Block>> =
+        RefCell::new(Box::new(Block { sums: [[[[0.0; PANEL]; Input::TILE]; TILES]; SLOTS], wide: Wide::new() }));
 }
 
 #[target_feature(enable = "avx2,fma,f16c")]
@@ -119,7 +127,7 @@ fn multiply<const N: usize>(
         4 => few::<N, 4, 1>(ws, panels, &x, out, finish),
         5 => few::<N, 5, 1>(ws, panels, &x, out, finish),
         6 => few::<N, 6, 1>(ws, panels, &x, out, finish),
-        _ => SUMS.with_borrow_mut(|sums| many(ws, panels, x, out, finish, sums)),
+        _ => BLOCK.with_borrow_mut(|block| many(ws, panels, x, out, finish, block)),
     }
 }
 
@@ -182,6 +190,7 @@ fn products<const P: usize, const M: usize, const SETS: usize>(
         let columns = Columns { range, ..*x };
         let parts = panels.map(|(w, panel)| w.part(panel, &columns.range));
         let ahead = parts.map(|part| start(part).wrapping_add(AHEAD + skip));
+        let parts = parts.map(Part::Stored);
         if M <= SIDE_BY_SIDE {
             add_tile::<P, M, SETS, true>(parts, &columns, 0, &mut acc, ahead);
         } else {
@@ -200,8 +209,9 @@ fn many<const N: usize>(
     all: Columns<'_>,
     mut out: MatMut<'_>,
     finish: Finish,
-    sums: &mut Sums,
+    block: &mut Block,
 ) {
+    let Block { sums, wide } = block;
     let (x, cols, depth) = (all.x, all.range.end, depth(all.x.kind()));
     // Blocks of about the same size: a small last one would read all the weights for few tokens.
     let blocks = x.tiles().div_ceil(TILES);
@@ -225,7 +235,7 @@ fn many<const N: usize>(
                     } else {
                         start(ws[0].part(group.end.min(ws[0].count() - 1), &(0..cols)))
                     };
-                    add_part(part(slot), &columns, tiles.clone(), &mut sums[..tiles.len()], next);
+                    add_part(part(slot), &columns, tiles.clone(), &mut sums[..tiles.len()], next, wide);
                 }
             }
             for tile in tiles.clone() {
@@ -241,9 +251,20 @@ fn many<const N: usize>(
     }
 }
 
+/// Tiles from which on it pays to widen a part for all of them: six lose what later ones gain.
+const WIDENED: usize = 12;
+
 /// Adds the products of a panel part with each tile to `sums`, and prefetches the next part of weights from `ahead` on.
 #[target_feature(enable = "avx2,fma,f16c")]
-fn add_part(part: PanelData<'_>, x: &Columns<'_>, tiles: Range<usize>, sums: &mut [Tile], ahead: *const u8) {
+fn add_part(
+    part: PanelData<'_>,
+    x: &Columns<'_>,
+    tiles: Range<usize>,
+    sums: &mut [Tile],
+    ahead: *const u8,
+    wide: &mut Wide,
+) {
+    let part = if tiles.len() < WIDENED { Part::Stored(part) } else { wide.widen(part, x.vnni) };
     for (i, (tile, sums)) in tiles.clone().zip(sums).enumerate() {
         let next = if tile + 1 < tiles.end { tile + 1 } else { tiles.start };
         let next = x.x.start(next, &x.range);
@@ -263,7 +284,7 @@ fn add_part(part: PanelData<'_>, x: &Columns<'_>, tiles: Range<usize>, sums: &mu
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c")]
 fn add_tile<const P: usize, const M: usize, const SETS: usize, const WEIGHTS: bool>(
-    parts: [PanelData<'_>; P],
+    parts: [Part<'_>; P],
     x: &Columns<'_>,
     tile: usize,
     acc: &mut [[[f32; PANEL]; M]; P],
@@ -271,7 +292,12 @@ fn add_tile<const P: usize, const M: usize, const SETS: usize, const WEIGHTS: bo
 ) {
     let float = || x.x.float_part(tile, &x.range).x;
     let int = || x.x.int_part(tile, &x.range);
-    match parts[0] {
+    let stored = match parts[0] {
+        Part::Stored(part) => part,
+        Part::WideQ8(groups) => return int::add_wide::<M, WEIGHTS>(groups, int(), &mut acc[0], ahead[0]),
+    };
+    let parts = parts.map(|part| if let Part::Stored(part) = part { part } else { stored });
+    match stored {
         PanelData::F32(_) => {
             float::add_products::<float::F32, P, M, SETS, WEIGHTS>(parts.map(floats), float(), acc, ahead);
         }

@@ -240,6 +240,8 @@ fn every_number_of_tokens() {
         for tokens in (0..=14).chain([15, 16, 17, 64, 509, 510, 511, 512, 517]) {
             check_matmul(format, 17, if tokens > 64 { 33 } else { 270 }, tokens, 0..2);
         }
+        // Several parts of the columns, each widened for all tiles.
+        check_matmul(format, 17, 1100, 75, 0..2);
     }
     assert_entered("avx2::matmul");
 }

@@ -13,7 +13,7 @@
 //! 2. With fewer tokens there are several sets of accumulators, for columns k, k + 1, ..., added at the end:
 //!    one token and one set would wait for the previous sum in each step.
 //! 3. Packing has put a tile's activations in the order of use, one stream next to the stream of weights.
-//! 4. Weights of 16 bits are widened in registers each time a tile passes them. That takes two instructions next to
+//! 4. bf16 is widened in registers each time a tile passes it. That takes two instructions next to
 //!    twelve multiply-adds, on other ports; widening once into a buffer was slower (0.93 of the multiply-add rate
 //!    against 0.98 on a Zen 5), because it needs stores, and because f32 fills the L1 cache twice as fast. For bf16
 //!    the two are shuffles: a shift and a mask cost 5 % on Intel's cores, whose shifts share the ports of multiply-adds.
@@ -132,7 +132,7 @@ fn step<C: Column, const M: usize>(column: &[C::Bits; PANEL], x: &[f32; M], sums
 /// Rows 0..8 and rows 8..16 of a column.
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c")]
-fn widen<C: Column>(column: &[C::Bits; PANEL]) -> (__m256, __m256) {
+pub(super) fn widen<C: Column>(column: &[C::Bits; PANEL]) -> (__m256, __m256) {
     let start = column.as_ptr();
     // SAFETY: an array of 16 weights is 64 readable bytes for F32 and 32 for Bf16 and F16, the types that implement
     // `Column`; the loads ask for no alignment.

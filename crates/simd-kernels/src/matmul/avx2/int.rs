@@ -22,6 +22,7 @@
 use std::arch::x86_64::*;
 
 use super::prefetch_weights;
+use super::wide::WideGroup;
 use crate::input::IntTile;
 use crate::lanes::{LINE, add_pairs, hold, load, prefetch, settle, store};
 use crate::panels::{PANEL, Q4_BLOCK, Q8_BLOCK};
@@ -77,6 +78,35 @@ pub(super) fn add_products<const Q4: bool, const VNNI: bool, const P: usize, con
                 settle(acc);
             }
         }
+    }
+}
+
+/// As [`add_products`], of a part that has been widened, for plain AVX2.
+#[inline]
+#[target_feature(enable = "avx2,fma,f16c")]
+pub(super) fn add_wide<const M: usize, const WEIGHTS: bool>(
+    groups: &[WideGroup],
+    x: IntTile<'_>,
+    acc: &mut [[f32; PANEL]; M],
+    ahead: *const u8,
+) {
+    let words = x.words.as_chunks::<M>().0.chunks_exact(words_in_group(false));
+    assert!(groups.len() == words.len(), "{} groups of weights, {} of activations", groups.len(), words.len());
+    for (g, ((group, words), scales)) in groups.iter().zip(words).zip(x.scales.as_chunks::<M>().0).enumerate() {
+        let next = if WEIGHTS { Q8_BLOCK } else { size_of_val(words) };
+        for line in (g * next..(g + 1) * next).step_by(LINE) {
+            let line = ahead.wrapping_add(line);
+            if WEIGHTS { prefetch_weights(line) } else { prefetch::<_MM_HINT_T0>(line) }
+        }
+        let mut sums = [[_mm256_setzero_si256(); 2]; M];
+        for (weights, word) in group.words.iter().zip(words) {
+            // SAFETY: each half of the array is 32 readable bytes, and the unaligned loads ask for nothing else.
+            let weights = [0, PANEL].map(|half| unsafe { _mm256_loadu_si256(weights[half..].as_ptr().cast()) });
+            add_word::<false, false, M>(weights, word, &mut sums);
+        }
+        let (row_scales, _) = group.scales.as_chunks();
+        add_scaled::<false, false, M>(&sums, [load(&row_scales[0]), load(&row_scales[1])], scales, acc);
+        settle(acc);
     }
 }
 
@@ -163,15 +193,22 @@ fn widen<const Q4: bool>(word: &[u8; 32]) -> [__m256i; 2] {
         let low = _mm256_set1_epi8(15);
         [_mm256_and_si256(packed, low), _mm256_and_si256(_mm256_srli_epi16::<4>(packed), low)]
     } else {
-        let halves = [_mm256_castsi256_si128(packed), _mm256_extracti128_si256::<1>(packed)];
-        [_mm256_cvtepi8_epi16(halves[0]), _mm256_cvtepi8_epi16(halves[1])]
+        widen_q8(packed)
     }
+}
+
+/// 32 int8 as int16.
+#[inline]
+#[target_feature(enable = "avx2,fma,f16c")]
+pub(super) fn widen_q8(packed: __m256i) -> [__m256i; 2] {
+    let halves = [_mm256_castsi256_si128(packed), _mm256_extracti128_si256::<1>(packed)];
+    [_mm256_cvtepi8_epi16(halves[0]), _mm256_cvtepi8_epi16(halves[1])]
 }
 
 /// The sixteen f16 scales of a block.
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c")]
-fn widen_scales(scales: &[u8; 32]) -> [__m256; 2] {
+pub(super) fn widen_scales(scales: &[u8; 32]) -> [__m256; 2] {
     let packed = load_bytes(scales);
     let halves = [_mm256_castsi256_si128(packed), _mm256_extracti128_si256::<1>(packed)];
     [_mm256_cvtph_ps(halves[0]), _mm256_cvtph_ps(halves[1])]
@@ -179,7 +216,7 @@ fn widen_scales(scales: &[u8; 32]) -> [__m256; 2] {
 
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c")]
-fn load_bytes(bytes: &[u8; 32]) -> __m256i {
+pub(super) fn load_bytes(bytes: &[u8; 32]) -> __m256i {
     // SAFETY: the array is 32 readable bytes, and the unaligned load asks for nothing else.
     unsafe { _mm256_loadu_si256(bytes.as_ptr().cast()) }
 }
