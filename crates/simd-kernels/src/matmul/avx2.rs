@@ -54,7 +54,7 @@ const AHEAD: usize = 2048;
 const FARTHER: usize = 1024;
 
 /// Columns in a part: 1 KiB of a token, a multiple of the group.
-fn depth(kind: InputKind) -> usize {
+const fn depth(kind: InputKind) -> usize {
     match kind {
         InputKind::Float => 256,
         InputKind::Int16 => 512,
@@ -292,44 +292,48 @@ fn add_tile<const P: usize, const M: usize, const SETS: usize, const WEIGHTS: bo
 ) {
     let float = || x.x.float_part(tile, &x.range).x;
     let int = || x.x.int_part(tile, &x.range);
-    let stored = match parts[0] {
-        Part::Stored(part) => part,
-        Part::WideQ8(groups) => return int::add_wide::<M, WEIGHTS>(groups, int(), &mut acc[0], ahead[0]),
-    };
-    let parts = parts.map(|part| if let Part::Stored(part) = part { part } else { stored });
-    match stored {
-        PanelData::F32(_) => {
+    match parts[0] {
+        Part::WideQ8(groups) => int::add_wide::<M, WEIGHTS>(groups, int(), &mut acc[0], ahead[0]),
+        Part::Stored(PanelData::F32(_)) => {
             float::add_products::<float::F32, P, M, SETS, WEIGHTS>(parts.map(floats), float(), acc, ahead);
         }
-        PanelData::Bf16(_) => {
+        Part::Stored(PanelData::Bf16(_)) => {
             float::add_products::<float::Bf16, P, M, SETS, WEIGHTS>(parts.map(halves), float(), acc, ahead);
         }
-        PanelData::F16(_) => {
+        Part::Stored(PanelData::F16(_)) => {
             float::add_products::<float::F16, P, M, SETS, WEIGHTS>(parts.map(halves), float(), acc, ahead);
         }
-        PanelData::Q8(_) if x.vnni => {
+        Part::Stored(PanelData::Q8(_)) if x.vnni => {
             int::add_products::<false, true, P, M, WEIGHTS>(parts.map(bytes), int(), acc, ahead)
         }
-        PanelData::Q8(_) => int::add_products::<false, false, P, M, WEIGHTS>(parts.map(bytes), int(), acc, ahead),
-        PanelData::Q4(_) if x.vnni => {
+        Part::Stored(PanelData::Q8(_)) => {
+            int::add_products::<false, false, P, M, WEIGHTS>(parts.map(bytes), int(), acc, ahead)
+        }
+        Part::Stored(PanelData::Q4(_)) if x.vnni => {
             int::add_products::<true, true, P, M, WEIGHTS>(parts.map(bytes), int(), acc, ahead)
         }
-        PanelData::Q4(_) => int::add_products::<true, false, P, M, WEIGHTS>(parts.map(bytes), int(), acc, ahead),
+        Part::Stored(PanelData::Q4(_)) => {
+            int::add_products::<true, false, P, M, WEIGHTS>(parts.map(bytes), int(), acc, ahead)
+        }
     }
 }
 
-fn floats(part: PanelData<'_>) -> &[[f32; PANEL]] {
-    let PanelData::F32(part) = part else { panic!("panels of one product have one format") };
+fn floats(part: Part<'_>) -> &[[f32; PANEL]] {
+    let Part::Stored(PanelData::F32(part)) = part else { panic!("panels of one product have one format") };
     part.as_chunks().0
 }
 
-fn halves(part: PanelData<'_>) -> &[[u16; PANEL]] {
-    let (PanelData::Bf16(part) | PanelData::F16(part)) = part else { panic!("panels of one product have one format") };
+fn halves(part: Part<'_>) -> &[[u16; PANEL]] {
+    let Part::Stored(PanelData::Bf16(part) | PanelData::F16(part)) = part else {
+        panic!("panels of one product have one format")
+    };
     part.as_chunks().0
 }
 
-fn bytes(part: PanelData<'_>) -> &[u8] {
-    let (PanelData::Q8(part) | PanelData::Q4(part)) = part else { panic!("panels of one product have one format") };
+fn bytes(part: Part<'_>) -> &[u8] {
+    let Part::Stored(PanelData::Q8(part) | PanelData::Q4(part)) = part else {
+        panic!("panels of one product have one format")
+    };
     part
 }
 

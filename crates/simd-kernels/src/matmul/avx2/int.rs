@@ -28,7 +28,7 @@ use crate::lanes::{LINE, add_pairs, hold, load, prefetch, settle, store};
 use crate::panels::{PANEL, Q4_BLOCK, Q8_BLOCK};
 
 /// Words in a group: 8 quads or 16 pairs.
-const fn words_in_group(q4: bool) -> usize {
+pub(super) const fn words_in_group(q4: bool) -> usize {
     if q4 { 8 } else { 16 }
 }
 
@@ -100,9 +100,7 @@ pub(super) fn add_wide<const M: usize, const WEIGHTS: bool>(
         }
         let mut sums = [[_mm256_setzero_si256(); 2]; M];
         for (weights, word) in group.words.iter().zip(words) {
-            // SAFETY: each half of the array is 32 readable bytes, and the unaligned loads ask for nothing else.
-            let weights = [0, PANEL].map(|half| unsafe { _mm256_loadu_si256(weights[half..].as_ptr().cast()) });
-            add_word::<false, false, M>(weights, word, &mut sums);
+            add_word::<false, false, M>([load_bytes(&weights[0]), load_bytes(&weights[1])], word, &mut sums);
         }
         let (row_scales, _) = group.scales.as_chunks();
         add_scaled::<false, false, M>(&sums, [load(&row_scales[0]), load(&row_scales[1])], scales, acc);

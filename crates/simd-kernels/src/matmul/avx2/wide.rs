@@ -6,21 +6,24 @@
 
 use std::arch::x86_64::*;
 
+use super::depth;
 use super::float::{F16, widen};
-use super::int::{load_bytes, widen_q8, widen_scales};
+use super::int::{load_bytes, widen_q8, widen_scales, words_in_group};
+use crate::input::InputKind;
 use crate::lanes::store;
-use crate::panels::{PANEL, PanelData, Q8_BLOCK};
+use crate::panels::{GROUP, PANEL, PanelData, Q8_BLOCK};
 
-/// Columns of a part of f16, groups of a part of Q8: what `depth` makes of them.
-const COLUMNS: usize = 256;
-const GROUPS: usize = 16;
+/// Columns of a part of f16, groups of a part of Q8, words of such a group.
+const COLUMNS: usize = depth(InputKind::Float);
+const GROUPS: usize = depth(InputKind::Int16) / GROUP;
+const WORDS: usize = words_in_group(false);
 
 /// A group of 32 columns of a Q8 panel.
 #[derive(Clone, Copy)]
 pub(super) struct WideGroup {
     pub scales: [f32; PANEL],
-    /// For each two columns the pairs of rows 0..8, then those of rows 8..16.
-    pub words: [[i16; 2 * PANEL]; 16],
+    /// For each two columns the pairs of int16 of rows 0..8, then those of rows 8..16.
+    pub words: [[[u8; 32]; 2]; WORDS],
 }
 
 /// Room for one part.
@@ -38,7 +41,7 @@ pub(super) enum Part<'a> {
 
 impl Wide {
     pub(super) const fn new() -> Wide {
-        let group = WideGroup { scales: [0.0; PANEL], words: [[0; 2 * PANEL]; 16] };
+        let group = WideGroup { scales: [0.0; PANEL], words: [[[0; 32]; 2]; WORDS] };
         Wide { groups: [group; GROUPS], columns: [[0.0; PANEL]; COLUMNS] }
     }
 
@@ -55,8 +58,8 @@ impl Wide {
                         store(out, scales);
                     }
                     for (out, word) in group.words.iter_mut().zip(words) {
-                        for (out, pairs) in out.as_chunks_mut().0.iter_mut().zip(widen_q8(load_bytes(word))) {
-                            store_pairs(out, pairs);
+                        for (out, pairs) in out.iter_mut().zip(widen_q8(load_bytes(word))) {
+                            store_bytes(out, pairs);
                         }
                     }
                 }
@@ -79,7 +82,7 @@ impl Wide {
 
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c")]
-fn store_pairs(out: &mut [i16; PANEL], pairs: __m256i) {
+fn store_bytes(out: &mut [u8; 32], bytes: __m256i) {
     // SAFETY: the array is 32 writable bytes, and the unaligned store asks for nothing else.
-    unsafe { _mm256_storeu_si256(out.as_mut_ptr().cast(), pairs) }
+    unsafe { _mm256_storeu_si256(out.as_mut_ptr().cast(), bytes) }
 }
