@@ -8,7 +8,6 @@ use crate::attention::AttentionShape;
 use crate::context::Context;
 
 /// Keys and values of one layer: one `KvHead` for each KV head that this rank holds.
-#[derive(Clone)]
 pub struct LayerCache {
     heads: Vec<KvHead>,
 }

@@ -226,12 +226,17 @@ impl Lab<'_> {
 
     fn attention(&self, format: KvFormat) -> Result<AttentionRate, CommError> {
         let ([shallow, middle, deep], tokens, shape) = (DEPTHS, tokens(self.ctx.isa), USUAL.shape());
-        let mut first = LayerCache::new(format, KV_HEADS, HEAD_DIM);
-        first.reserve(deep + 1);
         let past = Activations::ones((deep, shape.qkv_width()));
-        first.push(&self.ctx, past.as_slice().expect("rows are contiguous"), &shape, 0..deep);
-        let all = first.bytes();
-        let mut caches = vec![first; (CACHE_BYTES / self.ranks).div_ceil(all)];
+        // Each by the team, whose threads first touch it, as in a model.
+        let cache = || {
+            let mut cache = LayerCache::new(format, KV_HEADS, HEAD_DIM);
+            cache.reserve(deep + 1);
+            cache.push(&self.ctx, past.as_slice().expect("rows are contiguous"), &shape, 0..deep);
+            cache
+        };
+        let mut caches = vec![cache()];
+        let all = caches[0].bytes();
+        caches.resize_with((CACHE_BYTES / self.ranks).div_ceil(all), cache);
         let long = self.attend(&mut caches, deep, 1, ROUNDS[0])?;
         // Arithmetic does not ask where its operands come from.
         let many = self.attend(&mut caches[..1], middle, tokens, ROUNDS[1])?;
