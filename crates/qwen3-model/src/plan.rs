@@ -177,11 +177,40 @@ struct Exchange {
     calls: u64,
     /// Payload on the wire.
     bytes: u64,
+    /// Of what is waited for.
     seconds: f64,
-    /// Those of keys and values that go round.
-    ring_seconds: f64,
-    /// Of sums that have work to travel behind: waited for, behind it, and what they take from it.
-    sums: [f64; 3],
+    /// Keys and values that go round, behind attention.
+    ring: Behind,
+    /// Sums of passes in halves, behind all work.
+    sums: Behind,
+}
+
+/// Seconds of messages that have work to travel behind.
+#[derive(Clone, Copy, Default)]
+struct Behind {
+    /// If they are waited for all the same.
+    waited: f64,
+    /// If there is work all the while, and what they take from it: cores that compute move the packets, too.
+    travel: f64,
+    taken: f64,
+}
+
+impl Behind {
+    /// What they take from `work` seconds of work, and how long the rest of them is waited for: as many travel behind the work, slowed
+    /// down by them, as it lasts for.
+    fn work(self, work: f64) -> (f64, f64) {
+        let Self { waited, travel, taken } = self;
+        let hidden = if travel > taken { (work / (travel - taken)).min(1.0) } else { 1.0 };
+        (hidden * taken, (1.0 - hidden) * waited)
+    }
+
+    fn and(self, other: Self, by: impl Fn(f64, f64) -> f64) -> Self {
+        Self {
+            waited: by(self.waited, other.waited),
+            travel: by(self.travel, other.travel),
+            taken: by(self.taken, other.taken),
+        }
+    }
 }
 
 struct Way<'a> {
@@ -243,26 +272,23 @@ impl<'a> Way<'a> {
     fn pass(&self, tokens: usize, past: usize, rows: LogitRows) -> PassCost {
         let mut cost = PassCost::default();
         let halves = self.overlap().parts(self.input.config, self.sp, self.division.schedule, tokens).len() > 1;
-        let mut most = [0.0; 3];
+        let mut most = Behind::default();
         for rank in 0..self.input.ranks {
-            let Exchange { calls, bytes, seconds, ring_seconds, sums } =
-                self.collectives(rank, tokens, past, rows, halves);
+            let Exchange { calls, bytes, seconds, ring, sums } = self.collectives(rank, tokens, past, rows, halves);
             let attention = self.attention(rank, tokens, past);
             // Blocks of keys travel while a rank attends to those that it has; behind the last one nothing travels.
-            let behind = attention * (self.sp - 1) as f64 / self.sp as f64;
+            let (taken, waited) = ring.work(attention * (self.sp - 1) as f64 / self.sp as f64);
             cost.calls = cost.calls.max(calls);
             cost.bytes = cost.bytes.max(bytes);
-            cost.collective_seconds = cost.collective_seconds.max(seconds + (ring_seconds - behind).max(0.0));
-            cost.work_seconds = cost.work_seconds.max(self.products(rank, tokens, rows) + attention);
-            most = std::array::from_fn(|i| f64::max(most[i], sums[i]));
+            cost.collective_seconds = cost.collective_seconds.max(seconds + waited);
+            cost.work_seconds = cost.work_seconds.max(self.products(rank, tokens, rows) + attention + taken);
+            most = most.and(sums, f64::max);
         }
         if halves {
-            // Each half's sum travels while the other half computes, as many of them as the work, slowed down by them, lasts for; the
-            // others are waited for, and so is the last one, which has nothing to hide behind.
-            let [alone, behind, taken] = most;
-            let hidden = if behind > taken { (cost.work_seconds / (behind - taken)).min(1.0) } else { 1.0 };
-            cost.work_seconds += hidden * taken;
-            cost.collective_seconds += (1.0 - hidden) * alone + behind / cost.calls as f64;
+            // Each half's sum travels while the other half computes; the last one has nothing to hide behind.
+            let (taken, waited) = most.work(cost.work_seconds);
+            cost.work_seconds += taken;
+            cost.collective_seconds += waited + most.travel / cost.calls as f64;
         }
         cost
     }
@@ -359,18 +385,14 @@ impl<'a> Way<'a> {
             all.calls += entry.calls;
             all.bytes += payload;
             let on = |cluster: &Cluster| entry.calls as f64 * cluster.seconds(entry.collective, group, each);
-            let seconds = on(&self.cluster);
+            let [link, taken] = &self.hidden;
+            let behind = Behind { waited: on(&self.cluster), travel: on(link), taken: on(taken) };
             match entry.collective {
-                Collective::Allreduce if halves => {
-                    let [link, taken] = &self.hidden;
-                    for (sum, more) in all.sums.iter_mut().zip([seconds, on(link), on(taken)]) {
-                        *sum += more;
-                    }
-                }
+                Collective::Allreduce if halves => all.sums = all.sums.and(behind, |a, b| a + b),
                 // In a ring a rank receives at the same time.
                 Collective::Send => {}
-                Collective::Recv => all.ring_seconds += seconds,
-                _ => all.seconds += seconds,
+                Collective::Recv => all.ring = all.ring.and(behind, |a, b| a + b),
+                _ => all.seconds += behind.waited,
             }
         }
         if ranks > 1 && rows != LogitRows::None {

@@ -17,6 +17,8 @@ const HIDDEN_SIZES: [usize; 2] = [1 << 15, 1 << 18];
 const HIDDEN_TIME: f64 = 0.3;
 /// The least part of a sum's time that it is taken to cost: less cannot be told from noise.
 const NOISE: f64 = 0.02;
+/// Rounds of work that are timed without them.
+const ALONE: u32 = 100;
 /// The work behind which they travel: rows of a product with a matrix of so many rows and columns, a millisecond of a core.
 const ROWS: usize = 32;
 const WIDTH: usize = 1024;
@@ -65,10 +67,7 @@ pub(crate) fn measure_hidden(ctx: &Context, comm: &Arc<dyn Communicator>, link: 
     for len in HIDDEN_SIZES {
         let bytes = comm.wire().encoded_bytes(len) as f64;
         let calls = (HIDDEN_TIME / link.seconds(Collective::Allreduce, comm.size(), bytes)).clamp(3.0, 100.0) as usize;
-        let alone = median(&**comm, 51, || {
-            work();
-            Ok(())
-        })?;
+        let alone = each(&**comm, ALONE, &mut work)?;
         // Whoever holds the other end is still adding up.
         let running = Arc::new(());
         let held = Arc::clone(&running);
@@ -94,6 +93,16 @@ pub(crate) fn measure_hidden(ctx: &Context, comm: &Arc<dyn Communicator>, link: 
     }
     let fit = |measured: &[(f64, f64)]| LinkFigures::from(Link::fit(comm.size(), measured).unwrap_or(link));
     Ok(HiddenSums { link: fit(&busy), taken: fit(&taken) })
+}
+
+/// The mean time of a round of this rank's work while all ranks work. Not the median: ranks that share a core take turns of several rounds
+/// each, so that most rounds take as long as if the core were theirs alone.
+fn each(comm: &dyn Communicator, rounds: u32, mut work: impl FnMut()) -> Result<f64, CommError> {
+    work();
+    comm.barrier()?;
+    let start = Instant::now();
+    (0..rounds).for_each(|_| work());
+    Ok(start.elapsed().as_secs_f64() / f64::from(rounds))
 }
 
 /// The longest time of all ranks.

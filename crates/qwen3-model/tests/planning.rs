@@ -181,6 +181,34 @@ fn sums_behind_work_take_from_it_and_the_rest_is_waited_for() {
     near(half.collective_seconds, (1.0 - hidden) * sums + last);
 }
 
+#[test]
+fn keys_that_go_round_take_from_attention_and_the_rest_is_waited_for() {
+    let (_dir, config, weights) = shape();
+    let link = |ms: f64| LinkFigures { alpha_us: ms * 1e3, beta_gb_s: 1e6 };
+    // A prompt of 1024 in one pass: in each layer one block of keys goes round.
+    let mut machine = Machine::typical(2, 2, 1);
+    machine.between = link(1.0);
+    machine.hidden = HiddenSums { link: link(2.0), taken: link(1e-6) };
+    let prompt = |machine: &Machine| {
+        let ways = run(&config, &weights, machine, |input| input.prompt = 1024).ways;
+        ways.into_iter().find(|way| way.strategy == ParallelStrategy::Sequence).expect("it is listed").prompt
+    };
+    let blocks = config.num_hidden_layers as f64 * 1e-3;
+    // Attention without end hides them all: they cost what they take from it, and nothing is waited for but the last row and the token.
+    machine.attention[0].gflops = 1e-3;
+    let long = prompt(&machine);
+    machine.hidden.taken = link(0.5);
+    let more = prompt(&machine);
+    let near = |found: f64, expected: f64| assert!((found / expected - 1.0).abs() < 1e-3, "{found}, not {expected}");
+    near(more.work_seconds - long.work_seconds, 0.5 * blocks);
+    assert_eq!(more.collective_seconds, long.collective_seconds);
+    // Attention in no time hides none.
+    machine.attention[0].start_us = 0.0;
+    machine.attention[0].gflops = 1e12;
+    machine.attention[0].read_gb_s = 1e12;
+    near(prompt(&machine).collective_seconds - more.collective_seconds, blocks);
+}
+
 /// A rate with so many times the speed.
 fn scaled(rate: &Rate, times: f64) -> Rate {
     let Rate { format, start_us, read_gb_s, few_gb_s, gflops } = rate.clone();

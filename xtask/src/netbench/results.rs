@@ -87,8 +87,8 @@ impl Run {
 pub struct Network {
     pub gbit: f64,
     pub ranks: usize,
-    /// As measured by `calibrate`: microseconds and GB/s.
-    pub link: (f64, f64),
+    /// As `calibrate` measured the ranks and their links.
+    pub machine: Value,
     pub runs: Vec<Run>,
 }
 
@@ -101,18 +101,15 @@ impl Network {
                 machine["nodes"]
             );
         }
-        let between = &machine["between"];
-        let link = (number(between, "alpha_us")?, number(between, "beta_gb_s")?);
-        Ok(Network { gbit, ranks, link, runs: Vec::new() })
+        Ok(Network { gbit, ranks, machine: machine.clone(), runs: Vec::new() })
     }
 
     /// For people.
     pub fn table(&self) -> String {
-        let (alpha, beta) = self.link;
-        let mut text = format!(
-            "\n{} Gbit/s, {} ranks: {alpha:.1} µs and {beta:.3} GB/s as calibrate measured them\n",
-            self.gbit, self.ranks
-        );
+        let link = |name: &str| self.machine["between"][name].as_f64().unwrap_or(f64::NAN);
+        let (gbit, ranks, alpha, beta) = (self.gbit, self.ranks, link("alpha_us"), link("beta_gb_s"));
+        let mut text =
+            format!("\n{gbit} Gbit/s, {ranks} ranks: {alpha:.1} µs and {beta:.3} GB/s as calibrate measured them\n");
         text += "strategy  wire  prefill tok/s  predicted  ratio  decode tok/s  predicted  ratio  bytes/token\n";
         for run in &self.runs {
             let Run { strategy, wire, prefill, decode, token_bytes, .. } = run;
@@ -125,8 +122,7 @@ impl Network {
     /// For programs.
     pub fn json(&self) -> Value {
         let runs: Vec<Value> = self.runs.iter().map(Run::json).collect();
-        let link = json!({ "alpha_us": self.link.0, "beta_gb_s": self.link.1 });
-        json!({ "gbit": self.gbit, "ranks": self.ranks, "link": link, "runs": runs })
+        json!({ "gbit": self.gbit, "ranks": self.ranks, "machine": self.machine, "runs": runs })
     }
 }
 

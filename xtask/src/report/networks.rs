@@ -64,7 +64,7 @@ fn page(found: &Value) -> String {
     let _ = writeln!(out, "| – | 1 | – | – | – | {:.1} | – | {:.1} | – | 0 |", alone("prefill"), alone("decode"));
     let mut ratios = [("prompts", Vec::new()), ("decoding", Vec::new())];
     for network in found["networks"].as_array().into_iter().flatten() {
-        let link = &network["link"];
+        let link = &network["machine"]["between"];
         for run in network["runs"].as_array().into_iter().flatten() {
             let mut cells = Vec::new();
             for (phase, (_, ratios)) in ["prefill", "decode"].into_iter().zip(&mut ratios) {
@@ -107,7 +107,7 @@ mod tests {
         let page = page(&json!({
             "mpi": "Open MPI 4", "cores": 2, "delay_us": null, "prompt": "256", "generated": "32", "reps": "3", "model": "0.6b",
             "one_rank": [{"phase": "prefill", "tokens_per_s": 60.0}, {"phase": "decode", "tokens_per_s": 15.0}],
-            "networks": [{"gbit": 1.0, "ranks": 2, "link": {"alpha_us": 20.0, "beta_gb_s": 0.11}, "runs": [run]}],
+            "networks": [{"gbit": 1.0, "ranks": 2, "machine": {"between": {"alpha_us": 20.0, "beta_gb_s": 0.11}}, "runs": [run]}],
         }));
         let row = "| 1.0 | 2 | 20.0 µs, 0.110 GB/s | heads | bf16 | 90.0 | 100.0 | 20.0 | 25.0 | 114688 |\n";
         assert!(page.contains(row) && page.contains("no netem") && page.contains("2 cores"), "{page}");
