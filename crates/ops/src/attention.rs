@@ -177,11 +177,16 @@ const TASK_ROWS: Range<usize> = 64..256;
 /// Tasks of a thread, so that the last ones to finish do not finish long after the others.
 const TASKS: usize = 4;
 
+/// Rows of queries of a task, where a team of `threads` shares those of `heads` heads and some tokens.
+pub(crate) fn task_rows(tokens: usize, heads: usize, threads: usize) -> usize {
+    (tokens * heads / (TASKS * threads)).clamp(TASK_ROWS.start, TASK_ROWS.end)
+}
+
 /// Keys below which a head's cache is not split over threads.
 const PIECE_KEYS: usize = 256;
 
 /// Pieces of a cache begin where its kernels' tiles do.
-const SPAN: usize = 128;
+pub(crate) const SPAN: usize = 128;
 
 /// Attention of the given queries; out [tokens, heads * head_dim]. With `partial`, out is left
 /// undivided and the softmax state's maxima and sums go there.
@@ -224,7 +229,7 @@ pub(crate) fn attend(
         }
         return;
     }
-    let rows = (tokens * heads / (TASKS * threads)).clamp(TASK_ROWS.start, TASK_ROWS.end);
+    let rows = task_rows(tokens, heads, threads);
     let mut parts = Vec::new();
     let mut rest = OutputBlocks::whole(out, partial);
     for (head, group) in task.shape.groups.iter().enumerate() {

@@ -209,6 +209,7 @@ fn attend_past(
     ctx.positions.all_reduce(slice_mut(&mut partial.max), ReduceOp::Max)?;
     // Each token's sums and accumulators, relative to the common maxima.
     message.clear();
+    message.reserve_exact(tokens * (heads + width));
     let rows = own_max.chunks_exact(heads).zip(partial.max.outer_iter());
     for (((own_max, max), sum), acc) in rows.zip(partial.sum.outer_iter()).zip(slice(past).chunks_exact(width)) {
         let factor =

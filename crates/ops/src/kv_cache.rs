@@ -23,6 +23,16 @@ impl LayerCache {
         Self { heads: self.heads.iter().map(|head| KvHead::new(head.format(), head.head_dim())).collect() }
     }
 
+    /// Bytes of a key and a value of each of `heads` KV heads of size `head_dim`.
+    pub fn position_bytes(format: KvFormat, heads: usize, head_dim: usize) -> usize {
+        2 * heads
+            * match format {
+                KvFormat::F32 => 4 * head_dim,
+                KvFormat::F16 => 2 * head_dim,
+                KvFormat::Q8 => head_dim + 2 * head_dim.div_ceil(32),
+            }
+    }
+
     /// Makes room for `tokens` in all.
     pub fn reserve(&mut self, tokens: usize) {
         self.heads.iter_mut().for_each(|head| head.reserve(tokens));

@@ -20,14 +20,14 @@ pub struct WeightFormats {
 }
 
 #[derive(Clone, Debug)]
-struct LayerFormats {
-    qkv: WeightFormat,
-    output: WeightFormat,
-    router: Option<WeightFormat>,
+pub(crate) struct LayerFormats {
+    pub qkv: WeightFormat,
+    pub output: WeightFormat,
+    pub router: Option<WeightFormat>,
     /// Gate, up and down, and the consecutive experts that have them; one in a dense layer.
-    experts: Vec<([WeightFormat; 3], Range<usize>)>,
+    pub experts: Vec<([WeightFormat; 3], Range<usize>)>,
     /// Of the first expert's down projection, which decides where columns may be cut.
-    granule: usize,
+    pub granule: usize,
 }
 
 /// Matrices of a rank, by their formats.
@@ -94,6 +94,10 @@ impl WeightFormats {
     /// The format of the head, which reports name as that of the weights.
     pub fn main(&self) -> WeightFormat {
         self.head
+    }
+
+    pub(crate) fn layers(&self) -> &[LayerFormats] {
+        &self.layers
     }
 
     /// Feed-forward columns that are never cut apart: 1, or the group of a quantized format.

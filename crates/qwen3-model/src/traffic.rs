@@ -132,7 +132,7 @@ impl TrafficModel<'_> {
             // The softmax states of all ranks: maximum and sum of each head, accumulators of each element.
             sum.add(Collective::Allgather, 1, sp * tokens * (2 * heads + queries));
         }
-        let (layout, machines) = (TokenLayout::balanced(tokens, sp), self.machines(tp, sp));
+        let (layout, machines) = (TokenLayout::balanced(tokens, sp), column_machines(tp, sp, self.rank, self.nodes));
         // Keys and values of a token, in the places of f32 that they take.
         let width = if self.kv == KvFormat::F16 && machines > 1 { keys } else { 2 * keys };
         if layout.goes_round(machines) {
@@ -153,13 +153,6 @@ impl TrafficModel<'_> {
         if tp > 1 {
             pass.parts.iter().for_each(|part| sum.add(Collective::Allreduce, 1, part * self.config.hidden_size));
         }
-    }
-
-    /// Machines on which the ranks lie that hold the same heads as this one.
-    fn machines(&self, tp: usize, sp: usize) -> usize {
-        let mut nodes: Vec<_> = (0..sp).map(|row| node_of(row * tp + self.rank % tp, self.ranks, self.nodes)).collect();
-        nodes.dedup();
-        nodes.len()
     }
 
     fn feed_forward(&self, pass: &Pass, layer: usize, sum: &mut Sum) {
@@ -195,6 +188,13 @@ impl TrafficModel<'_> {
             }
         }
     }
+}
+
+/// Machines on which the ranks lie that hold the same heads as `rank`, where `tp · sp` ranks lie on `nodes` machines.
+pub(crate) fn column_machines(tp: usize, sp: usize, rank: usize, nodes: usize) -> usize {
+    let mut machines: Vec<_> = (0..sp).map(|row| node_of(row * tp + rank % tp, tp * sp, nodes)).collect();
+    machines.dedup();
+    machines.len()
 }
 
 /// Allgather where each of `ranks` has equally many of `size` columns.

@@ -1,0 +1,110 @@
+//! The memory of passes: what the plan says is what is allocated.
+
+use std::path::Path;
+use std::sync::{Arc, Barrier};
+
+use comm::{Communicator, EmulatedComm, Link, ThreadComm, WireFormat};
+use peak_alloc::PeakAlloc;
+use qwen3_model::{
+    Checkpoint, Config, Division, Isa, KvFormat, LogitRows, Machine, Model, ModelOptions, PlanInput, Preset,
+    SynthOptions, WeightFormat, WeightFormats, plan, synthesize,
+};
+
+#[global_allocator]
+static ALLOCATED: PeakAlloc = PeakAlloc;
+
+/// Tokens of the prompt.
+const PROMPT: usize = 1024;
+
+/// Bytes that all ranks together allocate at most while they take the prompt in passes of `tokens` and decode one token.
+fn allocated(dir: &Path, options: ModelOptions, ranks: usize, nodes: usize, tokens: usize) -> usize {
+    let ready = Barrier::new(ranks);
+    let run = |comm: ThreadComm| {
+        let first = comm.rank() == 0;
+        let comm: Arc<dyn Communicator> = Arc::new(comm);
+        let link = Link::from_us_gb_s(0.0, 1e6);
+        let comm = if nodes > 1 { Arc::new(EmulatedComm::new(comm, link, nodes).unwrap()) } else { comm };
+        let model = Model::load(dir, comm, &options, &|_| ()).unwrap();
+        let mut caches = [model.new_cache(PROMPT + 1), model.new_cache(PROMPT + 1)];
+        let prompt: Vec<u32> = (0..PROMPT as u32).map(|index| index * 7 % 500).collect();
+        let mut forward = |cache: usize| {
+            for pass in prompt.chunks(tokens) {
+                model.forward(&mut caches[cache], pass, LogitRows::Last).unwrap();
+            }
+            model.forward(&mut caches[cache], &[3], LogitRows::Last).unwrap();
+        };
+        ready.wait();
+        let before = ALLOCATED.current_usage();
+        ready.wait();
+        // What grows is there twice for a moment, which is the measuring allocator's doing: large memory grows in place otherwise.
+        forward(0);
+        ready.wait();
+        if first {
+            ALLOCATED.reset_peak_usage();
+        }
+        ready.wait();
+        forward(1);
+        ready.wait();
+        ALLOCATED.peak_usage() - before
+    };
+    std::thread::scope(|scope| {
+        let ranks: Vec<_> = ThreadComm::group(ranks).into_iter().map(|comm| scope.spawn(|| run(comm))).collect();
+        ranks.into_iter().map(|rank| rank.join().unwrap()).max().unwrap()
+    })
+}
+
+#[test]
+fn a_pass_allocates_what_is_planned() {
+    let folder = tempfile::tempdir().unwrap();
+    for preset in [Preset::Tiny, Preset::TinyMoe] {
+        let dir = folder.path().join(preset.name());
+        synthesize(&dir, &SynthOptions { preset, layers: None, seed: 1 }, &mut |_| ()).unwrap();
+        let config = Config::read(&dir).unwrap();
+        let checkpoint = Checkpoint::open(&dir).unwrap();
+        for (ranks, nodes, chunk) in
+            [(1, 1, 1024), (1, 1, 256), (2, 1, 1024), (2, 2, 512), (2, 2, 128), (3, 1, 128), (4, 2, 256)]
+        {
+            for weights in [None, Some(WeightFormat::Q4)] {
+                let formats = WeightFormats::read(&config, &checkpoint, weights).unwrap();
+                let machine = Machine::typical(ranks, nodes, 1);
+                let planned = plan(&PlanInput {
+                    config: &config,
+                    weights: &formats,
+                    kv: KvFormat::F16,
+                    wire: WireFormat::F32,
+                    machine: &machine,
+                    ranks,
+                    nodes,
+                    prompt: PROMPT,
+                    generate: 1,
+                    chunk,
+                    schedule: None,
+                    experts: None,
+                    memory: None,
+                    all_schedules: ranks < 4,
+                });
+                for way in planned.ways {
+                    let Division { strategy, schedule, experts } = way.division();
+                    let options = ModelOptions {
+                        strategy,
+                        mlp: Some(schedule),
+                        experts,
+                        weights,
+                        kv: KvFormat::F16,
+                        ..ModelOptions::new(Isa::detect())
+                    };
+                    let (_, sp) = strategy.grid(ranks);
+                    let found = allocated(&dir, options, ranks, nodes, chunk * sp);
+                    let planned: usize = way.activation_bytes.iter().sum();
+                    // Ranks that share a core do not all have their most at once.
+                    let share = found as f64 / planned as f64;
+                    let label = format!(
+                        "{}: {ranks} ranks on {nodes} machines, chunks of {chunk}, {weights:?} {strategy} {schedule} {experts}",
+                        preset.name()
+                    );
+                    assert!((0.8..1.1).contains(&share), "{label}: {found} bytes, planned {planned}");
+                }
+            }
+        }
+    }
+}
