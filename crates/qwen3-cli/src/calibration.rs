@@ -42,6 +42,14 @@ impl Calibration {
         Err(broken("a rate or a link that is not positive".to_owned()))
     }
 
+    /// What it has measurements of.
+    pub fn content(&self) -> String {
+        let each =
+            |m: &Machine| format!("{}, {} each ({})", place(m.ranks, m.nodes), count(m.threads, "thread"), m.transport);
+        let all: Vec<_> = self.machines.iter().map(each).collect();
+        if all.is_empty() { "nothing".to_owned() } else { all.join("; ") }
+    }
+
     /// Adds a measurement in place of an older one of the same kind.
     pub fn insert(&mut self, machine: Machine) {
         let key = |m: &Machine| (m.transport.clone(), m.ranks, m.nodes, m.threads);
@@ -91,10 +99,20 @@ impl Calibration {
                     let figures = format!("calibrated ({}, {})", machine.transport, path.display());
                     (machine, figures)
                 }
-                None => (typical(), format!("typical, since {} has none of these ranks", path.display())),
+                None => (typical(), format!("typical, since {} has only {}", path.display(), calibration.content())),
             },
         }
     }
+}
+
+/// So many of something, in words.
+pub fn count(count: usize, one: &str) -> String {
+    format!("{count} {one}{}", if count == 1 { "" } else { "s" })
+}
+
+/// The ranks and where they lie.
+pub fn place(ranks: usize, nodes: usize) -> String {
+    format!("{} on {}", count(ranks, "rank"), count(nodes, "machine"))
 }
 
 /// What a measurement is wanted for.

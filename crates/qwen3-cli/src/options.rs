@@ -314,8 +314,13 @@ fn seconds(text: &str) -> Result<f64, String> {
     number(text, "seconds above 0, at most 1e6", |value: f64| value > 0.0 && value <= 1e6)
 }
 
-/// A latency or a bandwidth.
-pub fn figure(text: &str) -> Result<f64, String> {
+/// A latency.
+pub fn latency(text: &str) -> Result<f64, String> {
+    number(text, "a number from 0 to 1e6", |value: f64| (0.0..=1e6).contains(&value))
+}
+
+/// A bandwidth.
+pub fn bandwidth(text: &str) -> Result<f64, String> {
     number(text, "a number above 0, at most 1e6", |value: f64| value > 0.0 && value <= 1e6)
 }
 

@@ -9,9 +9,9 @@ use qwen3_model::{
 };
 use serde_json::{Value, json};
 
-use crate::calibration::{Calibration, Layout};
+use crate::calibration::{Calibration, Layout, count, place};
 use crate::failure::{CliError, Failure};
-use crate::options::{WeightChoice, WireChoice, choice, figure, misfit, positive};
+use crate::options::{WeightChoice, WireChoice, bandwidth, choice, latency, misfit, positive};
 use crate::rank::Rank;
 
 /// Predict memory, traffic and speed of each way to split a model over ranks, from its headers alone
@@ -29,12 +29,12 @@ pub struct PlanArgs {
     #[arg(long, value_name = "M", default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..=1024))]
     nodes: u16,
 
-    /// Latency of the slowest link: that between machines, or between ranks where there is one machine
-    #[arg(long, value_name = "A", requires = "beta_gb_s", allow_negative_numbers = true, value_parser = figure)]
+    /// Microseconds of any message on the slowest link: that between machines, or between ranks where there is one machine
+    #[arg(long, value_name = "A", requires = "beta_gb_s", allow_negative_numbers = true, value_parser = latency)]
     alpha_us: Option<f64>,
 
-    /// Bandwidth of that link
-    #[arg(long, value_name = "B", requires = "alpha_us", allow_negative_numbers = true, value_parser = figure)]
+    /// Bandwidth of that link in GB/s (10⁹ bytes)
+    #[arg(long, value_name = "B", requires = "alpha_us", allow_negative_numbers = true, value_parser = bandwidth)]
     beta_gb_s: Option<f64>,
 
     /// Threads of each rank [default: as calibrated, otherwise 1]
@@ -132,10 +132,12 @@ impl PlanArgs {
         let link = self.alpha_us.zip(self.beta_gb_s).map(|(alpha_us, beta_gb_s)| LinkFigures { alpha_us, beta_gb_s });
         let layout = Layout { transport: None, ranks, nodes, threads, link };
         let Some(path) = &self.calibration else { return Ok(Calibration::by_itself(&layout)) };
-        let found = Calibration::read(path)?.machine(&layout);
-        let machine = found.ok_or_else(|| {
-            let found = format!("{}: nothing for {ranks} ranks on {nodes} machines", path.display());
-            misfit("--calibration", found, "a calibration of these ranks, nodes and threads")
+        let calibration = Calibration::read(path)?;
+        let machine = calibration.machine(&layout).ok_or_else(|| {
+            let each = threads.map_or(String::new(), |threads| format!(", {} each", count(threads, "thread")));
+            let link = if nodes > 1 && link.is_none() { ", or --alpha-us and --beta-gb-s" } else { "" };
+            let wanted = format!("{}{each}{link}", place(ranks, nodes));
+            misfit("--calibration", format!("{} with {}", path.display(), calibration.content()), wanted)
         })?;
         let figures = format!("calibrated ({}, {})", machine.transport, path.display());
         Ok((machine, figures))
@@ -173,6 +175,7 @@ impl PlanArgs {
             "experts": way.experts.to_string(),
             "weight_bytes": way.weight_bytes,
             "kv_bytes": way.kv_bytes,
+            "activation_bytes": way.activation_bytes,
             "imbalance": {
                 "query_heads": share(&imbalance.query_heads), "kv_heads": share(&imbalance.kv_heads),
                 "columns": share(&imbalance.columns), "vocabulary": share(&imbalance.vocabulary),
@@ -183,30 +186,32 @@ impl PlanArgs {
     }
 
     fn table(&self, plan: &Plan, machine: &Machine, format: WeightFormat, figures: &str) -> String {
+        let (ranks, nodes) = (usize::from(self.ranks), usize::from(self.nodes));
         let (rate, most) =
             (machine.rate(format), |bytes: &[usize]| bytes.iter().max().copied().unwrap_or(0) as f64 / 1e6);
-        let mut text = format!(
-            "{} ranks on {} machines; prompt {}, answer {} tokens\n",
-            self.ranks, self.nodes, self.prompt, self.generate
-        );
+        let mut text = format!("{}; prompt {}, answer {} tokens\n", place(ranks, nodes), self.prompt, self.generate);
         text += &format!("figures: {figures}\n");
-        for (name, link) in [("inside", machine.inside), ("between", machine.between)] {
-            text += &format!("  {name} machines {:.2} µs, {:.3} GB/s\n", link.alpha_us, link.beta_gb_s);
+        // The links that these ranks have.
+        let links =
+            [("inside a machine", machine.inside, ranks > nodes), ("between machines", machine.between, nodes > 1)];
+        for (name, LinkFigures { alpha_us, beta_gb_s }, _) in links.into_iter().filter(|(.., there)| *there) {
+            text += &format!("  {name}: {alpha_us:.2} µs, {beta_gb_s:.3} GB/s\n");
         }
         text += &format!(
-            "  {} weights on a rank: {:.1} GB/s one token, {:.0} GFLOP/s many\n\n",
+            "  a rank with {} weights: {:.1} GB/s for one token, {:.0} GFLOP/s for many\n\n",
             rate.format, rate.read_gb_s, rate.gflops
         );
-        text += "way                            MB weights  MB cache  imbalance  calls/token  bytes/token  calls/prompt  MB/prompt  prompt tok/s  decode tok/s\n";
+        text += "way                            MB weights  MB cache  MB activations  imbalance  calls/token  bytes/token  calls/prompt  MB/prompt  prompt tok/s  decode tok/s\n";
         for way in &plan.ways {
             let Prediction { prompt, token, imbalance, .. } = way;
             let uneven = [&imbalance.query_heads, &imbalance.columns, &imbalance.vocabulary];
             let uneven = uneven.iter().map(|share| share.imbalance()).fold(1.0, f64::max);
             text += &format!(
-                "{:<29} {:>11.1} {:>9.1} {:>10.2} {:>12} {:>12} {:>13} {:>10.2} {:>13.1} {:>13.1}\n",
+                "{:<29} {:>11.1} {:>9.1} {:>15.1} {:>10.2} {:>12} {:>12} {:>13} {:>10.2} {:>13.1} {:>13.1}\n",
                 format!("{} {}{}", way.strategy, way.schedule, whole_experts(way)),
                 most(&way.weight_bytes),
                 most(&way.kv_bytes),
+                most(&way.activation_bytes),
                 uneven,
                 token.calls,
                 token.bytes,
@@ -298,9 +303,10 @@ pub fn choose(rank: &Rank, wanted: &Wanted<'_>) -> Result<(ParallelStrategy, Exp
             .map(|way| format!("{}{} takes {:.2} times as long", way.strategy, whole_experts(way), share(way)))
             .collect();
         let reason = format!(
-            "{}{} for {prompt} and {generate} tokens on {ranks} ranks, {nodes} machines: {}; figures {figures}",
+            "{}{} for {prompt} and {generate} tokens with {}: {}; figures {figures}",
             best.strategy,
             whole_experts(best),
+            place(ranks, nodes),
             others.join(", ")
         );
         Ok((best.strategy.to_string(), best.experts.to_string(), reason))

@@ -48,7 +48,17 @@ fn a_plan_tells_memory_traffic_speed_and_imbalance_of_every_way() {
     let strategies: Vec<_> = ways.iter().map(|way| way["strategy"].as_str().unwrap()).collect();
     assert_eq!(strategies, ["heads", "sequence"]);
     for way in ways {
-        let names = ["strategy", "mlp", "experts", "weight_bytes", "kv_bytes", "imbalance", "prompt", "token"];
+        let names = [
+            "strategy",
+            "mlp",
+            "experts",
+            "weight_bytes",
+            "kv_bytes",
+            "activation_bytes",
+            "imbalance",
+            "prompt",
+            "token",
+        ];
         assert_eq!(keys(way), names, "{way}");
         for phase in ["prompt", "token"] {
             assert_eq!(keys(&way[phase]), ["calls", "bytes", "work_ms", "collectives_ms", "tokens_per_s"]);
@@ -67,9 +77,23 @@ fn a_plan_tells_memory_traffic_speed_and_imbalance_of_every_way() {
 
     let table = run(&["plan", "--model", &model(), "--ranks", "4", "--nodes", "2", "--all"]);
     assert!(table.success, "{table:?}");
-    for word in ["heads fused", "heads gathered", "sequence local", "tp=2,sp=2 fused", "recommended: "] {
+    for word in [
+        "4 ranks on 2 machines;",
+        "inside a machine: ",
+        "between machines: ",
+        "heads fused",
+        "heads gathered",
+        "sequence local",
+        "tp=2,sp=2 fused",
+        "recommended: ",
+    ] {
         assert!(table.stdout.contains(word), "{word:?} is missing: {}", table.stdout);
     }
+    // Only links that there are.
+    let alone = run(&["plan", "--model", &model(), "--ranks", "1"]).stdout;
+    assert!(alone.starts_with("1 rank on 1 machine; ") && !alone.contains("µs"), "{alone}");
+    // Machines that do not divide the ranks have blocks of them, the first ones one longer.
+    assert_eq!(plan(&["--ranks", "5", "--nodes", "2"])["nodes"], 2);
 }
 
 #[test]
@@ -94,7 +118,12 @@ fn what_cannot_be_planned_is_refused_in_one_line() {
     };
     fails(&["--ranks", "2", "--nodes", "3"], &["--nodes", "3", "at most 2"]);
     fails(&["--ranks", "2", "--alpha-us", "3"], &["--beta-gb-s"]);
-    fails(&["--ranks", "2", "--alpha-us", "-3", "--beta-gb-s", "1"], &["--alpha-us", "-3", "above 0"]);
+    fails(&["--ranks", "2", "--alpha-us", "-3", "--beta-gb-s", "1"], &["--alpha-us", "-3", "from 0"]);
+    for bad in ["0", "-1", "nan", "inf"] {
+        fails(&["--ranks", "2", "--alpha-us", "0", "--beta-gb-s", bad], &["--beta-gb-s", bad, "above 0"]);
+    }
+    fails(&["--ranks", "2", "--alpha-us", "nan", "--beta-gb-s", "1"], &["--alpha-us", "nan"]);
+    fails(&["--ranks", "2", "--nodes", "0"], &["--nodes", "0"]);
     fails(&["--ranks", "0"], &["--ranks", "0"]);
     fails(&["--ranks", "2", "--prompt", "5000"], &["--prompt", "5256", "4096"]);
     fails(&["--ranks", "2", "--calibration", "nowhere.json"], &["nowhere.json"]);
@@ -106,7 +135,10 @@ fn what_cannot_be_planned_is_refused_in_one_line() {
     let negative = write(dir.path(), "negative.json", &calibration(2, 1, json!(-3.0)).to_string());
     fails(&["--ranks", "2", "--calibration", &negative], &["negative.json", "not positive"]);
     let other = write(dir.path(), "other.json", &calibration(3, 1, json!(9.0)).to_string());
-    fails(&["--ranks", "2", "--calibration", &other], &["other.json", "2 ranks"]);
+    fails(
+        &["--ranks", "2", "--calibration", &other],
+        &["other.json", "3 ranks on 1 machine", "expected 2 ranks on 1 machine"],
+    );
 }
 
 #[test]
@@ -114,7 +146,8 @@ fn calibrations_of_several_layouts_are_kept_in_one_file() {
     let dir = tempfile::tempdir().unwrap();
     let file = dir.path().join("folder/that/is/made/calibration.json");
     let path = file.to_str().unwrap();
-    let calibrate = |ranks| json(&["calibrate", "--json", "--threads", "1", "--ranks", ranks, "--output", path]);
+    let calibrate =
+        |ranks| json(&["calibrate", "--quick", "--json", "--threads", "1", "--ranks", ranks, "--output", path]);
     let found = calibrate("2");
     assert_eq!((keys(&found), &found["file"]), (vec!["file", "machine"], &path.into()));
     for (what, formats) in [("rates", &["bf16", "f32", "f16", "q8", "q4"][..]), ("attention", &["f16", "f32", "q8"])] {
@@ -179,7 +212,7 @@ fn the_strategy_follows_the_plan_for_the_real_layout() {
     let near = bench(&["--ranks", "2"]);
     let reason = near["plan"].as_str().unwrap();
     assert_eq!(near["strategy"], "heads");
-    assert!(reason.starts_with("heads for 16 and 4 tokens on 2 ranks, 1 machines: sequence takes "), "{reason}");
+    assert!(reason.starts_with("heads for 16 and 4 tokens with 2 ranks on 1 machine: sequence takes "), "{reason}");
     assert!(reason.contains("figures typical"), "{reason}");
     // On a link that slow, one collective a layer is twice as fast as two.
     let far = bench(&["--ranks", "2", "--emulate-link", "5000,1"]);
@@ -206,7 +239,7 @@ fn the_strategy_follows_the_plan_for_the_real_layout() {
         serde_json::from_str::<Value>(&run.stdout).unwrap()["figures"].as_str().unwrap().to_owned()
     };
     assert!(reason(&calibration(2, 1, json!(9.0)).to_string()).starts_with("calibrated (threads"));
-    assert!(reason(&calibration(3, 1, json!(9.0)).to_string()).contains("has none of these ranks"));
+    assert!(reason(&calibration(3, 1, json!(9.0)).to_string()).contains("has only 3 ranks on 1 machine"));
     let broken = reason("{");
     assert!(broken.starts_with("typical, since ") && broken.contains("calibration.json"), "{broken}");
 }

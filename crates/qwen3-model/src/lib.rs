@@ -60,7 +60,7 @@ pub use plan::{Plan, Prediction, plan};
 pub use plan_input::PlanInput;
 pub use plan_link::{Groups, measure_link};
 pub use plan_machine::{AttentionRate, HiddenSums, LinkFigures, Machine, Rate};
-pub use plan_measure::{Speeds, measure_speeds};
+pub use plan_measure::{Effort, Speeds, measure_speeds};
 pub use plan_pass::PassCost;
 pub use plan_weights::WeightFormats;
 pub use presets::{Preset, UnknownPreset};

@@ -13,18 +13,35 @@ use crate::layer::{DecoderLayer, Part, Pass};
 use crate::plan_link::{Groups, measure_hidden, median};
 use crate::plan_machine::{AttentionRate, FEW, HiddenSums, Rate};
 
-/// Bytes of weights, and of keys and values, through which ranks that share a memory go in turn: more than a cache keeps for them. (Of 128 MiB
-/// of keys and values the last cache of a Xeon with 480 MiB kept so much that attention read them at 49 GB/s, in a model at 34.)
-const WEIGHT_BYTES: usize = 320 << 20;
-const CACHE_BYTES: usize = 448 << 20;
+/// How thoroughly speeds are measured.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Effort {
+    /// A few seconds: through more weights, keys and values than caches hold.
+    Thorough,
+    /// An eighth of the memory and a third of the rounds. Where a cache holds most of that, memory looks faster than it is.
+    Quick,
+}
+
+impl Effort {
+    /// Bytes of weights, and of keys and values, through which ranks that share a memory go in turn. (Of 128 MiB of keys and values the
+    /// last cache of a Xeon with 480 MiB kept so much that attention read them at 49 GB/s, in a model at 34.)
+    fn bytes(self) -> [usize; 2] {
+        let all = [320 << 20, 448 << 20];
+        if self == Self::Quick { all.map(|bytes| bytes / 8) } else { all }
+    }
+
+    /// Rounds of passes of one token, and of many, which take longer and vary less.
+    fn rounds(self) -> [usize; 2] {
+        if self == Self::Quick { [3, 1] } else { [11, 3] }
+    }
+}
+
 /// Tokens of a pass of many: fewer where arithmetic is not what the machine is made for.
 fn tokens(isa: Isa) -> usize {
     if isa.has_avx2() { 256 } else { 16 }
 }
 /// Tokens in caches: few, where starting costs most, a chunk's past, and many, with the one that joins them a power of two.
 const DEPTHS: [usize; 3] = [128, 2048, 4095];
-/// Rounds of passes of one token, and of many, which take longer and vary less.
-const ROUNDS: [usize; 2] = [11, 3];
 /// The heads of Qwen3-0.6B.
 const KV_HEADS: usize = 8;
 const GROUP: usize = 2;
@@ -46,13 +63,19 @@ pub struct Speeds {
 ///
 /// # Errors
 /// When a rank is lost.
-pub fn measure_speeds(groups: &Groups, isa: Isa, threads: usize, placement: Placement) -> Result<Speeds, CommError> {
+pub fn measure_speeds(
+    groups: &Groups,
+    isa: Isa,
+    threads: usize,
+    placement: Placement,
+    effort: Effort,
+) -> Result<Speeds, CommError> {
     let Groups { all, here, inside, leaders, between } = groups;
     let formats = [WeightFormat::Bf16, WeightFormat::F32, WeightFormat::F16, WeightFormat::Q8, WeightFormat::Q4];
     // The thread that makes sums in the background is there before this one is bound to a core; the ranks themselves work apart at first.
     let mut ctx = Context::new(isa, Arc::clone(all), 1, threads, placement)?;
     ctx.positions = Arc::new(SoloComm::new());
-    let mut lab = Lab { comm: &**all, ctx, ranks: here.size() };
+    let mut lab = Lab { comm: &**all, ctx, ranks: here.size(), effort };
     let starts = formats.map(|format| lab.start(format));
     let attention = [KvFormat::F16, KvFormat::F32, KvFormat::Q8].map(|format| lab.attention(format));
     let attention = attention.into_iter().collect::<Result<Vec<_>, _>>()?;
@@ -70,6 +93,7 @@ struct Lab<'a> {
     ctx: Context,
     /// Ranks of the machine.
     ranks: usize,
+    effort: Effort,
 }
 
 /// A rank's share of a dense layer.
@@ -160,7 +184,8 @@ impl Lab<'_> {
     /// Seconds that a layer takes however little there is of it.
     fn start(&self, format: WeightFormat) -> Result<f64, CommError> {
         let layers: Vec<_> = (0..32).map(|_| SMALL.layer(&self.ctx, format)).collect();
-        Ok(self.pass(SMALL, &layers, 1, ROUNDS[0])? / layers.len() as f64)
+        let [rounds, _] = self.effort.rounds();
+        Ok(self.pass(SMALL, &layers, 1, rounds)? / layers.len() as f64)
     }
 
     fn products(
@@ -174,7 +199,8 @@ impl Lab<'_> {
         let sizes = if self.ranks > 1 { HALF } else { USUAL };
         let first = sizes.layer(&self.ctx, format);
         let bytes = first.bytes();
-        let count = (WEIGHT_BYTES / self.ranks).div_ceil(bytes);
+        let ([all, _], [rounds, long]) = (self.effort.bytes(), self.effort.rounds());
+        let count = (all / self.ranks).div_ceil(bytes);
         let mut layers = vec![first];
         layers.resize_with(count, || sizes.layer(&self.ctx, format));
         // Two sums a layer are the link's.
@@ -187,9 +213,9 @@ impl Lab<'_> {
             let seconds = self.pass(sizes, layers, tokens, rounds)? / layers.len() as f64;
             Ok(seconds - start - sums(tokens) - scores(tokens))
         };
-        let one = layer(&layers, 1, ROUNDS[0])?;
-        let few = layer(&layers, FEW, ROUNDS[0])?;
-        let many = layer(&layers[..1], tokens, ROUNDS[1])?;
+        let one = layer(&layers, 1, rounds)?;
+        let few = layer(&layers, FEW, rounds)?;
+        let many = layer(&layers[..1], tokens, long)?;
         // Unless noise has it that all but the few cost next to nothing.
         let more = (many - few).max(many / 2.0);
         Ok(Rate {
@@ -234,13 +260,14 @@ impl Lab<'_> {
             cache.push(&self.ctx, past.as_slice().expect("rows are contiguous"), &shape, 0..deep);
             cache
         };
+        let ([_, bytes], [rounds, few]) = (self.effort.bytes(), self.effort.rounds());
         let mut caches = vec![cache()];
         let all = caches[0].bytes();
-        caches.resize_with((CACHE_BYTES / self.ranks).div_ceil(all), cache);
-        let long = self.attend(&mut caches, deep, 1, ROUNDS[0])?;
+        caches.resize_with((bytes / self.ranks).div_ceil(all), cache);
+        let long = self.attend(&mut caches, deep, 1, rounds)?;
         // Arithmetic does not ask where its operands come from.
-        let many = self.attend(&mut caches[..1], middle, tokens, ROUNDS[1])?;
-        let short = self.attend(&mut caches, shallow, 1, ROUNDS[0])?;
+        let many = self.attend(&mut caches[..1], middle, tokens, few)?;
+        let short = self.attend(&mut caches, shallow, 1, rounds)?;
         // The line through both, unless noise has it that starting takes less than nothing.
         let (all, few) = (all as f64, caches[0].bytes() as f64);
         let rate = ((all - few) / (long - short).max(1e-9)).min(all / long * 2.0);
