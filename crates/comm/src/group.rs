@@ -41,7 +41,7 @@ pub(crate) fn extent(size: usize) -> (usize, usize) {
 }
 
 /// The largest number of elements, in whole groups, whose encoding fits into `bytes`.
-fn elements(wire: WireFormat, bytes: usize) -> usize {
+pub(crate) fn elements(wire: WireFormat, bytes: usize) -> usize {
     bytes / wire.encoded_bytes(WIRE_GROUP) * WIRE_GROUP
 }
 
@@ -150,17 +150,11 @@ impl Group {
                     let sum = &mut sum[..block.len()];
                     let place = mine.start + block.start..mine.start + block.end;
                     let skip = start + wire.encoded_bytes(block.start);
-                    for peer in 0..size {
-                        if peer == rank {
-                            let own = match input {
-                                Some(input) => &input[place.clone()],
-                                None => &output[place.clone()],
-                            };
-                            fold_values(fold(op, peer), own, sum);
-                        } else {
-                            wire.decode(&outbox(peer)[skip..], sum, fold(op, peer));
-                        }
-                    }
+                    let own = match input {
+                        Some(input) => &input[place.clone()],
+                        None => &output[place.clone()],
+                    };
+                    fold_block(wire, op, (rank, own), size, |peer| &outbox(peer)[skip..], sum);
                     let result = &mut result[wire.encoded_bytes(block.start)..];
                     wire.encode(sum, result);
                     let last = if add { Fold::Add } else { Fold::Set };
@@ -207,15 +201,9 @@ impl Group {
             let met = self.exchange.meet(call)?;
             let recv = &mut recv[cut(counts[rank])];
             for block in steps(recv.len(), BLOCK) {
-                let sum = &mut recv[block.clone()];
-                for peer in 0..size {
-                    if peer == rank {
-                        fold_values(fold(ReduceOp::Sum, peer), &own[block.clone()], sum);
-                    } else {
-                        let skip = rank * room + wire.encoded_bytes(block.start);
-                        wire.decode(&met.outbox(peer)[skip..], sum, fold(ReduceOp::Sum, peer));
-                    }
-                }
+                let skip = rank * room + wire.encoded_bytes(block.start);
+                let others = |peer| &met.outbox(peer)[skip..];
+                fold_block(wire, ReduceOp::Sum, (rank, &own[block.clone()]), size, others, &mut recv[block]);
             }
         }
         Ok(())
@@ -269,15 +257,12 @@ impl Group {
         send: Option<(usize, &[u8])>,
         recv: Option<(usize, &mut [u8])>,
     ) -> Result<(), CommError> {
-        let mut out = send.map(|(to, data)| Outgoing { to, data, chunks: 0 });
-        let mut into = recv.map(|(from, data)| Incoming { from, data, chunks: 0 });
-        let (to, from) = (out.as_ref().map(|m| m.to), into.as_ref().map(|m| m.from));
-        let mut push = |_: Site<'_>| Ok(self.push(out.as_mut().expect("a message to send")));
-        let mut pull = |site: Site<'_>| {
-            let message = into.as_mut().expect("a message to receive");
-            self.pull(site, message.from, message)
-        };
-        carry(call, [to.map(|to| (to, &mut push as _)), from.map(|from| (from, &mut pull as _))].into_iter().flatten())
+        let out = send.map(|(to, data)| (to, Way::Out(Outgoing { to, data, chunks: 0 })));
+        let into = recv.map(|(from, data)| (from, Way::In(Incoming { from, data, chunks: 0 })));
+        carry(call, out.into_iter().chain(into).collect(), |site, way| match way {
+            Way::Out(message) => Ok(self.push(message)),
+            Way::In(message) => self.pull(site, message.from, message),
+        })
     }
 
     /// Moves a message on.
@@ -297,8 +282,14 @@ impl Group {
     }
 }
 
+/// A message out or in.
+enum Way<'a> {
+    Out(Outgoing<'a>),
+    In(Incoming<'a>),
+}
+
 /// How the input of the `index`-th rank joins those before it.
-pub(crate) fn fold(op: ReduceOp, index: usize) -> Fold {
+fn fold(op: ReduceOp, index: usize) -> Fold {
     match op {
         _ if index == 0 => Fold::Set,
         ReduceOp::Sum => Fold::Add,
@@ -308,6 +299,25 @@ pub(crate) fn fold(op: ReduceOp, index: usize) -> Fold {
 
 pub(crate) fn fold_values(fold: Fold, values: &[f32], into: &mut [f32]) {
     WireFormat::F32.decode(bytemuck::cast_slice(values), into, fold);
+}
+
+/// Combines a block of the inputs of all ranks in rank order: `own` is that of this rank, with its number; those of the
+/// others are encoded.
+pub(crate) fn fold_block<'a>(
+    wire: WireFormat,
+    op: ReduceOp,
+    own: (usize, &[f32]),
+    size: usize,
+    other: impl Fn(usize) -> &'a [u8],
+    sum: &mut [f32],
+) {
+    for peer in 0..size {
+        if peer == own.0 {
+            fold_values(fold(op, peer), own.1, sum);
+        } else {
+            wire.decode(other(peer), sum, fold(op, peer));
+        }
+    }
 }
 
 /// Combines the inputs of all ranks in rank order, and puts the result into `output` or adds it.

@@ -46,7 +46,11 @@ mod threads;
 // A communicator on which calls cost what they would on a link.
 mod emulate;
 
-// The functions of MPI, the job, collectives over its messages, machines with several ranks, the communicator.
+// Memory for messages, the functions of MPI, the job, payloads as messages over MPI, collectives of them, machines
+// with several ranks, the communicator.
+#[cfg(feature = "mpi")]
+mod buffer;
+
 #[cfg(feature = "mpi")]
 mod mpi_sys;
 
@@ -55,6 +59,9 @@ mod mpi_job;
 
 #[cfg(feature = "mpi")]
 mod messages;
+
+#[cfg(feature = "mpi")]
+mod collectives;
 
 #[cfg(feature = "mpi")]
 mod nodes;

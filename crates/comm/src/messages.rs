@@ -1,33 +1,28 @@
-//! The collectives of ranks that share no memory: messages over MPI.
+//! Payloads between ranks that share no memory, as messages over MPI.
 //!
 //! Every message says what call it belongs to, so that calls that do not match are found wherever they meet.
 //! Nothing blocks inside MPI: all transfers are started and asked about in turn, against the deadline.
-//!
-//! Sums go straight from everyone to everyone and are added in rank order, so that all ranks get the same bits:
-//! small ones as a whole (one latency), larger ones in parts that are summed by one rank each and then gathered
-//! (two latencies, and as few bytes as possible). Recursive doubling would need log2(n) latencies for both.
 
 use std::collections::VecDeque;
+use std::ops::Deref;
 use std::sync::Arc;
 use std::time::Duration;
 
+use crate::buffer::{Buffer, LONGEST};
 use crate::call::{Call, Header, Site};
-use crate::communicator::ReduceOp;
 use crate::error::CommError;
-use crate::group::{fold, fold_all, fold_values, part};
+use crate::group::steps;
 use crate::ledger::Collective;
 use crate::mpi_job::Job;
 use crate::mpi_sys::{Transfer, World};
-use crate::transport::{Counts, Reduction, Step, carry};
-use crate::wire::{Fold, WireFormat};
+use crate::transport::{Step, carry};
 
-/// Bytes of payload in one MPI message; longer ones go in pieces.
-const PIECE: usize = 4 << 20;
-/// The first piece begins with: the three words of the header, the length of the whole, when it was sent by the sender's clock.
-const HEAD: usize = 5 * 8;
-/// A sum goes as a whole while what that adds to the bytes of each rank costs less than a latency: this is
-/// latency times bandwidth, between 1 GbE (5 KB), 10 GbE (17 KB) and a machine's own memory.
-const WHOLE: usize = 12 << 10;
+/// A message begins with: the three words of the header, the length of the whole payload, when it was sent by the
+/// sender's clock.
+pub(crate) const HEAD: usize = 5 * 8;
+/// Bytes of payload in one message, whole groups in each format of the wire; longer payloads go in pieces, which are
+/// encoded, on their way and added at the same time.
+pub(crate) const PIECE: usize = (LONGEST - HEAD) / 1152 * 1152;
 
 /// One rank's end of a group.
 pub(crate) struct Messages {
@@ -36,12 +31,34 @@ pub(crate) struct Messages {
     /// The rank in MPI's world of each rank.
     members: Vec<usize>,
     rank: usize,
-    /// The tag of collectives; that of messages is the next.
+    /// The tag of collectives; that of messages of the program is the next.
     tag: usize,
 }
 
-/// A message on its way out: all its pieces.
-pub(crate) struct Sending<'m>(Vec<Transfer<'m>>);
+/// A payload on its way to one rank: all its pieces.
+pub(crate) struct Sending<'m> {
+    to: usize,
+    tag: usize,
+    pieces: Vec<Transfer<'m>>,
+}
+
+/// A payload on its way in.
+pub(crate) struct Receiving<'m> {
+    group: &'m Messages,
+    from: usize,
+    /// Whether the program sends it, and not a part of a collective.
+    user: bool,
+    /// Bytes that it has to have.
+    length: usize,
+    /// Bytes that came.
+    come: usize,
+    /// Pieces that are still to begin.
+    ahead: usize,
+    /// Pieces that have begun, in order.
+    pieces: VecDeque<Transfer<'m>>,
+    /// When it was sent, by the clock of this rank.
+    pub sent: i64,
+}
 
 /// When a part of a call began, and how long the call had waited before.
 #[derive(Clone, Copy)]
@@ -50,17 +67,15 @@ pub(crate) struct Begun {
     waited: Duration,
 }
 
-/// A message on its way in.
-pub(crate) struct Receiving<'m> {
-    group: &'m Messages,
-    peer: usize,
-    tag: usize,
-    transfer: Option<Transfer<'m>>,
-    /// The length, once the first piece is there.
-    length: Option<usize>,
-    /// When it was sent, by the clock of this rank.
-    pub sent: i64,
-    pub payload: Vec<u8>,
+/// The payload of a message that came.
+pub(crate) struct Piece<'m>(Buffer<'m>);
+
+impl Deref for Piece<'_> {
+    type Target = [u8];
+
+    fn deref(&self) -> &[u8] {
+        &self.0[HEAD..]
+    }
 }
 
 impl Messages {
@@ -69,37 +84,90 @@ impl Messages {
         Messages { world: job.world.clone(), clocks: job.clocks.clone(), members, rank, tag }
     }
 
-    fn size(&self) -> usize {
+    pub(crate) fn rank(&self) -> usize {
+        self.rank
+    }
+
+    pub(crate) fn size(&self) -> usize {
         self.members.len()
     }
 
-    fn others(&self) -> impl Iterator<Item = usize> + use<> {
+    /// The rank in MPI's world of each rank.
+    pub(crate) fn members(&self) -> &[usize] {
+        &self.members
+    }
+
+    pub(crate) fn others(&self) -> impl Iterator<Item = usize> + use<> {
         let rank = self.rank;
         (0..self.size()).filter(move |&peer| peer != rank)
     }
 
+    /// Starts to send the same to some ranks: `fill` writes what begins at a byte of the payload. Returns the pieces, too.
+    pub(crate) fn start<'m>(
+        &'m self,
+        header: Header,
+        to: impl Iterator<Item = usize>,
+        length: usize,
+        fill: impl Fn(usize, &mut [u8]),
+    ) -> Result<(Vec<Sending<'m>>, Vec<Arc<Buffer<'m>>>), CommError> {
+        let mut sending: Vec<_> = to.map(|to| self.sending(to, header)).collect();
+        let mut pieces = Vec::new();
+        for range in steps(length, PIECE) {
+            let piece = self.piece(header, length, range.len(), |piece| fill(range.start, piece));
+            self.push(&piece, &mut sending)?;
+            pieces.push(piece);
+        }
+        Ok((sending, pieces))
+    }
+
     /// Starts a message that the program sends, not a part of a collective.
     pub(crate) fn start_message(&self, to: usize, data: &[u8]) -> Result<Sending<'_>, CommError> {
-        self.start(Header::new(Collective::Send, data.len()).words(), to, data, true)
+        let header = Header::new(Collective::Send, data.len());
+        let fill = |at, piece: &mut [u8]| read_at(data, at, piece);
+        Ok(self.start(header, std::iter::once(to), data.len(), fill)?.0.remove(0))
     }
 
-    /// Starts a message; `user`: one that the program sends.
-    fn start(&self, words: [u64; 3], to: usize, payload: &[u8], user: bool) -> Result<Sending<'_>, CommError> {
-        let tag = self.tag + user as usize;
-        let (first, rest) = payload.split_at(payload.len().min(PIECE));
-        let mut data = Vec::with_capacity(HEAD + first.len());
-        for word in [words[0], words[1], words[2], payload.len() as u64, self.world.clock() as u64] {
-            data.extend(word.to_le_bytes());
+    /// A payload to which [`push`](Self::push) adds pieces.
+    pub(crate) fn sending(&self, to: usize, header: Header) -> Sending<'_> {
+        let user = header.collective == Collective::Send;
+        Sending { to, tag: self.tag + usize::from(user), pieces: Vec::new() }
+    }
+
+    /// A piece of `bytes` of a payload of `length`, as it travels.
+    pub(crate) fn piece(
+        &self,
+        header: Header,
+        length: usize,
+        bytes: usize,
+        fill: impl FnOnce(&mut [u8]),
+    ) -> Arc<Buffer<'_>> {
+        let mut piece = self.world.buffers.of(HEAD + bytes);
+        fill(&mut piece[HEAD..]);
+        let [kind, count, detail] = header.words();
+        let head = [kind, count, detail, length as u64, self.world.clock() as u64];
+        for (bytes, word) in piece.chunks_exact_mut(8).zip(head) {
+            bytes.copy_from_slice(&word.to_le_bytes());
         }
-        data.extend(first);
-        let pieces = std::iter::once(data).chain(rest.chunks(PIECE).map(<[u8]>::to_vec));
-        pieces.map(|piece| self.world.send(self.members[to], tag, piece)).collect::<Result<_, _>>().map(Sending)
+        Arc::new(piece)
     }
 
-    /// Expects a message of `peer`.
-    pub(crate) fn expect(&self, peer: usize, user: bool) -> Receiving<'_> {
-        let tag = self.tag + user as usize;
-        Receiving { group: self, peer, tag, transfer: None, length: None, sent: 0, payload: Vec::new() }
+    /// Sends the next piece of some payloads.
+    pub(crate) fn push<'m>(&'m self, piece: &Arc<Buffer<'m>>, to: &mut [Sending<'m>]) -> Result<(), CommError> {
+        for sending in to {
+            sending.pieces.push(self.world.send(self.members[sending.to], sending.tag, piece.clone())?);
+        }
+        Ok(())
+    }
+
+    /// Expects a part of a collective, of `length` bytes.
+    pub(crate) fn expect(&self, from: usize, length: usize) -> Receiving<'_> {
+        let ahead = length.div_ceil(PIECE).max(1);
+        Receiving { group: self, from, user: false, length, come: 0, ahead, pieces: VecDeque::new(), sent: 0 }
+    }
+
+    /// Expects a message that the program sends.
+    pub(crate) fn expect_message(&self, from: usize, length: usize) -> Receiving<'_> {
+        Receiving { user: true, ..self.expect(from, length) }
     }
 
     /// A part of a call begins in which this rank receives.
@@ -109,179 +177,43 @@ impl Messages {
 
     /// That part is over, and the last of its messages was sent at `sent`: from then on they were on their way, and this
     /// rank waited for no other.
-    pub(crate) fn settle(&self, call: &mut Call<'_>, begun: Begun, sent: impl Iterator<Item = i64>) {
-        if let Some(sent) = sent.max() {
+    pub(crate) fn settle(&self, call: &mut Call<'_>, begun: Begun, sent: Option<i64>) {
+        if let Some(sent) = sent {
             let late = Duration::from_nanos((sent - begun.clock).max(0) as u64);
             call.waited = call.waited.min(begun.waited + late);
         }
     }
 
-    /// Sends to some ranks while it receives from others; returns what came, in the order of `recvs`, where each
-    /// has the rank and the length that it has to have.
-    fn swap(
-        &self,
+    /// Waits until what was started is sent and what is expected has come. `take` gets every piece: its sender, the byte
+    /// of the payload where it begins, the piece.
+    pub(crate) fn finish<'m>(
+        &'m self,
         call: &mut Call<'_>,
-        sends: &[(usize, &[u8])],
-        recvs: &[(usize, usize)],
-    ) -> Result<Vec<Vec<u8>>, CommError> {
+        sending: Vec<Sending<'m>>,
+        receiving: impl Iterator<Item = Receiving<'m>>,
+        mut take: impl FnMut(usize, usize, Piece<'m>) -> Result<(), CommError>,
+    ) -> Result<(), CommError> {
+        enum Way<'m> {
+            Out(Sending<'m>),
+            In(Receiving<'m>),
+        }
         let begun = self.begin(call);
-        let words = call.site.header.words();
-        let mut sending = Vec::with_capacity(sends.len());
-        for &(to, payload) in sends {
-            sending.push((to, self.start(words, to, payload, false)?));
-        }
-        let mut receiving: Vec<_> = recvs.iter().map(|&(from, _)| self.expect(from, false)).collect();
-        let mut pulls: Vec<_> = receiving
-            .iter_mut()
-            .zip(recvs)
-            .map(|(receiving, &(peer, length))| {
-                let advance = move |site: Site<'_>| {
-                    receiving.advance(|there, total| {
-                        site.compare(peer, there)?;
-                        if total == length { Ok(()) } else { Err(site.mismatch(peer, there)) }
-                    })
-                };
-                (peer, advance)
-            })
-            .collect();
-        let mut pushes: Vec<_> =
-            sending.iter_mut().map(|(to, sending)| (*to, move |_: Site<'_>| sending.advance())).collect();
-        let pulls = pulls.iter_mut().map(|(peer, advance)| (*peer, advance as _));
-        let pushes = pushes.iter_mut().map(|(peer, advance)| (*peer, advance as _));
-        carry(call, pulls.chain(pushes))?;
-        self.settle(call, begun, receiving.iter().map(|message| message.sent));
-        Ok(receiving.into_iter().map(|receiving| receiving.payload).collect())
-    }
-
-    pub(crate) fn all_reduce(&self, call: &mut Call<'_>, data: Reduction<'_>) -> Result<(), CommError> {
-        let size = self.size();
-        let bytes = data.wire.encoded_bytes(data.len());
-        if (size - 1) * (size - 2) / size * bytes <= WHOLE {
-            self.sum_wholes(call, data)
-        } else {
-            self.sum_parts(call, data)
-        }
-    }
-
-    fn sum_wholes(&self, call: &mut Call<'_>, data: Reduction<'_>) -> Result<(), CommError> {
-        let Reduction { op, wire, .. } = data;
-        let mut own = vec![0; wire.encoded_bytes(data.len())];
-        wire.encode(data.own(), &mut own);
-        let sends: Vec<_> = self.others().map(|peer| (peer, &own[..])).collect();
-        let recvs: Vec<_> = self.others().map(|peer| (peer, own.len())).collect();
-        let mut all = self.swap(call, &sends, &recvs)?;
-        all.insert(self.rank, own);
-        fold_all(wire, op, self.size(), |rank| &all[rank], data.output, data.input.is_some());
-        Ok(())
-    }
-
-    fn sum_parts(&self, call: &mut Call<'_>, data: Reduction<'_>) -> Result<(), CommError> {
-        let (rank, size) = (self.rank, self.size());
-        let Reduction { op, wire, .. } = data;
-        let parts: Vec<_> = (0..size).map(|peer| part(&(0..data.len()), size, peer)).collect();
-        let mine = parts[rank].clone();
-        let counts: Vec<usize> = parts.iter().map(|part| part.len()).collect();
-        let mut sum = vec![0.0; mine.len()];
-        self.scatter(call, data.own(), &counts, &mut sum, op, wire)?;
-        let mut result = vec![0; wire.encoded_bytes(mine.len())];
-        wire.encode(&sum, &mut result);
-        let sends: Vec<_> = self.others().map(|peer| (peer, &result[..])).collect();
-        let recvs: Vec<_> = self.others().map(|peer| (peer, wire.encoded_bytes(counts[peer]))).collect();
-        let mut all = self.swap(call, &sends, &recvs)?;
-        all.insert(rank, result);
-        let last = if data.input.is_some() { Fold::Add } else { Fold::Set };
-        for (part, bytes) in parts.into_iter().zip(&all) {
-            wire.decode(bytes, &mut data.output[part], last);
-        }
-        Ok(())
-    }
-
-    /// A reduce-scatter with any operation.
-    fn scatter(
-        &self,
-        call: &mut Call<'_>,
-        send: &[f32],
-        counts: &[usize],
-        recv: &mut [f32],
-        op: ReduceOp,
-        wire: WireFormat,
-    ) -> Result<(), CommError> {
-        let mut start = 0;
-        let blocks: Vec<Vec<u8>> = counts
-            .iter()
-            .map(|&count| {
-                let mut block = vec![0; wire.encoded_bytes(count)];
-                wire.encode(&send[start..start + count], &mut block);
-                start += count;
-                block
-            })
-            .collect();
-        let sends: Vec<_> = self.others().map(|peer| (peer, &blocks[peer][..])).collect();
-        let length = wire.encoded_bytes(recv.len());
-        let recvs: Vec<_> = self.others().map(|peer| (peer, length)).collect();
-        let mut others = VecDeque::from(self.swap(call, &sends, &recvs)?);
-        let start: usize = counts[..self.rank].iter().sum();
-        for peer in 0..self.size() {
-            if peer == self.rank {
-                fold_values(fold(op, peer), &send[start..start + recv.len()], recv);
-            } else if let Some(block) = others.pop_front() {
-                wire.decode(&block, recv, fold(op, peer));
+        let mut sent = None;
+        let ins = receiving.map(|message| (message.from, Way::In(message)));
+        let outs = sending.into_iter().map(|message| (message.to, Way::Out(message)));
+        carry(call, ins.chain(outs).collect(), |site, way| match way {
+            Way::Out(message) => message.advance(),
+            Way::In(message) => {
+                let from = message.from;
+                let step = message.advance(site, |at, piece| take(from, at, piece))?;
+                if step.done {
+                    sent = sent.max(Some(message.sent));
+                }
+                Ok(step)
             }
-        }
+        })?;
+        self.settle(call, begun, sent);
         Ok(())
-    }
-
-    pub(crate) fn reduce_scatter(
-        &self,
-        call: &mut Call<'_>,
-        send: &[f32],
-        counts: &[usize],
-        recv: &mut [f32],
-        wire: WireFormat,
-    ) -> Result<(), CommError> {
-        self.scatter(call, send, counts, recv, ReduceOp::Sum, wire)
-    }
-
-    pub(crate) fn all_gather(
-        &self,
-        call: &mut Call<'_>,
-        send: &[u8],
-        counts: Counts<'_>,
-        recv: &mut [u8],
-    ) -> Result<(), CommError> {
-        let sends: Vec<_> = self.others().map(|peer| (peer, send)).collect();
-        let recvs: Vec<_> = self.others().map(|peer| (peer, counts.of(peer))).collect();
-        let mut all = VecDeque::from(self.swap(call, &sends, &recvs)?);
-        let mut start = 0;
-        for peer in 0..self.size() {
-            let into = &mut recv[start..start + counts.of(peer)];
-            start += into.len();
-            if peer == self.rank {
-                into.copy_from_slice(send);
-            } else if let Some(block) = all.pop_front() {
-                into.copy_from_slice(&block);
-            }
-        }
-        Ok(())
-    }
-
-    /// From the root to everyone: one latency, and an error names the root, not a rank halfway down a tree.
-    pub(crate) fn broadcast(&self, call: &mut Call<'_>, root: usize, buf: &mut [u8]) -> Result<(), CommError> {
-        if self.rank == root {
-            let sends: Vec<_> = self.others().map(|peer| (peer, &*buf)).collect();
-            self.swap(call, &sends, &[]).map(drop)
-        } else {
-            let came = self.swap(call, &[], &[(root, buf.len())])?;
-            buf.copy_from_slice(&came[0]);
-            Ok(())
-        }
-    }
-
-    /// Everyone tells everyone: one latency, and an error names who is missing.
-    pub(crate) fn barrier(&self, call: &mut Call<'_>) -> Result<(), CommError> {
-        let sends: Vec<_> = self.others().map(|peer| (peer, &[][..])).collect();
-        let recvs: Vec<_> = self.others().map(|peer| (peer, 0)).collect();
-        self.swap(call, &sends, &recvs).map(drop)
     }
 
     pub(crate) fn send_recv(
@@ -290,97 +222,90 @@ impl Messages {
         send: Option<(usize, &[u8])>,
         recv: Option<(usize, &mut [u8])>,
     ) -> Result<(), CommError> {
-        let begun = self.begin(call);
-        let mut out = match send {
-            Some((to, data)) => Some((to, self.start_message(to, data)?)),
-            None => None,
-        };
-        let mut into = recv.map(|(from, data)| (self.expect(from, true), data));
-        let (to, from) = (out.as_ref().map(|m| m.0), into.as_ref().map(|m| m.0.peer));
-        let mut push = |_: Site<'_>| out.as_mut().expect("a message to send").1.advance();
-        let mut pull = |site: Site<'_>| {
-            let (message, data) = into.as_mut().expect("a message to receive");
-            message.advance_into(site, data)
-        };
-        carry(
-            call,
-            [to.map(|to| (to, &mut push as _)), from.map(|from| (from, &mut pull as _))].into_iter().flatten(),
-        )?;
-        self.settle(call, begun, into.iter().map(|(message, _)| message.sent));
-        Ok(())
+        let sending = send.map(|(to, data)| self.start_message(to, data)).transpose()?;
+        let (from, data) = recv.unzip();
+        let data = data.unwrap_or_default();
+        let receiving = from.map(|from| self.expect_message(from, data.len()));
+        self.finish(call, sending.into_iter().collect(), receiving.into_iter(), |_, at, piece| {
+            copy_at(data, at, &piece);
+            Ok(())
+        })
     }
+}
 
-    /// The rank in MPI's world of each rank.
-    pub(crate) fn members(&self) -> &[usize] {
-        &self.members
-    }
+pub(crate) fn read_at(from: &[u8], at: usize, piece: &mut [u8]) {
+    piece.copy_from_slice(&from[at..at + piece.len()]);
+}
+
+pub(crate) fn copy_at(into: &mut [u8], at: usize, piece: &[u8]) {
+    into[at..at + piece.len()].copy_from_slice(piece);
 }
 
 impl Sending<'_> {
     /// Sees how far the message is.
     pub(crate) fn advance(&mut self) -> Result<Step, CommError> {
         let mut moved = false;
-        while let Some(piece) = self.0.last_mut() {
+        while let Some(piece) = self.pieces.last_mut() {
             if !piece.done()? {
                 return Ok(Step { moved, done: false });
             }
-            self.0.pop();
+            self.pieces.pop();
             moved = true;
         }
         Ok(Step { moved, done: true })
     }
 }
 
-impl Receiving<'_> {
-    /// Takes what has come; `accept` looks at the words and the length in the head.
-    fn advance(&mut self, accept: impl Fn([u64; 3], usize) -> Result<(), CommError>) -> Result<Step, CommError> {
-        let mut moved = false;
-        let from = self.group.members[self.peer];
-        loop {
-            if self.length.is_some_and(|length| self.payload.len() >= length) {
-                return Ok(Step { moved, done: true });
-            }
-            if self.transfer.is_none() {
-                self.transfer = self.group.world.receive(Some(from), self.tag)?.map(|(_, transfer)| transfer);
-            }
-            match self.transfer.take() {
-                None => return Ok(Step { moved, done: false }),
-                Some(mut transfer) => {
-                    if !transfer.done()? {
-                        self.transfer = Some(transfer);
-                        return Ok(Step { moved, done: false });
-                    }
-                    let data = transfer.into_data();
-                    moved = true;
-                    if self.length.is_some() {
-                        self.payload.extend(data);
-                        continue;
-                    }
-                    let word = |index: usize| {
-                        let bytes = data.get(8 * index..8 * index + 8);
-                        bytes.map_or(u64::MAX, |bytes| u64::from_le_bytes(bytes.try_into().expect("8 bytes")))
-                    };
-                    let length = usize::try_from(word(3)).unwrap_or(usize::MAX);
-                    accept([word(0), word(1), word(2)], length)?;
-                    self.length = Some(length);
-                    // Nothing comes before it is sent, whatever clocks say.
-                    let sent = (word(4) as i64).saturating_add(self.group.clocks[from]);
-                    self.sent = sent.min(self.group.world.clock());
-                    self.payload = data;
-                    self.payload.drain(..HEAD.min(self.payload.len()));
-                }
-            }
+impl<'m> Receiving<'m> {
+    /// Takes what has come of a message that `site` expects.
+    fn advance(
+        &mut self,
+        site: Site<'_>,
+        mut take: impl FnMut(usize, Piece<'m>) -> Result<(), CommError>,
+    ) -> Result<Step, CommError> {
+        let (from, tag) = (self.group.members[self.from], self.group.tag + usize::from(self.user));
+        // All that is on its way is let in, so that pieces need not wait for the ways of each other.
+        while self.ahead > 0
+            && let Some((_, piece)) = self.group.world.receive(Some(from), tag)?
+        {
+            self.pieces.push_back(piece);
+            self.ahead -= 1;
         }
+        let mut moved = false;
+        while let Some(piece) = self.pieces.front_mut() {
+            if !piece.done()? {
+                return Ok(Step { moved, done: false });
+            }
+            let piece = self.pieces.pop_front().expect("the front").into_received();
+            moved = true;
+            let word = |index: usize| {
+                let bytes = piece.get(8 * index..8 * index + 8);
+                bytes.map_or(u64::MAX, |bytes| u64::from_le_bytes(bytes.try_into().expect("8 bytes")))
+            };
+            let there = [word(0), word(1), word(2)];
+            if !self.user {
+                site.compare(self.from, there)?;
+            }
+            if word(3) != self.length as u64 || piece.len() != HEAD + PIECE.min(self.length - self.come) {
+                return Err(site.mismatch(self.from, there));
+            }
+            if self.come == 0 {
+                // Nothing comes before it is sent, whatever clocks say.
+                let sent = (word(4) as i64).saturating_add(self.group.clocks[from]);
+                self.sent = sent.min(self.group.world.clock());
+            }
+            let at = self.come;
+            self.come += piece.len() - HEAD;
+            take(at, Piece(piece))?;
+        }
+        Ok(Step { moved, done: self.ahead == 0 })
     }
 
-    /// Takes what has come of a message that `site` expects from its rank `peer`, and fills `data` at the end.
+    /// Takes what has come into its place in `data`.
     pub(crate) fn advance_into(&mut self, site: Site<'_>, data: &mut [u8]) -> Result<Step, CommError> {
-        let peer = self.peer;
-        let step =
-            self.advance(|there, length| if length == data.len() { Ok(()) } else { Err(site.mismatch(peer, there)) })?;
-        if step.done {
-            data.copy_from_slice(&self.payload);
-        }
-        Ok(step)
+        self.advance(site, |at, piece| {
+            copy_at(data, at, &piece);
+            Ok(())
+        })
     }
 }

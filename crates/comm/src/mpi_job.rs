@@ -97,12 +97,12 @@ pub(crate) fn clocks(world: &World) -> Result<Arc<[i64]>, CommError> {
             while !transfer.done()? {
                 thread::yield_now();
             }
-            return Ok(i64::from_le_bytes(transfer.into_data().try_into().unwrap_or_default()));
+            return Ok(i64::from_le_bytes((*transfer.into_received()).try_into().unwrap_or_default()));
         }
         thread::yield_now();
     };
     let send = |to: usize| {
-        let mut transfer = world.send(to, NEWS, world.clock().to_le_bytes().to_vec())?;
+        let mut transfer = world.send(to, NEWS, world.buffers.with(&world.clock().to_le_bytes()))?;
         while !transfer.done()? {
             thread::yield_now();
         }
@@ -148,12 +148,11 @@ impl Lookout {
     }
 
     fn tell(&self, kind: u64, rank: usize, text: &str) {
+        let news = [&kind.to_le_bytes()[..], &(rank as u64).to_le_bytes(), text.as_bytes()].concat();
+        let news = self.world.buffers.with(&news);
         for &to in &self.far {
-            let mut data = kind.to_le_bytes().to_vec();
-            data.extend((rank as u64).to_le_bytes());
-            data.extend(text.as_bytes());
             // Small enough to leave at once, as a rule. One that cannot be sent has nobody to read it.
-            if let Ok(mut transfer) = self.world.send(to, NEWS, data) {
+            if let Ok(mut transfer) = self.world.send(to, NEWS, news.clone()) {
                 let start = Instant::now();
                 while matches!(transfer.done(), Ok(false)) && start.elapsed() < HURRY {
                     thread::yield_now();
@@ -169,7 +168,7 @@ impl Lookout {
             while !transfer.done()? {
                 thread::yield_now();
             }
-            let data = transfer.into_data();
+            let data = transfer.into_received();
             let word = |index: usize| {
                 let bytes = data.get(8 * index..8 * index + 8)?;
                 Some(u64::from_le_bytes(bytes.try_into().ok()?))

@@ -5,7 +5,7 @@ use std::io;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::os::unix::thread::JoinHandleExt;
 use std::sync::atomic::AtomicU64;
-use std::sync::{Mutex, MutexGuard, PoisonError, mpsc};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, mpsc};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -13,21 +13,24 @@ use mpi::environment::{Threading, Universe, initialize_with_threading};
 use mpi::ffi;
 
 use crate::alarm::Ending;
+use crate::buffer::{Buffer, Buffers};
 use crate::error::CommError;
 
 /// MPI may take this long to end once all ranks have left.
 const PATIENCE: Duration = Duration::from_secs(5);
+/// The highest tag that the standard grants: implementations that allow more are not asked for it.
+pub(crate) const LARGEST_TAG: usize = 32_767;
 
 /// The only communicator of this crate: a duplicate of MPI's world, so that no other library's messages mix in.
 pub(crate) struct World {
     comm: ffi::MPI_Comm,
     rank: usize,
     size: usize,
-    largest_tag: usize,
     /// The lowest tag that no group of this process has used; tag 0 is for news about ranks.
     pub(crate) next_tag: AtomicU64,
     /// Taken by every call: MPI may have been built for one thread at a time.
     turn: Mutex<()>,
+    pub(crate) buffers: Buffers,
     universe: Option<Universe>,
     /// Where this rank's clock begins.
     epoch: Instant,
@@ -80,10 +83,9 @@ impl World {
                 comm,
                 rank: rank as usize,
                 size: size as usize,
-                // What the standard grants: implementations that allow more are not asked for it.
-                largest_tag: 32_767,
                 next_tag: AtomicU64::new(1),
                 turn: Mutex::new(()),
+                buffers: Buffers::default(),
                 universe: Some(universe),
                 epoch: Instant::now(),
                 ending: Mutex::new(Ending::Early),
@@ -97,10 +99,6 @@ impl World {
 
     pub(crate) fn size(&self) -> usize {
         self.size
-    }
-
-    pub(crate) fn largest_tag(&self) -> usize {
-        self.largest_tag
     }
 
     /// Nanoseconds of a clock of this rank's own.
@@ -164,19 +162,24 @@ impl World {
         Ok(all)
     }
 
-    /// Begins to send; the buffer belongs to the transfer until it is done.
-    pub(crate) fn send(&self, to: usize, tag: usize, data: Vec<u8>) -> Result<Transfer<'_>, CommError> {
-        let count = i32::try_from(data.len()).expect("messages are sent in pieces of less than 2 GiB");
+    /// Begins to send; nobody writes the buffer until that is done, and any number of transfers may read it.
+    pub(crate) fn send<'w>(
+        &'w self,
+        to: usize,
+        tag: usize,
+        buffer: Arc<Buffer<'w>>,
+    ) -> Result<Transfer<'w>, CommError> {
+        let count = i32::try_from(buffer.len()).expect("messages are sent in pieces of less than 2 GiB");
         let _turn = self.turn();
         // SAFETY: reading a constant of the library.
         let mut request = unsafe { ffi::RSMPI_REQUEST_NULL };
-        // SAFETY: the buffer is owned by the transfer, which keeps it unmoved and unchanged until MPI has done.
+        // SAFETY: the transfer owns a share of the buffer, which keeps it unmoved and unchanged until MPI has done.
         let code = unsafe {
-            let data = data.as_ptr().cast();
+            let data = buffer.as_ptr().cast();
             ffi::MPI_Isend(data, count, byte_type(), to as i32, tag as i32, self.comm, &mut request)
         };
         check("MPI_Isend", code)?;
-        Ok(Transfer { world: self, request, data, done: false })
+        Ok(Transfer { world: self, request, buffer: Some(buffer), done: false })
     }
 
     /// Begins to receive the next message of `from` (or of anyone) with the tag, if there is one.
@@ -195,13 +198,13 @@ impl World {
             }
             let mut count = 0;
             check("MPI_Get_count", ffi::MPI_Get_count(&status, byte_type(), &mut count))?;
-            let mut data = vec![0u8; count.max(0) as usize];
+            let mut buffer = self.buffers.of(count.max(0) as usize);
             let mut request = ffi::RSMPI_REQUEST_NULL;
-            let buffer = data.as_mut_ptr().cast();
-            let code = ffi::MPI_Imrecv(buffer, count, byte_type(), &mut message, &mut request);
+            let data = buffer.as_mut_ptr().cast();
+            let code = ffi::MPI_Imrecv(data, count, byte_type(), &mut message, &mut request);
             check("MPI_Imrecv", code)?;
-            let from = status.MPI_SOURCE as usize;
-            Ok(Some((from, Transfer { world: self, request, data, done: false })))
+            let transfer = Transfer { world: self, request, buffer: Some(Arc::new(buffer)), done: false };
+            Ok(Some((status.MPI_SOURCE as usize, transfer)))
         }
     }
 
@@ -286,14 +289,15 @@ fn byte_type() -> ffi::MPI_Datatype {
 pub(crate) struct Transfer<'w> {
     world: &'w World,
     request: ffi::MPI_Request,
-    data: Vec<u8>,
+    /// Taken out once the transfer is done.
+    buffer: Option<Arc<Buffer<'w>>>,
     done: bool,
 }
 
 // SAFETY: a request is a number or a pointer that any thread may use, one at a time: `&mut self` and `turn`.
 unsafe impl Send for Transfer<'_> {}
 
-impl Transfer<'_> {
+impl<'w> Transfer<'w> {
     /// Whether MPI has done with the buffer.
     pub(crate) fn done(&mut self) -> Result<bool, CommError> {
         if !self.done {
@@ -308,9 +312,10 @@ impl Transfer<'_> {
     }
 
     /// What a finished receive brought.
-    pub(crate) fn into_data(mut self) -> Vec<u8> {
+    pub(crate) fn into_received(mut self) -> Buffer<'w> {
         assert!(self.done, "the data of an unfinished transfer");
-        std::mem::take(&mut self.data)
+        let buffer = self.buffer.take().and_then(Arc::into_inner);
+        buffer.expect("a receive shares its buffer with nobody")
     }
 }
 
@@ -318,7 +323,7 @@ impl Drop for Transfer<'_> {
     fn drop(&mut self) {
         if !self.done {
             // After a failure MPI may still use the buffer: it is given up rather than freed.
-            std::mem::forget(std::mem::take(&mut self.data));
+            std::mem::forget(self.buffer.take());
         }
     }
 }
@@ -379,16 +384,32 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_never_ends_is_left_behind_whether_it_sleeps_or_spins() {
-        let limit = Duration::from_millis(200);
+    fn what_never_ends_is_left_behind_who_sleeps_a_little_later() {
+        let (limit, soon) = (Duration::from_millis(200), Duration::from_secs(20));
         assert!(within(Duration::from_secs(60), || ()));
         let start = Instant::now();
+        assert!(!within(limit, || thread::sleep(Duration::MAX)));
+        let slept = start.elapsed();
+        assert!((limit + Duration::from_secs(1)..soon).contains(&slept), "{slept:?}");
         assert!(!within(limit, || loop {
             std::hint::spin_loop()
         }));
-        let spun = start.elapsed();
-        assert!(!within(limit, || thread::sleep(Duration::MAX)));
-        let slept = start.elapsed() - spun;
-        assert!(limit <= spun && spun + limit < slept && slept < Duration::from_secs(5), "{spun:?}, {slept:?}");
+        assert!((limit..soon).contains(&(start.elapsed() - slept)), "{:?}", start.elapsed() - slept);
+    }
+
+    #[test]
+    fn who_spins_is_told_from_who_sleeps() {
+        let spinning = thread::spawn(|| {
+            loop {
+                std::hint::spin_loop()
+            }
+        });
+        let sleeping = thread::spawn(|| thread::sleep(Duration::MAX));
+        let (start, some) = (Instant::now(), Duration::from_millis(100));
+        while time_on_core(&spinning) < some {
+            assert!(start.elapsed() < Duration::from_secs(20), "it spun for {:?}", time_on_core(&spinning));
+            thread::sleep(Duration::from_millis(10));
+        }
+        assert!(time_on_core(&sleeping) < some);
     }
 }

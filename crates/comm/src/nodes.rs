@@ -8,13 +8,14 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
 use std::time::Duration;
 
-use crate::call::{Call, Site};
+use crate::call::Call;
 use crate::communicator::ReduceOp;
 use crate::error::CommError;
 use crate::group::{self, Group};
 use crate::mail::{Incoming, Outgoing};
-use crate::messages::Messages;
+use crate::messages::{Messages, Receiving, Sending};
 use crate::mpi_job::{Gather, Job, share};
+use crate::mpi_sys::LARGEST_TAG;
 use crate::transport::{Counts, Reduction, Transport, carry};
 use crate::wire::{Fold, WireFormat};
 
@@ -64,7 +65,7 @@ impl Nodes {
         // The tags of all groups of this split: above all that any of its ranks has used.
         let tag = gather(&[job.world.next_tag.load(Relaxed)])?.into_iter().max().unwrap_or(0);
         job.world.next_tag.store(tag + 3, Relaxed);
-        if tag as usize + 3 > job.world.largest_tag() {
+        if tag as usize + 3 > LARGEST_TAG {
             let reason = "too many communicators were split off: MPI has no tags left".into();
             return Err(CommError::Setup { transport: "mpi", reason });
         }
@@ -257,44 +258,47 @@ impl Machines {
         send: Option<(usize, &[u8])>,
         recv: Option<(usize, &mut [u8])>,
     ) -> Result<(), CommError> {
-        let near = (send.and_then(|s| self.place(s.0)), recv.as_ref().and_then(|r| self.place(r.0)));
         // Each of the two messages takes its own way, and they move on together.
         let Some(group) = &self.local else { return all.send_recv(call, send, recv) };
         let begun = all.begin(call);
-        let (to, from) = (send.map(|s| s.0), recv.as_ref().map(|r| r.0));
-        let mut near_out = send.zip(near.0).map(|((_, data), to)| Outgoing { to, data, chunks: 0 });
-        let mut far_out = match send.filter(|_| near.0.is_none()) {
-            Some((to, data)) => Some(all.start_message(to, data)?),
-            None => None,
-        };
-        let mut far_in = from.filter(|_| near.1.is_none()).map(|from| all.expect(from, true));
-        let mut recv = recv.map(|r| r.1);
-        let mut chunks = 0;
-        let mut push = |_: Site<'_>| match (&mut near_out, &mut far_out) {
-            (Some(message), _) => Ok(group.push(message)),
-            (None, Some(message)) => message.advance(),
-            (None, None) => unreachable!("a message to send goes one way or the other"),
-        };
-        let mut pull = |site: Site<'_>| {
-            let (peer, data) = from.zip(recv.as_deref_mut()).expect("a message to receive");
-            match (&mut far_in, near.1) {
-                (Some(message), _) => message.advance_into(site, data),
-                (None, Some(place)) => {
-                    let mut message = Incoming { from: place, data, chunks };
-                    let step = group.pull(site, peer, &mut message);
-                    chunks = message.chunks;
-                    step
-                }
-                (None, None) => unreachable!("a message to receive comes one way or the other"),
+        let mut sent = None;
+        let mut ways = Vec::with_capacity(2);
+        if let Some((to, data)) = send {
+            let way = match self.place(to) {
+                Some(place) => Way::NearOut(Outgoing { to: place, data, chunks: 0 }),
+                None => Way::FarOut(all.start_message(to, data)?),
+            };
+            ways.push((to, way));
+        }
+        if let Some((from, data)) = recv {
+            let way = match self.place(from) {
+                Some(place) => Way::NearIn(from, Incoming { from: place, data, chunks: 0 }),
+                None => Way::FarIn(all.expect_message(from, data.len()), data),
+            };
+            ways.push((from, way));
+        }
+        carry(call, ways, |site, way| match way {
+            Way::NearOut(message) => Ok(group.push(message)),
+            Way::FarOut(message) => message.advance(),
+            Way::NearIn(from, message) => group.pull(site, *from, message),
+            Way::FarIn(message, data) => {
+                let step = message.advance_into(site, data)?;
+                sent = Some(message.sent);
+                Ok(step)
             }
-        };
-        carry(
-            call,
-            [to.map(|to| (to, &mut push as _)), from.map(|from| (from, &mut pull as _))].into_iter().flatten(),
-        )?;
-        all.settle(call, begun, far_in.iter().map(|message| message.sent));
+        })?;
+        all.settle(call, begun, sent);
         Ok(())
     }
+}
+
+/// A message within the machine or between machines, out or in.
+enum Way<'a> {
+    NearOut(Outgoing<'a>),
+    FarOut(Sending<'a>),
+    /// With the sender as a rank of the communicator.
+    NearIn(usize, Incoming<'a>),
+    FarIn(Receiving<'a>, &'a mut [u8]),
 }
 
 impl Transport for Nodes {

@@ -65,32 +65,39 @@ pub(crate) struct Step {
     pub done: bool,
 }
 
-/// One message of an exchange: the other rank, and what moves the message on without waiting.
-pub(crate) type Part<'a> = (usize, &'a mut dyn FnMut(Site<'_>) -> Result<Step, CommError>);
-
-/// Moves messages on until they are done. The deadline is for peers that do nothing: it starts again whenever
-/// something moved. All messages are looked at in turn, so that all ranks that have not come are known.
-pub(crate) fn carry<'a>(call: &mut Call<'_>, parts: impl IntoIterator<Item = Part<'a>>) -> Result<(), CommError> {
-    let open = RefCell::new(parts.into_iter().collect::<Vec<_>>());
+/// Moves messages on, each named with the other rank, until all are done: `advance` moves one on without waiting. The
+/// deadline is for peers that do nothing: it starts again whenever something moved. All messages are looked at in
+/// turn, so that all ranks that have not come are known.
+pub(crate) fn carry<M>(
+    call: &mut Call<'_>,
+    messages: Vec<(usize, M)>,
+    mut advance: impl FnMut(Site<'_>, &mut M) -> Result<Step, CommError>,
+) -> Result<(), CommError> {
     let site = call.site;
+    let open = RefCell::new(messages);
     while !open.borrow().is_empty() {
         call.wait(
             || {
                 let (mut moved, mut result) = (false, Ok(()));
-                open.borrow_mut().retain_mut(|(_, advance)| match advance(site) {
-                    Ok(step) => {
-                        moved |= step.moved || step.done;
-                        !step.done
+                open.borrow_mut().retain_mut(|(_, message)| {
+                    if result.is_err() {
+                        return true;
                     }
-                    Err(error) => {
-                        result = Err(error);
-                        true
+                    match advance(site, message) {
+                        Ok(step) => {
+                            moved |= step.moved || step.done;
+                            !step.done
+                        }
+                        Err(error) => {
+                            result = Err(error);
+                            true
+                        }
                     }
                 });
                 result.map(|()| moved)
             },
             || {
-                let mut peers: Vec<usize> = open.borrow().iter().map(|part| part.0).collect();
+                let mut peers: Vec<usize> = open.borrow().iter().map(|message| message.0).collect();
                 peers.sort_unstable();
                 peers.dedup();
                 peers
