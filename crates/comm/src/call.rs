@@ -19,7 +19,7 @@ const NAP: Duration = Duration::from_micros(20);
 /// How often it looks for ranks that left or died.
 const PROBE: Duration = Duration::from_millis(50);
 /// How long a rank that fails looks whether those that it waits for fail, too, and say so.
-const LAST_WORDS: Duration = Duration::from_millis(100);
+const LAST_WORDS: Duration = Duration::from_millis(500);
 
 /// What a rank calls. Two ranks in the same call have equal headers.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]

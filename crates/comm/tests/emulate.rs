@@ -89,7 +89,8 @@ fn calls_within_a_node_cost_nothing_extra() {
         for _ in 0..10 {
             inside.all_reduce(&mut [1.0; 1000], ReduceOp::Sum).unwrap();
         }
-        assert!(start.elapsed().as_secs_f64() < 0.5, "ten calls within a node: {:?}", start.elapsed());
+        // On the link they would take ten times half a second.
+        assert!(start.elapsed().as_secs_f64() < 4.0, "ten calls within a node: {:?}", start.elapsed());
         let peer = comm.rank() ^ 1;
         comm.send_recv(peer, &[1u8], peer, &mut [0]).unwrap();
     });
@@ -99,7 +100,7 @@ fn calls_within_a_node_cost_nothing_extra() {
 
 #[test]
 fn a_shorter_wire_halves_the_time_of_long_messages() {
-    let link = Link::from_us_gb_s(10.0, 0.02);
+    let link = Link::from_us_gb_s(10.0, 0.001);
     let time = |wire| {
         measure(2, 2, link, |comm| {
             comm.set_wire(wire);
@@ -108,8 +109,8 @@ fn a_shorter_wire_halves_the_time_of_long_messages() {
         .0
     };
     let (f32, bf16) = (time(WireFormat::F32), time(WireFormat::Bf16));
-    // 20 ms and 10 ms on the link; a busy machine may add to both.
-    assert!(f32 >= 0.020 && bf16 >= 0.010 && bf16 < 0.75 * f32, "f32 {f32} s, bf16 {bf16} s");
+    // 400 ms and 200 ms on the link; a busy machine adds less than the difference to one of five calls.
+    assert!(f32 >= 0.4 && (0.2..0.4).contains(&bf16), "f32 {f32} s, bf16 {bf16} s");
 }
 
 #[test]

@@ -7,7 +7,7 @@ mod conformance;
 use std::thread;
 use std::time::Duration;
 
-use comm::{Communicator, MpiComm, MpiOptions, ReduceOp};
+use comm::{Communicator, CommunicatorExt, MpiComm, MpiOptions};
 
 fn options(change: impl FnOnce(&mut MpiOptions)) -> MpiOptions {
     let mut options = MpiOptions::default();
@@ -15,31 +15,31 @@ fn options(change: impl FnOnce(&mut MpiOptions)) -> MpiOptions {
     options
 }
 
-/// Over messages, waiting ends when the last rank has sent; each rank has another clock.
+/// Over messages, waiting ends when the last rank has sent; each rank has another clock. Nothing here depends on how fast the
+/// machine is, but for delays of the scheduler of half of what the late rank sleeps, in one of some tries at least.
 fn waiting_is_not_travel(comm: &MpiComm) {
-    let shares = |late: Duration, elements: usize| {
+    const LATE: Duration = Duration::from_millis(400);
+    let shares = |elements: usize| {
         comm.barrier().expect("all ranks are there");
         comm.ledger().reset();
         if comm.rank() == comm.size() - 1 {
-            thread::sleep(late);
+            thread::sleep(LATE);
         }
-        comm.all_reduce(&mut vec![1.0; elements], ReduceOp::Sum).expect("all ranks call");
+        comm.all_gather(&vec![1.0f32; elements], &mut vec![0.0; elements * comm.size()]).expect("all ranks call");
         let entry = comm.ledger().entries()[0];
         (entry.wait_seconds, entry.seconds - entry.wait_seconds)
     };
-    // Of several tries the one in which nothing else ran meanwhile.
-    let best = |late, elements, value: fn((f64, f64)) -> f64| {
-        (0..5).map(|_| value(shares(late, elements))).fold(f64::INFINITY, f64::min)
-    };
-    let late = Duration::from_millis(100);
-    let (waited, travelled) = (best(late, 100, |(wait, _)| wait), best(late, 100, |(_, travel)| travel));
-    if comm.rank() == comm.size() - 1 {
-        assert!(waited < 0.01, "the late rank waited {waited} s");
-    } else {
-        assert!(waited > 0.09 && travelled < 0.01, "the others waited {waited} s, travel took {travelled} s");
+    let half = LATE.as_secs_f64() / 2.0;
+    for elements in [100, 1 << 20] {
+        let tries: Vec<(f64, f64)> = (0..3).map(|_| shares(elements)).collect();
+        // A rank that comes last finds that the others have sent, so that it waits for none, however long the way of what
+        // they sent is; for the others the way begins when it has sent.
+        let right = |(waited, travelled): &(f64, f64)| match comm.rank() == comm.size() - 1 {
+            true => *waited == 0.0,
+            false => *waited > half && *travelled < half,
+        };
+        assert!(tries.iter().any(right), "rank {}, {elements} elements: waited, travelled {tries:?}", comm.rank());
     }
-    let share = best(Duration::ZERO, 1 << 20, |(wait, travel)| wait / (wait + travel));
-    assert!(share < 0.3, "of a large sum {share} was waiting");
 }
 
 fn main() {

