@@ -56,6 +56,9 @@ pub struct NetbenchArgs {
     /// Speeds of the links in Gbit/s
     #[arg(long, value_delimiter = ',', default_value = "1,10,25", value_name = "G,..", value_parser = gbit)]
     pub gbit: Vec<f64>,
+    /// Tokens of the prompt; keys and values of long ones go round the ranks that split positions [default: 256, quick 64]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(2..=16_384))]
+    pub prompt: Option<u16>,
     /// Delay of the links in microseconds, where the kernel can delay packets
     #[arg(long, default_value_t = 20, value_name = "US")]
     pub delay_us: u32,
@@ -128,6 +131,9 @@ fn outside(args: &NetbenchArgs, program: &Path, model: &Path) -> Result<bool> {
     }
     for gbit in &args.gbit {
         command.args(["--gbit", &gbit.to_string()]);
+    }
+    if let Some(prompt) = args.prompt {
+        command.args(["--prompt", &prompt.to_string()]);
     }
     command.args(["--delay-us", &args.delay_us.to_string()]);
     if let Some(file) = &args.json {

@@ -20,7 +20,7 @@ const DEADLINE: Duration = Duration::from_secs(180);
 /// the wire's format changes nothing: once is enough.
 const RUNS: [(&str, &str); 4] = [("heads", "f32"), ("heads", "bf16"), ("heads", "q8"), ("sequence", "f32")];
 
-/// Prompt, generated tokens and repetitions of a bench.
+/// Prompt, where none is asked for, generated tokens and repetitions of a bench.
 fn extent(quick: bool) -> [&'static str; 3] {
     if quick { ["64", "8", "1"] } else { ["256", "32", "3"] }
 }
@@ -33,21 +33,11 @@ pub fn measure(args: &NetbenchArgs, mpi: &Mpi, program: &Path, model: &Path, fil
         println!("netbench: this kernel has no netem: links have their speed and no delay of their own");
     }
     let [prompt, generated, reps] = extent(args.quick);
+    let prompt = &args.prompt.map_or(prompt.to_owned(), |prompt| prompt.to_string());
     let model_path = model.to_string_lossy();
-    let bench = [
-        "bench",
-        "--json",
-        "--model",
-        &model_path,
-        "--threads",
-        "1",
-        "--prompt-len",
-        prompt,
-        "--gen-len",
-        generated,
-        "--reps",
-        reps,
-    ];
+    let rank = ["--json", "--model", &model_path, "--threads", "1"];
+    let extent = ["--prompt-len", prompt, "--gen-len", generated, "--reps", reps];
+    let bench = [&["bench"], &rank[..], &extent].concat();
     let mut networks = Vec::new();
     for &ranks in &args.ranks {
         for &gbit in &args.gbit {
@@ -63,24 +53,8 @@ pub fn measure(args: &NetbenchArgs, mpi: &Mpi, program: &Path, model: &Path, fil
             let calibrated = on_cluster(&["calibrate", "--json", "--threads", "1", "--output", &file])?;
             let mut network = Network::of(&calibrated["answer"]["machine"], gbit, usize::from(ranks))?;
             let count = ranks.to_string();
-            let plan = [
-                "plan",
-                "--json",
-                "--model",
-                &model_path,
-                "--ranks",
-                &count,
-                "--nodes",
-                &count,
-                "--threads",
-                "1",
-                "--calibration",
-                &file,
-                "--prompt",
-                prompt,
-                "--generate",
-                generated,
-            ];
+            let layout = ["--ranks", &count, "--nodes", &count, "--calibration", &file];
+            let plan = [&["plan"], &rank[..], &layout, &["--prompt", prompt, "--generate", generated]].concat();
             for (strategy, wire) in RUNS {
                 let planned = answer(&mut Command::new(program), &[&plan[..], &["--wire", wire]].concat(), files)?;
                 let measured = on_cluster(&[&bench[..], &["--strategy", strategy, "--wire", wire]].concat())?;
