@@ -25,7 +25,7 @@ use crate::kv_cache::LayerCache;
 use crate::kv_ring::KvRing;
 use crate::kv_wire::KvWire;
 use crate::layout::TokenLayout;
-use crate::linear::{slice, slice_mut};
+use crate::linear::{reshape, slice, slice_mut};
 use crate::merged::Merged;
 
 /// The tokens of a pass among all positions of their sequence.
@@ -66,6 +66,11 @@ pub fn attention_sequence(
     scratch: &mut AttentionScratch,
     out: &mut Activations,
 ) -> Result<(), CommError> {
+    if spec.shape.heads() == 0 {
+        // More ranks split heads than there are: those that share positions with this one have none either.
+        reshape(out, qkv.nrows(), 0);
+        return Ok(());
+    }
     norm_and_rotate(ctx, spec, qkv);
     if span.layout.is_split() {
         attend_split(ctx, spec, span, qkv, cache, scratch, out)
