@@ -244,7 +244,8 @@ impl<'a> Fields<'a> {
         }
     }
 
-    fn name(&self, field: &str) -> String {
+    /// The field's name with those of the objects around it, for messages.
+    pub fn name(&self, field: &str) -> String {
         format!("{}{field}", self.prefix)
     }
 }

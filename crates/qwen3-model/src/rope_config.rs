@@ -38,33 +38,39 @@ pub struct Yarn {
 }
 
 impl RopeConfig {
-    /// Reads either form. Where both are present they must agree on theta.
+    /// Reads either form. Where both are present they must agree on theta, and on the scaling if both have one: who follows older
+    /// instructions adds `rope_scaling` to a file that has `rope_parameters` without any.
     pub(crate) fn parse(fields: &Fields<'_>, max_position_embeddings: usize) -> Result<Self, ConfigError> {
         let newer = fields.object("rope_parameters")?;
         let older = fields.object("rope_scaling")?;
-        let theta = read_theta(fields, newer.as_ref())?;
-        let scaling = match newer.or(older) {
-            None => RopeScaling::Default,
-            Some(parameters) => parse_scaling(&parameters, max_position_embeddings)?,
+        let theta = read_theta(fields, [newer.as_ref(), older.as_ref()])?;
+        let scaling = |parameters: Option<&Fields<'_>>| {
+            parameters.map_or(Ok(RopeScaling::Default), |part| parse_scaling(part, max_position_embeddings))
         };
-        Ok(Self { theta, scaling })
+        match (scaling(newer.as_ref())?, scaling(older.as_ref())?) {
+            (scaling, RopeScaling::Default) | (RopeScaling::Default, scaling) => Ok(Self { theta, scaling }),
+            (newer, older) if newer == older => Ok(Self { theta, scaling: newer }),
+            (newer, older) => Err(fields.contradiction(
+                ("rope_scaling", format!("{older:?}")),
+                ("rope_parameters", format!("{newer:?}")),
+                "the same values in both",
+            )),
+        }
     }
 }
 
-fn read_theta(fields: &Fields<'_>, newer: Option<&Fields<'_>>) -> Result<f64, ConfigError> {
+fn read_theta(fields: &Fields<'_>, inner: [Option<&Fields<'_>>; 2]) -> Result<f64, ConfigError> {
     let expected = "a number above 1";
-    let outer = fields.number("rope_theta")?;
-    let inner = newer.map_or(Ok(None), |parameters| parameters.number("rope_theta"))?;
-    if let (Some(outer), Some(inner)) = (outer, inner)
-        && outer != inner
-    {
-        return Err(fields.contradiction(
-            ("rope_theta", outer),
-            ("rope_parameters.rope_theta", inner),
-            "the same value in both",
-        ));
+    let mut theta = fields.number("rope_theta")?;
+    for parameters in inner.into_iter().flatten() {
+        let Some(own) = parameters.number("rope_theta")? else { continue };
+        if let Some(other) = theta.filter(|other| *other != own) {
+            let name = parameters.name("rope_theta");
+            return Err(fields.contradiction(("rope_theta", other), (&name, own), "the same value in both"));
+        }
+        theta = Some(own);
     }
-    match inner.or(outer) {
+    match theta {
         None => Err(fields.missing("rope_theta", expected)),
         // A base of 1 has no wavelengths and divides by its logarithm, which is 0.
         Some(theta) if theta <= 1.0 || theta > f64::from(f32::MAX) => Err(fields.range("rope_theta", theta, expected)),

@@ -111,6 +111,13 @@ fn yarn_in_both_forms() {
     parameters["rope_theta"] = json!(1e6);
     let newer = with(dense(), json!({"rope_theta": null, "rope_parameters": parameters})).expect("newer");
     assert_eq!(newer, older);
+    // Who adds the older field to a newer file means it, wherever theta is.
+    let plain = json!({"rope_theta": 1e6, "rope_type": "default"});
+    let both = json!({"rope_theta": null, "rope_scaling": scaling, "rope_parameters": plain});
+    assert_eq!(with(dense(), both).expect("added"), older);
+    let both = json!({"rope_theta": null, "rope_scaling": parameters, "rope_parameters": parameters});
+    assert_eq!(with(dense(), both).expect("the same twice"), older);
+    assert_eq!(with(dense(), json!({"rope_theta": null, "rope_scaling": parameters})).expect("inside"), older);
     let mut oldest = scaling;
     oldest["type"] = oldest["rope_type"].take();
     assert_eq!(with(dense(), json!({"rope_scaling": oldest})).expect("oldest"), older);
@@ -356,6 +363,12 @@ fn contradictions() {
             (json!({"num_key_value_heads": 3}), "contradiction", "num_attention_heads"),
             (json!({"num_key_value_heads": 32}), "contradiction", "num_attention_heads"),
             (json!({"rope_parameters": {"rope_theta": 5e6}}), "contradiction", "rope_theta"),
+            (json!({"rope_scaling": {"rope_theta": 5e6}}), "contradiction", "rope_theta"),
+            (
+                json!({"rope_scaling": {"type": "yarn", "factor": 2}, "rope_parameters": {"type": "yarn", "factor": 4}}),
+                "contradiction",
+                "rope_scaling",
+            ),
             (json!({"layer_types": ["full_attention"]}), "contradiction", "layer_types"),
             (
                 json!({"rope_scaling": {"rope_type": "yarn", "factor": 4, "beta_fast": 1, "beta_slow": 32}}),
