@@ -217,12 +217,16 @@ fn what_cannot_be_written() {
     let end = bytes.len();
     // The final norm is last; before it, the last layer's down_proj.
     bytes[end - 2 * 96 - 1] = 0x7f;
-    bytes[end - 2 * 96 - 2] = 0xc0;
-    std::fs::write(&weights, bytes).expect("writable");
-    let error = quantize(&source, &folder.path().join("nan"), WeightFormat::Q8, &mut |_| ()).expect_err("a NaN");
-    let message = error.to_string();
-    assert!(matches!(error, ExportError::Write(_)), "{message}");
-    assert!(message.contains("model.layers.2.mlp.down_proj.weight") && message.contains("row 95"), "{message}");
+    for (low, read, found) in [(0xc0, false, "NaN"), (0x00, true, "17014118")] {
+        bytes[end - 2 * 96 - 2] = low;
+        std::fs::write(&weights, &bytes).expect("writable");
+        let error = quantize(&source, &folder.path().join("nan"), WeightFormat::Q8, &mut |_| ()).expect_err(found);
+        let message = error.to_string();
+        let expected =
+            if read { matches!(error, ExportError::Write(_)) } else { matches!(error, ExportError::Checkpoint(_)) };
+        assert!(expected && message.contains(found), "{message}");
+        assert!(message.contains("model.layers.2.mlp.down_proj.weight") && message.contains("row 95"), "{message}");
+    }
     let left = std::fs::read_dir(folder.path().join("nan")).expect("a folder").count();
     assert_eq!(left, 0, "what is not finished does not stay");
     let error = quantize(&source, &file, WeightFormat::Q8, &mut |_| ()).expect_err("a file in the way");

@@ -66,7 +66,8 @@ pub fn encode_rows(format: WeightFormat, cols: usize, values: &[f32], out: &mut 
                     _ => quantize_group_q4(&weights).map(|group| store_q4(&group, block)),
                 };
                 if stored.is_none() {
-                    let found = weights.into_iter().find(|weight| !weight.is_finite()).unwrap_or(f32::NAN);
+                    let largest = weights.into_iter().max_by(|a, b| a.abs().total_cmp(&b.abs()));
+                    let found = largest.unwrap_or_default();
                     return Err(EncodeError { row: index / cols.div_ceil(GROUP), found, format });
                 }
                 out.extend_from_slice(block);

@@ -61,6 +61,12 @@ pub enum CheckpointError {
         /// What the file's size and the format's limit (100 MB) allow.
         max: u64,
     },
+    /// The file is what git keeps in place of a large file.
+    #[error("{} is a Git LFS pointer, not the weights: fetch them with `git lfs pull`, or download the model again", file.display())]
+    LfsPointer {
+        /// The file.
+        file: PathBuf,
+    },
     /// The header is not a JSON object.
     #[error("the header of {} is not a JSON object: {reason}", file.display())]
     HeaderJson {
@@ -260,6 +266,18 @@ pub enum CheckpointError {
         found: String,
         /// What it should look like.
         expected: String,
+    },
+    /// A weight is NaN or infinite, or a scale of quantized ones is.
+    #[error("tensor {tensor} in {}, row {row}: a weight or scale is {found}, expected finite numbers", file.display())]
+    NotFinite {
+        /// The file.
+        file: PathBuf,
+        /// The tensor.
+        tensor: String,
+        /// Row in the stored tensor.
+        row: usize,
+        /// The weight or scale.
+        found: f32,
     },
     /// A weight cannot be expressed in the format it is converted to.
     #[error("tensor {tensor} in {}, row {row}: {found} cannot be stored as {format}", file.display())]

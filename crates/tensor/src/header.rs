@@ -40,6 +40,9 @@ pub(crate) fn read_header(source: &Source) -> Result<Header, CheckpointError> {
     }
     let mut length = [0; 8];
     source.read_at("the header's length", 0, &mut length)?;
+    if &length == b"version " {
+        return Err(CheckpointError::LfsPointer { file: file.to_owned() });
+    }
     let length = u64::from_le_bytes(length);
     let max = (source.len() - 8).min(MAX_HEADER);
     if length > max {

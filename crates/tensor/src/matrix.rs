@@ -116,7 +116,7 @@ impl Matrix {
     ///
     /// # Errors
     ///
-    /// If the file cannot be read.
+    /// If the file cannot be read, or a weight is NaN or infinite.
     ///
     /// # Panics
     ///
@@ -129,7 +129,7 @@ impl Matrix {
     ///
     /// # Errors
     ///
-    /// If the file cannot be read.
+    /// If the file cannot be read, or a weight is NaN or infinite.
     ///
     /// # Panics
     ///
@@ -247,8 +247,30 @@ impl Matrix {
         self.cols.start / GROUP * bytes..self.cols.end.div_ceil(GROUP) * bytes
     }
 
-    /// Reads the bytes `span` of each of `rows` into `out`, `[rows, span]`.
+    /// Reads the bytes `span` of each of `rows` into `out`, `[rows, span]`, and checks that they stand for finite weights.
     fn read_span(
+        &self,
+        rows: Range<usize>,
+        span: Range<usize>,
+        out: &mut [u8],
+        merged: &mut Vec<u8>,
+    ) -> Result<(), CheckpointError> {
+        let (first, width) = (rows.start, span.len());
+        self.read_bytes(rows, span, out, merged)?;
+        // A damaged file, or a training that diverged. Softmax and rounding to integers pass over a NaN, and what comes of it looks
+        // like an answer; here the search costs a tenth of the reading.
+        match find_not_finite(self.format(), out) {
+            None => Ok(()),
+            Some((offset, found)) => Err(CheckpointError::NotFinite {
+                file: self.file().to_owned(),
+                tensor: self.name().to_owned(),
+                row: self.stored_row(first + offset / width),
+                found,
+            }),
+        }
+    }
+
+    fn read_bytes(
         &self,
         rows: Range<usize>,
         span: Range<usize>,
@@ -290,6 +312,34 @@ impl Matrix {
     /// Row of the stored tensor, for messages.
     pub(crate) fn stored_row(&self, row: usize) -> usize {
         self.rows.start + row
+    }
+}
+
+/// The first weight (of a quantized format: scale) among stored ones that is NaN or infinite, and at which byte.
+fn find_not_finite(format: WeightFormat, stored: &[u8]) -> Option<(usize, f32)> {
+    fn find<const N: usize>(stored: &[u8], step: usize, value: impl Fn([u8; N]) -> f32) -> Option<(usize, f32)> {
+        let at = |offset: usize| value(*stored[offset..].first_chunk().expect("whole weights"));
+        let offset = (0..stored.len()).step_by(step).find(|&offset| !at(offset).is_finite())?;
+        Some((offset, at(offset)))
+    }
+    // All ones in the exponent. Without an early end, because that is what becomes vector instructions.
+    let any_16 = |ones: u16| {
+        let halves = stored.as_chunks().0.iter().map(|bytes| u16::from_le_bytes(*bytes));
+        halves.fold(false, |any, bits| any | (bits & ones == ones))
+    };
+    match format {
+        WeightFormat::F32 => {
+            let bits = stored.as_chunks().0.iter().map(|bytes| u32::from_le_bytes(*bytes));
+            let any = bits.fold(false, |any, bits| any | (bits & 0x7f80_0000 == 0x7f80_0000));
+            any.then(|| find(stored, 4, f32::from_le_bytes)).flatten()
+        }
+        WeightFormat::Bf16 if any_16(0x7f80) => find(stored, 2, |bytes| bf16::from_le_bytes(bytes).to_f32()),
+        WeightFormat::F16 if any_16(0x7c00) => find(stored, 2, |bytes| f16::from_le_bytes(bytes).to_f32()),
+        WeightFormat::Bf16 | WeightFormat::F16 => None,
+        WeightFormat::Q8 | WeightFormat::Q4 => {
+            let step = format.group_bytes().expect("a quantized format");
+            find(stored, step, |bytes| f16::from_le_bytes(bytes).to_f32())
+        }
     }
 }
 

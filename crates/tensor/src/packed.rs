@@ -188,7 +188,7 @@ impl PanelChunk<'_> {
     ///
     /// # Errors
     ///
-    /// If a file cannot be read, or a weight is not finite (quantized formats) or too large (F16).
+    /// If a file cannot be read, or a weight is not finite or too large for the format.
     ///
     /// # Panics
     ///

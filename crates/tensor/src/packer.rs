@@ -185,8 +185,8 @@ impl<'a> Packer<'a> {
             let mut weights = [0.0; GROUP];
             weights[..row.len()].copy_from_slice(row);
             *group = quantize_group(&weights).ok_or_else(|| {
-                let found = row.iter().copied().find(|weight| !weight.is_finite());
-                self.not_representable(panel, r, found.unwrap_or(f32::NAN))
+                let largest = row.iter().copied().max_by(|a, b| a.abs().total_cmp(&b.abs()));
+                self.not_representable(panel, r, largest.unwrap_or_default())
             })?;
         }
         Ok(groups)

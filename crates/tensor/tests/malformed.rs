@@ -79,6 +79,13 @@ fn header_longer_than_the_file() {
 }
 
 #[test]
+fn a_pointer_in_place_of_the_file() {
+    let folder = Folder::new();
+    folder.file("model.safetensors", b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n");
+    assert_error!(open(&folder), CheckpointError::LfsPointer { .. }, "model.safetensors", "git lfs pull");
+}
+
+#[test]
 fn header_that_is_no_json_object() {
     for header in ["", "{", "[1,2]", "nonsense", "{\"a\":1}}", "\u{0}"] {
         let folder = Folder::single(header, &[]);
@@ -282,14 +289,7 @@ fn a_file_cut_short_after_it_was_opened_is_an_error_not_a_signal() {
 
 #[test]
 fn weights_that_the_format_cannot_express() {
-    for (format, bad) in [
-        (WeightFormat::Q8, f32::NAN),
-        (WeightFormat::Q8, f32::INFINITY),
-        (WeightFormat::Q8, 1e20),
-        (WeightFormat::Q4, f32::NEG_INFINITY),
-        (WeightFormat::Q4, -1e7),
-        (WeightFormat::F16, 65520.0),
-    ] {
+    for (format, bad) in [(WeightFormat::Q8, 1e20), (WeightFormat::Q4, -1e7), (WeightFormat::F16, 65520.0)] {
         let mut values = weights(40 * 50, 2);
         values[37 * 50 + 49] = bad;
         let folder = Folder::matrix("F32", 40, 50, &values);
@@ -301,9 +301,49 @@ fn weights_that_the_format_cannot_express() {
             CheckpointError::NotRepresentable { row: 37, .. },
             "tensor w",
             "row 37",
+            &bad.to_string(),
             format.name()
         );
         PackedMatrix::load(format, &[matrix.slice(0..37, 0..50)]).expect("the rows before");
         PackedMatrix::load(WeightFormat::F32, &[matrix]).expect("f32 holds everything");
+    }
+}
+
+#[test]
+fn weights_that_are_no_numbers() {
+    for (dtype, bad) in [("F32", f32::NAN), ("F32", f32::INFINITY), ("BF16", f32::NEG_INFINITY), ("F16", f32::NAN)] {
+        // The last one of a row, in the part behind whole vectors.
+        let mut values = weights(40 * 50, 2);
+        values[37 * 50 + 49] = bad;
+        let folder = Folder::matrix(dtype, 40, 50, &values);
+        let matrix = open(&folder).unwrap().matrix("w", 40, 50).unwrap();
+        let stack = [matrix.slice(0..5, 0..50), matrix.slice(30..40, 0..50)];
+        for format in WeightFormat::ALL {
+            assert_error!(
+                PackedMatrix::load(format, &stack),
+                CheckpointError::NotFinite { row: 37, .. },
+                "tensor w",
+                "row 37",
+                &bad.to_string()
+            );
+            PackedMatrix::load(format, &[matrix.slice(0..40, 0..49)]).expect("the columns before");
+        }
+        assert_error!(matrix.read_row(37, &mut [0.0; 50]), CheckpointError::NotFinite { row: 37, .. }, "row 37");
+    }
+    let folder = Folder::new();
+    let specs = [tensor::TensorSpec { name: "w".into(), format: WeightFormat::Q8, shape: vec![3, 64] }];
+    let file = folder.path().join("model.safetensors");
+    let mut writer = tensor::CheckpointWriter::create(file.clone(), &specs, &[]).unwrap();
+    writer.write("w", &weights(3 * 64, 1)).unwrap();
+    writer.finish().unwrap();
+    let mut bytes = std::fs::read(&file).unwrap();
+    // The second scale of the last row.
+    let scale = bytes.len() - 34;
+    bytes[scale..scale + 2].copy_from_slice(&0x7c00u16.to_le_bytes());
+    folder.file("model.safetensors", &bytes);
+    let matrix = open(&folder).unwrap().matrix("w", 3, 64).unwrap();
+    for format in WeightFormat::ALL {
+        let loaded = PackedMatrix::load(format, std::slice::from_ref(&matrix));
+        assert_error!(loaded, CheckpointError::NotFinite { row: 2, .. }, "row 2", "inf");
     }
 }
