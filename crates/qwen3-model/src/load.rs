@@ -183,14 +183,17 @@ impl<'a> Share<'a> {
         let shares: Vec<_> = (0..ranks).map(share).collect();
         let own = &shares[self.ctx.mlp_ranks().rank()];
         let expert = |names: MlpNames| -> Result<Expert, CheckpointError> {
-            let own_rows = |name| -> Result<Linear, CheckpointError> {
+            let own_rows = |name| -> Result<Matrix, CheckpointError> {
                 let whole = self.checkpoint.matrix(name, shape.columns, hidden_size)?;
-                self.linear(&[whole.slice(own.inner.clone(), 0..hidden_size)])
+                Ok(whole.slice(own.inner.clone(), 0..hidden_size))
             };
+            let (gate, up) = (own_rows(&names.gate_proj)?, own_rows(&names.up_proj)?);
+            // One kernel takes both.
+            let pair = self.weights.unwrap_or(WeightFormat::common([gate.format(), up.format()]));
             let down = self.checkpoint.matrix(&names.down_proj, hidden_size, shape.columns)?;
             Ok(Expert {
-                gate: own_rows(&names.gate_proj)?,
-                up: own_rows(&names.up_proj)?,
+                gate: Linear::load(self.ctx, pair, &[gate])?,
+                up: Linear::load(self.ctx, pair, &[up])?,
                 down: self.linear(&[down.slice(own.down.0.clone(), own.down.1.clone())])?,
             })
         };
@@ -204,8 +207,9 @@ impl<'a> Share<'a> {
         })
     }
 
-    /// Packs stacked matrices in the chosen format, or the stored one.
+    /// Packs stacked matrices in the chosen format, or one that keeps the stored weights.
     fn linear(&self, stack: &[Matrix]) -> Result<Linear, CheckpointError> {
-        Linear::load(self.ctx, self.weights.unwrap_or(stack[0].format()), stack)
+        let stored = || WeightFormat::common(stack.iter().map(Matrix::format));
+        Linear::load(self.ctx, self.weights.unwrap_or_else(stored), stack)
     }
 }

@@ -63,6 +63,11 @@ impl WeightFormats {
         chosen: Option<WeightFormat>,
     ) -> Result<Self, CheckpointError> {
         let format = |name: &str| chosen.map_or_else(|| checkpoint.stored_format(name), Ok);
+        // What is packed together, or multiplied in one go, has one format.
+        let common = |names: &[&String]| -> Result<WeightFormat, CheckpointError> {
+            let formats = names.iter().map(|name| format(name)).collect::<Result<Vec<_>, _>>()?;
+            Ok(WeightFormat::common(formats))
+        };
         let layer = |index| -> Result<LayerFormats, CheckpointError> {
             let names = LayerNames::new(index);
             let moe = config.moe.as_ref().filter(|_| config.is_sparse(index));
@@ -72,7 +77,8 @@ impl WeightFormats {
             };
             let mut experts: Vec<([WeightFormat; 3], Range<usize>)> = Vec::new();
             for (index, names) in blocks.iter().enumerate() {
-                let formats = [format(&names.gate_proj)?, format(&names.up_proj)?, format(&names.down_proj)?];
+                let pair = common(&[&names.gate_proj, &names.up_proj])?;
+                let formats = [pair, pair, format(&names.down_proj)?];
                 match experts.last_mut() {
                     Some((last, run)) if *last == formats => run.end = index + 1,
                     _ => experts.push((formats, index..index + 1)),
@@ -80,7 +86,7 @@ impl WeightFormats {
             }
             let quantized = experts[0].0[2].is_quantized();
             Ok(LayerFormats {
-                qkv: format(&names.q_proj)?,
+                qkv: common(&[&names.q_proj, &names.k_proj, &names.v_proj])?,
                 output: format(&names.o_proj)?,
                 router: moe.map(|_| checkpoint.stored_format(&names.router())).transpose()?,
                 experts,

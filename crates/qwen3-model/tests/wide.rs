@@ -49,6 +49,8 @@ struct Case {
     dir: PathBuf,
     config: Config,
     weights: Option<WeightFormat>,
+    /// Whether its matrices are stored in several formats.
+    mixed: bool,
     prompt: Vec<u32>,
     /// [PROMPT + DECODED, vocabulary], the last rows for the tokens in `greedy`.
     logits: Vec<f32>,
@@ -61,7 +63,7 @@ impl Case {
     /// A checkpoint in f32, loaded as `weights`.
     fn new(value: &Value, weights: Option<WeightFormat>) -> Self {
         let folder = tempfile::tempdir().unwrap();
-        write_checkpoint(folder.path(), value);
+        write_checkpoint(folder.path(), value, &[WeightFormat::F32]);
         let dir = folder.path().to_owned();
         Self::of(folder, dir, weights)
     }
@@ -69,7 +71,7 @@ impl Case {
     /// A checkpoint that was quantized before.
     fn quantized(value: &Value, format: WeightFormat) -> Self {
         let folder = tempfile::tempdir().unwrap();
-        write_checkpoint(folder.path(), value);
+        write_checkpoint(folder.path(), value, &[WeightFormat::F32]);
         let dir = folder.path().join("quantized");
         quantize(folder.path(), &dir, format, &mut |_| ()).unwrap();
         Self::of(folder, dir, None)
@@ -84,13 +86,13 @@ impl Case {
             dir,
             config,
             weights,
+            mixed: false,
             prompt,
             logits: Vec::new(),
             greedy: Vec::new(),
             head_bytes: 0,
         };
-        let options = case.options(ParallelStrategy::Heads, Isa::scalar());
-        let model = Model::load(&case.dir, Arc::new(SoloComm::new()), &options, &|_| ()).unwrap();
+        let model = case.load(weights);
         (case.logits, case.greedy) = run(&model, &case.prompt, &[usize::MAX]);
         let mut cache = model.new_cache(1);
         model.forward(&mut cache, &[1], LogitRows::None).unwrap();
@@ -98,19 +100,27 @@ impl Case {
         case
     }
 
+    /// One rank, with scalar kernels.
+    fn load(&self, weights: Option<WeightFormat>) -> Model {
+        let options = ModelOptions { weights, ..self.options(ParallelStrategy::Heads, Isa::scalar()) };
+        Model::load(&self.dir, Arc::new(SoloComm::new()), &options, &|_| ()).unwrap()
+    }
+
     fn options(&self, strategy: ParallelStrategy, isa: Isa) -> ModelOptions {
         ModelOptions { strategy, weights: self.weights, ..ModelOptions::new(isa) }
     }
 
-    /// Every rank count, with heads, positions, and one grid of each that is composite; split feed-forward blocks on all.
+    /// Every rank count, with heads, positions, and the narrowest and widest grid of each that is composite (the widest splits heads
+    /// over more ranks than there are); split feed-forward blocks on all.
     fn check(&self) {
         use MlpSchedule::{Fused, Gathered, Local, Naive};
         for ranks in RANKS {
-            let tp = (2..ranks).find(|tp| ranks.is_multiple_of(*tp));
-            let grid = tp.map(|tp| (ParallelStrategy::Grid { tp, sp: ranks / tp }, Fused));
+            let grid = |tp| (ParallelStrategy::Grid { tp, sp: ranks / tp }, Fused);
+            let least = (2..ranks).find(|divisor| ranks.is_multiple_of(*divisor));
+            let grids = least.into_iter().flat_map(|least| [least, ranks / least]).map(grid);
             let heads = [Fused, Naive, Gathered].map(|schedule| (ParallelStrategy::Heads, schedule));
             let sequence = [Local, Fused].map(|schedule| (ParallelStrategy::Sequence, schedule));
-            for (strategy, schedule) in heads.into_iter().chain(sequence).chain(grid) {
+            for (strategy, schedule) in heads.into_iter().chain(sequence).chain(grids) {
                 for experts in [ExpertSplit::Inside, ExpertSplit::Ranks] {
                     if experts == ExpertSplit::Ranks && (self.config.moe.is_none() || schedule != Fused) {
                         continue;
@@ -172,7 +182,7 @@ impl Case {
             "{label}: vocabulary"
         );
         // Where no ranks split heads, those that split positions divide the feed-forward blocks.
-        if options.schedule() == MlpSchedule::Fused && tp > 1 {
+        if options.schedule() == MlpSchedule::Fused && tp > 1 && !self.mixed {
             let format = model.weight_format();
             assert_eq!(
                 model.weight_bytes(),
@@ -235,14 +245,14 @@ fn run(model: &Model, prompt: &[u32], pieces: &[usize]) -> (Vec<f32>, Vec<u32>) 
     (logits, sequence.split_off(prompt.len()))
 }
 
-/// Random weights that let a layer change what passes through it by about as much as there is.
-fn write_checkpoint(dir: &Path, value: &Value) {
+/// Random weights that let a layer change what passes through it by about as much as there is, in the given formats by turns.
+fn write_checkpoint(dir: &Path, value: &Value, formats: &[WeightFormat]) {
     std::fs::write(dir.join("config.json"), value.to_string()).unwrap();
     let config = Config::read(dir).unwrap();
     let specs: Vec<_> = tensor_specs(&config).collect();
-    let stored = specs.iter().map(|spec| TensorSpec {
+    let stored = specs.iter().zip(formats.iter().cycle()).map(|(spec, format)| TensorSpec {
         name: spec.name.clone(),
-        format: WeightFormat::F32,
+        format: *format,
         shape: spec.shape.clone(),
     });
     let mut file = CheckpointWriter::create(dir.join("model.safetensors"), &stored.collect::<Vec<_>>(), &[]).unwrap();
@@ -292,6 +302,24 @@ fn quantized() {
         Case::new(&sparse(5, 3 * 32), Some(format)).check();
     }
     Case::quantized(&sparse(6, 2 * 32), WeightFormat::Q8).check();
+}
+
+/// Tensors that are packed or multiplied together may be stored in different formats; none may lose anything.
+#[test]
+fn mixed_formats() {
+    use WeightFormat::{Bf16, F16, F32};
+    for value in [config(6, 3, 40, 50), sparse(5, 11)] {
+        for formats in [&[F16, F32][..], &[Bf16, F16, F32], &[F16, F16, F16, Bf16]] {
+            let folder = tempfile::tempdir().unwrap();
+            write_checkpoint(folder.path(), &value, formats);
+            let dir = folder.path().to_owned();
+            let mut case = Case { mixed: true, ..Case::of(folder, dir, None) };
+            case.check();
+            let stored = std::mem::take(&mut case.logits);
+            let whole = case.load(Some(F32));
+            assert_eq!(stored, run(&whole, &case.prompt, &[usize::MAX]).0, "{formats:?} against f32");
+        }
+    }
 }
 
 /// Between machines keys and values of long passes go round the ranks; here also after earlier passes, and in uneven blocks.

@@ -38,6 +38,11 @@ impl WeightFormat {
         }
     }
 
+    /// The format in which matrices of these formats can be kept together as they are: their own where it is one, else F32.
+    pub fn common(formats: impl IntoIterator<Item = Self>) -> Self {
+        formats.into_iter().reduce(|one, other| if one == other { one } else { Self::F32 }).unwrap_or(Self::F32)
+    }
+
     /// Whether weights share a scale per group of [`GROUP`] inputs.
     pub fn is_quantized(self) -> bool {
         matches!(self, Self::Q8 | Self::Q4)
