@@ -17,13 +17,14 @@
 //!    twelve multiply-adds, on other ports; widening once into a buffer was slower (0.93 of the multiply-add rate
 //!    against 0.98 on a Zen 5), because it needs stores, and because f32 fills the L1 cache twice as fast. For bf16
 //!    the two are shuffles: a shift and a mask cost 5 % on Intel's cores, whose shifts share the ports of multiply-adds.
-//! 5. What comes next from a slower cache or from memory is prefetched: weights, or the activations of the next tile.
+//! 5. What comes next from a slower cache or from memory is prefetched: weights, and the activations of the next tile.
 //!    The processor's own prefetchers stop at each 4 KiB page, and at the end of each tile's part of the columns, and
 //!    need a few misses to start again.
 
 use std::arch::x86_64::*;
+use std::sync::atomic::{Ordering, compiler_fence};
 
-use super::prefetch_weights;
+use super::{Ahead, prefetch_weights};
 use crate::lanes::{LINE, load, prefetch, store};
 use crate::panels::PANEL;
 
@@ -66,15 +67,15 @@ impl Column for F16 {
 /// Columns of a round, a multiple of every number of sets.
 const STEP: usize = 4;
 
-/// `acc[p][m] += Σ_k panels[p][k] x[k][m]`, where a panel is `[k, 16]` and `x` is `[k, M]`; column k adds to set k % SETS. From
-/// `ahead[p]` on also asks for as many bytes as a panel has (`WEIGHTS`), or from `ahead[0]` on for as many as `x` has.
+/// `acc[p][m] += Σ_k panels[p][k] x[k][m]`, where a panel is `[k, 16]` and `x` is `[k, M]`; column k adds to set k % SETS. Also
+/// asks for what is `ahead`: as many bytes as the panels have (`STREAM`), or a share of weights and as many activations as `x` has.
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c")]
-pub(super) fn add_products<C: Column, const P: usize, const M: usize, const SETS: usize, const WEIGHTS: bool>(
+pub(super) fn add_products<C: Column, const P: usize, const M: usize, const SETS: usize, const STREAM: bool>(
     panels: [&[[C::Bits; PANEL]]; P],
     x: &[f32],
     acc: &mut [[[f32; PANEL]; M]; P],
-    mut ahead: [*const u8; P],
+    mut ahead: Ahead<P>,
 ) {
     let x = x.as_chunks::<M>().0;
     for columns in panels {
@@ -82,22 +83,31 @@ pub(super) fn add_products<C: Column, const P: usize, const M: usize, const SETS
     }
     let mut sums = [[[[_mm256_setzero_ps(); 2]; M]; SETS]; P];
     let (rounds, last_x) = x.as_chunks::<STEP>();
+    let stride = ahead.stride(rounds.len());
     for (round, x) in rounds.iter().enumerate() {
-        if !WEIGHTS {
+        if !STREAM {
+            prefetch::<_MM_HINT_T1>(ahead.weights[0].wrapping_add(round * stride));
             for line in (0..size_of_val(x)).step_by(LINE) {
-                prefetch::<_MM_HINT_T0>(ahead[0].wrapping_add(line));
+                prefetch::<_MM_HINT_T0>(ahead.activations.wrapping_add(round * size_of_val(x) + line));
             }
         }
-        for ((columns, sums), ahead) in panels.iter().zip(&mut sums).zip(&mut ahead) {
+        for ((columns, sums), weights) in panels.iter().zip(&mut sums).zip(&mut ahead.weights) {
             let columns = &columns.as_chunks::<STEP>().0[round];
             for (k, (column, x)) in columns.iter().zip(x).enumerate() {
                 // Spread over the columns: from memory, two in a row cost 3 % of the bandwidth.
-                if WEIGHTS && (k * size_of_val(column)).is_multiple_of(LINE) {
-                    prefetch_weights(ahead.wrapping_add(k * size_of_val(column)));
+                if STREAM && (k * size_of_val(column)).is_multiple_of(LINE) {
+                    prefetch_weights(weights.wrapping_add(k * size_of_val(column)));
                 }
                 step::<C, M>(column, x, &mut sums[k % SETS]);
+                // Else the compiler may load the columns of all sets first and keep sums on the stack: three tokens took
+                // longer than six.
+                if SETS > 1 && !STREAM {
+                    compiler_fence(Ordering::SeqCst);
+                }
             }
-            *ahead = ahead.wrapping_add(if WEIGHTS { size_of_val(columns) } else { size_of_val(x) });
+            if STREAM {
+                *weights = weights.wrapping_add(size_of_val(columns));
+            }
         }
     }
     for (columns, sums) in panels.into_iter().zip(&mut sums) {
