@@ -48,6 +48,9 @@ pub struct Logits {
     pub values: Activations,
 }
 
+/// Positions for which a cache makes room at once, of which a config may claim more than any memory has: what Qwen3 with YaRN reaches.
+const RESERVED: usize = 1 << 17;
+
 impl Model {
     /// The model's `config.json`.
     pub fn config(&self) -> &Config {
@@ -98,7 +101,7 @@ impl Model {
     pub fn new_cache(&self, capacity: usize) -> KvCache {
         let capacity = capacity.min(self.config.context_length());
         // Positions are balanced to within a few tokens a pass; a cache that grows beyond this does so by itself.
-        let here = (capacity.div_ceil(self.ctx.positions.size()) + 2).min(capacity);
+        let here = (capacity.div_ceil(self.ctx.positions.size()) + 2).min(capacity).min(RESERVED);
         let layer = || {
             let mut cache = LayerCache::new(self.options.kv, self.shape.groups.len(), self.shape.head_dim);
             cache.reserve(here);

@@ -258,7 +258,7 @@ impl Matrix {
         let (first, width) = (rows.start, span.len());
         self.read_bytes(rows, span, out, merged)?;
         // A damaged file, or a training that diverged. Softmax and rounding to integers pass over a NaN, and what comes of it looks
-        // like an answer; here the search costs a tenth of the reading.
+        // like an answer; here it is named before it is.
         match find_not_finite(self.format(), out) {
             None => Ok(()),
             Some((offset, found)) => Err(CheckpointError::NotFinite {
