@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use comm::{Collective, CommError, Communicator, CommunicatorExt, Phase, ReduceOp, SoloComm, ThreadComm};
 
 /// Longer than any machine is busy, shorter than anyone waits for a test.
-const SOON: Duration = Duration::from_secs(20);
+const SOON: Duration = Duration::from_secs(5);
 
 /// Runs `rank` on every rank of a group, and returns what each returned.
 fn on_ranks<R: Send>(size: usize, rank: impl Fn(ThreadComm) -> R + Sync) -> Vec<R> {
