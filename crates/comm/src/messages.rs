@@ -16,13 +16,16 @@ use crate::ledger::Collective;
 use crate::mpi_job::Job;
 use crate::mpi_sys::{Transfer, World};
 use crate::transport::{Step, carry};
+use crate::wire::{WIRE_GROUP, WireFormat};
 
 /// A message begins with: the three words of the header, the length of the whole payload, when it was sent by the
 /// sender's clock.
 pub(crate) const HEAD: usize = 5 * 8;
+/// Whole groups in each format of the wire: 9 of f32, 18 of bf16, 32 of q8.
+const GRANULE: usize = WIRE_GROUP * WireFormat::Q8.encoded_bytes(WIRE_GROUP);
 /// Bytes of payload in one message, whole groups in each format of the wire; longer payloads go in pieces, which are
 /// encoded, on their way and added at the same time.
-pub(crate) const PIECE: usize = (LONGEST - HEAD) / 1152 * 1152;
+pub(crate) const PIECE: usize = (LONGEST - HEAD) / GRANULE * GRANULE;
 
 /// One rank's end of a group.
 pub(crate) struct Messages {

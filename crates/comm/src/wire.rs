@@ -30,7 +30,7 @@ impl WireFormat {
     }
 
     /// Bytes that `elements` values take.
-    pub fn encoded_bytes(self, elements: usize) -> usize {
+    pub const fn encoded_bytes(self, elements: usize) -> usize {
         match self {
             WireFormat::F32 => 4 * elements,
             WireFormat::Bf16 => 2 * elements,

@@ -25,12 +25,7 @@ impl LayerCache {
 
     /// Bytes of a key and a value of each of `heads` KV heads of size `head_dim`.
     pub fn position_bytes(format: KvFormat, heads: usize, head_dim: usize) -> usize {
-        2 * heads
-            * match format {
-                KvFormat::F32 => 4 * head_dim,
-                KvFormat::F16 => 2 * head_dim,
-                KvFormat::Q8 => head_dim + 2 * head_dim.div_ceil(32),
-            }
+        2 * heads * format.bytes(head_dim)
     }
 
     /// Makes room for `tokens` in all.

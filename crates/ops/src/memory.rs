@@ -2,7 +2,7 @@
 //!
 //! Bytes are those of the buffers at the size that they reach in a pass; tests of `qwen3-model` hold them against what is allocated.
 
-use simd_kernels::{InputKind, KvFormat};
+use simd_kernels::{InputKind, KvFormat, PanelData};
 use tensor::WeightFormat;
 
 use crate::attention::{AttentionShape, SPAN, task_rows};
@@ -46,11 +46,13 @@ impl InputMemory {
 }
 
 fn kind_of(format: WeightFormat) -> InputKind {
-    match format {
-        WeightFormat::F32 | WeightFormat::Bf16 | WeightFormat::F16 => InputKind::Float,
-        WeightFormat::Q8 => InputKind::Int16,
-        WeightFormat::Q4 => InputKind::Int8,
-    }
+    InputKind::of(&match format {
+        WeightFormat::F32 => PanelData::F32(&[]),
+        WeightFormat::Bf16 => PanelData::Bf16(&[]),
+        WeightFormat::F16 => PanelData::F16(&[]),
+        WeightFormat::Q8 => PanelData::Q8(&[]),
+        WeightFormat::Q4 => PanelData::Q4(&[]),
+    })
 }
 
 /// A vector that has to grow to `bytes`: to twice its size at least.

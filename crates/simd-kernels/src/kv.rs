@@ -68,6 +68,17 @@ impl fmt::Display for UnknownKvFormat {
 
 impl std::error::Error for UnknownKvFormat {}
 
+impl KvFormat {
+    /// Bytes that a key, or a value, of `elements` elements takes.
+    pub fn bytes(self, elements: usize) -> usize {
+        match self {
+            KvFormat::F32 => elements * size_of::<f32>(),
+            KvFormat::F16 => elements * size_of::<u16>(),
+            KvFormat::Q8 => elements + elements.div_ceil(KV_GROUP) * size_of::<u16>(),
+        }
+    }
+}
+
 /// Keys and values of one KV head; grows by a token at a time and can be cut back.
 ///
 /// The cache is a sequence of spans of 128 positions, each eight blocks of keys and then eight blocks of values, a block
@@ -101,19 +112,13 @@ impl KvHead {
     pub fn new(format: KvFormat, head_dim: usize) -> KvHead {
         assert!(head_dim > 0, "KvHead: heads of 0 elements");
         let width = head_dim.next_multiple_of(BLOCK);
-        let scales = head_dim.div_ceil(KV_GROUP) * BLOCK * size_of::<u16>();
-        let bytes = |elements: usize| match format {
-            KvFormat::F32 => elements * size_of::<f32>(),
-            KvFormat::F16 => elements * size_of::<u16>(),
-            KvFormat::Q8 => elements + scales,
-        };
         KvHead {
             format,
             head_dim,
             len: 0,
             spans: Lines::default(),
-            key_lines: bytes(head_dim * BLOCK).div_ceil(LINE),
-            value_lines: bytes(width * BLOCK).div_ceil(LINE),
+            key_lines: (BLOCK * format.bytes(head_dim)).div_ceil(LINE),
+            value_lines: (BLOCK * format.bytes(width)).div_ceil(LINE),
         }
     }
 
