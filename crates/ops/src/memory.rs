@@ -162,14 +162,15 @@ impl MlpMemory {
         let width = if schedule == MlpSchedule::Gathered { down.0 } else { hidden };
         let inputs =
             |tokens| InputMemory::default().prepare(formats[0], tokens, hidden).prepare(formats[1], tokens, down.1);
-        let (rows, inputs, sorted, result) = match experts {
-            None => (tokens, inputs(tokens).bytes(), 0, if whole { 0 } else { tokens * width }),
+        let result = if whole { 0 } else { tokens * width };
+        let (rows, inputs, visited) = match experts {
+            None => (tokens, inputs(tokens).bytes(), 0),
             Some(ExpertsMemory { all, here, visits, router }) => {
                 // Buffers that grow from layer to layer grow to twice their size: those of each expert, of which hardly one has most visits
                 // in the first layer, and with whole experts on ranks those of all visits here.
                 let rows = tokens * visits * here / all * if here < all { 2 } else { 1 };
                 let routed = InputMemory::default().prepare(router, tokens, hidden).bytes() + F32 * tokens * all;
-                (rows, 2 * here * inputs(tokens * visits / all).bytes() + routed, rows * hidden, tokens * width)
+                (rows, 2 * here * inputs(tokens * visits / all).bytes() + routed, rows * width)
             }
         };
         // This rank's columns, and gate, up and activation where they are made whole, by gathers that bring them before they are in order.
@@ -180,7 +181,7 @@ impl MlpMemory {
             MlpSchedule::Gathered => (3 * whole + tokens * hidden, whole),
         };
         let gathered = if own < tokens { (tokens + own) * hidden } else { 0 };
-        let kept = inputs + F32 * (rows * inner + block + sorted + result + gathered);
+        let kept = inputs + F32 * (rows * inner + block + visited + result + gathered);
         Bytes { kept, passing: F32 * passing }
     }
 }

@@ -46,7 +46,7 @@ pub struct Mlp {
 #[derive(Default)]
 pub struct MlpScratch {
     tokens: Activations,
-    sorted: Activations,
+    visits: Activations,
     scores: Activations,
     inputs: Vec<Input>,
     gate: Activations,
@@ -102,27 +102,26 @@ impl Mlp {
             None => Routing::dense(x.nrows()),
         };
         self.activate(ctx, &routing, x, scratch)?;
-        let MlpScratch { inputs, activation, result, partial, own, sorted, .. } = scratch;
-        prepare_groups(ctx, self, |expert| &expert.down, &routing, activation, inputs);
+        let MlpScratch { inputs, activation, result, partial, own, visits, .. } = scratch;
+        prepare_groups(ctx, self, |expert| &expert.down, &routing, activation, None, inputs);
 
-        let whole = self.schedule == MlpSchedule::Local || comm.size() == 1;
-        if whole && self.router.is_none() {
-            self.down(ctx, &routing, inputs, residual.tokens_mut(), Store::Add);
-            return Ok(());
-        }
-        let rows = activation.nrows();
         // Not from an expert: a rank may have none, and then its part of the sum is 0.
         let width =
             if self.schedule == MlpSchedule::Gathered { self.hidden[comm.rank()] } else { residual.tokens().ncols() };
-        // Rows of visits are combined into rows of tokens before anything is exchanged.
-        let target = if self.router.is_some() { &mut *sorted } else { &mut *partial };
-        reshape(target, rows, width);
-        self.down(ctx, &routing, inputs, target, Store::Set);
+        let whole = self.schedule == MlpSchedule::Local || comm.size() == 1;
+        let (out, store) = if whole { (residual.tokens_mut(), Store::Add) } else { (&mut *partial, Store::Set) };
+        if !whole {
+            reshape(out, x.nrows(), width);
+        }
         if self.router.is_some() {
-            routing.combine(ctx, sorted, partial);
+            // Rows of visits are combined into rows of tokens before anything is exchanged.
+            reshape(visits, routing.rows(), width);
+            self.down(ctx, &routing, inputs, visits, Store::Set);
+            routing.combine(ctx, visits, out, store);
+        } else {
+            self.down(ctx, &routing, inputs, out, store);
         }
         if whole {
-            simd_kernels::add(ctx.isa, slice_mut(residual.tokens_mut()), slice(partial));
             return Ok(());
         }
         match (self.schedule, split) {
@@ -155,16 +154,10 @@ impl Mlp {
         scratch: &mut MlpScratch,
     ) -> Result<(), CommError> {
         let comm = ctx.mlp_ranks();
-        let MlpScratch { sorted, inputs, gate, up, own, activation, .. } = scratch;
-        let x = if self.router.is_some() {
-            routing.gather(ctx, x, sorted);
-            &*sorted
-        } else {
-            x
-        };
-        prepare_groups(ctx, self, |expert| &expert.gate, routing, x, inputs);
+        let MlpScratch { inputs, gate, up, own, activation, .. } = scratch;
+        prepare_groups(ctx, self, |expert| &expert.gate, routing, x, Some(&routing.tokens), inputs);
         let _operation = ctx.profile.operation("gate_up", self.work(routing, |expert| [&expert.gate, &expert.up]));
-        let (rows, width) = (x.nrows(), self.experts.first().map_or(0, |expert| expert.gate.rows()));
+        let (rows, width) = (routing.rows(), self.experts.first().map_or(0, |expert| expert.gate.rows()));
         if matches!(self.schedule, MlpSchedule::Fused | MlpSchedule::Local) {
             reshape(activation, rows, width);
             self.each_group(ctx, routing, inputs, activation, |expert, panels, input, out| {
@@ -249,14 +242,15 @@ impl Mlp {
     }
 }
 
-/// Prepares each group's rows of `x` as the input of its expert: one group by the whole team, many
-/// groups side by side.
+/// Prepares each group's rows as the input of its expert: one group by the whole team, many groups side by side. Row i of the
+/// sorted order is row `tokens[i]` of `x`, or row i.
 fn prepare_groups(
     ctx: &Context,
     block: &Mlp,
     weights: impl Fn(&Expert) -> &Linear + Sync,
     routing: &Routing,
     x: &Activations,
+    tokens: Option<&[usize]>,
     inputs: &mut [Input],
 ) {
     if block.router.is_none() {
@@ -266,6 +260,11 @@ fn prepare_groups(
     let parts: Vec<_> = routing.groups.iter().zip(inputs).collect();
     ctx.team.each(parts, |((expert, rows), input)| {
         let kind = weights(&block.experts[*expert]).input_kind();
-        input.prepare(ctx.isa, kind, &slice(x)[rows.start * width..rows.end * width], rows.len(), width);
+        match tokens {
+            Some(tokens) => input.prepare_rows(ctx.isa, kind, slice(x), &tokens[rows.clone()], width),
+            None => {
+                input.prepare(ctx.isa, kind, &slice(x)[rows.start * width..rows.end * width], rows.len(), width);
+            }
+        }
     });
 }

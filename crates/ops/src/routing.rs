@@ -26,7 +26,7 @@ pub(crate) struct Routing {
     pub groups: Vec<(usize, Range<usize>)>,
     /// For each row of the sorted order, its token. Empty for a dense block: one expert sees all the
     /// tokens in their own order.
-    tokens: Vec<usize>,
+    pub tokens: Vec<usize>,
     /// For each token in turn, its rows of the sorted order and the experts' weights there.
     visits: Vec<(usize, f32)>,
     /// For each token, where its visits end.
@@ -37,6 +37,11 @@ impl Routing {
     /// The routing of a block with a single expert.
     pub fn dense(tokens: usize) -> Self {
         Self { groups: if tokens > 0 { vec![(0, 0..tokens)] } else { Vec::new() }, ..Self::default() }
+    }
+
+    /// Rows of the sorted order.
+    pub fn rows(&self) -> usize {
+        self.groups.last().map_or(0, |(_, rows)| rows.end)
     }
 
     /// Counting sort of those of `choices`, for each token its experts and their weights, that are among the experts `own`.
@@ -67,19 +72,13 @@ impl Routing {
         Self { groups, tokens, visits, ends }
     }
 
-    /// The tokens in the order of the visits; out [visits, hidden].
-    pub fn gather(&self, ctx: &Context, x: &Activations, out: &mut Activations) {
-        let width = x.ncols();
-        reshape(out, self.tokens.len(), width);
-        by_rows(ctx, out, |row, out| out.copy_from_slice(&slice(x)[self.tokens[row] * width..][..width]));
-    }
-
-    /// `out[t] = Σ weight · y[row]` over the visits of token t, 0 where it has none here; y [visits, n], out [tokens, n].
-    pub fn combine(&self, ctx: &Context, y: &Activations, out: &mut Activations) {
+    /// `out[t] = Σ weight · y[row]` over the visits of token t here, or `+=`; y [visits, n], out [tokens, n].
+    pub fn combine(&self, ctx: &Context, y: &Activations, out: &mut Activations, store: Store) {
         let width = y.ncols();
-        reshape(out, self.ends.len(), width);
         by_rows(ctx, out, |token, out| {
-            out.fill(0.0);
+            if store == Store::Set {
+                out.fill(0.0);
+            }
             let start = if token == 0 { 0 } else { self.ends[token - 1] };
             for &(row, weight) in &self.visits[start..self.ends[token]] {
                 simd_kernels::scale_add(ctx.isa, out, weight, &slice(y)[row * width..][..width]);
@@ -88,14 +87,19 @@ impl Routing {
     }
 }
 
+/// Rows that one thread takes of so many: at least one.
+fn part_rows(ctx: &Context, count: usize) -> usize {
+    let threads = if count < SERIAL_TOKENS { 1 } else { ctx.team.threads() };
+    count.div_ceil(threads).max(1)
+}
+
 /// Calls `job(index, row)` for each row, the rows shared among the team's threads.
 fn by_rows(ctx: &Context, rows: &mut Activations, job: impl Fn(usize, &mut [f32]) + Sync) {
     let (count, width) = rows.dim();
     if width == 0 || count == 0 {
         return;
     }
-    let threads = if count < SERIAL_TOKENS { 1 } else { ctx.team.threads() };
-    let part = count.div_ceil(threads);
+    let part = part_rows(ctx, count);
     ctx.team.each(slice_mut(rows).chunks_mut(part * width).enumerate().collect(), |(index, rows)| {
         for (offset, row) in rows.chunks_exact_mut(width).enumerate() {
             job(index * part + offset, row);
@@ -116,18 +120,26 @@ pub(crate) fn route(
     prepare(ctx, router.weights.input_kind(), x, input);
     reshape(scores, x.nrows(), router.weights.rows());
     router.weights.apply(ctx, input, scores, Store::Set);
-    let choices: Vec<_> = scores
-        .outer_iter_mut()
-        .map(|row| choose(ctx, router, row.into_slice().expect("rows of activations are contiguous")))
-        .collect();
+    let mut choices = vec![Vec::new(); x.nrows()];
+    let part = part_rows(ctx, x.nrows());
+    let parts = slice_mut(scores).chunks_mut(part * router.weights.rows()).zip(choices.chunks_mut(part)).collect();
+    ctx.team.each(parts, |(scores, choices)| {
+        for (scores, choices) in scores.chunks_exact_mut(router.weights.rows()).zip(choices) {
+            *choices = choose(ctx, router, scores);
+        }
+    });
     Routing::sorted(&choices, own)
 }
 
 fn choose(ctx: &Context, router: &Router, scores: &mut [f32]) -> Vec<(usize, f32)> {
     simd_kernels::softmax(ctx.isa, scores);
     let mut experts: Vec<_> = scores.iter().copied().enumerate().collect();
-    experts.sort_by(|a, b| b.1.total_cmp(&a.1));
-    experts.truncate(router.experts_per_token);
+    let order = |a: &(usize, f32), b: &(usize, f32)| b.1.total_cmp(&a.1).then(a.0.cmp(&b.0));
+    if router.experts_per_token < experts.len() {
+        experts.select_nth_unstable_by(router.experts_per_token, order);
+        experts.truncate(router.experts_per_token);
+    }
+    experts.sort_unstable_by(order);
     if router.normalize {
         let sum: f32 = experts.iter().map(|(_, weight)| weight).sum();
         experts.iter_mut().for_each(|(_, weight)| *weight /= sum);

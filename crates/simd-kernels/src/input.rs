@@ -138,6 +138,24 @@ impl Input {
         self.part(tokens).0.fill(isa, x);
     }
 
+    /// Packs some rows of `x [_, cols]` on this thread: token i is row `rows[i]`.
+    ///
+    /// # Panics
+    /// When `x` has no such row.
+    pub fn prepare_rows(&mut self, isa: Isa, kind: InputKind, x: &[f32], rows: &[usize], cols: usize) {
+        self.reset(kind, rows.len(), cols);
+        let (_, mut rest) = self.part(0);
+        // A tile at a time, which stays in the L2 cache until it is packed.
+        let mut tile = Vec::with_capacity(Self::TILE * cols);
+        for rows in rows.chunks(Self::TILE) {
+            tile.clear();
+            rows.iter().for_each(|row| tile.extend_from_slice(&x[row * cols..][..cols]));
+            let (part, after) = rest.split_at(rows.len());
+            part.fill(isa, &tile);
+            rest = after;
+        }
+    }
+
     /// Makes room for `[tokens, cols]`; the contents are unspecified until all parts of a [`Input::split`] are filled.
     pub fn reset(&mut self, kind: InputKind, tokens: usize, cols: usize) {
         (self.kind, self.tokens, self.cols) = (kind, tokens, cols);
@@ -351,16 +369,37 @@ mod tests {
                         assert_eq!(part.tokens(), cut.len());
                         part.fill(isa, &x[cut.start * cols..cut.end * cols]);
                     }
-                    for tile in 0..whole.tiles() {
-                        assert_eq!(whole.tile_tokens(tile), parts.tile_tokens(tile));
-                        if kind == InputKind::Float {
-                            assert_eq!(whole.float_tile(tile).x, parts.float_tile(tile).x);
-                        } else {
-                            let (a, b) = (whole.int_tile(tile), parts.int_tile(tile));
-                            assert_eq!((a.words, a.scales, a.offsets), (b.words, b.scales, b.offsets));
-                        }
-                    }
+                    assert_same(&whole, &parts);
                 }
+            }
+        }
+    }
+
+    #[test]
+    fn picked_rows_equal_their_copies() {
+        let (cols, rows) = (50, [4, 0, 0, 7, 3, 6, 1, 7]);
+        let x = noise(8 * cols, 6);
+        let copies: Vec<_> = rows.iter().flat_map(|row| &x[row * cols..][..cols]).copied().collect();
+        for isa in Isa::all() {
+            for kind in [InputKind::Float, InputKind::Int16, InputKind::Int8] {
+                for tokens in 0..=rows.len() {
+                    let (mut whole, mut picked) = (Input::new(), Input::new());
+                    whole.prepare(isa, kind, &copies[..tokens * cols], tokens, cols);
+                    picked.prepare_rows(isa, kind, &x, &rows[..tokens], cols);
+                    assert_same(&whole, &picked);
+                }
+            }
+        }
+    }
+
+    fn assert_same(a: &Input, b: &Input) {
+        assert_eq!((a.kind(), a.tokens(), a.cols()), (b.kind(), b.tokens(), b.cols()));
+        for tile in 0..a.tiles() {
+            if a.kind() == InputKind::Float {
+                assert_eq!(a.float_tile(tile).x, b.float_tile(tile).x);
+            } else {
+                let (a, b) = (a.int_tile(tile), b.int_tile(tile));
+                assert_eq!((a.words, a.scales, a.offsets), (b.words, b.scales, b.offsets));
             }
         }
     }
