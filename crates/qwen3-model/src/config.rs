@@ -88,7 +88,7 @@ impl Config {
                 "a multiple of it",
             ));
         }
-        let head_dim = head_dim(&fields, hidden_size, num_attention_heads)?;
+        let head_dim = head_dim(&fields, sparse, hidden_size, num_attention_heads)?;
         let max_position_embeddings = fields.size("max_position_embeddings")?;
         let rope = RopeConfig::parse(&fields, max_position_embeddings)?;
         let moe = if sparse { Some(MoeConfig::parse(&fields)?) } else { None };
@@ -287,9 +287,11 @@ fn reject_variants(fields: &Fields<'_>) -> Result<(), ConfigError> {
     }
 }
 
-fn head_dim(fields: &Fields<'_>, hidden_size: usize, heads: usize) -> Result<usize, ConfigError> {
+/// Where it is not stated, what transformers take: a fixed size for dense models, an equal share of the width for mixtures of experts.
+fn head_dim(fields: &Fields<'_>, sparse: bool, hidden_size: usize, heads: usize) -> Result<usize, ConfigError> {
     let head_dim = match fields.count("head_dim", 1)? {
         Some(head_dim) => head_dim,
+        None if !sparse => 128,
         None if hidden_size.is_multiple_of(heads) => hidden_size / heads,
         None => {
             return Err(fields.missing("head_dim", "an even number, as hidden_size does not divide by the heads"));

@@ -153,7 +153,9 @@ fn defaults() {
         }),
     );
     let config = config.expect("optional fields may be absent");
-    assert_eq!(config.head_dim, 64);
+    assert_eq!(config.head_dim, 128);
+    let absent = json!({"head_dim": null, "hidden_size": 1024, "num_attention_heads": 16});
+    assert_eq!(with(sparse(), absent).expect("a share of the width").head_dim, 64);
     assert!(!config.tie_word_embeddings && config.eos_token_ids.is_empty() && config.dtype.is_none());
     let list = with(dense(), json!({"eos_token_id": [151645, 151643]})).expect("a list");
     assert_eq!(list.eos_token_ids, [151645, 151643]);
@@ -246,12 +248,12 @@ fn missing_fields() {
     let cases: Vec<_> = required.map(|field| (json!({field: null}), "missing", field)).into();
     rejected(dense, &cases);
     let required = ["num_experts", "num_experts_per_tok", "moe_intermediate_size"];
-    let cases: Vec<_> = required.map(|field| (json!({field: null}), "missing", field)).into();
+    let mut cases: Vec<_> = required.map(|field| (json!({field: null}), "missing", field)).into();
+    cases.push((json!({"head_dim": null, "hidden_size": 1000}), "missing", "head_dim"));
     rejected(sparse, &cases);
     rejected(
         dense,
         &[
-            (json!({"head_dim": null, "hidden_size": 1000}), "missing", "head_dim"),
             (json!({"rope_scaling": {"rope_type": "yarn"}}), "missing", "rope_scaling.factor"),
             (json!({"quantization_config": {"bits": 4}}), "missing", "quantization_config.quant_method"),
             (json!({"quantization_config": {"quant_method": "group32"}}), "missing", "quantization_config.bits"),
