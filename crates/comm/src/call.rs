@@ -120,6 +120,8 @@ pub(crate) struct Call<'a> {
     pub background: bool,
     /// Time spent waiting so far.
     pub waited: Duration,
+    /// How long this rank took to bring the data of its machine to others and back, until it has told its neighbours.
+    pub travelled: Duration,
 }
 
 impl Call<'_> {
@@ -217,7 +219,7 @@ impl Call<'_> {
     pub(crate) fn among<R>(&mut self, rank: usize, world: &[usize], part: impl FnOnce(&mut Call<'_>) -> R) -> R {
         let mut call = Call { site: Site { rank, world, ..self.site }, ..*self };
         let result = part(&mut call);
-        self.waited = call.waited;
+        (self.waited, self.travelled) = (call.waited, call.travelled);
         result
     }
 }

@@ -106,6 +106,7 @@ impl Endpoint {
             spin: self.spin,
             background,
             waited: Duration::ZERO,
+            travelled: Duration::ZERO,
         };
         let result = if let Some(error) = failed {
             Err(error.clone())

@@ -21,6 +21,7 @@
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering::{AcqRel, Acquire, Relaxed, Release};
+use std::time::Duration;
 
 use crate::call::Call;
 use crate::error::CommError;
@@ -33,10 +34,13 @@ pub(crate) const RESULT: usize = 96 << 10;
 
 /// Words of a rank's control block: two cache lines, so that ranks do not disturb each other.
 const CONTROL: usize = LINE / 8;
-// In a control block: the flag, two headers of three words, the mark that a rank holds its end.
+// In a control block: the flag, two headers of three words, the mark that a rank holds its end, with the travel before
+// the last meeting that came after any: nanoseconds above the low bits of that meeting's step.
 const FLAG: usize = 0;
 const HEADERS: usize = 1;
-const CLAIMED: usize = 7;
+const CLAIMED: usize = 8;
+const TRAVEL: usize = 7;
+const STEP_BITS: u32 = 20;
 
 /// Bytes of words and of data that the meetings of `size` ranks take, at the front of a segment.
 pub(crate) fn extent(size: usize) -> (usize, usize) {
@@ -100,9 +104,16 @@ impl Exchange {
         for (index, value) in call.site.header.words().into_iter().enumerate() {
             self.segment.word(control + headers + index).store(value, Relaxed);
         }
+        let travelled = std::mem::take(&mut call.travelled).as_nanos() as u64;
+        if travelled > 0 {
+            let travel = travelled << STEP_BITS | step & ((1 << STEP_BITS) - 1);
+            self.segment.word(control + TRAVEL).store(travel, Relaxed);
+        }
         self.segment.word(control + FLAG).store(step, Release);
         for peer in (0..self.size).filter(|&peer| peer != self.rank) {
+            let waited = call.waited;
             let come = call.wait(|| Ok(self.flag(peer) >= step), || self.late(step));
+            call.waited = waited + (call.waited - waited).saturating_sub(self.travel(peer, step));
             let result = match come {
                 Ok(()) => call.site.compare(peer, self.header(peer, headers)),
                 Err(error) => Err(self.first_mismatch(call, headers).unwrap_or(error)),
@@ -118,6 +129,14 @@ impl Exchange {
 
     fn header(&self, peer: usize, headers: usize) -> [u64; 3] {
         [0, 1, 2].map(|index| self.segment.word(peer * CONTROL + headers + index).load(Relaxed))
+    }
+
+    /// How long `peer`, who has come to the meeting of `step`, was on the way for its neighbours before.
+    #[inline]
+    fn travel(&self, peer: usize, step: u64) -> Duration {
+        let travel = self.segment.word(peer * CONTROL + TRAVEL).load(Relaxed);
+        let of_this_step = (travel ^ step) & ((1 << STEP_BITS) - 1) == 0;
+        Duration::from_nanos(if of_this_step { travel >> STEP_BITS } else { 0 })
     }
 
     fn late(&self, step: u64) -> Vec<usize> {
@@ -182,5 +201,56 @@ impl Met<'_> {
         // SAFETY: see the module: `rank` wrote this before it came to this meeting, and writes it again only
         // after this rank comes to the next.
         unsafe { self.exchange.segment.data(start, RESULT) }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::thread;
+
+    use super::*;
+    use crate::alarm::Alarm;
+    use crate::call::{Header, Site};
+    use crate::error::Place;
+    use crate::ledger::{Collective, Phase};
+
+    #[test]
+    fn who_waits_for_a_rank_that_brought_data_from_far_does_not_count_that_way_as_waiting() {
+        let (words, data) = extent(2);
+        let segment = Arc::new(Segment::private(words, data));
+        let alarm = Alarm::new(Arc::new(Segment::private(Alarm::board_bytes(2), 0)), None);
+        let collective = Collective::Barrier;
+        let place = Place { collective, phase: Phase::Other, layer: None };
+        // Rank 0 comes late to all meetings, and says of the second that an hour of it was the way.
+        let waits = |rank: usize| {
+            let mut exchange = Exchange::new(segment.clone(), rank, 2);
+            [0, 3600, 0].map(|seconds| {
+                let mut call = Call {
+                    site: Site { place, header: Header::new(collective, 0), rank, world: &[0, 1] },
+                    alarm: &alarm,
+                    timeout: Duration::from_secs(60),
+                    spin: true,
+                    background: false,
+                    waited: Duration::ZERO,
+                    travelled: Duration::from_secs(seconds * u64::from(rank == 0)),
+                };
+                if rank == 0 {
+                    // The other has published its step: it waits already, or is about to.
+                    while exchange.flag(1) < exchange.step {
+                        thread::yield_now();
+                    }
+                    thread::sleep(Duration::from_millis(50));
+                }
+                exchange.meet(&mut call).unwrap();
+                assert_eq!(call.travelled, Duration::ZERO, "it is told once");
+                call.waited
+            })
+        };
+        let waited = thread::scope(|scope| {
+            let other = scope.spawn(|| waits(1));
+            waits(0);
+            other.join().unwrap()
+        });
+        assert_eq!(waited[1], Duration::ZERO, "{waited:?}");
     }
 }

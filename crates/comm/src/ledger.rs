@@ -146,8 +146,8 @@ pub struct Entry {
     /// Wall-clock time inside the calls.
     pub seconds: f64,
     /// The part of `seconds` in which this rank only waited for a slower one: the rest is the data's way. Over messages that
-    /// begins when the last rank has sent, by clocks that were compared at the start. Ranks of a machine whose leader
-    /// exchanges messages for them wait for it all the while.
+    /// begins when the last rank has sent, by clocks that were compared at the start. Where one rank
+    /// of a machine exchanges messages for the others, its way counts as theirs.
     pub wait_seconds: f64,
 }
 

@@ -6,7 +6,7 @@
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use crate::call::Call;
 use crate::communicator::ReduceOp;
@@ -142,14 +142,19 @@ impl Machines {
         }
     }
 
-    /// Runs a part of a call among the leaders, if this rank is one.
+    /// Runs a part of a call among the leaders, if this rank is one, and notes how much of it was no waiting.
     fn across(
         &mut self,
         call: &mut Call<'_>,
         part: impl FnOnce(&Messages, &mut Call<'_>) -> Result<(), CommError>,
     ) -> Result<(), CommError> {
         match &self.leaders {
-            Some(leaders) => call.among(self.own.0, &self.world.1, |call| part(leaders, call)),
+            Some(leaders) => {
+                let (start, waited) = (Instant::now(), call.waited);
+                let result = call.among(self.own.0, &self.world.1, |call| part(leaders, call));
+                call.travelled = start.elapsed().saturating_sub(call.waited - waited);
+                result
+            }
             None => Ok(()),
         }
     }
