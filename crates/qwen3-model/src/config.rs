@@ -188,11 +188,11 @@ impl Config {
         if !fields.boolean("use_sliding_window", false)? {
             return Ok(());
         }
-        let Some(window) = fields.count("sliding_window", 0)? else {
-            return Ok(());
-        };
+        // As transformers have it: `null` is no window, and what is not there at all has a default.
+        let window = if fields.has("sliding_window") { fields.count("sliding_window", 0)? } else { Some(4096) };
+        let Some(window) = window else { return Ok(()) };
         // Dense Qwen3 slides from layer `max_window_layers` on; the mixture of experts slides everywhere.
-        let first = if sparse { 0 } else { fields.count("max_window_layers", 0)?.unwrap_or(0) };
+        let first = if sparse { 0 } else { fields.count("max_window_layers", 0)?.unwrap_or(28) };
         if window < self.context_length() && first < self.num_hidden_layers {
             return Err(fields.unsupported("use_sliding_window", format!("true (a window of {window})"), supported));
         }

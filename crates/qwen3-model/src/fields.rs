@@ -117,6 +117,11 @@ impl<'a> Fields<'a> {
         }
     }
 
+    /// Whether the field is there, be it `null`.
+    pub fn has(&self, field: &str) -> bool {
+        self.object.contains_key(field)
+    }
+
     /// The field's value unless it is absent or `null`.
     pub fn value(&self, field: &str) -> Option<&'a Value> {
         self.object.get(field).filter(|value| !value.is_null())

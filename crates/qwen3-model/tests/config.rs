@@ -187,17 +187,23 @@ fn sliding_windows_without_effect() {
         json!({"use_sliding_window": true, "sliding_window": null}),
         json!({"use_sliding_window": true, "sliding_window": 128, "max_window_layers": 28}),
         json!({"use_sliding_window": true, "sliding_window": 40960, "max_window_layers": 0}),
+        json!({"use_sliding_window": true, "sliding_window": 128, "max_window_layers": null}),
     ] {
         assert!(with(dense(), fields.clone()).is_ok(), "{fields}");
     }
     for fields in [
         json!({"use_sliding_window": true, "sliding_window": 128, "max_window_layers": 27}),
-        json!({"use_sliding_window": true, "sliding_window": 128, "max_window_layers": null}),
+        json!({"use_sliding_window": true, "sliding_window": 128, "max_window_layers": null, "num_hidden_layers": 29}),
         json!({"layer_types": (0..28).map(|i| if i == 9 { "sliding_attention" } else { "full_attention" }).collect::<Vec<_>>()}),
     ] {
         let error = with(dense(), fields.clone()).expect_err("a window that has an effect");
         assert!(matches!(error, ConfigError::Unsupported { .. }), "{fields}: {error}");
     }
+    // A window that is not stated is one of 4096, unlike one that is null.
+    let mut unstated = sparse();
+    unstated["use_sliding_window"] = json!(true);
+    unstated.as_object_mut().expect("an object").remove("sliding_window");
+    assert!(matches!(parse(&unstated), Err(ConfigError::Unsupported { .. })));
     // The mixture of experts slides in every layer, whatever max_window_layers says.
     let fields = json!({"use_sliding_window": true, "sliding_window": 128, "max_window_layers": 48});
     assert!(matches!(with(sparse(), fields), Err(ConfigError::Unsupported { .. })));
