@@ -55,34 +55,30 @@ pub fn names() -> [&'static str; SECTIONS.len()] {
     SECTIONS.map(|section| section.name)
 }
 
-/// Measures everything, or only some sections, and writes the page.
+/// Measures everything, or only some sections, and writes the page after each: what has been measured is there when a later one fails.
 pub fn command(quick: bool, only: &[String]) -> Result<ExitCode> {
     let root = workspace::root();
     let docs = root.join("docs");
     let old = std::fs::read_to_string(docs.join("performance.md")).unwrap_or_default();
     let mut lab = Lab::open(quick)?;
     let load = machine::load();
-    let mut sections = Vec::new();
+    let new_about = || format!("{}\n{}", machine::describe(&root), machine::conditions(quick, load, machine::load()));
+    let old_about = match old.split_once(ABOUT).and_then(|(_, rest)| rest.split_once("\n## ")) {
+        Some((about, _)) => about.to_owned(),
+        None => new_about(),
+    };
+    let apart = format!("\nMeasured apart from the rest of this page, {}.\n", machine::moment(&root, quick));
+    let mut measured = Vec::new();
     for Entry { name, title, measure } in SECTIONS {
         if only.is_empty() || only.iter().any(|wanted| wanted == name) {
             eprintln!("report: section {name}");
-            let mut section = measure(&mut lab)?;
-            if !only.is_empty() {
-                section.text.push_str(&format!(
-                    "\nMeasured apart from the rest of this page, {}.\n",
-                    machine::moment(&root, quick)
-                ));
-            }
-            sections.push((title, section));
-        } else if let Some(text) = kept(&old, title) {
-            sections.push((title, Section { text: text.to_owned(), charts: Vec::new() }));
+            measured.push((title, measure(&mut lab)?));
+            let (about, apart) =
+                if measured.len() < SECTIONS.len() { (&old_about, &*apart) } else { (&new_about(), "") };
+            let titles = SECTIONS.map(|section| section.title);
+            write(&docs, &page(about, &titles, &measured, apart, &old), &measured)?;
         }
     }
-    let about = match old.split_once(ABOUT).and_then(|(_, rest)| rest.split_once("\n## ")) {
-        Some((about, _)) if !only.is_empty() => about.to_owned(),
-        _ => format!("{}\n{}", machine::describe(&root), machine::conditions(quick, load, machine::load())),
-    };
-    write(&docs, &about, &sections)?;
     println!("report: docs/performance.md, docs/performance/*.svg");
     Ok(ExitCode::SUCCESS)
 }
@@ -96,22 +92,30 @@ fn kept<'a>(page: &'a str, title: &str) -> Option<&'a str> {
     Some(rest.split_once("\n## ").map_or(rest, |(text, _)| text))
 }
 
-fn write(docs: &Path, about: &str, sections: &[(&str, Section)]) -> Result<()> {
+fn write(docs: &Path, page: &str, measured: &[(&str, Section)]) -> Result<()> {
     let folder = docs.join("performance");
     std::fs::create_dir_all(&folder).with_context(|| format!("cannot make {}", folder.display()))?;
     let save = |path: &Path, text: &str| {
         std::fs::write(path, text).with_context(|| format!("cannot write {}", path.display()))
     };
-    for (name, svg) in sections.iter().flat_map(|(_, section)| &section.charts) {
+    for (name, svg) in measured.iter().flat_map(|(_, section)| &section.charts) {
         save(&folder.join(name), svg)?;
     }
-    save(&docs.join("performance.md"), &page(about, sections))
+    save(&docs.join("performance.md"), page)
 }
 
-fn page(about: &str, sections: &[(&str, Section)]) -> String {
+/// The sections in order: those that were measured, each with the note `apart`, and of the others what the old page has.
+fn page(about: &str, titles: &[&str], measured: &[(&str, Section)], apart: &str, old: &str) -> String {
     let mut page = format!("{ABOUT}{}\n", about.trim_end());
-    for (title, section) in sections {
-        let _ = write!(page, "\n## {title}\n\n{}\n", section.text.trim_end());
+    for title in titles {
+        let text = match measured.iter().find(|(measured, _)| measured == title) {
+            Some((_, section)) => format!("{}{apart}", section.text),
+            None => match kept(old, title) {
+                Some(text) => text.to_owned(),
+                None => continue,
+            },
+        };
+        let _ = write!(page, "\n## {title}\n\n{}\n", text.trim_end());
     }
     page
 }
@@ -127,13 +131,18 @@ mod tests {
             let text = format!("![x](performance/{chart})\n\n");
             (title, Section { text, charts: vec![(chart.to_owned(), "<svg/>".to_owned())] })
         };
-        write(docs.path(), "A machine.\n", &[section("One", "1.svg"), section("Two", "2.svg")]).unwrap();
-        let page = std::fs::read_to_string(docs.path().join("performance.md")).unwrap();
+        let titles = ["One", "Two", "Three"];
+        let measured = [section("One", "1.svg"), section("Two", "2.svg")];
+        let first = page("A machine.\n", &titles, &measured, "", "");
+        write(docs.path(), &first, &measured).unwrap();
         let expected = "A machine.\n\n## One\n\n![x](performance/1.svg)\n\n## Two\n\n![x](performance/2.svg)\n";
-        assert!(page.starts_with("# Performance\n") && page.ends_with(expected), "{page}");
+        let found = std::fs::read_to_string(docs.path().join("performance.md")).unwrap();
+        assert!(found.starts_with("# Performance\n") && found.ends_with(expected), "{found}");
         assert_eq!(std::fs::read_to_string(docs.path().join("performance/2.svg")).unwrap(), "<svg/>");
-        // A section that is not measured again stays as it is.
-        assert_eq!(kept(&page, "One"), Some("![x](performance/1.svg)\n"));
-        assert_eq!((kept(&page, "Two"), kept(&page, "Three")), (Some("![x](performance/2.svg)\n"), None));
+        // A section that is not measured again stays as it is; one that is says when.
+        let second = page("A machine.\n", &titles, &[section("Two", "3.svg")], "Apart.\n", &first);
+        let expected =
+            "A machine.\n\n## One\n\n![x](performance/1.svg)\n\n## Two\n\n![x](performance/3.svg)\n\nApart.\n";
+        assert!(second.ends_with(expected), "{second}");
     }
 }

@@ -98,7 +98,9 @@ fn memory(meminfo: &str) -> String {
 }
 
 fn commit(root: &Path) -> String {
-    let changed = !first_line("git", &["status", "--porcelain", "--untracked-files=no"], root).is_empty();
+    // The page itself changes with each section.
+    let status = ["status", "--porcelain", "--untracked-files=no", "--", ".", ":(exclude)docs/performance*"];
+    let changed = !first_line("git", &status, root).is_empty();
     let commit = first_line("git", &["log", "-1", "--format=%h, %cs"], root);
     if changed { format!("{commit}, with changes") } else { commit }
 }
