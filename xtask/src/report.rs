@@ -140,6 +140,8 @@ mod tests {
         assert!(found.starts_with("# Performance\n") && found.ends_with(expected), "{found}");
         assert_eq!(std::fs::read_to_string(docs.path().join("performance/2.svg")).unwrap(), "<svg/>");
         // A section that is not measured again stays as it is; one that is says when.
+        assert_eq!(kept(&first, "One"), Some("![x](performance/1.svg)\n"));
+        assert_eq!((kept(&first, "Two"), kept(&first, "Three")), (Some("![x](performance/2.svg)\n"), None));
         let second = page("A machine.\n", &titles, &[section("Two", "3.svg")], "Apart.\n", &first);
         let expected =
             "A machine.\n\n## One\n\n![x](performance/1.svg)\n\n## Two\n\n![x](performance/3.svg)\n\nApart.\n";

@@ -34,12 +34,12 @@ pub(crate) const RESULT: usize = 96 << 10;
 
 /// Words of a rank's control block: two cache lines, so that ranks do not disturb each other.
 const CONTROL: usize = LINE / 8;
-// In a control block: the flag, two headers of three words, the mark that a rank holds its end, with the travel before
-// the last meeting that came after any: nanoseconds above the low bits of that meeting's step.
+// In a control block: the flag, two headers of three words, the travel before the last meeting that came after any
+// (nanoseconds above the low bits of that meeting's step), and the mark that a rank holds its end.
 const FLAG: usize = 0;
 const HEADERS: usize = 1;
-const CLAIMED: usize = 8;
 const TRAVEL: usize = 7;
+const CLAIMED: usize = 8;
 const STEP_BITS: u32 = 20;
 
 /// Bytes of words and of data that the meetings of `size` ranks take, at the front of a segment.
