@@ -13,7 +13,7 @@ use qwen3_model::{
 use serde_json::json;
 
 use crate::affinity::Neighbours;
-use crate::calibration::{Calibration, count, default_path, place};
+use crate::calibration::{Calibration, count, default_path, place, processor};
 use crate::failure::{CliError, Failure};
 use crate::options::{LaunchOptions, misfit};
 use crate::rank::Rank;
@@ -63,6 +63,7 @@ impl CalibrateArgs {
         let typical = Machine::typical(comm.size(), nodes, threads);
         let machine = Machine {
             transport: comm.transport().to_owned(),
+            processor: processor(),
             inside: inside.map_or(typical.inside, LinkFigures::from),
             between: between.or(inside).map_or(typical.between, LinkFigures::from),
             hidden: speeds.hidden.unwrap_or(typical.hidden),

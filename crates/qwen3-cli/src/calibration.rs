@@ -13,7 +13,7 @@ use crate::output_file::part_of;
 /// The file's content.
 #[derive(Clone, Debug, Default, Serialize, Deserialize)]
 pub struct Calibration {
-    /// One for each transport and number of ranks, machines and threads.
+    /// One for each processor, transport and number of ranks, machines and threads.
     pub machines: Vec<Machine>,
 }
 
@@ -52,7 +52,7 @@ impl Calibration {
 
     /// Adds a measurement in place of an older one of the same kind.
     pub fn insert(&mut self, machine: Machine) {
-        let key = |m: &Machine| (m.transport.clone(), m.ranks, m.nodes, m.threads);
+        let key = |m: &Machine| (m.processor.clone(), m.transport.clone(), m.ranks, m.nodes, m.threads);
         self.machines.retain(|other| key(other) != key(&machine));
         self.machines.push(machine);
     }
@@ -71,14 +71,15 @@ impl Calibration {
         write().map_err(|source| CliError::file(path, source))
     }
 
-    /// The measurement for these ranks, with the layout's own link; of several the one with its transport. Where the link between
-    /// machines is given, a measurement on one machine will do.
+    /// The measurement for these ranks, with the layout's own link; of several one on this processor, then the one with its transport.
+    /// Where the link between machines is given, a measurement on one machine will do.
     pub fn machine(&self, layout: &Layout<'_>) -> Option<Machine> {
         let Layout { transport, ranks, nodes, threads, link } = *layout;
         let fits = |m: &&Machine| m.ranks == ranks && threads.is_none_or(|threads| m.threads == threads);
+        let here = processor();
         let on = |nodes| {
             let fits = self.machines.iter().filter(fits).filter(|m| m.nodes == nodes);
-            fits.max_by_key(|m| transport == Some(&*m.transport))
+            fits.max_by_key(|m| (m.processor == here, transport == Some(&*m.transport)))
         };
         // Emulated machines share one: what was measured on it, all ranks at work, is nearest.
         let found = if link.is_some() { on(1).or_else(|| on(nodes)) } else { on(nodes) };
@@ -86,7 +87,7 @@ impl Calibration {
     }
 
     /// The machine of the calibration that nobody named, or a typical one, and where its figures come from: there need not be a
-    /// calibration.
+    /// calibration, or it may have come with a home folder from elsewhere.
     pub fn by_itself(layout: &Layout<'_>) -> (Machine, String) {
         let typical = || layout.connect(Machine::typical(layout.ranks, layout.nodes, layout.threads.unwrap_or(1)));
         let Some(path) = default_path().filter(|path| path.exists()) else {
@@ -95,6 +96,13 @@ impl Calibration {
         match Self::read(&path) {
             Err(error) => (typical(), format!("typical, since {}", error.line())),
             Ok(calibration) => match calibration.machine(layout) {
+                Some(Machine { processor: Some(other), .. }) if Some(&other) != processor().as_ref() => {
+                    let here = processor().unwrap_or_else(|| "another".to_owned());
+                    (
+                        typical(),
+                        format!("typical, since {} was measured on {other}, and this is {here}", path.display()),
+                    )
+                }
                 Some(machine) => {
                     let figures = format!("calibrated ({}, {})", machine.transport, path.display());
                     (machine, figures)
@@ -103,6 +111,17 @@ impl Calibration {
             },
         }
     }
+}
+
+/// The processor of this machine and how many logical cores it has, where the system tells.
+pub fn processor() -> Option<String> {
+    let text = fs::read_to_string("/proc/cpuinfo").ok()?;
+    let fields =
+        || text.lines().filter_map(|line| line.split_once(':')).map(|(name, value)| (name.trim(), value.trim()));
+    let field = |wanted: &str| fields().find(|(name, _)| *name == wanted).map(|(_, value)| value);
+    let cores = fields().filter(|(name, _)| *name == "processor").count();
+    let (name, family, model) = (field("model name")?, field("cpu family")?, field("model")?);
+    Some(format!("{name}, family {family}, model {model}, {}", count(cores, "logical core")))
 }
 
 /// So many of something, in words.

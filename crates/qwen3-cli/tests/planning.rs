@@ -27,7 +27,7 @@ fn calibration(ranks: usize, nodes: usize, read: Value) -> Value {
     let rate = json!({"format": "bf16", "start_us": 1.0, "read_gb_s": read, "few_gb_s": 5.0, "gflops": 50.0});
     let attention = json!({"format": "f16", "start_us": 1.0, "read_gb_s": 10.0, "gflops": 30.0});
     json!({"machines": [{
-        "transport": "threads", "ranks": ranks, "nodes": nodes, "threads": 1, "inside": link, "between": link,
+        "transport": "threads", "processor": null, "ranks": ranks, "nodes": nodes, "threads": 1, "inside": link, "between": link,
         "hidden": {"link": link, "taken": link},
         "rates": [rate], "attention": [attention],
     }]})
@@ -167,7 +167,8 @@ fn calibrations_of_several_layouts_are_kept_in_one_file() {
 
     // One of another kind joins it; one of the same kind takes its place.
     let kept = calibration(3, 1, json!(9.0))["machines"][0].clone();
-    let stale = calibration(2, 1, json!(9.0))["machines"][0].clone();
+    let mut stale = calibration(2, 1, json!(9.0))["machines"][0].clone();
+    stale["processor"] = found["machine"]["processor"].clone();
     fs::write(&file, json!({"machines": [stale, kept]}).to_string()).unwrap();
     let again = calibrate("2");
     assert_eq!(read(), json!({"machines": [kept, again["machine"]]}));
@@ -240,6 +241,13 @@ fn the_strategy_follows_the_plan_for_the_real_layout() {
     };
     assert!(reason(&calibration(2, 1, json!(9.0)).to_string()).starts_with("calibrated (threads"));
     assert!(reason(&calibration(3, 1, json!(9.0)).to_string()).contains("has only 3 ranks on 1 machine"));
+    let mut foreign = calibration(2, 1, json!(9.0));
+    foreign["machines"][0]["processor"] = "a Z80, 1 logical core".into();
+    let elsewhere = reason(&foreign.to_string());
+    assert!(
+        elsewhere.starts_with("typical, since ") && elsewhere.contains("a Z80, 1 logical core, and this"),
+        "{elsewhere}"
+    );
     let broken = reason("{");
     assert!(broken.starts_with("typical, since ") && broken.contains("calibration.json"), "{broken}");
 }

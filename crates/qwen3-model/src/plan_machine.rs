@@ -84,6 +84,8 @@ pub struct AttentionRate {
 pub struct Machine {
     /// The communicator's: `threads`, `mpi`, `solo`.
     pub transport: String,
+    /// The processor it was measured on, that of rank 0; nothing where the system does not tell, or nothing was measured.
+    pub processor: Option<String>,
     /// Ranks of the group.
     pub ranks: usize,
     /// Machines on which they lie.
@@ -125,6 +127,7 @@ impl Machine {
         let cache = KvFormat::F16.to_string();
         Self {
             transport: "typical".to_owned(),
+            processor: None,
             ranks,
             nodes,
             threads,
