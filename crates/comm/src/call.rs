@@ -1,6 +1,7 @@
 //! One call in progress: what it is, how it waits, and when it gives up.
 
 use std::fmt;
+use std::sync::atomic::AtomicU64;
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -118,6 +119,8 @@ pub(crate) struct Call<'a> {
     pub spin: bool,
     /// Whether other threads of this rank compute meanwhile.
     pub background: bool,
+    /// Where this rank counts what moves between machines, for its neighbours, who wait for it meanwhile.
+    pub progress: Option<&'a AtomicU64>,
     /// Time spent waiting so far.
     pub waited: Duration,
     /// How long this rank took to bring the data of its machine to others and back, until it has told its neighbours.
@@ -125,12 +128,14 @@ pub(crate) struct Call<'a> {
 }
 
 impl Call<'_> {
-    /// Waits until `ready`; `late` lists the ranks of the communicator that have not come yet.
+    /// Waits until `ready`; `late` lists the ranks of the communicator that have not come yet. The deadline starts again
+    /// whenever `progress` changes: somebody moves data that this rank waits for.
     #[inline]
     pub(crate) fn wait(
         &mut self,
         mut ready: impl FnMut() -> Result<bool, CommError>,
         late: impl Fn() -> Vec<usize>,
+        progress: impl Fn() -> u64,
     ) -> Result<(), CommError> {
         if ready()? {
             return Ok(());
@@ -146,7 +151,7 @@ impl Call<'_> {
                 std::hint::spin_loop();
             }
         }
-        let result = self.wait_long(start, &mut ready, &late);
+        let result = self.wait_long(start, &mut ready, &late, &progress);
         self.waited += start.elapsed();
         result
     }
@@ -157,8 +162,10 @@ impl Call<'_> {
         start: Instant,
         ready: &mut dyn FnMut() -> Result<bool, CommError>,
         late: &dyn Fn() -> Vec<usize>,
+        progress: &dyn Fn() -> u64,
     ) -> Result<(), CommError> {
         let mut next_probe = PROBE;
+        let (mut seen, mut since) = (progress(), Duration::ZERO);
         loop {
             let waited = start.elapsed();
             if waited < YIELDING && !self.background {
@@ -186,10 +193,14 @@ impl Call<'_> {
                 let missing = if rank == self.site.world[self.site.rank] { self.silent(late) } else { vec![] };
                 return Err(CommError::PeerFailed { place: self.site.place, rank, reason, missing });
             }
-            if waited >= self.timeout {
+            let now = progress();
+            if now != seen {
+                (seen, since) = (now, waited);
+            }
+            if waited - since >= self.timeout {
                 let missing = self.in_job(late());
                 let rank = self.site.world[self.site.rank];
-                return Err(CommError::Timeout { place: self.site.place, rank, missing, waited });
+                return Err(CommError::Timeout { place: self.site.place, rank, missing, waited: waited - since });
             }
         }
     }
@@ -214,10 +225,17 @@ impl Call<'_> {
         ranks.into_iter().map(|rank| self.site.world[rank]).collect()
     }
 
-    /// The same call among other ranks: those of one machine, say. `world` and `rank` are as in [`Site`].
+    /// The same call among other ranks: those of one machine, say. `world` and `rank` are as in [`Site`]; the part counts what
+    /// moves in `progress`.
     #[cfg(feature = "mpi")]
-    pub(crate) fn among<R>(&mut self, rank: usize, world: &[usize], part: impl FnOnce(&mut Call<'_>) -> R) -> R {
-        let mut call = Call { site: Site { rank, world, ..self.site }, ..*self };
+    pub(crate) fn among<R>(
+        &mut self,
+        rank: usize,
+        world: &[usize],
+        progress: Option<&AtomicU64>,
+        part: impl FnOnce(&mut Call<'_>) -> R,
+    ) -> R {
+        let mut call = Call { site: Site { rank, world, ..self.site }, progress, ..*self };
         let result = part(&mut call);
         (self.waited, self.travelled) = (call.waited, call.travelled);
         result

@@ -105,6 +105,7 @@ impl Endpoint {
             timeout: self.timeout(),
             spin: self.spin,
             background,
+            progress: None,
             waited: Duration::ZERO,
             travelled: Duration::ZERO,
         };

@@ -20,6 +20,8 @@
 //! Processes that share the memory are trusted to run this same code; their versions are compared at setup.
 
 use std::sync::Arc;
+#[cfg(any(feature = "mpi", test))]
+use std::sync::atomic::AtomicU64;
 use std::sync::atomic::Ordering::{AcqRel, Acquire, Relaxed, Release};
 use std::time::Duration;
 
@@ -35,11 +37,13 @@ pub(crate) const RESULT: usize = 96 << 10;
 /// Words of a rank's control block: two cache lines, so that ranks do not disturb each other.
 const CONTROL: usize = LINE / 8;
 // In a control block: the flag, two headers of three words, the travel before the last meeting that came after any
-// (nanoseconds above the low bits of that meeting's step), and the mark that a rank holds its end.
+// (nanoseconds above the low bits of that meeting's step), the mark that a rank holds its end, and the count of what the
+// rank has moved between machines.
 const FLAG: usize = 0;
 const HEADERS: usize = 1;
 const TRAVEL: usize = 7;
 const CLAIMED: usize = 8;
+const PROGRESS: usize = 9;
 const STEP_BITS: u32 = 20;
 
 /// Bytes of words and of data that the meetings of `size` ranks take, at the front of a segment.
@@ -112,7 +116,7 @@ impl Exchange {
         self.segment.word(control + FLAG).store(step, Release);
         for peer in (0..self.size).filter(|&peer| peer != self.rank) {
             let waited = call.waited;
-            let come = call.wait(|| Ok(self.flag(peer) >= step), || self.late(step));
+            let come = call.wait(|| Ok(self.flag(peer) >= step), || self.late(step), || self.moved());
             call.waited = waited + (call.waited - waited).saturating_sub(self.travel(peer, step));
             let result = match come {
                 Ok(()) => call.site.compare(peer, self.header(peer, headers)),
@@ -137,6 +141,17 @@ impl Exchange {
         let travel = self.segment.word(peer * CONTROL + TRAVEL).load(Relaxed);
         let of_this_step = (travel ^ step) & ((1 << STEP_BITS) - 1) == 0;
         Duration::from_nanos(if of_this_step { travel >> STEP_BITS } else { 0 })
+    }
+
+    /// Where this rank counts what it moves for its neighbours between meetings: while the count changes, they have patience.
+    #[cfg(any(feature = "mpi", test))]
+    pub(crate) fn progress(&self) -> &AtomicU64 {
+        self.segment.word(self.rank * CONTROL + PROGRESS)
+    }
+
+    /// What all ranks have moved so.
+    fn moved(&self) -> u64 {
+        (0..self.size).map(|rank| self.segment.word(rank * CONTROL + PROGRESS).load(Relaxed)).fold(0, u64::wrapping_add)
     }
 
     fn late(&self, step: u64) -> Vec<usize> {
@@ -214,26 +229,31 @@ mod tests {
     use crate::error::Place;
     use crate::ledger::{Collective, Phase};
 
+    fn barrier(rank: usize, alarm: &Alarm, timeout: Duration) -> Call<'_> {
+        let place = Place { collective: Collective::Barrier, phase: Phase::Other, layer: None };
+        Call {
+            site: Site { place, header: Header::new(Collective::Barrier, 0), rank, world: &[0, 1] },
+            alarm,
+            timeout,
+            spin: true,
+            background: false,
+            progress: None,
+            waited: Duration::ZERO,
+            travelled: Duration::ZERO,
+        }
+    }
+
     #[test]
     fn who_waits_for_a_rank_that_brought_data_from_far_does_not_count_that_way_as_waiting() {
         let (words, data) = extent(2);
         let segment = Arc::new(Segment::private(words, data));
         let alarm = Alarm::new(Arc::new(Segment::private(Alarm::board_bytes(2), 0)), None);
-        let collective = Collective::Barrier;
-        let place = Place { collective, phase: Phase::Other, layer: None };
         // Rank 0 comes late to all meetings, and says of the second that an hour of it was the way.
         let waits = |rank: usize| {
             let mut exchange = Exchange::new(segment.clone(), rank, 2);
             [0, 3600, 0].map(|seconds| {
-                let mut call = Call {
-                    site: Site { place, header: Header::new(collective, 0), rank, world: &[0, 1] },
-                    alarm: &alarm,
-                    timeout: Duration::from_secs(60),
-                    spin: true,
-                    background: false,
-                    waited: Duration::ZERO,
-                    travelled: Duration::from_secs(seconds * u64::from(rank == 0)),
-                };
+                let travelled = Duration::from_secs(seconds * u64::from(rank == 0));
+                let mut call = Call { travelled, ..barrier(rank, &alarm, Duration::from_secs(60)) };
                 if rank == 0 {
                     // The other has published its step: it waits already, or is about to.
                     while exchange.flag(1) < exchange.step {
@@ -252,5 +272,30 @@ mod tests {
             other.join().unwrap()
         });
         assert_eq!(waited[1], Duration::ZERO, "{waited:?}");
+    }
+
+    #[test]
+    fn a_rank_that_moves_something_for_its_neighbours_is_waited_for() {
+        const PATIENCE: Duration = Duration::from_secs(2);
+        let (words, data) = extent(2);
+        let segment = Arc::new(Segment::private(words, data));
+        let alarm = Alarm::new(Arc::new(Segment::private(Alarm::board_bytes(2), 0)), None);
+        thread::scope(|scope| {
+            scope.spawn(|| {
+                let mut mover = Exchange::new(segment.clone(), 0, 2);
+                for _ in 0..30 {
+                    thread::sleep(PATIENCE / 20);
+                    mover.progress().fetch_add(1, Relaxed);
+                }
+                mover.meet(&mut barrier(0, &alarm, PATIENCE)).map(drop).unwrap();
+            });
+            let mut waiter = Exchange::new(segment.clone(), 1, 2);
+            let mut call = barrier(1, &alarm, PATIENCE);
+            waiter.meet(&mut call).map(drop).unwrap();
+            assert!(call.waited > PATIENCE, "{:?}", call.waited);
+            // Of what was moved before nothing counts.
+            let late = waiter.meet(&mut barrier(1, &alarm, PATIENCE / 20)).map(drop).unwrap_err();
+            assert!(matches!(late, CommError::Timeout { .. }), "{late}");
+        });
     }
 }

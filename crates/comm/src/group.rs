@@ -7,6 +7,8 @@
 
 use std::ops::Range;
 use std::sync::Arc;
+#[cfg(feature = "mpi")]
+use std::sync::atomic::AtomicU64;
 
 use crate::call::{Call, Header, Site};
 use crate::communicator::ReduceOp;
@@ -74,6 +76,12 @@ impl Group {
 
     pub(crate) fn size(&self) -> usize {
         self.exchange.size()
+    }
+
+    /// Where this rank counts what it moves for the others from elsewhere.
+    #[cfg(feature = "mpi")]
+    pub(crate) fn progress(&self) -> &AtomicU64 {
+        self.exchange.progress()
     }
 
     pub(crate) fn barrier(&mut self, call: &mut Call<'_>) -> Result<(), CommError> {

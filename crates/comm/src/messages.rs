@@ -42,7 +42,8 @@ pub(crate) struct Messages {
 pub(crate) struct Sending<'m> {
     to: usize,
     tag: usize,
-    pieces: Vec<Transfer<'m>>,
+    /// Those that have not left yet.
+    pieces: VecDeque<Transfer<'m>>,
 }
 
 /// A payload on its way in.
@@ -133,7 +134,7 @@ impl Messages {
     /// A payload to which [`push`](Self::push) adds pieces.
     pub(crate) fn sending(&self, to: usize, header: Header) -> Sending<'_> {
         let user = header.collective == Collective::Send;
-        Sending { to, tag: self.tag + usize::from(user), pieces: Vec::new() }
+        Sending { to, tag: self.tag + usize::from(user), pieces: VecDeque::new() }
     }
 
     /// A piece of `bytes` of a payload of `length`, as it travels.
@@ -157,7 +158,7 @@ impl Messages {
     /// Sends the next piece of some payloads.
     pub(crate) fn push<'m>(&'m self, piece: &Arc<Buffer<'m>>, to: &mut [Sending<'m>]) -> Result<(), CommError> {
         for sending in to {
-            sending.pieces.push(self.world.send(self.members[sending.to], sending.tag, piece.clone())?);
+            sending.pieces.push_back(self.world.send(self.members[sending.to], sending.tag, piece.clone())?);
         }
         Ok(())
     }
@@ -248,11 +249,11 @@ impl Sending<'_> {
     /// Sees how far the message is.
     pub(crate) fn advance(&mut self) -> Result<Step, CommError> {
         let mut moved = false;
-        while let Some(piece) = self.pieces.last_mut() {
+        while let Some(piece) = self.pieces.front_mut() {
             if !piece.done()? {
                 return Ok(Step { moved, done: false });
             }
-            self.pieces.pop();
+            self.pieces.pop_front();
             moved = true;
         }
         Ok(Step { moved, done: true })

@@ -19,6 +19,9 @@ use crate::mpi_sys::LARGEST_TAG;
 use crate::transport::{Counts, Reduction, Transport, carry};
 use crate::wire::{Fold, WireFormat};
 
+/// How much longer a rank waits for one that may wait for others itself.
+const PATIENCE: Duration = Duration::from_millis(500);
+
 /// One rank's end of a group of processes.
 pub(crate) struct Nodes {
     job: Arc<Job>,
@@ -64,7 +67,7 @@ impl Nodes {
     ) -> Result<Nodes, CommError> {
         // The tags of all groups of this split: above all that any of its ranks has used.
         let tag = gather(&[job.world.next_tag.load(Relaxed)])?.into_iter().max().unwrap_or(0);
-        job.world.next_tag.store(tag + 3, Relaxed);
+        job.world.next_tag.fetch_max(tag + 3, Relaxed);
         if tag as usize + 3 > LARGEST_TAG {
             let reason = "too many communicators were split off: MPI has no tags left".into();
             return Err(CommError::Setup { transport: "mpi", reason });
@@ -125,16 +128,16 @@ fn machines(in_world: &[usize], machine: &[usize]) -> Vec<Vec<usize>> {
 
 impl Machines {
     /// Runs a part of a call among the ranks of this machine, if there are others. They wait a little longer than
-    /// their leader, which may itself wait for another machine and then knows better who is late.
+    /// their leader, which may itself wait for another machine and then knows better who is late, and as long as it moves something.
     fn local(
         &mut self,
         call: &mut Call<'_>,
         part: impl FnOnce(&mut Group, &mut Call<'_>) -> Result<(), CommError>,
     ) -> Result<(), CommError> {
         match &mut self.local {
-            Some(group) => call.among(self.own.1, &self.world.0, |call| {
+            Some(group) => call.among(self.own.1, &self.world.0, None, |call| {
                 if self.own.1 != 0 {
-                    call.timeout = call.timeout.saturating_add(Duration::from_secs(1));
+                    call.timeout = call.timeout.saturating_add(2 * PATIENCE);
                 }
                 part(group, call)
             }),
@@ -142,7 +145,8 @@ impl Machines {
         }
     }
 
-    /// Runs a part of a call among the leaders, if this rank is one, and notes how much of it was no waiting.
+    /// Runs a part of a call among the leaders, if this rank is one, and notes how much of it was no waiting. Leaders wait for
+    /// each other a little longer than inside their machines: a leader that is late because of its neighbour says so first.
     fn across(
         &mut self,
         call: &mut Call<'_>,
@@ -151,7 +155,11 @@ impl Machines {
         match &self.leaders {
             Some(leaders) => {
                 let (start, waited) = (Instant::now(), call.waited);
-                let result = call.among(self.own.0, &self.world.1, |call| part(leaders, call));
+                let progress = self.local.as_ref().map(Group::progress);
+                let result = call.among(self.own.0, &self.world.1, progress, |call| {
+                    call.timeout = call.timeout.saturating_add(PATIENCE);
+                    part(leaders, call)
+                });
                 call.travelled = start.elapsed().saturating_sub(call.waited - waited);
                 result
             }

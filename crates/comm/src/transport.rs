@@ -1,6 +1,7 @@
 //! What a way of carrying data offers to the endpoint above it, which has checked all arguments.
 
 use std::cell::RefCell;
+use std::sync::atomic::Ordering::Relaxed;
 
 use crate::call::{Call, Site};
 use crate::communicator::ReduceOp;
@@ -73,7 +74,7 @@ pub(crate) fn carry<M>(
     messages: Vec<(usize, M)>,
     mut advance: impl FnMut(Site<'_>, &mut M) -> Result<Step, CommError>,
 ) -> Result<(), CommError> {
-    let site = call.site;
+    let (site, progress) = (call.site, call.progress);
     let open = RefCell::new(messages);
     while !open.borrow().is_empty() {
         call.wait(
@@ -94,6 +95,9 @@ pub(crate) fn carry<M>(
                         }
                     }
                 });
+                if moved && let Some(progress) = progress {
+                    progress.fetch_add(1, Relaxed);
+                }
                 result.map(|()| moved)
             },
             || {
@@ -102,6 +106,7 @@ pub(crate) fn carry<M>(
                 peers.dedup();
                 peers
             },
+            || 0,
         )?;
     }
     Ok(())
