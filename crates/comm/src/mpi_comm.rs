@@ -44,7 +44,7 @@ pub struct MpiOptions {
     pub shared_memory: bool,
     /// Takes ranks, in equal runs, for those of this many machines.
     pub nodes: Option<usize>,
-    /// The program and its version. Ranks on which it differs are refused at the start.
+    /// The program and its version. Ranks on which it or another option differs are refused at the start.
     pub program: String,
 }
 
@@ -83,16 +83,23 @@ impl MpiOptions {
 /// Bytes of what a rank says of itself at the start; the same in all versions, since it is exchanged before anything else.
 const INTRODUCTION: usize = 256;
 
-/// What this rank runs, in as many words as every rank sends.
-fn introduce(program: &str) -> [u64; INTRODUCTION / 8] {
+/// What this rank runs, and how it is to communicate, in as many words as every rank sends.
+fn introduce(options: &MpiOptions) -> [u64; INTRODUCTION / 8] {
+    let MpiOptions { shared_memory, nodes, program } = options;
     let library = concat!(env!("CARGO_PKG_NAME"), " ", env!("CARGO_PKG_VERSION"));
-    let text = if program.is_empty() { library.to_owned() } else { format!("{program} ({library})") };
+    let mut text = if program.is_empty() { library.to_owned() } else { format!("{program} ({library})") };
+    if !shared_memory {
+        text += ", shared memory off";
+    }
+    if let Some(nodes) = nodes {
+        text += &format!(", taken for {nodes} machines");
+    }
     let mut bytes = [0; INTRODUCTION];
     bytes.iter_mut().zip(text.bytes()).for_each(|(byte, letter)| *byte = letter);
     bytemuck::cast(bytes)
 }
 
-/// Fails where ranks run different programs or versions, with the words of each: they cannot work together.
+/// Fails where ranks run different programs or versions, or have other options, with the words of each: they cannot work together.
 fn compare(introductions: &[u64]) -> Result<(), CommError> {
     let mut programs: Vec<(&[u64], Vec<usize>)> = Vec::new();
     for (rank, text) in introductions.chunks_exact(INTRODUCTION / 8).enumerate() {
@@ -109,7 +116,7 @@ fn compare(introductions: &[u64]) -> Result<(), CommError> {
         format!("{} with '{}'", Ranks(ranks), text.trim_end_matches('\0'))
     };
     let found = programs.iter().map(words).collect::<Vec<_>>().join(", ");
-    Err(setup(format!("found {found}; expected the same program and version on all ranks")))
+    Err(setup(format!("found {found}; expected the same program, version and options on all ranks")))
 }
 
 impl MpiComm {
@@ -122,7 +129,7 @@ impl MpiComm {
     pub fn init_with(options: &MpiOptions) -> Result<MpiComm, CommError> {
         let world = Arc::new(World::start()?);
         let (rank, size) = (world.rank(), world.size());
-        compare(&world.all_gather(&introduce(&options.program))?)?;
+        compare(&world.all_gather(&introduce(options))?)?;
         let physical = world.machines()?;
         let clocks = clocks(&world)?;
         let mut gather = |words: &[u64]| world.all_gather(words);
@@ -213,7 +220,8 @@ mod tests {
 
     #[test]
     fn other_programs_are_named_with_their_ranks() {
-        let words = |programs: &[&str]| programs.iter().flat_map(|program| introduce(program)).collect::<Vec<_>>();
+        let of = |program: &&str| introduce(&MpiOptions { program: (*program).to_owned(), ..MpiOptions::default() });
+        let words = |programs: &[&str]| programs.iter().flat_map(of).collect::<Vec<_>>();
         assert_eq!(compare(&words(&["a 1", "a 1", "a 1"])), Ok(()));
         assert_eq!(compare(&words(&[&"long ".repeat(100), &"long ".repeat(100)])), Ok(()));
         let error = compare(&words(&["a 1", "", "a 2", "a 1", "a 2"])).unwrap_err().to_string();
@@ -221,7 +229,7 @@ mod tests {
         let found = format!(
             "ranks 0 and 3 with 'a 1 ({library})', rank 1 with '{library}', ranks 2 and 4 with 'a 2 ({library})'"
         );
-        let expected = "expected the same program and version on all ranks";
+        let expected = "expected the same program, version and options on all ranks";
         assert_eq!(error, format!("cannot set up the mpi transport: found {found}; {expected}"));
     }
 

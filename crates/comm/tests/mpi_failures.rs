@@ -19,6 +19,9 @@ struct Scenario {
 /// The scenario in which every rank says that it runs another program.
 const MIXED: &str = "mixed versions";
 
+/// The scenario in which rank 1 has other options.
+const MIXED_OPTIONS: &str = "mixed options";
+
 const SCENARIOS: &[Scenario] = &[
     Scenario {
         name: "late",
@@ -120,6 +123,11 @@ const SCENARIOS: &[Scenario] = &[
         ],
     },
     Scenario {
+        name: MIXED_OPTIONS,
+        rank: |_| unreachable!("ranks with different options have started"),
+        expected: &["rank 1 with 'test (comm ", "), shared memory off, taken for 7 machines'"],
+    },
+    Scenario {
         name: "leave",
         rank: |comm| if comm.rank() == 1 { Ok(()) } else { comm.recv(1, &mut [0u8; 8]) },
         expected: &["rank 1 failed: it left"],
@@ -177,9 +185,14 @@ fn main() -> ExitCode {
     {
         let scenario = SCENARIOS.iter().find(|scenario| scenario.name == name).expect("a scenario");
         let mut options = MpiOptions::from_env().expect("the environment makes sense");
+        let rank = ["OMPI_COMM_WORLD_RANK", "PMI_RANK"].iter().find_map(|name| env::var(name).ok());
+        let rank = rank.expect("the launcher tells the rank");
+        options.program = "test".into();
         if name == MIXED {
-            let rank = ["OMPI_COMM_WORLD_RANK", "PMI_RANK"].iter().find_map(|name| env::var(name).ok());
-            options.program = format!("test of rank {}", rank.expect("the launcher tells the rank"));
+            options.program = format!("test of rank {rank}");
+        }
+        if name == MIXED_OPTIONS && rank == "1" {
+            (options.shared_memory, options.nodes) = (false, Some(7));
         }
         let comm = match MpiComm::init_with(&options) {
             Ok(comm) => comm,
