@@ -46,7 +46,7 @@ impl Messages {
     pub(crate) fn all_reduce(&self, call: &mut Call<'_>, data: Reduction<'_>) -> Result<(), CommError> {
         let size = self.size();
         let bytes = data.wire.encoded_bytes(data.len());
-        if (size - 1) * (size - 2) / size * bytes <= WHOLE {
+        if (size - 1) * (size - 2) * bytes <= WHOLE * size {
             self.sum_wholes(call, data)
         } else {
             self.sum_parts(call, data)

@@ -55,7 +55,7 @@ pub trait Communicator: Send + Sync {
     /// same on all ranks. Communicators split later inherit it.
     fn set_wire(&self, wire: WireFormat);
 
-    /// `buf` becomes the elementwise sum or maximum over the ranks, the same bits on each of them.
+    /// `buf` becomes the elementwise sum or maximum over the ranks, the same bits on each of them (NaN is NaN, of any bits).
     fn all_reduce(&self, buf: &mut [f32], op: ReduceOp) -> Result<(), CommError>;
 
     /// `residual += sum over the ranks of partial`, in one pass over the data; counted as Allreduce.

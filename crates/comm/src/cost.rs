@@ -96,7 +96,7 @@ impl fmt::Display for Link {
 
 /// A text that is no link.
 #[derive(Clone, PartialEq, Eq, Debug, thiserror::Error)]
-#[error("found {found:?}, expected microseconds from 0 to 1e6 and GB/s above 0, at most 1e6, for example 40,0.117")]
+#[error("found {found:?}, expected microseconds from 0 to 1e6 and GB/s from 1e-9 to 1e6, for example 40,0.117")]
 pub struct InvalidLink {
     /// The text.
     pub found: String,
@@ -109,7 +109,7 @@ impl FromStr for Link {
         let parse = || {
             let (latency, bandwidth) = text.split_once(',')?;
             let (latency, bandwidth) = (latency.trim().parse().ok()?, bandwidth.trim().parse().ok()?);
-            let fits = (0.0..=1e6).contains(&latency) && bandwidth > 0.0 && bandwidth <= 1e6;
+            let fits = (0.0..=1e6).contains(&latency) && (1e-9..=1e6).contains(&bandwidth);
             fits.then(|| Link::from_us_gb_s(latency, bandwidth))
         };
         parse().ok_or_else(|| InvalidLink { found: text.to_owned() })
@@ -193,7 +193,7 @@ mod tests {
 
     #[test]
     fn texts_that_are_no_link() {
-        for text in ["", "40", "40;1", "x,1", "1,0", "-1,1", "1,-1", "nan,1", "1,inf", "1,2,3", "2e6,1"] {
+        for text in ["", "40", "40;1", "x,1", "1,0", "-1,1", "1,-1", "1,1e-10", "nan,1", "1,inf", "1,2,3", "2e6,1"] {
             assert!(text.parse::<Link>().unwrap_err().to_string().contains(text), "{text}");
         }
     }

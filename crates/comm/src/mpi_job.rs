@@ -194,7 +194,6 @@ impl Lookout {
 impl Watch for Lookout {
     fn failed(&self, rank: usize, reason: &str) {
         self.world.set_ending(Ending::Failed);
-        self.tell(FAILED, rank, reason);
         let world = self.world.clone();
         // Ranks that wait fail by themselves; one that computes, or hangs elsewhere, is ended with the job.
         let last_resort = move || {
@@ -204,6 +203,8 @@ impl Watch for Lookout {
         if thread::Builder::new().name("last resort".into()).spawn(last_resort).is_err() {
             self.world.abort();
         }
+        // After that, since a call of MPI that another thread hangs in would keep this one, too.
+        self.tell(FAILED, rank, reason);
     }
 
     fn left(&self, rank: usize) {
