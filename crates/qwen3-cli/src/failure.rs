@@ -173,7 +173,9 @@ fn is_known_to_all(error: &CliError) -> bool {
         CliError::Sampling(error) | CliError::Generate(GenerateError::Sampling(error)) => of_sampling(error),
         CliError::Generate(_) => true,
         CliError::Perplexity { source, .. } => match &**source {
-            PerplexityError::Context { .. } | PerplexityError::TooShort { .. } => true,
+            PerplexityError::Context { .. } | PerplexityError::TooShort { .. } | PerplexityError::NotFinite { .. } => {
+                true
+            }
             PerplexityError::Model(error) => of_model(error),
             PerplexityError::Comm(_) => false,
         },

@@ -53,7 +53,8 @@ impl PerplexityArgs {
         let tokens = rank.share(|| Ok(tokens.expect("rank 0 read the text")))?;
         let bar = progress::counting(rank, "tokens");
         bar.set_length(tokens.len() as u64);
-        let found = perplexity(&model, &tokens, self.context, &mut |done| bar.set_position(done as u64));
+        let chunk = self.engine.chunk;
+        let found = perplexity(&model, &tokens, self.context, chunk, &mut |done| bar.set_position(done as u64));
         bar.finish_and_clear();
         let found = found.map_err(|error| CliError::perplexity(&self.file, error))?;
         let text = if self.json {

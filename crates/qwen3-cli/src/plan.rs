@@ -4,8 +4,8 @@ use std::path::{Path, PathBuf};
 
 use clap::Args;
 use qwen3_model::{
-    Checkpoint, Config, ExpertSplit, KvFormat, LinkFigures, Machine, MlpSchedule, ModelError, ParallelStrategy, Plan,
-    PlanInput, Prediction, Share, WeightFormat, WeightFormats, plan,
+    Config, ExpertSplit, KvFormat, LinkFigures, Machine, MlpSchedule, ModelError, ParallelStrategy, Plan, PlanInput,
+    Prediction, Share, WeightFormat, WeightFormats, open_weights, plan,
 };
 use serde_json::{Value, json};
 
@@ -80,7 +80,7 @@ pub struct PlanArgs {
 
 fn headers(dir: &Path, weights: Option<WeightFormat>) -> Result<(Config, WeightFormats), ModelError> {
     let config = Config::read(dir)?;
-    let formats = WeightFormats::read(&config, &Checkpoint::open(dir)?, weights)?;
+    let formats = WeightFormats::read(&config, &open_weights::<ModelError>(dir, &config)?, weights)?;
     Ok((config, formats))
 }
 

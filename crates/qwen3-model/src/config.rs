@@ -183,7 +183,10 @@ impl Config {
             if let Some(other) = kinds.iter().find(|kind| kind.as_str() != Some("full_attention")) {
                 return Err(fields.unsupported("layer_types", other, supported));
             }
-            return Ok(());
+            // The mixture of experts has a window in every layer, whatever they are called.
+            if !sparse {
+                return Ok(());
+            }
         }
         if !fields.boolean("use_sliding_window", false)? {
             return Ok(());

@@ -26,6 +26,20 @@ pub enum ModelError {
         /// The lowest rank that failed.
         rank: usize,
     },
+    /// A rank works with another `config.json`, and would compute something else.
+    #[error("rank {rank} has another configuration than rank 0, expected the same checkpoint on all ranks")]
+    OtherConfig {
+        /// The lowest such rank.
+        rank: usize,
+    },
+    /// Ranks round differently, and one would choose other experts than another for the same token.
+    #[error(
+        "rank {rank} computes with other instructions than rank 0, expected the same for a mixture of experts (avx2 and avx2-vnni are)"
+    )]
+    OtherIsa {
+        /// The lowest such rank.
+        rank: usize,
+    },
     /// A grid of another size than the number of ranks.
     #[error("grid tp={tp},sp={sp} has {} ranks, expected {ranks}", tp * sp)]
     Grid {

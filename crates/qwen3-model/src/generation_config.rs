@@ -2,6 +2,7 @@
 
 use std::path::Path;
 
+use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use crate::config::Config;
@@ -10,7 +11,7 @@ use crate::fields::{ConfigError, Fields, read_json};
 const FILE: &str = "generation_config.json";
 
 /// The publisher's recommendation; what the file leaves out is `None` or empty.
-#[derive(Clone, Debug, Default, PartialEq)]
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct GenerationConfig {
     /// Ids that end an answer.
     pub eos_token_ids: Vec<u32>,
@@ -31,14 +32,7 @@ pub struct GenerationConfig {
 impl GenerationConfig {
     /// Reads `generation_config.json` in the folder `dir`; a folder without one recommends nothing.
     pub fn read(dir: &Path) -> Result<Self, ConfigError> {
-        let file = dir.join(FILE);
-        match read_json(&file) {
-            Ok(value) => Self::from_json(&file, &value),
-            Err(ConfigError::Read { source, .. }) if source.kind() == std::io::ErrorKind::NotFound => {
-                Ok(Self::default())
-            }
-            Err(error) => Err(error),
-        }
+        read_if_there(dir, Self::from_json)
     }
 
     /// Reads a parsed `generation_config.json`; errors name `file`.
@@ -65,12 +59,26 @@ impl GenerationConfig {
     }
 }
 
+/// What `parse` makes of the file in the folder `dir`; of no file, the default.
+fn read_if_there<T: Default>(
+    dir: &Path,
+    parse: impl FnOnce(&Path, &Value) -> Result<T, ConfigError>,
+) -> Result<T, ConfigError> {
+    let file = dir.join(FILE);
+    match read_json(&file) {
+        Ok(value) => parse(&file, &value),
+        Err(ConfigError::Read { source, .. }) if source.kind() == std::io::ErrorKind::NotFound => Ok(T::default()),
+        Err(error) => Err(error),
+    }
+}
+
 /// Ids that end an answer of the model in the folder `dir`: those of `generation_config.json`, else of its `config`.
 ///
 /// # Errors
-/// When the file is there and broken, or an id is beyond the vocabulary: an answer would go on past its end.
+/// When the file is there and its ids cannot be read, or an id is beyond the vocabulary: an answer would go on past its end. Its other
+/// fields are for those who sample.
 pub fn eos_token_ids(dir: &Path, config: &Config) -> Result<Vec<u32>, ConfigError> {
-    let ids = GenerationConfig::read(dir)?.eos_token_ids;
+    let ids = read_if_there(dir, |file, value| Fields::top(file, value)?.token_ids("eos_token_id"))?;
     if let Some(id) = ids.iter().max().filter(|&&id| id as usize >= config.vocab_size) {
         return Err(ConfigError::Contradiction {
             file: dir.join(FILE),

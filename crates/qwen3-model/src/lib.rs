@@ -49,7 +49,9 @@ pub use generation_config::{GenerationConfig, eos_token_ids};
 pub use heads::{HeadPlan, Imbalance, RankPlan, Share};
 pub use load::LoadProgress;
 pub use model::{Logits, Model};
-pub use names::{EMBEDDING, FINAL_NORM, LM_HEAD, LayerNames, MlpNames, TensorRole, TensorSpec, tensor_specs};
+pub use names::{
+    EMBEDDING, FINAL_NORM, LM_HEAD, LayerNames, MlpNames, TensorRole, TensorSpec, open_weights, tensor_specs,
+};
 pub use ops::{
     AttentionAlgorithm, ExpertSplit, Isa, IsaError, KvFormat, LimitsProbe, LogitRows, MlpSchedule, Placement, Profile,
     Span, Work,

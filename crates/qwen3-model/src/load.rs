@@ -13,7 +13,7 @@ use crate::error::ModelError;
 use crate::heads::{BlockShape, BlockShare, HeadPlan};
 use crate::layer::DecoderLayer;
 use crate::model::Model;
-use crate::names::{EMBEDDING, FINAL_NORM, LM_HEAD, LayerNames, MlpNames, open_weights};
+use crate::names::{EMBEDDING, FINAL_NORM, LayerNames, MlpNames, head, open_weights};
 use crate::options::ModelOptions;
 use crate::rotary::RotaryTable;
 
@@ -31,7 +31,7 @@ impl Model {
     /// all fail, and each says why.
     ///
     /// # Errors
-    /// When the config or the weights cannot be read, contradict each other, or a rank is lost.
+    /// When the config or the weights cannot be read, contradict each other or those of another rank, or a rank is lost.
     pub fn load(
         dir: &Path,
         comm: Arc<dyn Communicator>,
@@ -49,14 +49,40 @@ impl Model {
         }
         let ctx = Context::new(options.isa, comm.clone(), tp, options.threads, options.placement)?;
         let loaded = load_share(dir, ctx, options, progress);
-        let mut failed = vec![0u8; comm.size()];
-        comm.all_gather(&[u8::from(loaded.is_err())], &mut failed)?;
+        let own = match &loaded {
+            Err(_) => [1, 0, 0],
+            Ok(model) => {
+                // Experts are chosen on each rank, by sums that other kernels round otherwise. AVX-VNNI is for integers only.
+                let chooses = model.config.moe.is_some() && schedule != MlpSchedule::Local;
+                let isa = options.isa.to_string();
+                let isa = if chooses { isa.trim_end_matches("-vnni") } else { "" };
+                [0, digest(&format!("{:?}", model.config)), digest(isa)]
+            }
+        };
+        let mut all = vec![0u64; own.len() * comm.size()];
+        comm.all_gather(&own, &mut all)?;
         comm.ledger().set_phase(Phase::Other);
-        match (loaded, failed.iter().position(|failed| *failed != 0)) {
-            (Ok(_), Some(rank)) => Err(ModelError::PeerLoad { rank }),
-            (loaded, _) => loaded,
+        let all = all.as_chunks::<3>().0;
+        let first = |differs: &dyn Fn(&[u64; 3]) -> bool| all.iter().position(differs);
+        let model = match (loaded, first(&|[failed, ..]| *failed != 0)) {
+            (Ok(_), Some(rank)) => return Err(ModelError::PeerLoad { rank }),
+            (loaded, _) => loaded?,
+        };
+        let [_, config, isa] = all[0];
+        if let Some(rank) = first(&|[_, other, _]| *other != config) {
+            return Err(ModelError::OtherConfig { rank });
         }
+        if let Some(rank) = first(&|[.., other]| *other != isa) {
+            return Err(ModelError::OtherIsa { rank });
+        }
+        Ok(model)
     }
+}
+
+/// A number that two texts share only if they are equal (FNV-1a).
+fn digest(text: &str) -> u64 {
+    let step = |digest: u64, byte| (digest ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3);
+    text.bytes().fold(0xcbf2_9ce4_8422_2325, step)
 }
 
 fn load_share(
@@ -78,12 +104,7 @@ fn load_share(
         layers.push(share.layer(index)?);
         progress(LoadProgress { layers: index + 1, of: config.num_hidden_layers });
     }
-    // A tied head is the embedding, whatever else the file holds under the head's name.
-    let head = if config.tie_word_embeddings {
-        embedding.clone()
-    } else {
-        checkpoint.matrix(LM_HEAD, config.vocab_size, config.hidden_size)?
-    };
+    let head = checkpoint.matrix(head(&config, &checkpoint), config.vocab_size, config.hidden_size)?;
     let vocab = split_range(config.vocab_size, ctx.comm.size(), ctx.comm.rank());
     let lm_head = share.linear(&[head.slice(vocab.clone(), 0..config.hidden_size)])?;
     let norm = checkpoint.vector(FINAL_NORM, config.hidden_size)?;

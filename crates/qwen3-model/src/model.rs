@@ -129,7 +129,8 @@ impl Model {
         rows: LogitRows,
         stop: &mut dyn FnMut() -> bool,
     ) -> Result<Option<Logits>, ModelError> {
-        self.run(cache, tokens, rows, Some((self.layers_between_looks(tokens.len()), stop)))
+        let stride = self.layers_between_looks(tokens.len(), cache.len);
+        self.run(cache, tokens, rows, Some((stride, stop)))
     }
 
     fn run(
@@ -186,10 +187,10 @@ impl Model {
         Ok(Some(Logits { vocab: self.vocab.clone(), values: self.logits(&layout, rows, parts)? }))
     }
 
-    /// Layers that take a rank about [`LOOK`] for so many tokens; the same number on every rank.
-    fn layers_between_looks(&self, tokens: usize) -> usize {
+    /// Layers that take a rank about [`LOOK`] for so many tokens after `past`; the same number on every rank.
+    fn layers_between_looks(&self, tokens: usize, past: usize) -> usize {
         let layers = self.layers.len().max(1);
-        let pass = 2.0 * tokens as f64 * self.config.active_matrix_elements() as f64;
+        let pass = self.config.forward_flops(tokens, past, 0) as f64;
         let layer = pass / (layers * self.ctx.comm.size()) as f64;
         ((LOOK / layer) as usize).clamp(1, layers)
     }

@@ -11,7 +11,7 @@ use crate::fields::ConfigError;
 pub const EMBEDDING: &str = "model.embed_tokens.weight";
 /// The norm after the last layer, `[hidden_size]`.
 pub const FINAL_NORM: &str = "model.norm.weight";
-/// The head of an untied model, `[vocab_size, hidden_size]`.
+/// The head of a model that has its own, `[vocab_size, hidden_size]`.
 pub const LM_HEAD: &str = "lm_head.weight";
 
 /// The tensors of one decoder layer outside of its feed-forward block.
@@ -116,8 +116,9 @@ impl TensorSpec {
     }
 }
 
-/// The weights in the folder `dir`, which must not have more layers than its configuration says: the answers of the first few would
-/// look like answers. That nothing is missing shows when it is read.
+/// The weights in the folder `dir`, if they are those of its configuration: all tensors are there in their shapes, so that whatever
+/// is sized by the configuration afterwards is no larger than the files, and there are no more layers, since the answers of the
+/// first few would look like answers. Only headers are read.
 pub fn open_weights<E: From<ConfigError> + From<CheckpointError>>(
     dir: &Path,
     config: &Config,
@@ -133,7 +134,16 @@ pub fn open_weights<E: From<ConfigError> + From<CheckpointError>>(
             expected: "the number of layers that the weights have".into(),
         }));
     }
+    for spec in tensor_specs(config) {
+        checkpoint.expect(&spec.name, &spec.shape)?;
+    }
     Ok(checkpoint)
+}
+
+/// The tensor that is the head. A tied model may have a head that was trained apart all the same; transformers, from version 5 on,
+/// uses it, and where the two are equal it is all one.
+pub(crate) fn head(config: &Config, checkpoint: &Checkpoint) -> &'static str {
+    if config.tie_word_embeddings && !checkpoint.contains(LM_HEAD) { EMBEDDING } else { LM_HEAD }
 }
 
 /// All tensors of a model in reading order: embedding, layers, final norm, head.
@@ -141,15 +151,15 @@ pub fn tensor_specs(config: &Config) -> impl Iterator<Item = TensorSpec> + '_ {
     let hidden = config.hidden_size;
     let first = [matrix(EMBEDDING.into(), config.vocab_size, hidden)];
     let last = [norm(FINAL_NORM.into(), hidden)];
-    let head = (!config.tie_word_embeddings).then(|| matrix(LM_HEAD.into(), config.vocab_size, hidden));
+    let head = (!config.tie_word_embeddings).then(|| head_spec(config));
     let layers = (0..config.num_hidden_layers).flat_map(|layer| layer_specs(config, layer));
     first.into_iter().chain(layers).chain(last).chain(head)
 }
 
-fn layer_specs(config: &Config, layer: usize) -> Vec<TensorSpec> {
+fn layer_specs(config: &Config, layer: usize) -> impl Iterator<Item = TensorSpec> + use<> {
     let names = LayerNames::new(layer);
     let (hidden, queries, keys) = (config.hidden_size, config.query_size(), config.key_value_size());
-    let mut specs = vec![
+    let attention = [
         norm(names.input_layernorm.clone(), hidden),
         matrix(names.q_proj.clone(), queries, hidden),
         matrix(names.k_proj.clone(), keys, hidden),
@@ -159,23 +169,28 @@ fn layer_specs(config: &Config, layer: usize) -> Vec<TensorSpec> {
         norm(names.k_norm.clone(), config.head_dim),
         norm(names.post_attention_layernorm.clone(), hidden),
     ];
-    let mut block = |names: MlpNames, columns| {
-        specs.push(matrix(names.gate_proj, columns, hidden));
-        specs.push(matrix(names.up_proj, columns, hidden));
-        specs.push(matrix(names.down_proj, hidden, columns));
-    };
-    match &config.moe {
-        Some(moe) if config.is_sparse(layer) => {
-            (0..moe.num_experts).for_each(|expert| block(names.expert(expert), moe.moe_intermediate_size));
-            specs.push(TensorSpec {
-                name: names.router(),
-                shape: vec![moe.num_experts, hidden],
-                role: TensorRole::Router,
-            });
-        }
-        _ => block(names.mlp(), config.intermediate_size),
-    }
-    specs
+    let moe = config.moe.as_ref().filter(|_| config.is_sparse(layer));
+    let (experts, columns) =
+        moe.map_or((None, config.intermediate_size), |moe| (Some(moe.num_experts), moe.moe_intermediate_size));
+    let router = experts.map(|experts| TensorSpec {
+        name: names.router(),
+        shape: vec![experts, hidden],
+        role: TensorRole::Router,
+    });
+    let blocks = (0..experts.unwrap_or(1)).flat_map(move |expert| {
+        let names = if experts.is_some() { names.expert(expert) } else { names.mlp() };
+        [
+            matrix(names.gate_proj, columns, hidden),
+            matrix(names.up_proj, columns, hidden),
+            matrix(names.down_proj, hidden, columns),
+        ]
+    });
+    attention.into_iter().chain(blocks).chain(router)
+}
+
+/// A head of its own.
+pub(crate) fn head_spec(config: &Config) -> TensorSpec {
+    matrix(LM_HEAD.into(), config.vocab_size, config.hidden_size)
 }
 
 fn matrix(name: String, rows: usize, cols: usize) -> TensorSpec {

@@ -43,6 +43,12 @@ pub enum PerplexityError {
         /// Tokens of the text.
         found: usize,
     },
+    /// The model gives a token of the text no probability: its weights are damaged, or a value overflowed.
+    #[error("the mean negative log-likelihood is {found}, expected a finite number")]
+    NotFinite {
+        /// What was computed.
+        found: f64,
+    },
     /// The model failed.
     #[error(transparent)]
     Model(#[from] ModelError),
@@ -51,12 +57,13 @@ pub enum PerplexityError {
     Comm(#[from] CommError),
 }
 
-/// Scores `tokens` in windows of `context`. All ranks call it with the same arguments and get the same result; `progress` is told
-/// how many tokens are done.
+/// Scores `tokens` in windows of `context`, in passes of at most `chunk` tokens for each rank that splits positions. All ranks call it
+/// with the same arguments and get the same result; `progress` is told how many tokens are done.
 pub fn perplexity(
     model: &Model,
     tokens: &[u32],
     context: usize,
+    chunk: usize,
     progress: &mut dyn FnMut(usize),
 ) -> Result<Perplexity, PerplexityError> {
     let context_length = model.config().context_length();
@@ -66,21 +73,28 @@ pub fn perplexity(
     if tokens.len() < 2 {
         return Err(PerplexityError::TooShort { found: tokens.len() });
     }
+    // Also those that are only predicted, which the model does not see.
+    let vocab_size = model.config().vocab_size;
+    if let Some((index, &id)) = tokens.iter().enumerate().find(|(_, id)| **id as usize >= vocab_size) {
+        return Err(ModelError::TokenOutOfRange { index, id, vocab_size }.into());
+    }
     model.comm().ledger().set_phase(Phase::Prefill);
-    let result = score(model, tokens, context, progress);
+    let result = score(model, tokens, context, chunk, progress);
     model.comm().ledger().set_phase(Phase::Other);
-    result
+    let result = result?;
+    if result.mean_nll.is_finite() { Ok(result) } else { Err(PerplexityError::NotFinite { found: result.mean_nll }) }
 }
 
 fn score(
     model: &Model,
     tokens: &[u32],
     context: usize,
+    chunk: usize,
     progress: &mut dyn FnMut(usize),
 ) -> Result<Perplexity, PerplexityError> {
     // The same on every rank, although their slices of the vocabulary differ by one.
     let slice = model.config().vocab_size.div_ceil(model.comm().size());
-    let chunk = (LOGITS_AT_ONCE / slice).clamp(1, context);
+    let chunk = (LOGITS_AT_ONCE / slice).clamp(1, model.pass_tokens(chunk));
     let mut cache = model.new_cache(context.min(tokens.len()));
     let (mut scored, mut sum, mut done) = (0, 0.0, 0);
     for window in tokens.chunks(context) {

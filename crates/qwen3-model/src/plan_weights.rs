@@ -6,7 +6,7 @@ use tensor::{Checkpoint, CheckpointError, GROUP, WeightFormat, split_range};
 
 use crate::config::Config;
 use crate::heads::{BlockShape, BlockShare, HeadPlan};
-use crate::names::{EMBEDDING, LM_HEAD, LayerNames};
+use crate::names::{LayerNames, head};
 use crate::options::Division;
 
 /// An amount for each weight format, in the order of [`WeightFormat::ALL`].
@@ -93,8 +93,8 @@ impl WeightFormats {
                 granule: if quantized { GROUP } else { 1 },
             })
         };
-        let head = if config.tie_word_embeddings { EMBEDDING } else { LM_HEAD };
-        Ok(Self { layers: (0..config.num_hidden_layers).map(layer).collect::<Result<_, _>>()?, head: format(head)? })
+        let head = format(head(config, checkpoint))?;
+        Ok(Self { layers: (0..config.num_hidden_layers).map(layer).collect::<Result<_, _>>()?, head })
     }
 
     /// The format of the head, which reports name as that of the weights.

@@ -1,15 +1,15 @@
 //! Quantizing a checkpoint once, so that it need not be done at each load and a quarter of the bytes are read.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::thread;
 
 use serde_json::json;
-use tensor::{EncodeError, Matrix, TensorSpec as StoredSpec, WeightFormat, WriteError, encode_rows};
+use tensor::{Checkpoint, EncodeError, Matrix, TensorSpec as StoredSpec, WeightFormat, WriteError, encode_rows};
 
 use crate::config::Config;
-use crate::fields::read_json;
-use crate::names::{TensorRole, TensorSpec, open_weights, tensor_specs};
-use crate::shards::{ExportError, ExportProgress, SHARD_BYTES, ShardWriter, create_folder, write_json};
+use crate::fields::{ConfigError, read_json};
+use crate::names::{EMBEDDING, LM_HEAD, TensorRole, TensorSpec, head_spec, open_weights, tensor_specs};
+use crate::shards::{ExportError, ExportProgress, SHARD_BYTES, ShardWriter, create_folder};
 
 /// Weights that one thread converts at once.
 const PIECE: usize = 1 << 20;
@@ -26,6 +26,8 @@ const COMPANIONS: [&str; 9] = [
     "special_tokens_map.json",
     "LICENSE",
 ];
+/// The folder of more such files.
+const TEMPLATES: &str = "additional_chat_templates";
 
 /// Writes the checkpoint in the folder `source` into the folder `target` with its matrices quantized to `format`, `Q8` or `Q4`.
 /// Norms and routers keep their stored precision. The tokenizer's files are copied, and `config.json` gains
@@ -48,7 +50,9 @@ pub fn quantize(
         return Err(ExportError::AlreadyQuantized { dir: source.to_owned(), bits });
     }
     let checkpoint = open_weights::<ExportError>(source, &config)?;
+    let own_head = has_own_head(&checkpoint, &config)?;
     let tensors = tensor_specs(&config)
+        .chain(own_head.then(|| head_spec(&config)))
         .map(|spec| {
             let format = match spec.role {
                 TensorRole::Matrix => format,
@@ -85,16 +89,56 @@ pub fn quantize(
             }
         }
     }
-    writer.finish()?;
-    for name in COMPANIONS {
-        let (from, file) = (source.join(name), target.join(name));
-        if from.exists() {
-            std::fs::copy(from, &file).map_err(|source| ExportError::Io { file, source })?;
+    copy_companions(source, target)?;
+    value["quantization_config"] = json!({"quant_method": "group32", "bits": bits});
+    writer.finish(&value)
+}
+
+/// Copies the files beside the weights, as far as they are there.
+fn copy_companions(source: &Path, target: &Path) -> Result<(), ExportError> {
+    let read_error = |file: &Path| {
+        let file = file.to_owned();
+        move |source| ConfigError::Read { file, source }
+    };
+    let mut names: Vec<PathBuf> = COMPANIONS.map(PathBuf::from).into();
+    let templates = source.join(TEMPLATES);
+    if templates.is_dir() {
+        let folder = target.join(TEMPLATES);
+        std::fs::create_dir_all(&folder).map_err(|source| ExportError::Io { file: folder, source })?;
+        for entry in std::fs::read_dir(&templates).map_err(read_error(&templates))? {
+            names.push(Path::new(TEMPLATES).join(entry.map_err(read_error(&templates))?.file_name()));
         }
     }
-    value["quantization_config"] = json!({"quant_method": "group32", "bits": bits});
-    // Last, so that a folder whose writing was interrupted is not taken for a checkpoint.
-    write_json(&target.join("config.json"), &value)
+    for name in names {
+        let (from, file) = (source.join(&name), target.join(&name));
+        if from.is_file() {
+            let bytes = std::fs::read(&from).map_err(read_error(&from))?;
+            std::fs::write(&file, bytes).map_err(|source| ExportError::Io { file, source })?;
+        }
+    }
+    Ok(())
+}
+
+/// Whether a tied model has another head than its embedding.
+fn has_own_head(checkpoint: &Checkpoint, config: &Config) -> Result<bool, ExportError> {
+    if !config.tie_word_embeddings || !checkpoint.contains(LM_HEAD) {
+        return Ok(false);
+    }
+    let (rows, cols) = (config.vocab_size, config.hidden_size);
+    let both = [checkpoint.matrix(EMBEDDING, rows, cols)?, checkpoint.matrix(LM_HEAD, rows, cols)?];
+    let step = (PIECE / cols).max(1);
+    let mut values = [vec![0.0; step * cols], vec![0.0; step * cols]];
+    for first in (0..rows).step_by(step) {
+        let some = first..(first + step).min(rows);
+        for (matrix, values) in both.iter().zip(&mut values) {
+            values.truncate(some.len() * cols);
+            matrix.read_rows(some.clone(), values)?;
+        }
+        if values[0] != values[1] {
+            return Ok(true);
+        }
+    }
+    Ok(false)
 }
 
 /// Converts a matrix some rows at a time, on all processors, and hands the bytes on in their order.

@@ -55,7 +55,8 @@ impl Default for SamplingParams {
 }
 
 impl SamplingParams {
-    /// What the checkpoint's publisher recommends; greedy where that says not to sample, or says nothing.
+    /// What the checkpoint's publisher recommends; greedy where that says not to sample, or says nothing. Who samples and does not
+    /// say from how many candidates means 50, as transformers do.
     pub fn recommended(config: &GenerationConfig, seed: u64) -> Self {
         let greedy = Self { seed, ..Self::default() };
         let penalty = config.repetition_penalty.unwrap_or(greedy.repetition_penalty);
@@ -63,7 +64,7 @@ impl SamplingParams {
         let temperature = if samples { config.temperature.unwrap_or(1.0) } else { 0.0 };
         Self {
             temperature,
-            top_k: config.top_k.unwrap_or(greedy.top_k),
+            top_k: config.top_k.unwrap_or(if samples { 50 } else { greedy.top_k }),
             top_p: config.top_p.unwrap_or(greedy.top_p),
             min_p: config.min_p.unwrap_or(greedy.min_p),
             repetition_penalty: penalty,

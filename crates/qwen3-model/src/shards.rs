@@ -11,6 +11,9 @@ use crate::fields::ConfigError;
 /// Bytes of weights that one file holds at most, as Hugging Face splits them.
 pub(crate) const SHARD_BYTES: u64 = 5_000_000_000;
 
+const CONFIG: &str = "config.json";
+const INDEX: &str = "model.safetensors.index.json";
+
 /// Why a checkpoint cannot be written.
 #[derive(Debug, thiserror::Error)]
 pub enum ExportError {
@@ -72,7 +75,7 @@ pub(crate) fn create_folder(dir: &Path) -> Result<(), ExportError> {
     for entry in std::fs::read_dir(dir).map_err(io_error)? {
         let file = entry.map_err(io_error)?.path();
         let name = file.file_name().unwrap_or_default().to_string_lossy();
-        if name == "config.json" || name.ends_with(".safetensors") || name.ends_with(".safetensors.index.json") {
+        if name == CONFIG || name.ends_with(".safetensors") || name.ends_with(".safetensors.index.json") {
             return Err(ExportError::Exists { file });
         }
     }
@@ -85,7 +88,7 @@ pub(crate) fn write_json(file: &Path, value: &Value) -> Result<(), ExportError> 
     std::fs::write(file, text + "\n").map_err(|source| ExportError::Io { file: file.to_owned(), source })
 }
 
-/// The weights of a checkpoint, written tensor by tensor. Files of one that is not finished are removed, as on a disk that is full.
+/// A checkpoint, its weights written tensor by tensor. Files of one that is not finished are removed, as on a disk that is full.
 pub(crate) struct ShardWriter {
     dir: PathBuf,
     /// The tensors of each file.
@@ -145,13 +148,19 @@ impl ShardWriter {
         Ok(writer.write_encoded(tensor, encoded)?)
     }
 
-    /// Completes the last file and, where there are several, the index.
-    pub fn finish(mut self) -> Result<(), ExportError> {
+    /// Completes the last file, writes the index where there are several, and `config.json`: last, so that a folder whose writing was
+    /// interrupted is not taken for a checkpoint.
+    pub fn finish(mut self, config: &Value) -> Result<(), ExportError> {
         self.close()?;
-        self.finished = self.shards.len() == 1;
-        if self.finished {
-            return Ok(());
+        if self.shards.len() > 1 {
+            self.write_index()?;
         }
+        write_json(&self.dir.join(CONFIG), config)?;
+        self.finished = true;
+        Ok(())
+    }
+
+    fn write_index(&self) -> Result<(), ExportError> {
         let mut map = Map::new();
         for (index, shard) in self.shards.iter().enumerate() {
             for spec in shard {
@@ -159,9 +168,7 @@ impl ShardWriter {
             }
         }
         let index = json!({"metadata": {"total_size": self.total}, "weight_map": map});
-        write_json(&self.dir.join("model.safetensors.index.json"), &index)?;
-        self.finished = true;
-        Ok(())
+        write_json(&self.dir.join(INDEX), &index)
     }
 
     fn close(&mut self) -> Result<(), ExportError> {
@@ -181,10 +188,14 @@ impl ShardWriter {
 
 impl Drop for ShardWriter {
     fn drop(&mut self) {
-        let begun = if self.finished { 0 } else { self.next };
-        for index in 0..begun {
-            // Whoever hears of the failure has more use for the space than for this file; if it stays, it is named the next time.
-            std::fs::remove_file(self.dir.join(self.file_name(index))).ok();
+        if self.finished || self.next == 0 {
+            return;
+        }
+        let begun = (0..self.next).map(|index| self.file_name(index));
+        for name in begun.chain([INDEX.to_owned(), CONFIG.to_owned()]) {
+            // None of them was there before. Whoever hears of the failure has more use for the space than for a part of a checkpoint;
+            // if one stays, it is named the next time.
+            std::fs::remove_file(self.dir.join(name)).ok();
         }
     }
 }

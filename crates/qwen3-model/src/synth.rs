@@ -85,10 +85,8 @@ fn write_checkpoint(
             progress(done);
         }
     }
-    writer.finish()?;
     write_json(&dir.join("generation_config.json"), &options.preset.generation_config())?;
-    // Last, so that a folder whose writing was interrupted is not taken for a checkpoint.
-    write_json(&dir.join("config.json"), &value)
+    writer.finish(&value)
 }
 
 fn fill_constant(value: f32, count: usize, out: &mut Vec<u8>) {

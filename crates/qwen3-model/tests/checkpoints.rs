@@ -2,13 +2,14 @@
 
 use std::path::Path;
 use std::sync::Arc;
+use std::thread;
 
-use comm::SoloComm;
+use comm::{SoloComm, ThreadComm};
 use qwen3_model::{
     Config, ConfigError, ExportError, GenerationConfig, Isa, LogitRows, Model, ModelOptions, Preset, SynthOptions,
-    WeightFormat, quantize, synthesize, tensor_specs,
+    TensorSpec, WeightFormat, quantize, synthesize, tensor_specs,
 };
-use tensor::Checkpoint;
+use tensor::{Checkpoint, CheckpointWriter};
 
 fn tiny(preset: Preset, seed: u64) -> SynthOptions {
     SynthOptions { preset, layers: None, seed }
@@ -136,6 +137,8 @@ fn quantized_checkpoints() {
         synth(&source, &tiny(preset, 9));
         std::fs::write(source.join("tokenizer.json"), "{}").expect("writable");
         std::fs::write(source.join("notes.txt"), "mine").expect("writable");
+        std::fs::create_dir(source.join("additional_chat_templates")).expect("a folder");
+        std::fs::write(source.join("additional_chat_templates/tool_use.jinja"), "tools").expect("writable");
         let exact = logits(&source);
         // The largest of 32 normal weights is about 2.4 deviations: steps of 2.4 / 127, or of 2 * 2.4 / 16, and an error of a step
         // over the root of 12.
@@ -149,6 +152,7 @@ fn quantized_checkpoints() {
             assert_eq!(config.quantization_bits, Some(bits));
             assert_eq!(Config { quantization_bits: None, ..config.clone() }, Config::read(&source).expect("valid"));
             assert!(target.join("tokenizer.json").exists() && target.join("generation_config.json").exists());
+            assert!(target.join("additional_chat_templates/tool_use.jinja").exists());
             assert!(!target.join("notes.txt").exists());
 
             let checkpoint = Checkpoint::open(&target).expect("a valid checkpoint");
@@ -175,6 +179,109 @@ fn quantized_checkpoints() {
             &mut |_| (),
         );
         assert!(matches!(again, Err(ExportError::AlreadyQuantized { bits: 8, .. })));
+    }
+}
+
+fn edit_config(dir: &Path, field: &str, value: serde_json::Value) {
+    let file = dir.join("config.json");
+    let mut config: serde_json::Value = serde_json::from_slice(&std::fs::read(&file).expect("readable")).expect("JSON");
+    config[field] = value;
+    std::fs::write(file, config.to_string()).expect("writable");
+}
+
+#[test]
+fn a_tied_model_may_have_a_head_of_its_own() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let (source, target) = (folder.path().join("source"), folder.path().join("target"));
+    synth(&source, &tiny(Preset::TinyMoe, 4));
+    let own = logits(&source);
+    edit_config(&source, "tie_word_embeddings", true.into());
+    assert_eq!(logits(&source), own);
+    quantize(&source, &target, WeightFormat::Q8, &mut |_| ()).expect("quantized");
+    let distance = distance(&logits(&target), &own);
+    assert!(distance < 0.04, "relative distance {distance}");
+
+    // One that is equal to the embedding is not stored again.
+    let twice = folder.path().join("twice");
+    std::fs::create_dir(&twice).expect("a folder");
+    std::fs::copy(source.join("config.json"), twice.join("config.json")).expect("copied");
+    let (config, checkpoint) = (Config::read(&source).expect("valid"), Checkpoint::open(&source).expect("valid"));
+    let mut specs: Vec<_> = tensor_specs(&config).map(|spec| (spec.name.clone(), spec)).collect();
+    specs.push(("lm_head.weight".to_owned(), specs[0].1.clone()));
+    let stored = |(name, spec): &(String, TensorSpec)| tensor::TensorSpec {
+        name: name.clone(),
+        format: WeightFormat::Bf16,
+        shape: spec.shape.clone(),
+    };
+    let stored: Vec<_> = specs.iter().map(stored).collect();
+    let mut writer = CheckpointWriter::create(twice.join("model.safetensors"), &stored, &[]).expect("writable");
+    for (name, spec) in &specs {
+        let values = match spec.shape[..] {
+            [rows, cols] => matrix(&source, &spec.name, rows, cols),
+            _ => checkpoint.vector(&spec.name, spec.elements()).expect("present"),
+        };
+        writer.write(name, &values).expect("writable");
+    }
+    writer.finish().expect("complete");
+    quantize(&twice, &folder.path().join("once"), WeightFormat::Q8, &mut |_| ()).expect("quantized");
+    let once = Checkpoint::open(folder.path().join("once")).expect("valid");
+    assert!(Checkpoint::open(&twice).expect("valid").contains("lm_head.weight") && !once.contains("lm_head.weight"));
+}
+
+#[test]
+fn sizes_beyond_the_weights_are_refused_before_anything_is_sized_by_them() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let huge = i32::MAX;
+    for (preset, fields, tensor) in [
+        (Preset::Tiny, &["num_hidden_layers"][..], "model.layers.3.input_layernorm.weight"),
+        (Preset::TinyMoe, &["num_experts"], "model.layers.0.mlp.experts.8.gate_proj.weight"),
+        (Preset::Tiny, &["num_attention_heads", "num_key_value_heads"], "model.layers.0.self_attn.q_proj.weight"),
+    ] {
+        let dir = folder.path().join(fields[0]);
+        synth(&dir, &tiny(preset, 1));
+        fields.iter().for_each(|field| edit_config(&dir, field, huge.into()));
+        let options = ModelOptions::new(Isa::scalar());
+        let error = Model::load(&dir, Arc::new(SoloComm::new()), &options, &|_| ()).err().expect("too few weights");
+        assert!(error.to_string().contains(tensor), "{error}");
+        let error = quantize(&dir, &folder.path().join("x"), WeightFormat::Q8, &mut |_| ()).expect_err("too few");
+        assert!(error.to_string().contains(tensor), "{error}");
+    }
+}
+
+/// What two ranks say that load what is in these folders with these instruction sets.
+fn load_pair(dirs: [&Path; 2], isas: [Isa; 2]) -> Vec<Option<String>> {
+    thread::scope(|scope| {
+        let ranks = ThreadComm::group(2).into_iter().zip(dirs.into_iter().zip(isas)).map(|(comm, (dir, isa))| {
+            let load = move || Model::load(dir, Arc::new(comm), &ModelOptions::new(isa), &|_| ());
+            scope.spawn(move || load().err().map(|error| error.to_string()))
+        });
+        let ranks: Vec<_> = ranks.collect();
+        ranks.into_iter().map(|rank| rank.join().expect("no panic")).collect()
+    })
+}
+
+#[test]
+fn ranks_that_would_compute_something_else_are_found_at_the_start() {
+    let folder = tempfile::tempdir().expect("a folder");
+    for preset in [Preset::Tiny, Preset::TinyMoe] {
+        let [first, second] = ["first", "second"].map(|name| folder.path().join(format!("{name}-{preset}")));
+        let dirs = [&*first, &*second];
+        dirs.iter().for_each(|dir| synth(dir, &tiny(preset, 1)));
+        let (scalar, portable) = (Isa::scalar(), Isa::portable());
+        assert_eq!(load_pair(dirs, [scalar; 2]), [None, None]);
+        let other_isa = load_pair(dirs, [scalar, portable]);
+        let expected = (preset == Preset::TinyMoe).then_some("rank 1 computes with other instructions than rank 0, ");
+        for said in other_isa {
+            assert_eq!(said.is_some(), expected.is_some(), "{said:?}");
+            assert!(said.is_none_or(|said| said.starts_with(expected.unwrap_or_default())));
+        }
+        edit_config(&second, "rms_norm_eps", 1e-5.into());
+        for said in load_pair(dirs, [scalar; 2]) {
+            assert!(
+                said.as_ref().is_some_and(|s| s.starts_with("rank 1 has another configuration than rank 0")),
+                "{said:?}"
+            );
+        }
     }
 }
 
@@ -212,6 +319,11 @@ fn what_cannot_be_written() {
     // Weights that are missing, and weights that no quantized format expresses.
     let source = folder.path().join("source");
     synth(&source, &tiny(Preset::Tiny, 1));
+    std::fs::create_dir_all(folder.path().join("way/tokenizer.json")).expect("a folder");
+    std::fs::write(source.join("tokenizer.json"), "{}").expect("writable");
+    let error = quantize(&source, &folder.path().join("way"), WeightFormat::Q8, &mut |_| ()).expect_err("in the way");
+    assert!(matches!(&error, ExportError::Io { file, .. } if file.ends_with("way/tokenizer.json")), "{error}");
+    assert!(!folder.path().join("way/model.safetensors").exists(), "nor do weights without the rest");
     let weights = source.join("model.safetensors");
     let mut bytes = std::fs::read(&weights).expect("readable");
     let end = bytes.len();
@@ -233,10 +345,7 @@ fn what_cannot_be_written() {
     assert!(matches!(error, ExportError::Exists { .. }), "{error}");
 
     // Weights of more layers than the configuration has.
-    let mut config: serde_json::Value =
-        serde_json::from_slice(&std::fs::read(source.join("config.json")).expect("readable")).expect("JSON");
-    config["num_hidden_layers"] = 2.into();
-    std::fs::write(source.join("config.json"), config.to_string()).expect("writable");
+    edit_config(&source, "num_hidden_layers", 2.into());
     let error = quantize(&source, &folder.path().join("y"), WeightFormat::Q8, &mut |_| ()).expect_err("a third layer");
     assert!(matches!(error, ExportError::Config(ConfigError::Contradiction { .. })), "{error}");
 

@@ -207,6 +207,10 @@ fn sliding_windows_without_effect() {
     // The mixture of experts slides in every layer, whatever max_window_layers says.
     let fields = json!({"use_sliding_window": true, "sliding_window": 128, "max_window_layers": 48});
     assert!(matches!(with(sparse(), fields), Err(ConfigError::Unsupported { .. })));
+    // Or the types of the layers, which decide in a dense model.
+    let types = |layers| json!({"use_sliding_window": true, "sliding_window": 128, "layer_types": vec!["full_attention"; layers]});
+    assert!(with(dense(), types(28)).is_ok());
+    assert!(matches!(with(sparse(), types(48)), Err(ConfigError::Unsupported { .. })));
 }
 
 #[test]

@@ -221,7 +221,7 @@ fn perplexity_is_the_mean_over_windows() {
     let model = solo();
     let tokens: Vec<u32> = expected().into_iter().flat_map(|(prompt, ids)| [prompt, ids].concat()).take(131).collect();
     let mut done = Vec::new();
-    let found = perplexity(&model, &tokens, 50, &mut |tokens| done.push(tokens)).expect("a score");
+    let found = perplexity(&model, &tokens, 50, 512, &mut |tokens| done.push(tokens)).expect("a score");
     // 50, 50 and 31 tokens.
     assert_eq!((found.tokens, found.scored), (131, 49 + 49 + 30));
     assert_eq!(done.last(), Some(&131));
@@ -241,22 +241,29 @@ fn perplexity_is_the_mean_over_windows() {
     assert!((found.mean_nll.exp() - found.perplexity).abs() < 1e-9);
 
     for ranks in [2, 3] {
-        for result in on_ranks(ranks, |model| perplexity(model, &tokens, 50, &mut |_| ()).expect("a score")) {
+        for result in on_ranks(ranks, |model| perplexity(model, &tokens, 50, 512, &mut |_| ()).expect("a score")) {
             assert_eq!(result.scored, found.scored);
             assert!((result.perplexity / found.perplexity - 1.0).abs() < 1e-4, "{ranks} ranks: {}", result.perplexity);
         }
     }
+    // Shorter passes say the same of the same text, and there are more of them.
+    let passes = done.len();
+    done.clear();
+    let again = perplexity(&model, &tokens, 50, 7, &mut |tokens| done.push(tokens)).expect("a score");
+    assert!((again.perplexity / found.perplexity - 1.0).abs() < 1e-4 && done.len() > passes, "{again:?} {done:?}");
     // A last window of one token scores nothing.
-    let short = perplexity(&model, &tokens[..51], 50, &mut |_| ()).expect("a score");
+    let short = perplexity(&model, &tokens[..51], 50, 512, &mut |_| ()).expect("a score");
     assert_eq!((short.tokens, short.scored), (51, 49));
 }
 
 #[test]
 fn texts_and_windows_are_checked() {
     let model = solo();
-    let fails = |tokens: &[u32], context| perplexity(&model, tokens, context, &mut |_| ()).expect_err("unusable");
+    let fails = |tokens: &[u32], context| perplexity(&model, tokens, context, 512, &mut |_| ()).expect_err("unusable");
     assert!(matches!(fails(&[1, 2, 3], 1), PerplexityError::Context { found: 1, context_length: 4096 }));
     assert!(matches!(fails(&[1, 2, 3], 4097), PerplexityError::Context { found: 4097, .. }));
     assert!(matches!(fails(&[1], 16), PerplexityError::TooShort { found: 1 }));
     assert!(matches!(fails(&[1, 9999, 1], 16), PerplexityError::Model(_)));
+    // What is only predicted counts, too.
+    assert!(matches!(fails(&[1, 1, 9999], 16), PerplexityError::Model(_)));
 }

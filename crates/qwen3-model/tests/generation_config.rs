@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use qwen3_model::{ConfigError, GenerationConfig};
+use qwen3_model::{Config, ConfigError, GenerationConfig, eos_token_ids};
 use serde_json::json;
 
 #[test]
@@ -35,6 +35,14 @@ fn generation_config() {
         assert!(format!("{error:?}").starts_with(variant), "{fields}: {error:?}");
         assert!(error.to_string().starts_with("generation_config.json: field "), "{error}");
     }
+    // What only those who sample use is nothing to those who ask where an answer ends.
+    let model: serde_json::Value =
+        serde_json::from_str(include_str!("data/dense-tied-bf16/config.json")).expect("JSON");
+    let model = Config::from_json(Path::new("config.json"), &model).expect("valid");
+    let broken = json!({"top_p": 0.0, "eos_token_id": 3});
+    std::fs::write(folder.path().join("generation_config.json"), broken.to_string()).expect("writable");
+    assert_eq!(eos_token_ids(folder.path(), &model).expect("ids"), [3]);
     std::fs::write(folder.path().join("generation_config.json"), "{").expect("writable");
+    assert!(matches!(eos_token_ids(folder.path(), &model), Err(ConfigError::Json { .. })));
     assert!(matches!(GenerationConfig::read(folder.path()), Err(ConfigError::Json { .. })));
 }

@@ -348,6 +348,8 @@ fn recommended_parameters() {
     };
     let found = SamplingParams::recommended(&config, 9);
     assert_eq!((found.temperature, found.top_k, found.top_p, found.seed), (0.6, 20, 0.95, 9));
+    // Hugging Face's default; of its own accord nobody samples.
+    assert_eq!(SamplingParams::recommended(&GenerationConfig { top_k: None, ..config.clone() }, 9).top_k, 50);
     let greedy = SamplingParams::recommended(&GenerationConfig { do_sample: Some(false), ..config }, 0);
     assert_eq!(greedy.temperature, 0.0);
     assert_eq!(SamplingParams::recommended(&GenerationConfig::default(), 0), SamplingParams::default());

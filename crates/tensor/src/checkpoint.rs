@@ -127,6 +127,15 @@ impl Checkpoint {
         Ok(tensor.matrix(name, tensor.format(name)?, rows, cols))
     }
 
+    /// Checks that a tensor is there and has this shape.
+    ///
+    /// # Errors
+    ///
+    /// If it is absent or has another shape.
+    pub fn expect(&self, name: &str, shape: &[usize]) -> Result<(), CheckpointError> {
+        self.tensor(name)?.expect_shape(name, shape)
+    }
+
     fn tensor(&self, name: &str) -> Result<&Tensor, CheckpointError> {
         self.tensors
             .get(name)
