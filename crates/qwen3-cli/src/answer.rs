@@ -28,7 +28,8 @@ impl AnswerOptions {
         sampling: SamplingParams,
         max_new_tokens: usize,
     ) -> Result<Self, Failure> {
-        let eos_token_ids = rank.agree(eos_token_ids(&engine.model, model.config()).map_err(CliError::from))?;
+        // Rank 0's count: the files of others may be of another day.
+        let eos_token_ids = rank.share(|| Ok(eos_token_ids(&engine.model, model.config())?))?;
         let prefill_chunk = engine.chunk;
         let params = GenerateParams { sampling, max_new_tokens, eos_token_ids, ignore_eos: false, prefill_chunk };
         Ok(Self { params, quiet: false })

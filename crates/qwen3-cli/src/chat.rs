@@ -1,7 +1,7 @@
 //! `qwen3 chat`: a conversation in the terminal.
 
 use std::io::{self, BufRead as _, IsTerminal as _};
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::{SystemTime, UNIX_EPOCH};
 
 use clap::Args;
 use qwen3_model::{GenerationConfig, KvFormat, Model, SamplingParams, StopReason};
@@ -10,7 +10,7 @@ use serde_json::{Value, json};
 use crate::answer::{Answer, AnswerOptions};
 use crate::failure::{CliError, Failure};
 use crate::interrupt;
-use crate::options::{EngineOptions, LaunchOptions, SamplingOptions, positive};
+use crate::options::{EngineOptions, LaunchOptions, SamplingOptions, misfit, positive};
 use crate::plan::Workload;
 use crate::rank::Rank;
 use crate::session::{self, Loaded};
@@ -57,7 +57,8 @@ impl ChatArgs {
         let read = || Ok((Text::open(&self.engine.model)?, ChatTemplate::open(&self.engine.model)?));
         let (Loaded { model, .. }, texts) =
             session::load_with(rank, &self.engine, Workload { kv: KvFormat::F16, prompt: 512, generate: 256 }, read)?;
-        let mut speaker = texts.map(|(text, template)| Speaker::new(self, text, template, &model));
+        let speaker = texts.map(|(text, template)| Speaker::new(self, text, template, &model)).transpose();
+        let mut speaker = rank.agree(speaker)?;
         interrupt::converse();
         let watching = if rank.speaks() { interrupt::watch() } else { Ok(()) };
         rank.agree(watching)?;
@@ -92,21 +93,23 @@ impl ChatArgs {
     /// The tokens of the conversation with the user's next message; `None` when the user leaves. The user may take any time:
     /// meanwhile the ranks wait without a deadline.
     fn next(&self, rank: &Rank, speaker: &mut Option<Speaker>) -> Result<Option<Vec<u32>>, Failure> {
-        rank.comm().set_timeout(Duration::MAX);
-        let tokens = rank.share(|| speaker.as_mut().expect("rank 0 has the texts").next());
-        rank.comm().set_timeout(self.launch.timeout());
-        tokens
+        rank.patiently(|| rank.share(|| speaker.as_mut().expect("rank 0 has the texts").next()))
     }
 
     fn params(&self, rank: &Rank) -> Result<SamplingParams, Failure> {
-        let config = GenerationConfig::read(&self.engine.model).map_err(CliError::from);
-        let config = rank.agree(config)?;
-        let seed = rank.share(|| {
+        let (config, seed) = rank.share(|| {
             let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
-            Ok(now.as_nanos() as u64)
+            Ok((GenerationConfig::read(&self.engine.model)?, now.as_nanos() as u64))
         })?;
         let base = if config.do_sample.is_none() && config.temperature.is_none() {
-            SamplingParams { seed, ..RECOMMENDED }
+            SamplingParams {
+                temperature: RECOMMENDED.temperature,
+                top_k: config.top_k.unwrap_or(RECOMMENDED.top_k),
+                top_p: config.top_p.unwrap_or(RECOMMENDED.top_p),
+                min_p: config.min_p.unwrap_or(RECOMMENDED.min_p),
+                repetition_penalty: config.repetition_penalty.unwrap_or(RECOMMENDED.repetition_penalty),
+                seed,
+            }
         } else {
             SamplingParams::recommended(&config, seed)
         };
@@ -129,11 +132,11 @@ struct Speaker {
 }
 
 impl Speaker {
-    fn new(args: &ChatArgs, text: Text, template: ChatTemplate, model: &Model) -> Self {
+    fn new(args: &ChatArgs, text: Text, template: ChatTemplate, model: &Model) -> Result<Self, CliError> {
         let messages: Vec<Value> =
             args.system.iter().map(|system| json!({ "role": "system", "content": system })).collect();
         let context = model.config().context_length();
-        Self {
+        let speaker = Self {
             text,
             template,
             enable_thinking: args.no_thinking.then_some(false),
@@ -141,7 +144,20 @@ impl Speaker {
             messages,
             room: context - (context / 8).min(256),
             prompts: io::stdin().is_terminal() || World::detect().is_some_and(|world| world.is_many()),
+        };
+        // Else every message would be too long.
+        let least =
+            speaker.encode([&speaker.messages[..], &[json!({ "role": "user", "content": "" })]].concat())?.len();
+        if least > speaker.room {
+            let expected = format!("at most {}, which leaves room for an answer", speaker.room);
+            return Err(misfit("--system", format!("{least} tokens with an empty message"), expected));
         }
+        Ok(speaker)
+    }
+
+    fn encode(&self, messages: Vec<Value>) -> Result<Vec<u32>, CliError> {
+        let chat = Conversation::new(messages, self.enable_thinking);
+        Ok(self.text.encode_rendered(&self.template.render(&chat)?)?)
     }
 
     /// Reads messages until one fits the model.
@@ -150,13 +166,15 @@ impl Speaker {
             if self.prompts {
                 eprint!("> ");
             }
-            let mut line = String::new();
-            if io::stdin().lock().read_line(&mut line).map_err(|source| CliError::Input { source })? == 0 {
+            let mut line = Vec::new();
+            if io::stdin().lock().read_until(b'\n', &mut line).map_err(|source| CliError::Input { source })? == 0 {
                 if self.prompts {
                     eprintln!();
                 }
                 return Ok(None);
             }
+            // A key that is no character here, or half of one, is no reason to lose the conversation.
+            let line = String::from_utf8_lossy(&line);
             let words = line.trim();
             if words.is_empty() {
                 continue;
@@ -174,8 +192,7 @@ impl Speaker {
     fn fitting(&mut self) -> Result<Option<Vec<u32>>, CliError> {
         let mut forgotten = 0;
         loop {
-            let chat = Conversation::new(self.messages.clone(), self.enable_thinking);
-            let tokens = self.text.encode_rendered(&self.template.render(&chat)?)?;
+            let tokens = self.encode(self.messages.clone())?;
             if tokens.len() <= self.room {
                 if forgotten > 0 {
                     eprintln!(

@@ -5,7 +5,7 @@ use qwen3_model::{GenerationConfig, KvFormat, SamplingParams};
 use serde_json::json;
 
 use crate::answer::{Answer, AnswerOptions};
-use crate::failure::{CliError, Failure};
+use crate::failure::Failure;
 use crate::options::{EngineOptions, LaunchOptions, SamplingOptions, positive};
 use crate::plan::Workload;
 use crate::prompt::PromptOptions;
@@ -90,8 +90,8 @@ impl GenerateArgs {
 
     fn params(&self, rank: &Rank) -> Result<SamplingParams, Failure> {
         let base = if self.sampling.temperature.is_some_and(|temperature| temperature > 0.0) {
-            let config = GenerationConfig::read(&self.engine.model).map_err(CliError::from);
-            SamplingParams::recommended(&rank.agree(config)?, 0)
+            let config = rank.share(|| Ok(GenerationConfig::read(&self.engine.model)?))?;
+            SamplingParams::recommended(&config, 0)
         } else {
             SamplingParams::default()
         };

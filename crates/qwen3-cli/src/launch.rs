@@ -190,7 +190,7 @@ fn run_processes(world: &World, options: &LaunchOptions, command: impl Command) 
 /// format of the weights, would otherwise only show in the answers.
 #[cfg(feature = "mpi")]
 fn same_arguments(rank: &Rank) -> Result<(), Failure> {
-    let own = shared_arguments(std::env::args().skip(1));
+    let own = shared_arguments(std::env::args_os().skip(1).map(|argument| argument.to_string_lossy().into_owned()));
     let of_rank_0 = rank.share(|| Ok(own.clone()))?;
     let same = if own == of_rank_0 {
         Ok(())

@@ -2,6 +2,7 @@
 
 use std::io::{self, Write as _};
 use std::sync::Arc;
+use std::time::Duration;
 
 use qwen3_model::comm::{Communicator, CommunicatorExt as _, Link};
 use serde::Serialize;
@@ -44,6 +45,15 @@ impl Rank {
             out.flush()?;
         }
         Ok(())
+    }
+
+    /// Waits in `work` for other ranks as long as it takes: for what a person types, or a text of any length that is read.
+    pub fn patiently<R>(&self, work: impl FnOnce() -> R) -> R {
+        let timeout = self.comm.timeout();
+        self.comm.set_timeout(Duration::MAX);
+        let result = work();
+        self.comm.set_timeout(timeout);
+        result
     }
 
     /// Does `work` on rank 0 and gives its value to every rank. Its error ends the command on every rank.

@@ -33,7 +33,7 @@ pub fn load_with<T: Send>(
         let reading = rank.speaks().then(|| scope.spawn(read));
         let loaded = load(rank, engine, work)?;
         let value = reading.map(|thread| thread.join().unwrap_or_else(|payload| panic::resume_unwind(payload)));
-        Ok((loaded, rank.agree(value.transpose())?))
+        Ok((loaded, rank.patiently(|| rank.agree(value.transpose()))?))
     })
 }
 

@@ -27,6 +27,29 @@ fn a_conversation_keeps_its_history_and_ends_with_its_input() {
 }
 
 #[test]
+fn a_key_that_is_no_character_ends_no_conversation() {
+    let mut child = chat(austen().to_str().unwrap(), "2")
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    child.stdin.take().unwrap().write_all(b"hello \xff\nWhat is 17 + 15?\n").unwrap();
+    let end = child.wait_with_output().unwrap();
+    assert!(end.status.success() && end.stderr.is_empty(), "{end:?}");
+    assert!(String::from_utf8(end.stdout).unwrap().ends_with("\n17 + 15 = 32\n"));
+}
+
+#[test]
+fn a_system_text_without_room_is_refused_at_once() {
+    let mut command = chat(austen().to_str().unwrap(), "2");
+    command.args(["--system", &"sister ".repeat(5000)]);
+    let run = run_with(command, "What is 17 + 15?\n");
+    assert!(!run.success && run.stdout.is_empty() && run.stderr.lines().count() == 1, "{run:?}");
+    assert!(run.stderr.starts_with("error: --system: ") && run.stderr.contains("expected at most 3840"), "{run:?}");
+}
+
+#[test]
 fn what_is_reused_of_the_cache_is_what_a_whole_prompt_gives() {
     let model = austen();
     let model = model.to_str().unwrap();
