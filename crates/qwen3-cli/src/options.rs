@@ -41,8 +41,8 @@ pub struct LaunchOptions {
 
     /// How sums travel between ranks: f32 is exact, bf16 halves the bytes, q8 quarters them; auto takes bf16 between machines and
     /// f32 within one (and for logits and perplexity)
-    #[arg(long, default_value = "auto", value_parser = choice::<WireChoice>(&["auto", "f32", "bf16", "q8"]), help_heading = "Ranks")]
-    pub wire: WireChoice,
+    #[arg(long, default_value = "auto", value_parser = choice::<Auto<WireFormat>>(&["auto", "f32", "bf16", "q8"]), help_heading = "Ranks")]
+    pub wire: Auto<WireFormat>,
 
     /// Make calls between emulated nodes take as long as on a link of so many microseconds and GB/s: 40,0.117 is 1 GbE
     #[arg(long, value_name = "ALPHA_US,BETA_GB_S", allow_hyphen_values = true, help_heading = "Ranks")]
@@ -57,18 +57,12 @@ impl LaunchOptions {
     /// For commands that only read and write files: one rank in this process. Under a launcher the first rank does the work, which
     /// may take any time, while the others wait.
     pub fn alone() -> Self {
-        Self {
-            ranks: 1,
-            comm_timeout: f64::from(u32::MAX),
-            wire: WireChoice(None),
-            emulate_link: None,
-            emulate_nodes: 2,
-        }
+        Self { ranks: 1, comm_timeout: f64::from(u32::MAX), wire: Auto(None), emulate_link: None, emulate_nodes: 2 }
     }
 
     /// The same ranks for a command whose figures are to be exact unless the user has it otherwise.
     pub fn exact(&self) -> Self {
-        Self { wire: WireChoice(self.wire.0.or(Some(WireFormat::F32))), ..self.clone() }
+        Self { wire: Auto(self.wire.0.or(Some(WireFormat::F32))), ..self.clone() }
     }
 
     /// `--comm-timeout`.
@@ -90,8 +84,8 @@ pub struct EngineOptions {
 
     /// What is split over the ranks: the weights (heads), the positions of the text (sequence), or what the plan for this command
     /// recommends (auto; see qwen3 plan)
-    #[arg(long, default_value = "auto", value_parser = choice::<StrategyChoice>(&["auto", "heads", "sequence"]), help_heading = "Computing")]
-    pub strategy: StrategyChoice,
+    #[arg(long, default_value = "auto", value_parser = choice::<Auto<ParallelStrategy>>(&["auto", "heads", "sequence"]), help_heading = "Computing")]
+    pub strategy: Auto<ParallelStrategy>,
 
     /// Split both: A ranks share the weights, B such groups share the positions; A times B is the number of ranks
     #[arg(long, value_name = "tp=A,sp=B", conflicts_with = "strategy", value_parser = grid, help_heading = "Computing")]
@@ -108,16 +102,16 @@ pub struct EngineOptions {
 
     /// Of a mixture of experts, what each rank has: a part of every expert (inside), whole experts (ranks, with --mlp fused), or what the
     /// plan recommends (auto; inside where --strategy is given)
-    #[arg(long, default_value = "auto", value_parser = choice::<ExpertChoice>(&["auto", "inside", "ranks"]), help_heading = "Computing")]
-    pub experts: ExpertChoice,
+    #[arg(long, default_value = "auto", value_parser = choice::<Auto<ExpertSplit>>(&["auto", "inside", "ranks"]), help_heading = "Computing")]
+    pub experts: Auto<ExpertSplit>,
 
     /// Instruction set; auto takes the best one of this CPU (or what SIMD_KERNELS_ISA says)
     #[arg(long, default_value = "auto", value_parser = choice::<IsaChoice>(&["auto", "scalar", "portable", "avx2", "avx2-vnni"]), help_heading = "Computing")]
     pub isa: IsaChoice,
 
     /// Format of the weights in memory; auto keeps what the checkpoint stores, q8 and q4 quantize at load
-    #[arg(long, default_value = "auto", value_parser = choice::<WeightChoice>(&["auto", "f32", "bf16", "f16", "q8", "q4"]), help_heading = "Computing")]
-    pub weights: WeightChoice,
+    #[arg(long, default_value = "auto", value_parser = choice::<Auto<WeightFormat>>(&["auto", "f32", "bf16", "f16", "q8", "q4"]), help_heading = "Computing")]
+    pub weights: Auto<WeightFormat>,
 
     /// Format of cached keys and values [default: f16; f32 for logits and perplexity]
     #[arg(long, value_parser = choice::<KvFormat>(&["f32", "f16", "q8"]), help_heading = "Computing")]
@@ -145,66 +139,26 @@ impl FromStr for IsaChoice {
     }
 }
 
-/// `--strategy`; `None` leaves it to the plan.
+/// An option that may be left to the program: `None` for `auto`.
 #[derive(Clone, Copy, Debug)]
-pub struct StrategyChoice(pub Option<ParallelStrategy>);
+pub struct Auto<T>(pub Option<T>);
 
-impl FromStr for StrategyChoice {
+impl<T: FromStr<Err: ToString>> FromStr for Auto<T> {
     type Err = String;
 
     fn from_str(name: &str) -> Result<Self, String> {
-        if name == "auto" { Ok(Self(None)) } else { name.parse().map(|strategy| Self(Some(strategy))) }
+        if name == "auto" {
+            return Ok(Self(None));
+        }
+        name.parse().map(|value| Self(Some(value))).map_err(|error: T::Err| error.to_string())
     }
 }
 
-/// `--experts`; `None` leaves it to the plan.
-#[derive(Clone, Copy, Debug)]
-pub struct ExpertChoice(pub Option<ExpertSplit>);
-
-impl FromStr for ExpertChoice {
-    type Err = String;
-
-    fn from_str(name: &str) -> Result<Self, String> {
-        if name == "auto" { Ok(Self(None)) } else { name.parse().map(|split| Self(Some(split))) }
-    }
-}
-
-/// `--wire`; `None` leaves it to where the ranks lie.
-#[derive(Clone, Copy, Debug)]
-pub struct WireChoice(pub Option<WireFormat>);
-
-impl WireChoice {
+impl Auto<WireFormat> {
     /// The format between ranks on so many machines. On a machine's memory a shorter one costs more than it saves; between machines bf16
     /// keeps logits within 1e-2 of the largest (docs/parallelism.md).
     pub fn on(self, machines: usize) -> WireFormat {
         self.0.unwrap_or(if machines > 1 { WireFormat::Bf16 } else { WireFormat::F32 })
-    }
-}
-
-impl FromStr for WireChoice {
-    type Err = String;
-
-    fn from_str(name: &str) -> Result<Self, String> {
-        let wire = |name: &str| name.parse().map_err(|error: <WireFormat as FromStr>::Err| error.to_string());
-        if name == "auto" { Ok(Self(None)) } else { wire(name).map(|wire| Self(Some(wire))) }
-    }
-}
-
-/// `--weights`; `None` keeps the stored format.
-#[derive(Clone, Copy, Debug)]
-pub struct WeightChoice(pub Option<WeightFormat>);
-
-impl FromStr for WeightChoice {
-    type Err = String;
-
-    fn from_str(name: &str) -> Result<Self, String> {
-        match name {
-            "auto" => Ok(Self(None)),
-            name => name
-                .parse()
-                .map(|format| Self(Some(format)))
-                .map_err(|error: <WeightFormat as FromStr>::Err| error.to_string()),
-        }
     }
 }
 

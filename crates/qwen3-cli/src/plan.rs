@@ -3,6 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use clap::Args;
+use qwen3_model::comm::WireFormat;
 use qwen3_model::{
     Config, ExpertSplit, KvFormat, LinkFigures, Machine, MlpSchedule, ModelError, ParallelStrategy, Plan, PlanInput,
     Prediction, Share, WeightFormat, WeightFormats, open_weights, plan,
@@ -11,7 +12,7 @@ use serde_json::{Value, json};
 
 use crate::calibration::{Calibration, Layout, count, place};
 use crate::failure::{CliError, Failure};
-use crate::options::{WeightChoice, WireChoice, bandwidth, choice, latency, misfit, positive};
+use crate::options::{Auto, bandwidth, choice, latency, misfit, positive};
 use crate::rank::Rank;
 
 /// Predict memory, traffic and speed of each way to split a model over ranks, from its headers alone
@@ -50,16 +51,16 @@ pub struct PlanArgs {
     generate: usize,
 
     /// Format of the weights in memory; auto keeps what the checkpoint stores
-    #[arg(long, default_value = "auto", value_parser = choice::<WeightChoice>(&["auto", "f32", "bf16", "f16", "q8", "q4"]))]
-    weights: WeightChoice,
+    #[arg(long, default_value = "auto", value_parser = choice::<Auto<WeightFormat>>(&["auto", "f32", "bf16", "f16", "q8", "q4"]))]
+    weights: Auto<WeightFormat>,
 
     /// Format of cached keys and values
     #[arg(long, default_value = "f16", value_parser = choice::<KvFormat>(&["f32", "f16", "q8"]))]
     kv: KvFormat,
 
     /// How sums travel between ranks; auto takes bf16 between machines and f32 within one
-    #[arg(long, default_value = "auto", value_parser = choice::<WireChoice>(&["auto", "f32", "bf16", "q8"]))]
-    wire: WireChoice,
+    #[arg(long, default_value = "auto", value_parser = choice::<Auto<WireFormat>>(&["auto", "f32", "bf16", "q8"]))]
+    wire: Auto<WireFormat>,
 
     /// Only this feed-forward schedule
     #[arg(long, value_parser = choice::<MlpSchedule>(&["fused", "naive", "gathered", "local"]))]
