@@ -96,6 +96,9 @@ enum Command {
         /// Measure only these sections and leave the rest of the page as it is
         #[arg(long, value_delimiter = ',', value_name = "SECTION,..", value_parser = clap::builder::PossibleValuesParser::new(report::names()))]
         only: Vec<String>,
+        /// The page to write, docs/NAME.md: one for each machine
+        #[arg(long, value_name = "NAME", default_value = "performance")]
+        page: String,
     },
     /// Measure the model on emulated clusters: one rank in each of several network namespaces, TCP between them
     ///
@@ -131,7 +134,7 @@ fn run(command: Command) -> Result<ExitCode> {
         Command::Test => suite::command(),
         Command::MpiTest { ranks, package, deadline } => mpi_test::command(&ranks, package.as_deref(), deadline),
         Command::Mpirun { ranks, hostfile, bind, args } => launch::command(ranks, hostfile, bind, &args),
-        Command::Report { quick, only } => report::command(quick, &only),
+        Command::Report { quick, only, page } => report::command(quick, &only, &page),
         Command::Netbench(args) => netbench::command(&args),
         Command::Tidy => tidy::command(),
         Command::Ci { no_test } => ci::command(no_test),

@@ -1,4 +1,4 @@
-//! `cargo xtask report`: measures this machine and writes `docs/performance.md` with its charts.
+//! `cargo xtask report`: measures this machine and writes `docs/performance.md` (or the page of another machine) with its charts.
 //!
 //! The page is a list of sections; each is a function of its own file that measures and returns its text and charts.
 
@@ -56,10 +56,10 @@ pub fn names() -> [&'static str; SECTIONS.len()] {
 }
 
 /// Measures everything, or only some sections, and writes the page after each: what has been measured is there when a later one fails.
-pub fn command(quick: bool, only: &[String]) -> Result<ExitCode> {
+pub fn command(quick: bool, only: &[String], page_name: &str) -> Result<ExitCode> {
     let root = workspace::root();
     let docs = root.join("docs");
-    let old = std::fs::read_to_string(docs.join("performance.md")).unwrap_or_default();
+    let old = std::fs::read_to_string(docs.join(format!("{page_name}.md"))).unwrap_or_default();
     let mut lab = Lab::open(quick)?;
     let load = machine::load();
     let new_about = || format!("{}\n{}", machine::describe(&root), machine::conditions(quick, load, machine::load()));
@@ -76,10 +76,10 @@ pub fn command(quick: bool, only: &[String]) -> Result<ExitCode> {
             let (about, apart) =
                 if measured.len() < SECTIONS.len() { (&old_about, &*apart) } else { (&new_about(), "") };
             let titles = SECTIONS.map(|section| section.title);
-            write(&docs, &page(about, &titles, &measured, apart, &old), &measured)?;
+            write(&docs, page_name, &page(about, &titles, &measured, apart, &old), &measured)?;
         }
     }
-    println!("report: docs/performance.md, docs/performance/*.svg");
+    println!("report: docs/{page_name}.md, docs/{page_name}/*.svg");
     Ok(ExitCode::SUCCESS)
 }
 
@@ -92,8 +92,8 @@ fn kept<'a>(page: &'a str, title: &str) -> Option<&'a str> {
     Some(rest.split_once("\n## ").map_or(rest, |(text, _)| text))
 }
 
-fn write(docs: &Path, page: &str, measured: &[(&str, Section)]) -> Result<()> {
-    let folder = docs.join("performance");
+fn write(docs: &Path, name: &str, page: &str, measured: &[(&str, Section)]) -> Result<()> {
+    let folder = docs.join(name);
     std::fs::create_dir_all(&folder).with_context(|| format!("cannot make {}", folder.display()))?;
     let save = |path: &Path, text: &str| {
         std::fs::write(path, text).with_context(|| format!("cannot write {}", path.display()))
@@ -101,7 +101,7 @@ fn write(docs: &Path, page: &str, measured: &[(&str, Section)]) -> Result<()> {
     for (name, svg) in measured.iter().flat_map(|(_, section)| &section.charts) {
         save(&folder.join(name), svg)?;
     }
-    save(&docs.join("performance.md"), page)
+    save(&docs.join(format!("{name}.md")), &page.replace("](performance/", &format!("]({name}/")))
 }
 
 /// The sections in order: those that were measured, each with the note `apart`, and of the others what the old page has.
@@ -134,11 +134,12 @@ mod tests {
         let titles = ["One", "Two", "Three"];
         let measured = [section("One", "1.svg"), section("Two", "2.svg")];
         let first = page("A machine.\n", &titles, &measured, "", "");
-        write(docs.path(), &first, &measured).unwrap();
+        write(docs.path(), "other", &first, &measured).unwrap();
         let expected = "A machine.\n\n## One\n\n![x](performance/1.svg)\n\n## Two\n\n![x](performance/2.svg)\n";
-        let found = std::fs::read_to_string(docs.path().join("performance.md")).unwrap();
-        assert!(found.starts_with("# Performance\n") && found.ends_with(expected), "{found}");
-        assert_eq!(std::fs::read_to_string(docs.path().join("performance/2.svg")).unwrap(), "<svg/>");
+        let found = std::fs::read_to_string(docs.path().join("other.md")).unwrap();
+        let expected = expected.replace("performance", "other");
+        assert!(found.starts_with("# Performance\n") && found.ends_with(&expected), "{found}");
+        assert_eq!(std::fs::read_to_string(docs.path().join("other/2.svg")).unwrap(), "<svg/>");
         // A section that is not measured again stays as it is; one that is says when.
         assert_eq!(kept(&first, "One"), Some("![x](performance/1.svg)\n"));
         assert_eq!((kept(&first, "Two"), kept(&first, "Three")), (Some("![x](performance/2.svg)\n"), None));
