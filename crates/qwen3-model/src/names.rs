@@ -135,7 +135,7 @@ pub fn open_weights<E: From<ConfigError> + From<CheckpointError>>(
         }));
     }
     for spec in tensor_specs(config) {
-        checkpoint.expect(&spec.name, &spec.shape)?;
+        checkpoint.expect_shape(&spec.name, &spec.shape)?;
     }
     Ok(checkpoint)
 }

@@ -132,7 +132,7 @@ impl Checkpoint {
     /// # Errors
     ///
     /// If it is absent or has another shape.
-    pub fn expect(&self, name: &str, shape: &[usize]) -> Result<(), CheckpointError> {
+    pub fn expect_shape(&self, name: &str, shape: &[usize]) -> Result<(), CheckpointError> {
         self.tensor(name)?.expect_shape(name, shape)
     }
 
