@@ -28,16 +28,10 @@ fn a_conversation_keeps_its_history_and_ends_with_its_input() {
 
 #[test]
 fn a_key_that_is_no_character_ends_no_conversation() {
-    let mut child = chat(austen().to_str().unwrap(), "2")
-        .stdin(Stdio::piped())
-        .stdout(Stdio::piped())
-        .stderr(Stdio::piped())
-        .spawn()
-        .unwrap();
-    child.stdin.take().unwrap().write_all(b"hello \xff\nWhat is 17 + 15?\n").unwrap();
-    let end = child.wait_with_output().unwrap();
-    assert!(end.status.success() && end.stderr.is_empty(), "{end:?}");
-    assert!(String::from_utf8(end.stdout).unwrap().ends_with("\n17 + 15 = 32\n"));
+    let input = b"hello \xff\nWhat is 17 + 15?\n";
+    let run = run_with(chat(austen().to_str().unwrap(), "2"), input);
+    assert!(run.success && run.stderr.is_empty(), "{run:?}");
+    assert!(run.stdout.ends_with("\n17 + 15 = 32\n"), "{run:?}");
 }
 
 #[test]

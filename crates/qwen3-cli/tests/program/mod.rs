@@ -44,7 +44,7 @@ pub fn program<S: AsRef<OsStr>>(args: &[S]) -> Command {
 }
 
 /// Runs a command with `input`; panics if it is not done by the deadline.
-pub fn run_with(mut command: Command, input: &str) -> Run {
+pub fn run_with(mut command: Command, input: impl AsRef<[u8]>) -> Run {
     let mut child = command
         .stdin(Stdio::piped())
         .stdout(Stdio::piped())
@@ -52,9 +52,9 @@ pub fn run_with(mut command: Command, input: &str) -> Run {
         .spawn()
         .expect("the program starts");
     let mut stdin = child.stdin.take().unwrap();
-    let input = input.to_owned();
+    let input = input.as_ref().to_owned();
     // A program that stops early leaves its input unread.
-    let writer = thread::spawn(move || drop(stdin.write_all(input.as_bytes())));
+    let writer = thread::spawn(move || drop(stdin.write_all(&input)));
     let collect = |mut from: Box<dyn Read + Send>| {
         thread::spawn(move || {
             let mut text = String::new();
