@@ -7,12 +7,13 @@
 
 use std::fs;
 use std::io::{BufRead, BufReader, Write};
+use std::path::Path;
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
 pub use rustix::process::Signal;
 use rustix::process::{Pid, kill_process};
 
@@ -86,6 +87,21 @@ pub fn run(command: &mut Command, deadline: Duration, output: Output) -> Result<
     let left_behind = job.end()?;
     let stdout = reader.join().unwrap_or_default();
     Ok(Finished { status, stdout, elapsed: job.started.elapsed(), left_behind })
+}
+
+/// Runs a program that has to end well. What it and its launcher say on standard error goes to a file in `folder`, and is
+/// part of the error where the program, which `name` stands for, fails.
+pub fn answer(command: &mut Command, name: &str, folder: &Path, deadline: Duration) -> Result<Finished> {
+    let said = folder.join("stderr");
+    // No pipe: a launcher's daemon may hold it open.
+    let log = fs::File::create(&said).with_context(|| format!("cannot write {}", said.display()))?;
+    let finished = run(command.stderr(log), deadline, Output::Collected)?;
+    if !finished.ok() {
+        let text = String::from_utf8_lossy(&fs::read(&said).unwrap_or_default()).into_owned();
+        // MPICH's launcher complains on standard output.
+        bail!("{name}: {}\n{}{}", finished.reason(), finished.stdout, text.trim_end());
+    }
+    Ok(finished)
 }
 
 /// A process with its descendants; none of them outlives this value.
@@ -228,6 +244,15 @@ mod tests {
         assert_eq!(finished.status.unwrap().code(), Some(7));
         assert!(!finished.ok());
         assert!(finished.reason().contains('7'), "{}", finished.reason());
+    }
+
+    #[test]
+    fn what_a_failing_program_says_is_in_its_error() {
+        let folder = tempfile::tempdir().unwrap();
+        let answer = |script: &str| answer(&mut shell(script), "a program", folder.path(), Duration::from_secs(30));
+        let error = answer("echo half; echo no such model >&2; exit 7").err().unwrap().to_string();
+        assert_eq!(error, "a program: exit status: 7\nhalf\nno such model");
+        assert_eq!(answer("echo all; echo a warning >&2").unwrap().stdout, "all\n");
     }
 
     #[test]

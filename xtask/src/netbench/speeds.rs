@@ -4,7 +4,7 @@ use std::path::Path;
 use std::process::Command;
 use std::time::Duration;
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result};
 use serde_json::{Value, json};
 
 use super::NetbenchArgs;
@@ -12,7 +12,7 @@ use super::cluster::{self, Cluster, Net};
 use super::launcher;
 use super::results::{Network, Run};
 use crate::mpi::Mpi;
-use crate::process::{self, Output};
+use crate::process;
 
 /// No single run of the program takes longer.
 const DEADLINE: Duration = Duration::from_secs(180);
@@ -76,15 +76,9 @@ pub fn measure(args: &NetbenchArgs, mpi: &Mpi, program: &Path, model: &Path, fil
     Ok(())
 }
 
-/// The JSON that a run of the program prints. What it and its launcher say beside is shown where the run fails.
+/// The JSON that a run of the program prints.
 fn answer(command: &mut Command, args: &[&str], files: &Path) -> Result<Value> {
-    let said = files.join("stderr");
-    let log = std::fs::File::create(&said).with_context(|| format!("cannot write {}", said.display()))?;
-    let finished = process::run(command.args(args).stderr(log), DEADLINE, Output::Collected)?;
-    if !finished.ok() {
-        let text = std::fs::read_to_string(&said).unwrap_or_default();
-        // MPICH's launcher complains on standard output.
-        bail!("qwen3 {}: {}\n{}{}", args.join(" "), finished.reason(), finished.stdout, text.trim_end());
-    }
-    serde_json::from_str(&finished.stdout).with_context(|| format!("qwen3 {} printed no JSON", args.join(" ")))
+    let name = format!("qwen3 {}", args.join(" "));
+    let finished = process::answer(command.args(args), &name, files, DEADLINE)?;
+    serde_json::from_str(&finished.stdout).with_context(|| format!("{name} printed no JSON"))
 }

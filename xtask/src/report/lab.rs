@@ -9,8 +9,7 @@ use anyhow::{Context, Result, bail};
 use serde_json::Value;
 
 use crate::mpi::{Bind, Mpi, Parts};
-use crate::process::{self, Output};
-use crate::{launch, workspace};
+use crate::{launch, process, workspace};
 
 /// No single bench takes longer.
 const DEADLINE: Duration = Duration::from_secs(3600);
@@ -150,8 +149,7 @@ impl Lab {
     /// Runs `qwen3 bench` (or another command with `--json`) and reads its answer.
     pub fn json(&mut self, args: &[&str]) -> Result<Value> {
         self.note(args);
-        let answer = self.run(args)?;
-        serde_json::from_str(&answer).with_context(|| format!("qwen3 {} printed no JSON", args.join(" ")))
+        parse(&self.run(args)?, args)
     }
 
     /// The same on several ranks.
@@ -165,13 +163,9 @@ impl Lab {
         if let Some(command) = self.commands.last_mut() {
             *command = format!("mpirun -n {count} {command}");
         }
-        eprintln!("report: mpirun -n {count} qwen3 {}", args.join(" "));
+        let name = format!("mpirun -n {count} qwen3 {}", args.join(" "));
         let mut command = mpi.launcher(processes, None, Bind::None, program.as_os_str());
-        let finished = process::run(command.args(args), DEADLINE, Output::Silent)?;
-        if !finished.ok() {
-            bail!("mpirun -n {count} qwen3 {}: {}", args.join(" "), finished.reason());
-        }
-        serde_json::from_str(&finished.stdout).with_context(|| format!("qwen3 {} printed no JSON", args.join(" ")))
+        parse(&self.answer(command.args(args), &name)?, args)
     }
 
     /// The commands since the last call, for the end of a section.
@@ -192,14 +186,17 @@ impl Lab {
     }
 
     fn run(&self, args: &[&str]) -> Result<String> {
-        eprintln!("report: qwen3 {}", args.join(" "));
-        let mut command = Command::new(&self.program);
-        let finished = process::run(command.args(args), DEADLINE, Output::Silent)?;
-        if !finished.ok() {
-            bail!("qwen3 {}: {}", args.join(" "), finished.reason());
-        }
-        Ok(finished.stdout)
+        self.answer(Command::new(&self.program).args(args), &format!("qwen3 {}", args.join(" ")))
     }
+
+    fn answer(&self, command: &mut Command, name: &str) -> Result<String> {
+        eprintln!("report: {name}");
+        Ok(process::answer(command, name, &self.cache, DEADLINE)?.stdout)
+    }
+}
+
+fn parse(answer: &str, args: &[&str]) -> Result<Value> {
+    serde_json::from_str(answer).with_context(|| format!("qwen3 {} printed no JSON", args.join(" ")))
 }
 
 /// One result of a bench.
