@@ -47,8 +47,8 @@ pub struct NetbenchArgs {
     /// Few layers, short prompts, one repetition: to see that it works
     #[arg(long)]
     pub quick: bool,
-    /// Write the results to this file
-    #[arg(long, value_name = "FILE")]
+    /// Write the results to this file, after each network those so far
+    #[arg(long, value_name = "FILE", conflicts_with = "failures")]
     pub json: Option<PathBuf>,
     /// Numbers of ranks, each on a machine of its own; machines share the cores of this one
     #[arg(short = 'n', long, value_delimiter = ',', default_value = "2,4", value_name = "N,..", value_parser = clap::value_parser!(u16).range(2..=64))]
@@ -72,24 +72,53 @@ fn gbit(text: &str) -> Result<f64, String> {
     text.parse().ok().filter(fits).ok_or_else(|| "expected Gbit/s from 0.01 to 400".to_owned())
 }
 
+/// How a measurement ended.
+#[derive(Clone, PartialEq, Debug)]
+pub enum Outcome {
+    /// All was measured.
+    Done,
+    /// Something is missing on this machine, and nothing was measured: the reason.
+    Skipped(String),
+    /// What was there did not work; standard output and standard error have the reason.
+    Failed(ExitCode),
+}
+
 /// The command, outside and inside of the namespaces.
 pub fn command(args: &NetbenchArgs) -> Result<ExitCode> {
     if let Some([program, model]) = args.inside.as_deref() {
         return inside(args, program, model);
     }
+    Ok(match run(args)? {
+        Outcome::Done => ExitCode::SUCCESS,
+        Outcome::Skipped(_) => ExitCode::from(SKIPPED),
+        Outcome::Failed(status) => status,
+    })
+}
+
+/// The command outside of the namespaces.
+pub fn run(args: &NetbenchArgs) -> Result<Outcome> {
     let mpi = match ready() {
         Ok(mpi) => mpi,
-        Err((reason, status)) => {
-            println!("netbench: SKIPPED: {reason}");
-            return Ok(status);
-        }
+        Err((reason, status)) => return Ok(not_ready(reason, status)),
     };
-    if args.failures {
-        return Ok(if failures(&mpi)? { ExitCode::SUCCESS } else { ExitCode::FAILURE });
+    let done = if args.failures {
+        failures(&mpi)?
+    } else {
+        let program = launch::build_program(Some(&mpi))?;
+        let model = Lab::with(program.clone(), args.quick)?.synth("0.6b", args.quick.then_some(4))?;
+        outside(args, &program, &model)?
+    };
+    Ok(if done { Outcome::Done } else { Outcome::Failed(ExitCode::FAILURE) })
+}
+
+/// An MPI that cannot be installed, or that does not run, is not one that is merely missing.
+fn not_ready(reason: String, status: ExitCode) -> Outcome {
+    if status == ExitCode::from(SKIPPED) {
+        println!("netbench: SKIPPED: {reason}");
+        return Outcome::Skipped(reason);
     }
-    let program = launch::build_program(Some(&mpi))?;
-    let model = Lab::with(program.clone(), args.quick)?.synth("0.6b", args.quick.then_some(4))?;
-    Ok(if outside(args, &program, &model)? { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+    println!("netbench: FAILED: {reason}");
+    Outcome::Failed(status)
 }
 
 /// The MPI to use, or what is missing for clusters on this machine and the exit status that says so.
@@ -227,4 +256,32 @@ fn search_path() -> std::ffi::OsString {
     let path = std::env::var_os("PATH").unwrap_or_default();
     let folders = std::env::split_paths(&path).chain(sbin());
     std::env::join_paths(folders).unwrap_or(path)
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::Parser;
+
+    use super::*;
+
+    #[derive(Parser)]
+    struct Cli {
+        #[command(flatten)]
+        args: NetbenchArgs,
+    }
+
+    #[test]
+    fn results_are_written_where_there_are_some() {
+        let parse = |words: &[&str]| Cli::try_parse_from([&["netbench"], words].concat()).map(|cli| cli.args);
+        assert_eq!(parse(&["--json", "x"]).unwrap().json, Some("x".into()));
+        assert!(parse(&["--failures"]).unwrap().failures);
+        assert!(parse(&["--failures", "--json", "x"]).is_err());
+    }
+
+    #[test]
+    fn only_what_is_missing_is_skipped() {
+        let outcome = |status: u8| not_ready("no MPI".to_owned(), ExitCode::from(status));
+        assert_eq!(outcome(3), Outcome::Skipped("no MPI".to_owned()));
+        assert_eq!(outcome(4), Outcome::Failed(ExitCode::from(4)));
+    }
 }

@@ -25,7 +25,7 @@ fn extent(quick: bool) -> [&'static str; 3] {
     if quick { ["64", "8", "1"] } else { ["256", "32", "3"] }
 }
 
-/// Measures every network and shows and writes what came of it.
+/// Measures every network and shows and writes what came of it, after each.
 pub fn measure(args: &NetbenchArgs, mpi: &Mpi, program: &Path, model: &Path, files: &Path) -> Result<()> {
     let cores = cluster::cores();
     let delay_us = cluster::can_delay().then_some(args.delay_us);
@@ -38,6 +38,13 @@ pub fn measure(args: &NetbenchArgs, mpi: &Mpi, program: &Path, model: &Path, fil
     let rank = ["--json", "--model", &model_path, "--threads", "1"];
     let extent = ["--prompt-len", prompt, "--gen-len", generated, "--reps", reps];
     let bench = [&["bench"], &rank[..], &extent].concat();
+    let mut all = json!({
+        "mpi": mpi.version, "cores": cores.len(), "quick": args.quick, "delay_us": delay_us,
+        "model": model.file_name().map(|name| name.to_string_lossy()), "prompt": prompt, "generated": generated, "reps": reps,
+    });
+    if args.json.is_some() {
+        all["one_rank"] = answer(&mut Command::new(program), &bench, files)?["results"].take();
+    }
     let mut networks = Vec::new();
     for &ranks in &args.ranks {
         for &gbit in &args.gbit {
@@ -62,16 +69,13 @@ pub fn measure(args: &NetbenchArgs, mpi: &Mpi, program: &Path, model: &Path, fil
             }
             println!("{}", network.table());
             networks.push(network.json());
+            if let Some(file) = &args.json {
+                // After each: a network that fails takes none of the others with it.
+                all["networks"] = json!(networks);
+                std::fs::write(file, format!("{all:#}\n"))
+                    .with_context(|| format!("cannot write {}", file.display()))?;
+            }
         }
-    }
-    if let Some(file) = &args.json {
-        let alone = answer(&mut Command::new(program), &bench, files)?;
-        let all = json!({
-            "mpi": mpi.version, "cores": cores.len(), "quick": args.quick, "delay_us": delay_us,
-            "model": model.file_name().map(|name| name.to_string_lossy()), "prompt": prompt, "generated": generated,
-            "reps": reps, "one_rank": alone["results"], "networks": networks,
-        });
-        std::fs::write(file, format!("{all:#}\n")).with_context(|| format!("cannot write {}", file.display()))?;
     }
     Ok(())
 }

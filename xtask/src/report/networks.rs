@@ -2,12 +2,12 @@
 
 use std::fmt::Write as _;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
 use serde_json::Value;
 
 use super::Section;
 use super::lab::Lab;
-use crate::netbench::{self, NetbenchArgs};
+use crate::netbench::{self, NetbenchArgs, Outcome};
 
 /// Measures the section.
 pub fn measure(lab: &mut Lab) -> Result<Section> {
@@ -21,15 +21,21 @@ pub fn measure(lab: &mut Lab) -> Result<Section> {
         delay_us: 20,
         ..NetbenchArgs::default()
     };
-    netbench::command(&args)?;
-    let text = match std::fs::read_to_string(&file) {
-        Ok(text) => {
-            let found = serde_json::from_str(&text).with_context(|| format!("{file} is no JSON"))?;
-            format!("{}\n```sh\ncargo xtask netbench --json FILE\n```\n", page(&found))
+    Ok(Section { text: text(&netbench::run(&args)?, &file, lab.quick)?, charts: Vec::new() })
+}
+
+/// The section after a run that wrote its results to `file`.
+fn text(outcome: &Outcome, file: &str, quick: bool) -> Result<String> {
+    match outcome {
+        Outcome::Skipped(reason) => Ok(format!("Not measured on this machine: {reason}\n")),
+        Outcome::Failed(_) => bail!("netbench failed; what it had measured, if anything, is in {file}"),
+        Outcome::Done => {
+            let results = std::fs::read_to_string(file).with_context(|| format!("cannot read {file}"))?;
+            let found = serde_json::from_str(&results).with_context(|| format!("{file} is no JSON"))?;
+            let extent = if quick { "--quick --gbit 1 " } else { "" };
+            Ok(format!("{}\n```sh\ncargo xtask netbench {extent}--json FILE\n```\n", page(&found)))
         }
-        Err(_) => "Not measured on this machine: `cargo xtask netbench` says what is missing.\n".to_owned(),
-    };
-    Ok(Section { text, charts: Vec::new() })
+    }
 }
 
 fn page(found: &Value) -> String {
@@ -96,9 +102,24 @@ fn page(found: &Value) -> String {
 
 #[cfg(test)]
 mod tests {
+    use std::process::ExitCode;
+
     use serde_json::json;
 
     use super::*;
+
+    #[test]
+    fn only_a_machine_without_clusters_has_no_figures() {
+        let folder = tempfile::tempdir().unwrap();
+        let file = folder.path().join("x.json").to_string_lossy().into_owned();
+        let skipped = text(&Outcome::Skipped("not installed: tc".to_owned()), &file, false).unwrap();
+        assert_eq!(skipped, "Not measured on this machine: not installed: tc\n");
+        assert!(text(&Outcome::Done, &file, false).is_err(), "there are no results");
+        std::fs::write(&file, "{}").unwrap();
+        assert!(text(&Outcome::Failed(ExitCode::FAILURE), &file, false).is_err());
+        assert!(text(&Outcome::Done, &file, false).unwrap().contains("\ncargo xtask netbench --json FILE\n"));
+        assert!(text(&Outcome::Done, &file, true).unwrap().contains(" netbench --quick --gbit 1 --json FILE\n"));
+    }
 
     #[test]
     fn a_row_for_each_run_of_each_network() {
