@@ -90,15 +90,15 @@ enum Command {
     ///
     /// Takes about an hour on two cores and 9 GB under target/; nothing else should run meanwhile.
     Report {
-        /// Few layers, short prompts, one repetition: to see that it works
+        /// Few layers, short prompts, one repetition: to see that it works, on a page under target/report
         #[arg(long)]
         quick: bool,
         /// Measure only these sections and leave the rest of the page as it is
         #[arg(long, value_delimiter = ',', value_name = "SECTION,..", value_parser = clap::builder::PossibleValuesParser::new(report::names()))]
         only: Vec<String>,
-        /// The page to write, docs/NAME.md: one for each machine
-        #[arg(long, value_name = "NAME", default_value = "performance")]
-        page: String,
+        /// The page to write, docs/NAME.md, one for each machine: performance or performance-SOMETHING [default: performance]
+        #[arg(long, value_name = "NAME", value_parser = report::page_name)]
+        page: Option<String>,
     },
     /// Measure the model on emulated clusters: one rank in each of several network namespaces, TCP between them
     ///
@@ -134,7 +134,7 @@ fn run(command: Command) -> Result<ExitCode> {
         Command::Test => suite::command(),
         Command::MpiTest { ranks, package, deadline } => mpi_test::command(&ranks, package.as_deref(), deadline),
         Command::Mpirun { ranks, hostfile, bind, args } => launch::command(ranks, hostfile, bind, &args),
-        Command::Report { quick, only, page } => report::command(quick, &only, &page),
+        Command::Report { quick, only, page } => report::command(quick, &only, page.as_deref()),
         Command::Netbench(args) => netbench::command(&args),
         Command::Tidy => tidy::command(),
         Command::Ci { no_test } => ci::command(no_test),

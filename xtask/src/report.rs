@@ -15,7 +15,7 @@ mod planning;
 mod scaling;
 
 use std::fmt::Write as _;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use anyhow::{Context, Result};
@@ -55,33 +55,60 @@ pub fn names() -> [&'static str; SECTIONS.len()] {
     SECTIONS.map(|section| section.name)
 }
 
-/// Measures everything, or only some sections, and writes the page after each: what has been measured is there when a later one fails.
-pub fn command(quick: bool, only: &[String], page_name: &str) -> Result<ExitCode> {
+/// Checks the name of a page. All begin with the same word: no other document is overwritten, and none of them is taken for
+/// a change of the code.
+pub fn page_name(name: &str) -> Result<String, String> {
+    let fits = |rest: &str| rest.chars().all(|c| c.is_ascii_alphanumeric() || matches!(c, '-' | '_'));
+    match name.strip_prefix(PAGE) {
+        Some(rest) if fits(rest) => Ok(name.to_owned()),
+        _ => Err(format!("expected {PAGE} or {PAGE}-NAME")),
+    }
+}
+
+/// Measures everything, or only some sections, and writes the page after each: what has been measured is there when a later one
+/// fails.
+pub fn command(quick: bool, only: &[String], page_name: Option<&str>) -> Result<ExitCode> {
     let root = workspace::root();
-    let docs = root.join("docs");
-    let old = std::fs::read_to_string(docs.join(format!("{page_name}.md"))).unwrap_or_default();
+    // The program is built from what is there now.
+    let commit = machine::commit(&root);
+    let (about, apart) = (machine::describe(&root, &commit), machine::moment(&commit, quick));
+    let apart = format!("\nMeasured apart from the rest of this page, {apart}.\n");
     let mut lab = Lab::open(quick)?;
+    let folder = folder(quick, page_name, lab.folder());
+    let page_name = page_name.unwrap_or(PAGE);
+    let file = folder.join(format!("{page_name}.md"));
+    let old = std::fs::read_to_string(&file).unwrap_or_default();
     let load = machine::load();
-    let new_about = || format!("{}\n{}", machine::describe(&root), machine::conditions(quick, load, machine::load()));
-    let old_about = match old.split_once(ABOUT).and_then(|(_, rest)| rest.split_once("\n## ")) {
-        Some((about, _)) => about.to_owned(),
-        None => new_about(),
-    };
-    let apart = format!("\nMeasured apart from the rest of this page, {}.\n", machine::moment(&root, quick));
     let mut measured = Vec::new();
     for Entry { name, title, measure } in SECTIONS {
         if only.is_empty() || only.iter().any(|wanted| wanted == name) {
             eprintln!("report: section {name}");
             measured.push((title, measure(&mut lab)?));
-            let (about, apart) =
-                if measured.len() < SECTIONS.len() { (&old_about, &*apart) } else { (&new_about(), "") };
+            let new = format!("{about}\n{}", machine::conditions(quick, load, machine::load()));
+            let (about, apart) = head(&old, measured.len() == SECTIONS.len(), &new, &apart);
             let titles = SECTIONS.map(|section| section.title);
-            write(&docs, page_name, &page(about, &titles, &measured, apart, &old), &measured)?;
+            write(&folder, page_name, &page(about, &titles, &measured, apart, &old), &measured)?;
         }
     }
-    println!("report: docs/{page_name}.md, docs/{page_name}/*.svg");
+    println!("report: {}, charts in {}", file.display(), folder.join(page_name).display());
     Ok(ExitCode::SUCCESS)
 }
+
+/// Where the page goes: what a quick look measured is not for readers, unless it is asked for by name.
+fn folder(quick: bool, page_name: Option<&str>, of_lab: &Path) -> PathBuf {
+    if quick && page_name.is_none() { of_lab.to_path_buf() } else { workspace::root().join("docs") }
+}
+
+/// The head of a page and the note of its new sections. An earlier page keeps its head until everything on it is new.
+fn head<'a>(old: &'a str, complete: bool, new: &'a str, apart: &'a str) -> (&'a str, &'a str) {
+    match old.split_once(ABOUT).and_then(|(_, rest)| rest.split_once("\n## ")) {
+        Some((about, _)) if !complete => (about, apart),
+        _ => (new, ""),
+    }
+}
+
+/// The page where none is named, and how the names of all begin.
+const PAGE: &str = "performance";
 
 /// What comes before the description of the machine.
 const ABOUT: &str = "# Performance\n\nWritten by `cargo xtask report`; run it again rather than edit this page.\n\n";
@@ -123,6 +150,32 @@ fn page(about: &str, titles: &[&str], measured: &[(&str, Section)], apart: &str,
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn pages_are_told_from_other_documents() {
+        for name in ["performance", "performance-zen3", "performance_2"] {
+            assert_eq!(page_name(name), Ok(name.to_owned()));
+        }
+        for name in ["", "architecture", "../performance", "performance/x", "performance.md", "my-performance"] {
+            assert!(page_name(name).is_err(), "{name}");
+        }
+    }
+
+    #[test]
+    fn a_quick_look_leaves_the_published_page_alone() {
+        let (lab, docs) = (Path::new("target/report"), workspace::root().join("docs"));
+        assert_eq!(folder(true, None, lab), lab);
+        assert_eq!(folder(true, Some("performance-x"), lab), docs);
+        assert_eq!(folder(false, None, lab), docs);
+    }
+
+    #[test]
+    fn a_new_page_has_the_head_of_its_own_run() {
+        let old = format!("{ABOUT}old\n\n## One\n\nText.\n");
+        assert_eq!(head(&old, false, "new", "apart"), ("old\n", "apart"));
+        assert_eq!(head(&old, true, "new", "apart"), ("new", ""));
+        assert_eq!(head("", false, "new", "apart"), ("new", ""));
+    }
 
     #[test]
     fn the_page_has_its_sections_in_order_and_their_charts_as_files() {

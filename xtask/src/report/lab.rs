@@ -114,6 +114,11 @@ impl Lab {
         Ok(Lab { program, mpi, cache: self.cache.clone(), commands: Vec::new(), ..*self })
     }
 
+    /// Where the lab has its files.
+    pub fn folder(&self) -> &Path {
+        &self.cache
+    }
+
     /// A file of the lab.
     pub fn file(&self, name: &str) -> String {
         self.cache.join(name).to_string_lossy().into_owned()

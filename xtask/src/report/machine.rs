@@ -8,8 +8,8 @@ use std::process::Command;
 /// Instruction sets worth naming where a CPU has them.
 const FLAGS: [&str; 7] = ["avx2", "fma", "f16c", "avx_vnni", "avx512f", "avx512_vnni", "avx512_bf16"];
 
-/// The machine and the code, as a table.
-pub fn describe(root: &Path) -> String {
+/// The machine and the code of `commit`, as a table.
+pub fn describe(root: &Path, commit: &str) -> String {
     let cpuinfo = fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
     let meminfo = fs::read_to_string("/proc/meminfo").unwrap_or_default();
     let mut out = String::from("| | |\n|---|---|\n");
@@ -20,7 +20,7 @@ pub fn describe(root: &Path) -> String {
         ("memory", memory(&meminfo)),
         ("system", first_line("uname", &["-sr"], root)),
         ("compiler", first_line("rustc", &["--version"], root)),
-        ("commit", commit(root)),
+        ("commit", commit.to_owned()),
     ] {
         let _ = writeln!(out, "| {name} | {value} |");
     }
@@ -28,11 +28,11 @@ pub fn describe(root: &Path) -> String {
 }
 
 /// When and of what a part of the page was measured.
-pub fn moment(root: &Path, quick: bool) -> String {
+pub fn moment(commit: &str, quick: bool) -> String {
     let cpuinfo = fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
     let quick =
         if quick { ", with `--quick`: it shows that the section works, not how fast the program is" } else { "" };
-    format!("at commit {} on {}{quick}", commit(root), processor(&cpuinfo))
+    format!("at commit {commit} on {}{quick}", processor(&cpuinfo))
 }
 
 /// How far the figures can be trusted.
@@ -97,8 +97,9 @@ fn memory(meminfo: &str) -> String {
     kib.map_or("unknown".to_owned(), |kib| format!("{:.1} GiB", kib / f64::from(1 << 20)))
 }
 
-fn commit(root: &Path) -> String {
-    // The page itself changes with each section.
+/// The commit of the working tree, and whether that has changes beside it.
+pub fn commit(root: &Path) -> String {
+    // Pages of earlier reports are not what is measured.
     let status = ["status", "--porcelain", "--untracked-files=no", "--", ".", ":(exclude)docs/performance*"];
     let changed = !first_line("git", &status, root).is_empty();
     let commit = first_line("git", &["log", "-1", "--format=%h, %cs"], root);
