@@ -88,7 +88,7 @@ enum Command {
     },
     /// Measure this machine and write docs/performance.md with its charts
     ///
-    /// Takes about an hour on two cores and 9 GB under target/; nothing else should run meanwhile.
+    /// Takes more than an hour on two cores and 9 GB under target/; nothing else should run meanwhile.
     Report {
         /// Few layers, short prompts, one repetition: to see that it works, on a page under target/report
         #[arg(long)]

@@ -13,6 +13,7 @@ mod moe;
 mod networks;
 mod planning;
 mod scaling;
+mod splits;
 
 use std::fmt::Write as _;
 use std::path::{Path, PathBuf};

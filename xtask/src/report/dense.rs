@@ -5,9 +5,9 @@ use std::fmt::Write as _;
 use anyhow::Result;
 use serde_json::Value;
 
-use super::Section;
 use super::chart::{self, Bar, Line};
-use super::lab::{Lab, Measured, cell};
+use super::lab::{CELLS, Lab, Measured, cell};
+use super::{Section, splits};
 
 const FORMATS: [&str; 3] = ["bf16", "q8", "q4"];
 
@@ -19,7 +19,9 @@ struct Extent {
     long: usize,
     depths: &'static [usize],
     reps: &'static str,
+    long_reps: &'static str,
     gen_len: &'static str,
+    splits: splits::Extent,
 }
 
 const FULL: Extent = Extent {
@@ -28,25 +30,34 @@ const FULL: Extent = Extent {
     long: 4096,
     depths: &[1024, 2048, 4096],
     reps: "5",
+    long_reps: "3",
     gen_len: "64",
+    splits: splits::Extent { prompt: 512, after: 128, gen_len: "64", reps: "3", turns: 3 },
 };
-const QUICK: Extent =
-    Extent { layers: Some(4), prompts: &[128, 32], long: 256, depths: &[256], reps: "1", gen_len: "8" };
+const QUICK: Extent = Extent {
+    layers: Some(4),
+    prompts: &[128, 32],
+    long: 256,
+    depths: &[256],
+    reps: "1",
+    long_reps: "1",
+    gen_len: "8",
+    splits: splits::Extent { prompt: 128, after: 128, gen_len: "8", reps: "1", turns: 1 },
+};
 
 /// The benches of one configuration: short prompts and decode after the first; the long prompt and deep contexts.
 struct Bench {
     short: Value,
-    long: Option<Value>,
+    long: Value,
 }
 
 impl Bench {
     fn prefill(&self, tokens: usize) -> Option<Measured> {
-        Measured::find(&self.short, "prefill", tokens)
-            .or_else(|| Measured::find(self.long.as_ref()?, "prefill", tokens))
+        [&self.short, &self.long].into_iter().find_map(|bench| Measured::find(bench, "prefill", tokens))
     }
 
     fn decode(&self, depth: usize) -> Option<Measured> {
-        Measured::find(&self.short, "decode", depth).or_else(|| Measured::find(self.long.as_ref()?, "decode", depth))
+        [&self.short, &self.long].into_iter().find_map(|bench| Measured::find(bench, "decode", depth))
     }
 }
 
@@ -59,23 +70,16 @@ pub fn measure(lab: &mut Lab) -> Result<Section> {
     let mut formats = Vec::new();
     for format in FORMATS {
         let args = [&["bench", "--json", "--model", &model, "--weights", format][..], &team].concat();
-        formats.push(bench(lab, &args, extent, true)?);
+        formats.push(bench(lab, &args, extent)?);
     }
     let args = [&["bench", "--json", "--model", &model, "--weights", "bf16", "--kv", "q8"][..], &team].concat();
-    let narrow = bench(lab, &args, extent, true)?;
-    let mut split = Vec::new();
-    for format in FORMATS {
-        let ranks = ["--ranks", &cores, "--threads", "1"];
-        let args = [&["bench", "--json", "--model", &model, "--weights", format][..], &ranks].concat();
-        split.push(bench(lab, &args, extent, false)?);
-    }
+    let narrow = bench(lab, &args, extent)?;
     let mut text = format!(
-        "The shape of Qwen3-0.6B with random weights, cache f16 unless stated, {} threads in all. Tokens a second, and in \
-         brackets the share of the limit.\n\n",
+        "The shape of Qwen3-0.6B with random weights, cache f16 unless stated, {} threads in all: {CELLS}.\n\n",
         lab.cores
     );
     text.push_str(&speeds(extent, &formats, &narrow));
-    text.push_str(&ranks(lab.cores, extent, &formats, &split));
+    text.push_str(&splits::measure(lab, &model, &FORMATS, &extent.splits)?);
     text.push_str("\n![prompt speed](performance/prefill.svg)\n\n![decode speed](performance/decode.svg)\n\n");
     text.push_str("![decode speed against context length](performance/context.svg)\n\nDashes mark the limit.\n");
     text.push_str(&lab.take_commands());
@@ -83,16 +87,12 @@ pub fn measure(lab: &mut Lab) -> Result<Section> {
     Ok(Section { text, charts })
 }
 
-fn bench(lab: &mut Lab, args: &[&str], extent: &Extent, deep: bool) -> Result<Bench> {
-    let prompts = list(extent.prompts);
-    let gen_len = ["--gen-len", extent.gen_len];
-    let short = lab.json(&[args, &["--prompt-len", &prompts, "--reps", extent.reps], &gen_len].concat())?;
-    if !deep {
-        return Ok(Bench { short, long: None });
-    }
-    let (long, depths) = (extent.long.to_string(), list(extent.depths));
-    let long = lab.json(&[args, &["--prompt-len", &long, "--depth", &depths, "--reps", "1"], &gen_len].concat())?;
-    Ok(Bench { short, long: Some(long) })
+fn bench(lab: &mut Lab, args: &[&str], extent: &Extent) -> Result<Bench> {
+    let (prompts, long, depths) = (list(extent.prompts), extent.long.to_string(), list(extent.depths));
+    let short = ["--prompt-len", &prompts, "--reps", extent.reps];
+    let long = ["--prompt-len", &long, "--depth", &depths, "--reps", extent.long_reps];
+    let mut run = |what: &[&str]| lab.json(&[args, what, &["--gen-len", extent.gen_len]].concat());
+    Ok(Bench { short: run(&short)?, long: run(&long)? })
 }
 
 fn list(numbers: &[usize]) -> String {
@@ -114,42 +114,15 @@ fn speeds(extent: &Extent, formats: &[Bench], narrow: &Bench) -> String {
         let _ = write!(out, " prompt {length} |");
     }
     let first = extent.prompts[0];
-    let _ = writeln!(out, " decode after {first} | decode after {deepest} | limits |");
-    let _ = writeln!(out, "|---|{}---|---|---|", "---|".repeat(lengths.len()));
+    let _ = writeln!(out, " decode after {first} | decode after {deepest} |");
+    let _ = writeln!(out, "|---|{}---|---|", "---|".repeat(lengths.len()));
     let rows = FORMATS.into_iter().map(str::to_owned).chain([format!("{}, cache q8", FORMATS[0])]);
     for (name, bench) in rows.zip(formats.iter().chain([narrow])) {
         let _ = write!(out, "| {name} |");
         for &length in &lengths {
             let _ = write!(out, " {} |", cell(bench.prefill(length)));
         }
-        let limits = &bench.short["limits"];
-        let limit = |key: &str| limits[key].as_f64().unwrap_or(f64::NAN);
-        let _ = writeln!(
-            out,
-            " {} | {} | {:.0} GFLOP/s, {:.1} GB/s |",
-            cell(bench.decode(first)),
-            cell(bench.decode(deepest)),
-            limit("fma_gflops"),
-            limit("read_gb_per_s"),
-        );
-    }
-    out
-}
-
-fn ranks(cores: usize, extent: &Extent, formats: &[Bench], split: &[Bench]) -> String {
-    let (first, last) = (extent.prompts[0], *extent.prompts.iter().max().unwrap_or(&0));
-    let mut out = format!(
-        "\nThe same cores as one rank with {cores} threads and as {cores} ranks (threads of one process) with one each:\n\n\
-         | weights | prompt {last}, 1 x {cores} | {cores} x 1 | ratio | decode after {first}, 1 x {cores} | {cores} x 1 | ratio |\n\
-         |---|---|---|---|---|---|---|\n"
-    );
-    for ((format, one), many) in FORMATS.iter().zip(formats).zip(split) {
-        let _ = write!(out, "| {format} |");
-        for (one, many) in [(one.prefill(last), many.prefill(last)), (one.decode(first), many.decode(first))] {
-            let ratio = one.zip(many).map_or("–".to_owned(), |(one, many)| format!("{:.2}", many.speed / one.speed));
-            let _ = write!(out, " {} | {} | {ratio} |", cell(one), cell(many));
-        }
-        out.push('\n');
+        let _ = writeln!(out, " {} | {} |", cell(bench.decode(first)), cell(bench.decode(deepest)));
     }
     out
 }
@@ -192,13 +165,11 @@ mod tests {
     use super::*;
 
     fn made_up(speed: f64) -> Bench {
-        let result = |phase: &str, tokens: usize, depth: usize| json!({"phase": phase, "tokens": tokens, "depth": depth, "tokens_per_s": speed, "limit_share": 0.5});
-        let short = json!({
-            "limits": {"fma_gflops": 170.4, "read_gb_per_s": 33.25},
-            "results": [result("prefill", 128, 0), result("prefill", 32, 0), result("decode", 8, 128)],
-        });
-        let long = json!({"results": [result("prefill", 256, 0), result("decode", 8, 256)]});
-        Bench { short, long: Some(long) }
+        let result = |phase: &str, tokens: usize, depth: usize, limit: f64| json!({"phase": phase, "tokens": tokens, "depth": depth, "tokens_per_s": speed, "limit_share": 0.5, "gflops": limit / 2.0, "gb_per_s": 16.0});
+        let short = [("prefill", 128, 0), ("prefill", 32, 0), ("decode", 8, 128)];
+        let short = json!({"results": short.map(|(phase, tokens, depth)| result(phase, tokens, depth, 200.0))});
+        let long = json!({"results": [result("prefill", 256, 0, 150.0), result("decode", 8, 256, 150.0)]});
+        Bench { short, long }
     }
 
     #[test]
@@ -209,16 +180,10 @@ mod tests {
             table
                 .starts_with("| weights | prompt 32 | prompt 128 | prompt 256 | decode after 128 | decode after 256 |")
         );
-        let row =
-            "| q8 | 20.0 (0.50) | 20.0 (0.50) | 20.0 (0.50) | 20.0 (0.50) | 20.0 (0.50) | 170 GFLOP/s, 33.2 GB/s |";
+        // The long prompt has a limit of its own.
+        let row = "| q8 | 20.0 (0.50 of 200) | 20.0 (0.50 of 200) | 20.0 (0.50 of 150) | 20.0 (0.50 of 32.0) | 20.0 (0.50 of 32.0) |";
         assert!(table.contains(row), "{table}");
         assert_eq!((table.lines().count(), table.contains('–')), (6, false), "{table}");
-        let split = [made_up(9.0), made_up(20.0), made_up(50.0)];
-        let table = ranks(2, &QUICK, &formats, &split);
-        assert!(
-            table.contains("| q4 | 40.0 (0.50) | 50.0 (0.50) | 1.25 | 40.0 (0.50) | 50.0 (0.50) | 1.25 |"),
-            "{table}"
-        );
     }
 
     #[test]

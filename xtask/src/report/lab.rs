@@ -211,6 +211,8 @@ pub struct Measured {
     pub speed: f64,
     /// The share of the limit.
     pub share: f64,
+    /// That limit, as it was seen around the same repetitions: GFLOP/s of a prompt, GB/s of decoding.
+    pub limit: f64,
 }
 
 impl Measured {
@@ -219,7 +221,10 @@ impl Measured {
         let key = if phase == "prefill" { "tokens" } else { "depth" };
         let wanted = |result: &&Value| result["phase"] == phase && result[key].as_u64() == Some(length as u64);
         let result = bench["results"].as_array()?.iter().find(wanted)?;
-        Some(Self { speed: result["tokens_per_s"].as_f64()?, share: result["limit_share"].as_f64()? })
+        let number = |name: &str| result[name].as_f64();
+        let share = number("limit_share")?;
+        let reached = number(if phase == "prefill" { "gflops" } else { "gb_per_s" })?;
+        Some(Self { speed: number("tokens_per_s")?, share, limit: reached / share })
     }
 
     /// The speed at the limit itself.
@@ -228,13 +233,24 @@ impl Measured {
     }
 }
 
-/// `"123 (0.87)"`: tokens a second and share of the limit, or a dash.
+/// `"123 (0.87 of 210)"`: tokens a second, the share of the limit and that limit, or a dash.
 pub fn cell(measured: Option<Measured>) -> String {
-    match measured {
-        Some(Measured { speed, share }) if speed < 100.0 => format!("{speed:.1} ({share:.2})"),
-        Some(Measured { speed, share }) => format!("{speed:.0} ({share:.2})"),
-        None => "–".to_owned(),
-    }
+    let short = |value: f64| if value < 100.0 { format!("{value:.1}") } else { format!("{value:.0}") };
+    measured.map_or("–".to_owned(), |Measured { speed, share, limit }| {
+        format!("{} ({share:.2} of {})", short(speed), short(limit))
+    })
+}
+
+/// How a section explains its cells.
+pub const CELLS: &str = "tokens a second, and in brackets the share of the limit and that limit, measured around the same repetitions: \
+                         GFLOP/s of prompts, GB/s of decoding";
+
+/// The middle value, or the mean of the two in the middle; there has to be one.
+pub fn median(values: &[f64]) -> f64 {
+    let mut sorted = values.to_vec();
+    sorted.sort_by(f64::total_cmp);
+    let middle = sorted.len() / 2;
+    if sorted.len() % 2 == 1 { sorted[middle] } else { (sorted[middle - 1] + sorted[middle]) / 2.0 }
 }
 
 #[cfg(test)]
@@ -246,15 +262,20 @@ mod tests {
     #[test]
     fn results_are_found_by_phase_and_length() {
         let bench = json!({"results": [
-            {"phase": "prefill", "tokens": 32, "tokens_per_s": 150.5, "limit_share": 0.75, "depth": 0},
-            {"phase": "decode", "tokens": 32, "tokens_per_s": 25.0, "limit_share": 0.5, "depth": 128},
+            {"phase": "prefill", "tokens": 32, "tokens_per_s": 150.5, "gflops": 150.0, "gb_per_s": 1.0, "limit_share": 0.75, "depth": 0},
+            {"phase": "decode", "tokens": 32, "tokens_per_s": 25.0, "gflops": 1.0, "gb_per_s": 15.0, "limit_share": 0.5, "depth": 128},
         ]});
         let prefill = Measured::find(&bench, "prefill", 32).unwrap();
-        assert_eq!(prefill, Measured { speed: 150.5, share: 0.75 });
+        assert_eq!(prefill, Measured { speed: 150.5, share: 0.75, limit: 200.0 });
         let decode = Measured::find(&bench, "decode", 128).unwrap();
         assert_eq!(decode.at_limit(), 50.0);
         assert_eq!(Measured::find(&bench, "decode", 32), None);
         let cells = [Some(prefill), Some(decode), None].map(cell);
-        assert_eq!(cells, ["150 (0.75)", "25.0 (0.50)", "–"]);
+        assert_eq!(cells, ["150 (0.75 of 200)", "25.0 (0.50 of 30.0)", "–"]);
+    }
+
+    #[test]
+    fn a_median_is_in_the_middle() {
+        assert_eq!((median(&[5.0, 1.0, 9.0]), median(&[8.0, 1.0, 9.0, 2.0])), (5.0, 5.0));
     }
 }

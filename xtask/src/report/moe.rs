@@ -6,7 +6,7 @@ use anyhow::Result;
 use serde_json::Value;
 
 use super::Section;
-use super::lab::{Lab, Measured, cell};
+use super::lab::{CELLS, Lab, Measured, cell};
 
 const PROMPT: usize = 512;
 const AFTER: usize = 128;
@@ -28,9 +28,9 @@ pub fn measure(lab: &mut Lab) -> Result<Section> {
             rows.push((name.clone(), format, bench));
         }
     }
-    let mut text = String::from(
-        "A prompt groups its tokens by expert; a decoded token reads only its experts. The bytes of the share are those \
-         that a token visits. What fits into a cache may exceed the limit of memory.\n\n",
+    let mut text = format!(
+        "A prompt groups its tokens by expert; a decoded token reads only its experts. The figures are {CELLS}. The bytes of the \
+         share are those that a token visits. What fits into a cache may exceed the limit of memory.\n\n",
     );
     text.push_str(&table(&rows));
     text.push_str(&lab.take_commands());
@@ -58,10 +58,10 @@ mod tests {
     #[test]
     fn a_row_for_each_bench() {
         let bench = json!({"results": [
-            {"phase": "prefill", "tokens": 512, "depth": 0, "tokens_per_s": 300.0, "limit_share": 0.8},
-            {"phase": "decode", "tokens": 64, "depth": 128, "tokens_per_s": 50.0, "limit_share": 0.9},
+            {"phase": "prefill", "tokens": 512, "depth": 0, "tokens_per_s": 300.0, "gflops": 400.0, "limit_share": 0.8},
+            {"phase": "decode", "tokens": 64, "depth": 128, "tokens_per_s": 50.0, "gb_per_s": 27.0, "limit_share": 0.9},
         ]});
         let table = table(&[("tiny-moe".to_owned(), "q4", bench)]);
-        assert!(table.ends_with("| tiny-moe | q4 | – | 300 (0.80) | 50.0 (0.90) |\n"), "{table}");
+        assert!(table.ends_with("| tiny-moe | q4 | – | 300 (0.80 of 500) | 50.0 (0.90 of 30.0) |\n"), "{table}");
     }
 }

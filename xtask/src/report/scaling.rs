@@ -5,7 +5,7 @@ use std::fmt::Write as _;
 use anyhow::Result;
 
 use super::Section;
-use super::lab::{Lab, Measured, Ranks, cell};
+use super::lab::{CELLS, Lab, Measured, Ranks, cell};
 
 const COUNTS: [usize; 5] = [1, 2, 4, 8, 16];
 const FORMATS: [&str; 2] = ["bf16", "q4"];
@@ -35,7 +35,18 @@ pub fn measure(lab: &mut Lab) -> Result<Section> {
     for format in FORMATS {
         for &ranks in &places {
             let args = ["bench", "--json", "--model", &model, "--weights", format, "--threads", "1"];
-            let what = ["--prompt-len", &lengths, "--depth", &depth, "--gen-len", gen_len, "--reps", reps];
+            let what = [
+                "--strategy",
+                "heads",
+                "--prompt-len",
+                &lengths,
+                "--depth",
+                &depth,
+                "--gen-len",
+                gen_len,
+                "--reps",
+                reps,
+            ];
             let bench = lab.json_on(ranks, &[&args[..], &what].concat())?;
             let [prompt, decode] =
                 [("prefill", prompt), ("decode", AFTER)].map(|(phase, length)| Measured::find(&bench, phase, length));
@@ -43,8 +54,8 @@ pub fn measure(lab: &mut Lab) -> Result<Section> {
         }
     }
     let mut text = format!(
-        "The shape of Qwen3-0.6B, one thread a rank, prompt {prompt}, decode after {AFTER}: tokens a second (share of the limit of \
-         those ranks), and the speed over that of one rank. Decode is limited by memory, which the ranks share.\n\n"
+        "The shape of Qwen3-0.6B, one thread a rank, prompt {prompt}, decode after {AFTER}: {CELLS}, all of those \
+         ranks; then the speed over that of one rank. Decode is limited by memory, which the ranks share.\n\n"
     );
     if cores < COUNTS[COUNTS.len() - 1] {
         let _ = writeln!(text, "More ranks than the {cores} cores of this machine are not measured.\n");
@@ -86,7 +97,7 @@ mod tests {
     #[test]
     fn speed_ups_are_over_one_rank_of_the_same_format() {
         let row = |ranks, format, speed: f64| {
-            let measured = |speed| Some(Measured { speed, share: 0.5 });
+            let measured = |speed| Some(Measured { speed, share: 0.5, limit: 30.0 });
             Row { ranks, format, prompt: measured(speed), decode: measured(speed / 10.0) }
         };
         let rows = [
@@ -95,8 +106,14 @@ mod tests {
             row(Ranks::Threads(2), "q4", 50.0),
         ];
         let table = table(&rows);
-        assert!(table.contains("| bf16 | 1 rank | 100 (0.50) | 1.00 | 10.0 (0.50) | 1.00 |"), "{table}");
-        assert!(table.contains("| bf16 | 2 MPI ranks | 190 (0.50) | 1.90 | 19.0 (0.50) | 1.90 |"), "{table}");
-        assert!(table.contains("| q4 | 2 ranks in one process | 50.0 (0.50) | – |"), "{table}");
+        assert!(
+            table.contains("| bf16 | 1 rank | 100 (0.50 of 30.0) | 1.00 | 10.0 (0.50 of 30.0) | 1.00 |"),
+            "{table}"
+        );
+        assert!(
+            table.contains("| bf16 | 2 MPI ranks | 190 (0.50 of 30.0) | 1.90 | 19.0 (0.50 of 30.0) | 1.90 |"),
+            "{table}"
+        );
+        assert!(table.contains("| q4 | 2 ranks in one process | 50.0 (0.50 of 30.0) | – |"), "{table}");
     }
 }
