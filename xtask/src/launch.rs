@@ -10,6 +10,8 @@ use anyhow::{Context, Result, bail};
 use crate::mpi::{Bind, Mpi};
 use crate::{setup, workspace};
 
+const PROGRAM: [&str; 4] = ["--package", "qwen3-cli", "--bin", "qwen3"];
+
 /// The release build of the program `qwen3`, with the MPI backend where an MPI is given.
 pub fn build_program(mpi: Option<&Mpi>) -> Result<PathBuf> {
     build_with(mpi, &mut workspace::cargo(), &[])
@@ -17,23 +19,29 @@ pub fn build_program(mpi: Option<&Mpi>) -> Result<PathBuf> {
 
 /// The same by a given cargo, with further arguments.
 pub fn build_with(mpi: Option<&Mpi>, cargo: &mut Command, args: &[&str]) -> Result<PathBuf> {
-    build(mpi, cargo.args(["build", "--release"]).args(args))
+    build(mpi, cargo.args(["build", "--release"]).args(args), PROGRAM)
+}
+
+/// The release build of a crate's example, with the crate's feature `mpi` where an MPI is given.
+pub fn build_example(mpi: Option<&Mpi>, package: &str, name: &str) -> Result<PathBuf> {
+    build(mpi, workspace::cargo().args(["build", "--release"]), ["--package", package, "--example", name])
 }
 
 /// The program with the MPI backend, built as the tests are, with which it shares most of the work.
 pub fn build_for_tests(mpi: &Mpi) -> Result<PathBuf> {
-    build(Some(mpi), workspace::cargo().arg("build"))
+    build(Some(mpi), workspace::cargo().arg("build"), PROGRAM)
 }
 
-fn build(mpi: Option<&Mpi>, command: &mut Command) -> Result<PathBuf> {
-    command.args(["--package", "qwen3-cli", "--bin", "qwen3"]);
+fn build(mpi: Option<&Mpi>, command: &mut Command, what: [&str; 4]) -> Result<PathBuf> {
+    command.args(what);
     if let Some(mpi) = mpi {
         command.args(["--features", "mpi"]);
         mpi.prepare(command, Bind::None, true);
     }
     let built = workspace::build(command)?;
-    let program = built.into_iter().find(|executable| executable.target == "qwen3");
-    Ok(program.context("the build made no program qwen3")?.path)
+    let [.., name] = what;
+    let program = built.into_iter().find(|executable| executable.target == name);
+    Ok(program.with_context(|| format!("the build made no program {name}"))?.path)
 }
 
 /// Replaces this process by `mpirun … qwen3 args`: signals go straight to it and its exit status is this one's.

@@ -27,8 +27,10 @@ pub struct Finished {
     pub status: Option<ExitStatus>,
     /// What it wrote to standard output (it was shown as it came, unless the job was silent).
     pub stdout: String,
-    /// Wall-clock time it took.
+    /// Wall-clock time it took, with the look at what it left behind.
     pub elapsed: Duration,
+    /// When it closed its standard output, at the latest by ending: the time of a program that is measured.
+    pub closed: Duration,
     /// Descendants that were still running after the job itself had ended, and had to be killed.
     pub left_behind: usize,
 }
@@ -71,7 +73,8 @@ pub fn run(command: &mut Command, deadline: Duration, output: Output) -> Result<
     }
     let mut job = Job::start(command)?;
     let pipe = job.child.stdout.take().context("the child has no standard output")?;
-    let reader = thread::spawn(move || collect(pipe, output));
+    let started = job.started;
+    let reader = thread::spawn(move || (collect(pipe, output), started.elapsed()));
 
     let status = job.wait(deadline.saturating_sub(job.started.elapsed()))?;
     if status.is_none() {
@@ -85,8 +88,8 @@ pub fn run(command: &mut Command, deadline: Duration, output: Output) -> Result<
         }
     }
     let left_behind = job.end()?;
-    let stdout = reader.join().unwrap_or_default();
-    Ok(Finished { status, stdout, elapsed: job.started.elapsed(), left_behind })
+    let (stdout, closed) = reader.join().unwrap_or_default();
+    Ok(Finished { status, stdout, elapsed: started.elapsed(), closed, left_behind })
 }
 
 /// Runs a program that has to end well. What it and its launcher say on standard error goes to a file in `folder`, and is
@@ -244,6 +247,15 @@ mod tests {
         assert_eq!(finished.status.unwrap().code(), Some(7));
         assert!(!finished.ok());
         assert!(finished.reason().contains('7'), "{}", finished.reason());
+    }
+
+    #[test]
+    fn a_program_is_timed_to_its_end_and_not_to_the_look_at_it() {
+        let timed = |script: &str| run(&mut shell(script), Duration::from_secs(30), Output::Silent).unwrap();
+        // What it leaves behind keeps the job, but not its output.
+        let finished = timed("sleep 0.2; sleep 1000 >/dev/null & exit 0");
+        assert!(finished.closed >= Duration::from_millis(200), "{:?}", finished.closed);
+        assert!(finished.closed + GRACE / 2 < finished.elapsed, "{:?} of {:?}", finished.closed, finished.elapsed);
     }
 
     #[test]

@@ -8,6 +8,7 @@ mod chart;
 mod clusters;
 mod dense;
 mod lab;
+mod latency;
 mod machine;
 mod moe;
 mod networks;
@@ -40,12 +41,13 @@ struct Entry {
 }
 
 /// The sections in the order of the page; a new one is added here.
-const SECTIONS: [Entry; 8] = [
+const SECTIONS: [Entry; 9] = [
     Entry { name: "dense", title: "One machine: a dense model", measure: dense::measure },
     Entry { name: "moe", title: "One machine: mixtures of experts", measure: moe::measure },
     Entry { name: "accuracy", title: "Accuracy of the formats", measure: accuracy::measure },
     Entry { name: "analysis", title: "The analysis, repeated", measure: analysis::measure },
     Entry { name: "scaling", title: "More ranks on one machine", measure: scaling::measure },
+    Entry { name: "latency", title: "Short times: sums, loading, the first token", measure: latency::measure },
     Entry { name: "planning", title: "Plan and measurement", measure: planning::measure },
     Entry { name: "clusters", title: "Emulated clusters: the cost of a link", measure: clusters::measure },
     Entry { name: "networks", title: "Emulated clusters: TCP between namespaces", measure: networks::measure },

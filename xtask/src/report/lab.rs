@@ -9,7 +9,8 @@ use anyhow::{Context, Result, bail};
 use serde_json::Value;
 
 use crate::mpi::{Bind, Mpi, Parts};
-use crate::{launch, process, workspace};
+use crate::process::{self, Finished};
+use crate::{launch, workspace};
 
 /// No single bench takes longer.
 const DEADLINE: Duration = Duration::from_secs(3600);
@@ -170,7 +171,47 @@ impl Lab {
         }
         let name = format!("mpirun -n {count} qwen3 {}", args.join(" "));
         let mut command = mpi.launcher(processes, None, Bind::None, program.as_os_str());
-        parse(&self.answer(command.args(args), &name)?, args)
+        parse(&self.answer(command.args(args), &name)?.stdout, args)
+    }
+
+    /// Runs the program once to warm up and then `times` times: wall-clock seconds of each whole process, and what it printed.
+    pub fn timed(&mut self, args: &[&str], times: usize) -> Result<Vec<(f64, String)>> {
+        self.note(args);
+        self.run(args)?;
+        let name = format!("qwen3 {}", args.join(" "));
+        let run = |_| {
+            let finished = self.answer(Command::new(&self.program).args(args), &name)?;
+            Ok((finished.closed.as_secs_f64(), finished.stdout))
+        };
+        (0..times).map(run).collect()
+    }
+
+    /// Builds an example of a crate, with MPI where there is one.
+    pub fn example(&mut self, package: &str, name: &str) -> Result<PathBuf> {
+        let mpi = if self.has_mpi()? { self.mpi.clone().flatten().map(|(mpi, _)| mpi) } else { None };
+        let features = if mpi.is_some() { " --features mpi" } else { "" };
+        self.commands.push(format!("cargo build --release --package {package} --example {name}{features}"));
+        launch::build_example(mpi.as_ref(), package, name)
+    }
+
+    /// What an example prints that takes the number of its threads, or runs on MPI ranks, each on a core of its own.
+    pub fn example_on(&mut self, ranks: Ranks, example: &Path) -> Result<String> {
+        let count = ranks.count().to_string();
+        let shown = format!("target/release/examples/{}", example.file_name().unwrap_or_default().to_string_lossy());
+        let (mut command, line) = match (ranks, &self.mpi) {
+            (Ranks::Threads(_), _) => (Command::new(example), format!("{shown} {count}")),
+            (Ranks::Mpi(processes), Some(Some((mpi, _)))) => (
+                mpi.launcher(processes, None, Bind::Core, example.as_os_str()),
+                format!("mpirun --bind-to core -n {count} {shown}"),
+            ),
+            _ => bail!("there is no MPI here"),
+        };
+        if let Ranks::Threads(_) = ranks {
+            command.arg(&count);
+        }
+        let answer = self.answer(&mut command, &line)?.stdout;
+        self.commands.push(line);
+        Ok(answer)
     }
 
     /// The commands since the last call, for the end of a section.
@@ -191,12 +232,13 @@ impl Lab {
     }
 
     fn run(&self, args: &[&str]) -> Result<String> {
-        self.answer(Command::new(&self.program).args(args), &format!("qwen3 {}", args.join(" ")))
+        let name = format!("qwen3 {}", args.join(" "));
+        Ok(self.answer(Command::new(&self.program).args(args), &name)?.stdout)
     }
 
-    fn answer(&self, command: &mut Command, name: &str) -> Result<String> {
+    fn answer(&self, command: &mut Command, name: &str) -> Result<Finished> {
         eprintln!("report: {name}");
-        Ok(process::answer(command, name, &self.cache, DEADLINE)?.stdout)
+        process::answer(command, name, &self.cache, DEADLINE)
     }
 }
 
