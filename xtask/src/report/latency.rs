@@ -34,10 +34,10 @@ pub fn measure(lab: &mut Lab) -> Result<Section> {
     if lab.has_mpi()? {
         places.push(Ranks::Mpi(2));
     }
-    let mut text = format!(
-        "An Allreduce of two ranks of this machine, each on a core of its own, in f32: microseconds of a call, the median of many in a run and \
-         of {runs} runs. `threads` are ranks of one process; `memory` are MPI processes by shared memory, which is what the program takes \
-         within a machine, `messages` the same algorithms by MPI's messages.\n\n"
+    let mut text = String::from(
+        "An Allreduce of two ranks of this machine, each on a core of its own, in f32: microseconds of a call, the median of many in each of the runs \
+         below and of those runs. `threads` are ranks of one process; `memory` are MPI processes by shared memory, which is what the program takes \
+         within a machine, `messages` the same algorithms by MPI's messages.\n\n",
     );
     if places.len() < 2 {
         text.push_str("There is no MPI on this machine.\n\n");

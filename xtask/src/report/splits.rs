@@ -33,7 +33,7 @@ pub fn measure(lab: &mut Lab, model: &str, formats: &[&str], extent: &Extent) ->
     let Extent { prompt, after, turns, .. } = extent;
     let mut out = format!(
         "\nThe same cores as one rank with {cores} threads and as {cores} ranks with one each. The splits of a format are measured right after \
-         each other, {turns} times in turn, for a machine changes within minutes: figures are those of the middle turn, ratios the \
+         each other, in turns ({turns}), for a machine changes within minutes: figures are those of the middle turn, ratios the \
          median of what each turn gave over its own first split.\n\n"
     );
     if splits.len() < 3 {
