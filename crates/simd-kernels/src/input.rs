@@ -149,7 +149,7 @@ impl Input {
         let mut tile = Vec::with_capacity(Self::TILE * cols);
         for rows in rows.chunks(Self::TILE) {
             tile.clear();
-            rows.iter().for_each(|row| tile.extend_from_slice(&x[row * cols..][..cols]));
+            rows.iter().for_each(|row| tile.extend_from_slice(&x[row.saturating_mul(cols)..][..cols]));
             let (part, after) = rest.split_at(rows.len());
             part.fill(isa, &tile);
             rest = after;
@@ -157,7 +157,13 @@ impl Input {
     }
 
     /// Makes room for `[tokens, cols]`; the contents are unspecified until all parts of a [`Input::split`] are filled.
+    ///
+    /// # Panics
+    /// When so many activations exceed the address space.
     pub fn reset(&mut self, kind: InputKind, tokens: usize, cols: usize) {
+        // Whole groups: no buffer has more numbers or words.
+        let most = cols.checked_next_multiple_of(GROUP).and_then(|cols| cols.checked_mul(tokens));
+        assert!(most.is_some(), "[{tokens}, {cols}] activations exceed the address space");
         (self.kind, self.tokens, self.cols) = (kind, tokens, cols);
         let groups = tokens * cols.div_ceil(GROUP);
         match kind {
@@ -390,6 +396,12 @@ mod tests {
                 }
             }
         }
+    }
+
+    #[test]
+    #[should_panic(expected = "exceed the address space")]
+    fn activations_larger_than_memory_are_refused() {
+        Input::new().prepare(Isa::scalar(), InputKind::Float, &[], 1 << 60, 1 << 4);
     }
 
     fn assert_same(a: &Input, b: &Input) {

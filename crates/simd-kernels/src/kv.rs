@@ -149,14 +149,14 @@ impl KvHead {
 
     /// Makes room for `tokens` tokens in all, so that pushing up to there copies nothing. Memory is not touched.
     pub fn reserve(&mut self, tokens: usize) {
-        self.spans.reserve(tokens.div_ceil(SPAN) * self.span_lines());
+        self.spans.reserve(self.lines(tokens));
     }
 
     /// Keeps the first `tokens` tokens (all, when there are fewer).
     pub fn truncate(&mut self, tokens: usize) {
         if tokens < self.len {
             self.len = tokens;
-            self.fit();
+            self.spans.resize(self.lines(tokens));
         }
     }
 
@@ -172,12 +172,12 @@ impl KvHead {
     /// lets them lie among the other heads' in the output of a projection.
     ///
     /// # Panics
-    /// When a slice ends before the last token does.
+    /// When a slice ends before the last token does, or the cache would exceed the address space.
     pub fn push_many(&mut self, isa: Isa, keys: &[f32], values: &[f32], tokens: usize, stride: usize) {
         if tokens == 0 {
             return;
         }
-        let needed = (tokens - 1) * stride + self.head_dim;
+        let needed = (tokens - 1).saturating_mul(stride).saturating_add(self.head_dim);
         assert!(
             keys.len() >= needed && values.len() >= needed,
             "KvHead: {} and {} elements of keys and values, {tokens} tokens need {needed}",
@@ -185,8 +185,10 @@ impl KvHead {
             values.len(),
         );
         let first = self.len;
-        self.len += tokens;
-        self.fit();
+        // With a stride of 0 the slices do not bound the tokens.
+        let len = first.checked_add(tokens).expect("a cache fits the address space");
+        self.spans.resize(self.lines(len));
+        self.len = len;
         for t in 0..tokens {
             let row = t * stride..t * stride + self.head_dim;
             self.set_key(isa, first + t, &keys[row.clone()]);
@@ -290,10 +292,10 @@ impl KvHead {
         b / blocks * self.span_lines() + blocks * self.key_lines + b % blocks * self.value_lines
     }
 
-    /// As many spans as the tokens need. Places beyond `len` hold zeros or what was there before; every reader leaves
-    /// them out.
-    fn fit(&mut self) {
-        self.spans.resize(self.len.div_ceil(SPAN) * self.span_lines());
+    /// Lines of the spans that so many tokens need. Places beyond `len` hold zeros or what was there before; every reader
+    /// leaves them out.
+    fn lines(&self, tokens: usize) -> usize {
+        tokens.div_ceil(SPAN).checked_mul(self.span_lines()).expect("a cache fits the address space")
     }
 
     fn set_key(&mut self, isa: Isa, i: usize, key: &[f32]) {

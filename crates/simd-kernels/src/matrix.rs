@@ -26,7 +26,8 @@ impl<'a> MatMut<'a> {
     /// When the rows overlap (`cols > stride`) or the last one ends beyond `data`.
     pub fn new(data: &'a mut [f32], rows: usize, cols: usize, stride: usize) -> MatMut<'a> {
         assert!(rows <= 1 || cols <= stride, "rows of {cols} columns at a stride of {stride} overlap");
-        let needed = if rows == 0 { 0 } else { (rows - 1) * stride + cols };
+        // No buffer has as many elements as a sum that does not fit comes to here.
+        let needed = if rows == 0 { 0 } else { (rows - 1).saturating_mul(stride).saturating_add(cols) };
         assert!(
             needed <= data.len(),
             "[{rows}, {cols}] at stride {stride} takes {needed} elements, got {}",
@@ -127,6 +128,12 @@ mod tests {
     #[should_panic(expected = "takes 13 elements, got 12")]
     fn a_short_buffer_is_refused() {
         MatMut::new(&mut [0.0; 12], 3, 3, 5);
+    }
+
+    #[test]
+    #[should_panic(expected = "got 16")]
+    fn a_size_that_overflows_is_refused() {
+        MatMut::new(&mut [0.0; 16], 9, 1, 1 << 61);
     }
 
     #[test]

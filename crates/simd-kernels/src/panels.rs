@@ -39,12 +39,12 @@ pub enum PanelData<'a> {
 }
 
 impl<'a> PanelData<'a> {
-    /// Elements that one panel of `cols` columns takes in this format.
+    /// Elements that one panel of `cols` columns takes in this format; more than there can be, if that does not fit.
     pub(crate) fn panel_len(&self, cols: usize) -> usize {
         match self {
-            PanelData::F32(_) | PanelData::Bf16(_) | PanelData::F16(_) => cols * PANEL,
-            PanelData::Q8(_) => cols.div_ceil(GROUP) * Q8_BLOCK,
-            PanelData::Q4(_) => cols.div_ceil(GROUP) * Q4_BLOCK,
+            PanelData::F32(_) | PanelData::Bf16(_) | PanelData::F16(_) => cols.saturating_mul(PANEL),
+            PanelData::Q8(_) => cols.div_ceil(GROUP).saturating_mul(Q8_BLOCK),
+            PanelData::Q4(_) => cols.div_ceil(GROUP).saturating_mul(Q4_BLOCK),
         }
     }
 
@@ -81,7 +81,7 @@ impl<'a> Panels<'a> {
     /// # Panics
     /// When the length of `data` is not what the format takes for this shape.
     pub fn new(data: PanelData<'a>, rows: usize, cols: usize) -> Panels<'a> {
-        let expected = rows.div_ceil(PANEL) * data.panel_len(cols);
+        let expected = rows.div_ceil(PANEL).saturating_mul(data.panel_len(cols));
         assert!(
             data.len() == expected,
             "{} panels of [{rows}, {cols}] take {expected} elements, got {}",
@@ -121,7 +121,7 @@ impl<'a> Panels<'a> {
             "panels {panels:?} of a matrix that has {}",
             self.count()
         );
-        (panels.end * PANEL).min(self.rows) - (panels.start * PANEL).min(self.rows)
+        panels.end.saturating_mul(PANEL).min(self.rows) - panels.start.saturating_mul(PANEL).min(self.rows)
     }
 
     /// Some columns of a panel, from the first column of a group on.
@@ -197,4 +197,27 @@ pub(crate) fn q4_at(block: &[u8], k: usize, r: usize) -> i8 {
     let byte = block[2 * PANEL + 2 * PANEL * (k / 4) + 4 * (r % 8) + k % 4];
     let nibble = if r < 8 { byte & 15 } else { byte >> 4 };
     nibble as i8 - 8
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    #[should_panic(expected = "got 0")]
+    fn a_matrix_larger_than_memory_is_refused() {
+        Panels::new(PanelData::F32(&[]), 1 << 60, 1 << 4);
+    }
+
+    #[test]
+    #[should_panic(expected = "got 0")]
+    fn a_panel_larger_than_memory_is_refused() {
+        Panels::new(PanelData::F32(&[]), 1, 1 << 60);
+    }
+
+    #[test]
+    fn rows_without_columns_are_counted() {
+        let panels = Panels::new(PanelData::F32(&[]), usize::MAX, 0);
+        assert_eq!(panels.rows_in(&(0..panels.count())), usize::MAX);
+    }
 }

@@ -3,6 +3,7 @@
 use super::*;
 use crate::guarded::noise;
 use proptest::prelude::*;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 
 const FORMATS: [KvFormat; 3] = [KvFormat::F32, KvFormat::F16, KvFormat::Q8];
 
@@ -74,6 +75,17 @@ fn strided_pushes_equal_single_ones() {
             assert_eq!(one.len(), many.len());
             assert_eq!(one.spans.view::<i8>(0), many.spans.view::<i8>(0));
         }
+    }
+}
+
+#[test]
+fn sizes_that_overflow_are_refused() {
+    for (tokens, stride) in [(9, 1 << 61), (usize::MAX, 0), (1 << 62, 0)] {
+        let mut kv = KvHead::new(KvFormat::F32, 8);
+        kv.push(Isa::scalar(), &[1.0; 8], &[1.0; 8]);
+        let push = AssertUnwindSafe(|| kv.push_many(Isa::scalar(), &[0.0; 8], &[0.0; 8], tokens, stride));
+        assert!(catch_unwind(push).is_err(), "{tokens} tokens at a stride of {stride}");
+        assert_eq!(kv.len(), 1);
     }
 }
 
