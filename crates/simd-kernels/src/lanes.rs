@@ -82,6 +82,23 @@ pub(crate) fn max(v: __m256) -> f32 {
     _mm_cvtss_f32(_mm_max_ss(two, _mm_movehdup_ps(two)))
 }
 
+/// The bits of |v|, which as integers are in the order of the floats, NaN above all.
+#[inline]
+#[target_feature(enable = "avx2,fma,f16c")]
+pub(crate) fn magnitude(v: __m256) -> __m256i {
+    _mm256_and_si256(_mm256_castps_si256(v), _mm256_set1_epi32(0x7fff_ffff))
+}
+
+/// The largest of eight [`magnitude`]s; NaN, if one is.
+#[inline]
+#[target_feature(enable = "avx2,fma,f16c")]
+pub(crate) fn max_magnitude(v: __m256i) -> f32 {
+    let four = _mm_max_epi32(_mm256_castsi256_si128(v), _mm256_extracti128_si256::<1>(v));
+    let two = _mm_max_epi32(four, _mm_unpackhi_epi64(four, four));
+    let one = _mm_max_epi32(two, _mm_shuffle_epi32::<1>(two));
+    f32::from_bits(_mm_cvtsi128_si32(one) as u32)
+}
+
 /// `sum += dot(a, b)` of the two int16 in each 32-bit lane: with one instruction of AVX-VNNI, or two of AVX2.
 ///
 /// The intrinsic of the one would need functions that enable it, all the way up from here; the rest of them gains nothing by it.

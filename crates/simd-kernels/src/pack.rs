@@ -115,7 +115,7 @@ mod avx2 {
     use std::arch::x86_64::*;
 
     use super::{GROUP, scale_for};
-    use crate::lanes::{load, store};
+    use crate::lanes::{load, magnitude, max_magnitude, store};
 
     /// Six rows eight columns at a time, else as the reference.
     #[target_feature(enable = "avx2,fma,f16c")]
@@ -252,15 +252,11 @@ mod avx2 {
         });
         let [x0, x1, x2, x3] = x.as_chunks::<8>().0 else { unreachable!("32 is four times 8") };
         let x = [load(x0), load(x1), load(x2), load(x3)];
-        let magnitude = |x| _mm256_and_si256(_mm256_castps_si256(x), _mm256_set1_epi32(0x7fff_ffff));
         let largest = _mm256_max_epi32(
             _mm256_max_epi32(magnitude(x[0]), magnitude(x[1])),
             _mm256_max_epi32(magnitude(x[2]), magnitude(x[3])),
         );
-        let four = _mm_max_epi32(_mm256_castsi256_si128(largest), _mm256_extracti128_si256::<1>(largest));
-        let two = _mm_max_epi32(four, _mm_unpackhi_epi64(four, four));
-        let one = _mm_max_epi32(two, _mm_shuffle_epi32::<1>(two));
-        let (scale, inverse) = scale_for(f32::from_bits(_mm_cvtsi128_si32(one) as u32), limit);
+        let (scale, inverse) = scale_for(max_magnitude(largest), limit);
         let inverse = _mm256_set1_ps(inverse);
         (x.map(|x| _mm256_cvtps_epi32(_mm256_mul_ps(x, inverse))), scale)
     }

@@ -3,7 +3,7 @@
 use super::Pair;
 use crate::attention::tiles::kernels::{get, put};
 use crate::kv::BLOCK;
-use crate::lanes::LANES;
+use crate::lanes::{LANES, magnitude, max_magnitude};
 use std::arch::x86_64::*;
 
 /// Largest norms of q̂ and k̂; the product of the two, with half a unit more in each of up to 500,000 elements, is below 2³¹.
@@ -66,19 +66,14 @@ pub(super) fn quantize_values(
     room: usize,
     scales: &mut [f32; BLOCK],
 ) {
-    // The bits of |v| as integers are in the same order, and NaN is above all.
-    let sign = _mm256_set1_ps(-0.0);
     for (key, scale) in scales.iter_mut().enumerate() {
         let mut most = _mm256_setzero_si256();
         for value in values[key..].iter().step_by(BLOCK) {
             for half in get(value) {
-                most = _mm256_max_epi32(most, _mm256_castps_si256(_mm256_andnot_ps(sign, half)));
+                most = _mm256_max_epi32(most, magnitude(half));
             }
         }
-        let four = _mm_max_epi32(_mm256_castsi256_si128(most), _mm256_extracti128_si256::<1>(most));
-        let two = _mm_max_epi32(four, _mm_unpackhi_epi64(four, four));
-        let one = _mm_max_epi32(two, _mm_shuffle_epi32::<1>(two));
-        *scale = f32::from_bits(_mm_cvtsi128_si32(one) as u32) / VALUE;
+        *scale = max_magnitude(most) / VALUE;
     }
     let [low, high] = get(scales).map(|step| inverse(step));
     let mut inverses = [0.0; BLOCK];
