@@ -61,6 +61,9 @@ impl AttentionInput<'_> {
 /// Rows that share a KV head should come in one call, whichever their tokens: each tile of keys and values is read
 /// once for all of them. Tiles that no row sees are skipped.
 ///
+/// NaN and infinity in a query, or in a key or value that a row sees, reach its result, as NaN or infinity; in one that it
+/// does not see they do not. Only a score of −∞ weighs nothing.
+///
 /// # Panics
 /// When the shapes of `input` and `state` do not fit together, or `input.keys` reaches beyond the cache.
 pub fn attention_streaming(isa: Isa, input: &AttentionInput<'_>, state: &mut SoftmaxState) {

@@ -24,9 +24,9 @@ pub(crate) const KV_GROUP: usize = 32;
 pub enum KvFormat {
     /// Single precision: exact.
     F32,
-    /// Half precision.
+    /// Half precision. Numbers from 65520 on become infinite.
     F16,
-    /// int8 with a half-precision scale per 32 elements of each key and value.
+    /// int8 with a half-precision scale per 32 elements of each key and value. Where one of the 32 is not finite, all are NaN.
     Q8,
 }
 

@@ -1,5 +1,6 @@
 //! Attention in three steps through a matrix of all scores: the textbook form, and the reference for the streaming one.
 
+use super::state::sum_without_maximum;
 use super::{AttentionInput, SoftmaxState};
 use crate::exp::exp;
 use crate::isa::Isa;
@@ -40,6 +41,8 @@ pub fn attention_materialized(isa: Isa, input: &AttentionInput<'_>, state: &mut 
             exp(isa, row_scores);
             part.max[row] = most;
             part.sum[row] = row_scores.iter().sum();
+        } else {
+            part.sum[row] = sum_without_maximum(row_scores);
         }
     }
 

@@ -25,10 +25,16 @@ pub(super) struct TileScratch {
     pub block: Lines,
 }
 
+/// The sum of a row whose largest score is −∞: such scores weigh nothing, for −∞ − (−∞) would be NaN, but one that is NaN
+/// must show.
+pub(super) fn sum_without_maximum(scores: &[f32]) -> f32 {
+    if scores.iter().any(|x| x.is_nan()) { f32::NAN } else { 0.0 }
+}
+
 /// The softmax state of rows of queries over the keys seen so far.
 ///
 /// For scores xⱼ and values vⱼ a row holds m = max xⱼ, s = Σ e^(xⱼ − m) and acc = Σ e^(xⱼ − m) vⱼ; its attention is
-/// acc / s. A row that saw no key holds (−∞, 0, 0). States over disjoint keys merge (Milakov and Gimelshein, 2018):
+/// acc / s. A row that saw no key holds (−∞, 0, 0), one that saw NaN has NaN for s. States over disjoint keys merge (Milakov and Gimelshein, 2018):
 /// m = max(m₁, m₂), s = s₁ e^(m₁ − m) + s₂ e^(m₂ − m), acc likewise.
 #[derive(Clone, Default)]
 pub struct SoftmaxState {
@@ -90,7 +96,7 @@ impl SoftmaxState {
         assert_eq!(acc.len(), self.acc.len(), "SoftmaxState: {} elements merged into {}", acc.len(), self.acc.len());
         for row in 0..rows {
             // Nothing to add; and −∞ − (−∞) below would be NaN.
-            if max[row] == f32::NEG_INFINITY {
+            if sum[row] == 0.0 {
                 continue;
             }
             let most = self.max[row].max(max[row]);
@@ -109,7 +115,7 @@ impl SoftmaxState {
     /// When there is no such row or `out` has another length.
     pub fn write(&self, isa: Isa, row: usize, out: &mut [f32]) {
         out.copy_from_slice(&self.acc[row * self.head_dim..(row + 1) * self.head_dim]);
-        if self.max[row] != f32::NEG_INFINITY {
+        if self.sum[row] != 0.0 {
             scale(isa, out, 1.0 / self.sum[row]);
         }
     }

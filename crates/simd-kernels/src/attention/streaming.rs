@@ -1,5 +1,6 @@
 //! Attention by online softmax, a block of keys at a time: the portable version.
 
+use super::state::sum_without_maximum;
 use super::{AttentionInput, SoftmaxState};
 use crate::exp::scalar::exp1;
 use crate::kv::BLOCK;
@@ -37,6 +38,7 @@ pub(super) fn attention(input: &AttentionInput<'_>, state: &mut SoftmaxState) {
 
             let most = scores.iter().copied().fold(state.max[row], f32::max);
             if most == f32::NEG_INFINITY {
+                state.sum[row] += sum_without_maximum(scores);
                 continue;
             }
             let acc = &mut state.acc[row * head_dim..(row + 1) * head_dim];

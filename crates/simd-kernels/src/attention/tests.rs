@@ -104,6 +104,10 @@ impl Case {
                 assert!(out.iter().all(|&x| x == 0.0), "{what}: row {row} sees nothing, but gave {out:?}");
                 continue;
             };
+            if !log_sum.is_finite() || !attention.iter().all(|x| x.is_finite()) {
+                assert!(!out.iter().any(|x| x.is_finite()), "{what}: row {row} hides what is not finite, {out:?}");
+                continue;
+            }
             let n = self.keys.len() as f64;
             // Rounded scores shift each weight by that much; the exponentials and the sum of n of them add the rest.
             // Values are below 1.01.
@@ -296,6 +300,62 @@ fn scores_of_minus_infinity_weigh_nothing() {
                     state.write(isa, rows - 1, &mut out);
                     assert_eq!(out, [expected; 4]);
                 }
+            }
+        }
+    }
+}
+
+/// All infinities and NaNs, each in a query, in a key or in a value, and what sees them.
+fn check_not_finite(format: KvFormat, visible: impl Fn(usize) -> usize) {
+    let (head_dim, tokens) = (40, 150);
+    for (isa, rows) in Isa::all().flat_map(|isa| [1, 5, 13, 20].map(|rows| (isa, rows))) {
+        let keys = [("query", 0), ("key", 0), ("key", 130), ("key", 149), ("all keys", 0)];
+        for (place, at) in keys.into_iter().chain([("value", 130), ("value", 149), ("faint value", 0)]) {
+            for bad in [f32::NAN, f32::INFINITY] {
+                let visible = (0..rows).map(&visible).collect();
+                let mut case = Case::new(format, head_dim, 0, visible, 0..tokens);
+                let (mut keys, mut values) = (noise(tokens * head_dim, 1), noise(tokens * head_dim, 2));
+                // An infinite key times these is +∞.
+                case.q.iter_mut().for_each(|q| *q = q.abs());
+                match place {
+                    "query" => case.q[rows / 2 * head_dim + 3] = bad,
+                    "key" => keys[at * head_dim + 3] = bad,
+                    "faint value" => {
+                        keys[..head_dim].fill(-30.0);
+                        values[..head_dim].fill(bad);
+                    }
+                    "all keys" => keys.fill(bad),
+                    _ => values[at * head_dim..][..head_dim].fill(bad),
+                }
+                case.kv.push_many(isa, &keys, &values, tokens, head_dim);
+                case.check_all(isa, 129);
+            }
+        }
+    }
+}
+
+#[test]
+fn infinities_and_nans_are_not_hidden() {
+    FORMATS.into_iter().for_each(|format| check_not_finite(format, |_| 150));
+}
+
+#[test]
+fn infinities_and_nans_of_later_tokens_do_not_reach_earlier_ones() {
+    // Rows of a panel that see a few keys more or less, or none of the tile.
+    FORMATS.into_iter().for_each(|format| check_not_finite(format, |row| 150 - 7 * row % 40));
+    FORMATS.into_iter().for_each(|format| check_not_finite(format, |row| [150, 126, 131, 0][row % 4]));
+}
+
+#[test]
+fn tiny_queries_weigh_all_keys_alike() {
+    for isa in Isa::all() {
+        for format in FORMATS {
+            for size in [1.0e-20, 1.0e-30, 1.0e-36, 1.0e-40, 0.0] {
+                let mut case = Case::new(format, 16, 150, ragged(20, 150), 0..150);
+                case.q.iter_mut().for_each(|q| *q *= size);
+                case.check_all(isa, 60);
+                case.scale = 0.0;
+                case.check_all(isa, 60);
             }
         }
     }

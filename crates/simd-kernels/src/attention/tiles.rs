@@ -15,7 +15,8 @@
 //! 3. Many rows over a cache in f16 or q8 share keys and values rounded to int16 once per tile (`int`): the products of
 //!    integers are faster, and what they round is less than what the cache has.
 //! 4. A panel leaves out the blocks of keys that none of its rows sees; only rows that see part of a tile are masked,
-//!    by zeros in P behind what they see.
+//!    by zeros in P behind what they see. Where a value there is NaN or infinite, which times 0 is NaN, each row takes what it
+//!    sees by itself.
 //! 5. The rows' `acc` is a copy padded to chunks of 16, so that no kernel has a tail in that direction.
 
 mod int;
@@ -24,11 +25,12 @@ mod widen;
 
 use super::state::{Scratch, TileScratch};
 use super::{AttentionInput, SoftmaxState};
-use crate::kv::{BLOCK, KvFormat, KvHead, SPAN};
+use crate::kv::{BLOCK, KV_GROUP, KvFormat, KvHead, SPAN};
 use crate::lanes::{LANES, load, store};
 use kernels::{Element, PANEL_ROWS, Values, blend, scores, soften};
 use std::arch::x86_64::*;
 use std::ops::Range;
+use widen::half;
 
 /// Rows that share prepared keys and values. More would prepare less often, but their queries, scores, weights and sums, 380
 /// KiB now, would leave L2.
@@ -71,6 +73,30 @@ impl<'a, T: Element> KeyTile<'a, T> {
     fn stored(kv: &'a KvHead, positions: Range<usize>, skip: usize) -> KeyTile<'a, T> {
         let block = positions.start / BLOCK;
         KeyTile { positions, skip, keys: kv.key_block(block), run: BLOCK, values: kv.value_block(block) }
+    }
+
+    /// Run `n`: its values, and of scaled ones the scales [groups][16].
+    fn run(&self, kv: &'a KvHead, n: usize) -> (&'a [[T; BLOCK]], &'a [[u16; BLOCK]]) {
+        let values = &self.values[n * kv.value_step::<T>()..][..self.run * kv.width() / BLOCK];
+        (values, if T::SCALED { kv.value_scales(self.positions.start / BLOCK + n) } else { &[] })
+    }
+
+    /// Whether the values of some keys, counted from the first one of the tile, are finite.
+    #[target_feature(enable = "avx2,fma,f16c")]
+    fn is_finite(&self, kv: &'a KvHead, keys: Range<usize>) -> bool {
+        let mut zeros = [_mm256_setzero_ps(); 2];
+        for key in keys {
+            let (values, scales) = self.run(kv, key / self.run);
+            for (c, values) in values.chunks_exact(self.run).enumerate() {
+                let scale = if T::SCALED { half(scales[c * BLOCK / KV_GROUP][key % self.run]) } else { 1.0 };
+                let zero = _mm256_set1_ps(0.0 * scale);
+                // SAFETY: the target features of this function are those that `widen` needs.
+                let values = unsafe { T::widen(&values[key % self.run]) };
+                zeros = [_mm256_fmadd_ps(values[0], zero, zeros[0]), _mm256_fmadd_ps(values[1], zero, zeros[1])];
+            }
+        }
+        let zeros = _mm256_add_ps(zeros[0], zeros[1]);
+        _mm256_movemask_ps(_mm256_cmp_ps::<_CMP_UNORD_Q>(zeros, zeros)) == 0
     }
 }
 
@@ -201,6 +227,11 @@ impl RowTile<'_> {
         cover
     }
 
+    /// The keys of a tile before the first one that a row does not see.
+    fn seen(&self, row: usize, keys: &Range<usize>) -> usize {
+        self.limits[row].min(keys.end).saturating_sub(keys.start)
+    }
+
     /// One tile of keys. STREAM: they come from memory as they lie there, and not from a tile of scratch. q: scaled queries,
     /// for each panel [head_dim][rows of the panel].
     #[target_feature(enable = "avx2,fma,f16c")]
@@ -230,21 +261,27 @@ impl RowTile<'_> {
 
         for (p, &cover) in cover.iter().enumerate() {
             for row in self.panels[p]..self.panels[p + 1] {
-                self.weigh(row, skip, self.limits[row].min(keys.end).saturating_sub(keys.start), cover);
+                self.weigh(row, skip, self.seen(row, keys), cover);
             }
+        }
+
+        // The keys whose values all rows of a panel take: those that some row sees, or those that every row sees.
+        let mut shared = [0; ROW_TILE / PANEL_ROWS];
+        for (p, (shared, &cover)) in shared.iter_mut().zip(cover).enumerate() {
+            let least = (self.panels[p]..self.panels[p + 1]).map(|row| self.seen(row, keys)).min().unwrap_or(0);
+            *shared = if tile.is_finite(kv, least..cover) { cover } else { least };
         }
 
         // Values that many panels share stay in L1 a chunk at a time; as they lie, the chunks of a run are one stream.
         let (run, chunks) = (tile.run, width / BLOCK);
         let together = if STREAM { chunks } else { 1 };
         for (n, from) in (0..keys.len()).step_by(run).enumerate() {
-            let values = &tile.values[n * kv.value_step::<T>()..];
-            let scales = if T::SCALED { kv.value_scales(first_block + n) } else { &[] };
+            let (values, scales) = tile.run(kv, n);
             for c in (0..chunks).step_by(together) {
                 let chunks = &values[c * run..][..together * run];
-                for (p, &cover) in cover.iter().enumerate() {
+                for (p, &shared) in shared[..count].iter().enumerate() {
                     let (first, rows) = (self.panels[p], self.panels[p + 1] - self.panels[p]);
-                    let taken = skip.saturating_sub(from)..cover.saturating_sub(from).min(run);
+                    let taken = skip.saturating_sub(from)..shared.saturating_sub(from).min(run);
                     if taken.is_empty() {
                         continue;
                     }
@@ -261,6 +298,24 @@ impl RowTile<'_> {
                     }
                 }
             }
+        }
+        for p in (0..count).filter(|&p| shared[p] < cover[p]) {
+            for row in self.panels[p]..self.panels[p + 1] {
+                self.blend_row(row, tile, shared[p]..self.seen(row, keys));
+            }
+        }
+    }
+
+    /// Adds the weighted values of some keys, counted from the first one of the tile, to a row.
+    #[target_feature(enable = "avx2,fma,f16c")]
+    fn blend_row<T: Element>(&mut self, row: usize, tile: &KeyTile<'_, T>, keys: Range<usize>) {
+        let width = self.kv.width();
+        for n in keys.start / tile.run..keys.end.div_ceil(tile.run) {
+            let ((chunks, scales), from) = (tile.run(self.kv, n), n * tile.run);
+            let (start, end) = (keys.start.saturating_sub(from), (keys.end - from).min(tile.run));
+            let values = Values { chunks, scales, run: tile.run, from: start, to: end };
+            let weights = &self.scores[row * KEY_TILE + from..];
+            blend::<T, 1, 1, false>(values, weights, KEY_TILE, &mut self.acc[row * width..], width);
         }
     }
 

@@ -268,7 +268,8 @@ fn soften(
     max: &mut f32,
     sum: &mut f32,
 ) -> [f32; 2] {
-    let mut most = [_mm256_set1_ps(f32::NEG_INFINITY); 2];
+    let floor = _mm256_set1_ps(f32::NEG_INFINITY);
+    let mut most = [floor; 2];
     for (i, x) in scores.iter().enumerate() {
         most[i % 2] = _mm256_max_ps(load(x), most[i % 2]);
     }
@@ -284,8 +285,8 @@ fn soften(
     let (mut sums, mut totals, mut most) = (_mm256_setzero_ps(), _mm256_setzero_ps(), _mm256_setzero_ps());
     for (x, value_scale) in scores.iter_mut().zip(value_scales) {
         let p = pow2_256(_mm256_fmsub_ps(load(x), scale, m));
-        // An unseen value may be NaN.
-        let unseen = _mm256_cmp_ps::<_CMP_EQ_OQ>(p, _mm256_setzero_ps());
+        // An unseen value may be NaN; one that is seen must show, however little it weighs.
+        let unseen = _mm256_cmp_ps::<_CMP_EQ_OQ>(load(x), floor);
         let scaled = _mm256_andnot_ps(unseen, _mm256_mul_ps(p, load(value_scale)));
         store(x, scaled);
         sums = _mm256_add_ps(sums, p);

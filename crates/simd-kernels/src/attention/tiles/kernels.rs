@@ -1,5 +1,6 @@
 //! The three inner loops of tiled attention, in registers: scores, softmax, weighted values.
 
+use crate::attention::state::sum_without_maximum;
 use crate::exp::exp256;
 use crate::kv::{BLOCK, KV_GROUP, LINE, Plain};
 use crate::lanes::{self, LANES, first, load, load_tail, prefetch, store, store_tail};
@@ -309,7 +310,7 @@ pub(super) fn soften(scores: &mut [f32], max: &mut f32, sum: &mut f32) -> f32 {
         *max = seen;
         *sum *= factor;
     } else if *max == f32::NEG_INFINITY {
-        // Nothing but scores of −∞ so far; −∞ − (−∞) would be NaN.
+        *sum += sum_without_maximum(scores);
         scores.fill(0.0);
         return factor;
     }

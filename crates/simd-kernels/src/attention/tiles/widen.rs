@@ -58,6 +58,6 @@ fn copy<T: Element>(block: &[[T; BLOCK]], out: &mut [[f32; BLOCK]]) {
 /// One half-precision number.
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c")]
-fn half(bits: u16) -> f32 {
+pub(super) fn half(bits: u16) -> f32 {
     _mm_cvtss_f32(_mm_cvtph_ps(_mm_cvtsi32_si128(i32::from(bits))))
 }

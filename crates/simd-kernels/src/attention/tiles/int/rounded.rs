@@ -19,10 +19,12 @@ pub(super) fn quantize_queries(q: &[f32], head_dim: usize, scale: f32, out: &mut
     for (r, (q, a)) in q.chunks_exact(head_dim).zip(scales).enumerate() {
         let most = q.iter().fold(0.0f32, |most, x| most.max(x.abs()));
         let norm = q.iter().map(|x| x * x).sum::<f32>().sqrt();
-        let step = (norm / QUERY_NORM).max(most / f32::from(i16::MAX));
-        // Of zeros any step is right but 0, by which the −∞ of unseen keys must not be multiplied.
-        let step = if step == 0.0 { f32::MIN_POSITIVE } else { step };
-        *a = step * scale.abs();
+        // A NaN is in the norm, and `f32::max` would pass over it.
+        let at_least = |least: f32, x: f32| if x < least { least } else { x };
+        let step = at_least(most / f32::from(i16::MAX), norm / QUERY_NORM);
+        // Of tiny queries any step is right but 0, by which the −∞ of unseen keys must not be multiplied.
+        let step = at_least(f32::MIN_POSITIVE, step);
+        *a = at_least(f32::MIN_POSITIVE, step * scale.abs());
         let inverse = scale.signum() / step;
         let code = |x: f32| (x * inverse).round_ties_even() as i16;
         for (out, pair) in out[r..].iter_mut().step_by(rows).zip(q.chunks(2)) {
