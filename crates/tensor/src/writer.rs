@@ -63,7 +63,7 @@ pub enum WriteError {
         file: PathBuf,
         /// The tensor that was to be written.
         found: String,
-        /// How many bytes of it.
+        /// How many bytes of it: as stored when it is its turn, else as they were given.
         bytes: u64,
         /// Which tensor's turn it is, and how many bytes it still wants.
         expected: String,
@@ -149,8 +149,8 @@ impl CheckpointWriter {
     ///
     /// If the tensor is quantized and `values` are no whole number of rows.
     pub fn write(&mut self, tensor: &str, values: &[f32]) -> Result<(), WriteError> {
-        let Some(pending) = self.tensors.get(self.current) else {
-            return self.check_turn(tensor, values.len() as u64);
+        let Some(pending) = self.tensors.get(self.current).filter(|pending| pending.name == tensor) else {
+            return self.check_turn(tensor, size_of_val(values) as u64);
         };
         let (format, cols, row_bytes) = (pending.format, pending.cols, pending.row_bytes);
         // An unquantized tensor may be cut inside its rows, so its elements count as rows of one.
@@ -201,7 +201,7 @@ impl CheckpointWriter {
             Some(pending) if pending.name == tensor && bytes <= pending.bytes - self.written => {
                 return Ok(());
             }
-            None if bytes == 0 => return Ok(()),
+            _ if bytes == 0 => return Ok(()),
             Some(pending) => {
                 format!("it is {}'s turn, of which {} are missing", pending.name, pending.bytes - self.written)
             }

@@ -162,6 +162,13 @@ fn errors_of_writing() {
     let error = writer.write("h", &[0.0, 0.0, 0.0, 0.0, 1e6, 0.0]).unwrap_err();
     assert!(matches!(error, WriteError::Encode { .. }), "{error}");
     assert!(message(error).contains("row 1: 1000000 cannot be stored as f16"));
+    // Of a tensor before its turn not even the format matters.
+    let error = writer.write("w", &[1e6]).unwrap_err();
+    assert!(matches!(error, WriteError::Order { bytes: 4, .. }), "{error}");
+    let mut writer = create(&specs[1..]).unwrap();
+    let error = writer.write("w", &[1e6]).unwrap_err();
+    assert!(message(error).contains("it is b's turn"));
+    writer.write("w", &[]).unwrap();
 }
 
 #[test]
