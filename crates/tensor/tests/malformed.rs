@@ -128,6 +128,8 @@ fn sizes_that_overflow() {
     let shape = format!("[{0},{0}]", u64::MAX / 2);
     let folder = single(&[entry("w", "F32", &shape, 0, 4)], 4);
     assert_error!(open(&folder), CheckpointError::SizeOverflow { .. }, "tensor w", "overflows", "F32");
+    let folder = single(&[entry("w", "F32", &format!("[0,{}]", u64::MAX / 2), 0, 0)], 0);
+    assert_error!(open(&folder), CheckpointError::SizeOverflow { .. }, "tensor w", "overflows", "F32");
 }
 
 #[test]
