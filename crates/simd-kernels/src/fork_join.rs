@@ -3,7 +3,7 @@
 //! ```text
 //! run(job):  write job; epoch += 1; wake sleepers
 //!            job(0)
-//!            wait until served = epoch * workers
+//!            wait until served = (epoch + 1) * workers, a start being served as epoch 0
 //! worker i:  loop: wait until epoch changes; read job; job(i); served += 1
 //! ```
 //!
@@ -14,7 +14,7 @@
 //!    reads `job` only after it has seen the increment (acquire).
 //! 2. *Each worker runs each job once.* A worker remembers the last epoch it served. `epoch` grows by one per run
 //!    and the next run starts only after all have served this one, so a worker can be behind by at most one.
-//! 3. *The job outlives its users.* `run` returns, or unwinds, only after it has read `served == epoch * workers`
+//! 3. *The job outlives its users.* `run` returns, or unwinds, only after it has read `served == (epoch + 1) * workers`
 //!    (acquire). Each worker counts (release) after its last use of the job. What it touches later is owned by an
 //!    `Arc`.
 //! 4. *No worker sleeps through a run.* A worker sets its `asleep` flag, then reads `epoch`; the caller increments
@@ -172,9 +172,11 @@ impl ForkJoin {
             let _working = Working::enter(team);
             catch_unwind(AssertUnwindSafe(|| job(0)))
         };
+        if let Err(payload) = own {
+            self.shared.keep_panic(payload);
+        }
         self.shared.join();
-        let theirs = self.shared.take_panic();
-        if let Some(payload) = own.err().or(theirs) {
+        if let Some(payload) = self.shared.take_panic() {
             resume_unwind(payload);
         }
     }
@@ -231,6 +233,17 @@ impl Shared {
         epoch.wrapping_add(1).wrapping_mul(self.rest.0.asleep.len())
     }
 
+    /// Keeps the first payload of a run. Another one is forgotten: to drop it may panic, before the share is counted.
+    fn keep_panic(&self, payload: Box<dyn Any + Send>) {
+        let mut first = lock(&self.rest.0.panic);
+        if first.is_none() {
+            *first = Some(payload);
+        } else {
+            std::mem::forget(payload);
+        }
+        self.rest.0.panicked.store(true, Ordering::Relaxed);
+    }
+
     fn take_panic(&self) -> Option<Box<dyn Any + Send>> {
         // The flag was set before the worker counted its share, which `join` has seen.
         if self.rest.0.panicked.load(Ordering::Relaxed) {
@@ -267,8 +280,7 @@ impl Shared {
     /// Runs a worker's share of an epoch, which `join` waits for.
     fn serve(&self, epoch: usize, share: impl FnOnce()) {
         if let Err(payload) = catch_unwind(AssertUnwindSafe(share)) {
-            lock(&self.rest.0.panic).get_or_insert(payload);
-            self.rest.0.panicked.store(true, Ordering::Relaxed);
+            self.keep_panic(payload);
         }
         let served = self.served.0.fetch_add(1, Ordering::SeqCst).wrapping_add(1);
         if served == self.served_after(epoch)

@@ -98,6 +98,26 @@ fn a_panic_reaches_the_caller_and_the_team_lives_on() {
 }
 
 #[test]
+fn payloads_that_panic_when_dropped_do_not_stop_the_team() {
+    struct Bomb;
+    impl Drop for Bomb {
+        fn drop(&mut self) {
+            panic!("dropped");
+        }
+    }
+    let (sender, receiver) = std::sync::mpsc::channel();
+    thread::spawn(move || {
+        let team = team(4);
+        let result = catch_unwind(AssertUnwindSafe(|| team.run(&|_| std::panic::panic_any(Bomb))));
+        let is_bomb = result.as_ref().is_err_and(|payload| payload.is::<Bomb>());
+        std::mem::forget(result);
+        team.run(&|_| ());
+        sender.send(is_bomb).expect("the test waits");
+    });
+    assert_eq!(receiver.recv_timeout(Duration::from_secs(10)), Ok(true));
+}
+
+#[test]
 fn a_panic_at_the_start_reaches_the_constructor() {
     let result = catch_unwind(|| {
         ForkJoin::new(3, Arc::new(|i| assert!(i != 2, "thread {i} cannot start")));
