@@ -144,7 +144,7 @@ impl<'a> Panels<'a> {
     }
 }
 
-/// Writes `panel` (one panel of `cols` columns, its numbers from the start of `data`) as f32, `out[16 k + r]`.
+/// Writes `panel` of float weights (one panel of `cols` columns, its numbers from the start of `data`) as f32, `out[16 k + r]`.
 pub(crate) fn widen_panel(data: PanelData<'_>, panel: usize, cols: usize, out: &mut [f32]) {
     let len = data.panel_len(cols);
     let range = panel * len..(panel + 1) * len;
@@ -163,22 +163,7 @@ pub(crate) fn widen_panel(data: PanelData<'_>, panel: usize, cols: usize, out: &
                 *out = f16_to_f32(bits);
             }
         }
-        PanelData::Q8(data) => {
-            for (out, block) in out.chunks_mut(GROUP * PANEL).zip(data[range].chunks_exact(Q8_BLOCK)) {
-                for (i, out) in out.iter_mut().enumerate() {
-                    let (k, r) = (i / PANEL, i % PANEL);
-                    *out = block_scale(block, r) * f32::from(q8_at(block, k, r));
-                }
-            }
-        }
-        PanelData::Q4(data) => {
-            for (out, block) in out.chunks_mut(GROUP * PANEL).zip(data[range].chunks_exact(Q4_BLOCK)) {
-                for (i, out) in out.iter_mut().enumerate() {
-                    let (k, r) = (i / PANEL, i % PANEL);
-                    *out = block_scale(block, r) * f32::from(q4_at(block, k, r));
-                }
-            }
-        }
+        PanelData::Q8(_) | PanelData::Q4(_) => unreachable!("quantized weights are multiplied as they are"),
     }
 }
 

@@ -15,12 +15,17 @@ pub fn swiglu(isa: Isa, gate: &[f32], up: &[f32], out: &mut [f32]) {
     dispatch!(isa, avx2::swiglu, scalar::swiglu, (gate, up, out))
 }
 
-mod scalar {
+pub(crate) mod scalar {
     use crate::exp::scalar::exp1;
+
+    /// silu(gate) · up.
+    pub(crate) fn gated1(gate: f32, up: f32) -> f32 {
+        gate / (1.0 + exp1(-gate)) * up
+    }
 
     pub(super) fn swiglu(gate: &[f32], up: &[f32], out: &mut [f32]) {
         for ((out, &gate), &up) in out.iter_mut().zip(gate).zip(up) {
-            *out = gate / (1.0 + exp1(-gate)) * up;
+            *out = gated1(gate, up);
         }
     }
 }

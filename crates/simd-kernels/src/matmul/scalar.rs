@@ -7,6 +7,7 @@ use crate::input::{FloatTile, Input, InputKind, IntTile};
 use crate::matrix::MatMut;
 use crate::pack::split_pair;
 use crate::panels::{GROUP, PANEL, PanelData, Panels, Q4_BLOCK, Q8_BLOCK, block_scale, q4_at, q8_at, widen_panel};
+use crate::swiglu::scalar::gated1;
 
 /// Tokens from which packing for a general matrix product pays.
 const MANY_TOKENS: usize = 16;
@@ -61,8 +62,7 @@ pub(super) fn matmul_swiglu(
     matmul(gate, panels, x, out.reborrow(), Store::Set, general_pays);
     for (token, up) in products.chunks_exact(rows).enumerate() {
         for (out, &up) in out.row_mut(token).iter_mut().zip(up) {
-            let gate = *out;
-            *out = gate / (1.0 + (-gate).exp()) * up;
+            *out = gated1(*out, up);
         }
     }
 }

@@ -273,6 +273,20 @@ fn swiglu_of_every_size() {
 }
 
 #[test]
+fn swiglu_of_extreme_numbers_agrees() {
+    let (gate, up) = ([-89.0; PANEL], [f32::INFINITY; PANEL]);
+    let [gate, up] = [&gate, &up].map(|weights| Panels::new(PanelData::F32(weights), PANEL, 1));
+    for isa in Isa::all() {
+        let mut input = Input::new();
+        input.prepare(isa, InputKind::Float, &[1.0], 1, 1);
+        let mut out = [f32::NAN; PANEL];
+        matmul_swiglu(isa, gate, up, 0..1, &input, MatMut::new(&mut out, 1, PANEL, PANEL));
+        // e^89 is beyond f32, e^HIGHEST is not.
+        assert_eq!(out, [f32::NEG_INFINITY; PANEL], "{isa}");
+    }
+}
+
+#[test]
 fn extreme_integers_do_not_overflow() {
     // All weights and activations at their largest magnitude, with the signs that add up and cancel.
     for (format, fill) in [(Format::Q8, [0x7f, 0x81]), (Format::Q4, [0x00, 0xff])] {
