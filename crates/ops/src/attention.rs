@@ -1,6 +1,8 @@
 //! Attention of queries to the keys and values that this rank holds, shared among the team's threads.
 
-use simd_kernels::{AttentionInput, KvHead, MatMut, SoftmaxState, attention_materialized, attention_streaming};
+use simd_kernels::{
+    ATTENTION_ROWS, AttentionInput, KV_SPAN, KvHead, MatMut, SoftmaxState, attention_materialized, attention_streaming,
+};
 use std::fmt;
 use std::ops::Range;
 use std::str::FromStr;
@@ -174,6 +176,7 @@ pub(crate) struct Attend<'a> {
 /// Rows of queries that one task handles: at most those that share a tile of keys, and fewer, down to a point, where that leaves a
 /// thread too few tasks to balance.
 const TASK_ROWS: Range<usize> = 64..256;
+const _: () = assert!(TASK_ROWS.end <= ATTENTION_ROWS);
 /// Tasks of a thread, so that the last ones to finish do not finish long after the others.
 const TASKS: usize = 4;
 
@@ -184,9 +187,6 @@ pub(crate) fn task_rows(tokens: usize, heads: usize, threads: usize) -> usize {
 
 /// Keys below which a head's cache is not split over threads.
 const PIECE_KEYS: usize = 256;
-
-/// Pieces of a cache begin where its kernels' tiles do.
-pub(crate) const SPAN: usize = 128;
 
 /// Attention of the given queries; out [tokens, heads * head_dim]. With `partial`, out is left
 /// undivided and the softmax state's maxima and sums go there.
@@ -216,7 +216,8 @@ pub(crate) fn attend(
         piece_states.resize_with(kv_heads * pieces, SoftmaxState::new);
         let parts = piece_states.iter_mut().enumerate().collect();
         ctx.team.drain(parts, per_thread, |(index, state), (queries, _)| {
-            let keys = split_granular(keys, SPAN, pieces, index % pieces);
+            // Pieces of a cache begin where its kernels' tiles do.
+            let keys = split_granular(keys, KV_SPAN, pieces, index % pieces);
             task.run(ctx, index / pieces, 0..tokens, keys, queries, state);
         });
         let mut blocks = OutputBlocks::whole(out, partial);

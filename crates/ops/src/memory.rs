@@ -2,10 +2,10 @@
 //!
 //! Bytes are those of the buffers at the size that they reach in a pass; tests of `qwen3-model` hold them against what is allocated.
 
-use simd_kernels::{InputKind, KvFormat, PanelData};
+use simd_kernels::{InputKind, KV_SPAN, KvFormat, PanelData};
 use tensor::WeightFormat;
 
-use crate::attention::{AttentionShape, SPAN, task_rows};
+use crate::attention::{AttentionShape, task_rows};
 use crate::kv_cache::LayerCache;
 use crate::layout::TokenLayout;
 use crate::schedule::MlpSchedule;
@@ -112,7 +112,7 @@ impl AttentionMemory<'_> {
         let rows = task_rows(tokens, heads, self.threads).min(tokens * group);
         // Of a row its query, also as the kernels read it, its result, also as they do, its scores and its weights; of a span of keys
         // these and their values as int16.
-        self.threads * (rows * (4 * F32 * head_dim + (F32 + 2) * SPAN) + 2 * 2 * SPAN * head_dim)
+        self.threads * (rows * (4 * F32 * head_dim + (F32 + 2) * KV_SPAN) + 2 * 2 * KV_SPAN * head_dim)
     }
 }
 

@@ -13,6 +13,9 @@ use crate::isa::{Isa, dispatch};
 use crate::kv::KvHead;
 use std::ops::Range;
 
+/// Rows of one call that share each tile of keys; more are taken in parts.
+pub const ATTENTION_ROWS: usize = 258;
+
 /// Rows of queries over a range of one KV head's keys.
 #[derive(Clone)]
 pub struct AttentionInput<'a> {

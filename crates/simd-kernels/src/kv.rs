@@ -15,7 +15,7 @@ use std::str::FromStr;
 /// kernel needs a horizontal sum.
 pub(crate) const BLOCK: usize = 16;
 /// Positions whose keys lie together, and after them their values: a tile of the attention kernels.
-pub(crate) const SPAN: usize = 8 * BLOCK;
+pub const KV_SPAN: usize = 8 * BLOCK;
 /// Elements of a head that share a scale in [`KvFormat::Q8`].
 pub(crate) const KV_GROUP: usize = 32;
 
@@ -277,25 +277,25 @@ impl KvHead {
     }
 
     fn span_lines(&self) -> usize {
-        SPAN / BLOCK * (self.key_lines + self.value_lines)
+        KV_SPAN / BLOCK * (self.key_lines + self.value_lines)
     }
 
     /// First line of block `b` of keys.
     fn key_line(&self, b: usize) -> usize {
-        let blocks = SPAN / BLOCK;
+        let blocks = KV_SPAN / BLOCK;
         b / blocks * self.span_lines() + b % blocks * self.key_lines
     }
 
     /// First line of block `b` of values.
     fn value_line(&self, b: usize) -> usize {
-        let blocks = SPAN / BLOCK;
+        let blocks = KV_SPAN / BLOCK;
         b / blocks * self.span_lines() + blocks * self.key_lines + b % blocks * self.value_lines
     }
 
     /// Lines of the spans that so many tokens need. Places beyond `len` hold zeros or what was there before; every reader
     /// leaves them out.
     fn lines(&self, tokens: usize) -> usize {
-        tokens.div_ceil(SPAN).checked_mul(self.span_lines()).expect("a cache fits the address space")
+        tokens.div_ceil(KV_SPAN).checked_mul(self.span_lines()).expect("a cache fits the address space")
     }
 
     fn set_key(&mut self, isa: Isa, i: usize, key: &[f32]) {

@@ -24,8 +24,8 @@ mod kernels;
 mod widen;
 
 use super::state::{Scratch, TileScratch};
-use super::{AttentionInput, SoftmaxState};
-use crate::kv::{BLOCK, KV_GROUP, KvFormat, KvHead, SPAN};
+use super::{ATTENTION_ROWS, AttentionInput, SoftmaxState};
+use crate::kv::{BLOCK, KV_GROUP, KV_SPAN, KvFormat, KvHead};
 use crate::lanes::{LANES, load, store};
 use kernels::{Element, PANEL_ROWS, Values, blend, scores, soften};
 use std::arch::x86_64::*;
@@ -34,9 +34,10 @@ use widen::half;
 
 /// Rows that share prepared keys and values. More would prepare less often, but their queries, scores, weights and sums, 380
 /// KiB now, would leave L2.
-const ROW_TILE: usize = 43 * PANEL_ROWS;
+const ROW_TILE: usize = ATTENTION_ROWS;
+const _: () = assert!(ROW_TILE.is_multiple_of(PANEL_ROWS));
 /// Keys of a tile: a span of the cache.
-const KEY_TILE: usize = SPAN;
+const KEY_TILE: usize = KV_SPAN;
 /// Up to so many rows the cache is read as it lies; more rows than this would widen each number again and again. Their panels
 /// have four to six rows.
 const DIRECT_ROWS: usize = 2 * PANEL_ROWS;
@@ -148,8 +149,8 @@ fn attend(input: &AttentionInput<'_>, rows: Range<usize>, state: &mut SoftmaxSta
         padded[head_dim..].fill(0.0);
     }
     // Tiles of keys, and how many keys of each are before the range asked for.
-    let spans = (input.keys.start / SPAN..end.div_ceil(SPAN)).map(|span| {
-        let keys = span * SPAN..end.min((span + 1) * SPAN);
+    let spans = (input.keys.start / KV_SPAN..end.div_ceil(KV_SPAN)).map(|span| {
+        let keys = span * KV_SPAN..end.min((span + 1) * KV_SPAN);
         (input.keys.start.saturating_sub(keys.start), keys)
     });
     let q = &input.q[elements.clone()];
