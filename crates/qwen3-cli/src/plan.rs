@@ -162,7 +162,10 @@ impl PlanArgs {
     }
 
     fn way(&self, way: &Prediction) -> Value {
-        let share = |share: &Share| json!({ "most": share.most, "least": share.least, "sum": share.sum, "imbalance": share.imbalance() });
+        let share = |share: &Share| {
+            let Share { most, least, sum, total, .. } = *share;
+            json!({ "most": most, "least": least, "sum": sum, "total": total, "imbalance": share.imbalance() })
+        };
         let imbalance = &way.imbalance;
         let pass = |pass: &qwen3_model::PassCost, tokens: usize| {
             json!({
@@ -279,6 +282,8 @@ pub fn choose(rank: &Rank, wanted: &Wanted<'_>) -> Result<(ParallelStrategy, Exp
         let threads = Some(wanted.threads);
         let layout = Layout { transport: Some(comm.transport()), ranks, nodes, threads, link };
         let (machine, figures) = Calibration::by_itself(&layout);
+        // Emulated machines have the memory of this one.
+        let here = if rank.emulated_link().is_some() { ranks } else { ranks.div_ceil(nodes) };
         let prompt = wanted.work.prompt.clamp(1, config.context_length());
         let generate = wanted.work.generate.min(config.context_length() - prompt);
         let plan = plan(&PlanInput {
@@ -294,7 +299,7 @@ pub fn choose(rank: &Rank, wanted: &Wanted<'_>) -> Result<(ParallelStrategy, Exp
             chunk: wanted.chunk,
             schedule: wanted.mlp,
             experts: wanted.experts,
-            memory: available_memory().map(|bytes| bytes / ranks.div_ceil(nodes)),
+            memory: available_memory().map(|bytes| bytes / here),
             all_schedules: false,
         });
         let best = &plan.ways[plan.best];

@@ -71,7 +71,7 @@ fn a_plan_tells_memory_traffic_speed_and_imbalance_of_every_way() {
     // 8 query heads on 3 ranks are 3, 3 and 2; each rank sees the KV heads of its queries.
     let heads = &ways[0]["imbalance"];
     assert_eq!(keys(heads), ["query_heads", "kv_heads", "columns", "vocabulary"]);
-    assert_eq!(heads["query_heads"], json!({"most": 3, "least": 2, "sum": 8, "imbalance": 1.125}));
+    assert_eq!(heads["query_heads"], json!({"most": 3, "least": 2, "sum": 8, "total": 8, "imbalance": 1.125}));
     assert_eq!(heads["columns"]["sum"], 768);
     assert_eq!(ways[1]["imbalance"]["query_heads"]["imbalance"], 1.0, "positions are split, heads are not");
 

@@ -6,6 +6,7 @@ use ops::{ExpertSplit, MlpSchedule};
 use tensor::{split_granular, split_range};
 
 use crate::config::Config;
+use crate::options::Division;
 
 /// The attention heads of one rank.
 ///
@@ -187,7 +188,8 @@ impl Share {
         })
     }
 
-    /// The time lost to it: the largest part relative to an equal share of the total, 1 where all are equal.
+    /// The time lost to it: the largest part relative to an equal share of the total, 1 where all are equal and nothing is
+    /// replicated.
     pub fn imbalance(&self) -> f64 {
         if self.total == 0 { 1.0 } else { self.most as f64 * self.ranks as f64 / self.total as f64 }
     }
@@ -200,7 +202,8 @@ pub struct Imbalance {
     pub query_heads: Share,
     /// KV heads; replication shows as a sum above the total.
     pub kv_heads: Share,
-    /// Columns of dense feed-forward blocks, or in a model that has only sparse ones those of all experts together.
+    /// Columns of dense feed-forward blocks, or in a model that has only sparse ones those of all experts together; of one rank
+    /// where each works through all of them for its own positions.
     pub columns: Share,
     /// Rows of the vocabulary.
     pub vocabulary: Share,
@@ -208,21 +211,25 @@ pub struct Imbalance {
 
 impl Imbalance {
     /// The shares of `ranks` ranks, with feed-forward columns cut at multiples of `granularity`.
-    pub fn new(config: &Config, ranks: usize, granularity: usize, split: ExpertSplit) -> Self {
-        let plans: Vec<_> = (0..ranks).map(|rank| RankPlan::new(config, ranks, rank, granularity, split)).collect();
-        let share = |total, part: fn(&RankPlan) -> usize| Share::of(total, plans.iter().map(part));
-        let sparse = (0..config.num_hidden_layers).all(|layer| config.is_sparse(layer));
-        let columns = match &config.moe {
-            Some(moe) if sparse => share(moe.num_experts * moe.moe_intermediate_size, |plan| {
-                plan.experts.len() * plan.expert_columns.len()
-            }),
-            _ => share(config.intermediate_size, |plan| plan.columns.len()),
+    pub fn new(config: &Config, division: Division, ranks: usize, granularity: usize) -> Self {
+        let (tp, _) = division.strategy.grid(ranks);
+        let heads = |count: fn(&HeadPlan) -> usize| (0..tp).map(move |rank| count(&HeadPlan::new(config, tp, rank)));
+        let dense = (0..config.num_hidden_layers).find(|layer| !config.is_sparse(*layer));
+        let shape = BlockShape::new(config, dense.unwrap_or(0), granularity);
+        let blocks = match division.schedule {
+            MlpSchedule::Local if tp == 1 => 1,
+            _ => division.block_ranks(ranks),
         };
+        let columns = (0..blocks).map(|rank| {
+            let share = BlockShare::new(shape, division.schedule, division.experts, blocks, rank);
+            share.experts.len() * share.inner.len()
+        });
+        let vocabulary = (0..ranks).map(|rank| split_range(config.vocab_size, ranks, rank).len());
         Self {
-            query_heads: share(config.num_attention_heads, |plan| plan.heads.query_heads.len()),
-            kv_heads: share(config.num_key_value_heads, |plan| plan.heads.kv_heads.len()),
-            columns,
-            vocabulary: share(config.vocab_size, |plan| plan.vocabulary.len()),
+            query_heads: Share::of(config.num_attention_heads, heads(|plan| plan.query_heads.len())),
+            kv_heads: Share::of(config.num_key_value_heads, heads(|plan| plan.kv_heads.len())),
+            columns: Share::of(shape.experts.unwrap_or(1) * shape.columns, columns),
+            vocabulary: Share::of(config.vocab_size, vocabulary),
         }
     }
 }

@@ -72,6 +72,14 @@ pub struct Division {
     pub experts: ExpertSplit,
 }
 
+impl Division {
+    /// How many of `ranks` ranks divide a feed-forward block: those that split weights, or where none do those that split positions.
+    pub fn block_ranks(self, ranks: usize) -> usize {
+        let (tp, _) = self.strategy.grid(ranks);
+        if tp > 1 { tp } else { ranks }
+    }
+}
+
 impl fmt::Display for Division {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let experts = if self.experts == ExpertSplit::Ranks { ", whole experts on ranks" } else { "" };

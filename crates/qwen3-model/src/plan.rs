@@ -102,8 +102,6 @@ fn predict(input: &PlanInput<'_>, division: Division) -> Prediction {
     let PlanInput { config, weights, ranks, prompt, generate, .. } = *input;
     let Division { strategy, schedule, experts } = division;
     let way = Way::new(input, division);
-    let of = |ranks| Imbalance::new(config, ranks, weights.granularity(), experts);
-    let (tp, _) = strategy.grid(ranks);
     Prediction {
         strategy,
         schedule,
@@ -111,7 +109,7 @@ fn predict(input: &PlanInput<'_>, division: Division) -> Prediction {
         weight_bytes: way.shares.iter().map(|share| share.bytes).collect(),
         kv_bytes: (0..ranks).map(|rank| way.kv_bytes(rank, prompt + generate)).collect(),
         activation_bytes: (0..ranks).map(|rank| activation_bytes(input, division, rank)).collect(),
-        imbalance: Imbalance { vocabulary: of(ranks).vocabulary, ..of(tp) },
+        imbalance: Imbalance::new(config, division, ranks, weights.granularity()),
         prompt: way.prompt(),
         token: way.token(),
     }

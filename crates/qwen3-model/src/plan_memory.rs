@@ -69,8 +69,8 @@ fn mlp(
     let (tp, _) = division.strategy.grid(ranks);
     let formats = &weights.layers()[layer];
     let shape = BlockShape::new(config, layer, formats.granule);
-    let (parts, part) = if tp > 1 { (tp, rank % tp) } else { (ranks, rank) };
-    let share = BlockShare::new(shape, division.schedule, division.experts, parts, part);
+    let parts = division.block_ranks(ranks);
+    let share = BlockShare::new(shape, division.schedule, division.experts, parts, rank % parts);
     let gathers = layout.is_split() && division.schedule != MlpSchedule::Local && tp == 1;
     let moe = config.moe.as_ref().filter(|_| config.is_sparse(layer));
     let ([gate, _, down], _) = formats.experts[0];

@@ -215,8 +215,7 @@ impl<'a> Way<'a> {
         if self.division.experts == ExpertSplit::Inside {
             return (different / experts, rows);
         }
-        // Where no ranks split weights, those that split positions divide the experts.
-        let ranks = if self.tp > 1 { self.tp } else { self.sp };
+        let ranks = self.division.block_ranks(self.input.ranks);
         let shares: Vec<_> = (0..ranks).map(|rank| split_range(moe.num_experts, ranks, rank).len()).collect();
         (expected_most(&shares, different.round() as usize) / shares[0] as f64, rows)
     }
@@ -233,16 +232,23 @@ impl<'a> Way<'a> {
         let column: Vec<usize> = (0..self.sp).map(|i| node(rank % self.tp + i * self.tp)).collect();
         let everyone: Vec<usize> = (0..ranks).map(node).collect();
         let mut all = Exchange::default();
-        for entry in model.forward(tokens, past, rows) {
-            let sums = matches!(entry.collective, Collective::Allreduce | Collective::ReduceScatter);
+        let maxima = model.maxima(tokens, past);
+        let mut entries = model.forward(tokens, past, rows);
+        if let Some(sums) = entries.iter_mut().find(|entry| entry.collective == maxima.collective) {
+            sums.calls -= maxima.calls;
+            sums.payload_bytes -= maxima.payload_bytes;
+        }
+        let entries = entries.into_iter().map(|entry| (entry, false)).chain([(maxima, true)]);
+        for (entry, maxima) in entries.filter(|(entry, _)| entry.calls > 0) {
+            let sums = !maxima && matches!(entry.collective, Collective::Allreduce | Collective::ReduceScatter);
             let payload = entry.payload_bytes;
             let payload = if sums { wire.encoded_bytes(payload as usize / 4) as u64 } else { payload };
             let each = payload as f64 / entry.calls as f64;
             // In a grid, sums are those of a row of ranks that split weights, all else is exchanged along columns.
             let group = match (self.tp, self.sp) {
                 (1, _) | (_, 1) => &everyone,
-                _ if entry.collective == Collective::Allreduce
-                    || matches!(schedule, MlpSchedule::Naive | MlpSchedule::Gathered) =>
+                _ if sums && entry.collective == Collective::Allreduce
+                    || matches!(schedule, MlpSchedule::Naive | MlpSchedule::Gathered) && !maxima =>
                 {
                     &row
                 }

@@ -123,8 +123,7 @@ impl WeightFormats {
         let (hidden, head_dim) = (config.hidden_size, config.head_dim);
         let qkv_rows = (heads.query_heads.len() + 2 * heads.kv_heads.len()) * head_dim;
         let queries = heads.query_heads.len() * head_dim;
-        // Where no ranks split weights, those that split positions divide the feed-forward blocks.
-        let (parts, part) = if tp > 1 { (tp, rank % tp) } else { (ranks, rank) };
+        let parts = division.block_ranks(ranks);
 
         let mut share = RankWeights::default();
         for (index, layer) in self.layers.iter().enumerate() {
@@ -137,7 +136,7 @@ impl WeightFormats {
                 share.bytes += share.mlp.add(format, 1, experts, hidden, 1.0);
             }
             let shape = BlockShape::new(config, index, layer.granule);
-            let own = BlockShare::new(shape, division.schedule, division.experts, parts, part);
+            let own = BlockShare::new(shape, division.schedule, division.experts, parts, rank % parts);
             let (inner, (down_rows, down_cols)) = (own.inner.len(), (own.down.0.len(), own.down.1.len()));
             // A product with few columns, or few of a sum, spends more on its edges: as much as with so many columns more.
             let edge = if layer.granule > 1 { 32.0 } else { 16.0 };

@@ -123,6 +123,16 @@ impl TrafficModel<'_> {
         sum.sorted()
     }
 
+    /// Of the Allreduces of [`TrafficModel::forward`] those that are maxima and not sums: of the scores of queries that went to all ranks
+    /// of a column. They travel as f32 on any wire.
+    pub fn maxima(&self, tokens: usize, past: usize) -> Traffic {
+        let (tp, sp) = self.strategy.grid(self.ranks);
+        let gathered = TokenLayout::balanced(tokens, sp).is_split() && past > 0;
+        let calls = if gathered { self.config.num_hidden_layers as u64 } else { 0 };
+        let heads = HeadPlan::new(self.config, tp, self.rank % tp).query_heads.len();
+        Traffic { collective: Collective::Allreduce, calls, payload_bytes: calls * (tokens * heads * F32) as u64 }
+    }
+
     fn attention(&self, pass: &Pass, sum: &mut Sum) {
         let Pass { tokens, past, split, tp, sp, .. } = *pass;
         let plan = HeadPlan::new(self.config, tp, self.rank % tp);

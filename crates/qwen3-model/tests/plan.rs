@@ -2,10 +2,15 @@
 
 use std::path::Path;
 
-use qwen3_model::{Config, ExpertSplit, HeadPlan, Imbalance, RankPlan, TensorRole, tensor_specs};
+use qwen3_model::{
+    Config, Division, ExpertSplit, HeadPlan, Imbalance, MlpSchedule, ParallelStrategy, RankPlan, TensorRole,
+    tensor_specs,
+};
 use serde_json::json;
 
 const INSIDE: ExpertSplit = ExpertSplit::Inside;
+const FUSED: Division =
+    Division { strategy: ParallelStrategy::Heads, schedule: MlpSchedule::Fused, experts: ExpertSplit::Inside };
 
 fn config(heads: usize, kv_heads: usize, columns: usize, vocabulary: usize) -> Config {
     let value = json!({
@@ -125,25 +130,37 @@ fn whole_experts_on_ranks() {
     // Nothing but routers, heads of several ranks and norms is held twice.
     let sum: u64 = (0..2).map(|rank| plan(2, rank).layer_elements(&config)).sum();
     assert_eq!(sum, plan(1, 0).layer_elements(&config) + 2 * 5 * 64);
-    let split = |experts| Imbalance::new(&all_sparse(), 2, 32, experts).columns;
+    let split = |experts| Imbalance::new(&all_sparse(), Division { experts, ..FUSED }, 2, 32).columns;
     // 40 columns are a group of 32 and a short one; 5 experts are 3 and 2.
     assert_eq!((split(INSIDE).most, split(INSIDE).least, split(INSIDE).total), (5 * 32, 5 * 8, 5 * 40));
     assert_eq!((split(ExpertSplit::Ranks).most, split(ExpertSplit::Ranks).least), (3 * 40, 2 * 40));
 }
 
 #[test]
-fn imbalance_is_the_largest_share_over_the_mean() {
+fn imbalance_is_the_largest_share_over_an_equal_one() {
     let config = config(16, 8, 200, 331);
-    let even = Imbalance::new(&config, 4, 1, INSIDE);
+    let even = Imbalance::new(&config, FUSED, 4, 1);
     assert_eq!((even.query_heads.imbalance(), even.kv_heads.imbalance(), even.columns.imbalance()), (1.0, 1.0, 1.0));
     assert_eq!((even.vocabulary.most, even.vocabulary.least), (83, 82));
-    let uneven = Imbalance::new(&config, 12, 32, INSIDE);
+    let uneven = Imbalance::new(&config, FUSED, 12, 32);
     assert_eq!((uneven.query_heads.most, uneven.query_heads.least), (2, 1));
     assert_eq!(uneven.query_heads.imbalance(), 1.5);
     // 16 heads on 12 ranks: 8 of the ranks share their KV head with a neighbour.
     assert_eq!((uneven.kv_heads.sum, uneven.kv_heads.total), (12, 8));
     // 7 granules of 32 columns: one each for 7 ranks, none for 5.
     assert_eq!((uneven.columns.most, uneven.columns.least), (32, 0));
+
+    // Ranks that split positions divide the feed-forward blocks as well, or each goes through the whole of them for its positions. Where
+    // ranks split heads alone, all of them do so for the same ones.
+    let columns = |strategy, schedule| {
+        let columns = Imbalance::new(&config, Division { strategy, schedule, experts: INSIDE }, 4, 32).columns;
+        (columns.most, columns.least, columns.sum, columns.imbalance())
+    };
+    let (sequence, grid) = (ParallelStrategy::Sequence, ParallelStrategy::Grid { tp: 2, sp: 2 });
+    assert_eq!(columns(sequence, MlpSchedule::Fused), (64, 8, 200, 64.0 * 4.0 / 200.0));
+    assert_eq!(columns(sequence, MlpSchedule::Local), (200, 200, 200, 1.0));
+    assert_eq!(columns(grid, MlpSchedule::Fused), (128, 72, 200, 1.28));
+    assert_eq!(columns(ParallelStrategy::Heads, MlpSchedule::Local), (200, 200, 800, 4.0));
 }
 
 #[test]

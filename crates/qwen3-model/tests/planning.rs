@@ -4,7 +4,7 @@ mod cases;
 
 use std::sync::Arc;
 
-use qwen3_model::comm::{ThreadComm, WireFormat};
+use qwen3_model::comm::{Communicator as _, ThreadComm, WireFormat};
 use qwen3_model::{
     Checkpoint, Config, Division, ExpertSplit, HiddenSums, Isa, KvFormat, LinkFigures, LogitRows, Machine, MlpSchedule,
     Model, ModelOptions, ParallelStrategy, Plan, PlanInput, Preset, Rate, SynthOptions, TrafficModel, WeightFormat,
@@ -107,6 +107,50 @@ fn calls_and_bytes_are_those_of_the_traffic_model() {
             assert_eq!((way.prompt.calls, way.prompt.bytes), of(64, 0), "{label}");
             assert_eq!((way.token.calls, way.token.bytes), of(1, 96), "{label}");
             assert_eq!((way.weight_bytes.len(), way.kv_bytes.len()), (ranks, ranks), "{label}");
+        }
+    }
+}
+
+#[test]
+fn bytes_of_chunks_on_a_shorter_wire_are_those_of_the_ledger() {
+    let (dir, config, weights) = shape();
+    let dir = dir.path().join("model");
+    let (prompt, chunk) = (64, 12);
+    for ranks in 2..=4 {
+        let machine = Machine::typical(ranks, 1, 1);
+        let change =
+            |input: &mut PlanInput<'_>| (input.wire, input.prompt, input.chunk) = (WireFormat::Bf16, prompt, chunk);
+        for way in run(&config, &weights, &machine, change).ways {
+            let options = ModelOptions {
+                strategy: way.strategy,
+                mlp: Some(way.schedule),
+                kv: KvFormat::F16,
+                ..ModelOptions::new(Isa::detect())
+            };
+            let counted = |comm: ThreadComm| {
+                comm.set_wire(WireFormat::Bf16);
+                let model = Model::load(&dir, Arc::new(comm), &options, &|_| ()).unwrap();
+                let mut cache = model.new_cache(prompt);
+                let ledger = model.comm().ledger();
+                ledger.reset();
+                let passes: Vec<_> = [3; 64].chunks(model.pass_tokens(chunk)).collect();
+                for (i, tokens) in passes.iter().enumerate() {
+                    let rows = if i + 1 == passes.len() { LogitRows::Last } else { LogitRows::None };
+                    model.forward(&mut cache, tokens, rows).unwrap();
+                }
+                let entries = ledger.entries();
+                entries.iter().fold((0, 0), |(calls, bytes), entry| (calls + entry.calls, bytes + entry.payload_bytes))
+            };
+            let (calls, bytes) = std::thread::scope(|scope| {
+                let ranks: Vec<_> =
+                    ThreadComm::group(ranks).into_iter().map(|comm| scope.spawn(|| counted(comm))).collect();
+                let counted = ranks.into_iter().map(|rank| rank.join().unwrap());
+                counted.fold((0, 0), |most, (calls, bytes)| (most.0.max(calls), most.1.max(bytes)))
+            });
+            // The candidates for the next token come on top.
+            let candidates = 8 * ranks as u64;
+            let label = format!("{ranks} ranks, {} {}", way.strategy, way.schedule);
+            assert_eq!((way.prompt.calls, way.prompt.bytes), (calls + 1, bytes + candidates), "{label}");
         }
     }
 }

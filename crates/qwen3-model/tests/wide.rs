@@ -196,7 +196,7 @@ impl Case {
         assert_eq!(kept, if rank < tp { own.heads.kv_heads.len() } else { 0 }, "{label}: KV heads");
         let mut all = vec![0; ranks];
         comm.all_gather(&[kept], &mut all).unwrap();
-        let stated = Imbalance::new(config, tp, granularity, options.experts).kv_heads;
+        let stated = Imbalance::new(config, options.division(), ranks, granularity).kv_heads;
         let found = (all[..tp].iter().max(), all[..tp].iter().min(), all.iter().sum());
         assert_eq!(found, (Some(&stated.most), Some(&stated.least), stated.sum), "{label}: KV heads of all ranks");
     }
