@@ -49,11 +49,7 @@ impl Header {
     }
 
     pub(crate) fn counts(self, counts: &[usize]) -> Header {
-        // FNV-1a over the counts: equal digests of unequal counts are as rare as they need to be.
-        let detail = counts
-            .iter()
-            .fold(0xcbf2_9ce4_8422_2325, |digest: u64, &count| (digest ^ count as u64).wrapping_mul(0x0100_0000_01b3));
-        Header { detail, ..self }
+        Header { detail: digest(counts.iter().map(|&count| count as u64)), ..self }
     }
 
     /// The form that travels with the data.
@@ -61,6 +57,12 @@ impl Header {
     pub(crate) fn words(self) -> [u64; 3] {
         [self.collective as u64 | self.options, self.count, self.detail]
     }
+}
+
+/// A number by which ranks can tell whether they hold the same: FNV-1a (Fowler, Noll and Vo) over the values. Equal digests of unequal
+/// values are rare, but can be made on purpose.
+pub fn digest(values: impl IntoIterator<Item = u64>) -> u64 {
+    values.into_iter().fold(0xcbf2_9ce4_8422_2325, |digest, value| (digest ^ value).wrapping_mul(0x0100_0000_01b3))
 }
 
 /// The words of another rank's header, for a message.

@@ -69,6 +69,7 @@ mod nodes;
 #[cfg(feature = "mpi")]
 mod mpi_comm;
 
+pub use call::digest;
 pub use communicator::{Communicator, CommunicatorExt, ReduceOp};
 pub use cost::{Cluster, InvalidLink, Link, node_of};
 pub use emulate::EmulatedComm;

@@ -1,10 +1,9 @@
 //! How many ranks share the cores that this process may use.
 
-use std::collections::hash_map::DefaultHasher;
 use std::fs;
-use std::hash::{Hash, Hasher};
+use std::thread;
 
-use qwen3_model::comm::CommunicatorExt as _;
+use qwen3_model::comm::{CommunicatorExt as _, digest};
 
 use crate::failure::CliError;
 use crate::rank::Rank;
@@ -23,14 +22,18 @@ impl Neighbours {
     ///
     /// A launcher that binds each process to cores of its own leaves one; in-process ranks and unbound processes share.
     pub fn find(rank: &Rank) -> Result<Self, CliError> {
-        let mut hasher = DefaultHasher::new();
-        read("/proc/sys/kernel/hostname").hash(&mut hasher);
-        allowed_cores(&read("/proc/self/status")).hash(&mut hasher);
-        let mine = hasher.finish();
+        let place = read("/proc/sys/kernel/hostname") + allowed_cores(&read("/proc/self/status"));
+        let mine = digest(place.bytes().map(u64::from));
         let mut all = vec![0_u64; rank.comm().size()];
         rank.comm().all_gather(&[mine], &mut all)?;
         let same = |places: &[u64]| places.iter().filter(|&&place| place == mine).count();
         Ok(Self { index: same(&all[..rank.comm().rank()]), count: same(&all) })
+    }
+
+    /// The threads of this rank: those asked for, or its share of the cores.
+    pub fn threads(self, asked: Option<u16>) -> usize {
+        let cores = thread::available_parallelism().map_or(1, usize::from);
+        asked.map_or((cores / self.count).max(1), usize::from)
     }
 }
 

@@ -114,6 +114,9 @@ impl BenchArgs {
 
     /// The positions that the cache has to hold, if the model has as many.
     fn check(&self, model: &Model, depths: &[usize]) -> Result<usize, Failure> {
+        if self.gen_len == 0 && !self.depth.is_empty() {
+            return Err(Failure::agreed(misfit("--depth", "nothing is generated there", "a --gen-len above 0")));
+        }
         let context = model.config().context_length();
         let longest = self.prompt_len.iter().copied().max().unwrap_or(0);
         let deepest = depths.iter().copied().max().unwrap_or(0).saturating_add(self.gen_len);

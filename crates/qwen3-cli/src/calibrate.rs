@@ -6,16 +6,16 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use clap::Args;
-use qwen3_model::comm::{Communicator, CommunicatorExt as _, node_of};
+use qwen3_model::comm::{Communicator, CommunicatorExt as _, digest, node_of};
 use qwen3_model::{
-    AttentionRate, Effort, Groups, HiddenSums, Isa, LinkFigures, Machine, Placement, Rate, measure_link, measure_speeds,
+    AttentionRate, Effort, Groups, HiddenSums, LinkFigures, Machine, Placement, Rate, measure_link, measure_speeds,
 };
 use serde_json::json;
 
 use crate::affinity::Neighbours;
 use crate::calibration::{Calibration, count, default_path, place, processor};
 use crate::failure::{CliError, Failure};
-use crate::options::{LaunchOptions, misfit};
+use crate::options::{Auto, LaunchOptions, isa, misfit};
 use crate::rank::Rank;
 
 /// Measure these ranks for plan and --strategy auto: latency and bandwidth of sums, memory bandwidth, arithmetic
@@ -47,9 +47,9 @@ impl CalibrateArgs {
         let comm = rank.comm();
         // A file that cannot be read is found before the measurements, not after.
         let file = rank.agree(if rank.speaks() { self.file().map(Some) } else { Ok(None) })?;
+        let isa = isa(rank, Auto(None))?;
         let neighbours = Neighbours::find(rank)?;
-        let cores = std::thread::available_parallelism().map_or(1, usize::from);
-        let threads = self.threads.map_or((cores / neighbours.count).max(1), usize::from);
+        let threads = neighbours.threads(self.threads);
         let placement = Placement::for_rank(neighbours.index, neighbours.count, threads);
         let (node, nodes) = self.node(rank)?;
         let here: Arc<dyn Communicator> = comm.split(node, comm.rank())?.into();
@@ -58,7 +58,7 @@ impl CalibrateArgs {
         let between = if here.rank() == 0 { measure_link(&*leaders)? } else { None };
         let effort = if self.quick { Effort::Quick } else { Effort::Thorough };
         let groups = Groups { all: Arc::clone(comm), here, inside, leaders, between };
-        let speeds = measure_speeds(&groups, Isa::detect(), threads, placement, effort)?;
+        let speeds = measure_speeds(&groups, isa, threads, placement, effort)?;
         rank.agree(Ok(()))?;
         let typical = Machine::typical(comm.size(), nodes, threads);
         let machine = Machine {
@@ -83,9 +83,7 @@ impl CalibrateArgs {
             return Ok((node_of(comm.rank(), comm.size(), nodes), nodes));
         }
         let name = fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default();
-        let mine = name
-            .bytes()
-            .fold(0xcbf2_9ce4_8422_2325_u64, |hash, byte| (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3));
+        let mine = digest(name.bytes().map(u64::from));
         let mut all = vec![0_u64; comm.size()];
         comm.all_gather(&[mine], &mut all)?;
         let first = all.iter().position(|other| *other == mine).unwrap_or(0);

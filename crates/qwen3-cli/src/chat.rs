@@ -54,7 +54,8 @@ const RECOMMENDED: SamplingParams =
 impl ChatArgs {
     /// Runs the command on this rank.
     pub fn run(&self, rank: &Rank) -> Result<(), Failure> {
-        let read = || Ok((Text::open(&self.engine.model)?, ChatTemplate::open(&self.engine.model)?));
+        let dir = self.engine.model.clone();
+        let read = move || Ok((Text::open(&dir)?, ChatTemplate::open(&dir)?));
         let (Loaded { model, .. }, texts) =
             session::load_with(rank, &self.engine, Workload { kv: KvFormat::F16, prompt: 512, generate: 256 }, read)?;
         let speaker = texts.map(|(text, template)| Speaker::new(self, text, template, &model)).transpose();

@@ -32,7 +32,8 @@ const TOKENS: usize = 64;
 impl DemoArgs {
     /// Runs the command on this rank.
     pub fn run(&self, rank: &Rank) -> Result<(), Failure> {
-        let read = || Ok((Text::open(&self.engine.model)?, ChatTemplate::open(&self.engine.model)?));
+        let dir = self.engine.model.clone();
+        let read = move || Ok((Text::open(&dir)?, ChatTemplate::open(&dir)?));
         let (Loaded { model, reason }, texts) =
             session::load_with(rank, &self.engine, Workload { kv: KvFormat::F16, prompt: 64, generate: TOKENS }, read)?;
         let options = AnswerOptions::new(rank, &model, &self.engine, SamplingParams::default(), TOKENS)?;

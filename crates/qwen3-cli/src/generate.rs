@@ -6,7 +6,7 @@ use serde_json::json;
 
 use crate::answer::{Answer, AnswerOptions};
 use crate::failure::Failure;
-use crate::options::{EngineOptions, LaunchOptions, SamplingOptions, positive};
+use crate::options::{EngineOptions, LaunchOptions, SamplingOptions, misfit, positive};
 use crate::plan::Workload;
 use crate::prompt::PromptOptions;
 use crate::rank::Rank;
@@ -55,7 +55,8 @@ impl GenerateArgs {
     /// Runs the command on this rank.
     pub fn run(&self, rank: &Rank) -> Result<(), Failure> {
         let chat = self.chat.then(|| self.no_thinking.then_some(false));
-        let read = || self.prompt.read(&self.engine.model, chat);
+        let (prompt, dir) = (self.prompt.clone(), self.engine.model.clone());
+        let read = move || prompt.read(&dir, chat);
         let (Loaded { model, .. }, prompt) = session::load_with(
             rank,
             &self.engine,
@@ -89,6 +90,10 @@ impl GenerateArgs {
     }
 
     fn params(&self, rank: &Rank) -> Result<SamplingParams, Failure> {
+        if let (None, Some(option)) = (self.sampling.temperature, self.sampling.of_draws()) {
+            let found = "given, while the likeliest token is taken each time";
+            return Err(Failure::agreed(misfit(option, found, "a --temperature above 0 with it")));
+        }
         let base = if self.sampling.temperature.is_some_and(|temperature| temperature > 0.0) {
             let config = rank.share(|| Ok(GenerationConfig::read(&self.engine.model)?))?;
             SamplingParams::recommended(&config, 0)

@@ -40,7 +40,8 @@ const BLOCK: usize = 1 << 24;
 impl LogitsArgs {
     /// Runs the command on this rank.
     pub fn run(&self, rank: &Rank) -> Result<(), Failure> {
-        let read = || Ok(self.prompt.read(&self.engine.model, None)?.tokens);
+        let (prompt, dir) = (self.prompt.clone(), self.engine.model.clone());
+        let read = move || Ok(prompt.read(&dir, None)?.tokens);
         let (Loaded { model, .. }, tokens) =
             session::load_with(rank, &self.engine, Workload { kv: KvFormat::F32, prompt: 512, generate: 0 }, read)?;
         let tokens = rank.share(|| Ok(tokens.expect("rank 0 read the prompt")))?;

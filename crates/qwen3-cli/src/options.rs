@@ -2,7 +2,6 @@
 
 use std::path::PathBuf;
 use std::str::FromStr;
-use std::thread;
 use std::time::Duration;
 
 use clap::Args;
@@ -106,8 +105,8 @@ pub struct EngineOptions {
     pub experts: Auto<ExpertSplit>,
 
     /// Instruction set; auto takes the best one of this CPU (or what SIMD_KERNELS_ISA says)
-    #[arg(long, default_value = "auto", value_parser = choice::<IsaChoice>(&["auto", "scalar", "portable", "avx2", "avx2-vnni"]), help_heading = "Computing")]
-    pub isa: IsaChoice,
+    #[arg(long, default_value = "auto", value_parser = choice::<Auto<Isa>>(&["auto", "scalar", "portable", "avx2", "avx2-vnni"]), help_heading = "Computing")]
+    pub isa: Auto<Isa>,
 
     /// Format of the weights in memory; auto keeps what the checkpoint stores, q8 and q4 quantize at load
     #[arg(long, default_value = "auto", value_parser = choice::<Auto<WeightFormat>>(&["auto", "f32", "bf16", "f16", "q8", "q4"]), help_heading = "Computing")]
@@ -122,21 +121,10 @@ pub struct EngineOptions {
     pub chunk: usize,
 }
 
-/// `--isa`.
-#[derive(Clone, Copy, Debug)]
-pub struct IsaChoice(Isa);
-
-impl FromStr for IsaChoice {
-    type Err = String;
-
-    fn from_str(name: &str) -> Result<Self, String> {
-        // The environment decides only where the command line leaves it open.
-        let isa = match name {
-            "auto" => Isa::from_env(),
-            name => name.parse(),
-        };
-        isa.map(Self).map_err(|error| error.to_string())
-    }
+/// The instruction set of this rank. The environment decides only where the command line leaves it open.
+pub fn isa(rank: &Rank, chosen: Auto<Isa>) -> Result<Isa, Failure> {
+    let isa = chosen.0.map_or_else(Isa::from_env, Ok);
+    rank.agree(isa.map_err(|error| misfit("SIMD_KERNELS_ISA", error, "one that is here, or nothing")))
 }
 
 /// An option that may be left to the program: `None` for `auto`.
@@ -173,10 +161,9 @@ impl EngineOptions {
             let error = misfit("--grid", found, format!("a product of {ranks}, the number of ranks"));
             return Err(Failure::agreed(error));
         }
+        let isa = isa(rank, self.isa)?;
         let neighbours = Neighbours::find(rank)?;
-        let cores = thread::available_parallelism().map_or(1, usize::from);
-        let share = (cores / neighbours.count).max(1);
-        let threads = self.threads.map_or(share, usize::from);
+        let threads = neighbours.threads(self.threads);
         let kv = self.kv.unwrap_or(work.kv);
         let experts = self.experts.0;
         let (strategy, experts, reason) = match self.grid.or(self.strategy.0) {
@@ -198,7 +185,7 @@ impl EngineOptions {
             kv,
             threads,
             placement: Placement::for_rank(neighbours.index, neighbours.count, threads),
-            ..ModelOptions::new(self.isa.0)
+            ..ModelOptions::new(isa)
         };
         Ok((options, reason))
     }
@@ -227,12 +214,23 @@ pub struct SamplingOptions {
     #[arg(long, value_name = "X", allow_negative_numbers = true, value_parser = above_zero, help_heading = "Choosing tokens")]
     pub repetition_penalty: Option<f32>,
 
-    /// Seed of the random choice: the same seed gives the same tokens on any number of ranks
+    /// Seed of the random choice: the same seed gives the same tokens on any number of ranks [default: 0; the time in chat]
     #[arg(long, value_name = "N", help_heading = "Choosing tokens")]
     pub seed: Option<u64>,
 }
 
 impl SamplingOptions {
+    /// The first option given that is of no use unless tokens are drawn.
+    pub fn of_draws(&self) -> Option<&'static str> {
+        let given = [
+            ("--top-k", self.top_k.is_some()),
+            ("--top-p", self.top_p.is_some()),
+            ("--min-p", self.min_p.is_some()),
+            ("--seed", self.seed.is_some()),
+        ];
+        given.into_iter().find_map(|(option, given)| given.then_some(option))
+    }
+
     /// `base` with what the user chose.
     pub fn over(&self, base: SamplingParams) -> SamplingParams {
         SamplingParams {

@@ -40,9 +40,10 @@ pub struct PerplexityArgs {
 impl PerplexityArgs {
     /// Runs the command on this rank.
     pub fn run(&self, rank: &Rank) -> Result<(), Failure> {
-        let read = || {
-            let text = fs::read_to_string(&self.file).map_err(|source| CliError::file(&self.file, source))?;
-            Ok(Text::open(&self.engine.model)?.encode(&text)?)
+        let (file, dir) = (self.file.clone(), self.engine.model.clone());
+        let read = move || {
+            let text = fs::read_to_string(&file).map_err(|source| CliError::file(&file, source))?;
+            Ok(Text::open(&dir)?.encode(&text)?)
         };
         let (Loaded { model, .. }, tokens) = session::load_with(
             rank,

@@ -22,19 +22,17 @@ pub struct Loaded {
 }
 
 /// Loads the model on all ranks while `read` runs on a thread of rank 0, which has its value afterwards. `work` is what the
-/// command is going to do.
-pub fn load_with<T: Send>(
+/// command is going to do. A model that cannot be loaded is an error at once, though a person may still be typing what is read.
+pub fn load_with<T: Send + 'static>(
     rank: &Rank,
     engine: &EngineOptions,
     work: Workload,
-    read: impl FnOnce() -> Result<T, CliError> + Send,
+    read: impl FnOnce() -> Result<T, CliError> + Send + 'static,
 ) -> Result<(Loaded, Option<T>), Failure> {
-    thread::scope(|scope| {
-        let reading = rank.speaks().then(|| scope.spawn(read));
-        let loaded = load(rank, engine, work)?;
-        let value = reading.map(|thread| thread.join().unwrap_or_else(|payload| panic::resume_unwind(payload)));
-        Ok((loaded, rank.patiently(|| rank.agree(value.transpose()))?))
-    })
+    let reading = rank.speaks().then(|| thread::spawn(read));
+    let loaded = load(rank, engine, work)?;
+    let value = reading.map(|thread| thread.join().unwrap_or_else(|payload| panic::resume_unwind(payload)));
+    Ok((loaded, rank.patiently(|| rank.agree(value.transpose()))?))
 }
 
 /// Loads the model on all ranks, with a progress bar where rank 0 writes to a terminal.

@@ -4,11 +4,10 @@ mod program;
 
 use std::fs;
 use std::io::Write as _;
-use std::process::Stdio;
 use std::thread;
 use std::time::Duration;
 
-use program::{austen, json, keys, program, run};
+use program::{austen, json, keys, program, run, run_while};
 use serde_json::Value;
 
 fn expected() -> Vec<Value> {
@@ -28,13 +27,13 @@ fn model() -> String {
 fn ranks_wait_for_a_prompt_as_long_as_it_takes() {
     let args = ["generate", "--model", &model(), "--ranks", "2", "--comm-timeout", "2", "--max-new-tokens", "4"];
     let mut command = program(&args);
-    command.args(["--prompt-file", "/dev/stdin"]).stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
-    let mut child = command.spawn().unwrap();
-    // The model is loaded long before.
-    thread::sleep(Duration::from_secs(4));
-    child.stdin.take().unwrap().write_all(b"Elizabeth was").unwrap();
-    let end = child.wait_with_output().unwrap();
-    assert!(end.status.success() && !end.stdout.is_empty(), "{end:?}");
+    command.args(["--prompt-file", "/dev/stdin"]);
+    let run = run_while(command, |mut stdin| {
+        // The model is loaded long before.
+        thread::sleep(Duration::from_secs(4));
+        stdin.write_all(b"Elizabeth was").unwrap();
+    });
+    assert!(run.success && !run.stdout.is_empty(), "{run:?}");
 }
 
 #[test]

@@ -5,8 +5,9 @@ mod program;
 use std::fs;
 use std::path::Path;
 use std::process::{Command, Stdio};
+use std::sync::mpsc;
 
-use program::{Copy, Run, assert_one_line, austen, program, run, run_with};
+use program::{Copy, Run, assert_one_line, austen, program, run, run_while, run_with};
 use serde_json::json;
 
 fn generate(model: &Path, args: &[&str], ranks: &str) -> Run {
@@ -36,6 +37,17 @@ fn missing_folders_and_files() {
         copy_fails(&copy, &[name]);
     }
     fails(&austen(), &["--prompt-file", "nowhere.txt"], &["nowhere.txt"]);
+}
+
+#[test]
+fn a_model_that_is_not_there_is_no_reason_to_wait_for_the_prompt() {
+    for ranks in ["1", "2"] {
+        let (done, typed) = mpsc::channel::<()>();
+        let command = program(&["generate", "--model", "nowhere", "--ranks", ranks, "--prompt-file", "/dev/stdin"]);
+        let run = run_while(command, move |_stdin| _ = typed.recv());
+        assert_one_line(&run, &["nowhere"]);
+        drop(done);
+    }
 }
 
 #[test]
@@ -148,6 +160,28 @@ fn unknown_options_and_values() {
     fails(&model, &["--prompt", "x", "--frobnicate"], &["--frobnicate"]);
     assert_one_line(&run(&["frobnicate"]), &["frobnicate"]);
     assert_one_line(&run(&["synth", "--preset", "9b", "out"]), &["9b"]);
+}
+
+#[test]
+fn options_that_would_do_nothing_are_refused() {
+    let model = austen();
+    for option in ["--top-k", "--top-p", "--min-p", "--seed"] {
+        fails(&model, &["--prompt", "x", option, "1"], &[option, "--temperature"]);
+    }
+    let bench = ["bench", "--model", model.to_str().unwrap(), "--prompt-len", "4", "--gen-len", "0", "--depth", "9"];
+    assert_one_line(&run(&bench), &["--depth", "--gen-len"]);
+}
+
+#[test]
+fn a_variable_with_a_bad_value_is_named() {
+    let model = austen();
+    for args in
+        [&["bench", "--model", model.to_str().unwrap()] as &[&str], &["calibrate", "--output", "/nowhere/c.json"]]
+    {
+        let mut command = program(args);
+        command.env("SIMD_KERNELS_ISA", "avx3");
+        assert_one_line(&run_with(command, ""), &["SIMD_KERNELS_ISA", "avx3"]);
+    }
 }
 
 #[test]

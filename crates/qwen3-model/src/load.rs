@@ -4,7 +4,7 @@ use std::ops::Range;
 use std::path::Path;
 use std::sync::{Arc, Mutex};
 
-use comm::{Communicator, CommunicatorExt, Phase};
+use comm::{Communicator, CommunicatorExt, Phase, digest};
 use ops::{AttentionShape, Context, Embedding, Expert, ExpertSplit, Linear, Mlp, MlpSchedule, Router};
 use tensor::{Checkpoint, CheckpointError, GROUP, Matrix, WeightFormat, split_range};
 
@@ -56,7 +56,8 @@ impl Model {
                 let chooses = model.config.moe.is_some() && schedule != MlpSchedule::Local;
                 let isa = options.isa.to_string();
                 let isa = if chooses { isa.trim_end_matches("-vnni") } else { "" };
-                [0, digest(&format!("{:?}", model.config)), digest(isa)]
+                let of = |text: &str| digest(text.bytes().map(u64::from));
+                [0, of(&format!("{:?}", model.config)), of(isa)]
             }
         };
         let mut all = vec![0u64; own.len() * comm.size()];
@@ -77,12 +78,6 @@ impl Model {
         }
         Ok(model)
     }
-}
-
-/// A number that two texts share only if they are equal (FNV-1a).
-fn digest(text: &str) -> u64 {
-    let step = |digest: u64, byte| (digest ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3);
-    text.bytes().fold(0xcbf2_9ce4_8422_2325, step)
 }
 
 fn load_share(

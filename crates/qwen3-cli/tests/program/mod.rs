@@ -6,7 +6,7 @@ use std::ffi::OsStr;
 use std::fs;
 use std::io::{Read, Write};
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
+use std::process::{ChildStdin, Command, Stdio};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -44,17 +44,22 @@ pub fn program<S: AsRef<OsStr>>(args: &[S]) -> Command {
 }
 
 /// Runs a command with `input`; panics if it is not done by the deadline.
-pub fn run_with(mut command: Command, input: impl AsRef<[u8]>) -> Run {
+pub fn run_with(command: Command, input: impl AsRef<[u8]>) -> Run {
+    let input = input.as_ref().to_owned();
+    // A program that stops early leaves its input unread.
+    run_while(command, move |mut stdin| drop(stdin.write_all(&input)))
+}
+
+/// Runs a command while a thread does `typing` into its standard input; panics if it is not done by the deadline.
+pub fn run_while(mut command: Command, typing: impl FnOnce(ChildStdin) + Send + 'static) -> Run {
     let mut child = command
         .stdin(Stdio::piped())
         .stdout(Stdio::piped())
         .stderr(Stdio::piped())
         .spawn()
         .expect("the program starts");
-    let mut stdin = child.stdin.take().unwrap();
-    let input = input.as_ref().to_owned();
-    // A program that stops early leaves its input unread.
-    let writer = thread::spawn(move || drop(stdin.write_all(&input)));
+    let stdin = child.stdin.take().unwrap();
+    thread::spawn(move || typing(stdin));
     let collect = |mut from: Box<dyn Read + Send>| {
         thread::spawn(move || {
             let mut text = String::new();
@@ -75,7 +80,6 @@ pub fn run_with(mut command: Command, input: impl AsRef<[u8]>) -> Run {
         }
         thread::sleep(Duration::from_millis(5));
     };
-    writer.join().unwrap();
     Run { success: status.success(), stdout: stdout.join().unwrap(), stderr: stderr.join().unwrap() }
 }
 
