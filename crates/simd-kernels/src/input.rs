@@ -40,7 +40,7 @@ impl InputKind {
 
     /// Bytes that an [`Input`] of `tokens` tokens with `cols` columns takes.
     pub fn bytes(self, tokens: usize, cols: usize) -> usize {
-        // With the words of a group goes its scale, and with those of int8 an offset.
+        // With the words of a group goes its scale, and with those of int8 their sum.
         let beside = match self {
             InputKind::Float => return size_of::<f32>() * tokens * cols,
             InputKind::Int16 => 1,
@@ -65,7 +65,7 @@ pub struct Input {
     float: Vec<f32>,
     words: Vec<i32>,
     scales: Vec<f32>,
-    offsets: Vec<i32>,
+    totals: Vec<f32>,
 }
 
 /// One tile of f32 activations.
@@ -84,9 +84,8 @@ pub(crate) struct IntTile<'a> {
     pub words: &'a [i32],
     /// `[groups, m]`
     pub scales: &'a [f32],
-    /// `[groups, m]`, for int8 only: two int16, -8 times the sum of the columns with k % 4 in {0, 1}, and of those
-    /// in {2, 3}. A sum of products with unsigned nibbles that starts here is one with nibbles minus 8.
-    pub offsets: &'a [i32],
+    /// `[groups, m]`, for int8 only: the sum of the group's integers, which products with nibbles contain as often as the zero point says.
+    pub totals: &'a [f32],
     /// Tokens, 1..=6.
     pub m: usize,
 }
@@ -110,7 +109,7 @@ impl Input {
             float: Vec::new(),
             words: Vec::new(),
             scales: Vec::new(),
-            offsets: Vec::new(),
+            totals: Vec::new(),
         }
     }
 
@@ -172,7 +171,7 @@ impl Input {
                 self.words.resize(groups * kind.words_per_group(), 0);
                 self.scales.resize(groups, 0.0);
                 if kind == InputKind::Int8 {
-                    self.offsets.resize(groups, 0);
+                    self.totals.resize(groups, 0.0);
                 }
             }
         }
@@ -215,7 +214,7 @@ impl Input {
             InputKind::Int16 => PartData::Int16(&mut self.words[..words], &mut self.scales[..groups]),
             InputKind::Int8 => {
                 let (words, scales) = (&mut self.words[..words], &mut self.scales[..groups]);
-                PartData::Int8(words, scales, &mut self.offsets[..groups])
+                PartData::Int8(words, scales, &mut self.totals[..groups])
             }
         };
         InputPart { tokens: self.tokens, cols: self.cols, data }.split_at(tokens)
@@ -270,7 +269,7 @@ impl Input {
         IntTile {
             words: &self.words[range.start * size..range.end * size],
             scales: &self.scales[range.clone()],
-            offsets: if self.kind == InputKind::Int8 { &self.offsets[range] } else { &[] },
+            totals: if self.kind == InputKind::Int8 { &self.totals[range] } else { &[] },
             m,
         }
     }
@@ -288,7 +287,7 @@ pub struct InputPart<'a> {
 enum PartData<'a> {
     Float(&'a mut [f32]),
     Int16(&'a mut [i32], &'a mut [f32]),
-    Int8(&'a mut [i32], &'a mut [f32], &'a mut [i32]),
+    Int8(&'a mut [i32], &'a mut [f32], &'a mut [f32]),
 }
 
 impl<'a> InputPart<'a> {
@@ -320,11 +319,11 @@ impl<'a> InputPart<'a> {
                     pack_int16(isa, rows, cols, words, scales);
                 }
             }
-            PartData::Int8(words, scales, offsets) => {
+            PartData::Int8(words, scales, totals) => {
                 let words = words.chunks_mut(groups * InputKind::Int8.words_per_group());
-                let scales = scales.chunks_mut(groups).zip(offsets.chunks_mut(groups));
-                for (rows, (words, (scales, offsets))) in rows.zip(words.zip(scales)) {
-                    pack_int8(isa, rows, cols, words, scales, offsets);
+                let scales = scales.chunks_mut(groups).zip(totals.chunks_mut(groups));
+                for (rows, (words, (scales, totals))) in rows.zip(words.zip(scales)) {
+                    pack_int8(isa, rows, cols, words, scales, totals);
                 }
             }
         }
@@ -343,9 +342,9 @@ impl<'a> InputPart<'a> {
                 let (s, t) = scales.split_at_mut(groups);
                 (PartData::Int16(a, s), PartData::Int16(b, t))
             }
-            PartData::Int8(words, scales, offsets) => {
+            PartData::Int8(words, scales, totals) => {
                 let (a, b) = words.split_at_mut(groups * InputKind::Int8.words_per_group());
-                let ((s, t), (y, z)) = (scales.split_at_mut(groups), offsets.split_at_mut(groups));
+                let ((s, t), (y, z)) = (scales.split_at_mut(groups), totals.split_at_mut(groups));
                 (PartData::Int8(a, s, y), PartData::Int8(b, t, z))
             }
         };
@@ -411,7 +410,7 @@ mod tests {
                 assert_eq!(a.float_tile(tile).x, b.float_tile(tile).x);
             } else {
                 let (a, b) = (a.int_tile(tile), b.int_tile(tile));
-                assert_eq!((a.words, a.scales, a.offsets), (b.words, b.scales, b.offsets));
+                assert_eq!((a.words, a.scales, a.totals), (b.words, b.scales, b.totals));
             }
         }
     }

@@ -13,13 +13,13 @@ pub const GROUP: usize = 32;
 /// Bytes of a Q8 block, the part of a panel that covers one group: 16 f16 scales, then 16 x 32 int8.
 pub(crate) const Q8_BLOCK: usize = 2 * PANEL + PANEL * GROUP;
 
-/// Bytes of a Q4 block: 16 f16 scales, then 16 x 32 nibbles.
+/// Bytes of a Q4 block: 16 words of scale and zero point, then 16 x 32 nibbles.
 pub(crate) const Q4_BLOCK: usize = 2 * PANEL + PANEL * GROUP / 2;
 
 /// The packed numbers of a weight matrix `[rows, cols]`: `ceil(rows / 16)` panels, one after the other.
 ///
 /// Below, `k` is the column and `r` the row within its panel. Rows beyond the matrix and columns beyond the last
-/// group's end hold zeros (Q4: nibble 8 and scale 0).
+/// group's end hold zeros (Q4: rows have scale 0, columns anything, since they meet activations of 0).
 #[derive(Clone, Copy, Debug)]
 pub enum PanelData<'a> {
     /// `panel[16 k + r]`.
@@ -32,9 +32,10 @@ pub enum PanelData<'a> {
     /// Blocks of 544 bytes, one per 32 columns: 16 little-endian f16 scales, row r at byte `2 r`, then int8 `q` in
     /// -127..=127, column `k` of the block at `32 (k / 2) + 2 r + k % 2`. The weight is `scale * q`.
     Q8(&'a [u8]),
-    /// Blocks of 288 bytes, one per 32 columns: 16 f16 scales as in Q8 (they may be negative), then bytes that hold
+    /// Blocks of 288 bytes, one per 32 columns: 16 little-endian words, row r at byte `2 r`, then bytes that hold
     /// nibbles `n`, column `k` of the block in byte `32 (k / 4) + 4 (r % 8) + k % 4`, row `r < 8` in the low
-    /// nibble, row `r >= 8` in the high one. The weight is `scale * (n - 8)`.
+    /// nibble, row `r >= 8` in the high one. A word holds a number `z` in -8..=7 in its lowest 4 bits (two's complement) and above them
+    /// bits 3..15 of an f16 scale whose other bits are 0. The weight is `scale * (n - 8 - z / 2)`.
     Q4(&'a [u8]),
 }
 
@@ -167,9 +168,22 @@ pub(crate) fn widen_panel(data: PanelData<'_>, panel: usize, cols: usize, out: &
     }
 }
 
-/// The scale of row `r` in a Q8 or Q4 block.
-pub(crate) fn block_scale(block: &[u8], r: usize) -> f32 {
-    f16_to_f32(u16::from_le_bytes([block[2 * r], block[2 * r + 1]]))
+/// The scale of row `r` in a Q8 block.
+pub(crate) fn q8_scale(block: &[u8], r: usize) -> f32 {
+    f16_to_f32(word(block, r))
+}
+
+/// The bits of a Q4 word above the zero point, moved down by one: those of the f16 scale.
+pub(crate) const Q4_SCALE: u16 = 0x7ff8;
+
+/// The scale of row `r` in a Q4 block, and its zero point `8 + z / 2`.
+pub(crate) fn q4_scale(block: &[u8], r: usize) -> (f32, f32) {
+    let word = word(block, r);
+    (f16_to_f32(word >> 1 & Q4_SCALE), 8.0 + f32::from((word << 12) as i16 >> 12) / 2.0)
+}
+
+fn word(block: &[u8], r: usize) -> u16 {
+    u16::from_le_bytes([block[2 * r], block[2 * r + 1]])
 }
 
 /// The int8 of column `k` and row `r` in a Q8 block.
@@ -177,11 +191,10 @@ pub(crate) fn q8_at(block: &[u8], k: usize, r: usize) -> i8 {
     block[2 * PANEL + 2 * PANEL * (k / 2) + 2 * r + k % 2] as i8
 }
 
-/// The nibble of column `k` and row `r` in a Q4 block, minus 8.
-pub(crate) fn q4_at(block: &[u8], k: usize, r: usize) -> i8 {
+/// The nibble of column `k` and row `r` in a Q4 block.
+pub(crate) fn q4_at(block: &[u8], k: usize, r: usize) -> u8 {
     let byte = block[2 * PANEL + 2 * PANEL * (k / 4) + 4 * (r % 8) + k % 4];
-    let nibble = if r < 8 { byte & 15 } else { byte >> 4 };
-    nibble as i8 - 8
+    if r < 8 { byte & 15 } else { byte >> 4 }
 }
 
 #[cfg(test)]

@@ -26,6 +26,15 @@ const INDEX: &str = "model.safetensors.index.json";
 /// Prefix of the metadata keys that mark quantized tensors: `group32.NAME` = `q8 ROWSxCOLS`.
 pub(crate) const MARK: &str = "group32.";
 
+/// The quantized formats as marks name them. (`q4` were groups without a zero point.)
+const MARKED: [(&str, WeightFormat); 2] = [("q8", WeightFormat::Q8), ("q4z", WeightFormat::Q4)];
+
+/// The mark of a quantized tensor `[rows, cols]`.
+pub(crate) fn mark(format: WeightFormat, rows: usize, cols: usize) -> String {
+    let (name, _) = MARKED.iter().find(|(_, other)| *other == format).expect("a quantized format");
+    format!("{name} {rows}x{cols}")
+}
+
 /// The weights of a model on disk. Opening reads and checks the headers of all files; weights are read when asked for,
 /// and only those asked for. Cheap to share between threads.
 #[derive(Debug)]
@@ -279,13 +288,13 @@ fn parse_mark(
         found: mark.to_owned(),
         expected,
     };
-    let parsed = mark.split_once(' ').and_then(|(format, shape)| {
-        let format: WeightFormat = format.parse().ok()?;
+    let parsed = mark.split_once(' ').and_then(|(name, shape)| {
+        let (_, format) = *MARKED.iter().find(|(other, _)| *other == name)?;
         let (rows, cols) = shape.split_once('x')?;
         Some((format, [rows.parse().ok()?, cols.parse().ok()?]))
     });
-    let Some((format, [rows, cols])) = parsed.filter(|(format, _)| format.is_quantized()) else {
-        return Err(wrong("q8 or q4, a space, and ROWSxCOLS".to_owned()));
+    let Some((format, [rows, cols])) = parsed else {
+        return Err(wrong("q8 or q4z (q4 with zero points), a space, and ROWSxCOLS".to_owned()));
     };
     let row_bytes = format.stored_row_bytes(cols);
     if entry.dtype != Dtype::U8 || row_bytes.is_none_or(|row_bytes| entry.shape != [rows, row_bytes]) {

@@ -9,7 +9,7 @@ use half::{
 
 use crate::{
     CheckpointError, GROUP, WeightFormat,
-    quantize::{dequantize_q4, dequantize_q8},
+    quantize::{GroupQ4, dequantize_q4, dequantize_q8},
     source::Source,
 };
 
@@ -338,7 +338,9 @@ fn find_not_finite(format: WeightFormat, stored: &[u8]) -> Option<(usize, f32)> 
         WeightFormat::Bf16 | WeightFormat::F16 => None,
         WeightFormat::Q8 | WeightFormat::Q4 => {
             let step = format.group_bytes().expect("a quantized format");
-            find(stored, step, |bytes| f16::from_le_bytes(bytes).to_f32())
+            let scale =
+                |word| if format == WeightFormat::Q4 { GroupQ4::from_word(word).0 } else { f16::from_bits(word) };
+            find(stored, step, |bytes| scale(u16::from_le_bytes(bytes)).to_f32())
         }
     }
 }

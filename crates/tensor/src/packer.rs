@@ -9,7 +9,7 @@ use crate::{
     CheckpointError, GROUP, Matrix, PANEL, WeightFormat,
     matrix::Scratch,
     panel::{BLOCK_Q4, BLOCK_Q8, interleave, interleave_bf16, pack_q4, pack_q8},
-    quantize::{GroupQ4, GroupQ8, load_q4, load_q8, quantize_group_q4, quantize_group_q8},
+    quantize::{GroupQ8, load_q4, load_q8, quantize_group_q4, quantize_group_q8},
 };
 
 /// One thread's way from stored rows to panels. Its memory is that of one panel, in two or three forms.
@@ -78,7 +78,7 @@ impl<'a> Packer<'a> {
             }
             (Route::Groups, _) => {
                 for (g, block) in data.chunks_exact_mut(BLOCK_Q4).enumerate() {
-                    pack_q4(&std::array::from_fn(|r| mask_q4(load_q4(self.block(r, g)), cols - g * GROUP)), block);
+                    pack_q4(&std::array::from_fn(|r| load_q4(self.block(r, g))), block);
                 }
             }
             (Route::Floats, WeightFormat::Bf16 | WeightFormat::F16) => {
@@ -134,14 +134,8 @@ impl<'a> Packer<'a> {
             match self.route {
                 Route::Bits => self.bits[filled * self.cols..].fill(0),
                 Route::Floats => self.floats[filled * self.cols..].fill(0.0),
-                // Scale 0; the codes are those of zero weights.
-                Route::Groups => {
-                    self.blocks[filled * row_bytes..].fill(if self.format == WeightFormat::Q4 { 0x88 } else { 0 });
-                    let group = self.format.group_bytes().expect("a quantized format");
-                    for block in self.blocks[filled * row_bytes..].chunks_exact_mut(group) {
-                        block[..2].fill(0);
-                    }
-                }
+                // Scales of 0.
+                Route::Groups => self.blocks[filled * row_bytes..].fill(0),
             }
         }
         Ok(())
@@ -219,11 +213,5 @@ impl<'a> Packer<'a> {
 /// Codes beyond the columns of a rectangle belong to its neighbour.
 fn mask_q8(mut group: GroupQ8, cols: usize) -> GroupQ8 {
     group.codes[cols.min(GROUP)..].fill(0);
-    group
-}
-
-/// As [`mask_q8`].
-fn mask_q4(mut group: GroupQ4, cols: usize) -> GroupQ4 {
-    group.codes[cols.min(GROUP)..].fill(8);
     group
 }

@@ -7,11 +7,11 @@
 //!   others in its upper ones: interleaving zeros with the first 8 bytes of both halves widens rows 0..8, with the last, rows 8..16.
 //! - Q8: 544 bytes a group: 16 f16 scales, then code (k, r) at byte `32 + (k/2 % 16)·32 + 2·r + k % 2`. Widening 16 bytes to
 //!   16 bits gives 8 rows x 2 columns, what a multiply-add of pairs takes.
-//! - Q4: 288 bytes a group: 16 f16 scales, then code (k, r) in byte `32 + (k/4 % 8)·32 + 4·(r % 8) + k % 4`, the low nibble for
+//! - Q4: 288 bytes a group: 16 words of scale and zero point ([`GroupQ4`]), then code (k, r) in byte `32 + (k/4 % 8)·32 + 4·(r % 8) + k % 4`, the low nibble for
 //!   r < 8, the high one for r ≥ 8.
 //!
-//! Rows that are missing in the last panel and columns missing in the last group are zero weights: code 0 in Q8, 8 in Q4;
-//! missing rows have scale 0.
+//! Rows that are missing in the last panel have scale 0. Columns missing in the last group have code 0 in Q8 and any in Q4: they meet activations
+//! of 0.
 
 use half::f16;
 
@@ -83,7 +83,7 @@ pub(crate) fn pack_q8(groups: &[GroupQ8; PANEL], block: &mut [u8]) {
 pub(crate) fn pack_q4(groups: &[GroupQ4; PANEL], block: &mut [u8]) {
     let (scales, codes) = block.split_at_mut(SCALES);
     for (r, group) in groups.iter().enumerate() {
-        scales[2 * r..2 * r + 2].copy_from_slice(&group.scale.to_le_bytes());
+        scales[2 * r..2 * r + 2].copy_from_slice(&group.word().to_le_bytes());
     }
     for r in 0..PANEL / 2 {
         let (low, high) = (groups[r].codes.as_chunks::<4>().0, groups[r + 8].codes.as_chunks::<4>().0);
@@ -98,7 +98,8 @@ pub(crate) fn pack_q4(groups: &[GroupQ4; PANEL], block: &mut [u8]) {
 /// Weight (`k`, `r`) of a Q8 panel.
 pub(crate) fn weight_q8(panel: &[u8], k: usize, r: usize) -> f32 {
     let block = &panel[k / GROUP * BLOCK_Q8..][..BLOCK_Q8];
-    scale(block, r) * f32::from(block[SCALES + k / 2 % (GROUP / 2) * 2 * PANEL + 2 * r + k % 2] as i8)
+    f16::from_bits(word(block, r)).to_f32()
+        * f32::from(block[SCALES + k / 2 % (GROUP / 2) * 2 * PANEL + 2 * r + k % 2] as i8)
 }
 
 /// Weight (`k`, `r`) of a Q4 panel.
@@ -106,9 +107,11 @@ pub(crate) fn weight_q4(panel: &[u8], k: usize, r: usize) -> f32 {
     let block = &panel[k / GROUP * BLOCK_Q4..][..BLOCK_Q4];
     let byte = block[SCALES + k / 4 % (GROUP / 4) * 2 * PANEL + 4 * (r % 8) + k % 4];
     let code = if r < 8 { byte & 15 } else { byte >> 4 };
-    scale(block, r) * (f32::from(code) - 8.0)
+    let (scale, zero) = GroupQ4::from_word(word(block, r));
+    scale.to_f32() * (f32::from(code) - 8.0 - f32::from(zero) / 2.0)
 }
 
-fn scale(block: &[u8], r: usize) -> f32 {
-    f16::from_le_bytes([block[2 * r], block[2 * r + 1]]).to_f32()
+/// The 16 bits of row `r` before a block's codes.
+fn word(block: &[u8], r: usize) -> u16 {
+    u16::from_le_bytes([block[2 * r], block[2 * r + 1]])
 }

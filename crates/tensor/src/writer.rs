@@ -8,7 +8,11 @@ use std::{
 
 use serde_json::{Map, Value, json};
 
-use crate::{EncodeError, WeightFormat, checkpoint::MARK, encode_rows};
+use crate::{
+    EncodeError, WeightFormat,
+    checkpoint::{MARK, mark},
+    encode_rows,
+};
 
 /// Values encoded at once.
 const PIECE: usize = 1 << 18;
@@ -93,7 +97,8 @@ pub enum WriteError {
 /// A safetensors file that is being written, tensor by tensor, each in as many pieces as the caller likes.
 ///
 /// Quantized tensors are stored as U8 `[rows, bytes of a row]`, groups of 32 weights one after the other: an f16 scale and
-/// 32 signed bytes (Q8), or an f16 scale and 16 bytes of which byte i holds codes i (low nibble) and i + 16 (Q4). The file's
+/// 32 signed bytes (Q8), or a word of scale and zero point ([`PackedMatrix::data`](crate::PackedMatrix::data)) and 16 bytes of which byte i
+/// holds codes i (low nibble) and i + 16 (Q4). The file's
 /// metadata has `group32.NAME` = `q8 ROWSxCOLS` for each, from which [`Checkpoint`](crate::Checkpoint) knows them.
 #[derive(Debug)]
 pub struct CheckpointWriter {
@@ -255,7 +260,7 @@ fn header(
             WeightFormat::F16 => ("F16", spec.shape.clone()),
             WeightFormat::Q8 | WeightFormat::Q4 => {
                 let [rows, cols] = [spec.shape[0], spec.shape[1]];
-                notes.insert(format!("{MARK}{}", spec.name), json!(format!("{} {rows}x{cols}", spec.format)));
+                notes.insert(format!("{MARK}{}", spec.name), json!(mark(spec.format, rows, cols)));
                 ("U8", vec![rows, pending.row_bytes as usize])
             }
         };

@@ -251,7 +251,9 @@ fn tensors_that_are_absent_or_misshapen_or_no_weights() {
 #[test]
 fn quantization_marks_that_are_wrong() {
     let tensor = entry("w", "U8", "[2,34]", 0, 68);
-    for mark in ["", "q8", "q8 2", "q9 2x32", "f32 2x32", "q8 2x", "q8 2x64", "q4 2x32", "q8 3x32", "q8 1x1x1"] {
+    for mark in
+        ["", "q8", "q8 2", "q9 2x32", "f32 2x32", "q8 2x", "q8 2x64", "q4z 2x32", "q4 2x64", "q8 3x32", "q8 1x1x1"]
+    {
         let header = format!(r#"{{"__metadata__":{{"group32.w":"{mark}"}},{tensor}}}"#);
         let folder = Folder::single(&header, &[0; 68]);
         assert_error!(open(&folder), CheckpointError::QuantizationMark { .. }, "tensor w", &format!("{mark:?}"));

@@ -6,7 +6,9 @@ use super::Store;
 use crate::input::{FloatTile, Input, InputKind, IntTile};
 use crate::matrix::MatMut;
 use crate::pack::split_pair;
-use crate::panels::{GROUP, PANEL, PanelData, Panels, Q4_BLOCK, Q8_BLOCK, block_scale, q4_at, q8_at, widen_panel};
+use crate::panels::{
+    GROUP, PANEL, PanelData, Panels, Q4_BLOCK, Q8_BLOCK, q4_at, q4_scale, q8_at, q8_scale, widen_panel,
+};
 use crate::swiglu::scalar::gated1;
 
 /// Tokens from which packing for a general matrix product pays.
@@ -88,7 +90,7 @@ fn dot_q8(panel: &[u8], x: IntTile<'_>, token: usize) -> [f32; PANEL] {
                 let pair = split_pair(x.words[x.m * ((g * GROUP + k) / 2) + token]);
                 i32::from(q8_at(block, k, r)) * i32::from(pair[k % 2])
             });
-            *sum += block_scale(block, r) * scale * products.sum::<i32>() as f32;
+            *sum += q8_scale(block, r) * scale * products.sum::<i32>() as f32;
         }
     }
     sums
@@ -98,13 +100,14 @@ fn dot_q8(panel: &[u8], x: IntTile<'_>, token: usize) -> [f32; PANEL] {
 fn dot_q4(panel: &[u8], x: IntTile<'_>, token: usize) -> [f32; PANEL] {
     let mut sums = [0.0; PANEL];
     for (g, block) in panel.chunks_exact(Q4_BLOCK).enumerate() {
-        let scale = x.scales[g * x.m + token];
+        let (scale, total) = (x.scales[g * x.m + token], x.totals[g * x.m + token]);
         for (r, sum) in sums.iter_mut().enumerate() {
+            let (row_scale, zero) = q4_scale(block, r);
             let products = (0..GROUP).map(|k| {
                 let quad = x.words[x.m * ((g * GROUP + k) / 4) + token].to_le_bytes();
                 i32::from(q4_at(block, k, r)) * i32::from(quad[k % 4] as i8)
             });
-            *sum += block_scale(block, r) * scale * products.sum::<i32>() as f32;
+            *sum += row_scale * scale * (products.sum::<i32>() as f32 - zero * total);
         }
     }
     sums

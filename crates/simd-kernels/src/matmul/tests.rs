@@ -52,10 +52,17 @@ impl Weights {
                 let x = random[row * cols + k];
                 let at = 1 + panel * PANEL * cols + PANEL * k;
                 let (group, j) = (k / GROUP, k % GROUP);
-                let scale = f32_to_f16(scales[row * groups + group]);
+                // A Q4 scale is positive and has no last three bits; its zero point takes every value in turn.
+                let mut scale = f32_to_f16(scales[row * groups + group]);
+                let zero = ((row + 3 * group) % 16) as i16 - 8;
+                let mut word = scale;
+                if format == Format::Q4 {
+                    scale &= 0x7ff8;
+                    word = scale << 1 | (zero as u16 & 15);
+                }
                 let block = 1 + (panel * groups + group) * if format == Format::Q8 { Q8_BLOCK } else { Q4_BLOCK };
                 if matches!(format, Format::Q8 | Format::Q4) {
-                    bytes[block + 2 * r..block + 2 * r + 2].copy_from_slice(&scale.to_le_bytes());
+                    bytes[block + 2 * r..block + 2 * r + 2].copy_from_slice(&word.to_le_bytes());
                 }
                 values[row * cols + k] = match format {
                     Format::F32 => {
@@ -81,7 +88,7 @@ impl Weights {
                         let nibble = (8.0 + x * 10.0).round().clamp(0.0, 15.0);
                         let byte = &mut bytes[block + 32 + 32 * (j / 4) + 4 * (r % 8) + j % 4];
                         *byte = if r < 8 { *byte & 0xf0 | nibble as u8 } else { *byte & 0x0f | (nibble as u8) << 4 };
-                        f16_to_f32(scale) * (nibble - 8.0)
+                        f16_to_f32(scale) * (nibble - 8.0 - f32::from(zero) / 2.0)
                     }
                 };
             }
@@ -289,17 +296,24 @@ fn swiglu_of_extreme_numbers_agrees() {
 #[test]
 fn extreme_integers_do_not_overflow() {
     // All weights and activations at their largest magnitude, with the signs that add up and cancel.
-    for (format, fill) in [(Format::Q8, [0x7f, 0x81]), (Format::Q4, [0x00, 0xff])] {
+    // The words of Q4 have the largest zero point of either side.
+    let one = f32_to_f16(1.0);
+    let cases = [
+        (Format::Q8, one, [0x7f, 0x81]),
+        (Format::Q4, one << 1 | 8, [0x00, 0xff]),
+        (Format::Q4, one << 1 | 7, [0x00, 0xff]),
+    ];
+    for (format, word, fill) in cases {
         for fill in fill {
             let mut weights = Weights::new(format, 16, 256, 5);
             let block = if format == Format::Q8 { Q8_BLOCK } else { Q4_BLOCK };
             for block in weights.bytes[1..].chunks_exact_mut(block) {
-                block[..32].as_chunks_mut().0.fill(f32_to_f16(1.0).to_le_bytes());
+                block[..32].as_chunks_mut().0.fill(word.to_le_bytes());
                 block[32..].fill(fill);
             }
             let w = match format {
                 Format::Q8 => f32::from(fill as i8),
-                _ => f32::from(fill & 15) - 8.0,
+                _ => f32::from(fill & 15) - 8.0 - f32::from((word << 12) as i16 >> 12) / 2.0,
             };
             for signs in [[1.0, 1.0], [-1.0, -1.0], [1.0, -1.0]] {
                 for tokens in [1, 7] {

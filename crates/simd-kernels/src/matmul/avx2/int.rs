@@ -5,15 +5,15 @@
 //!     for each word of the group (2 columns of int16 or 4 of int8):
 //!         w0, w1 = the weights of these columns, rows 0..8 and 8..16, one 32-bit lane a row
 //!         for each token m: sum[m] += dot(word[m], w)             in each lane
-//!     for each token m: acc[m] += sum[m] * (scale of the row * scale of the token)
+//!     for each token m: acc[m] += (sum[m] - zero point of the row * total of the token) * (scale of the row * scale of the token)
 //! ```
 //!
 //! 1. Q8: `vpmaddwd` multiplies pairs of int16 and adds each two products in int32. 32 products of at most
 //!    127 * 32767 stay far below 2^31.
 //! 2. Q4: `vpmaddubsw` multiplies unsigned nibbles by int8 and adds each two products in int16. All eight words of
-//!    a group are summed there: the largest sum of magnitudes is 16 * 8 * 127 < 2^15, because the sum starts from
-//!    the zero point (see `IntTile::offsets`), which makes every partial sum one of products with nibbles minus 8
-//!    or with -8. One `vpmaddwd` with ones per group then adds the halves in int32.
+//!    a group are summed there: the largest sum of magnitudes is 8 * 2 * 15 * 127 < 2^15. One `vpmaddwd` with ones per group then
+//!    adds the halves in int32. Of their sum the zero point of the row times the sum of the token's integers (`IntTile::totals`) is taken
+//!    away, in f32, which is exact: both are multiples of a half below 2^17.
 //! 3. With AVX-VNNI one instruction does the multiplication and the addition, for Q4 in int32 at once. The sums are
 //!    the same numbers.
 //! 4. The sums of a group take twelve registers for six tokens, so the f32 totals live in memory (L1) and are
@@ -25,7 +25,7 @@ use super::prefetch_weights;
 use super::wide::WideGroup;
 use crate::input::IntTile;
 use crate::lanes::{LINE, add_pairs, hold, load, prefetch, settle, store};
-use crate::panels::{PANEL, Q4_BLOCK, Q8_BLOCK};
+use crate::panels::{PANEL, Q4_BLOCK, Q4_SCALE, Q8_BLOCK};
 
 /// Words in a group: 8 quads or 16 pairs.
 pub(super) const fn words_in_group(q4: bool) -> usize {
@@ -53,15 +53,15 @@ pub(super) fn add_products<const Q4: bool, const VNNI: bool, const P: usize, con
         let groups = panel.len() / size;
         assert!(groups == words.len(), "{groups} groups of weights, {} of activations", words.len());
     }
-    let (scales, mut offsets) = (x.scales.as_chunks::<M>().0, x.offsets.as_chunks::<M>().0.iter());
+    let (scales, mut totals) = (x.scales.as_chunks::<M>().0, x.totals.as_chunks::<M>().0.iter());
     for (group, (words, scales)) in words.zip(scales).enumerate() {
-        let offsets = offsets.next();
+        let totals = totals.next();
         for ((panel, acc), ahead) in panels.iter().zip(&mut *acc).zip(ahead) {
             let block = &panel[group * size..][..size];
             let (row_scales, weights) =
                 block.as_chunks::<32>().0.split_first().expect("a block starts with its scales");
             let next = if WEIGHTS { size } else { size_of_val(words) };
-            let mut sums = first_sums::<Q4, VNNI, M>(offsets);
+            let mut sums = [[_mm256_setzero_si256(); 2]; M];
             // Two words of weights are a line.
             for (i, (weights, words)) in weights.as_chunks::<2>().0.iter().zip(words.as_chunks::<2>().0).enumerate() {
                 if LINE * i < next {
@@ -72,7 +72,12 @@ pub(super) fn add_products<const Q4: bool, const VNNI: bool, const P: usize, con
                     add_word::<Q4, VNNI, M>(widen::<Q4>(weights), word, &mut sums);
                 }
             }
-            add_scaled::<Q4, VNNI, M>(&sums, widen_scales(row_scales), scales, acc);
+            if Q4 {
+                let totals = totals.expect("int8 activations have totals");
+                add_scaled_q4::<VNNI, M>(&sums, row_scales, scales, totals, acc);
+            } else {
+                add_scaled(&sums, widen_scales(row_scales), scales, acc);
+            }
             // The few totals of a decoded token do stay in registers.
             if !WEIGHTS {
                 settle(acc);
@@ -103,24 +108,9 @@ pub(super) fn add_wide<const M: usize, const WEIGHTS: bool>(
             add_word::<false, false, M>([load_bytes(&weights[0]), load_bytes(&weights[1])], word, &mut sums);
         }
         let (row_scales, _) = group.scales.as_chunks();
-        add_scaled::<false, false, M>(&sums, [load(&row_scales[0]), load(&row_scales[1])], scales, acc);
+        add_scaled(&sums, [load(&row_scales[0]), load(&row_scales[1])], scales, acc);
         settle(acc);
     }
-}
-
-/// The sums of a group before its first word: zero, or the zero point of each token.
-#[inline]
-#[target_feature(enable = "avx2,fma,f16c")]
-fn first_sums<const Q4: bool, const VNNI: bool, const M: usize>(offsets: Option<&[i32; M]>) -> [[__m256i; 2]; M] {
-    let mut sums = [[_mm256_setzero_si256(); 2]; M];
-    if Q4 {
-        let offsets = offsets.expect("int8 activations have offsets");
-        for (sums, offset) in sums.iter_mut().zip(offsets) {
-            let offset = _mm256_set1_epi32(*offset);
-            *sums = [if VNNI { add_halves(offset) } else { offset }; 2];
-        }
-    }
-    sums
 }
 
 /// `sums[m] += dot(word[m], w)` in each lane.
@@ -165,7 +155,7 @@ fn add_halves(v: __m256i) -> __m256i {
 /// `acc[m] += sums[m] * row_scales * scales[m]`.
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c")]
-fn add_scaled<const Q4: bool, const VNNI: bool, const M: usize>(
+fn add_scaled<const M: usize>(
     sums: &[[__m256i; 2]; M],
     row_scales: [__m256; 2],
     scales: &[f32; M],
@@ -174,12 +164,45 @@ fn add_scaled<const Q4: bool, const VNNI: bool, const M: usize>(
     for ((sums, scale), acc) in sums.iter().zip(scales).zip(acc) {
         let scale = _mm256_set1_ps(*scale);
         for ((sum, row_scale), acc) in sums.iter().zip(row_scales).zip(acc.as_chunks_mut().0) {
-            // Without VNNI the sums of Q4 are two int16 in a lane.
-            let sum = if Q4 && !VNNI { add_halves(*sum) } else { *sum };
             let both = _mm256_mul_ps(row_scale, scale);
-            store(acc, _mm256_fmadd_ps(_mm256_cvtepi32_ps(sum), both, load(acc)));
+            store(acc, _mm256_fmadd_ps(_mm256_cvtepi32_ps(*sum), both, load(acc)));
         }
     }
+}
+
+/// As [`add_scaled`] for Q4, with the zero points that stand beside the scales in `words`.
+#[inline]
+#[target_feature(enable = "avx2,fma,f16c")]
+fn add_scaled_q4<const VNNI: bool, const M: usize>(
+    sums: &[[__m256i; 2]; M],
+    words: &[u8; 32],
+    scales: &[f32; M],
+    totals: &[f32; M],
+    acc: &mut [[f32; PANEL]; M],
+) {
+    let words = load_bytes(words);
+    let bits = _mm256_and_si256(_mm256_srli_epi16::<1>(words), _mm256_set1_epi16(Q4_SCALE as i16));
+    let row_scales = halves(bits).map(|half| _mm256_cvtph_ps(half));
+    let half_steps = _mm256_srai_epi16::<12>(_mm256_slli_epi16::<12>(words));
+    let zeros = halves(half_steps).map(|half| {
+        let half_steps = _mm256_cvtepi32_ps(_mm256_cvtepi16_epi32(half));
+        _mm256_fmadd_ps(half_steps, _mm256_set1_ps(0.5), _mm256_set1_ps(8.0))
+    });
+    for (((sums, scale), total), acc) in sums.iter().zip(scales).zip(totals).zip(acc) {
+        let (scale, total) = (_mm256_set1_ps(*scale), _mm256_set1_ps(*total));
+        for (i, (sum, acc)) in sums.iter().zip(acc.as_chunks_mut().0).enumerate() {
+            // Without VNNI the sums are two int16 in a lane.
+            let sum = if VNNI { *sum } else { add_halves(*sum) };
+            let sum = _mm256_fnmadd_ps(zeros[i], total, _mm256_cvtepi32_ps(sum));
+            store(acc, _mm256_fmadd_ps(sum, _mm256_mul_ps(row_scales[i], scale), load(acc)));
+        }
+    }
+}
+
+#[inline]
+#[target_feature(enable = "avx2,fma,f16c")]
+fn halves(v: __m256i) -> [__m128i; 2] {
+    [_mm256_castsi256_si128(v), _mm256_extracti128_si256::<1>(v)]
 }
 
 /// A packed word as two registers of int16 pairs (Q8) or of unsigned bytes (Q4), rows 0..8 and 8..16.
@@ -199,17 +222,14 @@ fn widen<const Q4: bool>(word: &[u8; 32]) -> [__m256i; 2] {
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c")]
 pub(super) fn widen_q8(packed: __m256i) -> [__m256i; 2] {
-    let halves = [_mm256_castsi256_si128(packed), _mm256_extracti128_si256::<1>(packed)];
-    [_mm256_cvtepi8_epi16(halves[0]), _mm256_cvtepi8_epi16(halves[1])]
+    halves(packed).map(|half| _mm256_cvtepi8_epi16(half))
 }
 
-/// The sixteen f16 scales of a block.
+/// The sixteen f16 scales of a Q8 block.
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c")]
 pub(super) fn widen_scales(scales: &[u8; 32]) -> [__m256; 2] {
-    let packed = load_bytes(scales);
-    let halves = [_mm256_castsi256_si128(packed), _mm256_extracti128_si256::<1>(packed)];
-    [_mm256_cvtph_ps(halves[0]), _mm256_cvtph_ps(halves[1])]
+    halves(load_bytes(scales)).map(|half| _mm256_cvtph_ps(half))
 }
 
 #[inline]
