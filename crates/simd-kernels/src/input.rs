@@ -40,7 +40,7 @@ impl InputKind {
 
     /// Bytes that an [`Input`] of `tokens` tokens with `cols` columns takes.
     pub fn bytes(self, tokens: usize, cols: usize) -> usize {
-        // With the words of a group goes its scale, and with those of int8 their sum.
+        // With the words of a group goes its scale, and with those of int8 half their sum.
         let beside = match self {
             InputKind::Float => return size_of::<f32>() * tokens * cols,
             InputKind::Int16 => 1,
@@ -65,7 +65,7 @@ pub struct Input {
     float: Vec<f32>,
     words: Vec<i32>,
     scales: Vec<f32>,
-    totals: Vec<f32>,
+    half_totals: Vec<f32>,
 }
 
 /// One tile of f32 activations.
@@ -84,8 +84,9 @@ pub(crate) struct IntTile<'a> {
     pub words: &'a [i32],
     /// `[groups, m]`
     pub scales: &'a [f32],
-    /// `[groups, m]`, for int8 only: the sum of the group's integers, which products with nibbles contain as often as the zero point says.
-    pub totals: &'a [f32],
+    /// `[groups, m]`, for int8 only: half the sum of the group's integers, which products with nibbles contain as often as the zero point has
+    /// half steps.
+    pub half_totals: &'a [f32],
     /// Tokens, 1..=6.
     pub m: usize,
 }
@@ -109,7 +110,7 @@ impl Input {
             float: Vec::new(),
             words: Vec::new(),
             scales: Vec::new(),
-            totals: Vec::new(),
+            half_totals: Vec::new(),
         }
     }
 
@@ -171,7 +172,7 @@ impl Input {
                 self.words.resize(groups * kind.words_per_group(), 0);
                 self.scales.resize(groups, 0.0);
                 if kind == InputKind::Int8 {
-                    self.totals.resize(groups, 0.0);
+                    self.half_totals.resize(groups, 0.0);
                 }
             }
         }
@@ -214,7 +215,7 @@ impl Input {
             InputKind::Int16 => PartData::Int16(&mut self.words[..words], &mut self.scales[..groups]),
             InputKind::Int8 => {
                 let (words, scales) = (&mut self.words[..words], &mut self.scales[..groups]);
-                PartData::Int8(words, scales, &mut self.totals[..groups])
+                PartData::Int8(words, scales, &mut self.half_totals[..groups])
             }
         };
         InputPart { tokens: self.tokens, cols: self.cols, data }.split_at(tokens)
@@ -269,7 +270,7 @@ impl Input {
         IntTile {
             words: &self.words[range.start * size..range.end * size],
             scales: &self.scales[range.clone()],
-            totals: if self.kind == InputKind::Int8 { &self.totals[range] } else { &[] },
+            half_totals: if self.kind == InputKind::Int8 { &self.half_totals[range] } else { &[] },
             m,
         }
     }
@@ -319,11 +320,11 @@ impl<'a> InputPart<'a> {
                     pack_int16(isa, rows, cols, words, scales);
                 }
             }
-            PartData::Int8(words, scales, totals) => {
+            PartData::Int8(words, scales, half_totals) => {
                 let words = words.chunks_mut(groups * InputKind::Int8.words_per_group());
-                let scales = scales.chunks_mut(groups).zip(totals.chunks_mut(groups));
-                for (rows, (words, (scales, totals))) in rows.zip(words.zip(scales)) {
-                    pack_int8(isa, rows, cols, words, scales, totals);
+                let scales = scales.chunks_mut(groups).zip(half_totals.chunks_mut(groups));
+                for (rows, (words, (scales, half_totals))) in rows.zip(words.zip(scales)) {
+                    pack_int8(isa, rows, cols, words, scales, half_totals);
                 }
             }
         }
@@ -342,9 +343,9 @@ impl<'a> InputPart<'a> {
                 let (s, t) = scales.split_at_mut(groups);
                 (PartData::Int16(a, s), PartData::Int16(b, t))
             }
-            PartData::Int8(words, scales, totals) => {
+            PartData::Int8(words, scales, half_totals) => {
                 let (a, b) = words.split_at_mut(groups * InputKind::Int8.words_per_group());
-                let ((s, t), (y, z)) = (scales.split_at_mut(groups), totals.split_at_mut(groups));
+                let ((s, t), (y, z)) = (scales.split_at_mut(groups), half_totals.split_at_mut(groups));
                 (PartData::Int8(a, s, y), PartData::Int8(b, t, z))
             }
         };
@@ -410,7 +411,7 @@ mod tests {
                 assert_eq!(a.float_tile(tile).x, b.float_tile(tile).x);
             } else {
                 let (a, b) = (a.int_tile(tile), b.int_tile(tile));
-                assert_eq!((a.words, a.scales, a.totals), (b.words, b.scales, b.totals));
+                assert_eq!((a.words, a.scales, a.half_totals), (b.words, b.scales, b.half_totals));
             }
         }
     }

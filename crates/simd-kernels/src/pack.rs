@@ -13,7 +13,7 @@ pub(crate) fn pack_int16(isa: Isa, rows: &[f32], cols: usize, words: &mut [i32],
     dispatch!(isa, avx2::pack_int16, scalar::pack_int16, (rows, cols, words, scales))
 }
 
-/// Quantizes `rows [m, cols]` to int8 per group, interleaves column quads and notes the groups' sums; see
+/// Quantizes `rows [m, cols]` to int8 per group, interleaves column quads and notes half the groups' sums; see
 /// `Input` and `IntTile` for the order.
 pub(crate) fn pack_int8(
     isa: Isa,
@@ -21,9 +21,9 @@ pub(crate) fn pack_int8(
     cols: usize,
     words: &mut [i32],
     scales: &mut [f32],
-    totals: &mut [f32],
+    half_totals: &mut [f32],
 ) {
-    dispatch!(isa, avx2::pack_int8, scalar::pack_int8, (rows, cols, words, scales, totals))
+    dispatch!(isa, avx2::pack_int8, scalar::pack_int8, (rows, cols, words, scales, half_totals))
 }
 
 /// The two int16 of a word, the low half first.
@@ -80,7 +80,7 @@ mod scalar {
         }
     }
 
-    pub(super) fn pack_int8(rows: &[f32], cols: usize, words: &mut [i32], scales: &mut [f32], totals: &mut [f32]) {
+    pub(super) fn pack_int8(rows: &[f32], cols: usize, words: &mut [i32], scales: &mut [f32], half_totals: &mut [f32]) {
         let m = rows.len() / cols;
         for (i, row) in rows.chunks_exact(cols).enumerate() {
             for (g, group) in row.chunks(GROUP).enumerate() {
@@ -89,7 +89,7 @@ mod scalar {
                 for (j, quad) in q.as_chunks::<4>().0.iter().enumerate() {
                     words[m * (g * GROUP / 4 + j) + i] = i32::from_le_bytes(quad.map(|q| q as u8));
                 }
-                totals[g * m + i] = f32::from(q.iter().sum::<i16>());
+                half_totals[g * m + i] = f32::from(q.iter().sum::<i16>()) / 2.0;
             }
         }
     }
@@ -185,17 +185,17 @@ mod avx2 {
     }
 
     #[target_feature(enable = "avx2,fma,f16c")]
-    pub(super) fn pack_int8(rows: &[f32], cols: usize, words: &mut [i32], scales: &mut [f32], totals: &mut [f32]) {
+    pub(super) fn pack_int8(rows: &[f32], cols: usize, words: &mut [i32], scales: &mut [f32], half_totals: &mut [f32]) {
         let m = rows.len() / cols;
-        let scales = scales.chunks_exact_mut(m).zip(totals.chunks_exact_mut(m));
-        for (g, (words, (scales, totals))) in words.chunks_exact_mut(m * GROUP / 4).zip(scales).enumerate() {
+        let scales = scales.chunks_exact_mut(m).zip(half_totals.chunks_exact_mut(m));
+        for (g, (words, (scales, half_totals))) in words.chunks_exact_mut(m * GROUP / 4).zip(scales).enumerate() {
             let mut quads = [[_mm256_setzero_si256(); 1]; 6];
             for (i, quads) in quads[..m].iter_mut().enumerate() {
                 let q;
                 (q, scales[i]) = quantize(group(&rows[i * cols..(i + 1) * cols], g), 127.0);
                 let bytes = _mm256_packs_epi16(_mm256_packs_epi32(q[0], q[1]), _mm256_packs_epi32(q[2], q[3]));
                 *quads = [_mm256_permutevar8x32_epi32(bytes, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7))];
-                totals[i] = total(quads[0]);
+                half_totals[i] = half_total(quads[0]);
             }
             store_words(&quads[..m], words);
         }
@@ -228,15 +228,15 @@ mod avx2 {
         }
     }
 
-    /// The sum of 32 int8.
+    /// Half the sum of 32 int8.
     #[inline]
     #[target_feature(enable = "avx2,fma,f16c")]
-    fn total(bytes: __m256i) -> f32 {
+    fn half_total(bytes: __m256i) -> f32 {
         let pairs = _mm256_maddubs_epi16(_mm256_set1_epi8(1), bytes);
         let quads = _mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
         let four = _mm_add_epi32(_mm256_castsi256_si128(quads), _mm256_extracti128_si256::<1>(quads));
         let two = _mm_add_epi32(four, _mm_unpackhi_epi64(four, four));
-        _mm_cvtsi128_si32(_mm_add_epi32(two, _mm_shuffle_epi32::<1>(two))) as f32
+        _mm_cvtsi128_si32(_mm_add_epi32(two, _mm_shuffle_epi32::<1>(two))) as f32 / 2.0
     }
 
     /// Up to 32 numbers as integers of at most `limit`, filled up with zeros, and their scale.
@@ -275,17 +275,17 @@ mod tests {
     use crate::guarded::{Guarded, noise};
     use crate::isa::witness::assert_entered;
 
-    /// One packed tile: words, the bits of the scales, sums.
+    /// One packed tile: words, the bits of the scales, half sums.
     fn packed(isa: Isa, x: &[f32], cols: usize, int8: bool) -> (Vec<i32>, Vec<u32>, Vec<f32>) {
         let groups = x.len() / cols * cols.div_ceil(GROUP);
-        let (mut scales, mut totals) = (vec![f32::NAN; groups], vec![0.5; groups]);
+        let (mut scales, mut half_totals) = (vec![f32::NAN; groups], vec![0.5; groups]);
         let mut words = vec![7; groups * if int8 { 8 } else { 16 }];
         if int8 {
-            pack_int8(isa, x, cols, &mut words, &mut scales, &mut totals);
+            pack_int8(isa, x, cols, &mut words, &mut scales, &mut half_totals);
         } else {
             pack_int16(isa, x, cols, &mut words, &mut scales);
         }
-        (words, scales.into_iter().map(f32::to_bits).collect(), totals)
+        (words, scales.into_iter().map(f32::to_bits).collect(), half_totals)
     }
 
     #[test]
@@ -309,12 +309,12 @@ mod tests {
     }
 
     #[test]
-    fn integers_are_the_nearest_and_the_totals_are_their_sums() {
+    fn integers_are_the_nearest_and_the_half_totals_are_half_their_sums() {
         for isa in Isa::all() {
             let (cols, m) = (70, 3);
             let x = noise(m * cols, 2);
             for int8 in [false, true] {
-                let (words, scales, totals) = packed(isa, &x, cols, int8);
+                let (words, scales, half_totals) = packed(isa, &x, cols, int8);
                 for (i, row) in x.chunks(cols).enumerate() {
                     for (g, group) in row.chunks(GROUP).enumerate() {
                         let scale = f32::from_bits(scales[g * m + i]);
@@ -333,7 +333,7 @@ mod tests {
                             total += i32::from(q);
                         }
                         if int8 {
-                            assert_eq!(totals[g * m + i], total as f32);
+                            assert_eq!(half_totals[g * m + i], total as f32 / 2.0);
                         }
                     }
                 }

@@ -34,8 +34,8 @@ pub enum PanelData<'a> {
     Q8(&'a [u8]),
     /// Blocks of 288 bytes, one per 32 columns: 16 little-endian words, row r at byte `2 r`, then bytes that hold
     /// nibbles `n`, column `k` of the block in byte `32 (k / 4) + 4 (r % 8) + k % 4`, row `r < 8` in the low
-    /// nibble, row `r >= 8` in the high one. A word holds a number `z` in -8..=7 in its lowest 4 bits (two's complement) and above them
-    /// bits 3..15 of an f16 scale whose other bits are 0. The weight is `scale * (n - 8 - z / 2)`.
+    /// nibble, row `r >= 8` in the high one. A word holds `z` = 0..=15 in its lowest 4 bits and above them
+    /// bits 3..15 of an f16 scale whose other bits are 0. The weight is `scale * (n - 4 - z / 2)`.
     Q4(&'a [u8]),
 }
 
@@ -176,10 +176,10 @@ pub(crate) fn q8_scale(block: &[u8], r: usize) -> f32 {
 /// The bits of a Q4 word above the zero point, moved down by one: those of the f16 scale.
 pub(crate) const Q4_SCALE: u16 = 0x7ff8;
 
-/// The scale of row `r` in a Q4 block, and its zero point `8 + z / 2`.
+/// The scale of row `r` in a Q4 block, and its zero point `4 + z / 2`.
 pub(crate) fn q4_scale(block: &[u8], r: usize) -> (f32, f32) {
     let word = word(block, r);
-    (f16_to_f32(word >> 1 & Q4_SCALE), 8.0 + f32::from((word << 12) as i16 >> 12) / 2.0)
+    (f16_to_f32(word >> 1 & Q4_SCALE), 4.0 + f32::from(word & 15) / 2.0)
 }
 
 fn word(block: &[u8], r: usize) -> u16 {

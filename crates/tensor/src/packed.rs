@@ -101,8 +101,8 @@ impl PackedMatrix {
     /// - Bf16: element `k·16 + 8·(r / 4 % 2) + 4·(r / 8) + r % 4`;
     /// - Q8: in block `k / 32` of 544 bytes: 16 f16 scales, then signed codes at byte `32 + (k/2 % 16)·32 + 2·r + k % 2`;
     /// - Q4: in block `k / 32` of 288 bytes: 16 words, then byte `32 + (k/4 % 8)·32 + 4·(r % 8) + k % 4`, whose low nibble
-    ///   is for r < 8 and whose high nibble is for r ≥ 8. A word is a zero point z = −8..=7 in the lowest 4 bits (two's complement)
-    ///   and above them bits 3..15 of the f16 scale, whose other bits are 0; weight = scale · (nibble − 8 − z / 2).
+    ///   is for r < 8 and whose high nibble is for r ≥ 8. A word holds z = 0..=15 in the lowest 4 bits and above them bits
+    ///   3..15 of the f16 scale, whose other bits are 0; weight = scale · (nibble − 4 − z / 2).
     pub fn data(&self) -> PackedData<'_> {
         let bytes = self.buffer.bytes();
         match self.format {

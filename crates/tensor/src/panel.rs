@@ -108,7 +108,7 @@ pub(crate) fn weight_q4(panel: &[u8], k: usize, r: usize) -> f32 {
     let byte = block[SCALES + k / 4 % (GROUP / 4) * 2 * PANEL + 4 * (r % 8) + k % 4];
     let code = if r < 8 { byte & 15 } else { byte >> 4 };
     let (scale, zero) = GroupQ4::from_word(word(block, r));
-    scale.to_f32() * (f32::from(code) - 8.0 - f32::from(zero) / 2.0)
+    scale.to_f32() * (f32::from(code) - 4.0 - f32::from(zero) / 2.0)
 }
 
 /// The 16 bits of row `r` before a block's codes.

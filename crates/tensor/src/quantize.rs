@@ -23,13 +23,13 @@ pub struct GroupQ8 {
     pub codes: [i8; GROUP],
 }
 
-/// A quantized group: weight ≈ `scale` · (`codes[k]` − 8 − `zero` / 2), codes in 0..=15.
+/// A quantized group: weight ≈ `scale` · (`codes[k]` − 4 − `zero` / 2), codes in 0..=15.
 #[derive(Clone, Copy, PartialEq, Default, Debug)]
 pub struct GroupQ4 {
     /// Not negative, and of 8 significant bits: the last 3 bits are 0.
     pub scale: f16,
-    /// How many half steps the zero point lies above 8, −8..=7.
-    pub zero: i8,
+    /// How many half steps the zero point lies above 4, 0..=15.
+    pub zero: u8,
     /// One per weight.
     pub codes: [u8; GROUP],
 }
@@ -37,17 +37,17 @@ pub struct GroupQ4 {
 impl GroupQ4 {
     /// Scale and zero point in 16 bits: exponent and mantissa of the scale without its last 3 bits, then the zero point.
     pub(crate) fn word(&self) -> u16 {
-        self.scale.to_bits() << 1 | (self.zero as u16 & 15)
+        self.scale.to_bits() << 1 | u16::from(self.zero)
     }
 
     /// The scale and the zero point of a [`word`](Self::word).
-    pub(crate) fn from_word(word: u16) -> (f16, i8) {
-        (f16::from_bits(word >> 1 & SCALE_Q4), ((word << 12) as i16 >> 12) as i8)
+    pub(crate) fn from_word(word: u16) -> (f16, u8) {
+        (f16::from_bits(word >> 1 & SCALE_Q4), (word & 15) as u8)
     }
 
     /// The weights that it stands for.
     pub(crate) fn weights(&self) -> [f32; GROUP] {
-        let (scale, zero) = (self.scale.to_f32(), 8.0 + f32::from(self.zero) / 2.0);
+        let (scale, zero) = (self.scale.to_f32(), 4.0 + f32::from(self.zero) / 2.0);
         self.codes.map(|code| scale * (f32::from(code) - zero))
     }
 }
@@ -111,16 +111,16 @@ pub fn quantize_group_q4(weights: &[f32; GROUP]) -> Option<GroupQ4> {
     let step = larger((high - low) / 15.0, largest / 11.5);
     let (offset, scale) = line(weights, low, step);
     let scale = larger(scale, largest / 11.5);
-    let half_steps = (-offset / scale - 8.0) * 2.0;
-    let mut kept: Option<(Encoded, i8)> = None;
+    let half_steps = (-offset / scale - 4.0) * 2.0;
+    let mut kept: Option<(Encoded, u8)> = None;
     for zero in [half_steps.floor(), half_steps.ceil()] {
-        let zero = zero.clamp(-8.0, 7.0);
-        let codes = |scale| Encoded::new::<0, 15>(weights, round_scale(scale), 8.0 + zero / 2.0);
+        let zero = zero.clamp(0.0, 15.0);
+        let codes = |scale| Encoded::new::<0, 15>(weights, round_scale(scale), 4.0 + zero / 2.0);
         let first = codes(scale);
         let second = codes(first.fit);
         let best = first.better(second);
         if kept.as_ref().is_none_or(|(kept, _)| best.error < kept.error) {
-            kept = Some((best, zero as i8));
+            kept = Some((best, zero as u8));
         }
     }
     let (Encoded { scale, codes, error, .. }, zero) = kept.expect("two zero points were tried");

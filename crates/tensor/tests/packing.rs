@@ -32,8 +32,8 @@ fn decode(packed: &PackedMatrix, row: usize, k: usize) -> f32 {
             let byte = block[32 + (k % 32) / 4 * 32 + 4 * (r % 8) + (k & 3)];
             let nibble = if r < 8 { byte & 15 } else { byte >> 4 };
             let word = u16::from_le_bytes([block[2 * r], block[2 * r + 1]]);
-            let zero = f32::from((word << 12) as i16 >> 12) / 2.0;
-            f16::from_bits(word >> 1 & 0x7ff8).to_f32() * (f32::from(nibble) - 8.0 - zero)
+            let zero = 4.0 + f32::from(word & 15) / 2.0;
+            f16::from_bits(word >> 1 & 0x7ff8).to_f32() * (f32::from(nibble) - zero)
         }
     }
 }
@@ -56,7 +56,7 @@ fn quantized(format: WeightFormat, group: &[f32]) -> Vec<f32> {
         group.codes.iter().map(|&code| group.scale.to_f32() * f32::from(code)).collect()
     } else {
         let group = quantize_group_q4(&weights).unwrap();
-        let zero = 8.0 + f32::from(group.zero) / 2.0;
+        let zero = 4.0 + f32::from(group.zero) / 2.0;
         group.codes.iter().map(|&code| group.scale.to_f32() * (f32::from(code) - zero)).collect()
     };
     values[..group.len()].to_vec()

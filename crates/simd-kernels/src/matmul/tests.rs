@@ -54,11 +54,11 @@ impl Weights {
                 let (group, j) = (k / GROUP, k % GROUP);
                 // A Q4 scale is positive and has no last three bits; its zero point takes every value in turn.
                 let mut scale = f32_to_f16(scales[row * groups + group]);
-                let zero = ((row + 3 * group) % 16) as i16 - 8;
+                let zero = ((row + 3 * group) % 16) as u16;
                 let mut word = scale;
                 if format == Format::Q4 {
                     scale &= 0x7ff8;
-                    word = scale << 1 | (zero as u16 & 15);
+                    word = scale << 1 | zero;
                 }
                 let block = 1 + (panel * groups + group) * if format == Format::Q8 { Q8_BLOCK } else { Q4_BLOCK };
                 if matches!(format, Format::Q8 | Format::Q4) {
@@ -88,7 +88,7 @@ impl Weights {
                         let nibble = (8.0 + x * 10.0).round().clamp(0.0, 15.0);
                         let byte = &mut bytes[block + 32 + 32 * (j / 4) + 4 * (r % 8) + j % 4];
                         *byte = if r < 8 { *byte & 0xf0 | nibble as u8 } else { *byte & 0x0f | (nibble as u8) << 4 };
-                        f16_to_f32(scale) * (nibble - 8.0 - f32::from(zero) / 2.0)
+                        f16_to_f32(scale) * (nibble - 4.0 - f32::from(zero) / 2.0)
                     }
                 };
             }
@@ -300,8 +300,8 @@ fn extreme_integers_do_not_overflow() {
     let one = f32_to_f16(1.0);
     let cases = [
         (Format::Q8, one, [0x7f, 0x81]),
-        (Format::Q4, one << 1 | 8, [0x00, 0xff]),
-        (Format::Q4, one << 1 | 7, [0x00, 0xff]),
+        (Format::Q4, one << 1, [0x00, 0xff]),
+        (Format::Q4, one << 1 | 15, [0x00, 0xff]),
     ];
     for (format, word, fill) in cases {
         for fill in fill {
@@ -313,7 +313,7 @@ fn extreme_integers_do_not_overflow() {
             }
             let w = match format {
                 Format::Q8 => f32::from(fill as i8),
-                _ => f32::from(fill & 15) - 8.0 - f32::from((word << 12) as i16 >> 12) / 2.0,
+                _ => f32::from(fill & 15) - 4.0 - f32::from(word & 15) / 2.0,
             };
             for signs in [[1.0, 1.0], [-1.0, -1.0], [1.0, -1.0]] {
                 for tokens in [1, 7] {

@@ -74,7 +74,7 @@ fn no_trial_of_many_is_much_better() {
             });
         errors.fold(f64::INFINITY, f64::min)
     };
-    let zeros: Vec<f32> = (-8..8).map(|zero| 8.0 + zero as f32 / 2.0).collect();
+    let zeros: Vec<f32> = (0..16).map(|zero| 4.0 + zero as f32 / 2.0).collect();
     let best = relative(&groups, |weights| {
         let (low, high) = extremes(weights).unwrap();
         let scales: Vec<f32> = (0..100).map(|trial| (high - low) / (13.0 + trial as f32 / 20.0)).collect();
@@ -111,7 +111,7 @@ fn codes_are_the_nearest_for_the_stored_scale() {
         for (k, weight) in weights.into_iter().enumerate() {
             let exact = weight / q8.scale.to_f32();
             assert!((exact.clamp(-127.0, 127.0) - f32::from(q8.codes[k])).abs() <= 0.5001);
-            let exact = weight / q4.scale.to_f32() + 8.0 + f32::from(q4.zero) / 2.0;
+            let exact = weight / q4.scale.to_f32() + 4.0 + f32::from(q4.zero) / 2.0;
             assert!((exact.clamp(0.0, 15.0) - f32::from(q4.codes[k])).abs() <= 0.5001);
         }
     }
@@ -120,8 +120,8 @@ fn codes_are_the_nearest_for_the_stored_scale() {
 #[test]
 fn the_zero_point_of_q4_follows_the_weights() {
     // All codes twice over come back as they are.
-    for zero in -8..=7_i8 {
-        let weights: [f32; GROUP] = std::array::from_fn(|k| 0.25 * ((k % 16) as f32 - 8.0 - f32::from(zero) / 2.0));
+    for zero in 0..=15_u8 {
+        let weights: [f32; GROUP] = std::array::from_fn(|k| 0.25 * ((k % 16) as f32 - 4.0 - f32::from(zero) / 2.0));
         let group = quantize_group_q4(&weights).unwrap();
         assert_eq!((group.scale.to_f32(), group.zero), (0.25, zero));
         assert_eq!(group.weights(), weights);
@@ -136,7 +136,7 @@ fn the_zero_point_of_q4_follows_the_weights() {
 #[test]
 fn words_of_scale_and_zero_point_come_back() {
     for bits in (0..0x7c00).step_by(8) {
-        for zero in -8..=7 {
+        for zero in 0..=15 {
             let group = GroupQ4 { scale: f16::from_bits(bits), zero, codes: [8; GROUP] };
             assert_eq!(GroupQ4::from_word(group.word()), (group.scale, zero));
         }

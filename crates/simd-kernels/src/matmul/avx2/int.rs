@@ -5,15 +5,15 @@
 //!     for each word of the group (2 columns of int16 or 4 of int8):
 //!         w0, w1 = the weights of these columns, rows 0..8 and 8..16, one 32-bit lane a row
 //!         for each token m: sum[m] += dot(word[m], w)             in each lane
-//!     for each token m: acc[m] += (sum[m] - zero point of the row * total of the token) * (scale of the row * scale of the token)
+//!     for each token m: acc[m] += (sum[m] - half steps of the row * half total of the token) * (scale of the row * scale of the token)
 //! ```
 //!
 //! 1. Q8: `vpmaddwd` multiplies pairs of int16 and adds each two products in int32. 32 products of at most
 //!    127 * 32767 stay far below 2^31.
 //! 2. Q4: `vpmaddubsw` multiplies unsigned nibbles by int8 and adds each two products in int16. All eight words of
 //!    a group are summed there: the largest sum of magnitudes is 8 * 2 * 15 * 127 < 2^15. One `vpmaddwd` with ones per group then
-//!    adds the halves in int32. Of their sum the zero point of the row times the sum of the token's integers (`IntTile::totals`) is taken
-//!    away, in f32, which is exact: both are multiples of a half below 2^17.
+//!    adds the halves in int32. From their sum the zero point of the row times the sum of the token's integers is
+//!    taken, as half steps times `IntTile::half_totals`, in f32 and exact: these are multiples of a half below 2^17.
 //! 3. With AVX-VNNI one instruction does the multiplication and the addition, for Q4 in int32 at once. The sums are
 //!    the same numbers.
 //! 4. The sums of a group take twelve registers for six tokens, so the f32 totals live in memory (L1) and are
@@ -53,7 +53,7 @@ pub(super) fn add_products<const Q4: bool, const VNNI: bool, const P: usize, con
         let groups = panel.len() / size;
         assert!(groups == words.len(), "{groups} groups of weights, {} of activations", words.len());
     }
-    let (scales, mut totals) = (x.scales.as_chunks::<M>().0, x.totals.as_chunks::<M>().0.iter());
+    let (scales, mut totals) = (x.scales.as_chunks::<M>().0, x.half_totals.as_chunks::<M>().0.iter());
     for (group, (words, scales)) in words.zip(scales).enumerate() {
         let totals = totals.next();
         for ((panel, acc), ahead) in panels.iter().zip(&mut *acc).zip(ahead) {
@@ -73,7 +73,7 @@ pub(super) fn add_products<const Q4: bool, const VNNI: bool, const P: usize, con
                 }
             }
             if Q4 {
-                let totals = totals.expect("int8 activations have totals");
+                let totals = totals.expect("int8 activations have sums");
                 add_scaled_q4::<VNNI, M>(&sums, row_scales, scales, totals, acc);
             } else {
                 add_scaled(&sums, widen_scales(row_scales), scales, acc);
@@ -177,18 +177,16 @@ fn add_scaled_q4<const VNNI: bool, const M: usize>(
     sums: &[[__m256i; 2]; M],
     words: &[u8; 32],
     scales: &[f32; M],
-    totals: &[f32; M],
+    half_totals: &[f32; M],
     acc: &mut [[f32; PANEL]; M],
 ) {
     let words = load_bytes(words);
     let bits = _mm256_and_si256(_mm256_srli_epi16::<1>(words), _mm256_set1_epi16(Q4_SCALE as i16));
     let row_scales = halves(bits).map(|half| _mm256_cvtph_ps(half));
-    let half_steps = _mm256_srai_epi16::<12>(_mm256_slli_epi16::<12>(words));
-    let zeros = halves(half_steps).map(|half| {
-        let half_steps = _mm256_cvtepi32_ps(_mm256_cvtepi16_epi32(half));
-        _mm256_fmadd_ps(half_steps, _mm256_set1_ps(0.5), _mm256_set1_ps(8.0))
-    });
-    for (((sums, scale), total), acc) in sums.iter().zip(scales).zip(totals).zip(acc) {
+    // Half steps from code 0 on.
+    let zeros = _mm256_add_epi16(_mm256_and_si256(words, _mm256_set1_epi16(15)), _mm256_set1_epi16(8));
+    let zeros = halves(zeros).map(|half| _mm256_cvtepi32_ps(_mm256_cvtepi16_epi32(half)));
+    for (((sums, scale), total), acc) in sums.iter().zip(scales).zip(half_totals).zip(acc) {
         let (scale, total) = (_mm256_set1_ps(*scale), _mm256_set1_ps(*total));
         for (i, (sum, acc)) in sums.iter().zip(acc.as_chunks_mut().0).enumerate() {
             // Without VNNI the sums are two int16 in a lane.
