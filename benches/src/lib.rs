@@ -39,7 +39,7 @@ impl Weights {
     /// About `bytes` of weights.
     ///
     /// Each 16 bits are a half between 1 and 2, which is also a bfloat16 (and the upper half of an f32) between
-    /// 0.007 and 2; as Q8 and Q4 they are scales of that size and integers of either sign.
+    /// 0.007 and 2; as Q8 they are scales of that size and integers of either sign, as Q4 scales near 0.007, any zero points and nibbles.
     pub fn new(bytes: usize) -> Weights {
         let mut random = Random(7);
         Weights((0..bytes / 8).map(|_| random.next() & 0x03ff_03ff_03ff_03ff | 0x3c00_3c00_3c00_3c00).collect())

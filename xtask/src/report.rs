@@ -72,11 +72,13 @@ pub fn page_name(name: &str) -> Result<String, String> {
 /// fails.
 pub fn command(quick: bool, only: &[String], page_name: Option<&str>) -> Result<ExitCode> {
     let root = workspace::root();
-    // The program is built from what is there now.
+    // The programs are built from what is there now.
     let commit = machine::commit(&root);
     let (about, apart) = (machine::describe(&root, &commit), machine::moment(&commit, quick));
     let apart = format!("\nMeasured apart from the rest of this page, {apart}.\n");
     let mut lab = Lab::open(quick)?;
+    // With MPI too, though it is used later, so that a build that fails costs no measurement.
+    lab.has_mpi()?;
     let folder = folder(quick, page_name, lab.folder());
     let page_name = page_name.unwrap_or(PAGE);
     let file = folder.join(format!("{page_name}.md"));

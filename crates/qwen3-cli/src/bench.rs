@@ -68,6 +68,9 @@ impl BenchArgs {
 
     /// Runs the command on this rank.
     pub fn run(&self, rank: &Rank) -> Result<(), Failure> {
+        if self.gen_len == 0 && !self.depth.is_empty() {
+            return Err(Failure::agreed(misfit("--depth", "nothing is generated there", "a --gen-len above 0")));
+        }
         let Loaded { model, reason } = session::load(rank, &self.engine, self.workload())?;
         let depths = if self.depth.is_empty() { &self.prompt_len[..1] } else { &self.depth };
         let needed = self.check(&model, depths)?;
@@ -114,9 +117,6 @@ impl BenchArgs {
 
     /// The positions that the cache has to hold, if the model has as many.
     fn check(&self, model: &Model, depths: &[usize]) -> Result<usize, Failure> {
-        if self.gen_len == 0 && !self.depth.is_empty() {
-            return Err(Failure::agreed(misfit("--depth", "nothing is generated there", "a --gen-len above 0")));
-        }
         let context = model.config().context_length();
         let longest = self.prompt_len.iter().copied().max().unwrap_or(0);
         let deepest = depths.iter().copied().max().unwrap_or(0).saturating_add(self.gen_len);

@@ -54,6 +54,10 @@ pub struct GenerateArgs {
 impl GenerateArgs {
     /// Runs the command on this rank.
     pub fn run(&self, rank: &Rank) -> Result<(), Failure> {
+        if let (None, Some(option)) = (self.sampling.temperature, self.sampling.of_draws()) {
+            let found = "given, while the likeliest token is taken each time";
+            return Err(Failure::agreed(misfit(option, found, "a --temperature above 0 with it")));
+        }
         let chat = self.chat.then(|| self.no_thinking.then_some(false));
         let (prompt, dir) = (self.prompt.clone(), self.engine.model.clone());
         let read = move || prompt.read(&dir, chat);
@@ -90,10 +94,6 @@ impl GenerateArgs {
     }
 
     fn params(&self, rank: &Rank) -> Result<SamplingParams, Failure> {
-        if let (None, Some(option)) = (self.sampling.temperature, self.sampling.of_draws()) {
-            let found = "given, while the likeliest token is taken each time";
-            return Err(Failure::agreed(misfit(option, found, "a --temperature above 0 with it")));
-        }
         let base = if self.sampling.temperature.is_some_and(|temperature| temperature > 0.0) {
             let config = rank.share(|| Ok(GenerationConfig::read(&self.engine.model)?))?;
             SamplingParams::recommended(&config, 0)

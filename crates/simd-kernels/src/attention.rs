@@ -65,7 +65,7 @@ impl AttentionInput<'_> {
 /// once for all of them. Tiles that no row sees are skipped.
 ///
 /// NaN and infinity in a query, or in a key or value that a row sees, reach its result, as NaN or infinity; in one that it
-/// does not see they do not. Only a score of −∞ weighs nothing.
+/// does not see they do not. Only a score of −∞ weighs nothing; many rows over a cache of 16 or 8 bits may have NaN for one, if the key is infinite.
 ///
 /// # Panics
 /// When the shapes of `input` and `state` do not fit together, or `input.keys` reaches beyond the cache.

@@ -293,6 +293,11 @@ fn parse_mark(
         let (rows, cols) = shape.split_once('x')?;
         Some((format, [rows.parse().ok()?, cols.parse().ok()?]))
     });
+    if mark.starts_with("q4 ") {
+        return Err(wrong(
+            "q4z: q4 without zero points is of an earlier version, `qwen3 quantize` makes it anew".to_owned(),
+        ));
+    }
     let Some((format, [rows, cols])) = parsed else {
         return Err(wrong("q8 or q4z (q4 with zero points), a space, and ROWSxCOLS".to_owned()));
     };

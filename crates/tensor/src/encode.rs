@@ -10,7 +10,7 @@ use crate::{
     quantize::{quantize_group_q4, quantize_group_q8, store_q4, store_q8},
 };
 
-/// A weight that a format cannot express: in Q8 and Q4 one that is not finite, or beyond 127 and 7 times 65504, the largest scale;
+/// A weight that a format cannot express: in Q8 and Q4 one that is not finite, or beyond 127 and 7 times 65504;
 /// in F16 a finite one from 65520 on, which would round to infinity.
 #[derive(Clone, PartialEq, Debug, thiserror::Error)]
 #[error("row {row}: {found} cannot be stored as {format}")]

@@ -19,7 +19,7 @@ pub enum WeightFormat {
     F16,
     /// Groups of 32 inputs: an f16 scale and 32 signed bytes, 8.5 bits a weight; weight = scale · code.
     Q8,
-    /// Groups of 32 inputs: an f16 scale and 32 nibbles, 4.5 bits a weight; weight = scale · (nibble − 8).
+    /// Groups of 32 inputs: 16 bits for a scale and a zero point, and 32 nibbles, 4.5 bits a weight; weight = scale · (nibble − zero point).
     Q4,
 }
 

@@ -26,7 +26,7 @@ pub struct GroupQ8 {
 /// A quantized group: weight ≈ `scale` · (`codes[k]` − 4 − `zero` / 2), codes in 0..=15.
 #[derive(Clone, Copy, PartialEq, Default, Debug)]
 pub struct GroupQ4 {
-    /// Not negative, and of 8 significant bits: the last 3 bits are 0.
+    /// Not negative, and without the last 3 bits of an f16, which are 0.
     pub scale: f16,
     /// How many half steps the zero point lies above 4, 0..=15.
     pub zero: u8,
@@ -64,8 +64,7 @@ const LANES: usize = 8;
 /// to 140 would by 13 %, which is a thousandth of the error that q4 has.
 const TRIALS_Q8: [f32; 4] = [127.0, 126.4, 125.8, 125.2];
 
-/// Weights of which all are smaller count as zeros. Half of the smallest f16 is 2⁻²⁵: groups below that times the range have scale 0, and the
-/// inverse of a number below this could overflow.
+/// Groups of smaller weights are zeros: no scale in half precision is that small, and the inverse of one could overflow.
 const NOTHING: f32 = 1e-12;
 
 /// Quantizes a group to 8 bits; `None` if a weight is not finite, or beyond 127 times the largest f16.

@@ -251,13 +251,18 @@ fn tensors_that_are_absent_or_misshapen_or_no_weights() {
 #[test]
 fn quantization_marks_that_are_wrong() {
     let tensor = entry("w", "U8", "[2,34]", 0, 68);
-    for mark in
-        ["", "q8", "q8 2", "q9 2x32", "f32 2x32", "q8 2x", "q8 2x64", "q4z 2x32", "q4 2x64", "q8 3x32", "q8 1x1x1"]
-    {
+    for mark in ["", "q8", "q8 2", "q9 2x32", "f32 2x32", "q8 2x", "q8 2x64", "q4z 2x32", "q8 3x32", "q8 1x1x1"] {
         let header = format!(r#"{{"__metadata__":{{"group32.w":"{mark}"}},{tensor}}}"#);
         let folder = Folder::single(&header, &[0; 68]);
         assert_error!(open(&folder), CheckpointError::QuantizationMark { .. }, "tensor w", &format!("{mark:?}"));
     }
+    let four_bits = entry("w", "U8", "[2,18]", 0, 36);
+    let marked = |mark: &str| {
+        let header = format!(r#"{{"__metadata__":{{"group32.w":"{mark}"}},{four_bits}}}"#);
+        open(&Folder::single(&header, &[0; 36]))
+    };
+    assert_error!(marked("q4 2x32"), CheckpointError::QuantizationMark { .. }, "earlier version", "qwen3 quantize");
+    assert_eq!(marked("q4z 2x32").unwrap().shape("w"), Some(&[2, 32][..]));
     let floats = entry("w", "F32", "[2,32]", 0, 256);
     let folder = Folder::single(&format!(r#"{{"__metadata__":{{"group32.w":"q8 2x32"}},{floats}}}"#), &[0; 256]);
     assert_error!(open(&folder), CheckpointError::QuantizationMark { .. }, "F32 [2, 32]");

@@ -98,8 +98,8 @@ fn no_group_is_noticeably_worse_than_by_its_largest_weight() {
         assert!(error_q8(&weights) <= 1.1 * error_plain(&weights, 127.0, -127.0..=127.0), "{weights:?}");
         worst = worst.max(error_q4(&weights) / error_plain(&weights, -8.0, -8.0..=7.0));
     }
-    // The nearest codes of one group may happen to lie well without a zero point.
-    assert!(worst < 1.5, "q4: {worst}");
+    // The codes of one group may happen to lie better without a zero point: 1.39 is the worst of these.
+    assert!(worst < 1.4, "q4: {worst}");
 }
 
 #[test]

@@ -137,7 +137,7 @@ impl RowTile<'_> {
             let end = cover.div_ceil(LANES);
             let rows = self.panels[p]..self.panels[p + 1];
             for (row, factors) in rows.clone().zip(&mut factors[rows]) {
-                let seen = self.limits[row].min(keys.end).saturating_sub(keys.start);
+                let seen = self.seen(row, keys);
                 let weights = &mut int.weights[row * KEY_TILE / LANES..][..end];
                 if seen <= skip {
                     weights.fill([0; LANES / 2]);
