@@ -4,7 +4,7 @@ use std::ops::Range;
 use std::sync::Mutex;
 use std::time::{Duration, Instant};
 
-use simd_kernels::{MULTIPLY_ADD_FLOPS, PANEL, multiply_add, read};
+use simd_kernels::{Isa, MULTIPLY_ADD_FLOPS, PANEL, multiply_add, read};
 use tensor::{PackedData, PackedMatrix, WeightFormat};
 
 use crate::context::Context;
@@ -44,12 +44,12 @@ impl LimitsProbe {
         })
     }
 
-    /// Floating-point operations that the threads of this rank do in a second, measured for `time`.
-    pub fn flops_per_s(&self, ctx: &Context, time: Duration) -> f64 {
+    /// Floating-point operations that the threads of this rank do in a second with multiply-adds of `isa`, measured for `time`.
+    pub fn flops_per_s(&self, ctx: &Context, isa: Isa, time: Duration) -> f64 {
         // The loop without AVX2 is about a tenth as fast.
-        let rounds = if ctx.isa.has_avx2() { ROUNDS } else { ROUNDS / 8 };
+        let rounds = if isa.has_avx2() { ROUNDS } else { ROUNDS / 8 };
         rate(ctx, self.parts.clone(), time, |_, _| {
-            std::hint::black_box(multiply_add(ctx.isa, std::hint::black_box(rounds)));
+            std::hint::black_box(multiply_add(isa, std::hint::black_box(rounds)));
             (rounds * MULTIPLY_ADD_FLOPS) as f64
         })
     }
@@ -79,11 +79,9 @@ fn rate(
 mod tests {
     use std::sync::Arc;
 
-    use comm::SoloComm;
-    use simd_kernels::Isa;
-
     use super::*;
     use crate::team::Placement;
+    use comm::SoloComm;
 
     #[test]
     fn rates_are_those_of_a_computer_and_count_all_threads() {
@@ -92,7 +90,7 @@ mod tests {
             let probe = LimitsProbe::new(&ctx, 8 << 20);
             assert_eq!(probe.parts.len(), threads);
             let time = Duration::from_millis(5);
-            let (read, flops) = (probe.read_bytes_per_s(&ctx, time), probe.flops_per_s(&ctx, time));
+            let (read, flops) = (probe.read_bytes_per_s(&ctx, time), probe.flops_per_s(&ctx, ctx.isa, time));
             assert!((1e8..1e13).contains(&read), "{read} bytes/s on {threads} threads");
             assert!((1e8..1e13).contains(&flops), "{flops} flop/s on {threads} threads");
         }

@@ -20,6 +20,8 @@ pub struct Limits<'a> {
     probe: LimitsProbe,
     /// Floating-point operations a second of all ranks, one for each look.
     flops: Vec<f64>,
+    /// The same with AVX-512, where the model uses it.
+    wide_flops: Vec<f64>,
     /// Bytes read a second by all ranks, one for each look.
     bytes: Vec<f64>,
 }
@@ -29,37 +31,66 @@ impl<'a> Limits<'a> {
     pub fn new(model: &'a Model) -> Self {
         let bytes = (BYTES / model.comm().size()).max(THREAD_BYTES * model.options().threads);
         let probe = LimitsProbe::new(model.context(), bytes);
-        Self { model, probe, flops: Vec::new(), bytes: Vec::new() }
+        Self { model, probe, flops: Vec::new(), wide_flops: Vec::new(), bytes: Vec::new() }
     }
 
     /// Looks at the limit of `phase`: arithmetic for prefill, reading for the others. All ranks call it together.
+    ///
+    /// The arithmetic is that of AVX2 also where there is AVX-512: the shares of two machines, or of one with either, are then
+    /// shares of the same, and what is faster has the larger share. The limit of AVX-512 is looked at besides.
     pub fn look(&mut self, phase: Phase) -> Result<f64, CommError> {
-        let (comm, ctx) = (self.model.comm(), self.model.context());
-        let arithmetic = phase == Phase::Prefill;
+        let ctx = self.model.context();
+        if phase != Phase::Prefill {
+            let best = self.best(|probe| probe.read_bytes_per_s(ctx, WINDOW))?;
+            self.bytes.push(best);
+            return Ok(best);
+        }
+        let narrow = ctx.isa.without_avx512();
+        let best = self.best(|probe| probe.flops_per_s(ctx, narrow, WINDOW))?;
+        self.flops.push(best);
+        if ctx.isa != narrow {
+            let wide = self.best(|probe| probe.flops_per_s(ctx, ctx.isa, WINDOW))?;
+            self.wide_flops.push(wide);
+        }
+        Ok(best)
+    }
+
+    /// The best window of all ranks together.
+    fn best(&self, rate: impl Fn(&LimitsProbe) -> f64) -> Result<f64, CommError> {
+        let comm = self.model.comm();
         let mut best = 0.0_f64;
         for _ in 0..WINDOWS {
             // Ranks that share a machine share its memory too: they have to measure at the same time.
             comm.barrier()?;
-            let probe = &self.probe;
-            let own = if arithmetic { probe.flops_per_s(ctx, WINDOW) } else { probe.read_bytes_per_s(ctx, WINDOW) };
+            let own = rate(&self.probe);
             let mut all = vec![0.0_f64; comm.size()];
             comm.all_gather(&[own], &mut all)?;
             best = best.max(all.iter().sum());
         }
-        if arithmetic { &mut self.flops } else { &mut self.bytes }.push(best);
         Ok(best)
     }
 
-    /// The medians of floating-point operations and of bytes read a second; what was never looked at is looked at now.
-    pub fn medians(&mut self) -> Result<(f64, f64), CommError> {
+    /// The medians of all looks; what was never looked at is looked at now.
+    pub fn medians(&mut self) -> Result<Medians, CommError> {
         if self.flops.is_empty() {
             self.look(Phase::Prefill)?;
         }
         if self.bytes.is_empty() {
             self.look(Phase::Decode)?;
         }
-        Ok((median(&self.flops), median(&self.bytes)))
+        let wide_flops = (!self.wide_flops.is_empty()).then(|| median(&self.wide_flops));
+        Ok(Medians { flops: median(&self.flops), wide_flops, bytes: median(&self.bytes) })
     }
+}
+
+/// What all ranks do in a second at best.
+pub struct Medians {
+    /// f32 multiply-adds of AVX2 (or plain ones, where the model uses those), two operations each.
+    pub flops: f64,
+    /// The same with AVX-512, where the model uses it.
+    pub wide_flops: Option<f64>,
+    /// Bytes read from memory.
+    pub bytes: f64,
 }
 
 /// The middle value, or the mean of the two in the middle; there has to be one.

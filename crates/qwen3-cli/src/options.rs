@@ -105,7 +105,7 @@ pub struct EngineOptions {
     pub experts: Auto<ExpertSplit>,
 
     /// Instruction set; auto takes the best one of this CPU (or what SIMD_KERNELS_ISA says)
-    #[arg(long, default_value = "auto", value_parser = choice::<Auto<Isa>>(&["auto", "scalar", "portable", "avx2", "avx2-vnni"]), help_heading = "Computing")]
+    #[arg(long, default_value = "auto", value_parser = choice::<Auto<Isa>>(&["auto", "scalar", "portable", "avx2", "avx2-vnni", "avx512"]), help_heading = "Computing")]
     pub isa: Auto<Isa>,
 
     /// Format of the weights in memory; auto keeps what the checkpoint stores, q8 and q4 quantize at load

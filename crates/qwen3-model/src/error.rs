@@ -34,7 +34,7 @@ pub enum ModelError {
     },
     /// Ranks round differently, and one would choose other experts than another for the same token.
     #[error(
-        "rank {rank} computes with other instructions than rank 0, expected the same for a mixture of experts (avx2 and avx2-vnni are)"
+        "rank {rank} computes with other instructions than rank 0, expected the same for a mixture of experts (avx2, avx2-vnni and avx512 are)"
     )]
     OtherIsa {
         /// The lowest such rank.

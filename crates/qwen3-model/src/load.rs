@@ -52,9 +52,9 @@ impl Model {
         let own = match &loaded {
             Err(_) => [1, 0, 0],
             Ok(model) => {
-                // Experts are chosen on each rank, by sums that other kernels round otherwise. AVX-VNNI is for integers only.
+                // Experts are chosen on each rank, by sums that other kernels round otherwise. AVX-VNNI and AVX-512 round as AVX2 does.
                 let chooses = model.config.moe.is_some() && schedule != MlpSchedule::Local;
-                let isa = options.isa.to_string();
+                let isa = options.isa.without_avx512().to_string();
                 let isa = if chooses { isa.trim_end_matches("-vnni") } else { "" };
                 let of = |text: &str| digest(text.bytes().map(u64::from));
                 [0, of(&format!("{:?}", model.config)), of(isa)]

@@ -71,7 +71,7 @@ impl AttentionInput<'_> {
 /// When the shapes of `input` and `state` do not fit together, or `input.keys` reaches beyond the cache.
 pub fn attention_streaming(isa: Isa, input: &AttentionInput<'_>, state: &mut SoftmaxState) {
     input.check(state);
-    dispatch!(isa, tiles::attention, streaming::attention, (input, state), avx2: (isa.has_vnni()))
+    dispatch!(isa, tiles::attention, streaming::attention, (input, state), avx2: (isa))
 }
 
 #[cfg(test)]

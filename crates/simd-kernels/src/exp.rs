@@ -4,7 +4,7 @@
 //! below [`LOWEST`] the result is 0, above [`HIGHEST`] it is e^HIGHEST (3.4028e38); NaN stays NaN.
 
 #[cfg(target_arch = "x86_64")]
-pub(crate) use avx2::{exp256, pow2_256};
+pub(crate) use avx2::{POW2, POW2_LOWEST, POW2_MAGIC, exp256, pow2_256};
 
 use crate::isa::{Isa, dispatch};
 
@@ -92,6 +92,14 @@ mod avx2 {
         _mm256_and_ps(y, _mm256_cmp_ps::<_CMP_NLT_UQ>(x, _mm256_set1_ps(LOWEST)))
     }
 
+    /// The coefficients of 2^x between −1/2 and 1/2, of x⁵ first.
+    pub(crate) const POW2: [f32; 6] =
+        [1.330_024_8e-3, 9.669_71e-3, 5.550_56e-2, 0.240_222_82, std::f32::consts::LN_2, 1.0];
+    /// 1.5·2²³, whose sum with a number has it rounded in its low bits.
+    pub(crate) const POW2_MAGIC: f32 = 12_582_912.0;
+    /// Below this 2^x is taken as 0.
+    pub(crate) const POW2_LOWEST: f32 = -126.0;
+
     /// 2^x in each lane for x up to 127; 0 below −126.
     ///
     /// As [`exp256`], without what that needs for the other base and for large x: two thirds of its instructions. Beside 1 and
@@ -99,16 +107,16 @@ mod avx2 {
     #[inline]
     #[target_feature(enable = "avx2,fma,f16c")]
     pub(crate) fn pow2_256(x: __m256) -> __m256 {
-        let magic = _mm256_set1_ps(12_582_912.0);
+        let magic = _mm256_set1_ps(POW2_MAGIC);
         let shifted = _mm256_add_ps(x, magic);
         let r = _mm256_sub_ps(x, _mm256_sub_ps(shifted, magic));
-        let mut p = _mm256_set1_ps(1.330_024_8e-3);
-        for c in [9.669_71e-3, 5.550_56e-2, 0.240_222_82, std::f32::consts::LN_2, 1.0] {
-            p = _mm256_fmadd_ps(p, r, _mm256_set1_ps(c));
+        let mut p = _mm256_set1_ps(POW2[0]);
+        for c in &POW2[1..] {
+            p = _mm256_fmadd_ps(p, r, _mm256_set1_ps(*c));
         }
         let exponent = _mm256_slli_epi32::<23>(_mm256_castps_si256(shifted));
         let y = _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(p), exponent));
-        _mm256_and_ps(y, _mm256_cmp_ps::<_CMP_NLT_UQ>(x, _mm256_set1_ps(-126.0)))
+        _mm256_and_ps(y, _mm256_cmp_ps::<_CMP_NLT_UQ>(x, _mm256_set1_ps(POW2_LOWEST)))
     }
 }
 

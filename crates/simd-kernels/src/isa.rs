@@ -6,8 +6,8 @@ use std::str::FromStr;
 /// An instruction set that this CPU has.
 ///
 /// The constructors look before they answer, so a value that names AVX2 proves that AVX2, FMA and F16C are there, and
-/// one that names VNNI proves AVX-VNNI besides. The kernels rely on that proof when they enter their
-/// `#[target_feature]` functions.
+/// one that names VNNI proves AVX-VNNI besides, one that names AVX-512 its parts F, BW, VL and VNNI. The kernels rely on that
+/// proof when they enter their `#[target_feature]` functions.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Isa(Kind);
 
@@ -17,9 +17,13 @@ enum Kind {
     Portable,
     Avx2,
     Avx2Vnni,
+    Avx512 {
+        /// Whether there is AVX-VNNI too, the same instructions in the encoding of AVX2.
+        avx_vnni: bool,
+    },
 }
 
-/// The environment variable that [`Isa::detect`] reads: `auto`, `scalar`, `portable`, `avx2` or `avx2-vnni`.
+/// The environment variable that [`Isa::detect`] reads: `auto`, `scalar`, `portable`, `avx2`, `avx2-vnni` or `avx512`.
 const VARIABLE: &str = "SIMD_KERNELS_ISA";
 
 impl Isa {
@@ -53,13 +57,37 @@ impl Isa {
         None
     }
 
+    /// AVX-512 with BW, VL and VNNI beside AVX2, for products of many tokens and attention of many rows; `None` when the
+    /// CPU or the operating system lacks one of them. The results are those of AVX2 to the last bit.
+    pub fn avx512() -> Option<Isa> {
+        #[cfg(target_arch = "x86_64")]
+        if Isa::avx2().is_some()
+            && is_x86_feature_detected!("avx512f")
+            && is_x86_feature_detected!("avx512bw")
+            && is_x86_feature_detected!("avx512vl")
+            && is_x86_feature_detected!("avx512vnni")
+        {
+            return Some(Isa(Kind::Avx512 { avx_vnni: Isa::avx2_vnni().is_some() }));
+        }
+        None
+    }
+
+    /// This instruction set without AVX-512: the yardstick of machines that have it next to those that have not.
+    pub fn without_avx512(self) -> Isa {
+        match self.0 {
+            Kind::Avx512 { avx_vnni: true } => Isa(Kind::Avx2Vnni),
+            Kind::Avx512 { avx_vnni: false } => Isa(Kind::Avx2),
+            other => Isa(other),
+        }
+    }
+
     /// All instruction sets of this CPU, the reference first and the best last.
     pub fn all() -> impl Iterator<Item = Isa> {
-        [Some(Isa::scalar()), Some(Isa::portable()), Isa::avx2(), Isa::avx2_vnni()].into_iter().flatten()
+        [Some(Isa::scalar()), Some(Isa::portable()), Isa::avx2(), Isa::avx2_vnni(), Isa::avx512()].into_iter().flatten()
     }
 
     /// The best instruction set here, or the one that the environment variable `SIMD_KERNELS_ISA` names
-    /// (`auto`, `scalar`, `portable`, `avx2` or `avx2-vnni`).
+    /// (`auto`, `scalar`, `portable`, `avx2`, `avx2-vnni` or `avx512`).
     ///
     /// # Panics
     /// When the variable names an instruction set that is unknown or missing here; [`Isa::from_env`] returns that
@@ -79,19 +107,20 @@ impl Isa {
         }
     }
 
-    /// `"scalar"`, `"portable"`, `"avx2"` or `"avx2-vnni"`.
+    /// `"scalar"`, `"portable"`, `"avx2"`, `"avx2-vnni"` or `"avx512"`.
     pub fn name(self) -> &'static str {
         match self.0 {
             Kind::Scalar => "scalar",
             Kind::Portable => "portable",
             Kind::Avx2 => "avx2",
             Kind::Avx2Vnni => "avx2-vnni",
+            Kind::Avx512 { .. } => "avx512",
         }
     }
 
     /// Whether it is AVX2 or more, so that the AVX2 functions may be entered.
     pub fn has_avx2(self) -> bool {
-        matches!(self.0, Kind::Avx2 | Kind::Avx2Vnni)
+        matches!(self.0, Kind::Avx2 | Kind::Avx2Vnni | Kind::Avx512 { .. })
     }
 
     /// Whether the scalar functions leave large products to `matrixmultiply`.
@@ -101,7 +130,12 @@ impl Isa {
 
     /// Whether they may use AVX-VNNI.
     pub(crate) fn has_vnni(self) -> bool {
-        self.0 == Kind::Avx2Vnni
+        matches!(self.0, Kind::Avx2Vnni | Kind::Avx512 { avx_vnni: true })
+    }
+
+    /// Whether the functions for AVX-512 may be entered.
+    pub(crate) fn has_avx512(self) -> bool {
+        matches!(self.0, Kind::Avx512 { .. })
     }
 }
 
@@ -114,7 +148,7 @@ impl fmt::Display for Isa {
 impl FromStr for Isa {
     type Err = IsaError;
 
-    /// `auto` (the best one here), `scalar`, `portable`, `avx2` or `avx2-vnni`.
+    /// `auto` (the best one here), `scalar`, `portable`, `avx2`, `avx2-vnni` or `avx512`.
     fn from_str(name: &str) -> Result<Isa, IsaError> {
         match name {
             "auto" => Ok(Isa::all().last().unwrap_or(Isa::portable())),
@@ -122,6 +156,7 @@ impl FromStr for Isa {
             "portable" => Ok(Isa::portable()),
             "avx2" => Isa::avx2().ok_or(IsaError::Missing { name: "avx2" }),
             "avx2-vnni" => Isa::avx2_vnni().ok_or(IsaError::Missing { name: "avx2-vnni" }),
+            "avx512" => Isa::avx512().ok_or(IsaError::Missing { name: "avx512" }),
             other => Err(IsaError::Unknown { name: other.to_owned() }),
         }
     }
@@ -146,10 +181,16 @@ impl fmt::Display for IsaError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             IsaError::Unknown { name } => {
-                write!(f, "unknown instruction set {name:?}, expected auto, scalar, portable, avx2 or avx2-vnni")
+                write!(
+                    f,
+                    "unknown instruction set {name:?}, expected auto, scalar, portable, avx2, avx2-vnni or avx512"
+                )
             }
             IsaError::Missing { name } => {
-                write!(f, "this CPU does not have {name} (AVX2 with FMA and F16C, VNNI as AVX-VNNI)")
+                write!(
+                    f,
+                    "this CPU does not have {name} (AVX2 with FMA and F16C, VNNI as AVX-VNNI, AVX-512 with F, BW, VL and VNNI)"
+                )
             }
         }
     }
@@ -210,19 +251,28 @@ mod tests {
             assert_eq!((name.parse(), isa.name(), isa.has_avx2()), (Ok(isa), name, false));
         }
         let best: Isa = "auto".parse().expect("auto always works");
-        assert_eq!(Some(best), Isa::avx2_vnni().or(Isa::avx2()).or(Some(Isa::portable())));
-        for (name, isa) in [("avx2", Isa::avx2()), ("avx2-vnni", Isa::avx2_vnni())] {
+        assert_eq!(Some(best), Isa::avx512().or(Isa::avx2_vnni()).or(Isa::avx2()).or(Some(Isa::portable())));
+        for (name, isa) in [("avx2", Isa::avx2()), ("avx2-vnni", Isa::avx2_vnni()), ("avx512", Isa::avx512())] {
             assert_eq!(name.parse(), isa.ok_or(IsaError::Missing { name }));
             assert!(isa.is_none_or(|isa| isa.name() == name && isa.has_avx2()));
         }
     }
 
     #[test]
+    fn without_avx512_there_is_the_best_of_avx2() {
+        for isa in Isa::all() {
+            let narrow = isa.without_avx512();
+            let best = Isa::avx2_vnni().or(Isa::avx2());
+            assert_eq!(Some(narrow), if Some(isa) == Isa::avx512() { best } else { Some(isa) });
+        }
+    }
+
+    #[test]
     fn unknown_names_are_errors() {
-        let error = "avx512".parse::<Isa>().expect_err("not an instruction set of this crate");
+        let error = "sse4".parse::<Isa>().expect_err("not an instruction set of this crate");
         assert_eq!(
             error.to_string(),
-            "unknown instruction set \"avx512\", expected auto, scalar, portable, avx2 or avx2-vnni"
+            "unknown instruction set \"sse4\", expected auto, scalar, portable, avx2, avx2-vnni or avx512"
         );
     }
 }

@@ -1,4 +1,4 @@
-//! Transformer kernels over slices, each as a scalar reference and in AVX2, chosen once at run time.
+//! Transformer kernels over slices, each as a scalar reference and in AVX2, some also in AVX-512, chosen once at run time.
 #![doc = include_str!("../README.md")]
 
 // Modules in reading order, lowest first; a module uses only those above it.

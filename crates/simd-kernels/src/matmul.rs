@@ -24,7 +24,8 @@ pub enum Store {
 ///
 /// `out` is `[x.tokens(), rows that the panels cover]`; the last panel of the matrix may be short. With
 /// AVX2 few tokens read the weights once, as two streams; many meet parts of panels that stay in the L1 cache, widened
-/// there for all of them where that pays: f16, and Q8 without VNNI, from 12 tiles of tokens on.
+/// there for all of them where that pays: f16, and Q8 without VNNI, from 12 tiles of tokens on. With AVX-512 two panels meet
+/// twelve tokens at a time, to the same sums.
 ///
 /// # Panics
 /// When shapes differ, or `x` was prepared for another kind of weights.
@@ -33,8 +34,8 @@ pub fn matmul(isa: Isa, w: Panels<'_>, panels: Range<usize>, x: &Input, out: Mat
     if out.rows() == 0 || out.cols() == 0 {
         return;
     }
-    let (vnni, general) = (isa.has_vnni(), isa.has_matrixmultiply());
-    dispatch!(isa, avx2::matmul, scalar::matmul, (w, panels, x, out, store), avx2: (vnni), scalar: (general))
+    let general = isa.has_matrixmultiply();
+    dispatch!(isa, avx2::matmul, scalar::matmul, (w, panels, x, out, store), avx2: (isa), scalar: (general))
 }
 
 /// `out[t, c] = silu(gate[c] · x[t]) * (up[c] · x[t])` for the rows that `panels` of both matrices cover.
@@ -50,8 +51,8 @@ pub fn matmul_swiglu(isa: Isa, gate: Panels<'_>, up: Panels<'_>, panels: Range<u
     if out.rows() == 0 || out.cols() == 0 {
         return;
     }
-    let (vnni, general) = (isa.has_vnni(), isa.has_matrixmultiply());
-    dispatch!(isa, avx2::matmul_swiglu, scalar::matmul_swiglu, (gate, up, panels, x, out), avx2: (vnni), scalar: (general))
+    let general = isa.has_matrixmultiply();
+    dispatch!(isa, avx2::matmul_swiglu, scalar::matmul_swiglu, (gate, up, panels, x, out), avx2: (isa), scalar: (general))
 }
 
 fn check(w: Panels<'_>, panels: &Range<usize>, x: &Input, out: &MatMut<'_>) {

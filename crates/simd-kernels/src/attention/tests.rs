@@ -6,6 +6,8 @@ use crate::isa::witness::assert_entered;
 use crate::kv::KvFormat;
 use proptest::prelude::*;
 
+mod instruction_sets;
+
 const FORMATS: [KvFormat; 3] = [KvFormat::F32, KvFormat::F16, KvFormat::Q8];
 
 /// A problem: a filled cache, queries, and what each row sees.

@@ -25,6 +25,7 @@ mod widen;
 
 use super::state::{Scratch, TileScratch};
 use super::{ATTENTION_ROWS, AttentionInput, SoftmaxState};
+use crate::isa::Isa;
 use crate::kv::{BLOCK, KV_GROUP, KV_SPAN, KvFormat, KvHead};
 use crate::lanes::{LANES, load, store};
 use kernels::{Element, PANEL_ROWS, Values, blend, scores, soften};
@@ -102,20 +103,20 @@ impl<'a, T: Element> KeyTile<'a, T> {
 }
 
 #[target_feature(enable = "avx2,fma,f16c")]
-pub(super) fn attention(input: &AttentionInput<'_>, state: &mut SoftmaxState, vnni: bool) {
+pub(super) fn attention(input: &AttentionInput<'_>, state: &mut SoftmaxState, isa: Isa) {
     let rows = input.visible.len();
     let tiles = rows.div_ceil(ROW_TILE).max(1);
     let tile_rows = rows.div_ceil(tiles).next_multiple_of(PANEL_ROWS).min(ROW_TILE);
     let mut scratch = std::mem::take(&mut state.scratch);
     for first in (0..rows).step_by(tile_rows.max(1)) {
-        attend(input, first..rows.min(first + tile_rows), state, &mut scratch, vnni);
+        attend(input, first..rows.min(first + tile_rows), state, &mut scratch, isa);
     }
     state.scratch = scratch;
 }
 
 /// One tile of rows over all keys.
 #[target_feature(enable = "avx2,fma,f16c")]
-fn attend(input: &AttentionInput<'_>, rows: Range<usize>, state: &mut SoftmaxState, scratch: &mut Scratch, vnni: bool) {
+fn attend(input: &AttentionInput<'_>, rows: Range<usize>, state: &mut SoftmaxState, scratch: &mut Scratch, isa: Isa) {
     let (kv, head_dim, width) = (input.kv, input.kv.head_dim(), input.kv.width());
     let mut limits = [0; ROW_TILE];
     for (limit, row) in limits.iter_mut().zip(rows.clone()) {
@@ -156,10 +157,12 @@ fn attend(input: &AttentionInput<'_>, rows: Range<usize>, state: &mut SoftmaxSta
     let q = &input.q[elements.clone()];
     if rows.len() <= DIRECT_ROWS || kv.format() == KvFormat::F32 {
         attend_float(&mut tile, q, input.scale, spans, &mut scratch.tiles);
-    } else if vnni {
-        int::attend::<true>(&mut tile, q, input.scale, spans, &mut scratch.tiles);
+    } else if isa.has_avx512() {
+        int::attend::<false, true>(&mut tile, q, input.scale, spans, &mut scratch.tiles);
+    } else if isa.has_vnni() {
+        int::attend::<true, false>(&mut tile, q, input.scale, spans, &mut scratch.tiles);
     } else {
-        int::attend::<false>(&mut tile, q, input.scale, spans, &mut scratch.tiles);
+        int::attend::<false, false>(&mut tile, q, input.scale, spans, &mut scratch.tiles);
     }
     for (padded, row) in tile.acc.chunks_exact(width).zip(state.acc[elements].chunks_exact_mut(head_dim)) {
         row.copy_from_slice(&padded[..head_dim]);

@@ -32,6 +32,7 @@ use std::ops::Range;
 
 use super::Store;
 use crate::input::{Input, InputKind};
+use crate::isa::Isa;
 use crate::lanes::{load, prefetch, store};
 use crate::matrix::MatMut;
 use crate::panels::{GROUP, PANEL, PanelData, Panels};
@@ -39,11 +40,12 @@ use crate::swiglu::gated256;
 
 use std::arch::x86_64::*;
 
+mod avx512;
 mod float;
 mod int;
 mod wide;
 
-use wide::{Part, Wide};
+use wide::{Part, Wide, bytes, floats, halves};
 
 /// Bytes by which the prefetch into the L1 cache runs ahead of weights that stream from memory.
 const AHEAD: usize = 2048;
@@ -96,8 +98,8 @@ thread_local! {
 }
 
 #[target_feature(enable = "avx2,fma,f16c")]
-pub(super) fn matmul(w: Panels<'_>, panels: Range<usize>, x: &Input, out: MatMut<'_>, store: Store, vnni: bool) {
-    multiply([w], panels, x, out, Finish::Store(store), vnni);
+pub(super) fn matmul(w: Panels<'_>, panels: Range<usize>, x: &Input, out: MatMut<'_>, store: Store, isa: Isa) {
+    multiply([w], panels, x, out, Finish::Store(store), isa);
 }
 
 #[target_feature(enable = "avx2,fma,f16c")]
@@ -107,9 +109,9 @@ pub(super) fn matmul_swiglu(
     panels: Range<usize>,
     x: &Input,
     out: MatMut<'_>,
-    vnni: bool,
+    isa: Isa,
 ) {
-    multiply([gate, up], panels, x, out, Finish::SwiGlu, vnni);
+    multiply([gate, up], panels, x, out, Finish::SwiGlu, isa);
 }
 
 #[target_feature(enable = "avx2,fma,f16c")]
@@ -119,9 +121,9 @@ fn multiply<const N: usize>(
     x: &Input,
     out: MatMut<'_>,
     finish: Finish,
-    vnni: bool,
+    isa: Isa,
 ) {
-    let x = Columns { x, range: 0..x.cols(), vnni };
+    let x = Columns { x, range: 0..x.cols(), isa };
     match x.x.tokens() {
         1 => few::<N, 1, 2>(ws, panels, &x, out, finish),
         2 => few::<N, 2, 1>(ws, panels, &x, out, finish),
@@ -137,8 +139,7 @@ fn multiply<const N: usize>(
 struct Columns<'a> {
     x: &'a Input,
     range: Range<usize>,
-    /// Whether AVX-VNNI is there for integers.
-    vnni: bool,
+    isa: Isa,
 }
 
 #[target_feature(enable = "avx2,fma,f16c")]
@@ -230,15 +231,27 @@ fn many<const N: usize>(
                 let columns = Columns { range: column..(column + depth).min(cols), ..all };
                 // The parts in the order of use: panel by panel, the matrices in turn.
                 let part = |slot: usize| ws[slot % N].part(group.start + slot / N, &columns.range);
-                for (slot, sums) in sums[..group.len() * N].iter_mut().enumerate() {
-                    let next = if slot + 1 < group.len() * N {
-                        start(part(slot + 1))
+                let slots = &mut sums[..group.len() * N];
+                let (count, together) = (slots.len(), if all.isa.has_avx512() { avx512::PANELS } else { 1 });
+                for (i, sums) in slots.chunks_mut(together).enumerate() {
+                    let (slot, after) = (i * together, i * together + sums.len());
+                    let next = if after < count {
+                        start(part(after))
                     } else if columns.range.end < cols {
                         start(ws[0].part(group.start, &(columns.range.end..cols)))
                     } else {
                         start(ws[0].part(group.end.min(ws[0].count() - 1), &(0..cols)))
                     };
-                    add_part(part(slot), &columns, tiles.clone(), &mut sums[..tiles.len()], next, wide);
+                    match sums {
+                        [a, b] => {
+                            let sums = [a, b].map(|sums| &mut sums[..tiles.len()]);
+                            add_parts([part(slot), part(slot + 1)], &columns, tiles.clone(), sums, next, wide);
+                        }
+                        _ => {
+                            let sums = &mut sums[0][..tiles.len()];
+                            add_parts([part(slot)], &columns, tiles.clone(), [sums], next, wide);
+                        }
+                    }
                 }
             }
             for tile in tiles.clone() {
@@ -281,32 +294,42 @@ impl<const P: usize> Ahead<P> {
     }
 }
 
-/// Adds the products of a panel part with each tile to `sums`, and prefetches the next part of weights from `next` on.
+/// Adds the products of panel parts with each tile to `sums`, and prefetches the next parts of weights from `next` on.
 #[target_feature(enable = "avx2,fma,f16c")]
-fn add_part(
-    part: PanelData<'_>,
+fn add_parts<const P: usize>(
+    parts: [PanelData<'_>; P],
     x: &Columns<'_>,
     tiles: Range<usize>,
-    sums: &mut [Tile],
+    mut sums: [&mut [Tile]; P],
     next: *const u8,
     wide: &mut Wide,
 ) {
-    let share = size(part).div_ceil(tiles.len());
-    let part = if tiles.len() < WIDENED { Part::Stored(part) } else { wide.widen(part, x.vnni) };
-    for (i, (tile, sums)) in tiles.clone().zip(sums).enumerate() {
-        let after = if tile + 1 < tiles.end { tile + 1 } else { tiles.start };
-        let activations = x.x.start(after, &x.range);
-        let ahead = Ahead { weights: [next.wrapping_add(i * share)], share, activations };
-        match x.x.tile_tokens(tile).len() {
-            1 => add_tile::<1, 1, 4, false>([part], x, tile, first(sums), ahead),
-            2 => add_tile::<1, 2, 2, false>([part], x, tile, first(sums), ahead),
-            3 => add_tile::<1, 3, 2, false>([part], x, tile, first(sums), ahead),
-            4 => add_tile::<1, 4, 1, false>([part], x, tile, first(sums), ahead),
-            5 => add_tile::<1, 5, 1, false>([part], x, tile, first(sums), ahead),
-            _ if i == 0 && x.x.kind() != InputKind::Float => {
-                add_tile::<1, 6, 1, true>([part], x, tile, first(sums), Ahead::stream([next]));
+    let share = (P * size(parts[0])).div_ceil(tiles.len());
+    // Tiles that AVX-512 takes: all whole ones.
+    let mut done = 0;
+    if x.isa.has_avx512() {
+        done = tiles.len() - usize::from(x.x.tile_tokens(tiles.end - 1).len() < Input::TILE);
+        let ahead = Ahead { weights: [next], share, activations: std::ptr::null() };
+        // SAFETY: the instruction set proves the target features.
+        unsafe { avx512::add_tiles(parts, x, tiles.start, sums.each_mut().map(|sums| &mut sums[..done]), ahead) };
+    }
+    for (part, sums) in parts.into_iter().zip(sums) {
+        let part = if tiles.len() - done < WIDENED { Part::Stored(part) } else { wide.widen(part, x.isa.has_vnni()) };
+        for (i, (tile, sums)) in tiles.clone().zip(sums).enumerate().skip(done) {
+            let after = if tile + 1 < tiles.end { tile + 1 } else { tiles.start };
+            let activations = x.x.start(after, &x.range);
+            let ahead = Ahead { weights: [next.wrapping_add(i * share)], share, activations };
+            match x.x.tile_tokens(tile).len() {
+                1 => add_tile::<1, 1, 4, false>([part], x, tile, first(sums), ahead),
+                2 => add_tile::<1, 2, 2, false>([part], x, tile, first(sums), ahead),
+                3 => add_tile::<1, 3, 2, false>([part], x, tile, first(sums), ahead),
+                4 => add_tile::<1, 4, 1, false>([part], x, tile, first(sums), ahead),
+                5 => add_tile::<1, 5, 1, false>([part], x, tile, first(sums), ahead),
+                _ if i == 0 && x.x.kind() != InputKind::Float => {
+                    add_tile::<1, 6, 1, true>([part], x, tile, first(sums), Ahead::stream([next]));
+                }
+                _ => add_tile::<1, 6, 1, false>([part], x, tile, first(sums), ahead),
             }
-            _ => add_tile::<1, 6, 1, false>([part], x, tile, first(sums), ahead),
         }
     }
 }
@@ -336,38 +359,19 @@ fn add_tile<const P: usize, const M: usize, const SETS: usize, const STREAM: boo
         Part::Stored(PanelData::F16(_)) => {
             float::add_products::<float::F16, P, M, SETS, STREAM>(parts.map(halves), float(), acc, ahead);
         }
-        Part::Stored(PanelData::Q8(_)) if x.vnni => {
+        Part::Stored(PanelData::Q8(_)) if x.isa.has_vnni() => {
             int::add_products::<false, true, P, M, STREAM>(parts.map(bytes), int(), acc, either)
         }
         Part::Stored(PanelData::Q8(_)) => {
             int::add_products::<false, false, P, M, STREAM>(parts.map(bytes), int(), acc, either)
         }
-        Part::Stored(PanelData::Q4(_)) if x.vnni => {
+        Part::Stored(PanelData::Q4(_)) if x.isa.has_vnni() => {
             int::add_products::<true, true, P, M, STREAM>(parts.map(bytes), int(), acc, either)
         }
         Part::Stored(PanelData::Q4(_)) => {
             int::add_products::<true, false, P, M, STREAM>(parts.map(bytes), int(), acc, either)
         }
     }
-}
-
-fn floats(part: Part<'_>) -> &[[f32; PANEL]] {
-    let Part::Stored(PanelData::F32(part)) = part else { panic!("panels of one product have one format") };
-    part.as_chunks().0
-}
-
-fn halves(part: Part<'_>) -> &[[u16; PANEL]] {
-    let Part::Stored(PanelData::Bf16(part) | PanelData::F16(part)) = part else {
-        panic!("panels of one product have one format")
-    };
-    part.as_chunks().0
-}
-
-fn bytes(part: Part<'_>) -> &[u8] {
-    let Part::Stored(PanelData::Q8(part) | PanelData::Q4(part)) = part else {
-        panic!("panels of one product have one format")
-    };
-    part
 }
 
 /// Asks for a line of weights that is soon needed, and for one that is needed later.

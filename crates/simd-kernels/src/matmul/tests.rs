@@ -173,10 +173,11 @@ fn check_matmul(format: Format, rows: usize, cols: usize, tokens: usize, panels:
     let x = Guarded::of(noise(tokens * cols, tokens as u64), 1);
     let covered = weights.panels().rows_in(&panels);
     let first = panels.start * PANEL;
+    let mut bits = [const { None }; 2];
     for isa in Isa::all() {
         let mut input = Input::new();
         input.prepare(isa, InputKind::of(&weights.panels().data()), &x, tokens, cols);
-        for (store, old) in [(Store::Set, f32::NAN), (Store::Add, 3.0)] {
+        for ((store, old), bits) in [(Store::Set, f32::NAN), (Store::Add, 3.0)].into_iter().zip(&mut bits) {
             let mut out = Output::new(tokens, covered, old);
             matmul(isa, weights.panels(), panels.clone(), &input, out.block(), store);
             let base = if store == Store::Set { 0.0 } else { 3.0 };
@@ -185,7 +186,16 @@ fn check_matmul(format: Format, rows: usize, cols: usize, tokens: usize, panels:
                 let (sum, tolerance) = weights.dot(first + c, &x[t * cols..(t + 1) * cols]);
                 (base + sum, tolerance + base * 2.0 * f64::from(f32::EPSILON))
             });
+            check_bits(isa, &out, bits, &what);
         }
+    }
+}
+
+/// What AVX2 gives, the instruction sets beyond it give too.
+fn check_bits(isa: Isa, out: &Output, bits: &mut Option<Vec<u32>>, what: &str) {
+    if isa.has_avx2() {
+        let found: Vec<_> = out.buffer.iter().map(|x| x.to_bits()).collect();
+        assert!(*bits.get_or_insert_with(|| found.clone()) == found, "{what}: differs from AVX2");
     }
 }
 
@@ -195,6 +205,7 @@ fn check_swiglu(format: Format, rows: usize, cols: usize, tokens: usize, panels:
     let x = noise(tokens * cols, tokens as u64);
     let covered = gate.panels().rows_in(&panels);
     let first = panels.start * PANEL;
+    let mut bits = None;
     for isa in Isa::all() {
         let mut input = Input::new();
         input.prepare(isa, InputKind::of(&gate.panels().data()), &x, tokens, cols);
@@ -209,6 +220,7 @@ fn check_swiglu(format: Format, rows: usize, cols: usize, tokens: usize, panels:
             let own = 8.0 * f64::from(f32::EPSILON) * (silu * u).abs();
             (silu * u, own + 1.1 * dg * (u.abs() + du) + du * silu.abs() + 1.0e-30)
         });
+        check_bits(isa, &out, &mut bits, &what);
     }
 }
 

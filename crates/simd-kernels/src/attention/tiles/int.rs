@@ -17,6 +17,7 @@
 //!    precision has cost. A cache in f32 never comes here.
 
 mod rounded;
+mod wide;
 
 use super::kernels::{PANEL_ROWS, get, put};
 use super::{KEY_TILE, ROW_TILE, RowTile, widen};
@@ -47,9 +48,10 @@ struct IntRows<'a> {
     weights: &'a mut [[Pair; LANES / 2]],
 }
 
-/// A tile of rows over some tiles of keys, each with the number of keys before the range asked for.
+/// A tile of rows over some tiles of keys, each with the number of keys before the range asked for: with AVX-512 (`WIDE`), AVX-VNNI or
+/// AVX2.
 #[target_feature(enable = "avx2,fma,f16c")]
-pub(super) fn attend<const VNNI: bool>(
+pub(super) fn attend<const VNNI: bool, const WIDE: bool>(
     tile: &mut RowTile<'_>,
     q: &[f32],
     scale: f32,
@@ -71,7 +73,7 @@ pub(super) fn attend<const VNNI: bool>(
     let keys = scratch.keys.scratch(KEY_TILE / BLOCK * pairs);
     let values = scratch.values.scratch(KEY_TILE / 2 * width / BLOCK);
     for (skip, positions) in spans {
-        tile.step_int::<VNNI>(&mut rows, &IntTile::of(kv, positions, block, keys, values), skip);
+        tile.step_int::<VNNI, WIDE>(&mut rows, &IntTile::of(kv, positions, block, keys, values), skip);
     }
 }
 
@@ -112,21 +114,23 @@ impl<'a> IntTile<'a> {
 impl RowTile<'_> {
     /// One tile of keys, of which the first `skip` are before the range asked for.
     #[target_feature(enable = "avx2,fma,f16c")]
-    fn step_int<const VNNI: bool>(&mut self, int: &mut IntRows<'_>, tile: &IntTile<'_>, skip: usize) {
+    fn step_int<const VNNI: bool, const WIDE: bool>(&mut self, int: &mut IntRows<'_>, tile: &IntTile<'_>, skip: usize) {
         let (keys, width, pairs) = (&tile.positions, self.kv.width(), self.kv.head_dim().div_ceil(2));
         let count = self.panels.len() - 1;
         let cover = &self.cover(keys)[..count];
-        for b in skip / BLOCK..keys.len().div_ceil(BLOCK) {
-            let block = &tile.keys[b * pairs..][..pairs];
-            let scales = &tile.key_scales[b];
+        // Of blocks that come together, those that nobody asked for give scores that nobody reads.
+        let together = if WIDE { wide::TOGETHER } else { 1 };
+        for b in (skip / BLOCK / together * together..keys.len().div_ceil(BLOCK)).step_by(together) {
+            let block = &tile.keys[b * pairs..][..together * pairs];
+            let scales = &tile.key_scales[b..b + together];
             for p in (0..count).filter(|&p| cover[p] > b * BLOCK) {
                 let (first, rows) = (self.panels[p], self.panels[p + 1] - self.panels[p]);
                 let q = &int.q[first * pairs..(first + rows) * pairs];
                 let out = &mut self.scores[first * KEY_TILE + b * BLOCK..];
                 match rows {
-                    4 => scores::<4, VNNI>(block, scales, q, out, KEY_TILE),
-                    5 => scores::<5, VNNI>(block, scales, q, out, KEY_TILE),
-                    _ => scores::<PANEL_ROWS, VNNI>(block, scales, q, out, KEY_TILE),
+                    4 => scores::<4, VNNI, WIDE>(block, scales, q, out, KEY_TILE),
+                    5 => scores::<5, VNNI, WIDE>(block, scales, q, out, KEY_TILE),
+                    _ => scores::<PANEL_ROWS, VNNI, WIDE>(block, scales, q, out, KEY_TILE),
                 }
             }
         }
@@ -148,7 +152,7 @@ impl RowTile<'_> {
                 scores[from * LANES..skip].fill(f32::NEG_INFINITY);
                 scores[seen..seen_end * LANES].fill(f32::NEG_INFINITY);
                 weights[seen_end..].fill([0; LANES / 2]);
-                *factors = soften(
+                *factors = soften::<WIDE>(
                     &mut scores.as_chunks_mut().0[from..seen_end],
                     int.scales[row],
                     &tile.value_scales.as_flattened().as_chunks().0[from..seen_end],
@@ -160,38 +164,45 @@ impl RowTile<'_> {
         }
 
         let weights = int.weights.as_flattened();
-        for c in 0..width / BLOCK {
-            let chunk = &tile.values[c * KEY_TILE / 2..][..KEY_TILE / 2];
+        let chunks = width / BLOCK;
+        let mut c = 0;
+        while c < chunks {
+            let together = if WIDE && c + wide::TOGETHER <= chunks { wide::TOGETHER } else { 1 };
+            let values = &tile.values[c * KEY_TILE / 2..][..together * KEY_TILE / 2];
             for (p, &cover) in cover.iter().enumerate() {
                 let (first, rows) = (self.panels[p], self.panels[p + 1] - self.panels[p]);
                 let taken = from * LANES / 2..cover.div_ceil(LANES) * LANES / 2;
                 if taken.is_empty() {
                     continue;
                 }
-                let weights = &weights[first * KEY_TILE / 2 + taken.start..];
-                let values = &chunk[taken];
+                let weights = &weights[first * KEY_TILE / 2..];
                 let factors = &factors[first..first + rows];
                 let acc = &mut self.acc[first * width + c * BLOCK..];
                 match rows {
-                    4 => blend::<4, VNNI>(values, weights, KEY_TILE / 2, factors, acc, width),
-                    5 => blend::<5, VNNI>(values, weights, KEY_TILE / 2, factors, acc, width),
-                    _ => blend::<PANEL_ROWS, VNNI>(values, weights, KEY_TILE / 2, factors, acc, width),
+                    4 => blend::<4, VNNI, WIDE>(values, taken, weights, factors, acc, width),
+                    5 => blend::<5, VNNI, WIDE>(values, taken, weights, factors, acc, width),
+                    _ => blend::<PANEL_ROWS, VNNI, WIDE>(values, taken, weights, factors, acc, width),
                 }
             }
+            c += together;
         }
     }
 }
 
-/// out[r * stride + j] = scales[j] Σ q[i][r] · keys[i][j], for R rows and the sixteen keys of a block.
+/// out[r * stride + j] = scales[j] Σ q[i][r] · keys[i][j], for R rows and the sixteen keys of a block, or of some blocks (`WIDE`).
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c")]
-fn scores<const R: usize, const VNNI: bool>(
+fn scores<const R: usize, const VNNI: bool, const WIDE: bool>(
     keys: &[[Pair; BLOCK]],
-    scales: &[f32; BLOCK],
+    scales: &[[f32; BLOCK]],
     q: &[Pair],
     out: &mut [f32],
     stride: usize,
 ) {
+    if WIDE {
+        // SAFETY: `WIDE` is set where an `Isa` proves AVX-512.
+        return unsafe { wide::scores::<R>(keys, scales, q, out, stride) };
+    }
     let mut sums = [[_mm256_setzero_si256(); 2]; R];
     for (keys, q) in keys.iter().zip(q.as_chunks::<R>().0) {
         let keys = pairs(keys);
@@ -199,25 +210,38 @@ fn scores<const R: usize, const VNNI: bool>(
             add_products::<VNNI>(&mut sums[r], keys, q[r]);
         }
     }
-    let [low, high] = get(scales);
+    let [low, high] = get(&scales[0]);
     for (r, sums) in sums.iter().enumerate() {
         let [a, b] = sums.map(|sum| _mm256_cvtepi32_ps(sum));
         put(&mut out[r * stride..], [_mm256_mul_ps(a, low), _mm256_mul_ps(b, high)]);
     }
 }
 
-/// acc[r * acc_stride + i] = acc[r * acc_stride + i] f + t Σ weights[r * weight_stride + j] · values[j][i], where f and t are
-/// `factors[r]`, for R rows and the sixteen elements of a chunk.
+/// acc[r * acc_stride + i] = acc[r * acc_stride + i] f + t Σ weights[r * KEY_TILE / 2 + j] · values[j][i] for j in `taken`, where f and t are
+/// `factors[r]`, for R rows and the sixteen elements of a chunk, or of some chunks (`WIDE`) of KEY_TILE / 2 pairs each.
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c")]
-fn blend<const R: usize, const VNNI: bool>(
+fn blend<const R: usize, const VNNI: bool, const WIDE: bool>(
     values: &[[Pair; BLOCK]],
+    taken: Range<usize>,
     weights: &[Pair],
-    weight_stride: usize,
     factors: &[[f32; 2]],
     acc: &mut [f32],
     acc_stride: usize,
 ) {
+    let (weight_stride, weights) = (KEY_TILE / 2, &weights[taken.start..]);
+    if WIDE {
+        let (values, pairs) = (&values[taken.start..], taken.len());
+        // SAFETY: `WIDE` is set where an `Isa` proves AVX-512.
+        return unsafe {
+            if values.len() > KEY_TILE / 2 {
+                wide::blend::<R, { wide::TOGETHER }>(values, pairs, weights, factors, acc, acc_stride)
+            } else {
+                wide::blend::<R, 1>(values, pairs, weights, factors, acc, acc_stride)
+            }
+        };
+    }
+    let values = &values[taken];
     let last = (R - 1) * weight_stride + values.len();
     assert!(last <= weights.len(), "{R} rows of weights reach to {last} of {}", weights.len());
     let mut sums = [[_mm256_setzero_si256(); 2]; R];
@@ -260,7 +284,7 @@ fn add_products<const VNNI: bool>(sums: &mut [__m256i; 2], x: [__m256i; 2], y: P
 /// Returns the factor e^(old m − m) for what the row gathered before, and the step of the codes.
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c")]
-fn soften(
+fn soften<const WIDE: bool>(
     scores: &mut [[f32; LANES]],
     scale: f32,
     value_scales: &[[f32; LANES]],
@@ -268,38 +292,42 @@ fn soften(
     max: &mut f32,
     sum: &mut f32,
 ) -> [f32; 2] {
+    if WIDE {
+        // SAFETY: `WIDE` is set where an `Isa` proves AVX-512.
+        return unsafe { wide::soften(scores, scale, value_scales, weights, max, sum) };
+    }
     let floor = _mm256_set1_ps(f32::NEG_INFINITY);
     let mut most = [floor; 2];
     for (i, x) in scores.iter().enumerate() {
         most[i % 2] = _mm256_max_ps(load(x), most[i % 2]);
     }
     let seen = lanes::max(_mm256_max_ps(most[0], most[1])) * scale;
-    let mut factor = 1.0;
-    if seen > *max {
-        factor = crate::exp::scalar::exp1(*max - seen);
-        *max = seen;
-        *sum *= factor;
-    }
-
+    let factor = raise(seen, max, sum);
     let (scale, m) = (_mm256_set1_ps(scale * LOG2_E), _mm256_set1_ps(*max * LOG2_E));
-    let (mut sums, mut totals, mut most) = (_mm256_setzero_ps(), _mm256_setzero_ps(), _mm256_setzero_ps());
-    for (x, value_scale) in scores.iter_mut().zip(value_scales) {
+    // Even and odd vectors have sums of their own: the halves of what AVX-512 adds.
+    let [mut sums, mut totals, mut most] = [[_mm256_setzero_ps(); 2]; 3];
+    let mut weigh = |x: &mut [f32; LANES], value_scale: &[f32; LANES], half: usize| {
         let p = pow2_256(_mm256_fmsub_ps(load(x), scale, m));
         // An unseen value may be NaN; one that is seen must show, however little it weighs.
         let unseen = _mm256_cmp_ps::<_CMP_EQ_OQ>(load(x), floor);
         let scaled = _mm256_andnot_ps(unseen, _mm256_mul_ps(p, load(value_scale)));
         store(x, scaled);
-        sums = _mm256_add_ps(sums, p);
-        totals = _mm256_add_ps(totals, scaled);
-        most = _mm256_max_ps(most, scaled);
+        sums[half] = _mm256_add_ps(sums[half], p);
+        totals[half] = _mm256_add_ps(totals[half], scaled);
+        most[half] = _mm256_max_ps(most[half], scaled);
+    };
+    let ((twos, one), (scale_twos, scale_one)) = (scores.as_chunks_mut::<2>(), value_scales.as_chunks::<2>());
+    for ([x, y], [x_scale, y_scale]) in twos.iter_mut().zip(scale_twos) {
+        weigh(x, x_scale, 0);
+        weigh(y, y_scale, 1);
     }
-    *sum += lanes::sum(sums);
-
-    let (one, all) = (lanes::max(most) / WEIGHT, lanes::sum(totals) / WEIGHTS);
-    // NaN is in the sum if it is anywhere, and is passed on.
-    let step = if one > all { one } else { all };
-    // Next to a sum of at least 1, weights below this add nothing.
-    let inverse = _mm256_set1_ps(if step < f32::MIN_POSITIVE * 1.0e8 { 0.0 } else { 1.0 / step });
+    for (x, value_scale) in one.iter_mut().zip(scale_one) {
+        weigh(x, value_scale, 0);
+    }
+    *sum += lanes::sum(_mm256_add_ps(sums[0], sums[1]));
+    let totals = lanes::sum(_mm256_add_ps(totals[0], totals[1]));
+    let (step, inverse) = code_step(lanes::max(_mm256_max_ps(most[0], most[1])), totals);
+    let inverse = _mm256_set1_ps(inverse);
     for (x, out) in scores.iter().zip(weights) {
         let codes = _mm256_cvtps_epi32(_mm256_mul_ps(load(x), inverse));
         let codes = _mm_packs_epi32(_mm256_castsi256_si128(codes), _mm256_extracti128_si256::<1>(codes));
@@ -307,4 +335,24 @@ fn soften(
         unsafe { _mm_storeu_si128(out.as_mut_ptr().cast(), codes) };
     }
     [factor, step]
+}
+
+/// The step of codes for weights of this largest one and this sum, and 1 / step.
+fn code_step(most: f32, total: f32) -> (f32, f32) {
+    let (one, all) = (most / WEIGHT, total / WEIGHTS);
+    // NaN is in the sum if it is anywhere, and is passed on.
+    let step = if one > all { one } else { all };
+    // Next to a sum of at least 1, weights below this add nothing.
+    (step, if step < f32::MIN_POSITIVE * 1.0e8 { 0.0 } else { 1.0 / step })
+}
+
+/// Moves the maximum up to what was seen, if that is larger; the factor for what was summed before.
+fn raise(seen: f32, max: &mut f32, sum: &mut f32) -> f32 {
+    let mut factor = 1.0;
+    if seen > *max {
+        factor = crate::exp::scalar::exp1(*max - seen);
+        *max = seen;
+        *sum *= factor;
+    }
+    factor
 }

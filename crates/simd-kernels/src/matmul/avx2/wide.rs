@@ -39,6 +39,25 @@ pub(super) enum Part<'a> {
     WideQ8(&'a [WideGroup]),
 }
 
+pub(super) fn floats(part: Part<'_>) -> &[[f32; PANEL]] {
+    let Part::Stored(PanelData::F32(part)) = part else { panic!("panels of one product have one format") };
+    part.as_chunks().0
+}
+
+pub(super) fn halves(part: Part<'_>) -> &[[u16; PANEL]] {
+    let Part::Stored(PanelData::Bf16(part) | PanelData::F16(part)) = part else {
+        panic!("panels of one product have one format")
+    };
+    part.as_chunks().0
+}
+
+pub(super) fn bytes(part: Part<'_>) -> &[u8] {
+    let Part::Stored(PanelData::Q8(part) | PanelData::Q4(part)) = part else {
+        panic!("panels of one product have one format")
+    };
+    part
+}
+
 impl Wide {
     pub(super) const fn new() -> Wide {
         let group = WideGroup { scales: [0.0; PANEL], words: [[[0; 32]; 2]; WORDS] };
