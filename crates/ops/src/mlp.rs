@@ -14,7 +14,7 @@ use crate::profile::Work;
 use crate::residual::Residual;
 use crate::routing::{Router, Routing, route};
 use crate::schedule::MlpSchedule;
-use crate::team::cut_columns;
+use crate::team::{FEW_TOKENS, PIECES, cut_columns};
 
 /// This rank's share of one expert's weights.
 pub struct Expert {
@@ -214,7 +214,7 @@ impl Mlp {
         visited.fold(Work::default(), |sum, one| Work { flops: sum.flops + one.flops, bytes: sum.bytes + one.bytes })
     }
 
-    /// Calls `job(expert, panels, input, out)` for each visited expert and each thread's panels of it,
+    /// Calls `job(expert, panels, input, out)` for each visited expert and each thread's panels of it, or pieces of them,
     /// all experts in one go: a decoded token wakes the team once, not once an expert.
     fn each_group(
         &self,
@@ -224,21 +224,25 @@ impl Mlp {
         out: &mut Activations,
         job: impl Fn(&Expert, Range<usize>, &Input, MatMut<'_>) + Sync,
     ) {
-        let ranges = ctx.team.panel_ranges(out.ncols());
-        let mut threads: Vec<Vec<_>> = ranges.iter().map(|_| Vec::new()).collect();
+        // Many experts are pieces enough.
+        let few = routing.rows() <= FEW_TOKENS * routing.groups.len();
+        let (owners, ranges) =
+            ctx.team.panel_pieces(out.ncols(), if few { 1 } else { PIECES.div_ceil(routing.groups.len()) });
+        let mut threads: Vec<Vec<_>> = (0..owners.last().map_or(0, |last| last + 1)).map(|_| Vec::new()).collect();
         let mut rest = matrix(out);
         for (index, (expert, rows)) in routing.groups.iter().enumerate() {
             let block;
             (block, rest) = rest.split_rows(rows.len());
-            for (thread, (panels, block)) in cut_columns(block, &ranges).into_iter().enumerate() {
-                threads[thread].push((&self.experts[*expert], panels, &inputs[index], block));
+            for (thread, (panels, block)) in owners.iter().zip(cut_columns(block, &ranges)) {
+                threads[*thread].push((&self.experts[*expert], panels, &inputs[index], block));
             }
         }
-        ctx.team.each(threads, |jobs| {
-            for (expert, panels, input, block) in jobs {
-                job(expert, panels, input, block);
-            }
-        });
+        let run = |(expert, panels, input, block): (&Expert, _, &Input, _)| job(expert, panels, input, block);
+        if few {
+            ctx.team.each(threads, |jobs| jobs.into_iter().for_each(run));
+        } else {
+            ctx.team.share(threads, run);
+        }
     }
 }
 

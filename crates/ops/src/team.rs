@@ -5,13 +5,20 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, LazyLock, Mutex};
 
 use core_affinity::CoreId;
-use simd_kernels::{ForkJoin, MatMut, PANEL};
+use simd_kernels::{ForkJoin, Input, MatMut, PANEL};
 use tensor::split_range;
 
 use crate::profile::Profile;
 
 /// The cores that this process may use, listed before its first team pins a thread, which then sees its own only.
 static CORES: LazyLock<Vec<CoreId>> = LazyLock::new(|| core_affinity::get_core_ids().unwrap_or_default());
+
+/// Tokens up to which each thread keeps to the weights that it touched first.
+pub(crate) const FEW_TOKENS: usize = Input::TILE;
+/// Pieces of a thread's panels, from which other threads can take when they are done.
+pub(crate) const PIECES: usize = 8;
+/// Panels that kernels take together.
+const TOGETHER: usize = 4;
 
 /// Where the threads of a team run.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -80,6 +87,25 @@ impl Team {
         });
     }
 
+    /// Calls `job` once for each part: `parts[i]` in their order on thread `i`, which then takes what the others have not begun,
+    /// their last parts first. For arithmetic, which a thread whose core another program slows down would else hold up.
+    pub fn share<P: Send>(&self, parts: Vec<Vec<P>>, job: impl Fn(P) + Sync) {
+        let threads = self.threads();
+        if threads == 1 {
+            return self.profile.thread(0, || parts.into_iter().flatten().for_each(job));
+        }
+        let slots: Vec<Vec<_>> =
+            parts.into_iter().map(|own| own.into_iter().map(|part| Mutex::new(Some(part))).collect()).collect();
+        self.pool.run(&|thread| {
+            self.profile.thread(thread, || {
+                let own = slots.get(thread).into_iter().flatten();
+                let others =
+                    (1..threads).filter_map(|i| slots.get((thread + i) % threads)).flat_map(|parts| parts.iter().rev());
+                own.chain(others).filter_map(take).for_each(&job);
+            });
+        });
+    }
+
     /// Calls `job(part, scratch)` once for each part, each on whichever thread is free next, with
     /// that thread's scratch; for parts of unequal cost, the most expensive first.
     pub fn drain<P: Send, S: Send>(&self, parts: Vec<P>, scratch: &mut [S], job: impl Fn(P, &mut S) + Sync) {
@@ -101,10 +127,27 @@ impl Team {
     }
 
     /// Splits `out` [tokens, rows] by the panels of a packed matrix with `rows` output rows: thread
-    /// `i` calls `job(panels, columns)` for its panels, always the same ones.
+    /// `i` calls `job(panels, columns)` for its panels, always the same ones for few tokens, whose time is that of the memory.
     pub fn panels(&self, rows: usize, out: MatMut<'_>, job: impl Fn(Range<usize>, MatMut<'_>) + Sync) {
         assert_eq!(out.cols(), rows, "output columns against matrix rows");
-        self.each(cut_columns(out, &self.panel_ranges(rows)), |(panels, block)| job(panels, block));
+        if out.rows() <= FEW_TOKENS {
+            return self.each(cut_columns(out, &self.panel_ranges(rows)), |(panels, block)| job(panels, block));
+        }
+        let (threads, pieces) = self.panel_pieces(rows, PIECES);
+        let mut parts: Vec<_> = (0..self.threads()).map(|_| Vec::new()).collect();
+        for (thread, part) in threads.into_iter().zip(cut_columns(out, &pieces)) {
+            parts[thread].push(part);
+        }
+        self.share(parts, |(panels, block)| job(panels, block));
+    }
+
+    /// As [`panel_ranges`](Self::panel_ranges), each range in up to `most` pieces; and the thread of each piece.
+    pub(crate) fn panel_pieces(&self, rows: usize, most: usize) -> (Vec<usize>, Vec<Range<usize>>) {
+        let cut = |(thread, range): (usize, Range<usize>)| {
+            let step = range.len().div_ceil(most).next_multiple_of(TOGETHER);
+            range.clone().step_by(step).map(move |start| (thread, start..(start + step).min(range.end)))
+        };
+        self.panel_ranges(rows).into_iter().enumerate().flat_map(cut).unzip()
     }
 
     /// The panels of a matrix with `rows` output rows that each thread owns; none is empty.
@@ -142,6 +185,37 @@ fn take<P>(slot: &Mutex<Option<P>>) -> Option<P> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_thread_that_is_done_takes_what_others_have_left() {
+        let team = Team::new(3, Placement::Free, Arc::new(Profile::new(std::time::Instant::now())));
+        // The first thread's first part ends when all others have: some thread has to take its second one.
+        let done = AtomicUsize::new(0);
+        team.share(vec![vec![0, 1], vec![2, 3, 4], vec![]], |part| {
+            let start = std::time::Instant::now();
+            while part == 0 && done.load(Ordering::SeqCst) < 4 {
+                assert!(start.elapsed().as_secs() < 60, "{} of 4 other parts are done", done.load(Ordering::SeqCst));
+                std::thread::yield_now();
+            }
+            done.fetch_add(1, Ordering::SeqCst);
+        });
+        assert_eq!(done.into_inner(), 5);
+    }
+
+    #[test]
+    fn pieces_are_the_ranges_of_the_threads() {
+        let team = Team::new(2, Placement::Free, Arc::new(Profile::new(std::time::Instant::now())));
+        for panels in [0, 1, 2, 9, 64, 130] {
+            let (threads, pieces) = team.panel_pieces(panels * PANEL, PIECES);
+            assert!(pieces.iter().all(|piece| !piece.is_empty()));
+            for (thread, range) in team.panel_ranges(panels * PANEL).into_iter().enumerate() {
+                let own: Vec<_> =
+                    pieces.iter().zip(&threads).filter(|(_, of)| **of == thread).map(|(p, _)| p).collect();
+                assert!(own.len() <= PIECES && own.iter().rev().skip(1).all(|piece| piece.len() % TOGETHER == 0));
+                assert_eq!(own.iter().copied().cloned().flatten().collect::<Vec<_>>(), range.collect::<Vec<_>>());
+            }
+        }
+    }
 
     #[test]
     fn a_pinned_thread_still_counts_all_cores() {
