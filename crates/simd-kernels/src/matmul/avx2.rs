@@ -231,25 +231,28 @@ fn many<const N: usize>(
                 let columns = Columns { range: column..(column + depth).min(cols), ..all };
                 // The parts in the order of use: panel by panel, the matrices in turn.
                 let part = |slot: usize| ws[slot % N].part(group.start + slot / N, &columns.range);
-                let slots = &mut sums[..group.len() * N];
-                let (count, together) = (slots.len(), if all.isa.has_avx512() { avx512::PANELS } else { 1 });
-                for (i, sums) in slots.chunks_mut(together).enumerate() {
-                    let (slot, after) = (i * together, i * together + sums.len());
-                    let next = if after < count {
-                        start(part(after))
-                    } else if columns.range.end < cols {
-                        start(ws[0].part(group.start, &(columns.range.end..cols)))
+                let count = group.len() * N;
+                let coming = |slot: usize| {
+                    let Some(more) = slot.checked_sub(count) else { return start(part(slot)) };
+                    let (panel, columns) = if columns.range.end < cols {
+                        (group.start + more / N, columns.range.end..cols)
                     } else {
-                        start(ws[0].part(group.end.min(ws[0].count() - 1), &(0..cols)))
+                        ((group.end + more / N).min(ws[0].count() - 1), 0..cols)
                     };
+                    start(ws[more % N].part(panel, &columns))
+                };
+                let together = if all.isa.has_avx512() { avx512::PANELS } else { 1 };
+                for (i, sums) in sums[..count].chunks_mut(together).enumerate() {
+                    let (slot, after) = (i * together, i * together + sums.len());
                     match sums {
                         [a, b] => {
                             let sums = [a, b].map(|sums| &mut sums[..tiles.len()]);
-                            add_parts([part(slot), part(slot + 1)], &columns, tiles.clone(), sums, next, wide);
+                            let (parts, next) = ([part(slot), part(slot + 1)], [coming(after), coming(after + 1)]);
+                            add_parts(parts, &columns, tiles.clone(), sums, next, wide);
                         }
                         _ => {
                             let sums = &mut sums[0][..tiles.len()];
-                            add_parts([part(slot)], &columns, tiles.clone(), [sums], next, wide);
+                            add_parts([part(slot)], &columns, tiles.clone(), [sums], [coming(after)], wide);
                         }
                     }
                 }
@@ -294,26 +297,26 @@ impl<const P: usize> Ahead<P> {
     }
 }
 
-/// Adds the products of panel parts with each tile to `sums`, and prefetches the next parts of weights from `next` on.
+/// Adds the products of panel parts with each tile to `sums`, and prefetches as many of those that come `next`.
 #[target_feature(enable = "avx2,fma,f16c")]
 fn add_parts<const P: usize>(
     parts: [PanelData<'_>; P],
     x: &Columns<'_>,
     tiles: Range<usize>,
     mut sums: [&mut [Tile]; P],
-    next: *const u8,
+    next: [*const u8; P],
     wide: &mut Wide,
 ) {
-    let share = (P * size(parts[0])).div_ceil(tiles.len());
+    let share = size(parts[0]).div_ceil(tiles.len());
     // Tiles that AVX-512 takes: all whole ones.
     let mut done = 0;
     if x.isa.has_avx512() {
         done = tiles.len() - usize::from(x.x.tile_tokens(tiles.end - 1).len() < Input::TILE);
-        let ahead = Ahead { weights: [next], share, activations: std::ptr::null() };
+        let ahead = Ahead { weights: next, share, activations: std::ptr::null() };
         // SAFETY: the instruction set proves the target features.
         unsafe { avx512::add_tiles(parts, x, tiles.start, sums.each_mut().map(|sums| &mut sums[..done]), ahead) };
     }
-    for (part, sums) in parts.into_iter().zip(sums) {
+    for ((part, sums), next) in parts.into_iter().zip(sums).zip(next) {
         let part = if tiles.len() - done < WIDENED { Part::Stored(part) } else { wide.widen(part, x.isa.has_vnni()) };
         for (i, (tile, sums)) in tiles.clone().zip(sums).enumerate().skip(done) {
             let after = if tile + 1 < tiles.end { tile + 1 } else { tiles.start };

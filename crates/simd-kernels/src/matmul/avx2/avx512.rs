@@ -40,7 +40,7 @@ pub(super) fn add_tiles<const P: usize>(
     x: &Columns<'_>,
     first: usize,
     mut sums: [&mut [Tile]; P],
-    ahead: Ahead<1>,
+    ahead: Ahead<P>,
 ) {
     let tiles = sums[0].len();
     for done in (0..tiles).step_by(TILES) {
@@ -48,7 +48,7 @@ pub(super) fn add_tiles<const P: usize>(
         // The last set is followed by the first one, with other weights.
         let after = if next < tiles { next } else { 0 };
         let start = |i: usize| x.x.start(first + (after + i).min(tiles - 1), &x.range);
-        let weights = ahead.weights[0].wrapping_add(done * ahead.share);
+        let weights = ahead.weights.map(|weights| weights.wrapping_add(done * ahead.share));
         let set = Set { parts, x, first: first + done, weights, share: ahead.share * (next - done) };
         let sums = sums.each_mut().map(|sums| &mut sums[done..next]);
         if next - done == TILES {
@@ -64,8 +64,8 @@ struct Set<'a, const P: usize> {
     parts: [PanelData<'a>; P],
     x: &'a Columns<'a>,
     first: usize,
-    /// Where the weights to ask for start, and how many bytes.
-    weights: *const u8,
+    /// For each panel, where the weights to ask for start; and how many bytes.
+    weights: [*const u8; P],
     share: usize,
 }
 
@@ -112,7 +112,9 @@ impl<const P: usize> Set<'_, P> {
         for round in 0..rounds {
             let x = x.map(|x| &x.as_chunks::<STEP>().0[round]);
             let panels = panels.map(|panel| &panel.as_chunks::<STEP>().0[round]);
-            prefetch::<_MM_HINT_T1>(self.weights.wrapping_add(round * stride));
+            for weights in self.weights {
+                prefetch::<_MM_HINT_T1>(weights.wrapping_add(round * stride));
+            }
             for activations in activations {
                 for line in (0..size_of_val(x[0])).step_by(LINE) {
                     prefetch::<_MM_HINT_T0>(activations.wrapping_add(round * size_of_val(x[0]) + line));
@@ -161,7 +163,9 @@ impl<const P: usize> Set<'_, P> {
             let mut acc = [[[_mm512_setzero_si512(); Input::TILE]; T]; P];
             for i in 0..WORDS {
                 if i % 2 == 0 {
-                    prefetch::<_MM_HINT_T1>(self.weights.wrapping_add((g * WORDS + i) / 2 * stride));
+                    for weights in self.weights {
+                        prefetch::<_MM_HINT_T1>(weights.wrapping_add((g * WORDS + i) / 2 * stride));
+                    }
                     for activations in activations {
                         let line = g * size_of_val(words[0]) + i * size_of::<[i32; Input::TILE]>();
                         prefetch::<_MM_HINT_T0>(activations.wrapping_add(line));
