@@ -17,7 +17,7 @@ pub struct Linear {
 
 impl Linear {
     /// Reads the vertically stacked matrices and packs them as `format`; each thread of the team
-    /// packs, and so first touches, the panels that it will read.
+    /// packs, and so first touches, the panels that it will read (of many tokens: read first).
     ///
     /// # Errors
     /// When the stack cannot be read from the checkpoint.

@@ -17,8 +17,8 @@ static CORES: LazyLock<Vec<CoreId>> = LazyLock::new(|| core_affinity::get_core_i
 pub(crate) const FEW_TOKENS: usize = Input::TILE;
 /// Pieces of a thread's panels, from which other threads can take when they are done.
 pub(crate) const PIECES: usize = 8;
-/// Panels that kernels take together.
-const TOGETHER: usize = 4;
+/// Panels that kernels take together, at most.
+const TOGETHER: usize = 8;
 
 /// Where the threads of a team run.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -89,8 +89,12 @@ impl Team {
 
     /// Calls `job` once for each part: `parts[i]` in their order on thread `i`, which then takes what the others have not begun,
     /// their last parts first. For arithmetic, which a thread whose core another program slows down would else hold up.
+    ///
+    /// # Panics
+    /// When there are parts of more threads than the team has.
     pub fn share<P: Send>(&self, parts: Vec<Vec<P>>, job: impl Fn(P) + Sync) {
         let threads = self.threads();
+        assert!(parts.len() <= threads, "parts of {} threads, the team has {threads}", parts.len());
         if threads == 1 {
             return self.profile.thread(0, || parts.into_iter().flatten().for_each(job));
         }
@@ -143,6 +147,8 @@ impl Team {
 
     /// As [`panel_ranges`](Self::panel_ranges), each range in up to `most` pieces; and the thread of each piece.
     pub(crate) fn panel_pieces(&self, rows: usize, most: usize) -> (Vec<usize>, Vec<Range<usize>>) {
+        // Nobody takes from a thread that is alone.
+        let most = if self.threads() == 1 { 1 } else { most };
         let cut = |(thread, range): (usize, Range<usize>)| {
             let step = range.len().div_ceil(most).next_multiple_of(TOGETHER);
             range.clone().step_by(step).map(move |start| (thread, start..(start + step).min(range.end)))

@@ -83,7 +83,7 @@ impl BenchArgs {
             cache: model.new_cache(needed),
             sampler: Sampler::new(SamplingParams::default(), model.config().vocab_size, rank.comm().clone())?,
             memory: Memory::of(&model)?,
-            limits: Limits::new(&model),
+            limits: Limits::new(&model)?,
             entries: Vec::new(),
             recordings: (self.profile || self.trace.is_some()).then(Vec::new),
         };

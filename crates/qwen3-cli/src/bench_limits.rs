@@ -18,20 +18,26 @@ const THREAD_BYTES: usize = 32 << 20;
 pub struct Limits<'a> {
     model: &'a Model,
     probe: LimitsProbe,
+    /// Whether some rank computes with AVX-512.
+    wide: bool,
     /// Floating-point operations a second of all ranks, one for each look.
     flops: Vec<f64>,
-    /// The same with AVX-512, where the model uses it.
+    /// The same with AVX-512, where some rank uses it.
     wide_flops: Vec<f64>,
     /// Bytes read a second by all ranks, one for each look.
     bytes: Vec<f64>,
 }
 
 impl<'a> Limits<'a> {
-    /// Nothing seen yet.
-    pub fn new(model: &'a Model) -> Self {
+    /// Nothing seen yet. All ranks call it together.
+    pub fn new(model: &'a Model) -> Result<Self, CommError> {
         let bytes = (BYTES / model.comm().size()).max(THREAD_BYTES * model.options().threads);
         let probe = LimitsProbe::new(model.context(), bytes);
-        Self { model, probe, flops: Vec::new(), wide_flops: Vec::new(), bytes: Vec::new() }
+        let isa = model.context().isa;
+        let mut wide = vec![0_u64; model.comm().size()];
+        model.comm().all_gather(&[u64::from(isa != isa.without_avx512())], &mut wide)?;
+        let wide = wide.contains(&1);
+        Ok(Self { model, probe, wide, flops: Vec::new(), wide_flops: Vec::new(), bytes: Vec::new() })
     }
 
     /// Looks at the limit of `phase`: arithmetic for prefill, reading for the others. All ranks call it together.
@@ -48,7 +54,7 @@ impl<'a> Limits<'a> {
         let narrow = ctx.isa.without_avx512();
         let best = self.best(|probe| probe.flops_per_s(ctx, narrow, WINDOW))?;
         self.flops.push(best);
-        if ctx.isa != narrow {
+        if self.wide {
             let wide = self.best(|probe| probe.flops_per_s(ctx, ctx.isa, WINDOW))?;
             self.wide_flops.push(wide);
         }
@@ -87,7 +93,7 @@ impl<'a> Limits<'a> {
 pub struct Medians {
     /// f32 multiply-adds of AVX2 (or plain ones, where the model uses those), two operations each.
     pub flops: f64,
-    /// The same with AVX-512, where the model uses it.
+    /// The same with AVX-512, where some rank uses it.
     pub wide_flops: Option<f64>,
     /// Bytes read from memory.
     pub bytes: f64,

@@ -145,7 +145,7 @@ fn unknown_options_and_values() {
         ("--grid", "heads"),
         ("--attention", "flash"),
         ("--mlp", "split"),
-        ("--isa", "avx512"),
+        ("--isa", "sse4"),
         ("--weights", "q2"),
         ("--kv", "q4"),
         ("--comm-timeout", "-1"),

@@ -4,7 +4,7 @@
 //! below [`LOWEST`] the result is 0, above [`HIGHEST`] it is e^HIGHEST (3.4028e38); NaN stays NaN.
 
 #[cfg(target_arch = "x86_64")]
-pub(crate) use avx2::{POW2, POW2_LOWEST, POW2_MAGIC, exp256, pow2_256};
+pub(crate) use avx2::{exp256, pow2_256, pow2_512};
 
 use crate::isa::{Isa, dispatch};
 
@@ -93,12 +93,11 @@ mod avx2 {
     }
 
     /// The coefficients of 2^x between −1/2 and 1/2, of x⁵ first.
-    pub(crate) const POW2: [f32; 6] =
-        [1.330_024_8e-3, 9.669_71e-3, 5.550_56e-2, 0.240_222_82, std::f32::consts::LN_2, 1.0];
+    const POW2: [f32; 6] = [1.330_024_8e-3, 9.669_71e-3, 5.550_56e-2, 0.240_222_82, std::f32::consts::LN_2, 1.0];
     /// 1.5·2²³, whose sum with a number has it rounded in its low bits.
-    pub(crate) const POW2_MAGIC: f32 = 12_582_912.0;
+    const POW2_MAGIC: f32 = 12_582_912.0;
     /// Below this 2^x is taken as 0.
-    pub(crate) const POW2_LOWEST: f32 = -126.0;
+    const POW2_LOWEST: f32 = -126.0;
 
     /// 2^x in each lane for x up to 127; 0 below −126.
     ///
@@ -117,6 +116,23 @@ mod avx2 {
         let exponent = _mm256_slli_epi32::<23>(_mm256_castps_si256(shifted));
         let y = _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(p), exponent));
         _mm256_and_ps(y, _mm256_cmp_ps::<_CMP_NLT_UQ>(x, _mm256_set1_ps(POW2_LOWEST)))
+    }
+
+    /// 2^x in each lane, as [`pow2_256`], bit by bit.
+    #[inline]
+    #[target_feature(enable = "avx512f")]
+    pub(crate) fn pow2_512(x: __m512) -> __m512 {
+        let magic = _mm512_set1_ps(POW2_MAGIC);
+        let shifted = _mm512_add_ps(x, magic);
+        let r = _mm512_sub_ps(x, _mm512_sub_ps(shifted, magic));
+        let mut p = _mm512_set1_ps(POW2[0]);
+        for c in &POW2[1..] {
+            p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(*c));
+        }
+        let exponent = _mm512_slli_epi32::<23>(_mm512_castps_si512(shifted));
+        let y = _mm512_add_epi32(_mm512_castps_si512(p), exponent);
+        let inside = _mm512_cmp_ps_mask::<_CMP_NLT_UQ>(x, _mm512_set1_ps(POW2_LOWEST));
+        _mm512_castsi512_ps(_mm512_maskz_mov_epi32(inside, y))
     }
 }
 
@@ -179,6 +195,31 @@ mod tests {
         // SAFETY: as above.
         unsafe { eight(&mut y) };
         assert!(y[0].is_nan());
+    }
+
+    #[cfg(target_arch = "x86_64")]
+    #[test]
+    fn powers_of_two_of_sixteen_are_those_of_eight() {
+        #[target_feature(enable = "avx512f")]
+        fn both(x: f32) -> [u32; 2] {
+            let (mut y, mut z) = ([x; 16], [x; 8]);
+            let (wide, narrow) = (pow2_512(crate::lanes::load16(&y)), pow2_256(crate::lanes::load(&z)));
+            crate::lanes::store16(&mut y, wide);
+            crate::lanes::store(&mut z, narrow);
+            [y[15].to_bits(), z[7].to_bits()]
+        }
+        if Isa::avx512().is_none() {
+            return eprintln!("not tested: this CPU has no AVX-512");
+        }
+        let special = [127.0, -126.0, -126.01, f32::MIN, f32::NEG_INFINITY, -0.0];
+        for x in (0..1_000_000).map(|i| -127.0 + i as f32 * (254.0 / 1_000_000.0)).chain(special) {
+            // SAFETY: the CPU has what the function needs, `Isa::avx512` has found it.
+            let [wide, narrow] = unsafe { both(x) };
+            assert_eq!(wide, narrow, "2^{x}");
+        }
+        // SAFETY: as above.
+        let [wide, narrow] = unsafe { both(f32::NAN) }.map(f32::from_bits);
+        assert!(wide.is_nan() && narrow.is_nan());
     }
 
     #[test]

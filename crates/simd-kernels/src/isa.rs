@@ -57,7 +57,8 @@ impl Isa {
         None
     }
 
-    /// AVX-512 with BW, VL and VNNI beside AVX2, for products of many tokens and attention of many rows; `None` when the
+    /// AVX-512 with BW, VL and VNNI beside AVX2, for products of many tokens and attention of many rows (the rest is AVX2's,
+    /// and AVX-VNNI's where the CPU has it); `None` when the
     /// CPU or the operating system lacks one of them. The results are those of AVX2 to the last bit.
     pub fn avx512() -> Option<Isa> {
         #[cfg(target_arch = "x86_64")]
@@ -236,8 +237,20 @@ pub(crate) mod witness {
 
     /// Fails when the CPU has AVX2 and this thread has not entered the AVX2 function `name` (as written in `dispatch!`).
     pub(crate) fn assert_entered(name: &str) {
+        assert_entered_with(super::Isa::avx2(), "AVX2", name);
+    }
+
+    /// Fails when the CPU has AVX-512 and this thread has not entered the function `name` for it.
+    pub(crate) fn assert_entered_avx512(name: &str) {
+        assert_entered_with(super::Isa::avx512(), "AVX-512", name);
+    }
+
+    fn assert_entered_with(isa: Option<super::Isa>, features: &str, name: &str) {
         let entered = ENTERED.with_borrow(|set| set.iter().any(|path| path.replace(' ', "") == name));
-        assert!(entered || super::Isa::avx2().is_none(), "the CPU has AVX2, but {name} was not exercised");
+        assert!(entered || isa.is_none(), "the CPU has {features}, but {name} was not exercised");
+        if isa.is_none() {
+            eprintln!("not tested: {name}, this CPU has no {features}");
+        }
     }
 }
 

@@ -1,4 +1,4 @@
-//! Eight f32 lanes over slices: loads, stores, masked tails and folds, shared by the AVX2 kernels.
+//! Eight f32 lanes over slices: loads, stores, masked tails and folds, shared by the AVX2 kernels; and sixteen for AVX-512.
 //!
 //! The array references prove the bounds, so that the kernels above need no unsafe code for whole vectors.
 
@@ -24,6 +24,22 @@ pub(crate) fn load(x: &[f32; LANES]) -> __m256 {
 pub(crate) fn store(x: &mut [f32; LANES], v: __m256) {
     // SAFETY: the array is eight writable floats, and the unaligned store asks for nothing else.
     unsafe { _mm256_storeu_ps(x.as_mut_ptr(), v) }
+}
+
+/// Sixteen consecutive floats, at any alignment.
+#[inline]
+#[target_feature(enable = "avx512f")]
+pub(crate) fn load16(x: &[f32; 2 * LANES]) -> __m512 {
+    // SAFETY: the array is sixteen readable floats, and the unaligned load asks for nothing else.
+    unsafe { _mm512_loadu_ps(x.as_ptr()) }
+}
+
+/// Writes sixteen consecutive floats, at any alignment.
+#[inline]
+#[target_feature(enable = "avx512f")]
+pub(crate) fn store16(x: &mut [f32; 2 * LANES], v: __m512) {
+    // SAFETY: the array is sixteen writable floats, and the unaligned store asks for nothing else.
+    unsafe { _mm512_storeu_ps(x.as_mut_ptr(), v) }
 }
 
 /// Asks for the cache line at `address`, which need not be readable, with one of the `_MM_HINT_*`.

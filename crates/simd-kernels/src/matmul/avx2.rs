@@ -24,7 +24,8 @@
 //!    next tile. A share: all of a part during its first tile is more than the few buffers between L1 and L2 take, and the tile
 //!    waits for memory (33 tokens with bf16 experts: 0.73 of the multiply-add rate instead of 0.87). Q8 and Q4 do ask for
 //!    all of it there: they are fewer bytes, and prefetches in each tile took 4 to 6 % of the speed of Q8.
-//! 5. Products of many tokens with two matrices (gate and up) alternate between them panel by panel; `finish` combines
+//! 5. With AVX-512 two panels meet two tiles at a time (`avx512`), and parts of both share the L1 cache.
+//! 6. Products of many tokens with two matrices (gate and up) alternate between them panel by panel; `finish` combines
 //!    the sums.
 
 use std::cell::RefCell;
@@ -313,6 +314,8 @@ fn add_parts<const P: usize>(
     if x.isa.has_avx512() {
         done = tiles.len() - usize::from(x.x.tile_tokens(tiles.end - 1).len() < Input::TILE);
         let ahead = Ahead { weights: next, share, activations: std::ptr::null() };
+        #[cfg(test)]
+        crate::isa::witness::record("avx512::add_tiles");
         // SAFETY: the instruction set proves the target features.
         unsafe { avx512::add_tiles(parts, x, tiles.start, sums.each_mut().map(|sums| &mut sums[..done]), ahead) };
     }

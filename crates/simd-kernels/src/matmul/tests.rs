@@ -7,7 +7,7 @@ use proptest::prelude::*;
 use super::*;
 use crate::guarded::{Guarded, noise};
 use crate::half_float::{f16_to_f32, f32_to_f16};
-use crate::isa::witness::assert_entered;
+use crate::isa::witness::{assert_entered, assert_entered_avx512};
 use crate::panels::{GROUP, PANEL, PanelData, Q4_BLOCK, Q8_BLOCK};
 
 #[derive(Clone, Copy, PartialEq, Debug)]
@@ -263,6 +263,7 @@ fn every_number_of_tokens() {
         check_matmul(format, 17, 1100, 75, 0..2);
     }
     assert_entered("avx2::matmul");
+    assert_entered_avx512("avx512::add_tiles");
 }
 
 #[test]

@@ -200,6 +200,8 @@ fn scores<const R: usize, const VNNI: bool, const WIDE: bool>(
     stride: usize,
 ) {
     if WIDE {
+        #[cfg(test)]
+        crate::isa::witness::record("wide::scores");
         // SAFETY: `WIDE` is set where an `Isa` proves AVX-512.
         return unsafe { wide::scores::<R>(keys, scales, q, out, stride) };
     }

@@ -20,7 +20,7 @@ use super::int::load_bytes;
 use super::wide::{Part, bytes, floats, halves};
 use super::{Ahead, Columns, Tile};
 use crate::input::{Input, IntTile};
-use crate::lanes::{LINE, prefetch};
+use crate::lanes::{LINE, load16, prefetch, store16};
 use crate::panels::{PANEL, PanelData, Q4_BLOCK, Q4_SCALE, Q8_BLOCK};
 
 /// Panels that meet a set of tiles together.
@@ -34,7 +34,7 @@ const STEP: usize = 4;
 
 /// Adds the products of panel parts with whole tiles from `first` on to the `sums` of each, and prefetches the share of the weights `ahead` that
 /// each tile has, and the activations of the tiles after it.
-#[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512vnni")]
+#[target_feature(enable = "avx512bw,avx512vl,avx512vnni")]
 pub(super) fn add_tiles<const P: usize>(
     parts: [PanelData<'_>; P],
     x: &Columns<'_>,
@@ -72,7 +72,7 @@ struct Set<'a, const P: usize> {
 impl<const P: usize> Set<'_, P> {
     /// Adds the products of T tiles, and asks for as many `activations` of each of T other ones.
     #[inline]
-    #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512vnni")]
+    #[target_feature(enable = "avx512bw,avx512vl,avx512vnni")]
     fn add<const T: usize>(&self, sums: [&mut [Tile; T]; P], activations: [*const u8; T]) {
         match self.parts[0] {
             PanelData::F32(_) => {
@@ -94,7 +94,7 @@ impl<const P: usize> Set<'_, P> {
     }
 
     #[inline]
-    #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512vnni")]
+    #[target_feature(enable = "avx512bw,avx512vl,avx512vnni")]
     fn add_floats<C: Column, const T: usize>(
         &self,
         panels: [&[[C::Bits; PANEL]]; P],
@@ -129,13 +129,13 @@ impl<const P: usize> Set<'_, P> {
         }
         for (acc, sums) in acc.iter().zip(sums) {
             for (acc, sums) in acc.as_flattened().iter().zip(sums.as_flattened_mut()) {
-                store(sums, _mm512_add_ps(load(sums), *acc));
+                store16(sums, _mm512_add_ps(load16(sums), *acc));
             }
         }
     }
 
     #[inline]
-    #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512vnni")]
+    #[target_feature(enable = "avx512bw,avx512vl,avx512vnni")]
     fn add_ints<const Q4: bool, const WORDS: usize, const T: usize>(
         &self,
         panels: [&[u8]; P],
@@ -192,7 +192,7 @@ impl<const P: usize> Set<'_, P> {
                         }
                         let both = _mm512_mul_ps(row_scales, _mm512_set1_ps(scales[t][g][m]));
                         let sums = &mut sums[t][m];
-                        store(sums, _mm512_fmadd_ps(sum, both, load(sums)));
+                        store16(sums, _mm512_fmadd_ps(sum, both, load16(sums)));
                     }
                 }
             }
@@ -201,7 +201,7 @@ impl<const P: usize> Set<'_, P> {
 }
 
 #[inline]
-#[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512vnni")]
+#[target_feature(enable = "avx512bw,avx512vl,avx512vnni")]
 fn step<C: Column, const P: usize, const T: usize>(
     columns: [&[C::Bits; PANEL]; P],
     x: [&[f32; Input::TILE]; T],
@@ -220,7 +220,7 @@ fn step<C: Column, const P: usize, const T: usize>(
 
 /// The scales of a block's rows, and of Q4 their half steps from code 0 on.
 #[inline]
-#[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512vnni")]
+#[target_feature(enable = "avx512bw,avx512vl,avx512vnni")]
 fn factors<const Q4: bool>(head: &[u8; 32]) -> (__m512, __m512) {
     let head = load_bytes(head);
     if !Q4 {
@@ -233,7 +233,7 @@ fn factors<const Q4: bool>(head: &[u8; 32]) -> (__m512, __m512) {
 
 /// The rows of a column in order.
 #[inline]
-#[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512vnni")]
+#[target_feature(enable = "avx512bw,avx512vl,avx512vnni")]
 fn widen<C: Column>(column: &[C::Bits; PANEL]) -> __m512 {
     // Where in a column of bf16 (`PanelData::Bf16`) row r is, for the upper half of lane r.
     const fn places() -> [u16; 2 * PANEL] {
@@ -264,7 +264,7 @@ fn widen<C: Column>(column: &[C::Bits; PANEL]) -> __m512 {
 
 /// A packed word as int16 pairs (Q8) or unsigned bytes (Q4) of the 16 rows.
 #[inline]
-#[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512vnni")]
+#[target_feature(enable = "avx512bw,avx512vl,avx512vnni")]
 fn widen_int<const Q4: bool>(word: &[u8; 32]) -> __m512i {
     let packed = load_bytes(word);
     if !Q4 {
@@ -274,18 +274,4 @@ fn widen_int<const Q4: bool>(word: &[u8; 32]) -> __m512i {
     let shifts = _mm512_inserti64x4::<1>(_mm512_setzero_si512(), _mm256_set1_epi32(4));
     let nibbles = _mm512_srlv_epi32(_mm512_broadcast_i64x4(packed), shifts);
     _mm512_and_si512(nibbles, _mm512_set1_epi8(15))
-}
-
-#[inline]
-#[target_feature(enable = "avx512f")]
-fn load(x: &[f32; PANEL]) -> __m512 {
-    // SAFETY: the array is sixteen readable floats, and the unaligned load asks for nothing else.
-    unsafe { _mm512_loadu_ps(x.as_ptr()) }
-}
-
-#[inline]
-#[target_feature(enable = "avx512f")]
-fn store(x: &mut [f32; PANEL], v: __m512) {
-    // SAFETY: the array is sixteen writable floats, and the unaligned store asks for nothing else.
-    unsafe { _mm512_storeu_ps(x.as_mut_ptr(), v) }
 }

@@ -4,15 +4,16 @@
 //! AVX2.
 
 use super::{BLOCK, KEY_TILE, LANES, LOG2_E, Pair, code_step, raise};
-use crate::exp::{POW2, POW2_LOWEST, POW2_MAGIC};
-use crate::lanes;
+use crate::exp::pow2_512;
+use crate::lanes::{self, load16, store16};
 use std::arch::x86_64::*;
 
 /// Blocks of keys, or chunks of elements, that meet a panel together.
 pub(super) const TOGETHER: usize = 4;
+const _: () = assert!((KEY_TILE / BLOCK).is_multiple_of(TOGETHER));
 
 /// out[r * stride + 16 n + j] = scales[n][j] Σ q[i][r] · keys[n][i][j], for R rows and the sixteen keys of each of four blocks.
-#[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512vnni")]
+#[target_feature(enable = "avx512bw,avx512vl,avx512vnni")]
 pub(super) fn scores<const R: usize>(
     keys: &[[Pair; BLOCK]],
     scales: &[[f32; BLOCK]],
@@ -30,15 +31,15 @@ pub(super) fn scores<const R: usize>(
     }
     for ((n, sums), scales) in sums.iter().enumerate().zip(scales) {
         for (r, sum) in sums.iter().enumerate() {
-            let scaled = _mm512_mul_ps(_mm512_cvtepi32_ps(*sum), load(scales));
-            store(block(&mut out[r * stride + n * BLOCK..]), scaled);
+            let scaled = _mm512_mul_ps(_mm512_cvtepi32_ps(*sum), load16(scales));
+            store16(block(&mut out[r * stride + n * BLOCK..]), scaled);
         }
     }
 }
 
 /// acc[r * acc_stride + 16 n + i] = acc[r * acc_stride + 16 n + i] f + t Σ weights[r * 64 + j] · values[n * 64 + j][i] for j
 /// in 0..pairs, where f and t are `factors[r]`, for R rows and the sixteen elements of each of C chunks. (64 is KEY_TILE / 2.)
-#[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512vnni")]
+#[target_feature(enable = "avx512bw,avx512vl,avx512vnni")]
 pub(super) fn blend<const R: usize, const C: usize>(
     values: &[[Pair; BLOCK]],
     pairs: usize,
@@ -57,14 +58,14 @@ pub(super) fn blend<const R: usize, const C: usize>(
         let (before, step) = (_mm512_set1_ps(*before), _mm512_set1_ps(*step));
         for (n, sums) in sums.iter().enumerate() {
             let acc = block(&mut acc[r * acc_stride + n * BLOCK..]);
-            let old = _mm512_mul_ps(load(acc), before);
-            store(acc, _mm512_fmadd_ps(_mm512_cvtepi32_ps(sums[r]), step, old));
+            let old = _mm512_mul_ps(load16(acc), before);
+            store16(acc, _mm512_fmadd_ps(_mm512_cvtepi32_ps(sums[r]), step, old));
         }
     }
 }
 
 /// As [`super::soften`]: the even vectors of eight are the lower halves, the odd ones the upper halves.
-#[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512vnni")]
+#[target_feature(enable = "avx512bw,avx512vl,avx512vnni")]
 pub(super) fn soften(
     scores: &mut [[f32; LANES]],
     scale: f32,
@@ -104,7 +105,7 @@ pub(super) fn soften(
         // SAFETY: two arrays are 32 writable bytes, one is 16.
         unsafe {
             match out {
-                [a, _] => _mm256_storeu_si256(a.as_mut_ptr().cast(), codes),
+                [_, _] => _mm256_storeu_si256(out.as_mut_ptr().cast(), codes),
                 _ => _mm_storeu_si128(out.as_mut_ptr().cast(), _mm256_castsi256_si128(codes)),
             }
         }
@@ -112,25 +113,8 @@ pub(super) fn soften(
     [factor, step]
 }
 
-/// 2^x in each lane, as [`crate::exp::pow2_256`].
 #[inline]
-#[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512vnni")]
-fn pow2_512(x: __m512) -> __m512 {
-    let magic = _mm512_set1_ps(POW2_MAGIC);
-    let shifted = _mm512_add_ps(x, magic);
-    let r = _mm512_sub_ps(x, _mm512_sub_ps(shifted, magic));
-    let mut p = _mm512_set1_ps(POW2[0]);
-    for c in &POW2[1..] {
-        p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(*c));
-    }
-    let exponent = _mm512_slli_epi32::<23>(_mm512_castps_si512(shifted));
-    let y = _mm512_add_epi32(_mm512_castps_si512(p), exponent);
-    let inside = _mm512_cmp_ps_mask::<_CMP_NLT_UQ>(x, _mm512_set1_ps(POW2_LOWEST));
-    _mm512_castsi512_ps(_mm512_maskz_mov_epi32(inside, y))
-}
-
-#[inline]
-#[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512vnni")]
+#[target_feature(enable = "avx512bw,avx512vl,avx512vnni")]
 fn add_products<const R: usize, const N: usize>(x: [&[Pair; BLOCK]; N], y: &[Pair; R], sums: &mut [[__m512i; R]; N]) {
     // SAFETY: each array is 64 readable bytes.
     let x = x.map(|x| unsafe { _mm512_loadu_si512(x.as_ptr().cast()) });
@@ -146,26 +130,12 @@ fn block(x: &mut [f32]) -> &mut [f32; BLOCK] {
     x.first_chunk_mut().expect("a block of sixteen")
 }
 
-#[inline]
-#[target_feature(enable = "avx512f")]
-fn load(x: &[f32; BLOCK]) -> __m512 {
-    // SAFETY: the array is 64 readable bytes.
-    unsafe { _mm512_loadu_ps(x.as_ptr()) }
-}
-
-#[inline]
-#[target_feature(enable = "avx512f")]
-fn store(x: &mut [f32; BLOCK], v: __m512) {
-    // SAFETY: the array is 64 writable bytes.
-    unsafe { _mm512_storeu_ps(x.as_mut_ptr(), v) }
-}
-
 /// Sixteen floats, or eight with the upper half of `rest`.
 #[inline]
 #[target_feature(enable = "avx512f")]
 fn some(x: &[f32], rest: __m512) -> __m512 {
     match x.first_chunk() {
-        Some(x) => load(x),
+        Some(x) => load16(x),
         None => {
             let half = lanes::load(x.first_chunk().expect("vectors of eight"));
             _mm512_castpd_ps(_mm512_insertf64x4::<0>(_mm512_castps_pd(rest), _mm256_castps_pd(half)))
@@ -178,7 +148,7 @@ fn some(x: &[f32], rest: __m512) -> __m512 {
 #[target_feature(enable = "avx512f")]
 fn put_some(x: &mut [f32], v: __m512) {
     if let Some(x) = x.first_chunk_mut() {
-        store(x, v);
+        store16(x, v);
     } else {
         lanes::store(x.first_chunk_mut().expect("vectors of eight"), low(v));
     }
