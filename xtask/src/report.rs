@@ -90,7 +90,9 @@ pub fn command(quick: bool, only: &[String], page_name: Option<&str>) -> Result<
             eprintln!("report: section {name}");
             measured.push((title, measure(&mut lab)?));
             let new = format!("{about}\n{}", machine::conditions(quick, load, machine::load()));
-            let (about, apart) = head(&old, measured.len() == SECTIONS.len(), &new, &apart);
+            let is_new = |title: &str| measured.iter().any(|(new, _)| *new == title);
+            let complete = SECTIONS.iter().all(|section| is_new(section.title) || kept(&old, section.title).is_none());
+            let (about, apart) = head(&old, complete, &new, &apart);
             let titles = SECTIONS.map(|section| section.title);
             write(&folder, page_name, &page(about, &titles, &measured, apart, &old), &measured)?;
         }

@@ -39,8 +39,8 @@ pub fn moment(commit: &str, quick: bool) -> String {
 pub fn conditions(quick: bool, before: Option<f64>, after: Option<f64>) -> String {
     let mut out = String::from(
         "Figures are medians of the repetitions. Each share is one of the limit that `qwen3 bench` measured around the same \
-         repetitions, on the same threads: f32 multiply-adds of AVX2 for prefill (also where AVX-512 computes, which can do more), reads from memory for decode. A shared or virtual \
-         machine is noisy: compare shares and figures of one run, not those of two.\n",
+         repetitions, on the same threads: f32 multiply-adds of AVX2 for prefill (also where AVX-512 computes, which can do \
+         more), reads from memory for decode. A shared or virtual machine is noisy: compare shares and figures of one run, not those of two.\n",
     );
     if let (Some(before), Some(after)) = (before, after) {
         let _ = writeln!(
