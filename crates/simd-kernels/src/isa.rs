@@ -17,10 +17,7 @@ enum Kind {
     Portable,
     Avx2,
     Avx2Vnni,
-    Avx512 {
-        /// Whether there is AVX-VNNI too, the same instructions in the encoding of AVX2.
-        avx_vnni: bool,
-    },
+    Avx512,
 }
 
 /// The environment variable that [`Isa::detect`] reads: `auto`, `scalar`, `portable`, `avx2`, `avx2-vnni` or `avx512`.
@@ -57,9 +54,8 @@ impl Isa {
         None
     }
 
-    /// AVX-512 with BW, VL and VNNI beside AVX2, for products of many tokens and attention of many rows (the rest is AVX2's,
-    /// and AVX-VNNI's where the CPU has it); `None` when the
-    /// CPU or the operating system lacks one of them. The results are those of AVX2 to the last bit.
+    /// AVX-512 with BW, VL and VNNI beside AVX2, for products of many tokens and attention of many rows (the rest is AVX2's
+    /// with the VNNI of AVX-512); `None` when the CPU or the operating system lacks one of them. The results are those of AVX2 to the last bit.
     pub fn avx512() -> Option<Isa> {
         #[cfg(target_arch = "x86_64")]
         if Isa::avx2().is_some()
@@ -68,7 +64,7 @@ impl Isa {
             && is_x86_feature_detected!("avx512vl")
             && is_x86_feature_detected!("avx512vnni")
         {
-            return Some(Isa(Kind::Avx512 { avx_vnni: Isa::avx2_vnni().is_some() }));
+            return Some(Isa(Kind::Avx512));
         }
         None
     }
@@ -76,9 +72,8 @@ impl Isa {
     /// This instruction set without AVX-512: the yardstick of machines that have it next to those that have not.
     pub fn without_avx512(self) -> Isa {
         match self.0 {
-            Kind::Avx512 { avx_vnni: true } => Isa(Kind::Avx2Vnni),
-            Kind::Avx512 { avx_vnni: false } => Isa(Kind::Avx2),
-            other => Isa(other),
+            Kind::Avx512 => Isa::avx2_vnni().or(Isa::avx2()).expect("AVX-512 was found beside AVX2"),
+            _ => self,
         }
     }
 
@@ -115,13 +110,13 @@ impl Isa {
             Kind::Portable => "portable",
             Kind::Avx2 => "avx2",
             Kind::Avx2Vnni => "avx2-vnni",
-            Kind::Avx512 { .. } => "avx512",
+            Kind::Avx512 => "avx512",
         }
     }
 
     /// Whether it is AVX2 or more, so that the AVX2 functions may be entered.
     pub fn has_avx2(self) -> bool {
-        matches!(self.0, Kind::Avx2 | Kind::Avx2Vnni | Kind::Avx512 { .. })
+        matches!(self.0, Kind::Avx2 | Kind::Avx2Vnni | Kind::Avx512)
     }
 
     /// Whether the scalar functions leave large products to `matrixmultiply`.
@@ -129,14 +124,25 @@ impl Isa {
         self.0 == Kind::Portable
     }
 
-    /// Whether they may use AVX-VNNI.
-    pub(crate) fn has_vnni(self) -> bool {
-        matches!(self.0, Kind::Avx2Vnni | Kind::Avx512 { avx_vnni: true })
+    /// No dot products of integers beyond AVX2's: one of the values of [`vnni`](Self::vnni), numbers so that they can be constant parameters.
+    pub(crate) const PLAIN: u8 = 0;
+    /// Those of AVX-VNNI.
+    pub(crate) const AVX_VNNI: u8 = 1;
+    /// The same instructions for the same registers, in the encoding of AVX-512.
+    pub(crate) const AVX512_VNNI: u8 = 2;
+
+    /// Which dot products of integers the AVX2 functions may use.
+    pub(crate) fn vnni(self) -> u8 {
+        match self.0 {
+            Kind::Avx512 => Isa::AVX512_VNNI,
+            Kind::Avx2Vnni => Isa::AVX_VNNI,
+            _ => Isa::PLAIN,
+        }
     }
 
     /// Whether the functions for AVX-512 may be entered.
     pub(crate) fn has_avx512(self) -> bool {
-        matches!(self.0, Kind::Avx512 { .. })
+        matches!(self.0, Kind::Avx512)
     }
 }
 

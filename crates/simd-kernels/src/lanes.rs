@@ -115,22 +115,35 @@ pub(crate) fn max_magnitude(v: __m256i) -> f32 {
     f32::from_bits(_mm_cvtsi128_si32(one) as u32)
 }
 
-/// `sum += dot(a, b)` of the two int16 in each 32-bit lane: with one instruction of AVX-VNNI, or two of AVX2.
+/// `sum += dot(a, b)` by the named instruction in the encoding that a constant [`Isa::vnni`](crate::isa::Isa::vnni) says, or else by a block.
 ///
-/// The intrinsic of the one would need functions that enable it, all the way up from here; the rest of them gains nothing by it.
+/// The intrinsics would need functions that enable them, all the way up from here; the rest of those gains nothing by it.
+macro_rules! vnni {
+    ($name:literal, $vnni:expr, $sum:expr, $a:expr, $b:expr, $plain:block) => {
+        match $vnni {
+            $crate::isa::Isa::AVX_VNNI => $crate::lanes::vnni!("{{vex}} ", $name, $sum, $a, $b),
+            $crate::isa::Isa::AVX512_VNNI => $crate::lanes::vnni!("{{evex}} ", $name, $sum, $a, $b),
+            _ => $plain,
+        }
+    };
+    ($encoding:literal, $name:literal, $sum:expr, $a:expr, $b:expr) => {
+        // SAFETY: callers have a constant only where an `Isa` proves it; the instruction touches the named registers only.
+        unsafe {
+            std::arch::asm!(concat!($encoding, $name, " {}, {}, {}"), inout(ymm_reg) *$sum, in(ymm_reg) $a, in(ymm_reg) $b,
+                options(nomem, nostack, preserves_flags))
+        }
+    };
+}
+pub(crate) use vnni;
+
+/// `sum += dot(a, b)` of the two int16 in each 32-bit lane: with one instruction where `VNNI` (an [`Isa::vnni`](crate::isa::Isa::vnni)) has it, or two of AVX2.
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c")]
-pub(crate) fn add_pairs<const VNNI: bool>(sum: &mut __m256i, a: __m256i, b: __m256i) {
-    if VNNI {
-        // SAFETY: callers set `VNNI` only where an `Isa` proves AVX-VNNI; the instruction touches the named registers only.
-        unsafe {
-            std::arch::asm!("{{vex}} vpdpwssd {}, {}, {}", inout(ymm_reg) *sum, in(ymm_reg) a, in(ymm_reg) b,
-                options(nomem, nostack, preserves_flags));
-        }
-    } else {
+pub(crate) fn add_pairs<const VNNI: u8>(sum: &mut __m256i, a: __m256i, b: __m256i) {
+    vnni!("vpdpwssd", VNNI, sum, a, b, {
         *sum = _mm256_add_epi32(*sum, _mm256_madd_epi16(a, b));
         hold(sum);
-    }
+    })
 }
 
 /// Makes the compiler have `sum` in a register here, after those held before it.

@@ -158,11 +158,11 @@ fn attend(input: &AttentionInput<'_>, rows: Range<usize>, state: &mut SoftmaxSta
     if rows.len() <= DIRECT_ROWS || kv.format() == KvFormat::F32 {
         attend_float(&mut tile, q, input.scale, spans, &mut scratch.tiles);
     } else if isa.has_avx512() {
-        int::attend::<false, true>(&mut tile, q, input.scale, spans, &mut scratch.tiles);
-    } else if isa.has_vnni() {
-        int::attend::<true, false>(&mut tile, q, input.scale, spans, &mut scratch.tiles);
+        int::attend::<{ Isa::PLAIN }, true>(&mut tile, q, input.scale, spans, &mut scratch.tiles);
+    } else if isa.vnni() == Isa::AVX_VNNI {
+        int::attend::<{ Isa::AVX_VNNI }, false>(&mut tile, q, input.scale, spans, &mut scratch.tiles);
     } else {
-        int::attend::<false, false>(&mut tile, q, input.scale, spans, &mut scratch.tiles);
+        int::attend::<{ Isa::PLAIN }, false>(&mut tile, q, input.scale, spans, &mut scratch.tiles);
     }
     for (padded, row) in tile.acc.chunks_exact(width).zip(state.acc[elements].chunks_exact_mut(head_dim)) {
         row.copy_from_slice(&padded[..head_dim]);

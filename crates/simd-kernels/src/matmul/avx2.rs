@@ -32,7 +32,7 @@ use std::cell::RefCell;
 use std::ops::Range;
 
 use super::Store;
-use crate::input::{Input, InputKind};
+use crate::input::{Input, InputKind, IntTile};
 use crate::isa::Isa;
 use crate::lanes::{load, prefetch, store};
 use crate::matrix::MatMut;
@@ -85,17 +85,18 @@ enum Finish {
 /// The sums of one tile: a row of 16 for each token.
 type Tile = [[f32; PANEL]; Input::TILE];
 
-/// What a block of tiles needs.
+/// What a block of tiles needs, on lines of its own: a vector that crosses two is slower to store.
+#[repr(align(64))]
 struct Block {
     /// The sums of its tiles with some panels.
     sums: [[Tile; TILES]; SLOTS],
-    wide: Wide,
+    wide: [Wide; avx512::PANELS],
 }
 
 thread_local! {
-    /// Kept between calls; 162 KiB, which is why it is not on the stack.
+    /// Kept between calls; 195 KiB, which is why it is not on the stack.
     static BLOCK: RefCell<Box<Block>> =
-        RefCell::new(Box::new(Block { sums: [[[[0.0; PANEL]; Input::TILE]; TILES]; SLOTS], wide: Wide::new() }));
+        RefCell::new(Box::new(Block { sums: [[[[0.0; PANEL]; Input::TILE]; TILES]; SLOTS], wide: [const { Wide::new() }; avx512::PANELS] }));
 }
 
 #[target_feature(enable = "avx2,fma,f16c")]
@@ -271,9 +272,6 @@ fn many<const N: usize>(
     }
 }
 
-/// Tiles from which on it pays to widen a part for all of them: six lose what later ones gain.
-const WIDENED: usize = 12;
-
 /// What a tile asks for before it is needed.
 #[derive(Clone, Copy)]
 struct Ahead<const P: usize> {
@@ -306,9 +304,11 @@ fn add_parts<const P: usize>(
     tiles: Range<usize>,
     mut sums: [&mut [Tile]; P],
     next: [*const u8; P],
-    wide: &mut Wide,
+    wide: &mut [Wide; avx512::PANELS],
 ) {
     let share = size(parts[0]).div_ceil(tiles.len());
+    let mut rooms = wide.iter_mut();
+    let parts = parts.map(|part| rooms.next().expect("as many rooms as panels").widen(part, tiles.len(), x.isa));
     // Tiles that AVX-512 takes: all whole ones.
     let mut done = 0;
     if x.isa.has_avx512() {
@@ -320,7 +320,6 @@ fn add_parts<const P: usize>(
         unsafe { avx512::add_tiles(parts, x, tiles.start, sums.each_mut().map(|sums| &mut sums[..done]), ahead) };
     }
     for ((part, sums), next) in parts.into_iter().zip(sums).zip(next) {
-        let part = if tiles.len() - done < WIDENED { Part::Stored(part) } else { wide.widen(part, x.isa.has_vnni()) };
         for (i, (tile, sums)) in tiles.clone().zip(sums).enumerate().skip(done) {
             let after = if tile + 1 < tiles.end { tile + 1 } else { tiles.start };
             let activations = x.x.start(after, &x.range);
@@ -365,18 +364,24 @@ fn add_tile<const P: usize, const M: usize, const SETS: usize, const STREAM: boo
         Part::Stored(PanelData::F16(_)) => {
             float::add_products::<float::F16, P, M, SETS, STREAM>(parts.map(halves), float(), acc, ahead);
         }
-        Part::Stored(PanelData::Q8(_)) if x.isa.has_vnni() => {
-            int::add_products::<false, true, P, M, STREAM>(parts.map(bytes), int(), acc, either)
-        }
-        Part::Stored(PanelData::Q8(_)) => {
-            int::add_products::<false, false, P, M, STREAM>(parts.map(bytes), int(), acc, either)
-        }
-        Part::Stored(PanelData::Q4(_)) if x.isa.has_vnni() => {
-            int::add_products::<true, true, P, M, STREAM>(parts.map(bytes), int(), acc, either)
-        }
-        Part::Stored(PanelData::Q4(_)) => {
-            int::add_products::<true, false, P, M, STREAM>(parts.map(bytes), int(), acc, either)
-        }
+        Part::Stored(PanelData::Q8(_)) => add_ints::<false, P, M, STREAM>(parts.map(bytes), int(), acc, either, x.isa),
+        Part::Stored(PanelData::Q4(_)) => add_ints::<true, P, M, STREAM>(parts.map(bytes), int(), acc, either, x.isa),
+    }
+}
+
+#[inline]
+#[target_feature(enable = "avx2,fma,f16c")]
+fn add_ints<const Q4: bool, const P: usize, const M: usize, const STREAM: bool>(
+    panels: [&[u8]; P],
+    x: IntTile<'_>,
+    acc: &mut [[[f32; PANEL]; M]; P],
+    ahead: [*const u8; P],
+    isa: Isa,
+) {
+    match isa.vnni() {
+        Isa::AVX_VNNI => int::add_products::<Q4, { Isa::AVX_VNNI }, P, M, STREAM>(panels, x, acc, ahead),
+        Isa::AVX512_VNNI => int::add_products::<Q4, { Isa::AVX512_VNNI }, P, M, STREAM>(panels, x, acc, ahead),
+        _ => int::add_products::<Q4, { Isa::PLAIN }, P, M, STREAM>(panels, x, acc, ahead),
     }
 }
 

@@ -51,7 +51,7 @@ struct IntRows<'a> {
 /// A tile of rows over some tiles of keys, each with the number of keys before the range asked for: with AVX-512 (`WIDE`), AVX-VNNI or
 /// AVX2.
 #[target_feature(enable = "avx2,fma,f16c")]
-pub(super) fn attend<const VNNI: bool, const WIDE: bool>(
+pub(super) fn attend<const VNNI: u8, const WIDE: bool>(
     tile: &mut RowTile<'_>,
     q: &[f32],
     scale: f32,
@@ -114,7 +114,7 @@ impl<'a> IntTile<'a> {
 impl RowTile<'_> {
     /// One tile of keys, of which the first `skip` are before the range asked for.
     #[target_feature(enable = "avx2,fma,f16c")]
-    fn step_int<const VNNI: bool, const WIDE: bool>(&mut self, int: &mut IntRows<'_>, tile: &IntTile<'_>, skip: usize) {
+    fn step_int<const VNNI: u8, const WIDE: bool>(&mut self, int: &mut IntRows<'_>, tile: &IntTile<'_>, skip: usize) {
         let (keys, width, pairs) = (&tile.positions, self.kv.width(), self.kv.head_dim().div_ceil(2));
         let count = self.panels.len() - 1;
         let cover = &self.cover(keys)[..count];
@@ -192,7 +192,7 @@ impl RowTile<'_> {
 /// out[r * stride + j] = scales[j] Σ q[i][r] · keys[i][j], for R rows and the sixteen keys of a block, or of some blocks (`WIDE`).
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c")]
-fn scores<const R: usize, const VNNI: bool, const WIDE: bool>(
+fn scores<const R: usize, const VNNI: u8, const WIDE: bool>(
     keys: &[[Pair; BLOCK]],
     scales: &[[f32; BLOCK]],
     q: &[Pair],
@@ -223,7 +223,7 @@ fn scores<const R: usize, const VNNI: bool, const WIDE: bool>(
 /// `factors[r]`, for R rows and the sixteen elements of a chunk, or of some chunks (`WIDE`) of KEY_TILE / 2 pairs each.
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c")]
-fn blend<const R: usize, const VNNI: bool, const WIDE: bool>(
+fn blend<const R: usize, const VNNI: u8, const WIDE: bool>(
     values: &[[Pair; BLOCK]],
     taken: Range<usize>,
     weights: &[Pair],
@@ -273,7 +273,7 @@ fn pairs(x: &[Pair; BLOCK]) -> [__m256i; 2] {
 
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c")]
-fn add_products<const VNNI: bool>(sums: &mut [__m256i; 2], x: [__m256i; 2], y: Pair) {
+fn add_products<const VNNI: u8>(sums: &mut [__m256i; 2], x: [__m256i; 2], y: Pair) {
     let y = _mm256_set1_epi32(y);
     for (sum, x) in sums.iter_mut().zip(x) {
         lanes::add_pairs::<VNNI>(sum, x, y);

@@ -14,7 +14,7 @@
 //!    a group are summed there: the largest sum of magnitudes is 8 * 2 * 15 * 127 < 2^15. One `vpmaddwd` with ones per group then
 //!    adds the halves in int32. From their sum the zero point of the row times the sum of the token's integers is
 //!    taken, as half steps times `IntTile::half_totals`, in f32 and exact: these are multiples of a half below 2^17.
-//! 3. With AVX-VNNI one instruction does the multiplication and the addition, for Q4 in int32 at once. The sums are
+//! 3. With VNNI one instruction does the multiplication and the addition, for Q4 in int32 at once. The sums are
 //!    the same numbers.
 //! 4. The sums of a group take twelve registers for six tokens, so the f32 totals live in memory (L1) and are
 //!    touched once a group (`settle`). The sums of the first word are set, not added.
@@ -24,7 +24,8 @@ use std::arch::x86_64::*;
 use super::prefetch_weights;
 use super::wide::WideGroup;
 use crate::input::IntTile;
-use crate::lanes::{LINE, add_pairs, hold, load, prefetch, settle, store};
+use crate::isa::Isa;
+use crate::lanes::{LINE, add_pairs, hold, load, prefetch, settle, store, vnni};
 use crate::panels::{PANEL, Q4_BLOCK, Q4_SCALE, Q8_BLOCK};
 
 /// Words in a group: 8 quads or 16 pairs.
@@ -41,7 +42,7 @@ const fn block_bytes(q4: bool) -> usize {
 /// panel has (`WEIGHTS`), or from `ahead[0]` on for as many as the words of `x` have.
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c")]
-pub(super) fn add_products<const Q4: bool, const VNNI: bool, const P: usize, const M: usize, const WEIGHTS: bool>(
+pub(super) fn add_products<const Q4: bool, const VNNI: u8, const P: usize, const M: usize, const WEIGHTS: bool>(
     panels: [&[u8]; P],
     x: IntTile<'_>,
     acc: &mut [[[f32; PANEL]; M]; P],
@@ -105,7 +106,7 @@ pub(super) fn add_wide<const M: usize, const WEIGHTS: bool>(
         }
         let mut sums = [[_mm256_setzero_si256(); 2]; M];
         for (weights, word) in group.words.iter().zip(words) {
-            add_word::<false, false, M>([load_bytes(&weights[0]), load_bytes(&weights[1])], word, &mut sums);
+            add_word::<false, { Isa::PLAIN }, M>([load_bytes(&weights[0]), load_bytes(&weights[1])], word, &mut sums);
         }
         let (row_scales, _) = group.scales.as_chunks();
         add_scaled(&sums, [load(&row_scales[0]), load(&row_scales[1])], scales, acc);
@@ -116,7 +117,7 @@ pub(super) fn add_wide<const M: usize, const WEIGHTS: bool>(
 /// `sums[m] += dot(word[m], w)` in each lane.
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c")]
-fn add_word<const Q4: bool, const VNNI: bool, const M: usize>(
+fn add_word<const Q4: bool, const VNNI: u8, const M: usize>(
     w: [__m256i; 2],
     word: &[i32; M],
     sums: &mut [[__m256i; 2]; M],
@@ -129,20 +130,14 @@ fn add_word<const Q4: bool, const VNNI: bool, const M: usize>(
     }
 }
 
-/// `sum += dot(w, x)` of the four bytes in each lane, those of `w` unsigned: as int32 with AVX-VNNI, or as two int16 with AVX2.
+/// `sum += dot(w, x)` of the four bytes in each lane, those of `w` unsigned: as int32 with VNNI, or as two int16 with AVX2.
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c")]
-fn add_quads<const VNNI: bool>(sum: &mut __m256i, w: __m256i, x: __m256i) {
-    if VNNI {
-        // SAFETY: as in `add_pairs`.
-        unsafe {
-            std::arch::asm!("{{vex}} vpdpbusd {}, {}, {}", inout(ymm_reg) *sum, in(ymm_reg) w, in(ymm_reg) x,
-                options(nomem, nostack, preserves_flags));
-        }
-    } else {
+fn add_quads<const VNNI: u8>(sum: &mut __m256i, w: __m256i, x: __m256i) {
+    vnni!("vpdpbusd", VNNI, sum, w, x, {
         *sum = _mm256_add_epi16(*sum, _mm256_maddubs_epi16(w, x));
         hold(sum);
-    }
+    })
 }
 
 /// The sum of the two int16 of each lane.
@@ -173,7 +168,7 @@ fn add_scaled<const M: usize>(
 /// As [`add_scaled`] for Q4, with the zero points that stand beside the scales in `words`.
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c")]
-fn add_scaled_q4<const VNNI: bool, const M: usize>(
+fn add_scaled_q4<const VNNI: u8, const M: usize>(
     sums: &[[__m256i; 2]; M],
     words: &[u8; 32],
     scales: &[f32; M],
@@ -190,7 +185,7 @@ fn add_scaled_q4<const VNNI: bool, const M: usize>(
         let (scale, total) = (_mm256_set1_ps(*scale), _mm256_set1_ps(*total));
         for (i, (sum, acc)) in sums.iter().zip(acc.as_chunks_mut().0).enumerate() {
             // Without VNNI the sums are two int16 in a lane.
-            let sum = if VNNI { *sum } else { add_halves(*sum) };
+            let sum = if VNNI == Isa::PLAIN { add_halves(*sum) } else { *sum };
             let sum = _mm256_fnmadd_ps(zeros[i], total, _mm256_cvtepi32_ps(sum));
             store(acc, _mm256_fmadd_ps(sum, _mm256_mul_ps(row_scales[i], scale), load(acc)));
         }

@@ -2,14 +2,16 @@
 //!
 //! The conversions of f16 take a port of the multiply-adds: a prompt of 512 tokens goes 1.17 times as fast without them in each tile.
 //! The two shuffles of Q8 take the port of the additions that plain AVX2 needs: 1.03 times; with AVX-VNNI there are none, and
-//! the stores cost more. The shuffles of bf16 and the two instructions of Q4 for twice as many products are in nobody's way.
+//! the stores cost more. The shuffles of bf16 and the two instructions of Q4 for twice as many products are in nobody's way; with AVX-512
+//! those of bf16 are, too.
 
 use std::arch::x86_64::*;
 
 use super::depth;
-use super::float::{F16, widen};
+use super::float::{Bf16, Column, F16, widen};
 use super::int::{load_bytes, widen_q8, widen_scales, words_in_group};
 use crate::input::InputKind;
+use crate::isa::Isa;
 use crate::lanes::store;
 use crate::panels::{GROUP, PANEL, PanelData, Q8_BLOCK};
 
@@ -17,6 +19,12 @@ use crate::panels::{GROUP, PANEL, PanelData, Q8_BLOCK};
 const COLUMNS: usize = depth(InputKind::Float);
 const GROUPS: usize = depth(InputKind::Int16) / GROUP;
 const WORDS: usize = words_in_group(false);
+
+/// Tiles from which on it pays to widen a part for all of them: six lose what later ones gain.
+const MANY: usize = 12;
+
+/// The same for bf16 and f16 with AVX-512: two lose.
+const SOME: usize = 4;
 
 /// A group of 32 columns of a Q8 panel.
 #[derive(Clone, Copy)]
@@ -26,7 +34,8 @@ pub(super) struct WideGroup {
     pub words: [[[u8; 32]; 2]; WORDS],
 }
 
-/// Room for one part.
+/// Room for one part, on lines of its own.
+#[repr(align(64))]
 pub(super) struct Wide {
     groups: [WideGroup; GROUPS],
     columns: [[f32; PANEL]; COLUMNS],
@@ -64,11 +73,11 @@ impl Wide {
         Wide { groups: [group; GROUPS], columns: [[0.0; PANEL]; COLUMNS] }
     }
 
-    /// `part`, widened where that pays.
+    /// `part` of a panel, widened where that pays for so many tiles.
     #[target_feature(enable = "avx2,fma,f16c")]
-    pub(super) fn widen<'a>(&'a mut self, part: PanelData<'a>, vnni: bool) -> Part<'a> {
+    pub(super) fn widen<'a>(&'a mut self, part: PanelData<'a>, tiles: usize, isa: Isa) -> Part<'a> {
         match part {
-            PanelData::Q8(bytes) if !vnni => {
+            PanelData::Q8(bytes) if tiles >= MANY && isa.vnni() == Isa::PLAIN => {
                 let blocks = bytes.chunks_exact(Q8_BLOCK);
                 let groups = &mut self.groups[..blocks.len()];
                 for (group, block) in groups.iter_mut().zip(blocks) {
@@ -84,18 +93,23 @@ impl Wide {
                 }
                 Part::WideQ8(groups)
             }
-            PanelData::F16(halves) => {
-                let halves = halves.as_chunks().0;
-                let columns = &mut self.columns[..halves.len()];
-                for (out, halves) in columns.iter_mut().zip(halves) {
-                    for (out, x) in out.as_chunks_mut().0.iter_mut().zip(<[_; 2]>::from(widen::<F16>(halves))) {
-                        store(out, x);
-                    }
-                }
-                Part::Stored(PanelData::F32(columns.as_flattened()))
-            }
+            PanelData::F16(halves) if tiles >= MANY || isa.has_avx512() && tiles >= SOME => self.floats::<F16>(halves),
+            PanelData::Bf16(halves) if isa.has_avx512() && tiles >= SOME => self.floats::<Bf16>(halves),
             _ => Part::Stored(part),
         }
+    }
+
+    /// Columns in f32.
+    #[target_feature(enable = "avx2,fma,f16c")]
+    fn floats<C: Column<Bits = u16>>(&mut self, halves: &[u16]) -> Part<'_> {
+        let halves = halves.as_chunks().0;
+        let columns = &mut self.columns[..halves.len()];
+        for (out, halves) in columns.iter_mut().zip(halves) {
+            for (out, x) in out.as_chunks_mut().0.iter_mut().zip(<[_; 2]>::from(widen::<C>(halves))) {
+                store(out, x);
+            }
+        }
+        Part::Stored(PanelData::F32(columns.as_flattened()))
     }
 }
 
