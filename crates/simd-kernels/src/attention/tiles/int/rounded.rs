@@ -3,7 +3,7 @@
 use super::Pair;
 use crate::attention::tiles::kernels::{get, put};
 use crate::kv::BLOCK;
-use crate::lanes::{LANES, magnitude, max_magnitude};
+use crate::lanes::{self, LANES, load, load_tail, magnitude, max_magnitude};
 use std::arch::x86_64::*;
 
 /// Largest norms of q̂ and k̂; the product of the two, with half a unit more in each of up to 500,000 elements, is below 2³¹.
@@ -17,24 +17,32 @@ pub(super) const VALUE: f32 = 8_191.0;
 pub(super) fn quantize_queries(q: &[f32], head_dim: usize, scale: f32, out: &mut [Pair], scales: &mut [f32]) {
     let rows = scales.len();
     for (r, (q, a)) in q.chunks_exact(head_dim).zip(scales).enumerate() {
-        let most = q.iter().fold(0.0f32, |most, x| most.max(x.abs()));
-        let norm = q.iter().map(|x| x * x).sum::<f32>().sqrt();
-        // A NaN is in the norm, and `f32::max` would pass over it.
+        let (eights, tail) = q.as_chunks::<LANES>();
+        let tail = load_tail(tail);
+        let (mut most, mut squares) = (magnitude(tail), _mm256_mul_ps(tail, tail));
+        for x in eights {
+            most = _mm256_max_epi32(most, magnitude(load(x)));
+            squares = _mm256_fmadd_ps(load(x), load(x), squares);
+        }
+        let (most, norm) = (max_magnitude(most), lanes::sum(squares).sqrt());
         let at_least = |least: f32, x: f32| if x < least { least } else { x };
         let step = at_least(most / f32::from(i16::MAX), norm / QUERY_NORM);
         // Of tiny queries any step is right but 0, by which the −∞ of unseen keys must not be multiplied.
         let step = at_least(f32::MIN_POSITIVE, step);
         *a = at_least(f32::MIN_POSITIVE, step * scale.abs());
-        let inverse = scale.signum() / step;
-        let code = |x: f32| (x * inverse).round_ties_even() as i16;
-        for (out, pair) in out[r..].iter_mut().step_by(rows).zip(q.chunks(2)) {
-            *out = join(code(pair[0]), pair.get(1).map_or(0, |&x| code(x)));
+        let inverse = _mm256_set1_ps(scale.signum() / step);
+        let mut out = out[r..].iter_mut().step_by(rows);
+        for x in eights.iter().map(|x| load(x)).chain([tail]) {
+            let codes = _mm256_cvtps_epi32(_mm256_mul_ps(x, inverse));
+            let codes = _mm_packs_epi32(_mm256_castsi256_si128(codes), _mm256_extracti128_si256::<1>(codes));
+            let mut pairs: [Pair; LANES / 2] = [0; LANES / 2];
+            // SAFETY: the array is 16 writable bytes.
+            unsafe { _mm_storeu_si128(pairs.as_mut_ptr().cast(), codes) };
+            for (out, pair) in out.by_ref().take(LANES / 2).zip(pairs) {
+                *out = pair;
+            }
         }
     }
-}
-
-fn join(low: i16, high: i16) -> Pair {
-    i32::from(low) & 0xffff | i32::from(high) << 16
 }
 
 /// One block of keys [head_dim][16] as [⌈head_dim / 2⌉][16] pairs and a scale for each key.

@@ -23,8 +23,7 @@ pub(super) fn scores<const R: usize>(
 ) {
     let q = q.as_chunks::<R>().0;
     assert!(keys.len() == TOGETHER * q.len(), "{} pairs of keys for {} of queries", keys.len(), q.len());
-    let mut blocks = keys.chunks_exact(q.len().max(1));
-    let blocks: [_; TOGETHER] = std::array::from_fn(|_| blocks.next().unwrap_or_default());
+    let blocks = runs::<_, TOGETHER>(keys, q.len(), q.len());
     let mut sums = [[_mm512_setzero_si512(); R]; TOGETHER];
     for (i, q) in q.iter().enumerate() {
         add_products(blocks.map(|block| &block[i]), q, &mut sums);
@@ -48,8 +47,8 @@ pub(super) fn blend<const R: usize, const C: usize>(
     acc: &mut [f32],
     acc_stride: usize,
 ) {
-    let chunks: [_; C] = std::array::from_fn(|n| &values[n * KEY_TILE / 2..][..pairs]);
-    let rows: [_; R] = std::array::from_fn(|r| &weights[r * KEY_TILE / 2..][..pairs]);
+    let chunks = runs::<_, C>(values, KEY_TILE / 2, pairs);
+    let rows = runs::<_, R>(weights, KEY_TILE / 2, pairs);
     let mut sums = [[_mm512_setzero_si512(); R]; C];
     for j in 0..pairs {
         add_products(chunks.map(|chunk| &chunk[j]), &rows.map(|row| row[j]), &mut sums);
@@ -124,6 +123,12 @@ fn add_products<const R: usize, const N: usize>(x: [&[Pair; BLOCK]; N], y: &[Pai
             sums[r] = _mm512_dpwssd_epi32(sums[r], x, y);
         }
     }
+}
+
+/// N runs of `len`, each `step` after the one before. Without target features: where there are some, `from_fn` calls its closure.
+#[inline]
+fn runs<T, const N: usize>(x: &[T], step: usize, len: usize) -> [&[T]; N] {
+    std::array::from_fn(|n| &x[n * step..][..len])
 }
 
 fn block(x: &mut [f32]) -> &mut [f32; BLOCK] {
