@@ -19,7 +19,7 @@ fn prefill(criterion: &mut Criterion) {
     let isa = Isa::detect();
     let weights = Weights::new(256 << 20);
     for format in FORMATS {
-        for tokens in [8, 13] {
+        for tokens in [8, 13, 32] {
             check_matmul(isa, format, weights.panels(format, ROWS, COLS, 1), tokens);
         }
     }

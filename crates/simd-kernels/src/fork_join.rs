@@ -8,7 +8,8 @@
 //! ```
 //!
 //! Waiting is spinning for a few microseconds (a decode step forks again within that time), then giving the core
-//! away between looks, then sleeping; where another program computes on the core, sleeping at once. Why no wake-up is lost and no job is seen twice or freed too early:
+//! away between looks, then sleeping; a thread that has lately lost its core to others leaves out the middle. Why no
+//! wake-up is lost and no job is seen twice or freed too early:
 //!
 //! 1. *The job is visible.* The caller writes `job`, then increments `epoch` (SeqCst, so also release); a worker
 //!    reads `job` only after it has seen the increment (acquire).
@@ -52,16 +53,16 @@ static TEAM_THREADS: AtomicUsize = AtomicUsize::new(0);
 /// Cores that this process may use, counted when its first team starts: a thread that has been pinned since sees its own only.
 static CORES: LazyLock<usize> = LazyLock::new(|| thread::available_parallelism().map_or(1, |n| n.get()));
 
-/// Whoever took a core for longer than this, when it was given away, computes: another program.
+/// Whoever took a core for longer than this, when it was given away, computes: another program, or the host of a virtual machine.
 const TURN: Duration = Duration::from_micros(200);
 
-/// For so long a thread then sleeps in place of giving its core away: it gets the core when it is woken, and else only after the
-/// other's time slice of some milliseconds, once for each run.
-const TAKEN_FOR: Duration = Duration::from_millis(100);
+/// After two such turns within this time a thread sleeps in place of giving its core away, until the first of them is so long ago:
+/// it gets the core when it is woken, and else only after the other's time slice of some milliseconds, once for each run.
+const TAKEN: Duration = Duration::from_millis(100);
 
 thread_local! {
-    /// When this thread last got its core back from another program.
-    static TAKEN: Cell<Option<Instant>> = const { Cell::new(None) };
+    /// When the last two such turns of this thread ended.
+    static TURNS: Cell<[Option<Instant>; 2]> = const { Cell::new([None; 2]) };
     /// The teams whose jobs this thread is running, innermost last, by the address of what they share.
     static WORKING_FOR: RefCell<Vec<usize>> = const { RefCell::new(Vec::new()) };
 }
@@ -319,20 +320,28 @@ impl Shared {
                 std::hint::spin_loop();
             }
         }
-        // With more threads than cores it is a thread of this process that takes the core, and gives it back when it waits.
-        let taken = || !crowded && TAKEN.get().is_some_and(|taken| taken.elapsed() < TAKEN_FOR);
-        while start.elapsed() < YIELD && !taken() {
+        // With more threads of teams than cores it is one of them that takes the core, and gives it back when it waits.
+        while start.elapsed() < YIELD && (crowded || !is_taken()) {
             if ready() {
                 return true;
             }
             let given = Instant::now();
             thread::yield_now();
-            if given.elapsed() > TURN {
-                TAKEN.set(Some(Instant::now()));
+            if !crowded && given.elapsed() > TURN {
+                note_turn(Instant::now());
             }
         }
         ready()
     }
+}
+
+/// Whether others have been computing on this thread's core.
+fn is_taken() -> bool {
+    TURNS.get()[0].is_some_and(|turn| turn.elapsed() < TAKEN)
+}
+
+fn note_turn(end: Instant) {
+    TURNS.set([TURNS.get()[1], Some(end)]);
 }
 
 /// Marks this thread as working for a team until dropped, also by unwinding.

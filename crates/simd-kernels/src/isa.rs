@@ -270,6 +270,7 @@ mod tests {
             assert_eq!((name.parse(), isa.name(), isa.has_avx2()), (Ok(isa), name, false));
         }
         let best: Isa = "auto".parse().expect("auto always works");
+        assert!(Isa::avx512().is_none_or(|isa| isa.vnni() == Isa::AVX512_VNNI));
         assert_eq!(Some(best), Isa::avx512().or(Isa::avx2_vnni()).or(Isa::avx2()).or(Some(Isa::portable())));
         for (name, isa) in [("avx2", Isa::avx2()), ("avx2-vnni", Isa::avx2_vnni()), ("avx512", Isa::avx512())] {
             assert_eq!(name.parse(), isa.ok_or(IsaError::Missing { name }));

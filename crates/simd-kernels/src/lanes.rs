@@ -136,7 +136,8 @@ macro_rules! vnni {
 }
 pub(crate) use vnni;
 
-/// `sum += dot(a, b)` of the two int16 in each 32-bit lane: with one instruction where `VNNI` (an [`Isa::vnni`](crate::isa::Isa::vnni)) has it, or two of AVX2.
+/// `sum += dot(a, b)` of the two int16 in each 32-bit lane: with one instruction where `VNNI` (an [`Isa::vnni`](crate::isa::Isa::vnni))
+/// has it, or two of AVX2.
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c")]
 pub(crate) fn add_pairs<const VNNI: u8>(sum: &mut __m256i, a: __m256i, b: __m256i) {

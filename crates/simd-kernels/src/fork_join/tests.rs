@@ -175,3 +175,16 @@ fn dropping_joins_the_threads() {
     drop(team);
     assert_eq!(Arc::strong_count(&alive), 1, "a thread still holds its start callback");
 }
+
+#[test]
+fn a_core_is_taken_after_two_turns_and_for_a_time() {
+    let now = Instant::now();
+    assert!(!is_taken());
+    note_turn(now);
+    assert!(!is_taken(), "a single turn may be the host's");
+    note_turn(now);
+    assert!(is_taken());
+    let long_ago = now.checked_sub(2 * TAKEN).expect("the machine has been up for a while");
+    TURNS.set([Some(long_ago), Some(now)]);
+    assert!(!is_taken(), "the first of two turns was long ago");
+}

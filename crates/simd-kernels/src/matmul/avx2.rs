@@ -24,7 +24,8 @@
 //!    next tile. A share: all of a part during its first tile is more than the few buffers between L1 and L2 take, and the tile
 //!    waits for memory (33 tokens with bf16 experts: 0.73 of the multiply-add rate instead of 0.87). Q8 and Q4 do ask for
 //!    all of it there: they are fewer bytes, and prefetches in each tile took 4 to 6 % of the speed of Q8.
-//! 5. With AVX-512 two panels meet two tiles at a time (`avx512`), and parts of both share the L1 cache.
+//! 5. With AVX-512 two panels meet two tiles at a time (`avx512`), and parts of both share the L1 cache; widened
+//!    they are 32 KiB, all there is on some processors, and still faster.
 //! 6. Products of many tokens with two matrices (gate and up) alternate between them panel by panel; `finish` combines
 //!    the sums.
 
@@ -94,10 +95,13 @@ struct Block {
 }
 
 thread_local! {
-    /// Kept between calls; 195 KiB, which is why it is not on the stack.
-    static BLOCK: RefCell<Box<Block>> =
-        RefCell::new(Box::new(Block { sums: [[[[0.0; PANEL]; Input::TILE]; TILES]; SLOTS], wide: [const { Wide::new() }; avx512::PANELS] }));
+    /// Kept between calls.
+    static BLOCK: RefCell<Box<Block>> = RefCell::new(Box::new(Block {
+        sums: [[[[0.0; PANEL]; Input::TILE]; TILES]; SLOTS],
+        wide: [const { Wide::new() }; avx512::PANELS],
+    }));
 }
+const _: () = assert!(size_of::<Block>() == 195 << 10, "plans of memory count on it");
 
 #[target_feature(enable = "avx2,fma,f16c")]
 pub(super) fn matmul(w: Panels<'_>, panels: Range<usize>, x: &Input, out: MatMut<'_>, store: Store, isa: Isa) {

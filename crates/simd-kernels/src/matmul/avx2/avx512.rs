@@ -62,7 +62,7 @@ pub(super) fn add_tiles<const P: usize>(
 /// The parts of P panels.
 ///
 /// These and the tiles are made by functions without target features. In one that has them, a closure that is passed on to `map` or
-/// `from_fn` has them too, which those have not, so that they are called: once a group, such a call took a quarter of the time of Q4.
+/// `from_fn` has them too, which those have not, so that they may be called: once a group, such a call took a quarter of the time of Q4.
 #[derive(Clone, Copy)]
 enum Weights<'a, const P: usize> {
     F32([&'a [[f32; PANEL]]; P]),
@@ -297,7 +297,8 @@ fn widen<C: Column>(column: &[C::Bits; PANEL]) -> __m512 {
     const PLACES: [u16; 2 * PANEL] = places();
     let start = column.as_ptr();
     // SAFETY: an array of 16 weights is 64 readable bytes for F32 and 32 for Bf16 and F16, the types that implement
-    // `Column`, and the places are 64; the loads ask for no alignment.
+    // `Column`, and the places are 64; the loads ask for no alignment. The instruction touches the
+    // named registers only, and of `bits` moves the sixteen that were loaded.
     unsafe {
         match C::WIDTH {
             Width::F32 => _mm512_loadu_ps(start.cast()),

@@ -1,9 +1,9 @@
 //! Parts of panels that are widened once for all the tiles that pass them.
 //!
 //! The conversions of f16 take a port of the multiply-adds: a prompt of 512 tokens goes 1.17 times as fast without them in each tile.
-//! The two shuffles of Q8 take the port of the additions that plain AVX2 needs: 1.03 times; with AVX-VNNI there are none, and
-//! the stores cost more. The shuffles of bf16 and the two instructions of Q4 for twice as many products are in nobody's way; with AVX-512
-//! those of bf16 are, too.
+//! The two shuffles of Q8 take the port of the additions that plain AVX2 needs: 1.03 times; with VNNI there are none, and
+//! the stores cost more. The shuffles of bf16 and the two instructions of Q4 for twice as many products are in nobody's way. With
+//! AVX-512 the one shuffle of bf16 takes a port of the multiply-adds on some processors, and bf16 is widened, too.
 
 use std::arch::x86_64::*;
 
@@ -23,7 +23,7 @@ const WORDS: usize = words_in_group(false);
 /// Tiles from which on it pays to widen a part for all of them: six lose what later ones gain.
 const MANY: usize = 12;
 
-/// The same for bf16 and f16 with AVX-512: two lose.
+/// The same for bf16 and f16 with AVX-512: two lose on a Zen 4.
 const SOME: usize = 4;
 
 /// A group of 32 columns of a Q8 panel.

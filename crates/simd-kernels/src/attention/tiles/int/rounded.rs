@@ -27,6 +27,8 @@ pub(super) fn quantize_queries(q: &[f32], head_dim: usize, scale: f32, out: &mut
         let (most, norm) = (max_magnitude(most), lanes::sum(squares).sqrt());
         let at_least = |least: f32, x: f32| if x < least { least } else { x };
         let step = at_least(most / f32::from(i16::MAX), norm / QUERY_NORM);
+        // Codes of a row that is not finite mean nothing, and their sums may wrap: its step is NaN, as is then all that it gathers.
+        let step = if most.is_finite() { step } else { f32::NAN };
         // Of tiny queries any step is right but 0, by which the −∞ of unseen keys must not be multiplied.
         let step = at_least(f32::MIN_POSITIVE, step);
         *a = at_least(f32::MIN_POSITIVE, step * scale.abs());

@@ -125,7 +125,7 @@ fn add_products<const R: usize, const N: usize>(x: [&[Pair; BLOCK]; N], y: &[Pai
     }
 }
 
-/// N runs of `len`, each `step` after the one before. Without target features: where there are some, `from_fn` calls its closure.
+/// N runs of `len`, each `step` after the one before. Without target features: where there are some, `from_fn` may call its closure.
 #[inline]
 fn runs<T, const N: usize>(x: &[T], step: usize, len: usize) -> [&[T]; N] {
     std::array::from_fn(|n| &x[n * step..][..len])
