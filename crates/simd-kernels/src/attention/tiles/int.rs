@@ -25,7 +25,7 @@ use crate::attention::state::TileScratch;
 use crate::exp::pow2_256;
 use crate::kv::{BLOCK, KvHead};
 use crate::lanes::{self, LANES, load, store};
-use rounded::{VALUE, quantize_keys, quantize_queries, quantize_values};
+use rounded::{VALUE, put_codes, quantize_keys, quantize_queries, quantize_values};
 use std::arch::x86_64::*;
 use std::f32::consts::LOG2_E;
 use std::ops::Range;
@@ -331,10 +331,7 @@ fn soften<const WIDE: bool>(
     let (step, inverse) = code_step(lanes::max(_mm256_max_ps(most[0], most[1])), totals);
     let inverse = _mm256_set1_ps(inverse);
     for (x, out) in scores.iter().zip(weights) {
-        let codes = _mm256_cvtps_epi32(_mm256_mul_ps(load(x), inverse));
-        let codes = _mm_packs_epi32(_mm256_castsi256_si128(codes), _mm256_extracti128_si256::<1>(codes));
-        // SAFETY: the array is 16 writable bytes.
-        unsafe { _mm_storeu_si128(out.as_mut_ptr().cast(), codes) };
+        put_codes(out, _mm256_mul_ps(load(x), inverse));
     }
     [factor, step]
 }

@@ -35,11 +35,8 @@ pub(super) fn quantize_queries(q: &[f32], head_dim: usize, scale: f32, out: &mut
         let inverse = _mm256_set1_ps(scale.signum() / step);
         let mut out = out[r..].iter_mut().step_by(rows);
         for x in eights.iter().map(|x| load(x)).chain([tail]) {
-            let codes = _mm256_cvtps_epi32(_mm256_mul_ps(x, inverse));
-            let codes = _mm_packs_epi32(_mm256_castsi256_si128(codes), _mm256_extracti128_si256::<1>(codes));
-            let mut pairs: [Pair; LANES / 2] = [0; LANES / 2];
-            // SAFETY: the array is 16 writable bytes.
-            unsafe { _mm_storeu_si128(pairs.as_mut_ptr().cast(), codes) };
+            let mut pairs = [0; LANES / 2];
+            put_codes(&mut pairs, _mm256_mul_ps(x, inverse));
             for (out, pair) in out.by_ref().take(LANES / 2).zip(pairs) {
                 *out = pair;
             }
@@ -107,6 +104,16 @@ pub(super) fn quantize_values(
 fn inverse(step: __m256) -> __m256 {
     let zero = _mm256_cmp_ps::<_CMP_EQ_OQ>(step, _mm256_setzero_ps());
     _mm256_andnot_ps(zero, _mm256_div_ps(_mm256_set1_ps(1.0), step))
+}
+
+/// Eight rounded numbers, cut to int16, as pairs of neighbours.
+#[inline]
+#[target_feature(enable = "avx2,fma,f16c")]
+pub(super) fn put_codes(out: &mut [Pair; LANES / 2], x: __m256) {
+    let codes = _mm256_cvtps_epi32(x);
+    let codes = _mm_packs_epi32(_mm256_castsi256_si128(codes), _mm256_extracti128_si256::<1>(codes));
+    // SAFETY: the array is 16 writable bytes.
+    unsafe { _mm_storeu_si128(out.as_mut_ptr().cast(), codes) };
 }
 
 /// Eight pairs of rounded numbers, each of which fits in int16.
