@@ -104,7 +104,7 @@ pub fn check_matmul(isa: Isa, format: &str, w: Panels<'_>, tokens: usize) {
     let rows = w.rows_in(&panels);
     let run = |isa: Isa| {
         let (mut input, mut out) = (Input::new(), vec![f32::NAN; tokens * rows]);
-        input.prepare(isa, InputKind::of(&w.data()), &x, tokens, cols);
+        input.prepare(isa, InputKind::of(isa, &w.data(), tokens), &x, tokens, cols);
         matmul(isa, w, panels.clone(), &input, MatMut::new(&mut out, tokens, rows, rows), Store::Set);
         out
     };

@@ -1,7 +1,7 @@
 //! Matrix products with packed weights: this rank's share, and columns gathered from all ranks.
 
 use comm::{CommError, Communicator, CommunicatorExt};
-use simd_kernels::{Input, InputKind, MatMut, PanelData, Panels, Store, matmul};
+use simd_kernels::{Input, InputKind, Isa, MatMut, PanelData, Panels, Store, matmul};
 use tensor::{Activations, CheckpointError, Matrix, PackedData, PackedMatrix, WeightFormat};
 
 use crate::context::Context;
@@ -72,9 +72,9 @@ impl Linear {
         Work { flops: 2.0 * (self.rows() * self.cols() * tokens) as f64, bytes: self.bytes() as f64 }
     }
 
-    /// The preparation that inputs of this layer need.
-    pub fn input_kind(&self) -> InputKind {
-        InputKind::of(&self.panels().data())
+    /// The preparation that `tokens` tokens of input need.
+    pub fn input_kind(&self, isa: Isa, tokens: usize) -> InputKind {
+        InputKind::of(isa, &self.panels().data(), tokens)
     }
 
     /// The weights as the kernels see them.

@@ -69,7 +69,7 @@ pub fn lm_head(ctx: &Context, head: &Linear, x: &Activations, input: &mut Input)
     let mut logits = Activations::zeros((x.nrows(), head.rows()));
     if x.nrows() > 0 {
         let _operation = ctx.profile.operation("lm_head", head.work(x.nrows()));
-        prepare(ctx, head.input_kind(), x, input);
+        prepare(ctx, head, x, input);
         head.apply(ctx, input, &mut logits, Store::Set);
     }
     logits

@@ -2,7 +2,7 @@
 //!
 //! Bytes are those of the buffers at the size that they reach in a pass; tests of `qwen3-model` hold them against what is allocated.
 
-use simd_kernels::{InputKind, KV_SPAN, KvFormat, PanelData};
+use simd_kernels::{InputKind, Isa, KV_SPAN, KvFormat, PanelData};
 use tensor::WeightFormat;
 
 use crate::attention::{AttentionShape, task_rows};
@@ -33,7 +33,7 @@ impl InputMemory {
     #[must_use]
     pub fn prepare(self, format: WeightFormat, tokens: usize, cols: usize) -> Self {
         let Self { float, integer } = self;
-        match kind_of(format) {
+        match kind_of(format, tokens) {
             InputKind::Float => Self { float: grown(float, InputKind::Float.bytes(tokens, cols)), integer },
             kind => Self { float, integer: grown(integer, kind.bytes(tokens, cols)) },
         }
@@ -45,14 +45,16 @@ impl InputMemory {
     }
 }
 
-fn kind_of(format: WeightFormat) -> InputKind {
-    InputKind::of(&match format {
+/// The kind of machines without AVX-512, which take more for Q8: whoever plans need not sit at one that computes.
+fn kind_of(format: WeightFormat, tokens: usize) -> InputKind {
+    let data = match format {
         WeightFormat::F32 => PanelData::F32(&[]),
         WeightFormat::Bf16 => PanelData::Bf16(&[]),
         WeightFormat::F16 => PanelData::F16(&[]),
         WeightFormat::Q8 => PanelData::Q8(&[]),
         WeightFormat::Q4 => PanelData::Q4(&[]),
-    })
+    };
+    InputKind::of(Isa::scalar(), &data, tokens)
 }
 
 /// A vector that has to grow to `bytes`: to twice its size at least.

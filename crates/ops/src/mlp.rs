@@ -258,12 +258,12 @@ fn prepare_groups(
     inputs: &mut [Input],
 ) {
     if block.router.is_none() {
-        return prepare(ctx, weights(&block.experts[0]).input_kind(), x, &mut inputs[0]);
+        return prepare(ctx, weights(&block.experts[0]), x, &mut inputs[0]);
     }
     let width = x.ncols();
     let parts: Vec<_> = routing.groups.iter().zip(inputs).collect();
     ctx.team.each(parts, |((expert, rows), input)| {
-        let kind = weights(&block.experts[*expert]).input_kind();
+        let kind = weights(&block.experts[*expert]).input_kind(ctx.isa, rows.len());
         match tokens {
             Some(tokens) => input.prepare_rows(ctx.isa, kind, slice(x), &tokens[rows.clone()], width),
             None => {

@@ -1,10 +1,10 @@
 //! RMSNorm of tokens, and the preparation of a matmul's input from them.
 
-use simd_kernels::{Input, InputKind};
+use simd_kernels::Input;
 use tensor::Activations;
 
 use crate::context::Context;
-use crate::linear::{reshape, slice, slice_mut};
+use crate::linear::{Linear, reshape, slice, slice_mut};
 use crate::profile::Work;
 
 /// Tokens below which waking the team costs more than it saves.
@@ -28,9 +28,10 @@ pub fn rms_norm(ctx: &Context, x: &Activations, weight: &[f32], eps: f32, out: &
     ctx.team.each(parts, |(x, out)| norm_rows(x, out));
 }
 
-/// Prepares `x` [tokens, features] as the input of matmuls: packed, or quantized, as `kind` says.
-pub fn prepare(ctx: &Context, kind: InputKind, x: &Activations, input: &mut Input) {
+/// Prepares `x` [tokens, features] as the input of matmuls with `weights` and others of their format: packed, or quantized.
+pub fn prepare(ctx: &Context, weights: &Linear, x: &Activations, input: &mut Input) {
     let (tokens, cols) = x.dim();
+    let kind = weights.input_kind(ctx.isa, tokens);
     let _operation = ctx.profile.operation("prepare", Work::default());
     if tokens < SERIAL_TOKENS {
         return input.prepare(ctx.isa, kind, slice(x), tokens, cols);

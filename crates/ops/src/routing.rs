@@ -117,7 +117,7 @@ pub(crate) fn route(
     input: &mut Input,
     scores: &mut Activations,
 ) -> Routing {
-    prepare(ctx, router.weights.input_kind(), x, input);
+    prepare(ctx, &router.weights, x, input);
     reshape(scores, x.nrows(), router.weights.rows());
     router.weights.apply(ctx, input, scores, Store::Set);
     let mut choices = vec![Vec::new(); x.nrows()];

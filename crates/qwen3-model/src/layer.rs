@@ -77,7 +77,7 @@ impl DecoderLayer {
         let tokens = x.tokens().nrows();
 
         rms_norm(ctx, x.tokens(), &self.input_norm, eps, normed);
-        prepare(ctx, self.qkv_proj.input_kind(), normed, input);
+        prepare(ctx, &self.qkv_proj, normed, input);
         reshape(qkv, tokens, pass.shape.qkv_width());
         {
             let _operation = ctx.profile.operation("qkv_proj", self.qkv_proj.work(tokens));
@@ -95,7 +95,7 @@ impl DecoderLayer {
         } else {
             attention_sequence(ctx, &spec, &pass.span, qkv, cache, attention, attended)?;
         }
-        prepare(ctx, self.o_proj.input_kind(), attended, input);
+        prepare(ctx, &self.o_proj, attended, input);
         let _operation = ctx.profile.operation("o_proj", self.o_proj.work(tokens));
         linear_mpi(ctx, &self.o_proj, input, partial, x)
     }

@@ -61,7 +61,7 @@ pub fn measure_link(comm: &dyn Communicator) -> Result<Option<Link>, CommError> 
 pub(crate) fn measure_hidden(ctx: &Context, comm: &Arc<dyn Communicator>, link: Link) -> Result<HiddenSums, CommError> {
     let weights = Linear::sample(ctx, WeightFormat::Bf16, WIDTH, WIDTH);
     let (mut input, mut out) = (Input::default(), Activations::zeros((ROWS, WIDTH)));
-    prepare(ctx, weights.input_kind(), &Activations::ones((ROWS, WIDTH)), &mut input);
+    prepare(ctx, &weights, &Activations::ones((ROWS, WIDTH)), &mut input);
     let mut work = || weights.apply(ctx, &input, &mut out, Store::Set);
     let (mut busy, mut taken) = (Vec::new(), Vec::new());
     for len in HIDDEN_SIZES {

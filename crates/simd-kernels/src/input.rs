@@ -7,7 +7,10 @@ use crate::pack::{pack_float, pack_int8, pack_int16};
 
 use crate::panels::{GROUP, PanelData};
 
-/// How activations are prepared; the weight format decides.
+/// How much codes without a sign, which meet int8, are above weights: sums of products start from as much below zero.
+pub(crate) const EXCESS: f32 = 128.0;
+
+/// How activations are prepared; the weight format decides, and for Q8 what is fastest.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum InputKind {
     /// f32, for F32, Bf16 and F16 weights.
@@ -15,15 +18,17 @@ pub enum InputKind {
     /// int16 in -32767..=32767 with an f32 scale per token and group of 32, for Q8 weights. The rounding error is
     /// 2^-16 of the group's largest value, far below that of the weights.
     Int16,
-    /// int8 in -127..=127 with an f32 scale per token and group of 32, for Q4 weights.
+    /// int8 in -127..=127 with an f32 scale per token and group of 32, for Q4 weights, and for many tokens and Q8 weights with AVX-512, which
+    /// multiplies twice as many of them. The rounding error is that of Q8 weights.
     Int8,
 }
 
 impl InputKind {
-    /// The kind that weights of this format multiply.
-    pub fn of(data: &PanelData<'_>) -> InputKind {
+    /// The kind that weights of this format multiply when there are so many tokens.
+    pub fn of(isa: Isa, data: &PanelData<'_>, tokens: usize) -> InputKind {
         match data {
             PanelData::F32(_) | PanelData::Bf16(_) | PanelData::F16(_) => InputKind::Float,
+            PanelData::Q8(_) if isa.has_avx512() && tokens > Input::TILE => InputKind::Int8,
             PanelData::Q8(_) => InputKind::Int16,
             PanelData::Q4(_) => InputKind::Int8,
         }
@@ -40,7 +45,7 @@ impl InputKind {
 
     /// Bytes that an [`Input`] of `tokens` tokens with `cols` columns takes.
     pub fn bytes(self, tokens: usize, cols: usize) -> usize {
-        // With the words of a group goes its scale, and with those of int8 half their sum.
+        // With the words of a group goes its scale, and with those of int8 where their sums start.
         let beside = match self {
             InputKind::Float => return size_of::<f32>() * tokens * cols,
             InputKind::Int16 => 1,
@@ -65,7 +70,7 @@ pub struct Input {
     float: Vec<f32>,
     words: Vec<i32>,
     scales: Vec<f32>,
-    half_totals: Vec<f32>,
+    starts: Vec<f32>,
 }
 
 /// One tile of f32 activations.
@@ -84,9 +89,8 @@ pub(crate) struct IntTile<'a> {
     pub words: &'a [i32],
     /// `[groups, m]`
     pub scales: &'a [f32],
-    /// `[groups, m]`, for int8 only: half the sum of the group's integers, which products with nibbles contain as often as the zero point has
-    /// half steps.
-    pub half_totals: &'a [f32],
+    /// `[groups, m]`, for int8 only: minus [`EXCESS`] times the sum of the group's integers.
+    pub starts: &'a [f32],
     /// Tokens, 1..=6.
     pub m: usize,
 }
@@ -110,7 +114,7 @@ impl Input {
             float: Vec::new(),
             words: Vec::new(),
             scales: Vec::new(),
-            half_totals: Vec::new(),
+            starts: Vec::new(),
         }
     }
 
@@ -172,7 +176,7 @@ impl Input {
                 self.words.resize(groups * kind.words_per_group(), 0);
                 self.scales.resize(groups, 0.0);
                 if kind == InputKind::Int8 {
-                    self.half_totals.resize(groups, 0.0);
+                    self.starts.resize(groups, 0.0);
                 }
             }
         }
@@ -215,7 +219,7 @@ impl Input {
             InputKind::Int16 => PartData::Int16(&mut self.words[..words], &mut self.scales[..groups]),
             InputKind::Int8 => {
                 let (words, scales) = (&mut self.words[..words], &mut self.scales[..groups]);
-                PartData::Int8(words, scales, &mut self.half_totals[..groups])
+                PartData::Int8(words, scales, &mut self.starts[..groups])
             }
         };
         InputPart { tokens: self.tokens, cols: self.cols, data }.split_at(tokens)
@@ -270,7 +274,7 @@ impl Input {
         IntTile {
             words: &self.words[range.start * size..range.end * size],
             scales: &self.scales[range.clone()],
-            half_totals: if self.kind == InputKind::Int8 { &self.half_totals[range] } else { &[] },
+            starts: if self.kind == InputKind::Int8 { &self.starts[range] } else { &[] },
             m,
         }
     }
@@ -320,11 +324,11 @@ impl<'a> InputPart<'a> {
                     pack_int16(isa, rows, cols, words, scales);
                 }
             }
-            PartData::Int8(words, scales, half_totals) => {
+            PartData::Int8(words, scales, starts) => {
                 let words = words.chunks_mut(groups * InputKind::Int8.words_per_group());
-                let scales = scales.chunks_mut(groups).zip(half_totals.chunks_mut(groups));
-                for (rows, (words, (scales, half_totals))) in rows.zip(words.zip(scales)) {
-                    pack_int8(isa, rows, cols, words, scales, half_totals);
+                let scales = scales.chunks_mut(groups).zip(starts.chunks_mut(groups));
+                for (rows, (words, (scales, starts))) in rows.zip(words.zip(scales)) {
+                    pack_int8(isa, rows, cols, words, scales, starts);
                 }
             }
         }
@@ -343,9 +347,9 @@ impl<'a> InputPart<'a> {
                 let (s, t) = scales.split_at_mut(groups);
                 (PartData::Int16(a, s), PartData::Int16(b, t))
             }
-            PartData::Int8(words, scales, half_totals) => {
+            PartData::Int8(words, scales, starts) => {
                 let (a, b) = words.split_at_mut(groups * InputKind::Int8.words_per_group());
-                let ((s, t), (y, z)) = (scales.split_at_mut(groups), half_totals.split_at_mut(groups));
+                let ((s, t), (y, z)) = (scales.split_at_mut(groups), starts.split_at_mut(groups));
                 (PartData::Int8(a, s, y), PartData::Int8(b, t, z))
             }
         };
@@ -411,7 +415,7 @@ mod tests {
                 assert_eq!(a.float_tile(tile).x, b.float_tile(tile).x);
             } else {
                 let (a, b) = (a.int_tile(tile), b.int_tile(tile));
-                assert_eq!((a.words, a.scales, a.half_totals), (b.words, b.scales, b.half_totals));
+                assert_eq!((a.words, a.scales, a.starts), (b.words, b.scales, b.starts));
             }
         }
     }

@@ -25,12 +25,12 @@ pub enum Store {
 /// `out` is `[x.tokens(), rows that the panels cover]`; the last panel of the matrix may be short. With
 /// AVX2 few tokens read the weights once, as two streams; many meet parts of panels that stay in the L1 cache, widened
 /// there for all of them where that pays: f16, and Q8 without VNNI, from 12 tiles of tokens on. With AVX-512 two panels meet
-/// twelve tokens at a time, to the same sums, and f16 and bf16 are widened from 4 tiles on.
+/// up to twelve tokens at a time, to the same sums; f16 and bf16 are widened from 4 tiles on, Q8 and Q4 always.
 ///
 /// # Panics
 /// When shapes differ, or `x` was prepared for another kind of weights.
 pub fn matmul(isa: Isa, w: Panels<'_>, panels: Range<usize>, x: &Input, out: MatMut<'_>, store: Store) {
-    check(w, &panels, x, &out);
+    check(isa, w, &panels, x, &out);
     if out.rows() == 0 || out.cols() == 0 {
         return;
     }
@@ -43,8 +43,8 @@ pub fn matmul(isa: Isa, w: Panels<'_>, panels: Range<usize>, x: &Input, out: Mat
 /// # Panics
 /// When shapes or formats of the matrices differ, or `x` was prepared for another kind of weights.
 pub fn matmul_swiglu(isa: Isa, gate: Panels<'_>, up: Panels<'_>, panels: Range<usize>, x: &Input, out: MatMut<'_>) {
-    check(gate, &panels, x, &out);
-    check(up, &panels, x, &out);
+    check(isa, gate, &panels, x, &out);
+    check(isa, up, &panels, x, &out);
     assert!(gate.rows() == up.rows(), "gate has {} rows, up has {}", gate.rows(), up.rows());
     let formats = [gate, up].map(|w| w.data().name());
     assert!(formats[0] == formats[1], "gate is {}, up is {}", formats[0], formats[1]);
@@ -55,8 +55,8 @@ pub fn matmul_swiglu(isa: Isa, gate: Panels<'_>, up: Panels<'_>, panels: Range<u
     dispatch!(isa, avx2::matmul_swiglu, scalar::matmul_swiglu, (gate, up, panels, x, out), avx2: (isa), scalar: (general))
 }
 
-fn check(w: Panels<'_>, panels: &Range<usize>, x: &Input, out: &MatMut<'_>) {
-    let (rows, kind) = (w.rows_in(panels), InputKind::of(&w.data()));
+fn check(isa: Isa, w: Panels<'_>, panels: &Range<usize>, x: &Input, out: &MatMut<'_>) {
+    let (rows, kind) = (w.rows_in(panels), InputKind::of(isa, &w.data(), x.tokens()));
     assert!(x.kind() == kind, "the weights take {kind:?} activations, got {:?}", x.kind());
     assert!(w.cols() == x.cols(), "weights of {} columns, activations of {}", w.cols(), x.cols());
     assert!(

@@ -1,5 +1,6 @@
 //! Packing one tile of activations, with quantization to int16 or int8 per group of 32.
 
+use crate::input::EXCESS;
 use crate::isa::{Isa, dispatch};
 use crate::panels::GROUP;
 
@@ -13,17 +14,17 @@ pub(crate) fn pack_int16(isa: Isa, rows: &[f32], cols: usize, words: &mut [i32],
     dispatch!(isa, avx2::pack_int16, scalar::pack_int16, (rows, cols, words, scales))
 }
 
-/// Quantizes `rows [m, cols]` to int8 per group, interleaves column quads and notes half the groups' sums; see
-/// `Input` and `IntTile` for the order.
+/// Quantizes `rows [m, cols]` to int8 per group, interleaves column quads and notes where the groups' sums of products start;
+/// see `Input` and `IntTile` for the order.
 pub(crate) fn pack_int8(
     isa: Isa,
     rows: &[f32],
     cols: usize,
     words: &mut [i32],
     scales: &mut [f32],
-    half_totals: &mut [f32],
+    starts: &mut [f32],
 ) {
-    dispatch!(isa, avx2::pack_int8, scalar::pack_int8, (rows, cols, words, scales, half_totals))
+    dispatch!(isa, avx2::pack_int8, scalar::pack_int8, (rows, cols, words, scales, starts))
 }
 
 /// The two int16 of a word, the low half first.
@@ -51,7 +52,7 @@ fn scale_for(largest: f32, limit: f32) -> (f32, f32) {
 }
 
 mod scalar {
-    use super::{GROUP, join_pair, scale_for};
+    use super::{EXCESS, GROUP, join_pair, scale_for};
 
     pub(super) fn pack_float(rows: &[f32], cols: usize, out: &mut [f32]) {
         interleave(rows, cols, 0, out);
@@ -80,7 +81,7 @@ mod scalar {
         }
     }
 
-    pub(super) fn pack_int8(rows: &[f32], cols: usize, words: &mut [i32], scales: &mut [f32], half_totals: &mut [f32]) {
+    pub(super) fn pack_int8(rows: &[f32], cols: usize, words: &mut [i32], scales: &mut [f32], starts: &mut [f32]) {
         let m = rows.len() / cols;
         for (i, row) in rows.chunks_exact(cols).enumerate() {
             for (g, group) in row.chunks(GROUP).enumerate() {
@@ -89,7 +90,7 @@ mod scalar {
                 for (j, quad) in q.as_chunks::<4>().0.iter().enumerate() {
                     words[m * (g * GROUP / 4 + j) + i] = i32::from_le_bytes(quad.map(|q| q as u8));
                 }
-                half_totals[g * m + i] = f32::from(q.iter().sum::<i16>()) / 2.0;
+                starts[g * m + i] = -EXCESS * f32::from(q.iter().sum::<i16>());
             }
         }
     }
@@ -112,7 +113,7 @@ mod scalar {
 mod avx2 {
     use std::arch::x86_64::*;
 
-    use super::{GROUP, scale_for};
+    use super::{EXCESS, GROUP, scale_for};
     use crate::lanes::{load, magnitude, max_magnitude, store};
 
     /// Six rows eight columns at a time, else as the reference.
@@ -185,17 +186,17 @@ mod avx2 {
     }
 
     #[target_feature(enable = "avx2,fma,f16c")]
-    pub(super) fn pack_int8(rows: &[f32], cols: usize, words: &mut [i32], scales: &mut [f32], half_totals: &mut [f32]) {
+    pub(super) fn pack_int8(rows: &[f32], cols: usize, words: &mut [i32], scales: &mut [f32], starts: &mut [f32]) {
         let m = rows.len() / cols;
-        let scales = scales.chunks_exact_mut(m).zip(half_totals.chunks_exact_mut(m));
-        for (g, (words, (scales, half_totals))) in words.chunks_exact_mut(m * GROUP / 4).zip(scales).enumerate() {
+        let scales = scales.chunks_exact_mut(m).zip(starts.chunks_exact_mut(m));
+        for (g, (words, (scales, starts))) in words.chunks_exact_mut(m * GROUP / 4).zip(scales).enumerate() {
             let mut quads = [[_mm256_setzero_si256(); 1]; 6];
             for (i, quads) in quads[..m].iter_mut().enumerate() {
                 let q;
                 (q, scales[i]) = quantize(group(&rows[i * cols..(i + 1) * cols], g), 127.0);
                 let bytes = _mm256_packs_epi16(_mm256_packs_epi32(q[0], q[1]), _mm256_packs_epi32(q[2], q[3]));
                 *quads = [_mm256_permutevar8x32_epi32(bytes, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7))];
-                half_totals[i] = half_total(quads[0]);
+                starts[i] = -EXCESS * total(quads[0]);
             }
             store_words(&quads[..m], words);
         }
@@ -228,15 +229,15 @@ mod avx2 {
         }
     }
 
-    /// Half the sum of 32 int8.
+    /// The sum of 32 int8.
     #[inline]
     #[target_feature(enable = "avx2,fma,f16c")]
-    fn half_total(bytes: __m256i) -> f32 {
+    fn total(bytes: __m256i) -> f32 {
         let pairs = _mm256_maddubs_epi16(_mm256_set1_epi8(1), bytes);
         let quads = _mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
         let four = _mm_add_epi32(_mm256_castsi256_si128(quads), _mm256_extracti128_si256::<1>(quads));
         let two = _mm_add_epi32(four, _mm_unpackhi_epi64(four, four));
-        _mm_cvtsi128_si32(_mm_add_epi32(two, _mm_shuffle_epi32::<1>(two))) as f32 / 2.0
+        _mm_cvtsi128_si32(_mm_add_epi32(two, _mm_shuffle_epi32::<1>(two))) as f32
     }
 
     /// Up to 32 numbers as integers of at most `limit`, filled up with zeros, and their scale.
@@ -275,17 +276,17 @@ mod tests {
     use crate::guarded::{Guarded, noise};
     use crate::isa::witness::assert_entered;
 
-    /// One packed tile: words, the bits of the scales, half sums.
+    /// One packed tile: words, the bits of the scales, starts.
     fn packed(isa: Isa, x: &[f32], cols: usize, int8: bool) -> (Vec<i32>, Vec<u32>, Vec<f32>) {
         let groups = x.len() / cols * cols.div_ceil(GROUP);
-        let (mut scales, mut half_totals) = (vec![f32::NAN; groups], vec![0.5; groups]);
+        let (mut scales, mut starts) = (vec![f32::NAN; groups], vec![0.5; groups]);
         let mut words = vec![7; groups * if int8 { 8 } else { 16 }];
         if int8 {
-            pack_int8(isa, x, cols, &mut words, &mut scales, &mut half_totals);
+            pack_int8(isa, x, cols, &mut words, &mut scales, &mut starts);
         } else {
             pack_int16(isa, x, cols, &mut words, &mut scales);
         }
-        (words, scales.into_iter().map(f32::to_bits).collect(), half_totals)
+        (words, scales.into_iter().map(f32::to_bits).collect(), starts)
     }
 
     #[test]
@@ -309,12 +310,12 @@ mod tests {
     }
 
     #[test]
-    fn integers_are_the_nearest_and_the_half_totals_are_half_their_sums() {
+    fn integers_are_the_nearest_and_starts_fit_their_sums() {
         for isa in Isa::all() {
             let (cols, m) = (70, 3);
             let x = noise(m * cols, 2);
             for int8 in [false, true] {
-                let (words, scales, half_totals) = packed(isa, &x, cols, int8);
+                let (words, scales, starts) = packed(isa, &x, cols, int8);
                 for (i, row) in x.chunks(cols).enumerate() {
                     for (g, group) in row.chunks(GROUP).enumerate() {
                         let scale = f32::from_bits(scales[g * m + i]);
@@ -333,7 +334,7 @@ mod tests {
                             total += i32::from(q);
                         }
                         if int8 {
-                            assert_eq!(half_totals[g * m + i], total as f32 / 2.0);
+                            assert_eq!(starts[g * m + i], -EXCESS * total as f32);
                         }
                     }
                 }

@@ -162,7 +162,7 @@ fn linear_is_the_whole_product(rank: &Rank) {
         let weights = rank.linear(rank.matrix("linear", HIDDEN, INTERMEDIATE).slice(0..HIDDEN, own.clone()));
         let own_x = x.slice(ndarray::s![.., own]).as_standard_layout().into_owned();
         let (mut input, mut partial) = (Input::new(), Activations::default((0, 0)));
-        prepare(ctx, weights.input_kind(), &own_x, &mut input);
+        prepare(ctx, &weights, &own_x, &mut input);
         for overlap in [false, true] {
             let mut sum = Residual::default();
             *sum.start(overlap) = residual.clone();

@@ -24,8 +24,8 @@
 //!    next tile. A share: all of a part during its first tile is more than the few buffers between L1 and L2 take, and the tile
 //!    waits for memory (33 tokens with bf16 experts: 0.73 of the multiply-add rate instead of 0.87). Q8 and Q4 do ask for
 //!    all of it there: they are fewer bytes, and prefetches in each tile took 4 to 6 % of the speed of Q8.
-//! 5. With AVX-512 two panels meet two tiles at a time (`avx512`), and parts of both share the L1 cache; widened
-//!    they are 32 KiB, all there is on some processors, and still faster.
+//! 5. With AVX-512 two panels meet a tile or two at a time (`avx512`, `codes`), and parts of both share the L1 cache; widened floats
+//!    are 32 KiB, all there is on some processors, and still faster.
 //! 6. Products of many tokens with two matrices (gate and up) alternate between them panel by panel; `finish` combines
 //!    the sums.
 
@@ -43,11 +43,12 @@ use crate::swiglu::gated256;
 use std::arch::x86_64::*;
 
 mod avx512;
+mod codes;
 mod float;
 mod int;
 mod wide;
 
-use wide::{Part, Wide, bytes, floats, halves};
+use wide::{Part, Wide, bytes, floats, halves, size, start};
 
 /// Bytes by which the prefetch into the L1 cache runs ahead of weights that stream from memory.
 const AHEAD: usize = 2048;
@@ -59,12 +60,16 @@ const AHEAD: usize = 2048;
 /// it was the best on a Zen 5.
 const FARTHER: usize = 1024;
 
-/// Columns in a part: 1 KiB of a token, a multiple of the group.
-const fn depth(kind: InputKind) -> usize {
+/// Columns in a part of float weights and of integers, multiples of the group: 1 KiB of a token.
+const FLOATS: usize = 256;
+const INTS: usize = 512;
+
+/// Columns in a part. Those of Q4 are half as large as Q8's as long as they are not widened.
+fn depth(kind: InputKind, isa: Isa) -> usize {
     match kind {
-        InputKind::Float => 256,
-        InputKind::Int16 => 512,
-        InputKind::Int8 => 1024,
+        InputKind::Float => FLOATS,
+        InputKind::Int8 if !isa.has_avx512() => 2 * INTS,
+        InputKind::Int16 | InputKind::Int8 => INTS,
     }
 }
 
@@ -222,7 +227,7 @@ fn many<const N: usize>(
     block: &mut Block,
 ) {
     let Block { sums, wide } = block;
-    let (x, cols, depth) = (all.x, all.range.end, depth(all.x.kind()));
+    let (x, cols, depth) = (all.x, all.range.end, depth(all.x.kind(), all.isa));
     // Blocks of about the same size: a small last one would read all the weights for few tokens.
     let blocks = x.tiles().div_ceil(TILES);
     let block = x.tiles().div_ceil(blocks);
@@ -313,11 +318,17 @@ fn add_parts<const P: usize>(
     let share = size(parts[0]).div_ceil(tiles.len());
     let mut rooms = wide.iter_mut();
     let parts = parts.map(|part| rooms.next().expect("as many rooms as panels").widen(part, tiles.len(), x.isa));
-    // Tiles that AVX-512 takes: all whole ones.
+    // Tiles that AVX-512 takes: all of integers, and whole ones of floats.
     let mut done = 0;
     if x.isa.has_avx512() {
-        done = tiles.len() - usize::from(x.x.tile_tokens(tiles.end - 1).len() < Input::TILE);
         let ahead = Ahead { weights: next, share, activations: std::ptr::null() };
+        if let Part::Codes(_) = parts[0] {
+            #[cfg(test)]
+            crate::isa::witness::record("codes::add_tiles");
+            // SAFETY: the instruction set proves the target features.
+            return unsafe { codes::add_tiles(parts.map(wide::codes), x, tiles.start, sums, ahead) };
+        }
+        done = tiles.len() - usize::from(x.x.tile_tokens(tiles.end - 1).len() < Input::TILE);
         #[cfg(test)]
         crate::isa::witness::record("avx512::add_tiles");
         // SAFETY: the instruction set proves the target features.
@@ -358,7 +369,8 @@ fn add_tile<const P: usize, const M: usize, const SETS: usize, const STREAM: boo
     let float = || x.x.float_part(tile, &x.range).x;
     let int = || x.x.int_part(tile, &x.range);
     match parts[0] {
-        Part::WideQ8(groups) => int::add_wide::<M, STREAM>(groups, int(), &mut acc[0], either[0]),
+        Part::Pairs(groups) => int::add_wide::<M, STREAM>(groups, int(), &mut acc[0], either[0]),
+        Part::Codes(_) => unreachable!("AVX-512 takes all tiles of codes"),
         Part::Stored(PanelData::F32(_)) => {
             float::add_products::<float::F32, P, M, SETS, STREAM>(parts.map(floats), float(), acc, ahead);
         }
@@ -395,24 +407,6 @@ fn add_ints<const Q4: bool, const P: usize, const M: usize, const STREAM: bool>(
 fn prefetch_weights(line: *const u8) {
     prefetch::<_MM_HINT_T0>(line);
     prefetch::<_MM_HINT_T1>(line.wrapping_add(FARTHER));
-}
-
-/// Bytes of the weights.
-fn size(part: PanelData<'_>) -> usize {
-    match part {
-        PanelData::F32(part) => size_of_val(part),
-        PanelData::Bf16(part) | PanelData::F16(part) => size_of_val(part),
-        PanelData::Q8(part) | PanelData::Q4(part) => part.len(),
-    }
-}
-
-/// The address of the first weight.
-fn start(part: PanelData<'_>) -> *const u8 {
-    match part {
-        PanelData::F32(part) => part.as_ptr().cast(),
-        PanelData::Bf16(part) | PanelData::F16(part) => part.as_ptr().cast(),
-        PanelData::Q8(part) | PanelData::Q4(part) => part.as_ptr(),
-    }
 }
 
 /// The sums of the first `M` tokens of a tile, as those of one panel.

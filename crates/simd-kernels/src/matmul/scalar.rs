@@ -3,7 +3,7 @@
 use std::ops::Range;
 
 use super::Store;
-use crate::input::{FloatTile, Input, InputKind, IntTile};
+use crate::input::{EXCESS, FloatTile, Input, InputKind, IntTile};
 use crate::matrix::MatMut;
 use crate::pack::split_pair;
 use crate::panels::{
@@ -100,14 +100,14 @@ fn dot_q8(panel: &[u8], x: IntTile<'_>, token: usize) -> [f32; PANEL] {
 fn dot_q4(panel: &[u8], x: IntTile<'_>, token: usize) -> [f32; PANEL] {
     let mut sums = [0.0; PANEL];
     for (g, block) in panel.chunks_exact(Q4_BLOCK).enumerate() {
-        let (scale, half_total) = (x.scales[g * x.m + token], x.half_totals[g * x.m + token]);
+        let (scale, total) = (x.scales[g * x.m + token], x.starts[g * x.m + token] / -EXCESS);
         for (r, sum) in sums.iter_mut().enumerate() {
             let (row_scale, zero) = q4_scale(block, r);
             let products = (0..GROUP).map(|k| {
                 let quad = x.words[x.m * ((g * GROUP + k) / 4) + token].to_le_bytes();
                 i32::from(q4_at(block, k, r)) * i32::from(quad[k % 4] as i8)
             });
-            *sum += row_scale * scale * (products.sum::<i32>() as f32 - 2.0 * zero * half_total);
+            *sum += row_scale * scale * (products.sum::<i32>() as f32 - zero * total);
         }
     }
     sums

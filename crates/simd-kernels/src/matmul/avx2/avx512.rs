@@ -1,8 +1,8 @@
-//! Whole tiles of many tokens with AVX-512, whose registers hold the 16 rows of a panel.
+//! Whole tiles of many tokens with float weights and AVX-512, whose registers hold the 16 rows of a panel.
 //!
 //! ```text
 //! for each two tiles of six tokens:
-//!     for each column, or word of quantized columns:
+//!     for each column:
 //!         w0, w1 = its weights in two panels, of 16 rows each
 //!         for each token of the two: sum[token] += x[token] * w0, x[token] * w1
 //! ```
@@ -12,17 +12,15 @@
 //! 2. The terms of a sum come in the order of AVX2, and the sums are the same to the last bit.
 //! 3. bf16 becomes f32 by one shuffle, which also brings its rows in order, and takes a port of the multiply-adds on some processors:
 //!    where there are tiles enough, bf16 and f16 come widened (`wide`). On a Zen 4 1.05 times as fast with 516 tokens.
-//! 4. The registers have no room for totals besides the sums of a group of integers; as in AVX2 they live in memory.
 
 use std::arch::x86_64::*;
 
 use super::float::{Bf16, Column, F16, F32, Width};
-use super::int::load_bytes;
-use super::wide::{Part, bytes, floats, halves};
+use super::wide::{Part, floats, halves};
 use super::{Ahead, Columns, Tile};
-use crate::input::{Input, IntTile};
+use crate::input::Input;
 use crate::lanes::{LINE, load16, prefetch, store16};
-use crate::panels::{PANEL, PanelData, Q4_BLOCK, Q4_SCALE, Q8_BLOCK};
+use crate::panels::{PANEL, PanelData};
 
 /// Panels that meet a set of tiles together.
 pub(super) const PANELS: usize = 2;
@@ -62,21 +60,17 @@ pub(super) fn add_tiles<const P: usize>(
 /// The parts of P panels.
 ///
 /// These and the tiles are made by functions without target features. In one that has them, a closure that is passed on to `map` or
-/// `from_fn` has them too, which those have not, so that they may be called: once a group, such a call took a quarter of the time of Q4.
+/// `from_fn` has them too, which those have not, so that they may be called.
 #[derive(Clone, Copy)]
 enum Weights<'a, const P: usize> {
     F32([&'a [[f32; PANEL]]; P]),
     Bf16([&'a [[u16; PANEL]]; P]),
     F16([&'a [[u16; PANEL]]; P]),
-    Q8([&'a [u8]; P]),
-    Q4([&'a [u8]; P]),
 }
 
 impl<'a, const P: usize> Weights<'a, P> {
     fn of(parts: [Part<'a>; P]) -> Self {
         match parts[0] {
-            Part::Stored(PanelData::Q8(_)) => Weights::Q8(parts.map(bytes)),
-            Part::Stored(PanelData::Q4(_)) => Weights::Q4(parts.map(bytes)),
             Part::Stored(PanelData::Bf16(_)) => Weights::Bf16(parts.map(halves)),
             Part::Stored(PanelData::F16(_)) => Weights::F16(parts.map(halves)),
             _ => Weights::F32(parts.map(floats)),
@@ -103,8 +97,6 @@ impl<const P: usize> Set<'_, P> {
             Weights::F32(panels) => self.add_floats::<F32, T>(panels, sums, activations),
             Weights::Bf16(panels) => self.add_floats::<Bf16, T>(panels, sums, activations),
             Weights::F16(panels) => self.add_floats::<F16, T>(panels, sums, activations),
-            Weights::Q8(panels) => self.add_ints::<false, 16, T>(panels, sums, activations),
-            Weights::Q4(panels) => self.add_ints::<true, 8, T>(panels, sums, activations),
         }
     }
 
@@ -145,69 +137,6 @@ impl<const P: usize> Set<'_, P> {
         }
     }
 
-    #[inline]
-    #[target_feature(enable = "avx512bw,avx512vl,avx512vnni")]
-    fn add_ints<const Q4: bool, const WORDS: usize, const T: usize>(
-        &self,
-        panels: [&[u8]; P],
-        mut sums: [&mut [Tile; T]; P],
-        activations: [*const u8; T],
-    ) {
-        let x: [IntTile<'_>; T] = int_tiles(self.x, self.first);
-        let (words, scales, half_totals) = (x.map(words::<WORDS>), x.map(scales), x.map(half_totals));
-        let (size, groups) = (if Q4 { Q4_BLOCK } else { Q8_BLOCK }, words[0].len());
-        assert!(words.iter().all(|words| words.len() == groups), "tiles of a set have the same columns");
-        assert!(
-            panels.iter().all(|panel| panel.len() == groups * size),
-            "panels have the {groups} groups of activations"
-        );
-        let stride = (T * self.ahead.share).div_ceil((groups * WORDS / 2).max(1));
-        for g in 0..groups {
-            let mut blocks = [(&[0; 32], &[[0; 32]; WORDS]); P];
-            for (block, panel) in blocks.iter_mut().zip(panels) {
-                let (head, weights) =
-                    panel[g * size..][..size].split_first_chunk().expect("a block starts with its scales");
-                *block = (head, weights.as_chunks::<32>().0.first_chunk::<WORDS>().expect("a block has its words"));
-            }
-            let mut acc = [[[_mm512_setzero_si512(); Input::TILE]; T]; P];
-            for i in 0..WORDS {
-                if i % 2 == 0 {
-                    self.prefetch_weights((g * WORDS + i) / 2 * stride);
-                    for activations in activations {
-                        let word = (g * WORDS + i) * size_of::<[i32; Input::TILE]>();
-                        prefetch::<_MM_HINT_T0>(activations.wrapping_add(word));
-                    }
-                }
-                let mut w = [_mm512_setzero_si512(); P];
-                for (w, (_, weights)) in w.iter_mut().zip(blocks) {
-                    *w = widen_int::<Q4>(&weights[i]);
-                }
-                for t in 0..T {
-                    for (m, x) in words[t][g][i].iter().enumerate() {
-                        let x = _mm512_set1_epi32(*x);
-                        for (acc, w) in acc.iter_mut().zip(w) {
-                            let acc = &mut acc[t][m];
-                            *acc = if Q4 { _mm512_dpbusd_epi32(*acc, w, x) } else { _mm512_dpwssd_epi32(*acc, w, x) };
-                        }
-                    }
-                }
-            }
-            for ((acc, (head, _)), sums) in acc.iter().zip(blocks).zip(&mut sums) {
-                let (row_scales, zeros) = factors::<Q4>(head);
-                for (t, (acc, sums)) in acc.iter().zip(&mut **sums).enumerate() {
-                    for (m, (acc, sums)) in acc.iter().zip(sums).enumerate() {
-                        let mut sum = _mm512_cvtepi32_ps(*acc);
-                        if Q4 {
-                            sum = _mm512_fnmadd_ps(zeros, _mm512_set1_ps(half_totals[t][g][m]), sum);
-                        }
-                        let both = _mm512_mul_ps(row_scales, _mm512_set1_ps(scales[t][g][m]));
-                        store16(sums, _mm512_fmadd_ps(sum, both, load16(sums)));
-                    }
-                }
-            }
-        }
-    }
-
     /// Asks for the line at `byte` of the weights that are this set's to ask for.
     #[inline]
     #[target_feature(enable = "avx512bw,avx512vl,avx512vnni")]
@@ -223,26 +152,9 @@ fn float_tiles<'a, const T: usize>(x: &Columns<'a>, first: usize) -> [&'a [[f32;
     std::array::from_fn(|t| x.x.float_part(first + t, &x.range).x.as_chunks().0)
 }
 
-#[inline]
-fn int_tiles<'a, const T: usize>(x: &Columns<'a>, first: usize) -> [IntTile<'a>; T] {
-    std::array::from_fn(|t| x.x.int_part(first + t, &x.range))
-}
-
 /// The sums of T tiles from tile `done` on.
 fn some<'a, const P: usize, const T: usize>(sums: &'a mut [&mut [Tile]; P], done: usize) -> [&'a mut [Tile; T]; P] {
     sums.each_mut().map(|sums| sums[done..].first_chunk_mut().expect("as many tiles as the set has"))
-}
-
-fn words<const WORDS: usize>(x: IntTile<'_>) -> &[[[i32; Input::TILE]; WORDS]] {
-    x.words.as_chunks().0.as_chunks().0
-}
-
-fn scales(x: IntTile<'_>) -> &[[f32; Input::TILE]] {
-    x.scales.as_chunks().0
-}
-
-fn half_totals(x: IntTile<'_>) -> &[[f32; Input::TILE]] {
-    x.half_totals.as_chunks().0
 }
 
 #[inline]
@@ -265,19 +177,6 @@ fn step<C: Column, const P: usize, const T: usize>(
             }
         }
     }
-}
-
-/// The scales of a block's rows, and of Q4 their half steps from code 0 on.
-#[inline]
-#[target_feature(enable = "avx512bw,avx512vl,avx512vnni")]
-fn factors<const Q4: bool>(head: &[u8; 32]) -> (__m512, __m512) {
-    let head = load_bytes(head);
-    if !Q4 {
-        return (_mm512_cvtph_ps(head), _mm512_setzero_ps());
-    }
-    let scales = _mm256_and_si256(_mm256_srli_epi16::<1>(head), _mm256_set1_epi16(Q4_SCALE as i16));
-    let zeros = _mm256_add_epi16(_mm256_and_si256(head, _mm256_set1_epi16(15)), _mm256_set1_epi16(8));
-    (_mm512_cvtph_ps(scales), _mm512_cvtepi32_ps(_mm512_cvtepu16_epi32(zeros)))
 }
 
 /// The rows of a column in order.
@@ -314,18 +213,4 @@ fn widen<C: Column>(column: &[C::Bits; PANEL]) -> __m512 {
             Width::F16 => _mm512_cvtph_ps(_mm256_loadu_si256(start.cast())),
         }
     }
-}
-
-/// A packed word as int16 pairs (Q8) or unsigned bytes (Q4) of the 16 rows.
-#[inline]
-#[target_feature(enable = "avx512bw,avx512vl,avx512vnni")]
-fn widen_int<const Q4: bool>(word: &[u8; 32]) -> __m512i {
-    let packed = load_bytes(word);
-    if !Q4 {
-        return _mm512_cvtepi8_epi16(packed);
-    }
-    // Rows 8..16 are the upper nibbles.
-    let shifts = _mm512_inserti64x4::<1>(_mm512_setzero_si512(), _mm256_set1_epi32(4));
-    let nibbles = _mm512_srlv_epi32(_mm512_broadcast_i64x4(packed), shifts);
-    _mm512_and_si512(nibbles, _mm512_set1_epi8(15))
 }

@@ -5,7 +5,7 @@
 //!     for each word of the group (2 columns of int16 or 4 of int8):
 //!         w0, w1 = the weights of these columns, rows 0..8 and 8..16, one 32-bit lane a row
 //!         for each token m: sum[m] += dot(word[m], w)             in each lane
-//!     for each token m: acc[m] += (sum[m] - half steps of the row * half total of the token) * (scale of the row * scale of the token)
+//!     for each token m: acc[m] += (sum[m] - zero point of the row * total of the token) * (scale of the row * scale of the token)
 //! ```
 //!
 //! 1. Q8: `vpmaddwd` multiplies pairs of int16 and adds each two products in int32. 32 products of at most
@@ -13,7 +13,7 @@
 //! 2. Q4: `vpmaddubsw` multiplies unsigned nibbles by int8 and adds each two products in int16. All eight words of
 //!    a group are summed there: the largest sum of magnitudes is 8 * 2 * 15 * 127 < 2^15. One `vpmaddwd` with ones per group then
 //!    adds the halves in int32. From their sum the zero point of the row times the sum of the token's integers is
-//!    taken, as half steps times `IntTile::half_totals`, in f32 and exact: these are multiples of a half below 2^17.
+//!    taken, in f32 and exact: these are multiples of a half below 2^17.
 //! 3. With VNNI one instruction does the multiplication and the addition, for Q4 in int32 at once. The sums are
 //!    the same numbers.
 //! 4. The sums of a group take twelve registers for six tokens, so the f32 totals live in memory (L1) and are
@@ -23,7 +23,7 @@ use std::arch::x86_64::*;
 
 use super::prefetch_weights;
 use super::wide::WideGroup;
-use crate::input::IntTile;
+use crate::input::{EXCESS, IntTile};
 use crate::isa::Isa;
 use crate::lanes::{LINE, add_pairs, hold, load, prefetch, settle, store, vnni};
 use crate::panels::{PANEL, Q4_BLOCK, Q4_SCALE, Q8_BLOCK};
@@ -33,8 +33,12 @@ pub(super) const fn words_in_group(q4: bool) -> usize {
     if q4 { 8 } else { 16 }
 }
 
+/// The float whose last bit is worth half a step, and that in terms of starts.
+const MAGIC: f32 = 32_768.0;
+const _: () = assert!(MAGIC * f32::EPSILON == 0.5 / EXCESS);
+
 /// Bytes of a packed group.
-const fn block_bytes(q4: bool) -> usize {
+pub(super) const fn block_bytes(q4: bool) -> usize {
     if q4 { Q4_BLOCK } else { Q8_BLOCK }
 }
 
@@ -54,9 +58,9 @@ pub(super) fn add_products<const Q4: bool, const VNNI: u8, const P: usize, const
         let groups = panel.len() / size;
         assert!(groups == words.len(), "{groups} groups of weights, {} of activations", words.len());
     }
-    let (scales, mut totals) = (x.scales.as_chunks::<M>().0, x.half_totals.as_chunks::<M>().0.iter());
+    let (scales, mut starts) = (x.scales.as_chunks::<M>().0, x.starts.as_chunks::<M>().0.iter());
     for (group, (words, scales)) in words.zip(scales).enumerate() {
-        let totals = totals.next();
+        let starts = starts.next();
         for ((panel, acc), ahead) in panels.iter().zip(&mut *acc).zip(ahead) {
             let block = &panel[group * size..][..size];
             let (row_scales, weights) =
@@ -74,8 +78,8 @@ pub(super) fn add_products<const Q4: bool, const VNNI: u8, const P: usize, const
                 }
             }
             if Q4 {
-                let totals = totals.expect("int8 activations have sums");
-                add_scaled_q4::<VNNI, M>(&sums, row_scales, scales, totals, acc);
+                let starts = starts.expect("int8 activations have them");
+                add_scaled_q4::<VNNI, M>(&sums, row_scales, scales, starts, acc);
             } else {
                 add_scaled(&sums, widen_scales(row_scales), scales, acc);
             }
@@ -172,21 +176,25 @@ fn add_scaled_q4<const VNNI: u8, const M: usize>(
     sums: &[[__m256i; 2]; M],
     words: &[u8; 32],
     scales: &[f32; M],
-    half_totals: &[f32; M],
+    starts: &[f32; M],
     acc: &mut [[f32; PANEL]; M],
 ) {
     let words = load_bytes(words);
     let bits = _mm256_and_si256(_mm256_srli_epi16::<1>(words), _mm256_set1_epi16(Q4_SCALE as i16));
     let row_scales = halves(bits).map(|half| _mm256_cvtph_ps(half));
-    // Half steps from code 0 on.
-    let zeros = _mm256_add_epi16(_mm256_and_si256(words, _mm256_set1_epi16(15)), _mm256_set1_epi16(8));
-    let zeros = halves(zeros).map(|half| _mm256_cvtepi32_ps(_mm256_cvtepi16_epi32(half)));
-    for (((sums, scale), total), acc) in sums.iter().zip(scales).zip(half_totals).zip(acc) {
-        let (scale, total) = (_mm256_set1_ps(*scale), _mm256_set1_ps(*total));
+    // In half steps from code 0 on, and starts are multiples of the excess: as the last bits of a float that are worth as much.
+    let magic = _mm256_set1_ps(MAGIC);
+    let first = _mm256_add_epi32(_mm256_castps_si256(magic), _mm256_set1_epi32(8));
+    let zeros = halves(_mm256_and_si256(words, _mm256_set1_epi16(15))).map(|half| {
+        let bits = _mm256_add_epi32(_mm256_cvtepi16_epi32(half), first);
+        _mm256_sub_ps(_mm256_castsi256_ps(bits), magic)
+    });
+    for (((sums, scale), start), acc) in sums.iter().zip(scales).zip(starts).zip(acc) {
+        let (scale, start) = (_mm256_set1_ps(*scale), _mm256_set1_ps(*start));
         for (i, (sum, acc)) in sums.iter().zip(acc.as_chunks_mut().0).enumerate() {
             // Without VNNI the sums are two int16 in a lane.
             let sum = if VNNI == Isa::PLAIN { add_halves(*sum) } else { *sum };
-            let sum = _mm256_fnmadd_ps(zeros[i], total, _mm256_cvtepi32_ps(sum));
+            let sum = _mm256_fmadd_ps(zeros[i], start, _mm256_cvtepi32_ps(sum));
             store(acc, _mm256_fmadd_ps(sum, _mm256_mul_ps(row_scales[i], scale), load(acc)));
         }
     }

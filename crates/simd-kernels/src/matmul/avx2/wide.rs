@@ -4,20 +4,20 @@
 //! The two shuffles of Q8 take the port of the additions that plain AVX2 needs: 1.03 times; with VNNI there are none, and
 //! the stores cost more. The shuffles of bf16 and the two instructions of Q4 for twice as many products are in nobody's way. With
 //! AVX-512 the one shuffle of bf16 takes a port of the multiply-adds on some processors, and bf16 is widened, too.
+//! AVX-512 has Q8 and Q4 as `codes`, for however few tiles.
 
 use std::arch::x86_64::*;
 
-use super::depth;
 use super::float::{Bf16, Column, F16, widen};
-use super::int::{load_bytes, widen_q8, widen_scales, words_in_group};
-use crate::input::InputKind;
+use super::int::{block_bytes, load_bytes, widen_q8, widen_scales, words_in_group};
+use super::{FLOATS, INTS, codes};
 use crate::isa::Isa;
 use crate::lanes::store;
 use crate::panels::{GROUP, PANEL, PanelData, Q8_BLOCK};
 
 /// Columns of a part of f16, groups of a part of Q8, words of such a group.
-const COLUMNS: usize = depth(InputKind::Float);
-const GROUPS: usize = depth(InputKind::Int16) / GROUP;
+const COLUMNS: usize = FLOATS;
+const GROUPS: usize = INTS / GROUP;
 const WORDS: usize = words_in_group(false);
 
 /// Tiles from which on it pays to widen a part for all of them: six lose what later ones gain.
@@ -26,11 +26,12 @@ const MANY: usize = 12;
 /// The same for bf16 and f16 with AVX-512: two lose on a Zen 4.
 const SOME: usize = 4;
 
-/// A group of 32 columns of a Q8 panel.
+/// A group of 32 columns of a quantized panel.
 #[derive(Clone, Copy)]
 pub(super) struct WideGroup {
     pub scales: [f32; PANEL],
-    /// For each two columns the pairs of int16 of rows 0..8, then those of rows 8..16.
+    /// Of pairs, for each two columns the int16 of rows 0..8, then those of rows 8..16. Of codes, for each four columns their bytes, in half of
+    /// the words.
     pub words: [[[u8; 32]; 2]; WORDS],
 }
 
@@ -45,7 +46,28 @@ pub(super) struct Wide {
 #[derive(Clone, Copy)]
 pub(super) enum Part<'a> {
     Stored(PanelData<'a>),
-    WideQ8(&'a [WideGroup]),
+    /// Q8 as int16.
+    Pairs(&'a [WideGroup]),
+    /// Q8, or Q4 in half steps, without a sign: `EXCESS` above the weights.
+    Codes(&'a [WideGroup]),
+}
+
+/// Bytes of the weights.
+pub(super) fn size(part: PanelData<'_>) -> usize {
+    match part {
+        PanelData::F32(part) => size_of_val(part),
+        PanelData::Bf16(part) | PanelData::F16(part) => size_of_val(part),
+        PanelData::Q8(part) | PanelData::Q4(part) => part.len(),
+    }
+}
+
+/// The address of the first weight.
+pub(super) fn start(part: PanelData<'_>) -> *const u8 {
+    match part {
+        PanelData::F32(part) => part.as_ptr().cast(),
+        PanelData::Bf16(part) | PanelData::F16(part) => part.as_ptr().cast(),
+        PanelData::Q8(part) | PanelData::Q4(part) => part.as_ptr(),
+    }
 }
 
 pub(super) fn floats(part: Part<'_>) -> &[[f32; PANEL]] {
@@ -58,6 +80,11 @@ pub(super) fn halves(part: Part<'_>) -> &[[u16; PANEL]] {
         panic!("panels of one product have one format")
     };
     part.as_chunks().0
+}
+
+pub(super) fn codes(part: Part<'_>) -> &[WideGroup] {
+    let Part::Codes(groups) = part else { panic!("panels of one product have one format") };
+    groups
 }
 
 pub(super) fn bytes(part: Part<'_>) -> &[u8] {
@@ -77,26 +104,40 @@ impl Wide {
     #[target_feature(enable = "avx2,fma,f16c")]
     pub(super) fn widen<'a>(&'a mut self, part: PanelData<'a>, tiles: usize, isa: Isa) -> Part<'a> {
         match part {
-            PanelData::Q8(bytes) if tiles >= MANY && isa.vnni() == Isa::PLAIN => {
-                let blocks = bytes.chunks_exact(Q8_BLOCK);
-                let groups = &mut self.groups[..blocks.len()];
-                for (group, block) in groups.iter_mut().zip(blocks) {
-                    let (scales, words) = block.as_chunks().0.split_first().expect("a block starts with its scales");
-                    for (out, scales) in group.scales.as_chunks_mut().0.iter_mut().zip(widen_scales(scales)) {
-                        store(out, scales);
-                    }
-                    for (out, word) in group.words.iter_mut().zip(words) {
-                        for (out, pairs) in out.iter_mut().zip(widen_q8(load_bytes(word))) {
-                            store_bytes(out, pairs);
-                        }
-                    }
-                }
-                Part::WideQ8(groups)
-            }
+            PanelData::Q8(bytes) if isa.has_avx512() => Part::Codes(self.codes::<false>(bytes)),
+            PanelData::Q4(bytes) if isa.has_avx512() => Part::Codes(self.codes::<true>(bytes)),
+            PanelData::Q8(bytes) if tiles >= MANY && isa.vnni() == Isa::PLAIN => Part::Pairs(self.pairs(bytes)),
             PanelData::F16(halves) if tiles >= MANY || isa.has_avx512() && tiles >= SOME => self.floats::<F16>(halves),
             PanelData::Bf16(halves) if isa.has_avx512() && tiles >= SOME => self.floats::<Bf16>(halves),
             _ => Part::Stored(part),
         }
+    }
+
+    /// Groups of Q8 as int16.
+    #[target_feature(enable = "avx2,fma,f16c")]
+    fn pairs(&mut self, bytes: &[u8]) -> &[WideGroup] {
+        let blocks = bytes.chunks_exact(Q8_BLOCK);
+        let groups = &mut self.groups[..blocks.len()];
+        for (group, block) in groups.iter_mut().zip(blocks) {
+            let (scales, words) = block.as_chunks().0.split_first().expect("a block starts with its scales");
+            for (out, scales) in group.scales.as_chunks_mut().0.iter_mut().zip(widen_scales(scales)) {
+                store(out, scales);
+            }
+            for (out, word) in group.words.iter_mut().zip(words) {
+                for (out, pairs) in out.iter_mut().zip(widen_q8(load_bytes(word))) {
+                    store_bytes(out, pairs);
+                }
+            }
+        }
+        groups
+    }
+
+    /// Groups of Q8 or Q4 as codes.
+    fn codes<const Q4: bool>(&mut self, bytes: &[u8]) -> &[WideGroup] {
+        let groups = &mut self.groups[..bytes.len() / block_bytes(Q4)];
+        // SAFETY: called where the instruction set proves the target features.
+        unsafe { codes::widen::<Q4>(bytes, groups) };
+        groups
     }
 
     /// Columns in f32.
