@@ -45,7 +45,7 @@ impl InputMemory {
     }
 }
 
-/// The kind of machines without AVX-512, which take more for Q8: whoever plans need not sit at one that computes.
+/// The kind on machines like this one: with AVX-512 Q8 takes less.
 fn kind_of(format: WeightFormat, tokens: usize) -> InputKind {
     let data = match format {
         WeightFormat::F32 => PanelData::F32(&[]),
@@ -54,7 +54,7 @@ fn kind_of(format: WeightFormat, tokens: usize) -> InputKind {
         WeightFormat::Q8 => PanelData::Q8(&[]),
         WeightFormat::Q4 => PanelData::Q4(&[]),
     };
-    InputKind::of(Isa::scalar(), &data, tokens)
+    InputKind::of(Isa::all().last().unwrap_or(Isa::scalar()), &data, tokens)
 }
 
 /// A vector that has to grow to `bytes`: to twice its size at least.

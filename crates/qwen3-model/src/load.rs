@@ -52,7 +52,8 @@ impl Model {
         let own = match &loaded {
             Err(_) => [1, 0, 0],
             Ok(model) => {
-                // Experts are chosen on each rank, by sums that other kernels round otherwise. AVX-VNNI and AVX-512 round as AVX2 does.
+                // Experts are chosen on each rank, by sums that other kernels round otherwise. AVX-VNNI and AVX-512 round as AVX2 does, unless a
+                // router is quantized, which this project does to none.
                 let chooses = model.config.moe.is_some() && schedule != MlpSchedule::Local;
                 let isa = options.isa.without_avx512().to_string();
                 let isa = if chooses { isa.trim_end_matches("-vnni") } else { "" };

@@ -64,7 +64,7 @@ fn a_pass_allocates_what_is_planned() {
         for (ranks, nodes, chunk) in
             [(1, 1, 1024), (1, 1, 256), (2, 1, 1024), (2, 2, 512), (2, 2, 128), (3, 1, 128), (4, 2, 256)]
         {
-            for weights in [None, Some(WeightFormat::Q4)] {
+            for weights in [None, Some(WeightFormat::Q8), Some(WeightFormat::Q4)] {
                 let formats = WeightFormats::read(&config, &checkpoint, weights).unwrap();
                 let machine = Machine::typical(ranks, nodes, 1);
                 let planned = plan(&PlanInput {

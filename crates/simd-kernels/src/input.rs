@@ -7,7 +7,8 @@ use crate::pack::{pack_float, pack_int8, pack_int16};
 
 use crate::panels::{GROUP, PanelData};
 
-/// How much codes without a sign, which meet int8, are above weights: sums of products start from as much below zero.
+/// How much codes without a sign, which meet int8, are above weights: sums of products start as many times the total of the int8
+/// below zero.
 pub(crate) const EXCESS: f32 = 128.0;
 
 /// How activations are prepared; the weight format decides, and for Q8 what is fastest.

@@ -57,6 +57,26 @@ impl<'a> PanelData<'a> {
         }
     }
 
+    /// Bytes of the numbers.
+    #[cfg(target_arch = "x86_64")]
+    pub(crate) fn bytes(&self) -> usize {
+        match self {
+            PanelData::F32(data) => size_of_val(*data),
+            PanelData::Bf16(data) | PanelData::F16(data) => size_of_val(*data),
+            PanelData::Q8(data) | PanelData::Q4(data) => data.len(),
+        }
+    }
+
+    /// The address of the first number.
+    #[cfg(target_arch = "x86_64")]
+    pub(crate) fn start(&self) -> *const u8 {
+        match self {
+            PanelData::F32(data) => data.as_ptr().cast(),
+            PanelData::Bf16(data) | PanelData::F16(data) => data.as_ptr().cast(),
+            PanelData::Q8(data) | PanelData::Q4(data) => data.as_ptr(),
+        }
+    }
+
     pub(crate) fn name(&self) -> &'static str {
         match self {
             PanelData::F32(_) => "f32",

@@ -22,7 +22,7 @@
 //!    of 4 KiB apart, which would put all of them into the same few cache sets.
 //! 4. While a tile meets a part of float weights, its share of the part after it is prefetched, and the activations of the
 //!    next tile. A share: all of a part during its first tile is more than the few buffers between L1 and L2 take, and the tile
-//!    waits for memory (33 tokens with bf16 experts: 0.73 of the multiply-add rate instead of 0.87). Q8 and Q4 do ask for
+//!    waits for memory (33 tokens with bf16 experts: 0.73 of the multiply-add rate instead of 0.87). With AVX2, Q8 and Q4 do ask for
 //!    all of it there: they are fewer bytes, and prefetches in each tile took 4 to 6 % of the speed of Q8.
 //! 5. With AVX-512 two panels meet a tile or two at a time (`avx512`, `codes`), and parts of both share the L1 cache; widened floats
 //!    are 32 KiB, all there is on some processors, and still faster.
@@ -48,7 +48,7 @@ mod float;
 mod int;
 mod wide;
 
-use wide::{Part, Wide, bytes, floats, halves, size, start};
+use wide::{Part, Wide, bytes, floats, halves};
 
 /// Bytes by which the prefetch into the L1 cache runs ahead of weights that stream from memory.
 const AHEAD: usize = 2048;
@@ -60,7 +60,7 @@ const AHEAD: usize = 2048;
 /// it was the best on a Zen 5.
 const FARTHER: usize = 1024;
 
-/// Columns in a part of float weights and of integers, multiples of the group: 1 KiB of a token.
+/// Columns in a part of float weights and of integers, multiples of the group: 1 KiB of a token in f32 and in int16.
 const FLOATS: usize = 256;
 const INTS: usize = 512;
 
@@ -163,7 +163,7 @@ fn few<const N: usize, const M: usize, const SETS: usize>(
 ) {
     // Two panels of one matrix side by side are two streams, as those of two matrices are.
     let pairs = if N == 1 && M <= SIDE_BY_SIDE { panels.len() / 2 } else { 0 };
-    let neighbours = pairs > 0 && size(ws[0].part(panels.start, &x.range)) > FAR_APART;
+    let neighbours = pairs > 0 && ws[0].part(panels.start, &x.range).bytes() > FAR_APART;
     for i in 0..pairs {
         let pair = if neighbours { [2 * i, 2 * i + 1] } else { [i, i + pairs] };
         let acc = products::<2, M, SETS>(pair.map(|i| (ws[0], panels.start + i)), usize::from(neighbours), x);
@@ -197,13 +197,13 @@ fn products<const P: usize, const M: usize, const SETS: usize>(
     x: &Columns<'_>,
 ) -> [[[f32; PANEL]; M]; P] {
     let mut acc = [[[0.0; PANEL]; M]; P];
-    let (cols, panel) = (x.range.end, size(panels[0].0.part(panels[0].1, &x.range)).max(1));
+    let (cols, panel) = (x.range.end, panels[0].0.part(panels[0].1, &x.range).bytes().max(1));
     // From this column on the prefetch is in the panel that comes next.
     let turn = cols.saturating_sub(AHEAD * cols / panel) / GROUP * GROUP;
     for (range, skip) in [(0..turn, 0), (turn..cols, skip * panel)] {
         let columns = Columns { range, ..*x };
         let parts = panels.map(|(w, panel)| w.part(panel, &columns.range));
-        let ahead = parts.map(|part| start(part).wrapping_add(AHEAD + skip));
+        let ahead = parts.map(|part| part.start().wrapping_add(AHEAD + skip));
         let parts = parts.map(Part::Stored);
         if M <= SIDE_BY_SIDE {
             add_tile::<P, M, SETS, true>(parts, &columns, 0, &mut acc, Ahead::stream(ahead));
@@ -244,13 +244,13 @@ fn many<const N: usize>(
                 let part = |slot: usize| ws[slot % N].part(group.start + slot / N, &columns.range);
                 let count = group.len() * N;
                 let coming = |slot: usize| {
-                    let Some(more) = slot.checked_sub(count) else { return start(part(slot)) };
+                    let Some(more) = slot.checked_sub(count) else { return part(slot).start() };
                     let (panel, columns) = if columns.range.end < cols {
                         (group.start + more / N, columns.range.end..cols)
                     } else {
                         ((group.end + more / N).min(ws[0].count() - 1), 0..cols)
                     };
-                    start(ws[more % N].part(panel, &columns))
+                    ws[more % N].part(panel, &columns).start()
                 };
                 let together = if all.isa.has_avx512() { avx512::PANELS } else { 1 };
                 for (i, sums) in sums[..count].chunks_mut(together).enumerate() {
@@ -315,7 +315,7 @@ fn add_parts<const P: usize>(
     next: [*const u8; P],
     wide: &mut [Wide; avx512::PANELS],
 ) {
-    let share = size(parts[0]).div_ceil(tiles.len());
+    let share = parts[0].bytes().div_ceil(tiles.len());
     let mut rooms = wide.iter_mut();
     let parts = parts.map(|part| rooms.next().expect("as many rooms as panels").widen(part, tiles.len(), x.isa));
     // Tiles that AVX-512 takes: all of integers, and whole ones of floats.

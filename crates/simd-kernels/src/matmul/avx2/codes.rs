@@ -43,7 +43,7 @@ pub(super) fn add_tiles<const P: usize>(
         let after = if tile + 1 < tiles { first + tile + 1 } else { first };
         let weights = ahead.weights.map(|weights| weights.wrapping_add(tile * ahead.share));
         let ahead = Ahead { weights, share: ahead.share, activations: x.x.start(after, &x.range) };
-        let sums = one(&mut sums, tile);
+        let sums = sums.each_mut().map(|sums| &mut sums[tile]);
         match x.x.tile_tokens(first + tile).len() {
             1 => add_tile::<P, 1>(panels, x, first + tile, sums, ahead),
             2 => add_tile::<P, 2>(panels, x, first + tile, sums, ahead),
@@ -119,12 +119,6 @@ fn add_tile<const P: usize, const M: usize>(
     }
 }
 
-/// The sums of a tile. Without target features: where there are some, `map` may call its closure.
-#[inline]
-fn one<'a, const P: usize>(sums: &'a mut [&mut [Tile]; P], tile: usize) -> [&'a mut Tile; P] {
-    sums.each_mut().map(|sums| &mut sums[tile])
-}
-
 /// Groups of Q8 as codes, or of Q4 in half steps, of which there are -23..=22.
 #[target_feature(enable = "avx512bw,avx512vl,avx512vnni")]
 pub(super) fn widen<const Q4: bool>(bytes: &[u8], groups: &mut [WideGroup]) {
@@ -149,6 +143,7 @@ pub(super) fn widen<const Q4: bool>(bytes: &[u8], groups: &mut [WideGroup]) {
         let head = load_bytes(head);
         if Q4 {
             let scales = _mm256_and_si256(_mm256_srli_epi16::<1>(head), _mm256_set1_epi16(Q4_SCALE as i16));
+            // Exact: the scales are of half precision.
             store16(&mut group.scales, _mm512_mul_ps(_mm512_cvtph_ps(scales), _mm512_set1_ps(0.5)));
             // The excess less the zero point, which is 8 half steps and those of the word, in each byte of a row.
             let zeros = _mm512_cvtepu16_epi32(_mm256_and_si256(head, _mm256_set1_epi16(15)));

@@ -15,7 +15,7 @@ use crate::isa::Isa;
 use crate::lanes::store;
 use crate::panels::{GROUP, PANEL, PanelData, Q8_BLOCK};
 
-/// Columns of a part of f16, groups of a part of Q8, words of such a group.
+/// Columns of a part of floats, groups of a part of integers, words of such a group of Q8.
 const COLUMNS: usize = FLOATS;
 const GROUPS: usize = INTS / GROUP;
 const WORDS: usize = words_in_group(false);
@@ -52,24 +52,6 @@ pub(super) enum Part<'a> {
     Codes(&'a [WideGroup]),
 }
 
-/// Bytes of the weights.
-pub(super) fn size(part: PanelData<'_>) -> usize {
-    match part {
-        PanelData::F32(part) => size_of_val(part),
-        PanelData::Bf16(part) | PanelData::F16(part) => size_of_val(part),
-        PanelData::Q8(part) | PanelData::Q4(part) => part.len(),
-    }
-}
-
-/// The address of the first weight.
-pub(super) fn start(part: PanelData<'_>) -> *const u8 {
-    match part {
-        PanelData::F32(part) => part.as_ptr().cast(),
-        PanelData::Bf16(part) | PanelData::F16(part) => part.as_ptr().cast(),
-        PanelData::Q8(part) | PanelData::Q4(part) => part.as_ptr(),
-    }
-}
-
 pub(super) fn floats(part: Part<'_>) -> &[[f32; PANEL]] {
     let Part::Stored(PanelData::F32(part)) = part else { panic!("panels of one product have one format") };
     part.as_chunks().0
@@ -104,8 +86,13 @@ impl Wide {
     #[target_feature(enable = "avx2,fma,f16c")]
     pub(super) fn widen<'a>(&'a mut self, part: PanelData<'a>, tiles: usize, isa: Isa) -> Part<'a> {
         match part {
-            PanelData::Q8(bytes) if isa.has_avx512() => Part::Codes(self.codes::<false>(bytes)),
-            PanelData::Q4(bytes) if isa.has_avx512() => Part::Codes(self.codes::<true>(bytes)),
+            PanelData::Q8(bytes) | PanelData::Q4(bytes) if isa.has_avx512() => {
+                let q4 = matches!(part, PanelData::Q4(_));
+                let groups = &mut self.groups[..bytes.len() / block_bytes(q4)];
+                // SAFETY: the instruction set proves the target features.
+                unsafe { if q4 { codes::widen::<true>(bytes, groups) } else { codes::widen::<false>(bytes, groups) } };
+                Part::Codes(groups)
+            }
             PanelData::Q8(bytes) if tiles >= MANY && isa.vnni() == Isa::PLAIN => Part::Pairs(self.pairs(bytes)),
             PanelData::F16(halves) if tiles >= MANY || isa.has_avx512() && tiles >= SOME => self.floats::<F16>(halves),
             PanelData::Bf16(halves) if isa.has_avx512() && tiles >= SOME => self.floats::<Bf16>(halves),
@@ -129,14 +116,6 @@ impl Wide {
                 }
             }
         }
-        groups
-    }
-
-    /// Groups of Q8 or Q4 as codes.
-    fn codes<const Q4: bool>(&mut self, bytes: &[u8]) -> &[WideGroup] {
-        let groups = &mut self.groups[..bytes.len() / block_bytes(Q4)];
-        // SAFETY: called where the instruction set proves the target features.
-        unsafe { codes::widen::<Q4>(bytes, groups) };
         groups
     }
 
