@@ -16,7 +16,7 @@
 //!    4 KiB page, and with two streams the other one goes on meanwhile: on a Sapphire Rapids 1.17 times as fast as one
 //!    stream. Large panels farther apart, in the two halves of the matrix, were slower than neighbours, small ones faster.
 //! 2. For many, a part of a panel (8 to 18 KiB; `wide`) stays in the L1 cache while the tiles pass it, and the same part of
-//!    all tiles (512 KiB) stays in the L2 cache while four panels pass. One panel at a time, activations would stream
+//!    all tiles (at most 512 KiB) stays in the L2 cache while four panels pass. One panel at a time, activations would stream
 //!    from L3 at 17 GB/s for one core.
 //! 3. The sums of a panel are kept next to each other and written to `out` once: rows of `out` are often a multiple
 //!    of 4 KiB apart, which would put all of them into the same few cache sets.
