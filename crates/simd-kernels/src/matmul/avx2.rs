@@ -11,10 +11,7 @@
 //!                                             finish acc into out
 //! ```
 //!
-//! 1. For few tokens memory is the limit. Two neighbouring panels, or a panel of gate and one of up, are read side by side,
-//!    and prefetches run ahead in both, on into the panels that come next. The processor's own prefetchers stop at each
-//!    4 KiB page, and with two streams the other one goes on meanwhile: on a Sapphire Rapids 1.17 times as fast as one
-//!    stream. Large panels farther apart, in the two halves of the matrix, were slower than neighbours, small ones faster.
+//! 1. For few tokens memory is the limit. Two panels, or one of gate and one of up, are read side by side (`few`).
 //! 2. For many, a part of a panel (8 to 18 KiB; `wide`) stays in the L1 cache while the tiles pass it, and the same part of
 //!    all tiles (at most 512 KiB) stays in the L2 cache while four panels pass. One panel at a time, activations would stream
 //!    from L3 at 17 GB/s for one core.
@@ -35,30 +32,22 @@ use std::ops::Range;
 use super::Store;
 use crate::input::{Input, InputKind, IntTile};
 use crate::isa::Isa;
-use crate::lanes::{load, prefetch, store};
+use crate::lanes::{load, store};
 use crate::matrix::MatMut;
-use crate::panels::{GROUP, PANEL, PanelData, Panels};
+use crate::panels::{PANEL, PanelData, Panels};
 use crate::swiglu::gated256;
 
 use std::arch::x86_64::*;
 
 mod avx512;
 mod codes;
+mod few;
 mod float;
 mod int;
 mod wide;
 
+use few::few;
 use wide::{Part, Wide, bytes, floats, halves};
-
-/// Bytes by which the prefetch into the L1 cache runs ahead of weights that stream from memory.
-const AHEAD: usize = 2048;
-
-/// Bytes by which a prefetch into the L2 cache runs ahead of that.
-///
-/// Without it, or with more than 2 KiB, a core of a Sapphire Rapids, which gets 20 GB/s, reads two bf16 streams 5 % slower.
-/// A single prefetch 6 KiB ahead into the L1 cache, whose few buffers then wait for memory, takes 30 % there; with one stream
-/// it was the best on a Zen 5.
-const FARTHER: usize = 1024;
 
 /// Columns in a part of float weights and of integers, multiples of the group: 1 KiB of a token in f32 and in int16.
 const FLOATS: usize = 256;
@@ -151,70 +140,6 @@ struct Columns<'a> {
     x: &'a Input,
     range: Range<usize>,
     isa: Isa,
-}
-
-#[target_feature(enable = "avx2,fma,f16c")]
-fn few<const N: usize, const M: usize, const SETS: usize>(
-    ws: [Panels<'_>; N],
-    panels: Range<usize>,
-    x: &Columns<'_>,
-    mut out: MatMut<'_>,
-    finish: Finish,
-) {
-    // Two panels of one matrix side by side are two streams, as those of two matrices are.
-    let pairs = if N == 1 && M <= SIDE_BY_SIDE { panels.len() / 2 } else { 0 };
-    let neighbours = pairs > 0 && ws[0].part(panels.start, &x.range).bytes() > FAR_APART;
-    for i in 0..pairs {
-        let pair = if neighbours { [2 * i, 2 * i + 1] } else { [i, i + pairs] };
-        let acc = products::<2, M, SETS>(pair.map(|i| (ws[0], panels.start + i)), usize::from(neighbours), x);
-        for (i, acc) in pair.into_iter().zip(&acc) {
-            for (m, acc) in acc.iter().enumerate() {
-                finish_row(finish, [acc], out.row_mut(m), i * PANEL);
-            }
-        }
-    }
-    for i in 2 * pairs..panels.len() {
-        let acc = products::<N, M, SETS>(ws.map(|w| (w, panels.start + i)), 0, x);
-        for m in 0..M {
-            finish_row(finish, acc.each_ref().map(|acc| &acc[m]), out.row_mut(m), i * PANEL);
-        }
-    }
-}
-
-/// Bytes of a panel up to which the two that are read side by side come from the two halves of the range, each a stream without
-/// turns: Q4 of 1024 columns, 9 KiB, is read at 37 GB/s so, and at 33 as neighbours; bf16, 32 KiB, at 36.5 and 37.5.
-const FAR_APART: usize = 20 << 10;
-
-/// Tokens up to which the registers hold the sums of two panels.
-const SIDE_BY_SIDE: usize = 3;
-
-/// The products of whole panels with the one tile there is. Next comes, for each, the panel after it but `skip`.
-#[inline]
-#[target_feature(enable = "avx2,fma,f16c")]
-fn products<const P: usize, const M: usize, const SETS: usize>(
-    panels: [(Panels<'_>, usize); P],
-    skip: usize,
-    x: &Columns<'_>,
-) -> [[[f32; PANEL]; M]; P] {
-    let mut acc = [[[0.0; PANEL]; M]; P];
-    let (cols, panel) = (x.range.end, panels[0].0.part(panels[0].1, &x.range).bytes().max(1));
-    // From this column on the prefetch is in the panel that comes next.
-    let turn = cols.saturating_sub(AHEAD * cols / panel) / GROUP * GROUP;
-    for (range, skip) in [(0..turn, 0), (turn..cols, skip * panel)] {
-        let columns = Columns { range, ..*x };
-        let parts = panels.map(|(w, panel)| w.part(panel, &columns.range));
-        let ahead = parts.map(|part| part.start().wrapping_add(AHEAD + skip));
-        let parts = parts.map(Part::Stored);
-        if M <= SIDE_BY_SIDE {
-            add_tile::<P, M, SETS, true>(parts, &columns, 0, &mut acc, Ahead::stream(ahead));
-        } else {
-            for ((part, acc), ahead) in parts.into_iter().zip(&mut acc).zip(ahead) {
-                let ahead = Ahead::stream([ahead]);
-                add_tile::<1, M, SETS, true>([part], &columns, 0, std::array::from_mut(acc), ahead);
-            }
-        }
-    }
-    acc
 }
 
 #[target_feature(enable = "avx2,fma,f16c")]
@@ -399,14 +324,6 @@ fn add_ints<const Q4: bool, const P: usize, const M: usize, const STREAM: bool>(
         Isa::AVX512_VNNI => int::add_products::<Q4, { Isa::AVX512_VNNI }, P, M, STREAM>(panels, x, acc, ahead),
         _ => int::add_products::<Q4, { Isa::PLAIN }, P, M, STREAM>(panels, x, acc, ahead),
     }
-}
-
-/// Asks for a line of weights that is soon needed, and for one that is needed later.
-#[inline]
-#[target_feature(enable = "avx2,fma,f16c")]
-fn prefetch_weights(line: *const u8) {
-    prefetch::<_MM_HINT_T0>(line);
-    prefetch::<_MM_HINT_T1>(line.wrapping_add(FARTHER));
 }
 
 /// The sums of the first `M` tokens of a tile, as those of one panel.

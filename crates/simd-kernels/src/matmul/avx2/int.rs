@@ -21,7 +21,7 @@
 
 use std::arch::x86_64::*;
 
-use super::prefetch_weights;
+use super::few::prefetch_weights;
 use super::wide::WideGroup;
 use crate::input::{EXCESS, IntTile};
 use crate::isa::Isa;
@@ -76,6 +76,10 @@ pub(super) fn add_products<const Q4: bool, const VNNI: u8, const P: usize, const
                 for (weights, word) in weights.iter().zip(words) {
                     add_word::<Q4, VNNI, M>(widen::<Q4>(weights), word, &mut sums);
                 }
+            }
+            if WEIGHTS {
+                // Blocks are half a line more than their words.
+                prefetch_weights(ahead.wrapping_add(group * next + size / LINE * LINE));
             }
             if Q4 {
                 let starts = starts.expect("int8 activations have them");
