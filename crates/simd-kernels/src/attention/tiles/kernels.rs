@@ -12,18 +12,19 @@ pub(super) const PANEL_ROWS: usize = 6;
 /// Elements of a loop that go together.
 const UNROLL: usize = 4;
 
-/// Bytes by which a stream from memory is asked for: into the L1 cache, and earlier into the L2 cache. The hardware's
-/// prefetchers alone stop at each turn from keys to values.
-///
-/// Measured on two cores of a Sapphire Rapids, f16, two query heads: one prefetch into L1 8 to 16 KiB ahead 34 GB/s, 6 KiB ahead
-/// 35, these two 39, which is what a plain read gets; 1 to 4 KiB with 5 to 7 KiB are alike.
-const AHEAD: usize = 3 << 10;
-const FARTHER: usize = 6 << 10;
-
 /// A stored number that becomes f32 on the way to the registers.
 pub(super) trait Element: Plain {
     /// Whether the numbers are codes, to be multiplied by the scale of their position and group of 32.
     const SCALED: bool;
+
+    /// Bytes by which a stream from memory is asked for, into the L1 cache and earlier into the L2 cache. The hardware's
+    /// prefetchers alone stop at each turn from keys to values.
+    ///
+    /// Measured with two query heads. f16 on two cores of a Sapphire Rapids: one prefetch into L1 8 to 16 KiB ahead 34 GB/s, 6 KiB ahead
+    /// 35, 1 to 4 KiB with 5 to 7 KiB 39, which is what a plain read gets. On a Zen 4, microseconds for 4096 positions of a KV head: f16
+    /// 103 with 3 and 6 KiB, 102 with 4 and 7, 95 with 1 and 6, 84 with 1 and 7; codes 82 with 3 and 6, 82 with 4 and 5, 100 with 1 and 7;
+    /// f32 202, 183 and 211.
+    const AHEAD: [usize; 2];
 
     /// Sixteen numbers as f32.
     ///
@@ -34,6 +35,7 @@ pub(super) trait Element: Plain {
 
 impl Element for f32 {
     const SCALED: bool = false;
+    const AHEAD: [usize; 2] = [4 << 10, 5 << 10];
 
     #[inline(always)]
     unsafe fn widen(x: &[f32; BLOCK]) -> [__m256; 2] {
@@ -44,6 +46,7 @@ impl Element for f32 {
 
 impl Element for u16 {
     const SCALED: bool = false;
+    const AHEAD: [usize; 2] = [1 << 10, 7 << 10];
 
     #[inline(always)]
     unsafe fn widen(x: &[u16; BLOCK]) -> [__m256; 2] {
@@ -58,6 +61,7 @@ impl Element for u16 {
 
 impl Element for i8 {
     const SCALED: bool = true;
+    const AHEAD: [usize; 2] = [4 << 10, 5 << 10];
 
     #[inline(always)]
     unsafe fn widen(x: &[i8; BLOCK]) -> [__m256; 2] {
@@ -84,14 +88,14 @@ fn total<const R: usize, const S: usize>(sums: &Sums<R, S>, row: usize) -> [__m2
     total
 }
 
-/// Asks for the lines [`AHEAD`] of the `index`-th of some numbers, once per line.
+/// Asks for the lines [`AHEAD`](Element::AHEAD) of the `index`-th of some numbers, once per line.
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c")]
-fn prefetch_stream<T: Plain>(x: &[T; BLOCK], index: usize) {
+fn prefetch_stream<T: Element>(x: &[T; BLOCK], index: usize) {
     if (index * size_of::<[T; BLOCK]>()).is_multiple_of(LINE) {
         let line = x.as_ptr().cast::<u8>();
-        prefetch::<_MM_HINT_T0>(line.wrapping_add(AHEAD));
-        prefetch::<_MM_HINT_T1>(line.wrapping_add(FARTHER));
+        prefetch::<_MM_HINT_T0>(line.wrapping_add(T::AHEAD[0]));
+        prefetch::<_MM_HINT_T1>(line.wrapping_add(T::AHEAD[1]));
     }
 }
 
