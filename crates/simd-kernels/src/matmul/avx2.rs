@@ -32,7 +32,7 @@ use std::ops::Range;
 use super::Store;
 use crate::input::{Input, InputKind, IntTile};
 use crate::isa::Isa;
-use crate::lanes::{load, store};
+use crate::lanes::{load, prefetch, store};
 use crate::matrix::MatMut;
 use crate::panels::{PANEL, PanelData, Panels};
 use crate::swiglu::gated256;
@@ -48,6 +48,13 @@ mod wide;
 
 use few::few;
 use wide::{Part, Wide, bytes, floats, halves};
+
+/// Bytes by which a prefetch into the L2 cache runs ahead of the one into L1.
+///
+/// Without it, or with more than 2 KiB, a core of a Sapphire Rapids, which gets 20 GB/s, reads two bf16 streams 5 % slower.
+/// A single prefetch 6 KiB ahead into the L1 cache, whose few buffers then wait for memory, takes 30 % there; with one stream
+/// it was the best on a Zen 5.
+const FARTHER: usize = 1024;
 
 /// Columns in a part of float weights and of integers, multiples of the group: 1 KiB of a token in f32 and in int16.
 const FLOATS: usize = 256;
@@ -324,6 +331,14 @@ fn add_ints<const Q4: bool, const P: usize, const M: usize, const STREAM: bool>(
         Isa::AVX512_VNNI => int::add_products::<Q4, { Isa::AVX512_VNNI }, P, M, STREAM>(panels, x, acc, ahead),
         _ => int::add_products::<Q4, { Isa::PLAIN }, P, M, STREAM>(panels, x, acc, ahead),
     }
+}
+
+/// Asks for a line of weights that is soon needed, and for one that is needed later.
+#[inline]
+#[target_feature(enable = "avx2,fma,f16c")]
+fn prefetch_weights(line: *const u8) {
+    prefetch::<_MM_HINT_T0>(line);
+    prefetch::<_MM_HINT_T1>(line.wrapping_add(FARTHER));
 }
 
 /// The sums of the first `M` tokens of a tile, as those of one panel.

@@ -234,7 +234,7 @@ fn every_number_of_columns() {
                 check_matmul(format, 20, cols, tokens, 0..2);
             }
         }
-        // Two pairs of panels and one left over: large ones, which pair with their neighbours.
+        // Two pairs of panels and one left over: large ones, which pair with their neighbours on some processors (`avx2::few`).
         check_matmul(format, 75, 1300, 1, 0..5);
     }
     assert_entered("avx2::matmul");

@@ -17,13 +17,17 @@ pub(super) trait Element: Plain {
     /// Whether the numbers are codes, to be multiplied by the scale of their position and group of 32.
     const SCALED: bool;
 
-    /// Bytes by which a stream from memory is asked for, into the L1 cache and earlier into the L2 cache. The hardware's
+    /// Bytes by which a stream from memory is asked for ahead of its use, into the L1 cache and earlier into the L2 cache. The hardware's
     /// prefetchers alone stop at each turn from keys to values.
     ///
-    /// Measured with two query heads. f16 on two cores of a Sapphire Rapids: one prefetch into L1 8 to 16 KiB ahead 34 GB/s, 6 KiB ahead
-    /// 35, 1 to 4 KiB with 5 to 7 KiB 39, which is what a plain read gets. On a Zen 4, microseconds for 4096 positions of a KV head: f16
-    /// 103 with 3 and 6 KiB, 102 with 4 and 7, 95 with 1 and 6, 84 with 1 and 7; codes 82 with 3 and 6, 82 with 4 and 5, 100 with 1 and 7;
-    /// f32 202, 183 and 211.
+    /// Measured with two query heads. On two cores of a Sapphire Rapids f16 only: one prefetch into L1 8 to 16 KiB ahead 34 GB/s, 6 KiB ahead
+    /// 35, 1 to 4 KiB with 5 to 7 KiB 39, which is what a plain read gets. On a Zen 4, microseconds for 4096 positions of a KV head:
+    ///
+    /// | KiB | 3, 6 | 4, 5 | 4, 7 | 1, 6 | 1, 7 |
+    /// |---|---|---|---|---|---|
+    /// | f16 | 103 | 98 | 103 | 95 | 84 |
+    /// | codes | 82 | 82 | 81 | 104 | 100 |
+    /// | f32 | 202 | 183 | 194 | 218 | 211 |
     const AHEAD: [usize; 2];
 
     /// Sixteen numbers as f32.

@@ -9,28 +9,30 @@ use std::sync::OnceLock;
 
 use super::wide::Part;
 use super::{Ahead, Columns, Finish, add_tile, finish_row};
-use crate::lanes::prefetch;
 use crate::matrix::MatMut;
 use crate::panels::{GROUP, PANEL, Panels};
 
-/// How a processor likes to read two panels of one matrix; the bits of the products are the same.
+/// How a processor likes to read weights. The bits of the products are the same, since all put their sums together at [`TURN`].
 ///
 /// On a Sapphire Rapids neighbours of 32 KiB (bf16 of 1024 columns) were read at 37.5 GB/s and panels from the two halves of the range at
-/// 36.5; of 9 KiB (Q4), which turn to the next pair so often and lose the last of the early prefetch each time, at 33 and 37. On a Zen 4
-/// the halves and a quarter of the distance are faster for all sizes. The products of a decoded token of Qwen3-0.6B, calls in turns, GB/s of a core,
-/// with one thread and with two: bf16 24.7 -> 29.2 and 25.8 -> 30.5, Q8 25.2 -> 25.8 and 23.9 -> 24.8, Q4 25.6 -> 28.3 and 22.3 -> 24.3; where the memory
-/// gives two cores no more than one of them gets alone, 17.0 -> 17.6, 17.6 -> 17.8 and 17.5 -> 17.8. From 768 bytes on bf16 and Q4 lose most of that.
+/// 36.5; of 9 KiB (Q4), which turn to the next pair so often and lose the last of the early prefetch each time, at 33 and 37.
+///
+/// On a Zen 4 the halves and a quarter of the distance are faster for all sizes. GB/s of a core in the products of a decoded token of
+/// Qwen3-0.6B, the two ways in turns, with one thread and with two: bf16 24.7 -> 29.2 and 25.8 -> 30.5, Q8 25.2 -> 25.8 and
+/// 23.9 -> 24.8, Q4 25.6 -> 28.3 and 22.3 -> 24.3; where two cores get no more than one of them gets alone, 17.0 -> 17.6, 17.6 -> 17.8 and
+/// 17.5 -> 17.8. At 768 bytes bf16 and Q4 lose most of that. Other processors of AMD were not measured so.
 #[derive(Clone, Copy)]
 struct Reading {
-    /// Bytes by which the prefetch into the L1 cache runs ahead.
+    /// Bytes by which the prefetch into the L1 cache runs ahead: those of [`TURN`] where panels can be neighbours.
     ahead: usize,
-    /// Bytes of a panel from which on the two are neighbours; smaller ones come from the two halves of the range.
-    neighbours_from: usize,
+    /// Bytes of a panel above which the two that are read side by side are neighbours; smaller ones come from the two halves of the range,
+    /// each a stream without turns.
+    neighbours_above: usize,
 }
 
 impl Reading {
-    const AMD: Reading = Reading { ahead: 512, neighbours_from: usize::MAX };
-    const OTHERS: Reading = Reading { ahead: TURN, neighbours_from: 20 << 10 };
+    const AMD: Reading = Reading { ahead: 512, neighbours_above: usize::MAX };
+    const OTHERS: Reading = Reading { ahead: TURN, neighbours_above: 20 << 10 };
 
     /// What this processor likes.
     fn here() -> Reading {
@@ -39,7 +41,7 @@ impl Reading {
         *HERE.get_or_init(|| {
             // Older compilers declare the intrinsic unsafe.
             #[allow(unused_unsafe)]
-            // SAFETY: a processor with AVX2 has the instruction.
+            // SAFETY: all x86-64 processors have the instruction.
             let maker = unsafe { __cpuid(0) };
             let maker = [maker.ebx, maker.edx, maker.ecx].map(u32::to_le_bytes);
             if maker.as_flattened() == b"AuthenticAMD" { Reading::AMD } else { Reading::OTHERS }
@@ -50,13 +52,6 @@ impl Reading {
 /// Bytes before the end of a panel from which on the prefetch of neighbours is in the next pair. The sums of a panel are put together there on
 /// all processors, for ranks of different makers to get the same bits.
 const TURN: usize = 2048;
-
-/// Bytes by which a prefetch into the L2 cache runs ahead of the one into L1.
-///
-/// Without it, or with more than 2 KiB, a core of a Sapphire Rapids, which gets 20 GB/s, reads two bf16 streams 5 % slower.
-/// A single prefetch 6 KiB ahead into the L1 cache, whose few buffers then wait for memory, takes 30 % there; with one stream
-/// it was the best on a Zen 5.
-const FARTHER: usize = 1024;
 
 /// Tokens up to which the registers hold the sums of two panels.
 const SIDE_BY_SIDE: usize = 3;
@@ -85,7 +80,8 @@ fn read<const N: usize, const M: usize, const SETS: usize>(
 ) {
     // Two panels of one matrix side by side are two streams, as those of two matrices are.
     let pairs = if N == 1 && M <= SIDE_BY_SIDE { panels.len() / 2 } else { 0 };
-    let neighbours = pairs > 0 && ws[0].part(panels.start, &x.range).bytes() >= reading.neighbours_from;
+    let neighbours = pairs > 0 && ws[0].part(panels.start, &x.range).bytes() > reading.neighbours_above;
+    debug_assert!(!neighbours || reading.ahead == TURN, "the prefetch of neighbours turns elsewhere");
     for i in 0..pairs {
         let pair = if neighbours { [2 * i, 2 * i + 1] } else { [i, i + pairs] };
         let streams = pair.map(|i| (ws[0], panels.start + i));
@@ -133,14 +129,6 @@ fn products<const P: usize, const M: usize, const SETS: usize>(
     acc
 }
 
-/// Asks for a line of weights that is soon needed, and for one that is needed later.
-#[inline]
-#[target_feature(enable = "avx2,fma,f16c")]
-pub(super) fn prefetch_weights(line: *const u8) {
-    prefetch::<_MM_HINT_T0>(line);
-    prefetch::<_MM_HINT_T1>(line.wrapping_add(FARTHER));
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -150,29 +138,38 @@ mod tests {
     use crate::matmul::Store;
     use crate::panels::PanelData;
 
+    /// The bits of the products of `M` tokens, read in each way.
+    fn bits<const M: usize, const SETS: usize>(w: Panels<'_>, panels: Range<usize>, isa: Isa) -> [Vec<u32>; 2] {
+        let (rows, cols) = (panels.len() * PANEL, w.cols());
+        let mut input = Input::new();
+        input.prepare(isa, InputKind::Float, &noise(M * cols, 2), M, cols);
+        let x = Columns { x: &input, range: 0..cols, isa };
+        [Reading::AMD, Reading::OTHERS].map(|reading| {
+            let mut out = vec![f32::NAN; M * rows];
+            let (place, finish) = (MatMut::new(&mut out, M, rows, rows), Finish::Store(Store::Set));
+            // SAFETY: the instruction set proves the target features.
+            unsafe { read::<1, M, SETS>([w], panels.clone(), &x, place, finish, reading) };
+            assert!(out.iter().all(|sum| sum.is_finite()), "a sum was not written");
+            out.into_iter().map(f32::to_bits).collect()
+        })
+    }
+
     #[test]
     fn all_ways_to_read_give_the_same_bits() {
         let Some(isa) = Isa::avx2() else { return eprintln!("not tested: this CPU has no AVX2") };
         // Panels of the first are neighbours for one of the two, those of the second for none.
         for cols in [700, 50] {
-            let weights = noise(7 * PANEL * cols, 1);
-            let w = Panels::new(PanelData::F32(&weights), 7 * PANEL, cols);
-            let mut input = Input::new();
-            input.prepare(isa, InputKind::Float, &noise(2 * cols, 2), 2, cols);
-            let x = Columns { x: &input, range: 0..cols, isa };
-            for panels in [0..7, 1..7] {
-                let rows = panels.len() * PANEL;
-                let [amd, others] = [Reading::AMD, Reading::OTHERS].map(|reading| {
-                    let mut out = vec![f32::NAN; 2 * rows];
-                    let finish = Finish::Store(Store::Set);
-                    // SAFETY: the instruction set proves the target features.
-                    unsafe {
-                        read::<1, 2, 1>([w], panels.clone(), &x, MatMut::new(&mut out, 2, rows, rows), finish, reading)
-                    };
-                    out.into_iter().map(f32::to_bits).collect::<Vec<u32>>()
-                });
-                assert_eq!(amd, others, "{cols} columns, panels {panels:?}");
-                assert!(!amd.contains(&f32::NAN.to_bits()), "a sum was not written");
+            let floats = noise(7 * PANEL * cols, 1);
+            let halves: Vec<u16> = floats.iter().map(|x| (x.to_bits() >> 16) as u16).collect();
+            for data in [PanelData::F32(&floats), PanelData::Bf16(&halves)] {
+                let w = Panels::new(data, 7 * PANEL, cols);
+                for panels in [0..7, 1..7] {
+                    let what = format!("{}, {cols} columns, panels {panels:?}", data.name());
+                    let [amd, others] = bits::<1, 2>(w, panels.clone(), isa);
+                    assert_eq!(amd, others, "{what}, one token");
+                    let [amd, others] = bits::<2, 1>(w, panels, isa);
+                    assert_eq!(amd, others, "{what}, two tokens");
+                }
             }
         }
     }

@@ -24,8 +24,7 @@
 use std::arch::x86_64::*;
 use std::sync::atomic::{Ordering, compiler_fence};
 
-use super::Ahead;
-use super::few::prefetch_weights;
+use super::{Ahead, prefetch_weights};
 use crate::lanes::{LINE, load, prefetch, store};
 use crate::panels::PANEL;
 

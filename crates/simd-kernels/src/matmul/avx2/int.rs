@@ -21,7 +21,7 @@
 
 use std::arch::x86_64::*;
 
-use super::few::prefetch_weights;
+use super::prefetch_weights;
 use super::wide::WideGroup;
 use crate::input::{EXCESS, IntTile};
 use crate::isa::Isa;
@@ -78,7 +78,7 @@ pub(super) fn add_products<const Q4: bool, const VNNI: u8, const P: usize, const
                 }
             }
             if WEIGHTS {
-                // Blocks are half a line more than their words.
+                // A block is half a line longer than its weights: else every second one leaves out a line.
                 prefetch_weights(ahead.wrapping_add(group * next + size / LINE * LINE));
             }
             if Q4 {
