@@ -12,7 +12,7 @@ use crate::traffic::column_machines;
 /// Bytes of an f32.
 const F32: usize = size_of::<f32>();
 /// Bytes that the kernels of a thread keep for sums and widened weights (`simd-kernels/src/matmul/avx2.rs`).
-const KERNELS: usize = 195 << 10;
+const KERNELS: usize = 324 << 10;
 
 /// Bytes that `rank` allocates for the prompt's longest pass, beside weights and cache, without what MPI keeps of messages.
 pub(crate) fn activation_bytes(input: &PlanInput<'_>, division: Division, rank: usize) -> usize {

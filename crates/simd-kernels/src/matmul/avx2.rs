@@ -21,7 +21,7 @@
 //!    next tile. A share: all of a part during its first tile is more than the few buffers between L1 and L2 take, and the tile
 //!    waits for memory (33 tokens with bf16 experts: 0.73 of the multiply-add rate instead of 0.87). With AVX2, Q8 and Q4 do ask for
 //!    all of it there: they are fewer bytes, and prefetches in each tile took 4 to 6 % of the speed of Q8.
-//! 5. With AVX-512 two panels meet a tile or two at a time (`avx512`, `codes`), and parts of both share the L1 cache; widened floats
+//! 5. With AVX-512 some panels meet a tile together (`avx512`, `codes`), and parts of all of them share the L1 cache; widened floats
 //!    are 32 KiB, all there is on some processors, and still faster.
 //! 6. Products of many tokens with two matrices (gate and up) alternate between them panel by panel; `finish` combines
 //!    the sums.
@@ -92,17 +92,24 @@ type Tile = [[f32; PANEL]; Input::TILE];
 struct Block {
     /// The sums of its tiles with some panels.
     sums: [[Tile; TILES]; SLOTS],
-    wide: [Wide; avx512::PANELS],
+    scratch: Scratch,
+}
+
+/// What the products with some parts of panels need.
+struct Scratch {
+    /// Sums of a part that are not complete.
+    kept: [[Tile; TILES]; avx512::PANELS],
+    wide: Wide,
 }
 
 thread_local! {
     /// Kept between calls.
     static BLOCK: RefCell<Box<Block>> = RefCell::new(Box::new(Block {
         sums: [[[[0.0; PANEL]; Input::TILE]; TILES]; SLOTS],
-        wide: [const { Wide::new() }; avx512::PANELS],
+        scratch: Scratch { kept: [[[[0.0; PANEL]; Input::TILE]; TILES]; avx512::PANELS], wide: Wide::new() },
     }));
 }
-const _: () = assert!(size_of::<Block>() == 195 << 10, "plans of memory count on it");
+const _: () = assert!(size_of::<Block>() == 324 << 10, "plans of memory count on it");
 
 #[target_feature(enable = "avx2,fma,f16c")]
 pub(super) fn matmul(w: Panels<'_>, panels: Range<usize>, x: &Input, out: MatMut<'_>, store: Store, isa: Isa) {
@@ -158,49 +165,47 @@ fn many<const N: usize>(
     finish: Finish,
     block: &mut Block,
 ) {
-    let Block { sums, wide } = block;
+    let Block { sums, scratch } = block;
     let (x, cols, depth) = (all.x, all.range.end, depth(all.x.kind(), all.isa));
     // Blocks of about the same size: a small last one would read all the weights for few tokens.
     let blocks = x.tiles().div_ceil(TILES);
     let block = x.tiles().div_ceil(blocks);
+    let together = match x.kind() {
+        _ if !all.isa.has_avx512() => 1,
+        InputKind::Float => avx512::PANELS,
+        InputKind::Int16 | InputKind::Int8 => codes::PANELS,
+    };
     for first in (0..x.tiles()).step_by(block) {
         let tiles = first..(first + block).min(x.tiles());
         for group in panels.clone().step_by(SLOTS / N) {
             let group = group..(group + SLOTS / N).min(panels.end);
-            for sums in &mut sums[..group.len() * N] {
+            let sums = &mut sums[..group.len() * N];
+            for sums in &mut *sums {
                 sums[..tiles.len()].fill([[0.0; PANEL]; Input::TILE]);
             }
             for column in (0..cols).step_by(depth) {
                 let columns = Columns { range: column..(column + depth).min(cols), ..all };
-                // The parts in the order of use: panel by panel, the matrices in turn.
-                let part = |slot: usize| ws[slot % N].part(group.start + slot / N, &columns.range);
-                let count = group.len() * N;
-                let coming = |slot: usize| {
-                    let Some(more) = slot.checked_sub(count) else { return part(slot).start() };
-                    let (panel, columns) = if columns.range.end < cols {
-                        (group.start + more / N, columns.range.end..cols)
-                    } else {
-                        ((group.end + more / N).min(ws[0].count() - 1), 0..cols)
-                    };
-                    ws[more % N].part(panel, &columns).start()
-                };
-                let together = if all.isa.has_avx512() { avx512::PANELS } else { 1 };
-                for (i, sums) in sums[..count].chunks_mut(together).enumerate() {
-                    let (slot, after) = (i * together, i * together + sums.len());
-                    match sums {
-                        [a, b] => {
-                            let sums = [a, b].map(|sums| &mut sums[..tiles.len()]);
-                            let (parts, next) = ([part(slot), part(slot + 1)], [coming(after), coming(after + 1)]);
-                            add_parts(parts, &columns, tiles.clone(), sums, next, wide);
-                        }
-                        _ => {
-                            let sums = &mut sums[0][..tiles.len()];
-                            add_parts([part(slot)], &columns, tiles.clone(), [sums], [coming(after)], wide);
-                        }
+                let slots = Slots { ws, panels: group.clone(), columns: columns.range.clone() };
+                for (i, sums) in sums.chunks_mut(together).enumerate() {
+                    let slot = i * together;
+                    match sums.len() {
+                        1 => add_parts::<N, 1>(&slots, slot, &columns, tiles.clone(), sums, scratch),
+                        2 => add_parts::<N, 2>(&slots, slot, &columns, tiles.clone(), sums, scratch),
+                        3 => add_parts::<N, 3>(&slots, slot, &columns, tiles.clone(), sums, scratch),
+                        _ => add_parts::<N, 4>(&slots, slot, &columns, tiles.clone(), sums, scratch),
                     }
                 }
             }
             for tile in tiles.clone() {
+                // Rows are pages apart: without it a tile waits for each of the next one's.
+                if tile + 1 < tiles.end {
+                    for token in x.tile_tokens(tile + 1) {
+                        let out = &out.row_mut(token)[(group.start - panels.start) * PANEL..];
+                        for line in out.chunks(PANEL).take(group.len()) {
+                            prefetch::<_MM_HINT_T0>(line.as_ptr().cast());
+                        }
+                    }
+                }
                 for (m, token) in x.tile_tokens(tile).enumerate() {
                     let out = out.row_mut(token);
                     for (i, panel) in group.clone().enumerate() {
@@ -237,35 +242,81 @@ impl<const P: usize> Ahead<P> {
     }
 }
 
-/// Adds the products of panel parts with each tile to `sums`, and prefetches as many of those that come `next`.
+/// The parts of some panels in the order of use: panel by panel, the matrices in turn.
+struct Slots<'a, const N: usize> {
+    ws: [Panels<'a>; N],
+    panels: Range<usize>,
+    columns: Range<usize>,
+}
+
+impl<'a, const N: usize> Slots<'a, N> {
+    fn part(&self, slot: usize, columns: &Range<usize>) -> PanelData<'a> {
+        self.ws[slot % N].part(self.panels.start + slot / N, columns)
+    }
+
+    /// Where the part of a slot starts; past the last one, where that starts which comes then.
+    fn start(&self, slot: usize) -> *const u8 {
+        let Some(more) = slot.checked_sub(self.panels.len() * N) else { return self.part(slot, &self.columns).start() };
+        let (w, cols) = (self.ws[more % N], self.ws[0].cols());
+        if self.columns.end < cols {
+            w.part(self.panels.start + more / N, &(self.columns.end..cols)).start()
+        } else {
+            w.part((self.panels.end + more / N).min(w.count() - 1), &(0..cols)).start()
+        }
+    }
+}
+
+/// Adds the products of the parts of P slots with each tile to `sums`, and prefetches as many of those that come next.
 #[target_feature(enable = "avx2,fma,f16c")]
-fn add_parts<const P: usize>(
-    parts: [PanelData<'_>; P],
+fn add_parts<const N: usize, const P: usize>(
+    slots: &Slots<'_, N>,
+    slot: usize,
     x: &Columns<'_>,
     tiles: Range<usize>,
-    mut sums: [&mut [Tile]; P],
-    next: [*const u8; P],
-    wide: &mut [Wide; avx512::PANELS],
+    sums: &mut [[Tile; TILES]],
+    scratch: &mut Scratch,
 ) {
+    let Scratch { kept, wide } = scratch;
+    let mut sums =
+        sums.first_chunk_mut::<P>().expect("as many sums as slots").each_mut().map(|sums| &mut sums[..tiles.len()]);
+    let parts: [_; P] = std::array::from_fn(|p| slots.part(slot + p, &x.range));
+    let next: [_; P] = std::array::from_fn(|p| slots.start(slot + P + p));
     let share = parts[0].bytes().div_ceil(tiles.len());
-    let mut rooms = wide.iter_mut();
-    let parts = parts.map(|part| rooms.next().expect("as many rooms as panels").widen(part, tiles.len(), x.isa));
     // Tiles that AVX-512 takes: all of integers, and whole ones of floats.
     let mut done = 0;
     if x.isa.has_avx512() {
-        let ahead = Ahead { weights: next, share, activations: std::ptr::null() };
-        if let Part::Codes(_) = parts[0] {
+        if x.x.kind() != InputKind::Float {
             #[cfg(test)]
             crate::isa::witness::record("codes::add_tiles");
+            let panels = wide.widen(parts, tiles.len(), x.isa).map(wide::codes);
+            let ahead = Ahead { weights: next, share, activations: std::ptr::null() };
             // SAFETY: the instruction set proves the target features.
-            return unsafe { codes::add_tiles(parts.map(wide::codes), x, tiles.start, sums, ahead) };
+            return unsafe { codes::add_tiles(panels, x, tiles.start, sums, ahead) };
         }
         done = tiles.len() - usize::from(x.x.tile_tokens(tiles.end - 1).len() < Input::TILE);
         #[cfg(test)]
         crate::isa::witness::record("avx512::add_tiles");
-        // SAFETY: the instruction set proves the target features.
-        unsafe { avx512::add_tiles(parts, x, tiles.start, sums.each_mut().map(|sums| &mut sums[..done]), ahead) };
+        let depth = if tiles.len() < wide::SOME { FLOATS } else { avx512::HALF };
+        let halves = x.range.len().div_ceil(depth);
+        let share = share.div_ceil(halves);
+        for half in 0..halves {
+            let start = x.range.start + half * depth;
+            let columns = Columns { range: start..(start + depth).min(x.range.end), ..*x };
+            let parts: [_; P] = std::array::from_fn(|p| slots.part(slot + p, &columns.range));
+            let parts = wide.widen(parts, tiles.len(), x.isa);
+            let weights = next.map(|next| next.wrapping_add(half * tiles.len() * share));
+            let ahead = Ahead { weights, share, activations: std::ptr::null() };
+            let place = avx512::Place { goes_on: half > 0, ends: half + 1 == halves };
+            let totals = sums.each_mut().map(|sums| &mut sums[..done]);
+            let kept = kept.first_chunk_mut::<P>().expect("as many as panels").each_mut().map(|kept| &mut kept[..done]);
+            // SAFETY: the instruction set proves the target features.
+            unsafe { avx512::add_tiles(parts, &columns, tiles.start, place, kept, totals, ahead) };
+        }
+        if done == tiles.len() {
+            return;
+        }
     }
+    let parts = if done > 0 { parts.map(Part::Stored) } else { wide.widen(parts, tiles.len(), x.isa) };
     for ((part, sums), next) in parts.into_iter().zip(sums).zip(next) {
         for (i, (tile, sums)) in tiles.clone().zip(sums).enumerate().skip(done) {
             let after = if tile + 1 < tiles.end { tile + 1 } else { tiles.start };

@@ -1,58 +1,91 @@
 //! Whole tiles of many tokens with float weights and AVX-512, whose registers hold the 16 rows of a panel.
 //!
 //! ```text
-//! for each two tiles of six tokens:
-//!     for each column:
-//!         w0, w1 = its weights in two panels, of 16 rows each
-//!         for each token of the two: sum[token] += x[token] * w0, x[token] * w1
+//! for each half of the columns of a part:
+//!     for each tile of six tokens:
+//!         for each column of the half:
+//!             w0..w3 = its weights in four panels, of 16 rows each
+//!             for each token of the tile: sum[token] += x[token] * w0..w3
 //! ```
 //!
-//! 1. Two panels and two tiles make 24 sums of the 32 registers. One panel with four tiles has as many, but broadcasts an
-//!    activation for each multiply-add instead of one for two: on an Emerald Rapids 0.7 times as fast with bf16.
-//! 2. The terms of a sum come in the order of AVX2, and the sums are the same to the last bit.
+//! 1. Four panels and a tile make 24 sums of the 32 registers, with ten loads a column. Two panels and two tiles make as many with
+//!    fourteen, and twice as many activations come from the L2 cache: where something else runs on the core, which leaves half of its
+//!    front end and caches, an Emerald Rapids was 1.25 times as fast with four panels, else 1.05 times.
+//! 2. Widened weights of four panels fit into the L1 cache for half as many columns as AVX2 has in a part. The terms of a sum come in
+//!    the order of AVX2, and the sums are the same to the last bit: those of the first half are kept and go on in the second.
 //! 3. bf16 becomes f32 by one shuffle, which also brings its rows in order, and takes a port of the multiply-adds on some processors:
-//!    where there are tiles enough, bf16 and f16 come widened (`wide`). On a Zen 4 1.05 times as fast with 516 tokens.
+//!    where there are tiles enough, bf16 and f16 come widened (`wide`). With 66 tokens 1.18 times as fast on an Emerald Rapids, with 516
+//!    1.05 times on a Zen 4.
 
 use std::arch::x86_64::*;
 
 use super::float::{Bf16, Column, F16, F32, Width};
 use super::wide::{Part, floats, halves};
-use super::{Ahead, Columns, Tile};
+use super::{Ahead, Columns, FLOATS, Tile};
 use crate::input::Input;
 use crate::lanes::{LINE, load16, prefetch, store16};
 use crate::panels::{PANEL, PanelData};
 
-/// Panels that meet a set of tiles together.
-pub(super) const PANELS: usize = 2;
+/// Panels that meet a tile together.
+pub(super) const PANELS: usize = 4;
 
-/// Tiles of a set.
-const TILES: usize = 2;
+/// Columns that stay in the L1 cache together.
+pub(super) const HALF: usize = FLOATS / 2;
 
 /// Columns of floats that go together.
-const STEP: usize = 4;
+const STEP: usize = 8;
 
-/// Adds the products of panel parts with whole tiles from `first` on to the `sums` of each, and prefetches the share of the
-/// weights `ahead` that each tile has, and the activations of the tiles after it.
+/// What becomes of the products with some columns of a part.
+#[derive(Clone, Copy)]
+pub(super) struct Place {
+    /// Whether they go on from the sums that are kept.
+    pub goes_on: bool,
+    /// Whether the part ends with them and its sums are added to the totals; else they are kept.
+    pub ends: bool,
+}
+
+/// Multiplies panel parts with whole tiles from `first` on, keeps the sums of each in `kept` or adds them to `totals`, and prefetches the
+/// share of the weights `ahead` that each tile has, and the activations of the tile after it.
 #[target_feature(enable = "avx512bw,avx512vl,avx512vnni")]
 pub(super) fn add_tiles<const P: usize>(
     parts: [Part<'_>; P],
     x: &Columns<'_>,
     first: usize,
-    mut sums: [&mut [Tile]; P],
+    place: Place,
+    mut kept: [&mut [Tile]; P],
+    mut totals: [&mut [Tile]; P],
     ahead: Ahead<P>,
 ) {
     let weights = Weights::of(parts);
-    let tiles = sums[0].len();
-    for done in (0..tiles).step_by(TILES) {
-        let next = (done + TILES).min(tiles);
-        // The last set is followed by the first one, with other weights.
-        let after = if next < tiles { next } else { 0 };
-        let start = |i: usize| x.x.start(first + (after + i).min(tiles - 1), &x.range);
-        let set = Set { weights, x, first: first + done, done, ahead };
-        if next - done == TILES {
-            set.add::<TILES>(some(&mut sums, done), [start(0), start(1)]);
-        } else {
-            set.add::<1>(some(&mut sums, done), [start(0)]);
+    let tiles = totals[0].len();
+    for tile in 0..tiles {
+        // The last tile is followed by the first one, with other weights.
+        let after = if tile + 1 < tiles { first + tile + 1 } else { first };
+        let next = ahead.weights.map(|weights| weights.wrapping_add(tile * ahead.share));
+        let ahead = Ahead { weights: next, share: ahead.share, activations: x.x.start(after, &x.range) };
+        let kept = kept.each_mut().map(|kept| &mut kept[tile]);
+        let mut acc = [[_mm512_setzero_ps(); Input::TILE]; P];
+        if place.goes_on {
+            for (acc, kept) in acc.iter_mut().zip(&kept) {
+                for (acc, kept) in acc.iter_mut().zip(kept.iter()) {
+                    *acc = load16(kept);
+                }
+            }
+        }
+        let x = x.x.float_part(first + tile, &x.range).x.as_chunks().0;
+        match weights {
+            Weights::F32(panels) => add_columns::<F32, P>(panels, x, &mut acc, ahead),
+            Weights::Bf16(panels) => add_columns::<Bf16, P>(panels, x, &mut acc, ahead),
+            Weights::F16(panels) => add_columns::<F16, P>(panels, x, &mut acc, ahead),
+        }
+        for ((acc, kept), totals) in acc.iter().zip(kept).zip(&mut totals) {
+            for ((acc, kept), total) in acc.iter().zip(kept).zip(&mut totals[tile]) {
+                if place.ends {
+                    store16(total, _mm512_add_ps(load16(total), *acc));
+                } else {
+                    store16(kept, *acc);
+                }
+            }
         }
     }
 }
@@ -78,103 +111,59 @@ impl<'a, const P: usize> Weights<'a, P> {
     }
 }
 
-/// Some tiles that meet parts of panels.
-struct Set<'a, const P: usize> {
-    weights: Weights<'a, P>,
-    x: &'a Columns<'a>,
-    first: usize,
-    /// Tiles before the first one.
-    done: usize,
-    ahead: Ahead<P>,
-}
-
-impl<const P: usize> Set<'_, P> {
-    /// Adds the products of T tiles, and asks for as many `activations` of each of T other ones.
-    #[inline]
-    #[target_feature(enable = "avx512bw,avx512vl,avx512vnni")]
-    fn add<const T: usize>(&self, sums: [&mut [Tile; T]; P], activations: [*const u8; T]) {
-        match self.weights {
-            Weights::F32(panels) => self.add_floats::<F32, T>(panels, sums, activations),
-            Weights::Bf16(panels) => self.add_floats::<Bf16, T>(panels, sums, activations),
-            Weights::F16(panels) => self.add_floats::<F16, T>(panels, sums, activations),
-        }
-    }
-
-    #[inline]
-    #[target_feature(enable = "avx512bw,avx512vl,avx512vnni")]
-    fn add_floats<C: Column, const T: usize>(
-        &self,
-        panels: [&[[C::Bits; PANEL]]; P],
-        sums: [&mut [Tile; T]; P],
-        activations: [*const u8; T],
-    ) {
-        let x: [_; T] = float_tiles(self.x, self.first);
-        let columns = x[0].len();
-        assert!(x.iter().all(|x| x.len() == columns), "tiles of a set have the same columns");
-        assert!(panels.iter().all(|panel| panel.len() == columns), "panels have the {columns} columns of activations");
-        let rounds = columns / STEP;
-        let stride = (T * self.ahead.share).div_ceil(rounds.max(1));
-        let mut acc = [[[_mm512_setzero_ps(); Input::TILE]; T]; P];
-        for round in 0..rounds {
-            self.prefetch_weights(round * stride);
-            let bytes = STEP * size_of::<[f32; Input::TILE]>();
-            for activations in activations {
-                for line in (0..bytes).step_by(LINE) {
-                    prefetch::<_MM_HINT_T0>(activations.wrapping_add(round * bytes + line));
-                }
-            }
-            for column in STEP * round..STEP * (round + 1) {
-                step::<C, P, T>(&panels, &x, column, &mut acc);
-            }
-        }
-        for column in STEP * rounds..columns {
-            step::<C, P, T>(&panels, &x, column, &mut acc);
-        }
-        for (acc, sums) in acc.iter().zip(sums) {
-            for (acc, sums) in acc.as_flattened().iter().zip(sums.as_flattened_mut()) {
-                store16(sums, _mm512_add_ps(load16(sums), *acc));
-            }
-        }
-    }
-
-    /// Asks for the line at `byte` of the weights that are this set's to ask for.
-    #[inline]
-    #[target_feature(enable = "avx512bw,avx512vl,avx512vnni")]
-    fn prefetch_weights(&self, byte: usize) {
-        for weights in self.ahead.weights {
-            prefetch::<_MM_HINT_T1>(weights.wrapping_add(self.done * self.ahead.share + byte));
-        }
-    }
-}
-
-#[inline]
-fn float_tiles<'a, const T: usize>(x: &Columns<'a>, first: usize) -> [&'a [[f32; Input::TILE]]; T] {
-    std::array::from_fn(|t| x.x.float_part(first + t, &x.range).x.as_chunks().0)
-}
-
-/// The sums of T tiles from tile `done` on.
-fn some<'a, const P: usize, const T: usize>(sums: &'a mut [&mut [Tile]; P], done: usize) -> [&'a mut [Tile; T]; P] {
-    sums.each_mut().map(|sums| sums[done..].first_chunk_mut().expect("as many tiles as the set has"))
-}
-
+/// `acc[p][m] += Σ_k panels[p][k] x[k][m]`.
 #[inline]
 #[target_feature(enable = "avx512bw,avx512vl,avx512vnni")]
-fn step<C: Column, const P: usize, const T: usize>(
-    panels: &[&[[C::Bits; PANEL]]; P],
-    x: &[&[[f32; Input::TILE]]; T],
-    column: usize,
-    acc: &mut [[[__m512; Input::TILE]; T]; P],
+fn add_columns<C: Column, const P: usize>(
+    panels: [&[[C::Bits; PANEL]]; P],
+    x: &[[f32; Input::TILE]],
+    acc: &mut [[__m512; Input::TILE]; P],
+    ahead: Ahead<P>,
 ) {
-    let mut w = [_mm512_setzero_ps(); P];
-    for (w, panel) in w.iter_mut().zip(panels) {
-        *w = widen::<C>(&panel[column]);
-    }
-    for (t, x) in x.iter().enumerate() {
-        for (m, x) in x[column].iter().enumerate() {
-            let x = _mm512_set1_ps(*x);
-            for (acc, w) in acc.iter_mut().zip(w) {
-                acc[t][m] = _mm512_fmadd_ps(x, w, acc[t][m]);
+    assert!(panels.iter().all(|panel| panel.len() == x.len()), "panels have the {} columns of activations", x.len());
+    let (rounds, rest) = x.as_chunks::<STEP>();
+    let stride = ahead.stride(rounds.len());
+    for (round, x) in rounds.iter().enumerate() {
+        for line in (round * stride..(round + 1) * stride).step_by(LINE) {
+            for weights in ahead.weights {
+                prefetch::<_MM_HINT_T1>(weights.wrapping_add(line));
             }
+        }
+        for line in (0..size_of_val(x)).step_by(LINE) {
+            prefetch::<_MM_HINT_T0>(ahead.activations.wrapping_add(round * size_of_val(x) + line));
+        }
+        let columns = columns_of(panels, round);
+        for (k, x) in x.iter().enumerate() {
+            let mut w = [_mm512_setzero_ps(); P];
+            for (w, columns) in w.iter_mut().zip(columns) {
+                *w = widen::<C>(&columns[k]);
+            }
+            step(w, x, acc);
+        }
+    }
+    for (i, x) in rest.iter().enumerate() {
+        let mut w = [_mm512_setzero_ps(); P];
+        for (w, panel) in w.iter_mut().zip(panels) {
+            *w = widen::<C>(&panel[rounds.len() * STEP + i]);
+        }
+        step(w, x, acc);
+    }
+}
+
+/// The columns of a round.
+#[inline]
+fn columns_of<B, const P: usize>(panels: [&[[B; PANEL]]; P], round: usize) -> [&[[B; PANEL]; STEP]; P] {
+    panels.map(|panel| &panel.as_chunks().0[round])
+}
+
+/// `acc[p][m] += x[m] * w[p]`.
+#[inline]
+#[target_feature(enable = "avx512bw,avx512vl,avx512vnni")]
+fn step<const P: usize>(w: [__m512; P], x: &[f32; Input::TILE], acc: &mut [[__m512; Input::TILE]; P]) {
+    for (m, x) in x.iter().enumerate() {
+        let x = _mm512_set1_ps(*x);
+        for (acc, w) in acc.iter_mut().zip(w) {
+            acc[m] = _mm512_fmadd_ps(x, w, acc[m]);
         }
     }
 }

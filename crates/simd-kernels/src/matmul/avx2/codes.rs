@@ -24,6 +24,9 @@ use crate::input::EXCESS;
 use crate::lanes::{LINE, load16, prefetch, store16};
 use crate::panels::{PANEL, Q4_SCALE};
 
+/// Panels that meet a tile together.
+pub(super) const PANELS: usize = 2;
+
 /// Words of a group of int8.
 const WORDS: usize = words_in_group(true);
 

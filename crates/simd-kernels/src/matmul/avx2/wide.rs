@@ -10,21 +10,19 @@ use std::arch::x86_64::*;
 
 use super::float::{Bf16, Column, F16, widen};
 use super::int::{block_bytes, load_bytes, widen_q8, widen_scales, words_in_group};
-use super::{FLOATS, INTS, codes};
+use super::{FLOATS, INTS, avx512, codes};
 use crate::isa::Isa;
 use crate::lanes::store;
 use crate::panels::{GROUP, PANEL, PanelData, Q8_BLOCK};
 
-/// Columns of a part of floats, groups of a part of integers, words of such a group of Q8.
-const COLUMNS: usize = FLOATS;
-const GROUPS: usize = INTS / GROUP;
+/// Words of a group of Q8.
 const WORDS: usize = words_in_group(false);
 
 /// Tiles from which on it pays to widen a part for all of them: six lose what later ones gain.
 const MANY: usize = 12;
 
 /// The same for bf16 and f16 with AVX-512: two lose on a Zen 4.
-const SOME: usize = 4;
+pub(super) const SOME: usize = 4;
 
 /// A group of 32 columns of a quantized panel.
 #[derive(Clone, Copy)]
@@ -35,12 +33,13 @@ pub(super) struct WideGroup {
     pub words: [[[u8; 32]; 2]; WORDS],
 }
 
-/// Room for one part, on lines of its own.
+/// Room for the parts of panels that go together, on lines of its own.
 #[repr(align(64))]
 pub(super) struct Wide {
-    groups: [WideGroup; GROUPS],
-    columns: [[f32; PANEL]; COLUMNS],
+    groups: [WideGroup; codes::PANELS * INTS / GROUP],
+    columns: [[f32; PANEL]; avx512::PANELS * avx512::HALF],
 }
+const _: () = assert!(avx512::PANELS * avx512::HALF >= FLOATS, "AVX2 widens one whole part");
 
 /// A part of a panel as a tile meets it.
 #[derive(Clone, Copy)]
@@ -79,58 +78,71 @@ pub(super) fn bytes(part: Part<'_>) -> &[u8] {
 impl Wide {
     pub(super) const fn new() -> Wide {
         let group = WideGroup { scales: [0.0; PANEL], words: [[[0; 32]; 2]; WORDS] };
-        Wide { groups: [group; GROUPS], columns: [[0.0; PANEL]; COLUMNS] }
+        Wide { groups: [group; codes::PANELS * INTS / GROUP], columns: [[0.0; PANEL]; avx512::PANELS * avx512::HALF] }
     }
 
-    /// `part` of a panel, widened where that pays for so many tiles.
+    /// `parts` of panels, widened where that pays for so many tiles.
     #[target_feature(enable = "avx2,fma,f16c")]
-    pub(super) fn widen<'a>(&'a mut self, part: PanelData<'a>, tiles: usize, isa: Isa) -> Part<'a> {
-        match part {
+    pub(super) fn widen<'a, const P: usize>(
+        &'a mut self,
+        parts: [PanelData<'a>; P],
+        tiles: usize,
+        isa: Isa,
+    ) -> [Part<'a>; P] {
+        let (mut groups, mut columns) = (&mut self.groups[..], &mut self.columns[..]);
+        parts.map(|part| match part {
             PanelData::Q8(bytes) | PanelData::Q4(bytes) if isa.has_avx512() => {
                 let q4 = matches!(part, PanelData::Q4(_));
-                let groups = &mut self.groups[..bytes.len() / block_bytes(q4)];
+                let groups = room(&mut groups, bytes.len() / block_bytes(q4));
                 // SAFETY: the instruction set proves the target features.
                 unsafe { if q4 { codes::widen::<true>(bytes, groups) } else { codes::widen::<false>(bytes, groups) } };
                 Part::Codes(groups)
             }
-            PanelData::Q8(bytes) if tiles >= MANY && isa.vnni() == Isa::PLAIN => Part::Pairs(self.pairs(bytes)),
-            PanelData::F16(halves) if tiles >= MANY || isa.has_avx512() && tiles >= SOME => self.floats::<F16>(halves),
-            PanelData::Bf16(halves) if isa.has_avx512() && tiles >= SOME => self.floats::<Bf16>(halves),
+            PanelData::Q8(bytes) if tiles >= MANY && isa.vnni() == Isa::PLAIN => {
+                Part::Pairs(pairs(bytes, room(&mut groups, bytes.len() / Q8_BLOCK)))
+            }
+            PanelData::F16(halves) if tiles >= MANY || isa.has_avx512() && tiles >= SOME => {
+                widen_floats::<F16>(halves, room(&mut columns, halves.len() / PANEL))
+            }
+            PanelData::Bf16(halves) if isa.has_avx512() && tiles >= SOME => {
+                widen_floats::<Bf16>(halves, room(&mut columns, halves.len() / PANEL))
+            }
             _ => Part::Stored(part),
-        }
+        })
     }
+}
 
-    /// Groups of Q8 as int16.
-    #[target_feature(enable = "avx2,fma,f16c")]
-    fn pairs(&mut self, bytes: &[u8]) -> &[WideGroup] {
-        let blocks = bytes.chunks_exact(Q8_BLOCK);
-        let groups = &mut self.groups[..blocks.len()];
-        for (group, block) in groups.iter_mut().zip(blocks) {
-            let (scales, words) = block.as_chunks().0.split_first().expect("a block starts with its scales");
-            for (out, scales) in group.scales.as_chunks_mut().0.iter_mut().zip(widen_scales(scales)) {
-                store(out, scales);
-            }
-            for (out, word) in group.words.iter_mut().zip(words) {
-                for (out, pairs) in out.iter_mut().zip(widen_q8(load_bytes(word))) {
-                    store_bytes(out, pairs);
-                }
-            }
-        }
-        groups
-    }
+/// The first `count` of what is `left`, which has them no more.
+fn room<'a, T>(left: &mut &'a mut [T], count: usize) -> &'a mut [T] {
+    left.split_off_mut(..count).expect("parts that go together have room")
+}
 
-    /// Columns in f32.
-    #[target_feature(enable = "avx2,fma,f16c")]
-    fn floats<C: Column<Bits = u16>>(&mut self, halves: &[u16]) -> Part<'_> {
-        let halves = halves.as_chunks().0;
-        let columns = &mut self.columns[..halves.len()];
-        for (out, halves) in columns.iter_mut().zip(halves) {
-            for (out, x) in out.as_chunks_mut().0.iter_mut().zip(<[_; 2]>::from(widen::<C>(halves))) {
-                store(out, x);
+/// Groups of Q8 as int16.
+#[target_feature(enable = "avx2,fma,f16c")]
+fn pairs<'a>(bytes: &[u8], groups: &'a mut [WideGroup]) -> &'a [WideGroup] {
+    for (group, block) in groups.iter_mut().zip(bytes.chunks_exact(Q8_BLOCK)) {
+        let (scales, words) = block.as_chunks().0.split_first().expect("a block starts with its scales");
+        for (out, scales) in group.scales.as_chunks_mut().0.iter_mut().zip(widen_scales(scales)) {
+            store(out, scales);
+        }
+        for (out, word) in group.words.iter_mut().zip(words) {
+            for (out, pairs) in out.iter_mut().zip(widen_q8(load_bytes(word))) {
+                store_bytes(out, pairs);
             }
         }
-        Part::Stored(PanelData::F32(columns.as_flattened()))
     }
+    groups
+}
+
+/// Columns in f32.
+#[target_feature(enable = "avx2,fma,f16c")]
+fn widen_floats<'a, C: Column<Bits = u16>>(halves: &[u16], columns: &'a mut [[f32; PANEL]]) -> Part<'a> {
+    for (out, halves) in columns.iter_mut().zip(halves.as_chunks().0) {
+        for (out, x) in out.as_chunks_mut().0.iter_mut().zip(<[_; 2]>::from(widen::<C>(halves))) {
+            store(out, x);
+        }
+    }
+    Part::Stored(PanelData::F32(columns.as_flattened()))
 }
 
 #[inline]
