@@ -27,6 +27,12 @@ pub fn describe(root: &Path, commit: &str) -> String {
     out
 }
 
+/// Whether the program has kernels of AVX-512 for this machine.
+pub fn has_avx512() -> bool {
+    let cpuinfo = fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
+    ["avx512bw", "avx512vl", "avx512_vnni"].iter().all(|flag| cpuinfo.split_whitespace().any(|word| word == *flag))
+}
+
 /// When and of what a part of the page was measured.
 pub fn moment(commit: &str, quick: bool) -> String {
     let cpuinfo = fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
