@@ -24,8 +24,9 @@ pub enum Store {
 ///
 /// `out` is `[x.tokens(), rows that the panels cover]`; the last panel of the matrix may be short. With
 /// AVX2 few tokens read the weights once, as two streams; many meet parts of panels that stay in the L1 cache, widened
-/// there for all of them where that pays: f16, and Q8 without VNNI, from 12 tiles of tokens on. With AVX-512 two panels meet
-/// up to twelve tokens at a time, to the same sums of the same activations (see [`InputKind::of`]); f16 and bf16 are widened from 4 tiles on, Q8 and Q4 always.
+/// there for all of them where that pays: f16, and Q8 without VNNI, from 12 tiles of tokens on. With AVX-512 four panels of
+/// floats, or two of Q8 and Q4, meet six tokens at a time, to the same sums of the same activations (see [`InputKind::of`]); f16 and bf16 are
+/// widened from 4 tiles on, Q8 and Q4 always.
 ///
 /// # Panics
 /// When shapes differ, or `x` was prepared for another kind of weights.

@@ -21,8 +21,9 @@
 //!    next tile. A share: all of a part during its first tile is more than the few buffers between L1 and L2 take, and the tile
 //!    waits for memory (33 tokens with bf16 experts: 0.73 of the multiply-add rate instead of 0.87). With AVX2, Q8 and Q4 do ask for
 //!    all of it there: they are fewer bytes, and prefetches in each tile took 4 to 6 % of the speed of Q8.
-//! 5. With AVX-512 some panels meet a tile together (`avx512`, `codes`), and parts of all of them share the L1 cache; widened floats
-//!    are 32 KiB, all there is on some processors, and still faster.
+//! 5. With AVX-512 four panels of floats (`avx512`) or two of Q8 and Q4 (`codes`) meet a tile together, and parts of all of them share
+//!    the L1 cache; widened floats, half a part at a time, are 32 KiB, all there is on some processors, and still faster. Where four
+//!    panels go together, activations are read once for all of them, from wherever they are.
 //! 6. Products of many tokens with two matrices (gate and up) alternate between them panel by panel; `finish` combines
 //!    the sums.
 
@@ -179,25 +180,26 @@ fn many<const N: usize>(
         let tiles = first..(first + block).min(x.tiles());
         for group in panels.clone().step_by(SLOTS / N) {
             let group = group..(group + SLOTS / N).min(panels.end);
-            let sums = &mut sums[..group.len() * N];
+            let slots = Slots { ws, panels: group.clone() };
+            let sums = &mut sums[..slots.count()];
             for sums in &mut *sums {
                 sums[..tiles.len()].fill([[0.0; PANEL]; Input::TILE]);
             }
             for column in (0..cols).step_by(depth) {
                 let columns = Columns { range: column..(column + depth).min(cols), ..all };
-                let slots = Slots { ws, panels: group.clone(), columns: columns.range.clone() };
                 for (i, sums) in sums.chunks_mut(together).enumerate() {
                     let slot = i * together;
                     match sums.len() {
                         1 => add_parts::<N, 1>(&slots, slot, &columns, tiles.clone(), sums, scratch),
                         2 => add_parts::<N, 2>(&slots, slot, &columns, tiles.clone(), sums, scratch),
                         3 => add_parts::<N, 3>(&slots, slot, &columns, tiles.clone(), sums, scratch),
-                        _ => add_parts::<N, 4>(&slots, slot, &columns, tiles.clone(), sums, scratch),
+                        SLOTS => add_parts::<N, SLOTS>(&slots, slot, &columns, tiles.clone(), sums, scratch),
+                        more => unreachable!("{more} of {SLOTS} slots"),
                     }
                 }
             }
             for tile in tiles.clone() {
-                // Rows are pages apart: without it a tile waits for each of the next one's.
+                // Rows of `out` are often pages apart: those of the next tile are asked for now, or each would be waited for.
                 if tile + 1 < tiles.end {
                     for token in x.tile_tokens(tile + 1) {
                         let out = &out.row_mut(token)[(group.start - panels.start) * PANEL..];
@@ -225,7 +227,7 @@ struct Ahead<const P: usize> {
     weights: [*const u8; P],
     /// Bytes of weights that are this tile's to ask for; not used where weights stream.
     share: usize,
-    /// The activations of the next tile, where there is one.
+    /// The activations of the next tile; of some tiles, those after the last one.
     activations: *const u8,
 }
 
@@ -246,23 +248,29 @@ impl<const P: usize> Ahead<P> {
 struct Slots<'a, const N: usize> {
     ws: [Panels<'a>; N],
     panels: Range<usize>,
-    columns: Range<usize>,
 }
 
 impl<'a, const N: usize> Slots<'a, N> {
+    fn count(&self) -> usize {
+        self.panels.len() * N
+    }
+
     fn part(&self, slot: usize, columns: &Range<usize>) -> PanelData<'a> {
         self.ws[slot % N].part(self.panels.start + slot / N, columns)
     }
 
     /// Where the part of a slot starts; past the last one, where that starts which comes then.
-    fn start(&self, slot: usize) -> *const u8 {
-        let Some(more) = slot.checked_sub(self.panels.len() * N) else { return self.part(slot, &self.columns).start() };
-        let (w, cols) = (self.ws[more % N], self.ws[0].cols());
-        if self.columns.end < cols {
-            w.part(self.panels.start + more / N, &(self.columns.end..cols)).start()
-        } else {
-            w.part((self.panels.end + more / N).min(w.count() - 1), &(0..cols)).start()
-        }
+    fn start(&self, slot: usize, columns: &Range<usize>) -> *const u8 {
+        let Some(more) = slot.checked_sub(self.count()) else { return self.part(slot, columns).start() };
+        let (w, after) = (self.ws[more % N], self.columns_after(columns));
+        let panels = if after.start == 0 { self.panels.end } else { self.panels.start };
+        w.part((panels + more / N).min(w.count() - 1), &after).start()
+    }
+
+    /// The columns that come after those in all slots: the first ones after the last ones.
+    fn columns_after(&self, columns: &Range<usize>) -> Range<usize> {
+        let cols = self.ws[0].cols();
+        if columns.end < cols { columns.end..cols } else { 0..cols }
     }
 }
 
@@ -280,8 +288,11 @@ fn add_parts<const N: usize, const P: usize>(
     let mut sums =
         sums.first_chunk_mut::<P>().expect("as many sums as slots").each_mut().map(|sums| &mut sums[..tiles.len()]);
     let parts: [_; P] = std::array::from_fn(|p| slots.part(slot + p, &x.range));
-    let next: [_; P] = std::array::from_fn(|p| slots.start(slot + P + p));
+    let next: [_; P] = std::array::from_fn(|p| slots.start(slot + P + p, &x.range));
     let share = parts[0].bytes().div_ceil(tiles.len());
+    // The last tile is followed by the first one, with other panels.
+    let after = if slot + P < slots.count() { x.range.clone() } else { slots.columns_after(&x.range) };
+    let activations = x.x.start(tiles.start, &after);
     // Tiles that AVX-512 takes: all of integers, and whole ones of floats.
     let mut done = 0;
     if x.isa.has_avx512() {
@@ -289,38 +300,46 @@ fn add_parts<const N: usize, const P: usize>(
             #[cfg(test)]
             crate::isa::witness::record("codes::add_tiles");
             let panels = wide.widen(parts, tiles.len(), x.isa).map(wide::codes);
-            let ahead = Ahead { weights: next, share, activations: std::ptr::null() };
+            let ahead = Ahead { weights: next, share, activations };
             // SAFETY: the instruction set proves the target features.
             return unsafe { codes::add_tiles(panels, x, tiles.start, sums, ahead) };
         }
         done = tiles.len() - usize::from(x.x.tile_tokens(tiles.end - 1).len() < Input::TILE);
         #[cfg(test)]
         crate::isa::witness::record("avx512::add_tiles");
-        let depth = if tiles.len() < wide::SOME { FLOATS } else { avx512::HALF };
-        let halves = x.range.len().div_ceil(depth);
-        let share = share.div_ceil(halves);
-        for half in 0..halves {
-            let start = x.range.start + half * depth;
-            let columns = Columns { range: start..(start + depth).min(x.range.end), ..*x };
+        // Few tiles meet parts as they are stored, for which it does not pay to keep sums.
+        let piece = if tiles.len() < wide::SOME { FLOATS } else { avx512::HALF };
+        let pieces = x.range.len().div_ceil(piece);
+        let share = share.div_ceil(pieces);
+        for i in 0..pieces {
+            let start = x.range.start + i * piece;
+            let columns = Columns { range: start..(start + piece).min(x.range.end), ..*x };
+            let (goes_on, ends) = (i > 0, i + 1 == pieces);
+            #[cfg(test)]
+            if goes_on {
+                crate::isa::witness::record("avx512::second_half");
+            }
             let parts: [_; P] = std::array::from_fn(|p| slots.part(slot + p, &columns.range));
             let parts = wide.widen(parts, tiles.len(), x.isa);
-            let weights = next.map(|next| next.wrapping_add(half * tiles.len() * share));
-            let ahead = Ahead { weights, share, activations: std::ptr::null() };
-            let place = avx512::Place { goes_on: half > 0, ends: half + 1 == halves };
-            let totals = sums.each_mut().map(|sums| &mut sums[..done]);
+            let weights = next.map(|next| next.wrapping_add(i * done * share));
+            let activations =
+                if ends { activations } else { x.x.start(tiles.start, &(columns.range.end..x.range.end)) };
+            let ahead = Ahead { weights, share, activations };
             let kept = kept.first_chunk_mut::<P>().expect("as many as panels").each_mut().map(|kept| &mut kept[..done]);
+            let totals = sums.each_mut().map(|sums| &mut sums[..done]);
+            let sums = avx512::Sums { kept, goes_on, totals, ends };
             // SAFETY: the instruction set proves the target features.
-            unsafe { avx512::add_tiles(parts, &columns, tiles.start, place, kept, totals, ahead) };
+            unsafe { avx512::add_tiles(parts, &columns, tiles.start, sums, ahead) };
         }
         if done == tiles.len() {
             return;
         }
     }
-    let parts = if done > 0 { parts.map(Part::Stored) } else { wide.widen(parts, tiles.len(), x.isa) };
+    // One tile that is left after those of AVX-512 does not pay for widening.
+    let parts = if x.isa.has_avx512() { parts.map(Part::Stored) } else { wide.widen(parts, tiles.len(), x.isa) };
     for ((part, sums), next) in parts.into_iter().zip(sums).zip(next) {
         for (i, (tile, sums)) in tiles.clone().zip(sums).enumerate().skip(done) {
-            let after = if tile + 1 < tiles.end { tile + 1 } else { tiles.start };
-            let activations = x.x.start(after, &x.range);
+            let activations = if tile + 1 < tiles.end { x.x.start(tile + 1, &x.range) } else { activations };
             let ahead = Ahead { weights: [next.wrapping_add(i * share)], share, activations };
             match x.x.tile_tokens(tile).len() {
                 1 => add_tile::<1, 1, 4, false>([part], x, tile, first(sums), ahead),

@@ -259,9 +259,16 @@ fn every_number_of_tokens() {
         }
         // Several parts of the columns, each widened for all tiles.
         check_matmul(format, 17, 1100, 75, 0..2);
+        // Two halves of a part, of which the second one is short, with three and with four panels.
+        for cols in [129, 136, 200, 255, 383] {
+            check_matmul(format, 40, cols, 25, 0..3);
+            check_matmul(format, 64, cols, 24, 0..4);
+        }
+        check_swiglu(format, 40, 200, 25, 0..3);
     }
     assert_entered("avx2::matmul");
     assert_entered_avx512("avx512::add_tiles");
+    assert_entered_avx512("avx512::second_half");
     assert_entered_avx512("codes::add_tiles");
 }
 

@@ -9,8 +9,8 @@
 //! ```
 //!
 //! 1. Four panels and a tile make 24 sums of the 32 registers, with ten loads a column. Two panels and two tiles make as many with
-//!    fourteen, and twice as many activations come from the L2 cache: where something else runs on the core, which leaves half of its
-//!    front end and caches, an Emerald Rapids was 1.25 times as fast with four panels, else 1.05 times.
+//!    fourteen, and meet all activations twice as often. With 512 tokens of bf16 an Emerald Rapids was 1.03 times as fast with four panels, and
+//!    1.2 times where something else ran on the core, which leaves half of its front end and caches.
 //! 2. Widened weights of four panels fit into the L1 cache for half as many columns as AVX2 has in a part. The terms of a sum come in
 //!    the order of AVX2, and the sums are the same to the last bit: those of the first half are kept and go on in the second.
 //! 3. bf16 becomes f32 by one shuffle, which also brings its rows in order, and takes a port of the multiply-adds on some processors:
@@ -35,37 +35,37 @@ pub(super) const HALF: usize = FLOATS / 2;
 /// Columns of floats that go together.
 const STEP: usize = 8;
 
-/// What becomes of the products with some columns of a part.
-#[derive(Clone, Copy)]
-pub(super) struct Place {
-    /// Whether they go on from the sums that are kept.
+/// What the sums of some columns of a part start from, and where they go.
+pub(super) struct Sums<'a, const P: usize> {
+    /// Sums of a part that are not complete.
+    pub kept: [&'a mut [Tile]; P],
+    /// Whether they start from those kept.
     pub goes_on: bool,
-    /// Whether the part ends with them and its sums are added to the totals; else they are kept.
+    pub totals: [&'a mut [Tile]; P],
+    /// Whether the part ends with these columns and its sums are added to the totals; else they are kept.
     pub ends: bool,
 }
 
-/// Multiplies panel parts with whole tiles from `first` on, keeps the sums of each in `kept` or adds them to `totals`, and prefetches the
-/// share of the weights `ahead` that each tile has, and the activations of the tile after it.
+/// Adds the products of panel parts with whole tiles from `first` on to the `sums` of each, and prefetches the share of the
+/// weights `ahead` that each tile has, and the activations of the tile after it.
 #[target_feature(enable = "avx512bw,avx512vl,avx512vnni")]
 pub(super) fn add_tiles<const P: usize>(
     parts: [Part<'_>; P],
     x: &Columns<'_>,
     first: usize,
-    place: Place,
-    mut kept: [&mut [Tile]; P],
-    mut totals: [&mut [Tile]; P],
+    sums: Sums<'_, P>,
     ahead: Ahead<P>,
 ) {
+    let Sums { mut kept, goes_on, mut totals, ends } = sums;
     let weights = Weights::of(parts);
     let tiles = totals[0].len();
     for tile in 0..tiles {
-        // The last tile is followed by the first one, with other weights.
-        let after = if tile + 1 < tiles { first + tile + 1 } else { first };
+        let activations = if tile + 1 < tiles { x.x.start(first + tile + 1, &x.range) } else { ahead.activations };
         let next = ahead.weights.map(|weights| weights.wrapping_add(tile * ahead.share));
-        let ahead = Ahead { weights: next, share: ahead.share, activations: x.x.start(after, &x.range) };
+        let ahead = Ahead { weights: next, share: ahead.share, activations };
         let kept = kept.each_mut().map(|kept| &mut kept[tile]);
         let mut acc = [[_mm512_setzero_ps(); Input::TILE]; P];
-        if place.goes_on {
+        if goes_on {
             for (acc, kept) in acc.iter_mut().zip(&kept) {
                 for (acc, kept) in acc.iter_mut().zip(kept.iter()) {
                     *acc = load16(kept);
@@ -80,7 +80,7 @@ pub(super) fn add_tiles<const P: usize>(
         }
         for ((acc, kept), totals) in acc.iter().zip(kept).zip(&mut totals) {
             for ((acc, kept), total) in acc.iter().zip(kept).zip(&mut totals[tile]) {
-                if place.ends {
+                if ends {
                     store16(total, _mm512_add_ps(load16(total), *acc));
                 } else {
                     store16(kept, *acc);
@@ -92,8 +92,8 @@ pub(super) fn add_tiles<const P: usize>(
 
 /// The parts of P panels.
 ///
-/// These and the tiles are made by functions without target features. In one that has them, a closure that is passed on to `map` or
-/// `from_fn` has them too, which those have not, so that they may be called.
+/// These, and the columns of a round, are made by functions without target features. In one that has them, a closure that is passed on
+/// to `map` has them too, which that has not, so that it may be called: once a tile that does not matter.
 #[derive(Clone, Copy)]
 enum Weights<'a, const P: usize> {
     F32([&'a [[f32; PANEL]]; P]),

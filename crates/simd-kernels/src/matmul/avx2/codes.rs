@@ -42,10 +42,9 @@ pub(super) fn add_tiles<const P: usize>(
 ) {
     let tiles = sums[0].len();
     for tile in 0..tiles {
-        // The last tile is followed by the first one, with other weights.
-        let after = if tile + 1 < tiles { first + tile + 1 } else { first };
+        let activations = if tile + 1 < tiles { x.x.start(first + tile + 1, &x.range) } else { ahead.activations };
         let weights = ahead.weights.map(|weights| weights.wrapping_add(tile * ahead.share));
-        let ahead = Ahead { weights, share: ahead.share, activations: x.x.start(after, &x.range) };
+        let ahead = Ahead { weights, share: ahead.share, activations };
         let sums = sums.each_mut().map(|sums| &mut sums[tile]);
         match x.x.tile_tokens(first + tile).len() {
             1 => add_tile::<P, 1>(panels, x, first + tile, sums, ahead),

@@ -13,7 +13,7 @@
 //! 2. With fewer tokens there are several sets of accumulators, for columns k, k + 1, ..., added at the end:
 //!    one token and one set would wait for the previous sum in each step.
 //! 3. Packing has put a tile's activations in the order of use, one stream next to the stream of weights.
-//! 4. With AVX2 bf16, and f16 where tiles are few (`wide`), are widened in registers each time a tile passes. That takes two
+//! 4. Bf16, and f16 where tiles are few (`wide`), are widened in registers each time a tile passes. That takes two
 //!    instructions next to twelve multiply-adds, on other ports; widening once into a buffer was slower (0.93 of the multiply-add rate
 //!    against 0.98 on a Zen 5), because it needs stores, and because f32 fills the L1 cache twice as fast. For bf16
 //!    the two are shuffles: a shift and a mask cost 5 % on Intel's cores, whose shifts share the ports of multiply-adds.

@@ -21,7 +21,7 @@ const WORDS: usize = words_in_group(false);
 /// Tiles from which on it pays to widen a part for all of them: six lose what later ones gain.
 const MANY: usize = 12;
 
-/// The same for bf16 and f16 with AVX-512: two lose on a Zen 4.
+/// The same for bf16 and f16 with AVX-512: two lose, on a Zen 4 and on an Emerald Rapids. Parts that are not widened need not have room.
 pub(super) const SOME: usize = 4;
 
 /// A group of 32 columns of a quantized panel.
