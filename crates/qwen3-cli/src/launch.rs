@@ -96,8 +96,7 @@ fn run_threads(options: &LaunchOptions, command: impl Command) -> Result<(), Box
     } else {
         let group = panic::catch_unwind(|| ThreadComm::group(usize::from(options.ranks)));
         let group = group.map_err(|payload| {
-            // What many ranks share grows with the square of their number. Where in the source it was refused is of no use to anybody.
-            lock(&PANIC).take();
+            // What many ranks share grows with the square of their number.
             let reason = words(&*payload);
             let problem = format!("cannot connect {} ranks in one process: {reason}", options.ranks);
             Box::new(CliError::Launch { problem })

@@ -29,8 +29,16 @@ pub fn describe(root: &Path, commit: &str) -> String {
 
 /// Whether the program has kernels of AVX-512 for this machine.
 pub fn has_avx512() -> bool {
-    let cpuinfo = fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
-    ["avx512bw", "avx512vl", "avx512_vnni"].iter().all(|flag| cpuinfo.split_whitespace().any(|word| word == *flag))
+    all_of_avx512(&fs::read_to_string("/proc/cpuinfo").unwrap_or_default())
+}
+
+fn all_of_avx512(cpuinfo: &str) -> bool {
+    ["avx512f", "avx512bw", "avx512vl", "avx512_vnni"].into_iter().all(|flag| has(cpuinfo, flag))
+}
+
+/// Whether the processor has what the kernel calls `flag`.
+fn has(cpuinfo: &str, flag: &str) -> bool {
+    field(cpuinfo, "flags").is_some_and(|flags| flags.split(' ').any(|word| word == flag))
 }
 
 /// When and of what a part of the page was measured.
@@ -78,15 +86,14 @@ fn processor(cpuinfo: &str) -> String {
     if let (Some(family), Some(model)) = (field(cpuinfo, "cpu family"), field(cpuinfo, "model")) {
         let _ = write!(out, ", family {family}, model {model}");
     }
-    if field(cpuinfo, "flags").is_some_and(|flags| flags.split(' ').any(|flag| flag == "hypervisor")) {
+    if has(cpuinfo, "hypervisor") {
         out.push_str(", a virtual machine");
     }
     out
 }
 
 fn flags(cpuinfo: &str) -> String {
-    let all: Vec<&str> = field(cpuinfo, "flags").unwrap_or_default().split(' ').collect();
-    FLAGS.into_iter().filter(|flag| all.contains(flag)).collect::<Vec<_>>().join(", ")
+    FLAGS.into_iter().filter(|flag| has(cpuinfo, flag)).collect::<Vec<_>>().join(", ")
 }
 
 fn caches(folder: &Path) -> String {
@@ -130,6 +137,9 @@ mod tests {
     fn the_processor_is_described_from_what_the_kernel_says() {
         assert_eq!(processor(CPUINFO), "Some CPU, 2 logical cores, family 25, model 17, a virtual machine");
         assert_eq!(flags(CPUINFO), "avx2, fma");
+        assert!(!all_of_avx512(CPUINFO));
+        assert!(all_of_avx512("flags : avx512vl avx512bw avx2 avx512f avx512_vnni\n"));
+        assert!(!all_of_avx512("flags : avx512vl avx512bw avx2 avx512f avx512_vnni2\n"));
         assert_eq!(memory("MemTotal:       8388608 kB\nMemFree: 1 kB\n"), "8.0 GiB");
         assert_eq!(processor(""), "unknown, 0 logical cores");
     }
