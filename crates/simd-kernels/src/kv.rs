@@ -276,6 +276,11 @@ impl KvHead {
         block[codes / 2..].as_chunks().0
     }
 
+    /// The cache lines of span `n`: none, if there is no such span.
+    pub(crate) fn span(&self, n: usize) -> &[[i32; BLOCK]] {
+        self.spans.view::<[i32; BLOCK]>(0).chunks(self.span_lines()).nth(n).unwrap_or_default()
+    }
+
     fn span_lines(&self) -> usize {
         KV_SPAN / BLOCK * (self.key_lines + self.value_lines)
     }

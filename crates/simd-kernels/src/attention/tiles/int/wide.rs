@@ -6,6 +6,7 @@
 use super::{BLOCK, KEY_TILE, LANES, LOG2_E, Pair, code_step, raise};
 use crate::exp::pow2_512;
 use crate::lanes::{self, load16, store16};
+use std::arch::asm;
 use std::arch::x86_64::*;
 
 /// Blocks of keys, or chunks of elements, that meet a panel together.
@@ -26,7 +27,7 @@ pub(super) fn scores<const R: usize>(
     let blocks = runs::<_, TOGETHER>(keys, q.len(), q.len());
     let mut sums = [[_mm512_setzero_si512(); R]; TOGETHER];
     for (i, q) in q.iter().enumerate() {
-        add_products(blocks.map(|block| &block[i]), q, &mut sums);
+        add_products(blocks.map(|block| &block[i]), |r| q[r], &mut sums);
     }
     for ((n, sums), scales) in sums.iter().enumerate().zip(scales) {
         for (r, sum) in sums.iter().enumerate() {
@@ -51,7 +52,7 @@ pub(super) fn blend<const R: usize, const C: usize>(
     let rows = runs::<_, R>(weights, KEY_TILE / 2, pairs);
     let mut sums = [[_mm512_setzero_si512(); R]; C];
     for j in 0..pairs {
-        add_products(chunks.map(|chunk| &chunk[j]), &rows.map(|row| row[j]), &mut sums);
+        add_products(chunks.map(|chunk| &chunk[j]), |r| rows[r][j], &mut sums);
     }
     for (r, [before, step]) in factors.iter().enumerate().take(R) {
         let (before, step) = (_mm512_set1_ps(*before), _mm512_set1_ps(*step));
@@ -63,64 +64,64 @@ pub(super) fn blend<const R: usize, const C: usize>(
     }
 }
 
-/// As [`super::soften`]: the even vectors of eight are the lower halves, the odd ones the upper halves.
+/// As [`super::soften`], of N vectors of sixteen, all in registers: the even vectors of eight are the lower halves, the odd ones the upper
+/// halves.
 #[target_feature(enable = "avx512bw,avx512vl,avx512vnni")]
-pub(super) fn soften(
-    scores: &mut [[f32; LANES]],
+pub(super) fn soften<const N: usize>(
+    scores: &[[f32; LANES]],
     scale: f32,
     value_scales: &[[f32; LANES]],
     weights: &mut [[Pair; LANES / 2]],
-    max: &mut f32,
-    sum: &mut f32,
+    [max, sum]: [&mut f32; 2],
 ) -> [f32; 2] {
-    assert!(scores.len() == value_scales.len() && scores.len() == weights.len(), "a scale and a weight for each score");
-    let (scores, value_scales) = (scores.as_flattened_mut(), value_scales.as_flattened());
+    let scores = sixteens::<N>(scores).each_ref().map(|x| load16(x));
+    let value_scales = sixteens::<N>(value_scales);
     let floor = _mm512_set1_ps(f32::NEG_INFINITY);
-    let mut most = floor;
-    for x in scores.chunks(BLOCK) {
-        most = _mm512_max_ps(some(x, floor), most);
-    }
+    let most = scores.into_iter().fold(floor, |most, x| _mm512_max_ps(x, most));
     let factor = raise(lanes::max(_mm256_max_ps(low(most), high(most))) * scale, max, sum);
 
     let (scale, m) = (_mm512_set1_ps(scale * LOG2_E), _mm512_set1_ps(*max * LOG2_E));
     let [mut sums, mut totals, mut most] = [_mm512_setzero_ps(); 3];
-    for (x, value_scale) in scores.chunks_mut(BLOCK).zip(value_scales.chunks(BLOCK)) {
-        let score = some(x, floor);
-        let p = pow2_512(_mm512_fmsub_ps(score, scale, m));
-        let seen = _mm512_cmp_ps_mask::<_CMP_NEQ_UQ>(score, floor);
-        let scaled = _mm512_maskz_mul_ps(seen, p, some(value_scale, _mm512_setzero_ps()));
-        put_some(x, scaled);
+    let mut scaled = scores;
+    for (x, value_scale) in scaled.iter_mut().zip(value_scales) {
+        let p = pow2_512(_mm512_fmsub_ps(*x, scale, m));
+        *x = _mm512_maskz_mul_ps(_mm512_cmp_ps_mask::<_CMP_NEQ_UQ>(*x, floor), p, load16(value_scale));
         sums = _mm512_add_ps(sums, p);
-        totals = _mm512_add_ps(totals, scaled);
-        most = _mm512_max_ps(most, scaled);
+        totals = _mm512_add_ps(totals, *x);
+        most = _mm512_max_ps(most, *x);
     }
     *sum += lanes::sum(_mm256_add_ps(low(sums), high(sums)));
     let totals = lanes::sum(_mm256_add_ps(low(totals), high(totals)));
     let (step, inverse) = code_step(lanes::max(_mm256_max_ps(low(most), high(most))), totals);
     let inverse = _mm512_set1_ps(inverse);
-    for (x, out) in scores.chunks(BLOCK).zip(weights.chunks_mut(2)) {
-        let codes = _mm512_cvtps_epi32(_mm512_mul_ps(some(x, floor), inverse));
-        let codes = _mm512_cvtsepi32_epi16(codes);
-        // SAFETY: two arrays are 32 writable bytes, one is 16.
-        unsafe {
-            match out {
-                [_, _] => _mm256_storeu_si256(out.as_mut_ptr().cast(), codes),
-                _ => _mm_storeu_si128(out.as_mut_ptr().cast(), _mm256_castsi256_si128(codes)),
-            }
-        }
+    for (x, out) in scaled.into_iter().zip(weights.as_chunks_mut::<2>().0) {
+        let codes = _mm512_cvtsepi32_epi16(_mm512_cvtps_epi32(_mm512_mul_ps(x, inverse)));
+        // SAFETY: two arrays are 32 writable bytes.
+        unsafe { _mm256_storeu_si256(out.as_mut_ptr().cast(), codes) };
     }
     [factor, step]
 }
 
+/// sums[n][r] += dot(x[n], y(r)) of the two int16 in each lane.
+///
+/// The instruction has its own name here: of some intrinsics for it, the compiler makes a product and a sum.
 #[inline]
 #[target_feature(enable = "avx512bw,avx512vl,avx512vnni")]
-fn add_products<const R: usize, const N: usize>(x: [&[Pair; BLOCK]; N], y: &[Pair; R], sums: &mut [[__m512i; R]; N]) {
+fn add_products<const R: usize, const N: usize>(
+    x: [&[Pair; BLOCK]; N],
+    y: impl Fn(usize) -> Pair,
+    sums: &mut [[__m512i; R]; N],
+) {
     // SAFETY: each array is 64 readable bytes.
     let x = x.map(|x| unsafe { _mm512_loadu_si512(x.as_ptr().cast()) });
-    for (r, y) in y.iter().enumerate() {
-        let y = _mm512_set1_epi32(*y);
+    for r in 0..R {
+        let y = _mm512_set1_epi32(y(r));
         for (sums, x) in sums.iter_mut().zip(x) {
-            sums[r] = _mm512_dpwssd_epi32(sums[r], x, y);
+            // SAFETY: the instruction touches the named registers only.
+            unsafe {
+                asm!("vpdpwssd {}, {}, {}", inout(zmm_reg) sums[r], in(zmm_reg) x, in(zmm_reg) y,
+                    options(pure, nomem, nostack, preserves_flags));
+            }
         }
     }
 }
@@ -135,28 +136,10 @@ fn block(x: &mut [f32]) -> &mut [f32; BLOCK] {
     x.first_chunk_mut().expect("a block of sixteen")
 }
 
-/// Sixteen floats, or eight with the upper half of `rest`.
+/// The first N vectors of sixteen of as many pairs of eight.
 #[inline]
-#[target_feature(enable = "avx512f")]
-fn some(x: &[f32], rest: __m512) -> __m512 {
-    match x.first_chunk() {
-        Some(x) => load16(x),
-        None => {
-            let half = lanes::load(x.first_chunk().expect("vectors of eight"));
-            _mm512_castpd_ps(_mm512_insertf64x4::<0>(_mm512_castps_pd(rest), _mm256_castps_pd(half)))
-        }
-    }
-}
-
-/// Into sixteen floats, or eight.
-#[inline]
-#[target_feature(enable = "avx512f")]
-fn put_some(x: &mut [f32], v: __m512) {
-    if let Some(x) = x.first_chunk_mut() {
-        store16(x, v);
-    } else {
-        lanes::store(x.first_chunk_mut().expect("vectors of eight"), low(v));
-    }
+fn sixteens<const N: usize>(x: &[[f32; LANES]]) -> &[[f32; BLOCK]; N] {
+    x.as_flattened().as_chunks().0.first_chunk().expect("N vectors of sixteen")
 }
 
 #[inline]
