@@ -85,6 +85,12 @@ pub fn mlp(
 }
 
 impl Mlp {
+    /// Bytes of this rank's weights.
+    pub fn bytes(&self) -> usize {
+        let experts = self.experts.iter().flat_map(|expert| [&expert.gate, &expert.up, &expert.down]);
+        experts.chain(self.router.iter().map(|router| &router.weights)).map(Linear::bytes).sum()
+    }
+
     /// The block on tokens that all ranks hold, or that this rank holds alone (`Local`). `split` tells
     /// whose of the gathered tokens the residual's are.
     fn forward(

@@ -51,9 +51,7 @@ pub(crate) struct Part {
 impl DecoderLayer {
     /// Bytes of this rank's weights.
     pub fn bytes(&self) -> usize {
-        let experts = self.mlp.experts.iter().flat_map(|expert| [&expert.gate, &expert.up, &expert.down]);
-        let router = self.mlp.router.iter().map(|router| &router.weights);
-        [&self.qkv_proj, &self.o_proj].into_iter().chain(experts).chain(router).map(Linear::bytes).sum()
+        self.qkv_proj.bytes() + self.o_proj.bytes() + self.mlp.bytes()
     }
 
     /// Adds the attention and the feed-forward block to the residual stream of each part. Where there are two, the sums of one are on
