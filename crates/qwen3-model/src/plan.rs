@@ -9,8 +9,8 @@ use crate::plan_memory::activation_bytes;
 use crate::plan_pass::{PassCost, Way};
 
 /// How much faster than the first way another has to be to be recommended instead. It is the error of predictions: on 2 ranks of
-/// a quiet machine they lie within this of measured speeds (the section "Plan and measurement" of docs/performance-sapphire-rapids.md), and the
-/// first needs least memory.
+/// a machine that nobody else used they lie within this of measured speeds (the section "Plan and measurement" of
+/// docs/performance-sapphire-rapids.md), and the first needs least memory.
 const MARGIN: f64 = 0.2;
 
 /// One way to split the model.

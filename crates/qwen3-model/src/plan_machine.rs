@@ -49,7 +49,7 @@ pub struct Rate {
     pub start_us: f64,
     /// GB/s of a pass of one token, which has to read all there is.
     pub read_gb_s: f64,
-    /// GB/s of a pass of eight tokens.
+    /// GB/s of the feed-forward block for eight tokens: what an expert does.
     pub few_gb_s: f64,
     /// GFLOP/s of each token more.
     pub gflops: f64,

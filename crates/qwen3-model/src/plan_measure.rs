@@ -215,15 +215,18 @@ impl Lab<'_> {
             Ok(seconds - start - sums(tokens) - scores(tokens))
         };
         let one = layer(&layers, 1, rounds)?;
-        let (few, many) = (layer(&layers, FEW, rounds)?, layer(&layers[..1], tokens, long)?);
+        let many = layer(&layers[..1], tokens, long)?;
+        // Of what starting and sums take, the block has one half.
+        let block = self.feed_forward(sizes.hidden, &layers, rounds)?;
+        let block = (block - (start + sums(FEW)) / 2.0).max(block / 2.0);
+        let few_gb_s = layers[0].mlp.bytes() as f64 / block * 1e-9;
         // Unless noise has it that all but the few cost next to nothing.
-        let more = (many - few).max(many / 2.0);
-        let experts = self.feed_forward(sizes.hidden, &layers, rounds)? - sums(FEW) / 2.0;
+        let more = (many - bytes as f64 / few_gb_s * 1e-9).max(many / 2.0);
         Ok(Rate {
             format: format.name().to_owned(),
             start_us: start * 1e6,
             read_gb_s: bytes as f64 / one * 1e-9,
-            few_gb_s: layers[0].mlp.bytes() as f64 / experts * 1e-9,
+            few_gb_s,
             gflops: (2 * sizes.elements() * (tokens - FEW)) as f64 / more * 1e-9,
         })
     }

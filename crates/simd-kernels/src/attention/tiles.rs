@@ -34,7 +34,7 @@ use std::ops::Range;
 use widen::half;
 
 /// Rows that share prepared keys and values. More would prepare less often, but their queries, scores, weights and sums, 380
-/// KiB now, would leave L2.
+/// KiB now, would leave L2, where 64 KiB of keys and values and those of the next tile are, too.
 const ROW_TILE: usize = ATTENTION_ROWS;
 const _: () = assert!(ROW_TILE.is_multiple_of(PANEL_ROWS));
 /// Keys of a tile: a span of the cache.

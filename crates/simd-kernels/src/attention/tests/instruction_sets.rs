@@ -15,7 +15,7 @@ fn bits(isa: Isa, case: &Case) -> Vec<u32> {
 fn they_agree_with_it_to_the_last_bit() {
     for format in FORMATS {
         for head_dim in [10, 64, 80, 127, 128] {
-            for start in [0, 21, 70] {
+            for start in [0, 21, 29, 70, 110] {
                 let mut case = Case::new(format, head_dim, 300, ragged(40, 300), start..300);
                 for special in [0.0, f32::INFINITY, f32::NAN] {
                     case.q[7 * head_dim] = special;

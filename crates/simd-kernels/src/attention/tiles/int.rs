@@ -120,8 +120,9 @@ impl RowTile<'_> {
         let cover = &self.cover(keys)[..count];
         // Of blocks that come together, those that nobody asked for give scores that nobody reads.
         let together = if WIDE { wide::TOGETHER } else { 1 };
-        // The next span comes into L2 meanwhile: attention was 3 % slower where rounding it waited for memory.
-        let mut ahead = self.kv.span(keys.start / KV_SPAN + 1).iter();
+        // A next span comes into L2 meanwhile: attention was 3 % slower where rounding it waited for memory (an Emerald Rapids).
+        let goes_on = self.limits.iter().any(|&limit| limit > keys.end);
+        let mut ahead = if goes_on { self.kv.span(keys.start / KV_SPAN + 1) } else { &[] }.iter();
         let each = ahead.len().div_ceil(count * (KEY_TILE / BLOCK).div_ceil(together));
         for b in (skip / BLOCK / together * together..keys.len().div_ceil(BLOCK)).step_by(together) {
             let block = &tile.keys[b * pairs..][..together * pairs];
@@ -142,7 +143,6 @@ impl RowTile<'_> {
         }
 
         let mut factors = [[1.0, 0.0]; ROW_TILE];
-        let from = skip / LANES;
         for (row, factors) in factors[..self.limits.len()].iter_mut().enumerate() {
             let seen = skip..self.seen(row, keys);
             let weights = &mut int.weights[row * KEY_TILE / LANES..][..KEY_TILE / LANES];
@@ -155,7 +155,7 @@ impl RowTile<'_> {
             *factors = soften::<WIDE>(scores, seen, int.scales[row], &tile.value_scales, weights, [max, sum]);
         }
 
-        let weights = int.weights.as_flattened();
+        let (from, weights) = (skip / LANES, int.weights.as_flattened());
         let chunks = width / BLOCK;
         let mut c = 0;
         while c < chunks {
@@ -273,7 +273,7 @@ fn add_products<const VNNI: u8>(sums: &mut [__m256i; 2], x: [__m256i; 2], y: Pai
 }
 
 /// One step of the online softmax of a row: those scores of a tile that it has `seen`, still to be multiplied by `scale`, become weights
-/// e^(x − m) times the scales of their values, as pairs of codes; the maximum and the sum of `state` move on. Scores of −∞ weigh nothing.
+/// e^(x − m) times the scales of their values, as pairs of codes; `max` and `sum` move on. Scores of −∞ weigh nothing.
 ///
 /// Returns the factor e^(old m − m) for what the row gathered before, and the step of the codes.
 #[inline]
@@ -286,8 +286,9 @@ fn soften<const WIDE: bool>(
     weights: &mut [[Pair; LANES / 2]],
     [max, sum]: [&mut f32; 2],
 ) -> [f32; 2] {
-    let (start, lanes) = if WIDE { (0, KEY_TILE / 2) } else { (seen.start / LANES * LANES, LANES) };
-    let end = seen.end.next_multiple_of(lanes);
+    // With AVX-512 half a tile or all of it, so that the scores stay in registers.
+    let (start, unit) = if WIDE { (0, KEY_TILE / 2) } else { (seen.start / LANES * LANES, LANES) };
+    let end = seen.end.next_multiple_of(unit);
     scores[start..seen.start].fill(f32::NEG_INFINITY);
     scores[seen.end..end].fill(f32::NEG_INFINITY);
     weights[end / LANES..].fill([0; LANES / 2]);
@@ -311,7 +312,7 @@ fn soften<const WIDE: bool>(
     }
     let factor = raise(lanes::max(_mm256_max_ps(most[0], most[1])) * scale, max, sum);
     let (scale, m) = (_mm256_set1_ps(scale * LOG2_E), _mm256_set1_ps(*max * LOG2_E));
-    // Even and odd vectors have sums of their own: the halves of what AVX-512 adds.
+    // Even and odd vectors have sums of their own: the halves of what AVX-512 adds, or the other way round, which their sum does not see.
     let [mut sums, mut totals, mut most] = [[_mm256_setzero_ps(); 2]; 3];
     for (i, (x, value_scale)) in scores.iter_mut().zip(value_scales).enumerate() {
         let (p, half) = (pow2_256(_mm256_fmsub_ps(load(x), scale, m)), i % 2);

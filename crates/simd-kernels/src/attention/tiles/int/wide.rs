@@ -94,7 +94,8 @@ pub(super) fn soften<const N: usize>(
     let totals = lanes::sum(_mm256_add_ps(low(totals), high(totals)));
     let (step, inverse) = code_step(lanes::max(_mm256_max_ps(low(most), high(most))), totals);
     let inverse = _mm512_set1_ps(inverse);
-    for (x, out) in scaled.into_iter().zip(weights.as_chunks_mut::<2>().0) {
+    let weights: &mut [[_; 2]; N] = weights.as_chunks_mut().0.try_into().expect("N vectors of sixteen weights");
+    for (x, out) in scaled.into_iter().zip(weights) {
         let codes = _mm512_cvtsepi32_epi16(_mm512_cvtps_epi32(_mm512_mul_ps(x, inverse)));
         // SAFETY: two arrays are 32 writable bytes.
         unsafe { _mm256_storeu_si256(out.as_mut_ptr().cast(), codes) };
@@ -104,7 +105,7 @@ pub(super) fn soften<const N: usize>(
 
 /// sums[n][r] += dot(x[n], y(r)) of the two int16 in each lane.
 ///
-/// The instruction has its own name here: of some intrinsics for it, the compiler makes a product and a sum.
+/// By its name, not as `_mm512_dpwssd_epi32`: of 4 of 24 of those in [`blend`] the compiler made `vpmaddwd` and `vpaddd`.
 #[inline]
 #[target_feature(enable = "avx512bw,avx512vl,avx512vnni")]
 fn add_products<const R: usize, const N: usize>(
@@ -117,7 +118,7 @@ fn add_products<const R: usize, const N: usize>(
     for r in 0..R {
         let y = _mm512_set1_epi32(y(r));
         for (sums, x) in sums.iter_mut().zip(x) {
-            // SAFETY: the instruction touches the named registers only.
+            // SAFETY: the target features of this function have the instruction, which touches the named registers only.
             unsafe {
                 asm!("vpdpwssd {}, {}, {}", inout(zmm_reg) sums[r], in(zmm_reg) x, in(zmm_reg) y,
                     options(pure, nomem, nostack, preserves_flags));
@@ -136,10 +137,10 @@ fn block(x: &mut [f32]) -> &mut [f32; BLOCK] {
     x.first_chunk_mut().expect("a block of sixteen")
 }
 
-/// The first N vectors of sixteen of as many pairs of eight.
+/// N vectors of sixteen, of as many pairs of eight.
 #[inline]
 fn sixteens<const N: usize>(x: &[[f32; LANES]]) -> &[[f32; BLOCK]; N] {
-    x.as_flattened().as_chunks().0.first_chunk().expect("N vectors of sixteen")
+    x.as_flattened().as_chunks().0.try_into().expect("N vectors of sixteen")
 }
 
 #[inline]
