@@ -5,7 +5,7 @@ use std::fmt::Write as _;
 use anyhow::{Context, Result};
 use serde_json::Value;
 
-use super::lab::{Lab, Measured, Ranks};
+use super::lab::{Lab, Measured, Ranks, median};
 use super::{Section, machine};
 
 const ISAS: [&str; 2] = ["scalar", "avx2"];
@@ -49,8 +49,9 @@ pub fn measure(lab: &mut Lab) -> Result<Section> {
     let mut lab = lab.counting()?;
     let model = lab.synth("0.6b", lab.quick.then_some(layers))?.to_string_lossy().into_owned();
     let ranks = lab.processes(2)?;
+    let turns = if lab.quick { [1, 1] } else { TURNS };
     let mut rows = Vec::new();
-    for (isa, turns) in ISAS.into_iter().zip(if lab.quick { [1, 1] } else { TURNS }) {
+    for (isa, turns) in ISAS.into_iter().zip(turns) {
         for strategy in STRATEGIES {
             for attention in ATTENTION {
                 let mut taken = Vec::new();
@@ -68,12 +69,12 @@ pub fn measure(lab: &mut Lab) -> Result<Section> {
     let mut text = format!(
         "The analysis ran prompts of {PROMPT} tokens through Qwen3-0.6B on 2 MPI ranks, three times, and found that AVX2 made the program 14 % \
          *slower*: 40,462 ms against 34,964 ms without. Here the same shape with {layers} of its 28 layers, stored bf16 \
-         weights, {}, one thread each. The schedules take turns, {} times with scalar kernels and {} with AVX2, for a machine changes within \
+         weights, {}, one thread each. The schedules take turns, {} with scalar kernels and {} with AVX2, for a machine changes within \
          minutes: milliseconds of the median turn, the median of what each took over `gathered` in the same turn, calls, payload and time of \
          rank 0's collectives in one prompt, and what rank 0's process allocated in it.\n\n",
         ranks.name(),
-        TURNS[0],
-        TURNS[1]
+        turns[0],
+        turns[1]
     );
     if ranks == Ranks::Threads(2) {
         text.push_str("There is no MPI on this machine: the ranks are threads of one process.\n\n");
@@ -99,8 +100,7 @@ fn turn(run: impl FnMut(&'static str) -> Result<Row>) -> Result<Vec<Row>> {
 fn middle(turns: &[Vec<Row>]) -> Vec<Row> {
     let of = |index: usize| {
         let mut rows: Vec<Row> = turns.iter().map(|turn| turn[index]).collect();
-        rows.sort_by(|a, b| a.of_gathered.total_cmp(&b.of_gathered));
-        let of_gathered = rows[rows.len() / 2].of_gathered;
+        let of_gathered = median(&rows.iter().map(|row| row.of_gathered).collect::<Vec<_>>());
         rows.sort_by(|a, b| a.ms.total_cmp(&b.ms));
         Row { of_gathered, ..rows[rows.len() / 2] }
     };
