@@ -175,8 +175,7 @@ pub(crate) struct Attend<'a> {
 
 /// Rows of queries that one task handles: at most those that share a tile of keys, and fewer, down to a point, where that leaves a
 /// thread too few tasks to balance.
-const TASK_ROWS: Range<usize> = 64..256;
-const _: () = assert!(TASK_ROWS.end <= ATTENTION_ROWS);
+const TASK_ROWS: Range<usize> = 64..ATTENTION_ROWS;
 /// Tasks of a thread, so that the last ones to finish do not finish long after the others.
 const TASKS: usize = 4;
 
@@ -236,7 +235,8 @@ pub(crate) fn attend(
     for (head, group) in task.shape.groups.iter().enumerate() {
         let mut column;
         (column, rest) = rest.split_heads(group.len(), task.shape.head_dim);
-        let step = (rows / group.len()).max(1);
+        // Tasks of about the same size.
+        let step = tokens.div_ceil(tokens.div_ceil((rows / group.len()).max(1)));
         for start in (0..tokens).step_by(step) {
             let end = (start + step).min(tokens);
             let block;

@@ -2,7 +2,7 @@
 //!
 //! Bytes are those of the buffers at the size that they reach in a pass; tests of `qwen3-model` hold them against what is allocated.
 
-use simd_kernels::{InputKind, Isa, KV_SPAN, KvFormat, PanelData};
+use simd_kernels::{ATTENTION_ROWS, InputKind, Isa, KV_SPAN, KvFormat, PanelData};
 use tensor::WeightFormat;
 
 use crate::attention::{AttentionShape, task_rows};
@@ -112,9 +112,10 @@ impl AttentionMemory<'_> {
         let (head_dim, heads) = (self.shape.head_dim, self.shape.heads());
         let group = self.shape.groups.iter().map(ExactSizeIterator::len).max().unwrap_or(0);
         let rows = task_rows(tokens, heads, self.threads).min(tokens * group);
-        // Of a row its query, also as the kernels read it, its result, also as they do, its scores and its weights; of a span of keys
-        // these and their values as int16.
-        self.threads * (rows * (4 * F32 * head_dim + (F32 + 2) * KV_SPAN) + 2 * 2 * KV_SPAN * head_dim)
+        // Of a row its query, also as the kernels read it, and its result, also as they do; of the rows that go together scores and weights;
+        // of a span of keys these and their values as int16.
+        let scores = rows.min(ATTENTION_ROWS / 2) * (F32 + 2) * KV_SPAN;
+        self.threads * (rows * 4 * F32 * head_dim + scores + 2 * 2 * KV_SPAN * head_dim)
     }
 }
 

@@ -13,8 +13,8 @@ use crate::isa::{Isa, dispatch};
 use crate::kv::KvHead;
 use std::ops::Range;
 
-/// Rows of one call that share each tile of keys; more are taken in parts.
-pub const ATTENTION_ROWS: usize = 258;
+/// Rows of one call that share each tile of keys, half as many where the cache is in f32; more are taken in parts.
+pub const ATTENTION_ROWS: usize = 528;
 
 /// Rows of queries over a range of one KV head's keys.
 #[derive(Clone)]

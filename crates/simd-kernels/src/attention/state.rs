@@ -10,18 +10,13 @@ use crate::vector::{scale, scale_add};
 pub(super) struct Scratch {
     pub scores: Lines,
     pub acc: Lines,
-    pub tiles: TileScratch,
-}
-
-/// Queries, keys and values as the kernels read them, and what goes with them where they are integers.
-#[derive(Clone, Default)]
-pub(super) struct TileScratch {
+    /// Queries, keys and values as the kernels read them.
     pub q: Lines,
-    pub q_scales: Lines,
     pub keys: Lines,
     pub values: Lines,
+    /// Of integers: weights, rows of queries before they become lanes, and a block on its way from the cache to `keys` or `values`.
     pub weights: Lines,
-    /// A block on its way from the cache to `keys` or `values`.
+    pub codes: Lines,
     pub block: Lines,
 }
 

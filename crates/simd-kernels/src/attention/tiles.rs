@@ -1,7 +1,7 @@
 //! Attention by online softmax in tiles of rows and keys: the AVX2 version.
 //!
 //! ```text
-//! for each tile of at most 258 rows, its queries scaled and packed in panels of six rows:
+//! for each tile of at most 264 rows, its queries scaled and packed in panels of six rows:
 //!   for each tile of 128 keys that some row sees:
 //!     S = Q Kᵀ                     panels x blocks of 16 keys
 //!     for each row:  m, s, P = online softmax of its scores; its acc rescaled if m moved
@@ -23,7 +23,7 @@ mod int;
 mod kernels;
 mod widen;
 
-use super::state::{Scratch, TileScratch};
+use super::state::Scratch;
 use super::{ATTENTION_ROWS, AttentionInput, SoftmaxState};
 use crate::isa::Isa;
 use crate::kv::{BLOCK, KV_GROUP, KV_SPAN, KvFormat, KvHead};
@@ -33,10 +33,12 @@ use std::arch::x86_64::*;
 use std::ops::Range;
 use widen::half;
 
-/// Rows that share prepared keys and values. More would prepare less often, but their queries, scores, weights and sums, 380
-/// KiB now, would leave L2, where 64 KiB of keys and values and those of the next tile are, too.
+/// Rows that share keys and values rounded to integers. Their queries and sums are 400 KiB, of which one group's pass through L1 with each
+/// tile of keys, so that more rows would cost no time, but leave fewer tasks to balance.
 const ROW_TILE: usize = ATTENTION_ROWS;
-const _: () = assert!(ROW_TILE.is_multiple_of(PANEL_ROWS));
+/// Rows that share keys and values in floats: of all of them queries, scores and sums, 400 KiB, go through L2 several times.
+const FLOAT_ROWS: usize = ATTENTION_ROWS / 2;
+const _: () = assert!(FLOAT_ROWS.is_multiple_of(PANEL_ROWS));
 /// Keys of a tile: a span of the cache.
 const KEY_TILE: usize = KV_SPAN;
 /// Up to so many rows the cache is read as it lies; more rows than this would widen each number again and again. Their panels
@@ -105,8 +107,9 @@ impl<'a, T: Element> KeyTile<'a, T> {
 #[target_feature(enable = "avx2,fma,f16c")]
 pub(super) fn attention(input: &AttentionInput<'_>, state: &mut SoftmaxState, isa: Isa) {
     let rows = input.visible.len();
-    let tiles = rows.div_ceil(ROW_TILE).max(1);
-    let tile_rows = rows.div_ceil(tiles).next_multiple_of(PANEL_ROWS).min(ROW_TILE);
+    let most = if input.kv.format() == KvFormat::F32 { FLOAT_ROWS } else { ROW_TILE };
+    let tiles = rows.div_ceil(most).max(1);
+    let tile_rows = rows.div_ceil(tiles).next_multiple_of(PANEL_ROWS).min(most);
     let mut scratch = std::mem::take(&mut state.scratch);
     for first in (0..rows).step_by(tile_rows.max(1)) {
         attend(input, first..rows.min(first + tile_rows), state, &mut scratch, isa);
@@ -117,7 +120,7 @@ pub(super) fn attention(input: &AttentionInput<'_>, state: &mut SoftmaxState, is
 /// One tile of rows over all keys.
 #[target_feature(enable = "avx2,fma,f16c")]
 fn attend(input: &AttentionInput<'_>, rows: Range<usize>, state: &mut SoftmaxState, scratch: &mut Scratch, isa: Isa) {
-    let (kv, head_dim, width) = (input.kv, input.kv.head_dim(), input.kv.width());
+    let kv = input.kv;
     let mut limits = [0; ROW_TILE];
     for (limit, row) in limits.iter_mut().zip(rows.clone()) {
         *limit = input.row_keys(row).end;
@@ -127,18 +130,43 @@ fn attend(input: &AttentionInput<'_>, rows: Range<usize>, state: &mut SoftmaxSta
     if end <= input.keys.start {
         return;
     }
+    // Tiles of keys, and how many keys of each are before the range asked for.
+    let spans = (input.keys.start / KV_SPAN..end.div_ceil(KV_SPAN)).map(|span| {
+        let keys = span * KV_SPAN..end.min((span + 1) * KV_SPAN);
+        (input.keys.start.saturating_sub(keys.start), keys)
+    });
+    if rows.len() > DIRECT_ROWS && kv.format() != KvFormat::F32 {
+        int::attend(input, (rows, limits), spans, state, scratch, isa);
+    } else {
+        attend_float(input, (rows, limits), spans, state, scratch);
+    }
+}
 
+/// A tile of rows over some tiles of keys, each with the number of keys before the range asked for, in floats. `limits`: the key after the
+/// last one that each row sees.
+#[target_feature(enable = "avx2,fma,f16c")]
+fn attend_float(
+    input: &AttentionInput<'_>,
+    (rows, limits): (Range<usize>, &[usize]),
+    spans: impl Iterator<Item = (usize, Range<usize>)>,
+    state: &mut SoftmaxState,
+    scratch: &mut Scratch,
+) {
+    let (kv, head_dim, width) = (input.kv, input.kv.head_dim(), input.kv.width());
     // Panels of equal height, as far as possible: a last panel of one row would cost as much as one of three.
     let count = rows.len().div_ceil(PANEL_ROWS);
-    let mut panels = [0; ROW_TILE / PANEL_ROWS + 1];
+    let mut panels = [0; FLOAT_ROWS / PANEL_ROWS + 1];
     for (p, first) in panels[..=count].iter_mut().enumerate() {
         *first = p * rows.len() / count;
     }
+    let panels = &panels[..=count];
 
     let elements = rows.start * head_dim..rows.end * head_dim;
+    let q = scratch.q.scratch(elements.len());
+    pack_queries(&input.q[elements.clone()], panels, head_dim, input.scale, q);
     let mut tile = RowTile {
         kv,
-        panels: &panels[..=count],
+        panels,
         limits,
         scores: scratch.scores.scratch(rows.len() * KEY_TILE),
         acc: scratch.acc.scratch(rows.len() * width),
@@ -149,51 +177,22 @@ fn attend(input: &AttentionInput<'_>, rows: Range<usize>, state: &mut SoftmaxSta
         padded[..head_dim].copy_from_slice(row);
         padded[head_dim..].fill(0.0);
     }
-    // Tiles of keys, and how many keys of each are before the range asked for.
-    let spans = (input.keys.start / KV_SPAN..end.div_ceil(KV_SPAN)).map(|span| {
-        let keys = span * KV_SPAN..end.min((span + 1) * KV_SPAN);
-        (input.keys.start.saturating_sub(keys.start), keys)
-    });
-    let q = &input.q[elements.clone()];
-    if rows.len() <= DIRECT_ROWS || kv.format() == KvFormat::F32 {
-        attend_float(&mut tile, q, input.scale, spans, &mut scratch.tiles);
-    } else if isa.has_avx512() {
-        int::attend::<{ Isa::PLAIN }, true>(&mut tile, q, input.scale, spans, &mut scratch.tiles);
-    } else if isa.vnni() == Isa::AVX_VNNI {
-        int::attend::<{ Isa::AVX_VNNI }, false>(&mut tile, q, input.scale, spans, &mut scratch.tiles);
-    } else {
-        int::attend::<{ Isa::PLAIN }, false>(&mut tile, q, input.scale, spans, &mut scratch.tiles);
-    }
-    for (padded, row) in tile.acc.chunks_exact(width).zip(state.acc[elements].chunks_exact_mut(head_dim)) {
-        row.copy_from_slice(&padded[..head_dim]);
-    }
-}
-
-/// A tile of rows over some tiles of keys, in floats.
-#[target_feature(enable = "avx2,fma,f16c")]
-fn attend_float(
-    tile: &mut RowTile<'_>,
-    q: &[f32],
-    scale: f32,
-    spans: impl Iterator<Item = (usize, Range<usize>)>,
-    scratch: &mut TileScratch,
-) {
-    let kv = tile.kv;
-    let packed = scratch.q.scratch(q.len());
-    pack_queries(q, tile.panels, kv.head_dim(), scale, packed);
     for (skip, keys) in spans {
-        if tile.limits.len() > DIRECT_ROWS {
-            let values = scratch.values.scratch(KEY_TILE * kv.width() / BLOCK);
+        if limits.len() > DIRECT_ROWS {
+            let values = scratch.values.scratch(KEY_TILE * width / BLOCK);
             gather_values(kv, &keys, values);
             let stored = KeyTile::<f32>::stored(kv, keys, skip);
-            tile.step::<_, false>(packed, &KeyTile { values, run: KEY_TILE, ..stored });
+            tile.step::<_, false>(q, &KeyTile { values, run: KEY_TILE, ..stored });
             continue;
         }
         match kv.format() {
-            KvFormat::F32 => tile.step::<f32, true>(packed, &KeyTile::stored(kv, keys, skip)),
-            KvFormat::F16 => tile.step::<u16, true>(packed, &KeyTile::stored(kv, keys, skip)),
-            KvFormat::Q8 => tile.step::<i8, true>(packed, &KeyTile::stored(kv, keys, skip)),
+            KvFormat::F32 => tile.step::<f32, true>(q, &KeyTile::stored(kv, keys, skip)),
+            KvFormat::F16 => tile.step::<u16, true>(q, &KeyTile::stored(kv, keys, skip)),
+            KvFormat::Q8 => tile.step::<i8, true>(q, &KeyTile::stored(kv, keys, skip)),
         }
+    }
+    for (padded, row) in tile.acc.chunks_exact(width).zip(state.acc[elements].chunks_exact_mut(head_dim)) {
+        row.copy_from_slice(&padded[..head_dim]);
     }
 }
 
@@ -222,8 +221,8 @@ fn pack_queries(q: &[f32], panels: &[usize], head_dim: usize, scale: f32, packed
 
 impl RowTile<'_> {
     /// For each panel, the keys of a tile that some of its rows sees.
-    fn cover(&self, keys: &Range<usize>) -> [usize; ROW_TILE / PANEL_ROWS] {
-        let mut cover = [0; ROW_TILE / PANEL_ROWS];
+    fn cover(&self, keys: &Range<usize>) -> [usize; FLOAT_ROWS / PANEL_ROWS] {
+        let mut cover = [0; FLOAT_ROWS / PANEL_ROWS];
         for (cover, panel) in cover.iter_mut().zip(self.panels.windows(2)) {
             let last = self.limits[panel[0]..panel[1]].iter().copied().max().unwrap_or(0);
             *cover = last.min(keys.end).saturating_sub(keys.start);
@@ -270,7 +269,7 @@ impl RowTile<'_> {
         }
 
         // The keys whose values all rows of a panel take: those that some row sees, or those that every row sees.
-        let mut shared = [0; ROW_TILE / PANEL_ROWS];
+        let mut shared = [0; FLOAT_ROWS / PANEL_ROWS];
         for (p, (shared, &cover)) in shared.iter_mut().zip(cover).enumerate() {
             let least = (self.panels[p]..self.panels[p + 1]).map(|row| self.seen(row, keys)).min().unwrap_or(0);
             *shared = if tile.is_finite(kv, least..cover) { cover } else { least };

@@ -30,5 +30,5 @@ fn they_agree_with_it_to_the_last_bit() {
             }
         }
     }
-    assert_entered_avx512("wide::scores");
+    assert_entered_avx512("wide::step");
 }
