@@ -16,7 +16,7 @@ const BYTES: usize = 256 << 20;
 fn decode(criterion: &mut Criterion) {
     let isa = Isa::detect();
     let threads = std::thread::available_parallelism().map_or(1, |n| n.get()).min(2);
-    let team = ForkJoin::new(threads, Arc::new(|_| ()));
+    let team = ForkJoin::new(threads, Arc::new(|_| ())).expect("threads");
     let weights = Weights::new(BYTES);
     for format in FORMATS {
         for tokens in 1..=6 {

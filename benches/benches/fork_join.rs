@@ -8,7 +8,7 @@ use simd_kernels::ForkJoin;
 fn fork_join(criterion: &mut Criterion) {
     let mut group = criterion.benchmark_group("empty run");
     for threads in [1, 2, 3, 16] {
-        let team = ForkJoin::new(threads, Arc::new(|_| ()));
+        let team = ForkJoin::new(threads, Arc::new(|_| ())).expect("threads");
         group.bench_function(format!("{threads} threads"), |b| b.iter(|| team.run(&|_| ())));
     }
     group.finish();

@@ -90,6 +90,14 @@ pub enum CommError {
         /// What failed.
         reason: String,
     },
+    /// The operating system refused a thread.
+    #[error("cannot start {thread}: {reason}")]
+    Thread {
+        /// The thread: its number, or what it is for.
+        thread: String,
+        /// What the system says.
+        reason: String,
+    },
     /// MPI returned an error code.
     #[error("{function} failed with MPI error {code}: {message}")]
     Mpi {

@@ -17,7 +17,7 @@
 //! whichever rank writes an area in step k + 2: two ranks take turns with theirs.
 //!
 //! The borrows spell this out: an outbox is lent out before [`Exchange::meet`], what others wrote after it.
-//! Processes that share the memory are trusted to run this same code; their versions are compared at setup.
+//! Processes that share the memory are trusted to run this same code: what they say of their program is compared at setup.
 
 use std::sync::Arc;
 #[cfg(any(feature = "mpi", test))]

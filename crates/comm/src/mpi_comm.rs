@@ -44,7 +44,8 @@ pub struct MpiOptions {
     pub shared_memory: bool,
     /// Takes ranks, in equal runs, for those of this many machines.
     pub nodes: Option<usize>,
-    /// The program and its version. Ranks on which it or another option differs are refused at the start.
+    /// The program and its build, a commit or a digest of its sources: what ranks of one machine share in memory, and how they round, changes
+    /// between builds. Ranks on which it or another option differs are refused at the start.
     pub program: String,
 }
 

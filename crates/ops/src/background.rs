@@ -1,6 +1,7 @@
 //! A second thread of a rank: it makes collectives while the team computes.
 
 use std::any::Any;
+use std::io;
 use std::panic::{self, AssertUnwindSafe};
 use std::sync::Arc;
 use std::sync::mpsc::{self, Receiver, Sender};
@@ -36,9 +37,12 @@ impl Background {
         let (jobs, todo) = mpsc::channel::<Job>();
         let name = format!("calls of rank {}", comm.rank());
         let thread = thread::Builder::new().name(name).spawn(move || todo.into_iter().for_each(|job| job()));
-        let setup =
-            |source| CommError::Setup { transport: "background", reason: format!("no thread for it: {source}") };
-        Ok(Self { comm, jobs: Some(jobs), thread: Some(thread.map_err(setup)?) })
+        let refused = |source: io::Error| {
+            let thread = format!("the thread for background calls of rank {}", comm.rank());
+            CommError::Thread { thread, reason: source.to_string() }
+        };
+        let thread = thread.map_err(refused)?;
+        Ok(Self { comm, jobs: Some(jobs), thread: Some(thread) })
     }
 
     /// Hands `call` over, which has its buffers with it and returns them. It counts where the calling thread stands now, and the

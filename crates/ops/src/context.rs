@@ -36,7 +36,7 @@ impl Context {
     /// `r / columns` and column `r % columns`. All ranks call it.
     ///
     /// # Errors
-    /// When the groups cannot be formed or there is no thread for calls in the background.
+    /// When the groups cannot be formed, or the operating system refuses a thread of the team or the one for calls in the background.
     ///
     /// # Panics
     /// When `columns` does not divide the number of ranks.
@@ -56,7 +56,7 @@ impl Context {
         let positions = group(ranks / columns, rank % columns)?;
         let background = Background::new(comm.clone())?;
         let profile = Arc::new(Profile::new(Instant::now()));
-        let team = Team::new(threads, placement, profile.clone());
+        let team = Team::new(threads, placement, profile.clone())?;
         Ok(Self { isa, team, comm, heads, positions, background, profile })
     }
 

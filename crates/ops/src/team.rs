@@ -1,9 +1,11 @@
 //! The threads of one rank, and the ways in which an operation shares its work among them.
 
+use std::io;
 use std::ops::Range;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, LazyLock, Mutex};
 
+use comm::CommError;
 use core_affinity::CoreId;
 use simd_kernels::{ForkJoin, Input, MatMut, PANEL};
 use tensor::split_range;
@@ -49,7 +51,10 @@ pub struct Team {
 impl Team {
     /// Starts a team of `threads` (at least 1) threads; the caller is thread 0 and is placed too. Their work
     /// is recorded in `profile`.
-    pub fn new(threads: usize, placement: Placement, profile: Arc<Profile>) -> Self {
+    ///
+    /// # Errors
+    /// When the operating system refuses a thread, with its number.
+    pub fn new(threads: usize, placement: Placement, profile: Arc<Profile>) -> Result<Self, CommError> {
         let cores = match placement {
             Placement::Free => Vec::new(),
             Placement::Cores { first } => CORES.iter().copied().skip(first).take(threads).collect(),
@@ -60,9 +65,13 @@ impl Team {
                 core_affinity::set_for_current(core);
             }
         };
-        let pool = ForkJoin::new(threads.max(1), Arc::new(pin.clone()));
+        let refused = |(thread, source): (usize, io::Error)| CommError::Thread {
+            thread: format!("thread {thread} of {threads}"),
+            reason: source.to_string(),
+        };
+        let pool = ForkJoin::new(threads.max(1), Arc::new(pin.clone())).map_err(refused)?;
         pin(0);
-        Self { pool, profile }
+        Ok(Self { pool, profile })
     }
 
     /// Number of threads, the caller among them.
@@ -194,7 +203,7 @@ mod tests {
 
     #[test]
     fn a_thread_that_is_done_takes_what_others_have_left() {
-        let team = Team::new(3, Placement::Free, Arc::new(Profile::new(std::time::Instant::now())));
+        let team = Team::new(3, Placement::Free, Arc::new(Profile::new(std::time::Instant::now()))).unwrap();
         // The first thread's first part ends when all others have: some thread has to take its second one.
         let done = AtomicUsize::new(0);
         team.share(vec![vec![0, 1], vec![2, 3, 4], vec![]], |part| {
@@ -210,7 +219,7 @@ mod tests {
 
     #[test]
     fn pieces_are_the_ranges_of_the_threads() {
-        let team = Team::new(2, Placement::Free, Arc::new(Profile::new(std::time::Instant::now())));
+        let team = Team::new(2, Placement::Free, Arc::new(Profile::new(std::time::Instant::now()))).unwrap();
         for panels in [0, 1, 2, 9, 64, 130] {
             let (threads, pieces) = team.panel_pieces(panels * PANEL, PIECES);
             assert!(pieces.iter().all(|piece| !piece.is_empty()));
@@ -228,7 +237,7 @@ mod tests {
         let all = std::thread::available_parallelism().expect("Linux tells").get();
         let placement = std::thread::spawn(move || {
             let before = Placement::for_rank(0, 1, all);
-            let _team = Team::new(1, before, Arc::new(Profile::new(std::time::Instant::now())));
+            let _team = Team::new(1, before, Arc::new(Profile::new(std::time::Instant::now()))).unwrap();
             (before, Placement::for_rank(0, 1, all))
         });
         assert_eq!(placement.join().expect("no panic"), (Placement::Cores { first: 0 }, Placement::Cores { first: 0 }));

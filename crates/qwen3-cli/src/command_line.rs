@@ -23,12 +23,15 @@ use crate::synth::SynthArgs;
 use crate::tokenize::TokenizeArgs;
 use crate::world::World;
 
+/// What `--version` says, and each rank of itself: the version, and the digest of the sources (`build.rs`).
+pub const VERSION: &str = concat!(env!("CARGO_PKG_VERSION"), " (sources ", env!("QWEN3_SOURCES"), ")");
+
 /// Qwen3 models on the cores of ordinary machines: alone, on several ranks of one process, or on MPI ranks.
 ///
 /// Under mpirun or srun (built with the feature mpi) each process is a rank and finds the others itself. Rank 0 reads the
 /// input and writes the answers. A failure is one line on standard error and a non-zero status, on every rank.
 #[derive(Parser, Debug)]
-#[command(name = "qwen3", version, max_term_width = 100)]
+#[command(name = "qwen3", version = VERSION, max_term_width = 100)]
 struct CommandLine {
     #[command(subcommand)]
     command: Command,

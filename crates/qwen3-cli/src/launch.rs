@@ -136,7 +136,7 @@ fn run_processes(world: &World, options: &LaunchOptions, command: impl Command) 
     use qwen3_model::comm::{MpiComm, MpiOptions};
 
     let started = MpiOptions::from_env().and_then(|mut options| {
-        options.program = concat!("qwen3 ", env!("CARGO_PKG_VERSION")).into();
+        options.program = format!("qwen3 {}", crate::command_line::VERSION);
         MpiComm::init_with(&options)
     });
     let comm = match started {

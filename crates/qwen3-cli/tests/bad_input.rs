@@ -249,6 +249,16 @@ fn arguments_that_are_no_text_and_a_full_disk_are_said() {
 }
 
 #[test]
+fn more_threads_than_the_system_gives_are_said() {
+    let austen = austen();
+    let mut command = std::process::Command::new("sh");
+    // A gigabyte of addresses is enough for the model, and for some hundreds of stacks.
+    command.args(["-c", "ulimit -v 1000000; exec \"$0\" \"$@\"", env!("CARGO_BIN_EXE_qwen3"), "generate", "--model"]);
+    command.arg(austen).args(["--prompt", "x", "--threads", "1024"]);
+    assert_one_line(&run_with(command, ""), &["cannot start thread", "of 1024"]);
+}
+
+#[test]
 fn a_launcher_without_mpi_is_one_line_from_its_first_process() {
     if cfg!(feature = "mpi") {
         return;

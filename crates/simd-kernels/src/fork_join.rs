@@ -34,6 +34,7 @@
 
 use std::any::Any;
 use std::cell::{Cell, RefCell};
+use std::io;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, LazyLock, Mutex, MutexGuard, PoisonError};
@@ -119,9 +120,12 @@ impl ForkJoin {
     /// Starts `threads - 1` threads (the caller of `run` is thread 0). Each calls `on_start` with its index 1..
     /// first, which is the place to pin it to a core; the caller pins itself, afterwards: cores are counted here.
     ///
+    /// # Errors
+    /// When the operating system refuses a thread: its number, and what the system says. No thread is left then.
+    ///
     /// # Panics
-    /// When `threads` is 0 or the operating system refuses a thread; with the payload of an `on_start` that panics.
-    pub fn new(threads: usize, on_start: Arc<dyn Fn(usize) + Send + Sync>) -> ForkJoin {
+    /// When `threads` is 0; with the payload of an `on_start` that panics.
+    pub fn new(threads: usize, on_start: Arc<dyn Fn(usize) + Send + Sync>) -> Result<ForkJoin, (usize, io::Error)> {
         assert!(threads > 0, "a team of 0 threads");
         TEAM_THREADS.fetch_add(threads, Ordering::Relaxed);
         LazyLock::force(&CORES);
@@ -146,7 +150,7 @@ impl ForkJoin {
                     shared.serve(0, || on_start(index));
                     shared.work(index);
                 })
-                .unwrap_or_else(|error| panic!("cannot start thread {index} of {threads}: {error}"));
+                .map_err(|error| (index, error))?;
             team.workers.push(worker);
         }
         // A start is served as a job is, so a panic in it ends here and not in a run that waits for ever.
@@ -154,7 +158,7 @@ impl ForkJoin {
         if let Some(payload) = team.shared.take_panic() {
             resume_unwind(payload);
         }
-        team
+        Ok(team)
     }
 
     /// Threads of the team, the caller of `run` included.

@@ -3,7 +3,7 @@
 use super::*;
 
 fn team(threads: usize) -> ForkJoin {
-    ForkJoin::new(threads, Arc::new(|_| ()))
+    ForkJoin::new(threads, Arc::new(|_| ())).expect("threads")
 }
 
 fn message(result: thread::Result<()>) -> String {
@@ -120,7 +120,7 @@ fn payloads_that_panic_when_dropped_do_not_stop_the_team() {
 #[test]
 fn a_panic_at_the_start_reaches_the_constructor() {
     let result = catch_unwind(|| {
-        ForkJoin::new(3, Arc::new(|i| assert!(i != 2, "thread {i} cannot start")));
+        drop(ForkJoin::new(3, Arc::new(|i| assert!(i != 2, "thread {i} cannot start"))));
     });
     assert_eq!(message(result), "thread 2 cannot start");
 }
@@ -170,7 +170,8 @@ fn dropping_joins_the_threads() {
         Arc::new(move |_| {
             let _ = &held;
         }),
-    );
+    )
+    .expect("threads");
     team.run(&|_| ());
     drop(team);
     assert_eq!(Arc::strong_count(&alive), 1, "a thread still holds its start callback");
