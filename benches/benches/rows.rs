@@ -11,7 +11,7 @@ const LEN: usize = 3072;
 /// A kernel that changes `x [LEN]`, given a second row, and its name.
 type Kernel = (&'static str, fn(Isa, &mut [f32], &[f32]));
 
-const KERNELS: [Kernel; 13] = [
+const KERNELS: [Kernel; 12] = [
     ("exp", |isa, x, _| exp(isa, x)),
     ("softmax", |isa, x, _| softmax(isa, x)),
     ("swiglu", |isa, x, y| {
@@ -26,10 +26,6 @@ const KERNELS: [Kernel; 13] = [
         }
     }),
     ("norm_rope", |isa, x, y| norm_rope(isa, x, &y[128..256], 1.0e-6, &y[..64], &y[64..128])),
-    ("add_rms_norm", |isa, x, y| {
-        let (x, out) = x.split_at_mut(LEN / 2);
-        add_rms_norm(isa, x, &y[..LEN / 2], &y[LEN / 2..], 1.0e-6, out);
-    }),
     ("add", |isa, x, y| add(isa, x, y)),
     ("scale_add", |isa, x, y| scale_add(isa, x, 0.5, y)),
     ("dot", |isa, x, y| x[0] = dot(isa, y, &y[..LEN])),

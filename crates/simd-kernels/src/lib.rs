@@ -52,7 +52,7 @@ pub use kv::{KV_SPAN, KvFormat, KvHead, UnknownKvFormat};
 pub use limits::{MULTIPLY_ADD_FLOPS, multiply_add, read};
 pub use matmul::{Store, matmul, matmul_swiglu};
 pub use matrix::MatMut;
-pub use norm::{add_rms_norm, rms_norm, rms_norm_in_place};
+pub use norm::{rms_norm, rms_norm_in_place};
 pub use panels::{GROUP, PANEL, PanelData, Panels};
 pub use rope::{norm_rope, rope};
 pub use softmax::{log_sum_exp, softmax};

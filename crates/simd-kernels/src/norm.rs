@@ -21,17 +21,6 @@ pub fn rms_norm_in_place(isa: Isa, x: &mut [f32], weight: &[f32], eps: f32) {
     dispatch!(isa, avx2::rms_norm_in_place, scalar::rms_norm_in_place, (x, weight, eps))
 }
 
-/// The residual and the norm that follows it in one pass: `x[i] += y[i]`, then `out` is the [`rms_norm`] of x.
-///
-/// # Panics
-/// When the lengths differ.
-pub fn add_rms_norm(isa: Isa, x: &mut [f32], y: &[f32], weight: &[f32], eps: f32, out: &mut [f32]) {
-    assert_eq!(x.len(), y.len(), "add_rms_norm: x has {} elements, y {}", x.len(), y.len());
-    assert_eq!(x.len(), weight.len(), "add_rms_norm: x has {} elements, weight {}", x.len(), weight.len());
-    assert_eq!(x.len(), out.len(), "add_rms_norm: x has {} elements, out {}", x.len(), out.len());
-    dispatch!(isa, avx2::add_rms_norm, scalar::add_rms_norm, (x, y, weight, eps, out))
-}
-
 /// 1 / sqrt(sum/n + eps).
 #[inline]
 pub(crate) fn inverse_rms(sum_of_squares: f32, n: usize, eps: f32) -> f32 {
@@ -57,11 +46,6 @@ pub(crate) mod scalar {
         for (x, weight) in x.iter_mut().zip(weight) {
             *x *= factor * weight;
         }
-    }
-
-    pub(super) fn add_rms_norm(x: &mut [f32], y: &[f32], weight: &[f32], eps: f32, out: &mut [f32]) {
-        x.iter_mut().zip(y).for_each(|(x, y)| *x += y);
-        rms_norm(x, weight, eps, out);
     }
 }
 
@@ -115,31 +99,6 @@ pub(crate) mod avx2 {
         let scaled = _mm256_mul_ps(load_tail(x_tail), factor);
         store_tail(x_tail, _mm256_mul_ps(scaled, load_tail(weight_tail)));
     }
-
-    #[target_feature(enable = "avx2,fma,f16c")]
-    pub(super) fn add_rms_norm(x: &mut [f32], y: &[f32], weight: &[f32], eps: f32, out: &mut [f32]) {
-        let (chunks, tail) = x.as_chunks_mut::<LANES>();
-        let (y_chunks, y_tail) = y.as_chunks();
-        let mut sums = [_mm256_setzero_ps(); 2];
-        for (i, (x, y)) in chunks.iter_mut().zip(y_chunks).enumerate() {
-            let total = _mm256_add_ps(load(x), load(y));
-            store(x, total);
-            sums[i & 1] = _mm256_fmadd_ps(total, total, sums[i & 1]);
-        }
-        let total = _mm256_add_ps(load_tail(tail), load_tail(y_tail));
-        store_tail(tail, total);
-        sums[0] = _mm256_fmadd_ps(total, total, sums[0]);
-        let sum = lanes::sum(_mm256_add_ps(sums[0], sums[1]));
-
-        let factor = _mm256_set1_ps(inverse_rms(sum, x.len(), eps));
-        let (chunks, _) = x.as_chunks();
-        let (weight, weight_tail) = weight.as_chunks();
-        let (out, out_tail) = out.as_chunks_mut();
-        for ((out, x), weight) in out.iter_mut().zip(chunks).zip(weight) {
-            store(out, _mm256_mul_ps(_mm256_mul_ps(load(x), factor), load(weight)));
-        }
-        store_tail(out_tail, _mm256_mul_ps(_mm256_mul_ps(total, factor), load_tail(weight_tail)));
-    }
 }
 
 #[cfg(test)]
@@ -176,17 +135,9 @@ mod tests {
                 let mut x = x;
                 rms_norm_in_place(isa, &mut x, &weight, EPS);
                 x.assert_close(&exact(&input, &weight), tolerance(len));
-
-                let y = Guarded::of(noise(len, 8), offset ^ 3);
-                let total: Vec<f32> = input.iter().zip(y.iter()).map(|(x, y)| x + y).collect();
-                let mut x = Guarded::of(input.iter().copied(), offset);
-                let mut out = Guarded::output(len, offset);
-                add_rms_norm(isa, &mut x, &y, &weight, EPS, &mut out);
-                x.assert_close(&total, |_| 0.0);
-                out.assert_close(&exact(&total, &weight), tolerance(len));
             }
         }
-        for name in ["avx2::rms_norm", "avx2::rms_norm_in_place", "avx2::add_rms_norm"] {
+        for name in ["avx2::rms_norm", "avx2::rms_norm_in_place"] {
             assert_entered(name);
         }
     }
