@@ -137,10 +137,10 @@ fn run_processes(world: &World, options: &LaunchOptions, command: impl Command) 
 
     let started = MpiOptions::from_env().and_then(|mut options| {
         options.program = format!("qwen3 {}", crate::command_line::VERSION);
-        MpiComm::init_with(&options)
+        Ok((MpiComm::init_with(&options)?, options.shared_memory))
     });
-    let comm = match started {
-        Ok(comm) => comm,
+    let (comm, shared_memory) = match started {
+        Ok(started) => started,
         Err(error) => return refuse(world, &error.into()),
     };
     if let Some(size) = world.size
@@ -152,6 +152,12 @@ fn run_processes(world: &World, options: &LaunchOptions, command: impl Command) 
             comm.size()
         );
         return refuse(world, &CliError::Launch { problem });
+    }
+    if comm.rank() == 0 && shared_memory && comm.machines() < comm.size() && comm.path() == "messages" {
+        eprintln!(
+            "warning: some ranks of one machine cannot map each other's memory (/proc/PID/fd, which containers may close to each other); \
+             all collectives go by MPI's messages, which is slower"
+        );
     }
     let comm: Arc<dyn Communicator> = Arc::new(comm);
     // A launcher that loses one rank tells the others to end, at once and often with no word about it.
