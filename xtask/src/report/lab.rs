@@ -1,6 +1,6 @@
 //! Where the sections measure: the built program, the checkpoints it runs, and the commands that were run.
 
-use std::fmt::Write as _;
+use std::collections::HashSet;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
@@ -216,11 +216,7 @@ impl Lab {
 
     /// The commands since the last call, for the end of a section.
     pub fn take_commands(&mut self) -> String {
-        let mut out = String::from("\n```sh\n");
-        for command in self.commands.drain(..) {
-            let _ = writeln!(out, "{command}");
-        }
-        out + "```\n"
+        listing(std::mem::take(&mut self.commands))
     }
 
     fn note(&mut self, args: &[&str]) {
@@ -295,6 +291,13 @@ pub fn median(values: &[f64]) -> f64 {
     if sorted.len() % 2 == 1 { sorted[middle] } else { (sorted[middle - 1] + sorted[middle]) / 2.0 }
 }
 
+/// A block of commands, those that were run again once.
+fn listing(mut commands: Vec<String>) -> String {
+    let mut said = HashSet::new();
+    commands.retain(|command| said.insert(command.clone()));
+    format!("\n```sh\n{}\n```\n", commands.join("\n"))
+}
+
 #[cfg(test)]
 mod tests {
     use serde_json::json;
@@ -314,6 +317,12 @@ mod tests {
         assert_eq!(Measured::find(&bench, "decode", 32), None);
         let cells = [Some(prefill), Some(decode), None].map(cell);
         assert_eq!(cells, ["150 (0.75 of 200)", "25.0 (0.50 of 30.0)", "–"]);
+    }
+
+    #[test]
+    fn commands_that_take_turns_are_listed_once() {
+        let commands = ["a", "b", "c", "b", "c"].map(str::to_owned).to_vec();
+        assert_eq!(listing(commands), "\n```sh\na\nb\nc\n```\n");
     }
 
     #[test]

@@ -125,7 +125,7 @@ pub(super) fn attend(
     };
     let (kv, lanes) = (input.kv, kernel.lanes);
     let (head_dim, width, pairs) = (kv.head_dim(), kv.width(), kv.head_dim().div_ceil(2));
-    // Groups of about as many vectors, as their first rows.
+    // Groups of about as many vectors, as ranges of lanes. What is in lanes behind the last row means nothing and stays there.
     let vectors = rows.len().div_ceil(lanes);
     let groups = vectors.div_ceil(VECTORS);
     let group = |g: usize| vectors * g / groups * lanes..vectors * (g + 1) / groups * lanes;
