@@ -101,8 +101,7 @@ impl CalibrateArgs {
     }
 
     fn save(&self, rank: &Rank, path: &Path, mut calibration: Calibration, machine: Machine) -> Result<(), CliError> {
-        calibration.insert(machine.clone());
-        calibration.write(path)?;
+        calibration.save(path, machine.clone())?;
         if self.json {
             return rank.say(&format!("{}\n", json!({ "file": path.display().to_string(), "machine": machine })));
         }

@@ -36,10 +36,10 @@ impl Calibration {
             )
         };
         let found: Self = serde_json::from_str(&text).map_err(|error| broken(error.to_string()))?;
-        if found.machines.iter().all(Machine::is_sound) {
-            return Ok(found);
+        match found.machines.iter().find_map(Machine::flaw) {
+            None => Ok(found),
+            Some(flaw) => Err(broken(format!("{flaw}, which no measurement gives"))),
         }
-        Err(broken("a rate or a link that is not positive".to_owned()))
     }
 
     /// What it has measurements of.
@@ -50,15 +50,25 @@ impl Calibration {
         if all.is_empty() { "nothing".to_owned() } else { all.join("; ") }
     }
 
+    /// Adds a measurement and writes the file. One that could not be read again is refused, and the file stays what it was.
+    pub fn save(&mut self, path: &Path, machine: Machine) -> Result<(), CliError> {
+        if let Some(flaw) = machine.flaw() {
+            let expected = "a positive number; nothing was saved, measure again while the machine is less busy";
+            return Err(misfit("calibration", format!("measured {flaw}"), expected));
+        }
+        self.insert(machine);
+        self.write(path)
+    }
+
     /// Adds a measurement in place of an older one of the same kind.
-    pub fn insert(&mut self, machine: Machine) {
+    fn insert(&mut self, machine: Machine) {
         let key = |m: &Machine| (m.processor.clone(), m.transport.clone(), m.ranks, m.nodes, m.threads);
         self.machines.retain(|other| key(other) != key(&machine));
         self.machines.push(machine);
     }
 
     /// Writes the file as a whole: a reader sees the old one or the new one.
-    pub fn write(&self, path: &Path) -> Result<(), CliError> {
+    fn write(&self, path: &Path) -> Result<(), CliError> {
         let write = || {
             if let Some(folder) = path.parent().filter(|folder| !folder.as_os_str().is_empty()) {
                 fs::create_dir_all(folder)?;
@@ -160,5 +170,28 @@ impl Layout<'_> {
             }
         }
         machine
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_could_not_be_read_again_is_not_saved() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("calibration.json");
+        let machine = Machine::typical(2, 1, 1);
+        Calibration::default().save(&path, machine.clone()).unwrap();
+        let old = fs::read_to_string(&path).unwrap();
+        for (bad, word) in [(f64::INFINITY, "inf"), (f64::NAN, "NaN"), (0.0, "0"), (-3.0, "-3")] {
+            let mut noisy = machine.clone();
+            noisy.rates[0].read_gb_s = bad;
+            let error = Calibration::read(&path).unwrap().save(&path, noisy).unwrap_err().line();
+            let expected = format!("calibration: measured read_gb_s of bf16 is {word}; expected a positive number; ");
+            assert!(error.starts_with(&expected), "{error}");
+            assert_eq!(fs::read_to_string(&path).unwrap(), old, "the file was touched for {bad}");
+        }
+        assert_eq!(Calibration::read(&path).unwrap().machines, [machine]);
     }
 }

@@ -133,7 +133,7 @@ fn what_cannot_be_planned_is_refused_in_one_line() {
     let cut = write(dir.path(), "cut.json", "{\"machines\": [");
     fails(&["--ranks", "2", "--calibration", &cut], &["cut.json"]);
     let negative = write(dir.path(), "negative.json", &calibration(2, 1, json!(-3.0)).to_string());
-    fails(&["--ranks", "2", "--calibration", &negative], &["negative.json", "not positive"]);
+    fails(&["--ranks", "2", "--calibration", &negative], &["negative.json", "read_gb_s of bf16 is -3"]);
     let other = write(dir.path(), "other.json", &calibration(3, 1, json!(9.0)).to_string());
     fails(
         &["--ranks", "2", "--calibration", &other],

@@ -166,19 +166,38 @@ impl Machine {
         self.attention.iter().find(|rate| rate.format == name).unwrap_or(&self.attention[0])
     }
 
-    /// Whether all figures are positive numbers and there are rates, as [`plan`](crate::plan) needs.
-    pub fn is_sound(&self) -> bool {
-        let links = [self.inside, self.between, self.hidden.link, self.hidden.taken];
-        let (sound, latency) = (|x: f64| x.is_finite() && x > 0.0, |x: f64| x.is_finite() && x >= 0.0);
-        let products =
-            |rate: &Rate| [rate.read_gb_s, rate.few_gb_s, rate.gflops].into_iter().all(sound) && latency(rate.start_us);
-        let attends =
-            |rate: &AttentionRate| [rate.read_gb_s, rate.gflops].into_iter().all(sound) && latency(rate.start_us);
-        !(self.rates.is_empty() || self.attention.is_empty())
-            && self.rates.iter().all(products)
-            && self.attention.iter().all(attends)
-            && links.iter().all(|link| latency(link.alpha_us) && sound(link.beta_gb_s))
-            && [self.ranks, self.nodes, self.threads].iter().all(|count| (1..=1 << 20).contains(count))
+    /// The first figure that is no positive number (a latency may be zero), with its name, or what is missing: [`plan`](crate::plan) needs
+    /// all of them, and JSON cannot hold infinite ones.
+    pub fn flaw(&self) -> Option<String> {
+        let links = [
+            ("inside", self.inside),
+            ("between", self.between),
+            ("hidden link", self.hidden.link),
+            ("hidden taken", self.hidden.taken),
+        ];
+        let links = links.iter().flat_map(|(of, LinkFigures { alpha_us, beta_gb_s })| {
+            [(*of, "alpha_us", *alpha_us), (*of, "beta_gb_s", *beta_gb_s)]
+        });
+        let products = self.rates.iter().flat_map(|Rate { format, start_us, read_gb_s, few_gb_s, gflops }| {
+            let figures =
+                [("start_us", start_us), ("read_gb_s", read_gb_s), ("few_gb_s", few_gb_s), ("gflops", gflops)];
+            figures.map(|(name, figure)| (&**format, name, *figure))
+        });
+        let attends = self.attention.iter().flat_map(|AttentionRate { format, start_us, read_gb_s, gflops }| {
+            let figures = [("start_us", start_us), ("read_gb_s", read_gb_s), ("gflops", gflops)];
+            figures.map(|(name, figure)| (&**format, name, *figure))
+        });
+        let sound = |name: &str, figure: f64| {
+            figure.is_finite() && (figure > 0.0 || figure == 0.0 && matches!(name, "alpha_us" | "start_us"))
+        };
+        let lists = [("rates", self.rates.len()), ("attention", self.attention.len())];
+        let counts = [("ranks", self.ranks), ("nodes", self.nodes), ("threads", self.threads)];
+        let mut figures = links.chain(products).chain(attends);
+        let flaw = figures.find(|(_, name, figure)| !sound(name, *figure));
+        let flaw = flaw.map(|(of, name, figure)| format!("{name} of {of} is {figure}"));
+        let missing = || lists.iter().find(|(_, len)| *len == 0).map(|(name, _)| format!("no {name}"));
+        let count = || counts.iter().find(|(_, count)| !(1..=1 << 20).contains(count));
+        flaw.or_else(missing).or_else(|| count().map(|(name, count)| format!("{name} is {count}")))
     }
 }
 
@@ -192,5 +211,27 @@ mod tests {
         // 20 GB of 10 G elements: 2 s to read, 5 s for eight rows, 0.4 s for each further one.
         let seconds = |rows| (rate.seconds(20e9, 10e9, rows) * 1e6).round() / 1e6;
         assert_eq!([0.0, 1.0, 3.2, 4.0, 8.0, 9.0, 108.0].map(seconds), [2.0, 2.0, 2.0, 2.5, 5.0, 5.4, 45.0]);
+    }
+
+    #[test]
+    fn a_figure_that_no_plan_can_use_is_named() {
+        let flaw = |change: fn(&mut Machine)| {
+            let mut machine = Machine::typical(2, 1, 1);
+            change(&mut machine);
+            machine.flaw()
+        };
+        assert_eq!(flaw(|_| ()), None);
+        assert_eq!(flaw(|m| (m.inside.alpha_us, m.rates[0].start_us, m.attention[0].start_us) = (0.0, 0.0, 0.0)), None);
+        let named = |change, words: &str| assert_eq!(flaw(change), Some(words.to_owned()));
+        named(|m| m.rates[0].read_gb_s = f64::INFINITY, "read_gb_s of bf16 is inf");
+        named(|m| m.rates[0].few_gb_s = 0.0, "few_gb_s of bf16 is 0");
+        named(|m| m.rates[0].gflops = f64::NAN, "gflops of bf16 is NaN");
+        named(|m| m.rates[0].start_us = -1.0, "start_us of bf16 is -1");
+        named(|m| m.attention[0].read_gb_s = -3.5, "read_gb_s of f16 is -3.5");
+        named(|m| m.between.beta_gb_s = 0.0, "beta_gb_s of between is 0");
+        named(|m| m.hidden.taken.alpha_us = f64::INFINITY, "alpha_us of hidden taken is inf");
+        named(|m| m.rates.clear(), "no rates");
+        named(|m| m.attention.clear(), "no attention");
+        named(|m| m.threads = 0, "threads is 0");
     }
 }

@@ -88,6 +88,12 @@ pub fn measure_speeds(
     Ok(Speeds { rates, attention, hidden })
 }
 
+/// What is left of `seconds` without those of `other` work, which were measured apart from it: at least one half. Noise may have it that the
+/// other work took as long or longer; a rate of what is then left would be infinite or negative, and no plan could use it.
+fn without(seconds: f64, other: f64) -> f64 {
+    (seconds - other).max(seconds / 2.0)
+}
+
 struct Lab<'a> {
     comm: &'a dyn Communicator,
     /// This rank alone, or with those of its machine as `heads`.
@@ -212,16 +218,15 @@ impl Lab<'_> {
         let scores = |tokens| sizes.attention_flops(tokens, 0) / (attention.gflops * 1e9);
         let layer = |layers: &[_], tokens, rounds| -> Result<f64, CommError> {
             let seconds = self.pass(sizes, layers, tokens, rounds)? / layers.len() as f64;
-            Ok(seconds - start - sums(tokens) - scores(tokens))
+            Ok(without(seconds, start + sums(tokens) + scores(tokens)))
         };
         let one = layer(&layers, 1, rounds)?;
         let many = layer(&layers[..1], tokens, long)?;
         // Of what starting and sums take, the block has one half.
         let block = self.feed_forward(sizes.hidden, &layers, rounds)?;
-        let block = (block - (start + sums(FEW)) / 2.0).max(block / 2.0);
+        let block = without(block, (start + sums(FEW)) / 2.0);
         let few_gb_s = layers[0].mlp.bytes() as f64 / block * 1e-9;
-        // Unless noise has it that all but the few cost next to nothing.
-        let more = (many - bytes as f64 / few_gb_s * 1e-9).max(many / 2.0);
+        let more = without(many, bytes as f64 / few_gb_s * 1e-9);
         Ok(Rate {
             format: format.name().to_owned(),
             start_us: start * 1e6,
@@ -293,5 +298,18 @@ impl Lab<'_> {
             read_gb_s: rate * 1e-9,
             gflops: USUAL.attention_flops(tokens, middle) / many * 1e-9,
         })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn noise_takes_at_most_half_of_the_time() {
+        assert_eq!(
+            [0.0, 1.0, 3.0, 4.0, 9.0, f64::INFINITY, f64::NAN].map(|other| without(4.0, other)),
+            [4.0, 3.0, 2.0, 2.0, 2.0, 2.0, 2.0]
+        );
     }
 }
