@@ -38,6 +38,10 @@ pub trait Communicator: Send + Sync {
     /// make of the ranks.
     fn machines(&self) -> usize;
 
+    /// The machine of this rank, of those that [`machines`](Communicator::machines) counts: a number that all ranks of the group on this
+    /// machine have, and no others. The color with which a split forms a group for each machine.
+    fn machine(&self) -> usize;
+
     /// What this rank has communicated; shared with the communicators split from this one.
     fn ledger(&self) -> &Ledger;
 

@@ -51,11 +51,6 @@ impl EmulatedComm {
         EmulatedComm { inner, link, nodes, machines, ledger }
     }
 
-    /// The node of this rank.
-    pub fn node(&self) -> usize {
-        self.nodes[self.inner.rank()]
-    }
-
     /// Makes a call of all members, with `bytes` of payload.
     fn all<R>(
         &self,
@@ -94,7 +89,7 @@ impl EmulatedComm {
 
     /// Seconds of a message between this rank and `peer`.
     fn message(&self, peer: usize, bytes: usize) -> f64 {
-        let far = self.nodes.get(peer).is_some_and(|node| *node != self.node());
+        let far = self.nodes.get(peer).is_some_and(|node| *node != self.machine());
         if far { self.link.seconds(Collective::Recv, 2, bytes as f64) } else { 0.0 }
     }
 }
@@ -131,6 +126,10 @@ impl Communicator for EmulatedComm {
 
     fn machines(&self) -> usize {
         self.machines
+    }
+
+    fn machine(&self) -> usize {
+        self.nodes[self.inner.rank()]
     }
 
     fn ledger(&self) -> &Ledger {
@@ -206,7 +205,7 @@ impl Communicator for EmulatedComm {
         let (inner, nodes) = self.all(Collective::Split, 0, || {
             let inner: Arc<dyn Communicator> = self.inner.split(color, key)?.into();
             let mut nodes = vec![0; inner.size()];
-            inner.all_gather_bytes(bytemuck::bytes_of(&self.node()), bytemuck::cast_slice_mut(&mut nodes))?;
+            inner.all_gather_bytes(bytemuck::bytes_of(&self.machine()), bytemuck::cast_slice_mut(&mut nodes))?;
             Ok((inner, nodes))
         })?;
         Ok(Box::new(EmulatedComm::of(inner, self.link, nodes, Arc::clone(&self.ledger))))

@@ -259,6 +259,11 @@ impl<E: End> Communicator for E {
         self.end().machines()
     }
 
+    fn machine(&self) -> usize {
+        let end = self.end();
+        end.machine[end.world[end.rank]]
+    }
+
     fn ledger(&self) -> &Ledger {
         &self.end().ledger
     }

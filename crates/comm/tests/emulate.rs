@@ -38,7 +38,7 @@ fn every_result_is_that_of_the_communicator_inside() {
 fn machines_are_those_of_the_ranks_of_a_group() {
     let found = on_ranks(5, 3, Link::from_us_gb_s(1.0, 10.0), |comm| {
         // Ranks 0 and 1, 2 and 3, and 4 share a node.
-        let inside = comm.split(comm.node(), 0).unwrap();
+        let inside = comm.split(comm.machine(), 0).unwrap();
         let across = comm.split(comm.rank() % 2, 0).unwrap();
         let ends = comm.split(usize::from(comm.rank() < 2), 0).unwrap();
         [comm as &dyn Communicator, &*inside, &*across, &*ends].map(|comm| comm.machines())
@@ -84,7 +84,7 @@ fn calls_within_a_node_cost_nothing_extra() {
     let link = Link::from_us_gb_s(500_000.0, 0.01);
     let start = Instant::now();
     on_ranks(4, 2, link, |comm| {
-        let inside = comm.split(comm.node(), 0).unwrap();
+        let inside = comm.split(comm.machine(), 0).unwrap();
         let start = Instant::now();
         for _ in 0..10 {
             inside.all_reduce(&mut [1.0; 1000], ReduceOp::Sum).unwrap();

@@ -1,12 +1,10 @@
 //! `qwen3 calibrate`: how fast these ranks read, multiply and add up, kept for `plan` and `--strategy auto`.
 
-use std::collections::HashSet;
-use std::fs;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use clap::Args;
-use qwen3_model::comm::{Communicator, CommunicatorExt as _, digest, node_of};
+use qwen3_model::comm::Communicator;
 use qwen3_model::{
     AttentionRate, Effort, Groups, HiddenSums, LinkFigures, Machine, Placement, Rate, measure_link, measure_speeds,
 };
@@ -51,8 +49,8 @@ impl CalibrateArgs {
         let neighbours = Neighbours::find(rank)?;
         let threads = neighbours.threads(self.threads);
         let placement = Placement::for_rank(neighbours.index, neighbours.count, threads);
-        let (node, nodes) = self.node(rank)?;
-        let here: Arc<dyn Communicator> = comm.split(node, comm.rank())?.into();
+        // The machines of the runs that look the figures up: real ones, emulated ones, or those of COMM_NODES.
+        let here: Arc<dyn Communicator> = comm.split(comm.machine(), comm.rank())?.into();
         let inside = measure_link(&*here)?;
         let leaders: Arc<dyn Communicator> = comm.split(usize::from(here.rank() > 0), comm.rank())?.into();
         let between = if here.rank() == 0 { measure_link(&*leaders)? } else { None };
@@ -60,7 +58,7 @@ impl CalibrateArgs {
         let groups = Groups { all: Arc::clone(comm), here, inside, leaders, between };
         let speeds = measure_speeds(&groups, isa, threads, placement, effort)?;
         rank.agree(Ok(()))?;
-        let typical = Machine::typical(comm.size(), nodes, threads);
+        let typical = Machine::typical(comm.size(), comm.machines(), threads);
         let machine = Machine {
             transport: comm.transport().to_owned(),
             processor: processor(),
@@ -73,21 +71,6 @@ impl CalibrateArgs {
         };
         let saved = file.map_or(Ok(()), |(path, calibration)| self.save(rank, &path, calibration, machine));
         rank.agree(saved)
-    }
-
-    /// The machine of this rank, emulated or real, and how many there are.
-    fn node(&self, rank: &Rank) -> Result<(usize, usize), CliError> {
-        let comm = rank.comm();
-        if rank.emulated_link().is_some() {
-            let nodes = comm.machines();
-            return Ok((node_of(comm.rank(), comm.size(), nodes), nodes));
-        }
-        let name = fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default();
-        let mine = digest(name.bytes().map(u64::from));
-        let mut all = vec![0_u64; comm.size()];
-        comm.all_gather(&[mine], &mut all)?;
-        let first = all.iter().position(|other| *other == mine).unwrap_or(0);
-        Ok((first, all.iter().collect::<HashSet<_>>().len()))
     }
 
     /// The file to add to, and what it has.

@@ -51,6 +51,25 @@ fn two_processes_answer_as_one() {
 }
 
 #[test]
+fn a_calibration_is_found_by_the_runs_on_the_same_machines() {
+    let (home, model) = (tempfile::tempdir().unwrap(), austen());
+    let on_two_machines = |args: &[&str]| -> Value {
+        let mut command = mpirun(args);
+        command.env("COMM_NODES", "2").env("XDG_CONFIG_HOME", home.path());
+        let run = run_with(command, "");
+        assert!(run.success, "{run:?}");
+        serde_json::from_str(&run.stdout).unwrap()
+    };
+    let machine = &on_two_machines(&["calibrate", "--quick", "--json", "--threads", "1"])["machine"];
+    assert_eq!((&machine["ranks"], &machine["nodes"]), (&2.into(), &2.into()));
+    let model = model.to_str().unwrap();
+    let quick = ["--prompt-len", "16", "--gen-len", "4", "--reps", "1", "--threads", "1"];
+    let found = on_two_machines(&[&["bench", "--json", "--model", model][..], &quick].concat());
+    let reason = found["plan"].as_str().unwrap();
+    assert!(reason.contains("2 ranks on 2 machines") && reason.contains("figures calibrated (mpi, "), "{reason}");
+}
+
+#[test]
 fn a_failure_is_one_line() {
     let model = austen();
     let model = model.to_str().unwrap();

@@ -10,6 +10,7 @@ use super::{Check, bytes, same_everywhere, values};
 pub const CHECKS: &[Check] = &[
     ("rank and size are consistent", identity),
     ("split forms groups by color, ordered by key", split),
+    ("a machine's ranks have its number", machine),
     ("groups of groups work, and outlive their parents", nested),
     ("the ledger counts calls, bytes and waiting", ledger),
     ("calls of all kinds follow each other", in_a_row),
@@ -48,6 +49,17 @@ fn split(comm: &dyn Communicator) {
         assert_eq!(same.rank(), rank / colors);
         comm.barrier().unwrap();
     }
+}
+
+fn machine(comm: &dyn Communicator) {
+    let mut all = vec![0; comm.size()];
+    comm.all_gather(&[comm.machine()], &mut all).unwrap();
+    let here = comm.split(comm.machine(), 0).unwrap();
+    assert_eq!((here.machines(), here.machine()), (1, comm.machine()));
+    assert_eq!(here.size(), all.iter().filter(|&&machine| machine == comm.machine()).count());
+    all.sort_unstable();
+    all.dedup();
+    assert_eq!(all.len(), comm.machines());
 }
 
 fn nested(comm: &dyn Communicator) {
