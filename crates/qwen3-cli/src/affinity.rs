@@ -1,6 +1,7 @@
 //! How many ranks share the cores that this process may use.
 
 use std::fs;
+use std::path::Path;
 use std::thread;
 
 use qwen3_model::comm::{CommunicatorExt as _, digest};
@@ -22,8 +23,7 @@ impl Neighbours {
     ///
     /// A launcher that binds each process to cores of its own leaves one; in-process ranks and unbound processes share.
     pub fn find(rank: &Rank) -> Result<Self, CliError> {
-        let place = read("/proc/sys/kernel/hostname") + allowed_cores(&read("/proc/self/status"));
-        let mine = digest(place.bytes().map(u64::from));
+        let mine = digest(place(Path::new("/proc")).bytes().map(u64::from));
         let mut all = vec![0_u64; rank.comm().size()];
         rank.comm().all_gather(&[mine], &mut all)?;
         let same = |places: &[u64]| places.iter().filter(|&&place| place == mine).count();
@@ -37,9 +37,15 @@ impl Neighbours {
     }
 }
 
+/// The host, what tells it from others of the same name, and the cores; `proc` is `/proc`, or a folder with such files. Not the machines
+/// that the communicator counts: those of `COMM_NODES` or of an emulated link share the cores of one.
+///
 /// What cannot be read counts as equal: then the ranks share, which costs speed but never more threads than cores.
-fn read(path: &str) -> String {
-    fs::read_to_string(path).unwrap_or_default()
+fn place(proc: &Path) -> String {
+    let read = |name: &str| fs::read_to_string(proc.join(name)).unwrap_or_default();
+    // Hosts that were never given a name are all called localhost. The kernel makes up the other one when it starts.
+    let host = read("sys/kernel/hostname") + &read("sys/kernel/random/boot_id");
+    host + allowed_cores(&read("self/status"))
 }
 
 /// The process's cores as `/proc/self/status` lists them, for example `0-3,8`.
@@ -58,6 +64,27 @@ mod tests {
         let status = "Name:\tqwen3\nCpus_allowed:\tff\nCpus_allowed_list:\t0-3,8\nMems_allowed:\t1\n";
         assert_eq!(allowed_cores(status), "0-3,8");
         assert_eq!(allowed_cores("Name:\tqwen3\n"), "");
+    }
+
+    #[test]
+    fn hosts_of_one_name_are_told_apart_and_so_are_cores() {
+        let place = |host: &str, boot: Option<&str>, cores: &str| {
+            let proc = tempfile::tempdir().unwrap();
+            let write = |name: &str, text: &str| {
+                fs::create_dir_all(proc.path().join(name).parent().unwrap()).unwrap();
+                fs::write(proc.path().join(name), text).unwrap();
+            };
+            write("sys/kernel/hostname", host);
+            write("self/status", &format!("Cpus_allowed_list:\t{cores}\n"));
+            boot.into_iter().for_each(|boot| write("sys/kernel/random/boot_id", boot));
+            super::place(proc.path())
+        };
+        let here = place("localhost\n", Some("ba40\n"), "0-3");
+        assert_eq!(here, place("localhost\n", Some("ba40\n"), "0-3"));
+        assert_ne!(here, place("localhost\n", Some("77c1\n"), "0-3"));
+        assert_ne!(here, place("other\n", Some("ba40\n"), "0-3"));
+        assert_ne!(here, place("localhost\n", Some("ba40\n"), "4-7"));
+        assert_eq!(place("localhost\n", None, "0-3"), place("localhost\n", None, "0-3"));
     }
 
     #[test]
