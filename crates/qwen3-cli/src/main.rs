@@ -17,6 +17,7 @@ mod launch;
 mod options;
 mod output_file;
 mod calibration;
+mod memory;
 mod plan;
 mod progress;
 mod rank;

@@ -12,6 +12,7 @@ use serde_json::{Value, json};
 
 use crate::calibration::{Calibration, Layout, count, place};
 use crate::failure::{CliError, Failure};
+use crate::memory::available;
 use crate::options::{Auto, bandwidth, choice, latency, misfit, positive};
 use crate::rank::Rank;
 
@@ -299,7 +300,7 @@ pub fn choose(rank: &Rank, wanted: &Wanted<'_>) -> Result<(ParallelStrategy, Exp
             chunk: wanted.chunk,
             schedule: wanted.mlp,
             experts: wanted.experts,
-            memory: available_memory().map(|bytes| bytes / here),
+            memory: available(Path::new("/")).map(|bytes| bytes / here),
             all_schedules: false,
         });
         let best = &plan.ways[plan.best];
@@ -319,11 +320,4 @@ pub fn choose(rank: &Rank, wanted: &Wanted<'_>) -> Result<(ParallelStrategy, Exp
     })?;
     let experts = experts.parse().expect("a place's own name");
     Ok((name.parse().expect("a strategy's own name"), experts, reason))
-}
-
-/// Bytes that this machine can give to programs, where its system tells.
-fn available_memory() -> Option<usize> {
-    let text = std::fs::read_to_string("/proc/meminfo").ok()?;
-    let line = text.lines().find_map(|line| line.strip_prefix("MemAvailable:"))?;
-    line.trim().trim_end_matches(" kB").parse::<usize>().ok()?.checked_mul(1024)
 }
