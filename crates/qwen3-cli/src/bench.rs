@@ -7,7 +7,7 @@ use std::time::Instant;
 
 use clap::Args;
 use qwen3_model::comm::{CommunicatorExt as _, Entry, Phase};
-use qwen3_model::{KvCache, KvFormat, LogitRows, Model, Sampler, SamplingParams};
+use qwen3_model::{Config, KvCache, KvFormat, LogitRows, MlpSchedule, Model, Sampler, SamplingParams};
 
 use crate::allocations::{self, Allocations};
 use crate::bench_limits::{Limits, median};
@@ -136,26 +136,33 @@ impl BenchArgs {
     }
 }
 
-/// Bytes that all ranks together read for one pass.
+/// Bytes of weights on all ranks together.
 struct Memory {
-    /// Weights that a token visits, all of them in a dense model.
-    weights: f64,
     /// Bytes of weights that each rank holds.
     held: Vec<u64>,
+    /// Parameters of them. A tied head is read as the head; the embedding itself costs a row a token.
+    parameters: u64,
+    /// Into so many parts ranks divide the tokens of a feed-forward block; a rank sees those of its part.
+    parts: usize,
 }
 
 impl Memory {
     fn of(model: &Model) -> Result<Self, CliError> {
         let config = model.config();
-        let mut all = vec![0_u64; model.comm().size()];
-        model.comm().all_gather(&[model.weight_bytes() as u64], &mut all)?;
-        // A tied head is read as the head; the embedding itself costs a row a token.
+        let mut held = vec![0_u64; model.comm().size()];
+        model.comm().all_gather(&[model.weight_bytes() as u64], &mut held)?;
         let tables = if config.tie_word_embeddings { 1 } else { 2 };
-        let head = config.head_parameters();
-        let held = config.parameters() - (tables - 1) * head;
-        let visited = config.active_matrix_elements() + head;
-        let share = (visited as f64 / held as f64).min(1.0);
-        Ok(Self { weights: all.iter().sum::<u64>() as f64 * share, held: all })
+        let parameters = config.parameters() - (tables - 1) * config.head_parameters();
+        // Ranks that only split positions bring their tokens together for feed-forward blocks that they split.
+        let (tp, sp) = model.options().strategy.grid(held.len());
+        let together = tp == 1 && model.options().schedule() != MlpSchedule::Local;
+        Ok(Self { held, parameters, parts: if together { 1 } else { sp } })
+    }
+
+    /// Bytes that a pass of `tokens` tokens reads: all of a dense model, of a mixture those of the experts that the tokens visit.
+    fn pass(&self, config: &Config, tokens: usize) -> f64 {
+        let visited = config.visited_matrix_elements(tokens.div_ceil(self.parts)) + config.head_parameters() as f64;
+        self.held.iter().sum::<u64>() as f64 * (visited / self.parameters as f64).min(1.0)
     }
 }
 
@@ -198,9 +205,11 @@ impl Bench<'_> {
         self.cache.truncate(0);
         let what = Measurement { phase: Phase::Prefill, tokens, depth: 0, reps };
         let Repeated { seconds, limit, allocations } = self.repeat(what, |bench| bench.fill(tokens))?;
-        let passes = tokens.div_ceil(self.chunk) as f64;
-        let flops = self.model.config().forward_flops(tokens, 0, 1) as f64;
-        let bytes = passes * self.memory.weights;
+        let config = self.model.config();
+        let flops = config.forward_flops(tokens, 0, 1) as f64;
+        let pass = |tokens| self.memory.pass(config, tokens);
+        let last = tokens % self.chunk;
+        let bytes = (tokens / self.chunk) as f64 * pass(self.chunk) + if last > 0 { pass(last) } else { 0.0 };
         Ok(Measured { phase: what.phase, tokens, flops, bytes, depth: 0, seconds, limit, allocations })
     }
 
@@ -213,7 +222,7 @@ impl Bench<'_> {
         let flops = (0..tokens).map(|step| config.forward_flops(1, depth + step, 1) as f64).sum();
         let per_position = self.cache_bytes()? / self.cache.len() as f64;
         let positions = (0..tokens).map(|step| (depth + step + 1) as f64).sum::<f64>();
-        let bytes = tokens as f64 * self.memory.weights + per_position * positions;
+        let bytes = tokens as f64 * self.memory.pass(config, 1) + per_position * positions;
         Ok(Measured { phase: what.phase, tokens, flops, bytes, depth, seconds, limit, allocations })
     }
 

@@ -38,6 +38,30 @@ fn limits_and_depth_are_part_of_the_results() {
 }
 
 #[test]
+fn a_prompt_reads_the_experts_of_all_its_tokens() {
+    let dir = tempfile::tempdir().unwrap();
+    let model = dir.path().join("mixture");
+    let made = run(&["synth", "--preset", "tiny-moe", model.to_str().unwrap()]);
+    assert!(made.success, "{made:?}");
+    // What prompts of these lengths read, as a share of all weights of all ranks.
+    let shares = |extra: &[&str]| -> Vec<f64> {
+        let args = ["bench", "--json", "--model", model.to_str().unwrap(), "--reps", "1", "--threads", "1"];
+        let found = json(&[&args[..], &["--prompt-len", "1,2,256,257", "--gen-len", "0"], extra].concat());
+        let held: f64 = found["weight_bytes"].as_array().unwrap().iter().map(|bytes| bytes.as_f64().unwrap()).sum();
+        let bytes = |of: &Value| of["gb_per_s"].as_f64().unwrap() * of["ms"].as_f64().unwrap() * 1e6;
+        found["results"].as_array().unwrap().iter().map(|result| bytes(result) / held).collect()
+    };
+    let [one, two, all, longer] = shares(&["--chunk", "256"])[..] else { panic!("four prompts") };
+    // 2 of 8 experts for the first token, 1.5 more for the second, all of them for many; the 257th comes in another pass.
+    let expert = (all - one) / 6.0;
+    assert!((0.98..=1.0).contains(&all) && one < 0.6, "{one} to {all}");
+    assert!((two - one - 1.5 * expert).abs() < 1e-9 && (longer - all - one).abs() < 1e-9, "{two}, {longer}");
+    // Each of two ranks that split positions sees half of the tokens.
+    let split = shares(&["--chunk", "256", "--ranks", "2", "--strategy", "sequence"]);
+    assert!((split[1] - one).abs() < 1e-9, "{split:?}");
+}
+
+#[test]
 fn a_context_that_is_too_deep_is_refused() {
     let model = austen();
     let failed = run(&bench(model.to_str().unwrap(), &["--depth", "5000"]));

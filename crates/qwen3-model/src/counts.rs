@@ -1,6 +1,14 @@
 //! How many parameters a model has and how much arithmetic a token costs.
 
-use crate::config::Config;
+use crate::config::{Config, MoeConfig};
+
+impl MoeConfig {
+    /// Experts that a pass of `tokens` tokens visits in a layer on average, where all experts are equally likely.
+    pub(crate) fn visited_experts(&self, tokens: f64) -> f64 {
+        let (experts, visits) = (self.num_experts as f64, self.num_experts_per_tok as f64);
+        experts * (1.0 - (1.0 - visits / experts).powf(tokens))
+    }
+}
 
 impl Config {
     /// All parameters; a tied head counts once.
@@ -25,6 +33,16 @@ impl Config {
                 hidden * (self.attention_rows() + columns)
             })
             .sum()
+    }
+
+    /// Elements of the matrices that a pass of `tokens` tokens visits in the layers: in a sparse one those of the experts that one token or
+    /// another has chosen, on average.
+    pub fn visited_matrix_elements(&self, tokens: usize) -> f64 {
+        let one = self.active_matrix_elements() as f64;
+        let Some(moe) = &self.moe else { return one };
+        let sparse = (0..self.num_hidden_layers).filter(|&layer| self.is_sparse(layer)).count();
+        let further = moe.visited_experts(tokens as f64) - moe.num_experts_per_tok as f64;
+        one + (sparse * 3 * self.hidden_size * moe.moe_intermediate_size) as f64 * further
     }
 
     /// Elements of the head.

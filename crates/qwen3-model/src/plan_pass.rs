@@ -210,7 +210,7 @@ impl<'a> Way<'a> {
     /// The part of its experts that the rank with most visits has visited in a pass, and the rows of each of these.
     fn visited(&self, moe: &MoeConfig, tokens: f64) -> (f64, f64) {
         let (experts, visits) = (moe.num_experts as f64, moe.num_experts_per_tok as f64);
-        let different = experts * (1.0 - (1.0 - visits / experts).powf(tokens));
+        let different = moe.visited_experts(tokens);
         let rows = tokens * visits / different.max(1.0);
         if self.division.experts == ExpertSplit::Inside {
             return (different / experts, rows);

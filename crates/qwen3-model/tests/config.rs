@@ -69,6 +69,12 @@ fn counts_of_the_published_sizes() {
     // Each of 48 layers: attention, 8 experts, the router.
     let layer = 2048 * (2 * (4096 + 512) + 8 * 3 * 768 + 128);
     assert_eq!(moe.active_matrix_elements(), 48 * layer);
+    // The second token finds 1 of 16 experts visited; a dense model has none to choose.
+    let expert = (48 * 2048 * 3 * 768) as f64;
+    for (tokens, further) in [(1, 0.0), (2, 7.5), (100_000, 120.0)] {
+        assert_eq!(moe.visited_matrix_elements(tokens), (48 * layer) as f64 + further * expert, "{tokens} tokens");
+        assert_eq!(dense.visited_matrix_elements(tokens), dense.active_matrix_elements() as f64);
+    }
 }
 
 #[test]
