@@ -234,7 +234,7 @@ impl Bench<'_> {
         work: impl Fn(&mut Self) -> Result<(), Failure>,
     ) -> Result<Repeated, Failure> {
         let comm = self.rank.comm();
-        let (mut seconds, mut looks) = (Vec::with_capacity(what.reps), Vec::new());
+        let (mut seconds, mut looks) = (Vec::new(), Vec::new());
         let mut allocations = None;
         for rep in 0..=what.reps {
             self.cache.truncate(what.depth);

@@ -6,7 +6,7 @@ use clap::Args;
 use qwen3_model::{Preset, SynthOptions, synthesize};
 
 use crate::failure::{CliError, Failure};
-use crate::options::{choice, positive};
+use crate::options::choice;
 use crate::progress;
 use crate::rank::Rank;
 
@@ -26,8 +26,8 @@ pub struct SynthArgs {
     seed: u64,
 
     /// Another number of layers than the published one
-    #[arg(long, value_name = "N", value_parser = positive)]
-    layers: Option<usize>,
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=1024))]
+    layers: Option<u16>,
 }
 
 impl SynthArgs {
@@ -38,7 +38,7 @@ impl SynthArgs {
     }
 
     fn write(&self, rank: &Rank) -> Result<(), CliError> {
-        let options = SynthOptions { preset: self.preset, layers: self.layers, seed: self.seed };
+        let options = SynthOptions { preset: self.preset, layers: self.layers.map(usize::from), seed: self.seed };
         let (bar, mut progress) = progress::writing(rank);
         let written = synthesize(&self.dir, &options, &mut progress);
         bar.finish_and_clear();

@@ -160,6 +160,10 @@ fn unknown_options_and_values() {
     fails(&model, &["--prompt", "x", "--frobnicate"], &["--frobnicate"]);
     assert_one_line(&run(&["frobnicate"]), &["frobnicate"]);
     assert_one_line(&run(&["synth", "--preset", "9b", "out"]), &["9b"]);
+    for layers in ["0", "1025", "2000000000"] {
+        let refused = run(&["synth", "--preset", "tiny", "--layers", layers, "/dev/null/x"]);
+        assert_one_line(&refused, &["--layers", layers, "1..=1024"]);
+    }
 }
 
 #[test]

@@ -3,8 +3,10 @@
 mod program;
 
 use std::fs;
+use std::thread;
+use std::time::Duration;
 
-use program::{assert_one_line, austen, json, keys, run};
+use program::{assert_one_line, austen, json, keys, program, run};
 use serde_json::Value;
 
 const QUICK: [&str; 6] = ["--prompt-len", "16", "--gen-len", "3", "--reps", "1"];
@@ -68,6 +70,20 @@ fn a_context_that_is_too_deep_is_refused() {
     assert_one_line(&failed, &["--depth", "4096"]);
     let failed = run(&bench(model.to_str().unwrap(), &["--trace", "no/such/folder/trace.json"]));
     assert_one_line(&failed, &["no/such/folder/trace.json"]);
+}
+
+#[test]
+fn any_number_of_repetitions_can_begin() {
+    let model = austen();
+    let args = ["--gen-len", "0", "--threads", "1", "--prompt-len", "1"];
+    let args = [&["bench", "--model", model.to_str().unwrap(), "--reps", "18446744073709551615"][..], &args].concat();
+    let mut bench = program(&args).spawn().unwrap();
+    // Without room for as many times it would be over before the first one.
+    thread::sleep(Duration::from_secs(3));
+    let status = bench.try_wait().unwrap();
+    bench.kill().unwrap();
+    bench.wait().unwrap();
+    assert_eq!(status, None, "it ended before all repetitions");
 }
 
 #[test]
