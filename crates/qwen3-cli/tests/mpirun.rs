@@ -110,41 +110,45 @@ fn signal(kind: &str, processes: &[String]) {
 fn a_killed_rank_ends_the_other() {
     let model = austen();
     let args = ["bench", "--model", model.to_str().unwrap(), "--reps", "1000000", "--threads", "1"];
-    let mut launcher = mpirun(&args).spawn().unwrap();
-    let found = ranks(launcher.id());
-    // Long enough to be loaded and computing, short enough not to be done.
-    thread::sleep(Duration::from_secs(1));
-    assert!(launcher.try_wait().unwrap().is_none(), "the bench ended by itself");
-    signal("-KILL", &found[1..]);
-    let killed = Instant::now();
-    let status = loop {
-        if let Some(status) = launcher.try_wait().unwrap() {
-            break status;
-        }
-        assert!(killed.elapsed() < Duration::from_secs(5), "the other rank still runs");
-        thread::sleep(Duration::from_millis(20));
-    };
-    assert!(!status.success());
+    // While they find each other or load, and when they compute.
+    for milliseconds in [0, 200, 1000] {
+        let mut launcher = mpirun(&args).spawn().unwrap();
+        let found = ranks(launcher.id());
+        thread::sleep(Duration::from_millis(milliseconds));
+        assert!(launcher.try_wait().unwrap().is_none(), "the bench ended by itself");
+        signal("-KILL", &found[1..]);
+        let killed = Instant::now();
+        let status = loop {
+            if let Some(status) = launcher.try_wait().unwrap() {
+                break status;
+            }
+            assert!(killed.elapsed() < Duration::from_secs(5), "the other rank still runs");
+            thread::sleep(Duration::from_millis(20));
+        };
+        assert!(!status.success());
+    }
 }
 
 #[test]
-fn ranks_that_are_all_told_to_end_say_so_once() {
+fn ranks_that_are_told_to_end_say_so_once() {
     let model = austen();
     let args = ["bench", "--model", model.to_str().unwrap(), "--reps", "1000000", "--threads", "1"];
-    for memory in ["on", "off"] {
+    for (memory, name, told) in
+        [("on", "TERM", 2), ("off", "TERM", 2), ("on", "INT", 2), ("on", "TERM", 1), ("on", "INT", 1)]
+    {
         let mut launcher = mpirun(&args);
         launcher.env("COMM_SHARED_MEMORY", memory).stdout(Stdio::piped()).stderr(Stdio::piped());
         let launcher = launcher.spawn().unwrap();
         let found = ranks(launcher.id());
         thread::sleep(Duration::from_secs(1));
-        signal("-TERM", &found);
+        signal(&format!("-{name}"), &found[2 - told..]);
         let end = launcher.wait_with_output().unwrap();
         assert!(!end.status.success());
         // MPICH's launcher has both outputs of the ranks on its own first.
         let text = [end.stdout, end.stderr].map(|text| String::from_utf8_lossy(&text).into_owned()).concat();
         let lines: Vec<_> = text.lines().filter(|line| line.starts_with("error: ")).collect();
         assert_eq!(lines.len(), 1, "{text}");
-        assert!(lines[0].contains("it was told to end (SIGTERM)"), "{text}");
+        assert!(lines[0].contains(&format!("it was told to end (SIG{name})")), "{told} told: {text}");
     }
 }
 
