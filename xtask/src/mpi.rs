@@ -54,15 +54,23 @@ pub struct Parts {
 
 impl Parts {
     /// Looks for every part, in `PATH` and in the places where distributions put them. `MPICC` and `MPIRUN` (paths of
-    /// files) choose among several MPIs.
+    /// files, or names of programs) choose among several MPIs; what one of them names and is not there is missing, and said so.
     pub fn find() -> Parts {
         let cc = ["cc", "gcc", "clang"].iter().find_map(|name| process::find_program(name, &[]));
-        let from_variable = |name: &str| std::env::var_os(name).map(PathBuf::from).filter(|path| path.is_file());
+        let named = |variable: &str, usual: &str| {
+            let find = |name: &str| process::find_program(name, &wrapper_folders());
+            let Ok(chosen) = std::env::var(variable) else { return find(usual) };
+            let found = Some(PathBuf::from(&chosen)).filter(|path| path.is_file()).or_else(|| find(&chosen));
+            if found.is_none() {
+                eprintln!("{variable} is '{chosen}', expected the path of a file or the name of a program");
+            }
+            found
+        };
         Parts {
-            mpicc: from_variable("MPICC").or_else(|| process::find_program("mpicc", &wrapper_folders())),
-            mpirun: from_variable("MPIRUN").or_else(|| process::find_program("mpirun", &wrapper_folders())),
+            mpicc: named("MPICC", "mpicc"),
+            mpirun: named("MPIRUN", "mpirun"),
             libclang: find_libclang(),
-            cc: from_variable("CC").or(cc),
+            cc: std::env::var_os("CC").map(PathBuf::from).filter(|path| path.is_file()).or(cc),
         }
     }
 
