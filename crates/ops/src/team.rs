@@ -35,10 +35,11 @@ pub enum Placement {
 }
 
 impl Placement {
-    /// The placement of rank `rank` of `ranks` on this machine with `threads` threads each: a core
-    /// for each thread where there are enough, otherwise free.
+    /// The placement of rank `rank` of `ranks` on this machine with `threads` threads each: a core for each thread where together they take
+    /// all of the process's cores, otherwise free. With fewer threads nobody knows which cores are idle but the system: two jobs, or two
+    /// containers with a share of the machine, would otherwise meet on the first ones.
     pub fn for_rank(rank: usize, ranks: usize, threads: usize) -> Self {
-        if ranks * threads <= CORES.len() { Self::Cores { first: rank * threads } } else { Self::Free }
+        if ranks * threads == CORES.len() { Self::Cores { first: rank * threads } } else { Self::Free }
     }
 }
 
@@ -230,6 +231,15 @@ mod tests {
                 assert_eq!(own.iter().copied().cloned().flatten().collect::<Vec<_>>(), range.collect::<Vec<_>>());
             }
         }
+    }
+
+    #[test]
+    fn threads_are_pinned_where_they_take_all_cores() {
+        let cores = CORES.len();
+        assert_eq!(Placement::for_rank(1, cores, 1), Placement::Cores { first: 1 });
+        assert_eq!(Placement::for_rank(0, 1, cores), Placement::Cores { first: 0 });
+        assert_eq!(Placement::for_rank(0, 1, cores + 1), Placement::Free);
+        assert_eq!(Placement::for_rank(0, 1, cores - 1), Placement::Free);
     }
 
     #[test]

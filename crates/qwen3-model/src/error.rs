@@ -32,6 +32,14 @@ pub enum ModelError {
         /// The lowest such rank.
         rank: usize,
     },
+    /// A rank has the weights of another model of the same shape.
+    #[error(
+        "rank {rank} has other weights than rank 0 in the first rows of matrices, expected the same checkpoint on all ranks"
+    )]
+    OtherWeights {
+        /// The lowest such rank.
+        rank: usize,
+    },
     /// Ranks round differently, and one would choose other experts than another for the same token.
     #[error(
         "rank {rank} computes with other instructions than rank 0, expected the same for a mixture of experts (avx2, avx2-vnni and avx512 are)"

@@ -17,6 +17,9 @@ use crate::names::{EMBEDDING, FINAL_NORM, LayerNames, MlpNames, head, open_weigh
 use crate::options::ModelOptions;
 use crate::rotary::RotaryTable;
 
+/// By so many times the deadline of collectives is longer while the others load: one may have the files in memory, and another a slow disk.
+const LOADING: u32 = 15;
+
 /// How far loading has come.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct LoadProgress {
@@ -50,35 +53,72 @@ impl Model {
         let ctx = Context::new(options.isa, comm.clone(), tp, options.threads, options.placement)?;
         let loaded = load_share(dir, ctx, options, progress);
         let own = match &loaded {
-            Err(_) => [1, 0, 0],
-            Ok(model) => {
+            Err(_) => [1, 0, 0, 0],
+            Ok((model, weights)) => {
                 // Experts are chosen on each rank, by sums that other kernels round otherwise. AVX-VNNI and AVX-512 round as AVX2 does, unless a
                 // router is quantized, which this project does to none.
                 let chooses = model.config.moe.is_some() && schedule != MlpSchedule::Local;
                 let isa = options.isa.without_avx512().to_string();
                 let isa = if chooses { isa.trim_end_matches("-vnni") } else { "" };
                 let of = |text: &str| digest(text.bytes().map(u64::from));
-                [0, of(&format!("{:?}", model.config)), of(isa)]
+                [0, of(&format!("{:?}", model.config)), of(isa), *weights]
             }
         };
         let mut all = vec![0u64; own.len() * comm.size()];
-        comm.all_gather(&own, &mut all)?;
+        let timeout = comm.timeout();
+        comm.set_timeout(timeout.saturating_mul(LOADING));
+        let gathered = comm.all_gather(&own, &mut all);
+        comm.set_timeout(timeout);
+        gathered?;
         comm.ledger().set_phase(Phase::Other);
-        let all = all.as_chunks::<3>().0;
-        let first = |differs: &dyn Fn(&[u64; 3]) -> bool| all.iter().position(differs);
-        let model = match (loaded, first(&|[failed, ..]| *failed != 0)) {
+        let all = all.as_chunks::<4>().0;
+        let first = |differs: &dyn Fn(&[u64; 4]) -> bool| all.iter().position(differs);
+        let (model, _) = match (loaded, first(&|[failed, ..]| *failed != 0)) {
             (Ok(_), Some(rank)) => return Err(ModelError::PeerLoad { rank }),
             (loaded, _) => loaded?,
         };
-        let [_, config, isa] = all[0];
-        if let Some(rank) = first(&|[_, other, _]| *other != config) {
+        let [_, config, isa, weights] = all[0];
+        if let Some(rank) = first(&|[_, other, ..]| *other != config) {
             return Err(ModelError::OtherConfig { rank });
         }
-        if let Some(rank) = first(&|[.., other]| *other != isa) {
+        if let Some(rank) = first(&|[.., other]| *other != weights) {
+            return Err(ModelError::OtherWeights { rank });
+        }
+        if let Some(rank) = first(&|[.., other, _]| *other != isa) {
             return Err(ModelError::OtherIsa { rank });
         }
         Ok(model)
     }
+}
+
+/// A digest of the first rows of the embedding and of each layer's matrices (of the first expert), as numbers: what tells one fine-tune or
+/// revision of a model from another.
+fn first_rows(config: &Config, checkpoint: &Checkpoint) -> Result<u64, CheckpointError> {
+    let mut digests = Vec::new();
+    let mut add = |name: &str, rows: usize, cols: usize| -> Result<(), CheckpointError> {
+        let mut row = vec![0.0; cols];
+        checkpoint.matrix(name, rows, cols)?.read_row(0, &mut row)?;
+        digests.push(digest(row.iter().map(|x| u64::from(x.to_bits()))));
+        Ok(())
+    };
+    let (hidden, queries, keys) = (config.hidden_size, config.query_size(), config.key_value_size());
+    add(EMBEDDING, config.vocab_size, hidden)?;
+    for layer in 0..config.num_hidden_layers {
+        let names = LayerNames::new(layer);
+        for (name, rows) in [(&names.q_proj, queries), (&names.k_proj, keys), (&names.v_proj, keys)] {
+            add(name, rows, hidden)?;
+        }
+        add(&names.o_proj, hidden, queries)?;
+        let moe = config.moe.as_ref().filter(|_| config.is_sparse(layer));
+        let (mlp, columns) = match moe {
+            Some(moe) => (names.expert(0), moe.moe_intermediate_size),
+            None => (names.mlp(), config.intermediate_size),
+        };
+        add(&mlp.gate_proj, columns, hidden)?;
+        add(&mlp.up_proj, columns, hidden)?;
+        add(&mlp.down_proj, hidden, columns)?;
+    }
+    Ok(digest(digests))
 }
 
 fn load_share(
@@ -86,7 +126,7 @@ fn load_share(
     ctx: Context,
     options: &ModelOptions,
     progress: &dyn Fn(LoadProgress),
-) -> Result<Model, ModelError> {
+) -> Result<(Model, u64), ModelError> {
     let config = Config::read(dir)?;
     if options.experts == ExpertSplit::Ranks && config.moe.is_none() {
         return Err(ModelError::NoExperts { file: dir.join("config.json") });
@@ -104,7 +144,8 @@ fn load_share(
     let vocab = split_range(config.vocab_size, ctx.comm.size(), ctx.comm.rank());
     let lm_head = share.linear(&[head.slice(vocab.clone(), 0..config.hidden_size)])?;
     let norm = checkpoint.vector(FINAL_NORM, config.hidden_size)?;
-    Ok(Model {
+    let weights = if ctx.comm.size() > 1 { first_rows(&config, &checkpoint)? } else { 0 };
+    let model = Model {
         rotary: RotaryTable::new(&config.rope, config.head_dim),
         embedding: Embedding::new(embedding),
         shape: share.shape,
@@ -117,7 +158,8 @@ fn load_share(
         norm,
         lm_head,
         vocab,
-    })
+    };
+    Ok((model, weights))
 }
 
 /// What this rank owns of each layer.

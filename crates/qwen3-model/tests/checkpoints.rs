@@ -280,6 +280,11 @@ fn ranks_that_would_compute_something_else_are_found_at_the_start() {
         for isas in vectors.windows(2) {
             assert_eq!(load_pair(dirs, [isas[0], isas[1]]), [None, None], "{isas:?}");
         }
+        let third = folder.path().join(format!("third-{preset}"));
+        synth(&third, &tiny(preset, 8));
+        for said in load_pair([&first, &third], [scalar; 2]) {
+            assert!(said.as_ref().is_some_and(|s| s.starts_with("rank 1 has other weights than rank 0")), "{said:?}");
+        }
         edit_config(&second, "rms_norm_eps", 1e-5.into());
         for said in load_pair(dirs, [scalar; 2]) {
             assert!(
