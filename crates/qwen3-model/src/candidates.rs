@@ -3,6 +3,8 @@
 use std::cmp::Ordering;
 use std::ops::Range;
 
+use ops::{Isa, argmax};
+
 use crate::deterministic::Noise;
 
 /// A token with its score.
@@ -71,10 +73,11 @@ fn largest(scores: &[f32]) -> f32 {
 }
 
 /// The best token of a slice of the vocabulary that starts at `first`.
-pub(crate) fn best(scores: &[f32], first: usize) -> Candidate {
-    let score = largest(scores);
-    match scores.iter().position(|&other| other == score) {
-        Some(index) if score > f32::NEG_INFINITY => Candidate { score, id: (first + index) as u32 },
+pub(crate) fn best(isa: Isa, scores: &[f32], first: usize) -> Candidate {
+    match argmax(isa, scores) {
+        Some(index) if scores[index] > f32::NEG_INFINITY => {
+            Candidate { score: scores[index], id: (first + index) as u32 }
+        }
         _ => Candidate::NONE,
     }
 }
@@ -170,7 +173,7 @@ mod tests {
                 assert_eq!(found, sorted[..count.min(length)], "{count} of {length}");
             }
             let expected = sorted.first().copied().unwrap_or(Candidate::NONE);
-            assert_eq!(best(&scores, 500), expected, "best of {length}");
+            assert_eq!(best(Isa::detect(), &scores, 500), expected, "best of {length}");
         }
     }
 
@@ -180,7 +183,7 @@ mod tests {
         let mut found = Vec::new();
         select(&scores, 0, 3, &mut found);
         assert_eq!(found, [Candidate { score: 1.0, id: 1 }]);
-        assert!(best(&[f32::NEG_INFINITY; 9], 0).is_none());
+        assert!(best(Isa::detect(), &[f32::NEG_INFINITY; 9], 0).is_none());
         assert!(best_perturbed(&[f32::NEG_INFINITY; 9], 0..9, f32::NEG_INFINITY, Noise::new(1, 1)).is_none());
     }
 

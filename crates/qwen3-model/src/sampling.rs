@@ -18,6 +18,7 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use comm::{CommError, Communicator, CommunicatorExt};
+use ops::Isa;
 
 use crate::candidates::{Candidate, any_invalid, best, best_perturbed, perturb, select};
 use crate::deterministic::{Noise, exp, ln};
@@ -132,6 +133,7 @@ pub struct Sampler {
     params: SamplingParams,
     vocab_size: usize,
     comm: Arc<dyn Communicator>,
+    isa: Isa,
     scores: Vec<f32>,
     /// For each token of the slice, the last step that penalized it.
     penalized: Vec<u64>,
@@ -145,7 +147,7 @@ impl Sampler {
     pub fn new(params: SamplingParams, vocab_size: usize, comm: Arc<dyn Communicator>) -> Result<Self, SamplingError> {
         params.validate()?;
         let (scores, penalized, own, words) = Default::default();
-        Ok(Self { params, vocab_size, comm, scores, penalized, calls: 0, own, words })
+        Ok(Self { params, vocab_size, comm, isa: Isa::detect(), scores, penalized, calls: 0, own, words })
     }
 
     /// The parameters.
@@ -170,21 +172,26 @@ impl Sampler {
         stop: bool,
     ) -> Result<Sample, SamplingError> {
         assert_eq!(logits.len(), vocab.len(), "logits against the slice {vocab:?} of the vocabulary");
-        self.prepare(&vocab, logits, history);
-        let scores = std::mem::take(&mut self.scores);
-        let mut round = Round { sampler: self, step, stop, invalid: any_invalid(&scores) };
-        let chosen = round.choose(&scores, vocab);
+        let changed = self.prepare(&vocab, logits, history);
+        let own = std::mem::take(&mut self.scores);
+        let scores = if changed { &own } else { logits };
+        let mut round = Round { sampler: self, step, stop, invalid: any_invalid(scores) };
+        let chosen = round.choose(scores, vocab);
         let stop = round.stop;
-        self.scores = scores;
+        self.scores = own;
         Ok(Sample { id: chosen?.id, stop })
     }
 
-    /// Fills `self.scores` with the logits after repetition penalty and temperature.
-    fn prepare(&mut self, vocab: &Range<usize>, logits: &[f32], history: &[u32]) {
+    /// Fills `self.scores` with the logits after repetition penalty and temperature, if these change any.
+    fn prepare(&mut self, vocab: &Range<usize>, logits: &[f32], history: &[u32]) -> bool {
+        let (penalty, temperature) = (self.params.repetition_penalty, self.params.temperature);
+        let scaled = temperature >= LEAST_TEMPERATURE && temperature != 1.0;
+        if penalty == 1.0 && !scaled {
+            return false;
+        }
         self.scores.clear();
         self.scores.extend_from_slice(logits);
         self.calls += 1;
-        let penalty = self.params.repetition_penalty;
         if penalty != 1.0 {
             self.penalized.resize(logits.len(), 0);
             for &id in history {
@@ -198,10 +205,10 @@ impl Sampler {
                 }
             }
         }
-        let temperature = self.params.temperature;
-        if temperature >= LEAST_TEMPERATURE && temperature != 1.0 {
+        if scaled {
             self.scores.iter_mut().for_each(|score| *score /= temperature);
         }
+        true
     }
 }
 
@@ -220,7 +227,7 @@ impl Round<'_> {
         let params = self.sampler.params;
         let noise = Noise::new(params.seed, self.step);
         if params.temperature < LEAST_TEMPERATURE {
-            return self.best_of_all(best(scores, vocab.start));
+            return self.best_of_all(best(self.sampler.isa, scores, vocab.start));
         }
         let count = params.top_k;
         if count > 0 && count < self.sampler.vocab_size {
@@ -240,7 +247,7 @@ impl Round<'_> {
         }
         let mut least = f32::NEG_INFINITY;
         if params.min_p > 0.0 {
-            least = least_score(self.best_of_all(best(scores, vocab.start))?.score, params.min_p);
+            least = least_score(self.best_of_all(best(self.sampler.isa, scores, vocab.start))?.score, params.min_p);
         }
         self.best_of_all(best_perturbed(scores, vocab, least, noise))
     }
