@@ -1,27 +1,23 @@
 //! Gives the program the digest of its sources, by which ranks that run another build are told apart: the version alone stays the same
 //! from one commit to the next.
 
+use std::ffi::OsStr;
 use std::path::{Path, PathBuf};
 use std::{fs, io};
 
-/// The crates of the program, in folders beside each other; of a published crate there is only its own.
-const CRATES: [&str; 6] = ["tensor", "simd-kernels", "comm", "ops", "qwen3-model", "qwen3-cli"];
-
 fn main() -> io::Result<()> {
     let own = PathBuf::from(std::env::var_os("CARGO_MANIFEST_DIR").expect("cargo sets it"));
-    let beside = own.parent().expect("a crate lies in a folder");
-    let folders = CRATES.map(|name| beside.join(name).join("src"));
+    // All crates of the workspace; a published crate has other crates beside it, and only its own sources count.
+    let all = own.parent().filter(|folder| folder.file_name() == Some(OsStr::new("crates"))).unwrap_or(&own);
+    println!("cargo:rerun-if-changed={}", all.display());
     let mut files = Vec::new();
-    for folder in folders.iter().filter(|folder| folder.is_dir()).chain([&own.join("src")]) {
-        println!("cargo:rerun-if-changed={}", folder.display());
-        list(folder, &mut files)?;
-    }
+    list(all, &mut files)?;
     files.sort();
-    files.dedup();
     // FNV-1a: the same on all machines.
     let mut digest = 0xcbf2_9ce4_8422_2325_u64;
     for file in files {
-        for byte in fs::read(file)? {
+        let name = file.strip_prefix(all).unwrap_or(&file).to_string_lossy().into_owned();
+        for byte in name.into_bytes().into_iter().chain([0]).chain(fs::read(file)?) {
             digest = (digest ^ u64::from(byte)).wrapping_mul(0x100_0000_01b3);
         }
     }
@@ -32,7 +28,11 @@ fn main() -> io::Result<()> {
 fn list(folder: &Path, files: &mut Vec<PathBuf>) -> io::Result<()> {
     for entry in fs::read_dir(folder)? {
         let path = entry?.path();
-        if path.is_dir() { list(&path, files)? } else { files.push(path) }
+        if path.is_dir() {
+            list(&path, files)?;
+        } else if path.extension() == Some(OsStr::new("rs")) {
+            files.push(path);
+        }
     }
     Ok(())
 }

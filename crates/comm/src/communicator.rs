@@ -48,7 +48,8 @@ pub trait Communicator: Send + Sync {
     /// The deadline of a call: how long it waits for a late peer. 60 s unless set.
     fn timeout(&self) -> Duration;
 
-    /// Sets the deadline; [`Duration::MAX`] waits for ever (for a person at a keyboard, say). Ranks may differ.
+    /// Sets the deadline; [`Duration::MAX`] waits for ever (for a person at a keyboard, say). Ranks may differ. Time in which this rank was
+    /// stopped does not count.
     /// Failed, departed and killed peers are noticed all the same. Communicators split later inherit it.
     fn set_timeout(&self, timeout: Duration);
 

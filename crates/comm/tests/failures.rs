@@ -1,6 +1,7 @@
 //! What ranks see when something goes wrong: a typed error that names who and why, soon, on every rank.
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::process::{Command, Stdio};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering::SeqCst};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -73,6 +74,34 @@ fn the_deadline_counts_while_a_peer_is_late_only() {
         Ok::<_, CommError>(())
     });
     assert_eq!(results, [Ok(()), Ok(())]);
+}
+
+/// Says that the test runs in the process that is stopped.
+const STOPPED: &str = "COMM_TEST_STOPPED";
+
+#[test]
+fn the_deadline_leaves_out_the_time_in_which_the_job_was_stopped() {
+    if std::env::var_os(STOPPED).is_some() {
+        let results = on_ranks(2, |comm| {
+            comm.set_timeout(Duration::from_millis(1500));
+            // With the stop longer than the deadline, without it not.
+            for _ in 0..(800 * comm.rank()) {
+                thread::sleep(Duration::from_millis(1));
+            }
+            comm.barrier()
+        });
+        return assert_eq!(results, [Ok(()), Ok(())]);
+    }
+    let mut child = Command::new(std::env::current_exe().unwrap());
+    child.args(["--exact", "the_deadline_leaves_out_the_time_in_which_the_job_was_stopped"]).env(STOPPED, "1");
+    let child = child.stdout(Stdio::piped()).spawn().unwrap();
+    let signal = |name: &str| Command::new("kill").args([name, &child.id().to_string()]).status().unwrap();
+    thread::sleep(Duration::from_millis(300));
+    assert!(signal("-STOP").success());
+    thread::sleep(Duration::from_millis(2500));
+    assert!(signal("-CONT").success());
+    let end = child.wait_with_output().unwrap();
+    assert!(end.status.success(), "{}", String::from_utf8_lossy(&end.stdout));
 }
 
 #[test]

@@ -114,7 +114,7 @@ impl AttentionMemory<'_> {
         let rows = task_rows(tokens, heads, self.threads).min(tokens * group);
         // Of a row its query, also as the kernels read it, and its result, also as they do; of the rows that go together scores and weights;
         // of a span of keys these and their values as int16.
-        let scores = rows.min(ATTENTION_ROWS / 2) * (F32 + 2) * KV_SPAN;
+        let scores = rows.clamp(64, ATTENTION_ROWS / 2) * (F32 + 2) * KV_SPAN;
         self.threads * (rows * 4 * F32 * head_dim + scores + 2 * 2 * KV_SPAN * head_dim)
     }
 }

@@ -1,13 +1,12 @@
 //! The threads of one rank, and the ways in which an operation shares its work among them.
 
-use std::io;
 use std::ops::Range;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, LazyLock, Mutex};
 
 use comm::CommError;
 use core_affinity::CoreId;
-use simd_kernels::{ForkJoin, Input, MatMut, PANEL};
+use simd_kernels::{ForkJoin, Input, MatMut, PANEL, ThreadError};
 use tensor::split_range;
 
 use crate::profile::Profile;
@@ -66,8 +65,8 @@ impl Team {
                 core_affinity::set_for_current(core);
             }
         };
-        let refused = |(thread, source): (usize, io::Error)| CommError::Thread {
-            thread: format!("thread {thread} of {threads}"),
+        let refused = |ThreadError { index, threads, source }: ThreadError| CommError::Thread {
+            thread: format!("thread {index} of {threads}"),
             reason: source.to_string(),
         };
         let pool = ForkJoin::new(threads.max(1), Arc::new(pin.clone())).map_err(refused)?;

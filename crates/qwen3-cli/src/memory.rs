@@ -7,13 +7,17 @@ use std::path::Path;
 struct Files {
     limit: &'static str,
     usage: &'static str,
-    /// The field of `memory.stat` with the bytes of files that were read once, of the group and those below it.
-    reclaimable: &'static str,
+    /// The fields of `memory.stat` with the bytes of files in memory, of the group and those below it.
+    files: [&'static str; 2],
 }
 
-const VERSION_1: Files =
-    Files { limit: "memory.limit_in_bytes", usage: "memory.usage_in_bytes", reclaimable: "total_inactive_file" };
-const VERSION_2: Files = Files { limit: "memory.max", usage: "memory.current", reclaimable: "inactive_file" };
+const VERSION_1: Files = Files {
+    limit: "memory.limit_in_bytes",
+    usage: "memory.usage_in_bytes",
+    files: ["total_inactive_file", "total_active_file"],
+};
+const VERSION_2: Files =
+    Files { limit: "memory.max", usage: "memory.current", files: ["inactive_file", "active_file"] };
 
 /// Bytes that this process can still take, where the system tells. `root` is `/`, or a folder with such files.
 pub fn available(root: &Path) -> Option<usize> {
@@ -35,18 +39,19 @@ fn of_hierarchy(mounts: &Path, line: &str) -> Option<usize> {
     };
     // A container may see its own group as the top of the tree and still have the path that the host knows, or one that leads out of what it
     // sees: folders that are not there have no limit, and the top is always looked at.
-    let group = if group.contains("..") { "" } else { group.trim_start_matches('/') };
+    let group = if group.split('/').any(|part| part == "..") { "" } else { group.trim_start_matches('/') };
     let folder = mount.join(group);
     folder.ancestors().take_while(|folder| folder.starts_with(&mount)).filter_map(|folder| left(folder, &files)).min()
 }
 
-/// What a group leaves of its limit. Files that were read once count as used, but make room for whoever needs it.
+/// What a group leaves of its limit. Files in memory count as used, but make room for whoever needs it.
 fn left(folder: &Path, files: &Files) -> Option<usize> {
     let read = |name: &str| fs::read_to_string(folder.join(name)).ok();
     let number = |name: &str| read(name)?.trim().parse::<usize>().ok();
     // `max` is no limit.
     let limit = number(files.limit)?;
-    let reclaimable = read("memory.stat").and_then(|text| field(&text, files.reclaimable)).unwrap_or(0);
+    let stat = read("memory.stat").unwrap_or_default();
+    let reclaimable = files.files.iter().filter_map(|name| field(&stat, name)).sum();
     Some(limit.saturating_sub(number(files.usage).unwrap_or(0).saturating_sub(reclaimable)))
 }
 
@@ -100,7 +105,7 @@ mod tests {
             ("sys/fs/cgroup/pod/container/memory.stat", "anon 2000000\ninactive_file 400000\nactive_file 600000\n"),
         ];
         let files = [&[MACHINE, group][..], &own].concat();
-        assert_eq!(of(&files), Some(2_400_000));
+        assert_eq!(of(&files), Some(3_000_000));
         let pod = [("sys/fs/cgroup/pod/memory.max", "6000000"), ("sys/fs/cgroup/pod/memory.current", "4000000")];
         assert_eq!(of(&[&files[..], &pod].concat()), Some(2_000_000));
         // More than all is in use where a limit was lowered.

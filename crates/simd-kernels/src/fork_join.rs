@@ -34,6 +34,8 @@
 
 use std::any::Any;
 use std::cell::{Cell, RefCell};
+use std::error::Error;
+use std::fmt;
 use std::io;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
@@ -105,6 +107,29 @@ struct Rest {
     panic: Mutex<Option<Box<dyn Any + Send>>>,
 }
 
+/// The operating system refused a thread of a team.
+#[derive(Debug)]
+pub struct ThreadError {
+    /// The thread.
+    pub index: usize,
+    /// The threads of the team.
+    pub threads: usize,
+    /// What the system says.
+    pub source: io::Error,
+}
+
+impl fmt::Display for ThreadError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "cannot start thread {} of {}: {}", self.index, self.threads, self.source)
+    }
+}
+
+impl Error for ThreadError {
+    fn source(&self) -> Option<&(dyn Error + 'static)> {
+        Some(&self.source)
+    }
+}
+
 /// Two cache lines, which some processors fetch together.
 #[repr(align(128))]
 struct OwnLine<T>(T);
@@ -121,11 +146,11 @@ impl ForkJoin {
     /// first, which is the place to pin it to a core; the caller pins itself, afterwards: cores are counted here.
     ///
     /// # Errors
-    /// When the operating system refuses a thread: its number, and what the system says. No thread is left then.
+    /// When the operating system refuses a thread. None of the team is left then.
     ///
     /// # Panics
     /// When `threads` is 0; with the payload of an `on_start` that panics.
-    pub fn new(threads: usize, on_start: Arc<dyn Fn(usize) + Send + Sync>) -> Result<ForkJoin, (usize, io::Error)> {
+    pub fn new(threads: usize, on_start: Arc<dyn Fn(usize) + Send + Sync>) -> Result<ForkJoin, ThreadError> {
         assert!(threads > 0, "a team of 0 threads");
         TEAM_THREADS.fetch_add(threads, Ordering::Relaxed);
         LazyLock::force(&CORES);
@@ -150,7 +175,7 @@ impl ForkJoin {
                     shared.serve(0, || on_start(index));
                     shared.work(index);
                 })
-                .map_err(|error| (index, error))?;
+                .map_err(|source| ThreadError { index, threads, source })?;
             team.workers.push(worker);
         }
         // A start is served as a job is, so a panic in it ends here and not in a run that waits for ever.

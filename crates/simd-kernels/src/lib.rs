@@ -44,7 +44,7 @@ mod limits;
 
 pub use attention::{ATTENTION_ROWS, AttentionInput, SoftmaxState, attention_materialized, attention_streaming};
 pub use exp::exp;
-pub use fork_join::ForkJoin;
+pub use fork_join::{ForkJoin, ThreadError};
 pub use halves::{pack_halves, unpack_halves};
 pub use input::{Input, InputKind, InputPart};
 pub use isa::{Isa, IsaError};

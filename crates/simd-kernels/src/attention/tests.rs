@@ -11,6 +11,7 @@ mod instruction_sets;
 const FORMATS: [KvFormat; 3] = [KvFormat::F32, KvFormat::F16, KvFormat::Q8];
 
 /// A problem: a filled cache, queries, and what each row sees.
+#[derive(Clone)]
 struct Case {
     kv: KvHead,
     q: Vec<f32>,
@@ -71,9 +72,8 @@ impl Case {
 
     /// What int16 may cost a row where it is used: in a score, and in an element of the attention.
     ///
-    /// Each element of q and k is off by half a step, of a length that keeps their norms below 65000 and 32500. Each weight of a tile
-    /// of 128 keys is off by up to half of 1/32767 of the largest, and those add up as random numbers do (to 7 standard
-    /// deviations; 16 keys and fewer as they come); each value by half of 1/8191 of its largest element.
+    /// Each element of q and k is off by half a step, of a length that keeps their norms below 65000 and 32500. Each weight of 128 keys by up to half
+    /// of 1/32767 of the largest, as random numbers add up (7 standard deviations; 16 keys as they come); each value by half of 1/8191 of its largest.
     fn integers(&self, isa: Isa, row: usize) -> (f64, f64) {
         let head_dim = self.kv.head_dim();
         if self.kv.format() == KvFormat::F32 || !isa.has_avx2() || self.visible.len() <= 12 {
@@ -183,7 +183,7 @@ fn every_head_size() {
 fn every_number_of_rows() {
     for isa in Isa::all() {
         for format in FORMATS {
-            for rows in (0..=20).chain([127, 128, 143, 144, 145, 200, 289]) {
+            for rows in (0..=20).chain([127, 128, 143, 144, 145, 264, 265, 528, 529, 1057]) {
                 Case::new(format, 16, 150, ragged(rows, 150), 0..150).check_all(isa, 128);
             }
         }

@@ -12,7 +12,7 @@
 //!    widened in registers. There the time is that of the memory.
 //! 2. Many rows (prefill) over a cache in f32 share values gathered once per tile as [16-element chunk][key][16]; so both
 //!    products stream from L1. There the time is that of the FMAs.
-//! 3. Many rows over a cache in f16 or q8 share keys and values rounded to int16 once per tile (`int`): the products of
+//! 3. Many rows over a cache in f16 or q8, in tiles of 528 and not by panels, share keys and values rounded to int16 once per tile (`int`): the products of
 //!    integers are faster, and what they round is less than what the cache has.
 //! 4. A panel leaves out the blocks of keys that none of its rows sees; only rows that see part of a tile are masked,
 //!    by zeros in P behind what they see. Where a value there is NaN or infinite, which times 0 is NaN, each row takes what it
@@ -38,7 +38,7 @@ use widen::half;
 const ROW_TILE: usize = ATTENTION_ROWS;
 /// Rows that share keys and values in floats: of all of them queries, scores and sums, 400 KiB, go through L2 several times.
 const FLOAT_ROWS: usize = ATTENTION_ROWS / 2;
-const _: () = assert!(FLOAT_ROWS.is_multiple_of(PANEL_ROWS));
+const _: () = assert!(ROW_TILE.is_multiple_of(2 * LANES) && FLOAT_ROWS.is_multiple_of(PANEL_ROWS));
 /// Keys of a tile: a span of the cache.
 const KEY_TILE: usize = KV_SPAN;
 /// Up to so many rows the cache is read as it lies; more rows than this would widen each number again and again. Their panels
@@ -107,9 +107,11 @@ impl<'a, T: Element> KeyTile<'a, T> {
 #[target_feature(enable = "avx2,fma,f16c")]
 pub(super) fn attention(input: &AttentionInput<'_>, state: &mut SoftmaxState, isa: Isa) {
     let rows = input.visible.len();
-    let most = if input.kv.format() == KvFormat::F32 { FLOAT_ROWS } else { ROW_TILE };
-    let tiles = rows.div_ceil(most).max(1);
-    let tile_rows = rows.div_ceil(tiles).next_multiple_of(PANEL_ROWS).min(most);
+    let (most, step) = match input.kv.format() {
+        KvFormat::F32 => (FLOAT_ROWS, PANEL_ROWS),
+        KvFormat::F16 | KvFormat::Q8 => (ROW_TILE, 2 * LANES),
+    };
+    let tile_rows = rows.div_ceil(rows.div_ceil(most).max(1)).next_multiple_of(step);
     let mut scratch = std::mem::take(&mut state.scratch);
     for first in (0..rows).step_by(tile_rows.max(1)) {
         attend(input, first..rows.min(first + tile_rows), state, &mut scratch, isa);
