@@ -9,6 +9,7 @@ use clap::Args;
 use qwen3_model::comm::{CommunicatorExt as _, Entry, Phase};
 use qwen3_model::{Config, KvCache, KvFormat, LogitRows, MlpSchedule, Model, Sampler, SamplingParams};
 
+use crate::ahead;
 use crate::allocations::{self, Allocations};
 use crate::bench_limits::{Limits, median};
 use crate::bench_profile::Recording;
@@ -71,9 +72,12 @@ impl BenchArgs {
         if self.gen_len == 0 && !self.depth.is_empty() {
             return Err(Failure::agreed(misfit("--depth", "nothing is generated there", "a --gen-len above 0")));
         }
-        let Loaded { model, reason } = session::load(rank, &self.engine, self.workload())?;
         let depths = if self.depth.is_empty() { &self.prompt_len[..1] } else { &self.depth };
-        let needed = self.check(&model, depths)?;
+        let needed = ahead::look(rank, &self.engine, |config| {
+            self.trace.as_deref().map_or(Ok(()), ahead::output)?;
+            self.check(config.context_length(), depths)
+        })?;
+        let Loaded { model, reason } = session::load(rank, &self.engine, self.workload())?;
         // A file that cannot be written is found before the measurements, not after.
         let mut trace = rank.agree(self.trace_file(rank))?;
         let mut bench = Bench {
@@ -116,8 +120,7 @@ impl BenchArgs {
     }
 
     /// The positions that the cache has to hold, if the model has as many.
-    fn check(&self, model: &Model, depths: &[usize]) -> Result<usize, Failure> {
-        let context = model.config().context_length();
+    fn check(&self, context: usize, depths: &[usize]) -> Result<usize, CliError> {
         let longest = self.prompt_len.iter().copied().max().unwrap_or(0);
         let deepest = depths.iter().copied().max().unwrap_or(0).saturating_add(self.gen_len);
         let needed = longest.max(deepest);
@@ -126,7 +129,7 @@ impl BenchArgs {
         }
         let option = if longest <= context && !self.depth.is_empty() { "--depth" } else { "--prompt-len" };
         let found = format!("{needed} tokens with what is generated");
-        Err(Failure::agreed(misfit(option, found, format!("at most {context}, the model's context"))))
+        Err(misfit(option, found, format!("at most {context}, the model's context")))
     }
 
     /// The file of the trace on rank 0, if one is wanted.

@@ -7,6 +7,7 @@ use clap::Args;
 use qwen3_model::{GenerationConfig, KvFormat, Model, SamplingParams, StopReason};
 use serde_json::{Value, json};
 
+use crate::ahead;
 use crate::answer::{Answer, AnswerOptions};
 use crate::failure::{CliError, Failure};
 use crate::interrupt;
@@ -55,6 +56,12 @@ impl ChatArgs {
     /// Runs the command on this rank.
     pub fn run(&self, rank: &Rank) -> Result<(), Failure> {
         let dir = self.engine.model.clone();
+        ahead::look(rank, &self.engine, |_| {
+            Text::find(&dir)?;
+            ChatTemplate::open(&dir)?;
+            Ok(())
+        })?;
+        let sampling = self.params(rank)?;
         let read = move || Ok((Text::open(&dir)?, ChatTemplate::open(&dir)?));
         let (Loaded { model, .. }, texts) =
             session::load_with(rank, &self.engine, Workload { kv: KvFormat::F16, prompt: 512, generate: 256 }, read)?;
@@ -66,7 +73,7 @@ impl ChatArgs {
 
         let context = model.config().context_length();
         let limit = self.max_new_tokens.unwrap_or(context);
-        let mut options = AnswerOptions::new(rank, &model, &self.engine, self.params(rank)?, limit)?;
+        let mut options = AnswerOptions::new(rank, &model, &self.engine, sampling, limit)?;
         let mut cache = model.new_cache(context);
         let mut seen: Vec<u32> = Vec::new();
         while let Some(tokens) = self.next(rank, &mut speaker)? {

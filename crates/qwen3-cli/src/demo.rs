@@ -4,6 +4,7 @@ use clap::Args;
 use qwen3_model::{KvFormat, SamplingParams, Timing};
 use serde_json::json;
 
+use crate::ahead;
 use crate::answer::{Answer, AnswerOptions};
 use crate::failure::Failure;
 use crate::options::{EngineOptions, LaunchOptions};
@@ -33,6 +34,11 @@ impl DemoArgs {
     /// Runs the command on this rank.
     pub fn run(&self, rank: &Rank) -> Result<(), Failure> {
         let dir = self.engine.model.clone();
+        ahead::look(rank, &self.engine, |_| {
+            Text::find(&dir)?;
+            ChatTemplate::open(&dir)?;
+            Ok(())
+        })?;
         let read = move || Ok((Text::open(&dir)?, ChatTemplate::open(&dir)?));
         let (Loaded { model, reason }, texts) =
             session::load_with(rank, &self.engine, Workload { kv: KvFormat::F16, prompt: 64, generate: TOKENS }, read)?;

@@ -4,6 +4,7 @@ use clap::Args;
 use qwen3_model::{GenerationConfig, KvFormat, SamplingParams};
 use serde_json::json;
 
+use crate::ahead;
 use crate::answer::{Answer, AnswerOptions};
 use crate::failure::Failure;
 use crate::options::{EngineOptions, LaunchOptions, SamplingOptions, misfit, positive};
@@ -60,6 +61,8 @@ impl GenerateArgs {
         }
         let chat = self.chat.then(|| self.no_thinking.then_some(false));
         let (prompt, dir) = (self.prompt.clone(), self.engine.model.clone());
+        ahead::look(rank, &self.engine, |config| prompt.look(&dir, config, chat))?;
+        let sampling = self.params(rank)?;
         let read = move || prompt.read(&dir, chat);
         let (Loaded { model, .. }, prompt) = session::load_with(
             rank,
@@ -72,7 +75,7 @@ impl GenerateArgs {
             None => (None, None),
         };
         let tokens = rank.share(|| Ok(tokens.expect("rank 0 read the prompt")))?;
-        let sampling = self.params(rank)?;
+        self.prompt.check(model.config().context_length(), tokens.len()).map_err(Failure::agreed)?;
         let mut options = AnswerOptions::new(rank, &model, &self.engine, sampling, self.max_new_tokens)?;
         options.quiet = self.json;
         options.ignore_eos(self.ignore_eos);

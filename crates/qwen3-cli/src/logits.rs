@@ -9,6 +9,7 @@ use qwen3_model::comm::CommunicatorExt as _;
 use qwen3_model::{KvFormat, LogitRows, Logits, Model};
 use serde_json::json;
 
+use crate::ahead;
 use crate::failure::{CliError, Failure};
 use crate::options::{EngineOptions, LaunchOptions};
 use crate::output_file::part_of;
@@ -41,11 +42,15 @@ impl LogitsArgs {
     /// Runs the command on this rank.
     pub fn run(&self, rank: &Rank) -> Result<(), Failure> {
         let (prompt, dir) = (self.prompt.clone(), self.engine.model.clone());
+        ahead::look(rank, &self.engine, |config| {
+            prompt.look(&dir, config, None)?;
+            ahead::output(&self.output)
+        })?;
         let read = move || Ok(prompt.read(&dir, None)?.tokens);
         let (Loaded { model, .. }, tokens) =
             session::load_with(rank, &self.engine, Workload { kv: KvFormat::F32, prompt: 512, generate: 0 }, read)?;
         let tokens = rank.share(|| Ok(tokens.expect("rank 0 read the prompt")))?;
-        self.prompt.check(&model, tokens.len())?;
+        self.prompt.check(model.config().context_length(), tokens.len()).map_err(Failure::agreed)?;
 
         let vocab_size = model.config().vocab_size;
         let local =

@@ -24,6 +24,7 @@ mod rank;
 mod world;
 
 // What several commands do.
+mod ahead;
 mod allocations;
 mod answer;
 mod prompt;

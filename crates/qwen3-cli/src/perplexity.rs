@@ -4,9 +4,10 @@ use std::fs;
 use std::path::PathBuf;
 
 use clap::Args;
-use qwen3_model::{KvFormat, perplexity};
+use qwen3_model::{KvFormat, PerplexityError, perplexity};
 use serde_json::json;
 
+use crate::ahead;
 use crate::failure::{CliError, Failure};
 use crate::options::{EngineOptions, LaunchOptions};
 use crate::plan::Workload;
@@ -41,6 +42,15 @@ impl PerplexityArgs {
     /// Runs the command on this rank.
     pub fn run(&self, rank: &Rank) -> Result<(), Failure> {
         let (file, dir) = (self.file.clone(), self.engine.model.clone());
+        ahead::look(rank, &self.engine, |config| {
+            let (found, context_length) = (self.context, config.context_length());
+            if !(2..=context_length).contains(&found) {
+                return Err(CliError::perplexity(&file, PerplexityError::Context { found, context_length }));
+            }
+            ahead::input(&file)?;
+            Text::find(&dir)?;
+            Ok(())
+        })?;
         let read = move || {
             let text = fs::read_to_string(&file).map_err(|source| CliError::file(&file, source))?;
             Ok(Text::open(&dir)?.encode(&text)?)

@@ -4,10 +4,11 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use clap::Args;
-use qwen3_model::Model;
+use qwen3_model::{Config, ModelError};
 use serde_json::json;
 
-use crate::failure::{CliError, Failure};
+use crate::ahead;
+use crate::failure::CliError;
 use crate::options::misfit;
 use crate::template::{ChatTemplate, Conversation};
 use crate::text::Text;
@@ -38,6 +39,33 @@ pub struct Prompt {
 }
 
 impl PromptOptions {
+    /// Whether the model can take the prompt, as far as that is known before it is loaded. The options are those of `read`.
+    pub fn look(&self, model: &Path, config: &Config, chat: Option<Option<bool>>) -> Result<(), CliError> {
+        let (vocab_size, context) = (config.vocab_size, config.context_length());
+        if let Some(tokens) = &self.tokens {
+            if let Some((index, &id)) = tokens.iter().enumerate().find(|(_, id)| **id as usize >= vocab_size) {
+                return Err(ModelError::TokenOutOfRange { index, id, vocab_size }.into());
+            }
+            return self.check(context, tokens.len());
+        }
+        let bytes = match (&self.prompt, &self.prompt_file) {
+            (Some(words), _) => Some(words.len() as u64),
+            (None, file) => file.as_deref().and_then(|file| ahead::input(file).transpose()).transpose()?,
+        };
+        Text::find(model)?;
+        if chat.is_some() {
+            ChatTemplate::open(model)?;
+        }
+        // To read the tokenizer takes a while, and is left to the time of loading where the text can hardly be too long: a token has
+        // a byte at least.
+        match bytes {
+            Some(bytes) if bytes == 0 || bytes > context as u64 => {
+                self.check(context, self.read(model, chat)?.tokens.len())
+            }
+            _ => Ok(()),
+        }
+    }
+
     /// Reads the prompt. With `chat` it is a user's message in the chat template, `Some(false)` being "do not think".
     pub fn read(&self, model: &Path, chat: Option<Option<bool>>) -> Result<Prompt, CliError> {
         if let Some(tokens) = &self.tokens {
@@ -67,15 +95,13 @@ impl PromptOptions {
         Ok(Prompt { tokens, text })
     }
 
-    /// Whether the model can take a prompt of `tokens` tokens; every rank gets the same answer.
-    pub fn check(&self, model: &Model, tokens: usize) -> Result<(), Failure> {
-        let context = model.config().context_length();
+    /// Whether a prompt of `tokens` tokens fits the context.
+    pub fn check(&self, context: usize, tokens: usize) -> Result<(), CliError> {
         if tokens <= context {
             return Ok(());
         }
         let expected = format!("at most {context}, the model's context");
-        let error = misfit(self.option(), format!("the prompt has {tokens} tokens"), expected);
-        Err(Failure::agreed(error))
+        Err(misfit(self.option(), format!("the prompt has {tokens} tokens"), expected))
     }
 
     /// The option that holds the prompt, for messages.

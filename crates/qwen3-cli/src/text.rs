@@ -1,5 +1,6 @@
 //! Text to token ids and back, also one id at a time.
 
+use std::fs::File;
 use std::path::{Path, PathBuf};
 
 use tokenizers::Tokenizer;
@@ -39,12 +40,21 @@ pub struct Text {
 }
 
 impl Text {
-    /// Reads `tokenizer.json` of a checkpoint's folder.
-    pub fn open(dir: &Path) -> Result<Self, TextError> {
+    /// `tokenizer.json` of a checkpoint's folder, if it can be opened.
+    pub fn find(dir: &Path) -> Result<PathBuf, TextError> {
         let path = dir.join("tokenizer.json");
         if !path.is_file() {
             return Err(TextError::Missing { path });
         }
+        match File::open(&path) {
+            Ok(_) => Ok(path),
+            Err(source) => Err(TextError::Load { path, source: source.into() }),
+        }
+    }
+
+    /// Reads `tokenizer.json` of a checkpoint's folder.
+    pub fn open(dir: &Path) -> Result<Self, TextError> {
+        let path = Self::find(dir)?;
         match Tokenizer::from_file(&path) {
             Ok(mut tokenizer) => {
                 // Those are habits of batches in training: a prompt is neither cut nor filled up.

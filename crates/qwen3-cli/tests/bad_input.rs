@@ -210,6 +210,52 @@ fn other_commands_fail_alike() {
 }
 
 #[test]
+fn what_is_soon_found_is_said_before_the_model_is_loaded() {
+    // Weights that cannot be loaded: whoever tries says so.
+    let copy = Copy::new();
+    fs::write(copy.file("model.safetensors"), "cut").unwrap();
+    let long = copy.file("long.txt");
+    fs::write(&long, "sister ".repeat(5000)).unwrap();
+    let (long, folder) = (long.to_str().unwrap(), copy.path().to_str().unwrap());
+    let says = |args: &[&str], words: &[&str]| {
+        for ranks in ["1", "2"] {
+            let run = run(&[args, &["--model", folder, "--ranks", ranks, "--threads", "1"]].concat());
+            assert_one_line(&run, words);
+        }
+    };
+    says(&["generate", "--prompt", "x"], &["model.safetensors"]);
+    says(&["generate", "--prompt", ""], &["--prompt: the prompt is empty"]);
+    says(&["generate", "--prompt-file", "nowhere.txt"], &["nowhere.txt"]);
+    says(&["generate", "--prompt-file", folder], &[folder, "directory"]);
+    says(&["generate", "--prompt-file", long], &["--prompt-file: the prompt has ", "at most 4096"]);
+    says(&["generate", "--tokens", "1,4096"], &["token 1 has id 4096"]);
+    says(&["logits", "--output", "/nowhere/x", "--tokens", "1"], &["/nowhere/x"]);
+    says(&["logits", "--output", folder, "--tokens", "1"], &[folder, "directory"]);
+    says(&["logits", "--output", "/dev/null", "--tokens", &["7"; 4097].join(",")], &["--tokens", "4097", "4096"]);
+    says(&["perplexity", "--file", "nowhere.txt"], &["nowhere.txt"]);
+    says(&["perplexity", "--file", long, "--context", "4097"], &["4097", "expected 2 to 4096"]);
+    says(&["bench", "--prompt-len", "5000"], &["--prompt-len", "at most 4096"]);
+    says(&["bench", "--depth", "5000"], &["--depth", "at most 4096"]);
+    says(&["bench", "--trace", "/nowhere/x"], &["/nowhere/x"]);
+    fs::write(copy.file("generation_config.json"), "{").unwrap();
+    says(&["generate", "--temperature", "1", "--prompt", "x"], &["generation_config.json"]);
+    says(&["chat"], &["generation_config.json"]);
+    fs::write(copy.file("tokenizer_config.json"), "{").unwrap();
+    for command in [&["generate", "--chat", "--prompt", "x"] as &[&str], &["chat"], &["demo"]] {
+        says(command, &["tokenizer_config.json"]);
+    }
+    fs::remove_file(copy.file("tokenizer.json")).unwrap();
+    for command in [&["generate", "--prompt", "x"] as &[&str], &["chat"], &["demo"], &["perplexity", "--file", long]] {
+        says(command, &["tokenizer.json"]);
+    }
+    // Nothing is left where something could have been written.
+    let mut names: Vec<_> = fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().file_name()).collect();
+    names.sort();
+    let expected = ["config.json", "generation_config.json", "long.txt", "model.safetensors", "tokenizer_config.json"];
+    assert_eq!(names, expected);
+}
+
+#[test]
 fn a_pipe_in_place_of_a_file_is_written_and_not_replaced() {
     let folder = tempfile::tempdir().unwrap();
     let pipe = folder.path().join("logits.safetensors");

@@ -1,0 +1,52 @@
+//! What is looked at before a model is loaded: a mistake that is soon found is not said after minutes.
+
+use std::fs::{self, File};
+use std::io::{ErrorKind, Read as _};
+use std::path::Path;
+
+use qwen3_model::Config;
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+
+use crate::failure::{CliError, Failure};
+use crate::options::EngineOptions;
+use crate::output_file::part_of;
+use crate::rank::Rank;
+
+/// Has rank 0 look at the files and values of a command, with the checkpoint's configuration; all ranks have the result.
+pub fn look<T: Serialize + DeserializeOwned>(
+    rank: &Rank,
+    engine: &EngineOptions,
+    work: impl FnOnce(&Config) -> Result<T, CliError>,
+) -> Result<T, Failure> {
+    // A long text takes its time.
+    rank.patiently(|| rank.share(|| work(&Config::read(&engine.model)?)))
+}
+
+/// The bytes of a file that can be read; nothing where it is a device or a pipe, which may be read only once and keep its reader
+/// waiting.
+pub fn input(path: &Path) -> Result<Option<u64>, CliError> {
+    let bytes = || {
+        let found = fs::metadata(path)?;
+        if !found.is_file() && !found.is_dir() {
+            return Ok(None);
+        }
+        // A folder opens like a file and is first refused when it is read.
+        _ = File::open(path)?.read(&mut [0])?;
+        Ok(Some(found.len()))
+    };
+    bytes().map_err(|source| CliError::file(path, source))
+}
+
+/// Whether a file can be written, without touching an older one of that name.
+pub fn output(path: &Path) -> Result<(), CliError> {
+    let create = || match part_of(path) {
+        Some(part) => {
+            File::create(&part)?;
+            fs::remove_file(part)
+        }
+        None if path.is_dir() => Err(ErrorKind::IsADirectory.into()),
+        None => Ok(()),
+    };
+    create().map_err(|source| CliError::file(path, source))
+}
