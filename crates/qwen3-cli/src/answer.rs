@@ -2,7 +2,9 @@
 
 use std::ops::ControlFlow;
 
-use qwen3_model::{GenerateParams, Generated, KvCache, Model, Progress, SamplingParams, eos_token_ids, generate};
+use qwen3_model::{
+    GenerateParams, Generated, KvCache, Model, Progress, SamplingParams, StopReason, eos_token_ids, generate,
+};
 
 use crate::failure::{CliError, Failure};
 use crate::interrupt;
@@ -71,6 +73,16 @@ impl Answer {
         let generated = generate(model, cache, tokens, &options.params, &mut |progress| screen.show(progress))?;
         let text = rank.agree(screen.finish(&generated.ids))?;
         Ok(Self { generated, text })
+    }
+}
+
+/// Why an answer ended, as the JSON of `generate` has it.
+pub fn stop_word(stop: StopReason) -> &'static str {
+    match stop {
+        StopReason::EndOfSequence => "end",
+        StopReason::MaxNewTokens => "limit",
+        StopReason::ContextFull => "context",
+        StopReason::Callback => "stopped",
     }
 }
 

@@ -220,9 +220,15 @@ impl Speaker {
 
     /// Keeps an answer. The template drops its thinking when the next question comes.
     fn heard(&mut self, rank: &Rank, answer: &Answer) -> Result<(), CliError> {
-        let stopped = answer.generated.stop == StopReason::Callback;
-        rank.say(if stopped { " (stopped)\n" } else { "\n" })?;
-        if stopped && answer.generated.ids.is_empty() {
+        let stop = answer.generated.stop;
+        // An answer that was cut says so: it may look like a whole one.
+        rank.say(match stop {
+            StopReason::EndOfSequence => "\n",
+            StopReason::MaxNewTokens => " (--max-new-tokens reached)\n",
+            StopReason::ContextFull => " (the context is full)\n",
+            StopReason::Callback => " (stopped)\n",
+        })?;
+        if stop == StopReason::Callback && answer.generated.ids.is_empty() {
             // Stopped while the prompt was read: the conversation goes on as if the message had not been sent.
             self.messages.pop();
             return Ok(());

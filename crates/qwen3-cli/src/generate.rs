@@ -5,7 +5,7 @@ use qwen3_model::{GenerationConfig, KvFormat, SamplingParams};
 use serde_json::json;
 
 use crate::ahead;
-use crate::answer::{Answer, AnswerOptions};
+use crate::answer::{Answer, AnswerOptions, stop_word};
 use crate::failure::Failure;
 use crate::options::{EngineOptions, LaunchOptions, SamplingOptions, misfit, positive};
 use crate::plan::Workload;
@@ -44,7 +44,7 @@ pub struct GenerateArgs {
     #[arg(long)]
     ignore_eos: bool,
 
-    /// Print one JSON object at the end: {"prompt_tokens","ids","text","prefill_tokens_per_s","decode_tokens_per_s"}
+    /// Print one JSON object at the end: {"prompt_tokens","ids","text","prefill_tokens_per_s","decode_tokens_per_s","stop"}
     #[arg(long)]
     json: bool,
 
@@ -88,6 +88,7 @@ impl GenerateArgs {
                 "text": answer.text,
                 "prefill_tokens_per_s": answer.generated.prefill.tokens_per_s(),
                 "decode_tokens_per_s": answer.generated.decode.tokens_per_s(),
+                "stop": stop_word(answer.generated.stop),
             });
             format!("{object}\n")
         } else {

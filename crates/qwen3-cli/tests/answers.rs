@@ -10,6 +10,9 @@ use std::time::Duration;
 use program::{austen, json, keys, program, run, run_while};
 use serde_json::Value;
 
+/// What `generate --json` prints.
+const KEYS: [&str; 6] = ["prompt_tokens", "ids", "text", "prefill_tokens_per_s", "decode_tokens_per_s", "stop"];
+
 fn expected() -> Vec<Value> {
     serde_json::from_str(&fs::read_to_string(austen().join("expected.json")).unwrap()).unwrap()
 }
@@ -66,7 +69,7 @@ fn greedy_answers_are_those_of_the_reference() {
             assert_eq!(found["ids"], case["greedy_ids"], "{args:?}");
             assert_eq!(found["text"], case["text"], "{args:?}");
             assert_eq!(found["prompt_tokens"], case["prompt_ids"].as_array().unwrap().len());
-            assert_eq!(keys(&found), ["prompt_tokens", "ids", "text", "prefill_tokens_per_s", "decode_tokens_per_s"]);
+            assert_eq!(keys(&found), KEYS);
             assert!(found["prefill_tokens_per_s"].as_f64().unwrap() > 0.0);
             assert!(found["decode_tokens_per_s"].as_f64().unwrap() > 0.0);
         }

@@ -4,6 +4,7 @@ mod program;
 
 use std::fs;
 use std::io::{Read as _, Write as _};
+use std::path::Path;
 use std::process::{Command, Stdio};
 
 use program::{Copy, austen, json, program, run_with};
@@ -78,6 +79,33 @@ fn the_oldest_messages_make_room_and_a_message_without_room_is_dropped() {
     assert_eq!(notes.len(), 2, "{run:?}");
     assert!(notes[0].contains("oldest 2 messages"), "{run:?}");
     assert!(notes[1].contains("longer than the model's context"), "{run:?}");
+}
+
+#[test]
+fn an_answer_that_is_cut_says_why() {
+    let copy = Copy::new();
+    copy.config(|config| {
+        config.remove("eos_token_id");
+        config.insert("max_position_embeddings".into(), value!(64));
+    });
+    fs::remove_file(copy.file("generation_config.json")).unwrap();
+    for ranks in ["1", "2"] {
+        for (extra, end) in [
+            (&[] as &[&str], " (the context is full)\n"),
+            (&["--max-new-tokens", "99"], " (the context is full)\n"),
+            (&["--max-new-tokens", "3"], " (--max-new-tokens reached)\n"),
+        ] {
+            let mut command = chat(copy.path().to_str().unwrap(), ranks);
+            command.args(extra);
+            let run = run_with(command, "Tell me about music.\n");
+            assert!(run.success && run.stderr.is_empty() && run.stdout.ends_with(end), "{run:?}");
+        }
+    }
+    let stop = |model: &Path, tokens: &str| {
+        let args = ["generate", "--json", "--chat", "--no-thinking", "--prompt", "What is 17 + 15?", "--model"];
+        json(&[&args[..], &[model.to_str().unwrap(), "--max-new-tokens", tokens]].concat())["stop"].clone()
+    };
+    assert_eq!([stop(&austen(), "64"), stop(&austen(), "3"), stop(copy.path(), "99")], ["end", "limit", "context"]);
 }
 
 #[test]
