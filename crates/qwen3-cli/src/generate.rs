@@ -61,13 +61,13 @@ impl GenerateArgs {
         }
         let chat = self.chat.then(|| self.no_thinking.then_some(false));
         let (prompt, dir) = (self.prompt.clone(), self.engine.model.clone());
-        ahead::look(rank, &self.engine, |config| prompt.look(&dir, config, chat))?;
+        let length = ahead::look(rank, &self.engine, |config| prompt.look(&dir, config, chat))?;
         let sampling = self.params(rank)?;
         let read = move || prompt.read(&dir, chat);
         let (Loaded { model, .. }, prompt) = session::load_with(
             rank,
             &self.engine,
-            Workload { kv: KvFormat::F16, prompt: 512, generate: self.max_new_tokens.min(1024) },
+            Workload { kv: KvFormat::F16, prompt: length, generate: self.max_new_tokens.min(1024) },
             read,
         )?;
         let (tokens, text) = match prompt {

@@ -42,13 +42,13 @@ impl LogitsArgs {
     /// Runs the command on this rank.
     pub fn run(&self, rank: &Rank) -> Result<(), Failure> {
         let (prompt, dir) = (self.prompt.clone(), self.engine.model.clone());
-        ahead::look(rank, &self.engine, |config| {
-            prompt.look(&dir, config, None)?;
-            ahead::output(&self.output)
+        let length = ahead::look(rank, &self.engine, |config| {
+            ahead::output(&self.output)?;
+            prompt.look(&dir, config, None)
         })?;
         let read = move || Ok(prompt.read(&dir, None)?.tokens);
         let (Loaded { model, .. }, tokens) =
-            session::load_with(rank, &self.engine, Workload { kv: KvFormat::F32, prompt: 512, generate: 0 }, read)?;
+            session::load_with(rank, &self.engine, Workload { kv: KvFormat::F32, prompt: length, generate: 0 }, read)?;
         let tokens = rank.share(|| Ok(tokens.expect("rank 0 read the prompt")))?;
         self.prompt.check(model.config().context_length(), tokens.len()).map_err(Failure::agreed)?;
 

@@ -30,6 +30,11 @@ pub struct PromptOptions {
     tokens: Option<Vec<u32>>,
 }
 
+/// Bytes of a token of a usual text, more or less.
+const TOKEN_BYTES: u64 = 4;
+/// Tokens of a prompt of which nothing is known yet.
+const TYPED_TOKENS: usize = 512;
+
 /// A prompt, and the tokenizer for the answer where the checkpoint has one.
 pub struct Prompt {
     /// At least one token.
@@ -39,14 +44,16 @@ pub struct Prompt {
 }
 
 impl PromptOptions {
-    /// Whether the model can take the prompt, as far as that is known before it is loaded. The options are those of `read`.
-    pub fn look(&self, model: &Path, config: &Config, chat: Option<Option<bool>>) -> Result<(), CliError> {
+    /// Whether the model can take the prompt, as far as that is known before it is loaded, and about how many tokens it has. The options
+    /// are those of `read`.
+    pub fn look(&self, model: &Path, config: &Config, chat: Option<Option<bool>>) -> Result<usize, CliError> {
         let (vocab_size, context) = (config.vocab_size, config.context_length());
         if let Some(tokens) = &self.tokens {
             if let Some((index, &id)) = tokens.iter().enumerate().find(|(_, id)| **id as usize >= vocab_size) {
                 return Err(ModelError::TokenOutOfRange { index, id, vocab_size }.into());
             }
-            return self.check(context, tokens.len());
+            self.check(context, tokens.len())?;
+            return Ok(tokens.len());
         }
         let bytes = match (&self.prompt, &self.prompt_file) {
             (Some(words), _) => Some(words.len() as u64),
@@ -60,9 +67,12 @@ impl PromptOptions {
         // a byte at least.
         match bytes {
             Some(bytes) if bytes == 0 || bytes > context as u64 => {
-                self.check(context, self.read(model, chat)?.tokens.len())
+                let tokens = self.read(model, chat)?.tokens.len();
+                self.check(context, tokens)?;
+                Ok(tokens)
             }
-            _ => Ok(()),
+            Some(bytes) => Ok(bytes.div_ceil(TOKEN_BYTES) as usize),
+            None => Ok(TYPED_TOKENS),
         }
     }
 

@@ -253,6 +253,31 @@ fn the_strategy_follows_the_plan_for_the_real_layout() {
 }
 
 #[test]
+fn the_strategy_follows_the_length_of_the_prompt() {
+    let dir = tempfile::tempdir().unwrap();
+    let file = write(dir.path(), "long.txt", &"It is a truth universally acknowledged. ".repeat(50));
+    // On this link positions are split for a short prompt and weights for one of hundreds of tokens. Each way rounds alike every time.
+    for (prompt, expected) in [
+        (["--tokens", "1,2,3"], "sequence"),
+        (["--prompt", "It is a truth"], "sequence"),
+        (["--prompt-file", &file], "heads"),
+    ] {
+        let logits = |strategy: &str| {
+            let path = dir.path().join(strategy);
+            let args = ["logits", "--model", &model(), "--ranks", "2", "--threads", "1", "--emulate-link", "1000,1"];
+            let done =
+                run(&[&args[..], &prompt, &["--strategy", strategy, "--output", path.to_str().unwrap()]].concat());
+            assert!(done.success, "{done:?}");
+            fs::read(path).unwrap()
+        };
+        let [auto, heads, sequence] = ["auto", "heads", "sequence"].map(logits);
+        assert!(heads != sequence, "the logits do not tell the strategies apart");
+        let chosen = if auto == heads { "heads" } else { "sequence" };
+        assert_eq!((chosen, auto == sequence), (expected, expected == "sequence"), "{prompt:?}");
+    }
+}
+
+#[test]
 fn sums_are_short_between_machines_and_exact_elsewhere() {
     let wire = |extra: &[&str]| bench(&[&["--ranks", "2", "--strategy", "heads"], extra].concat());
     let reduced = |found: &Value| {
