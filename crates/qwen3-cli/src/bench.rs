@@ -102,11 +102,10 @@ impl BenchArgs {
         }
         let limits = bench.limits.medians()?;
         let mut recordings = bench.recordings.take().unwrap_or_default();
-        if let Some(path) = &self.trace {
+        let mut spans = Vec::new();
+        if self.trace.is_some() {
             let own = bench_trace::events(rank.comm().rank(), model.options().threads, &recordings);
-            let text = bench_trace::file(&bench_trace::gather(&**rank.comm(), &own)?);
-            let written = trace.as_mut().map_or(Ok(()), |file| file.write_all(text.as_bytes()));
-            rank.agree(written.map_err(|source| CliError::file(path, source)))?;
+            spans = bench_trace::gather(&**rank.comm(), &own)?;
         }
         if !self.profile {
             recordings.clear();
@@ -116,7 +115,15 @@ impl BenchArgs {
         let report =
             Report { name, model: &model, reason, weight_bytes, results, entries: bench.entries, limits, recordings };
         let text = if self.json { report.json() } else { report.table() };
-        rank.agree(rank.say(&text))
+        // What was measured is said first, whatever becomes of the file, and the file is written whoever listens.
+        let said = rank.say(&text);
+        let written = match self.trace.as_deref().zip(trace.as_mut()) {
+            Some((path, file)) => {
+                file.write_all(bench_trace::file(&spans).as_bytes()).map_err(|source| CliError::file(path, source))
+            }
+            None => Ok(()),
+        };
+        rank.agree(said.and(written))
     }
 
     /// The positions that the cache has to hold, if the model has as many.

@@ -69,8 +69,14 @@ impl CalibrateArgs {
             attention: speeds.attention,
             ..typical
         };
-        let saved = file.map_or(Ok(()), |(path, calibration)| self.save(rank, &path, calibration, machine));
-        rank.agree(saved)
+        let done = file.map_or(Ok(()), |(path, mut calibration)| {
+            // What was measured is said first, whatever becomes of the file, and the file is written whoever listens.
+            let said = self.tell(rank, &path, &machine);
+            calibration.save(&path, machine)?;
+            said?;
+            if self.json { Ok(()) } else { rank.say(&format!("saved in {}\n", path.display())) }
+        });
+        rank.agree(done)
     }
 
     /// The file to add to, and what it has.
@@ -83,12 +89,12 @@ impl CalibrateArgs {
         Ok((path, calibration))
     }
 
-    fn save(&self, rank: &Rank, path: &Path, mut calibration: Calibration, machine: Machine) -> Result<(), CliError> {
-        calibration.save(path, machine.clone())?;
+    /// Says what was measured.
+    fn tell(&self, rank: &Rank, path: &Path, machine: &Machine) -> Result<(), CliError> {
         if self.json {
             return rank.say(&format!("{}\n", json!({ "file": path.display().to_string(), "machine": machine })));
         }
-        let Machine { transport, ranks, nodes, threads, inside, between, hidden, .. } = &machine;
+        let Machine { transport, ranks, nodes, threads, inside, between, hidden, .. } = machine;
         let mut text = format!("{} ({transport}), {} each\n", place(*ranks, *nodes), count(*threads, "thread"));
         let link =
             |name: &str, link: &LinkFigures| format!("{name:<13}{:.2} µs, {:.2} GB/s\n", link.alpha_us, link.beta_gb_s);
@@ -113,6 +119,6 @@ impl CalibrateArgs {
                 "cache   {format:<5}{start_us:.1} µs, {read_gb_s:.1} GB/s one token, {gflops:.0} GFLOP/s many\n"
             );
         }
-        rank.say(&format!("{text}saved in {}\n", path.display()))
+        rank.say(&text)
     }
 }

@@ -73,6 +73,21 @@ fn a_context_that_is_too_deep_is_refused() {
 }
 
 #[test]
+fn what_was_measured_is_said_though_its_file_cannot_be_written() {
+    let model = austen();
+    let calibrate = ["calibrate", "--quick", "--json", "--ranks", "2", "--threads", "1", "--output", "/dev/null/file"];
+    for (args, file, key) in [
+        (&bench(model.to_str().unwrap(), &["--json", "--trace", "/dev/full"])[..], "/dev/full", "results"),
+        (&calibrate, "/dev/null/file", "machine"),
+    ] {
+        let run = run(args);
+        let found: Value = serde_json::from_str(&run.stdout).unwrap_or_else(|_| panic!("no JSON: {run:?}"));
+        assert!(!run.success && !found[key].is_null(), "{run:?}");
+        assert!(run.stderr.starts_with(&format!("error: {file}: ")) && run.stderr.lines().count() == 1, "{run:?}");
+    }
+}
+
+#[test]
 fn any_number_of_repetitions_can_begin() {
     let model = austen();
     let args = ["--gen-len", "0", "--threads", "1", "--prompt-len", "1"];
