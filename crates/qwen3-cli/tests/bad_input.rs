@@ -6,6 +6,8 @@ use std::fs;
 use std::path::Path;
 use std::process::{Command, Stdio};
 use std::sync::mpsc;
+use std::thread;
+use std::time::Duration;
 
 use program::{Copy, Run, assert_one_line, austen, program, run, run_while, run_with};
 use serde_json::json;
@@ -280,6 +282,40 @@ fn checkpoints_are_not_written_over() {
     assert_one_line(&run(&["quantize", "--model", model, "--weights", "q8", model]), &["exists"]);
     assert_one_line(&run(&["quantize", "--model", "nowhere", "--weights", "q8", "out"]), &["nowhere"]);
     assert_one_line(&run(&["synth", "--preset", "tiny", "/dev/null/x"]), &["/dev/null/x"]);
+}
+
+#[test]
+fn what_an_interrupt_left_of_a_checkpoint_is_in_nobodys_way() {
+    let folder = tempfile::tempdir().unwrap();
+    let out = folder.path().to_str().unwrap();
+    let names = || {
+        let entries = fs::read_dir(out).unwrap().map(|entry| entry.unwrap().file_name().into_string().unwrap());
+        let mut names: Vec<String> = entries.collect();
+        names.sort();
+        names
+    };
+    let model = austen();
+    for next in [
+        &["synth", "--preset", "tiny", out] as &[&str],
+        &["quantize", "--model", model.to_str().unwrap(), "--weights", "q8", out],
+    ] {
+        for name in names() {
+            fs::remove_file(folder.path().join(name)).unwrap();
+        }
+        // A gigabyte, of which little is written by then.
+        let mut synth = program(&["synth", "--preset", "0.6b", out]).spawn().unwrap();
+        while names().is_empty() {
+            assert_eq!(synth.try_wait().unwrap(), None, "it ended without a file");
+            thread::sleep(Duration::from_millis(1));
+        }
+        assert!(Command::new("kill").args(["-INT", &synth.id().to_string()]).status().unwrap().success());
+        assert!(!synth.wait().unwrap().success());
+        assert_eq!(names(), ["model.safetensors.part"]);
+        let done = run(next);
+        assert!(done.success, "{done:?}");
+        assert!(names().contains(&"model.safetensors".to_owned()) && names().contains(&"config.json".to_owned()));
+        assert!(!names().iter().any(|name| name.ends_with(".part")), "{:?}", names());
+    }
 }
 
 #[test]

@@ -88,7 +88,9 @@ pub(crate) fn write_json(file: &Path, value: &Value) -> Result<(), ExportError> 
     std::fs::write(file, text + "\n").map_err(|source| ExportError::Io { file: file.to_owned(), source })
 }
 
-/// A checkpoint, its weights written tensor by tensor. Files of one that is not finished are removed, as on a disk that is full.
+/// A checkpoint, its weights written tensor by tensor. Files of one that is not finished are removed, as on a disk that is full. Those of a
+/// program that was ended cannot be: so weights have names that end in `.part` until all are written, which neither look like a checkpoint
+/// nor stand in the way of the next try, and are overwritten by it.
 pub(crate) struct ShardWriter {
     dir: PathBuf,
     /// The tensors of each file.
@@ -130,7 +132,7 @@ impl ShardWriter {
             self.next += 1;
             let shard = &self.shards[index];
             let metadata = [("format".to_owned(), "pt".to_owned())];
-            let writer = CheckpointWriter::create(self.dir.join(self.file_name(index)), shard, &metadata)?;
+            let writer = CheckpointWriter::create(self.part(index), shard, &metadata)?;
             self.current = Some((writer, shard.len()));
         }
         if let Some((_, left)) = &mut self.current {
@@ -148,10 +150,14 @@ impl ShardWriter {
         Ok(writer.write_encoded(tensor, encoded)?)
     }
 
-    /// Completes the last file, writes the index where there are several, and `config.json`: last, so that a folder whose writing was
-    /// interrupted is not taken for a checkpoint.
+    /// Completes the last file, gives all their names, writes the index where there are several, and `config.json`: last, so that a folder
+    /// whose writing was interrupted is not taken for a checkpoint.
     pub fn finish(mut self, config: &Value) -> Result<(), ExportError> {
         self.close()?;
+        for index in 0..self.next {
+            let file = self.dir.join(self.file_name(index));
+            std::fs::rename(self.part(index), &file).map_err(|source| ExportError::Io { file, source })?;
+        }
         if self.shards.len() > 1 {
             self.write_index()?;
         }
@@ -178,6 +184,11 @@ impl ShardWriter {
         }
     }
 
+    /// What a file is called while it is written.
+    fn part(&self, index: usize) -> PathBuf {
+        self.dir.join(self.file_name(index) + ".part")
+    }
+
     fn file_name(&self, index: usize) -> String {
         match self.shards.len() {
             1 => "model.safetensors".to_owned(),
@@ -191,11 +202,11 @@ impl Drop for ShardWriter {
         if self.finished || self.next == 0 {
             return;
         }
-        let begun = (0..self.next).map(|index| self.file_name(index));
-        for name in begun.chain([INDEX.to_owned(), CONFIG.to_owned()]) {
+        let begun = (0..self.next).flat_map(|index| [self.part(index), self.dir.join(self.file_name(index))]);
+        for file in begun.chain([self.dir.join(INDEX), self.dir.join(CONFIG)]) {
             // None of them was there before. Whoever hears of the failure has more use for the space than for a part of a checkpoint;
             // if one stays, it is named the next time.
-            std::fs::remove_file(self.dir.join(name)).ok();
+            std::fs::remove_file(file).ok();
         }
     }
 }
