@@ -59,10 +59,15 @@ impl Parts {
         let cc = ["cc", "gcc", "clang"].iter().find_map(|name| process::find_program(name, &[]));
         let named = |variable: &str, usual: &str| {
             let find = |name: &str| process::find_program(name, &wrapper_folders());
-            let Ok(chosen) = std::env::var(variable) else { return find(usual) };
-            let found = Some(PathBuf::from(&chosen)).filter(|path| path.is_file()).or_else(|| find(&chosen));
+            let chosen = std::env::var_os(variable).filter(|chosen| !chosen.is_empty());
+            let Some(chosen) = chosen.map(PathBuf::from) else { return find(usual) };
+            if chosen.is_file() {
+                return Some(chosen);
+            }
+            let found = chosen.to_str().and_then(find);
             if found.is_none() {
-                eprintln!("{variable} is '{chosen}', expected the path of a file or the name of a program");
+                let shown = chosen.display();
+                eprintln!("{variable} is '{shown}', expected the path of a file or the name of a program");
             }
             found
         };

@@ -1,7 +1,7 @@
 //! What is looked at before a model is loaded: a mistake that is soon found is not said after minutes.
 
 use std::fs::{self, File};
-use std::io::{ErrorKind, Read as _};
+use std::io::Read as _;
 use std::path::Path;
 
 use qwen3_model::Config;
@@ -10,7 +10,6 @@ use serde::de::DeserializeOwned;
 
 use crate::failure::{CliError, Failure};
 use crate::options::EngineOptions;
-use crate::output_file::part_of;
 use crate::rank::Rank;
 
 /// Has rank 0 look at the files and values of a command, with the checkpoint's configuration; all ranks have the result.
@@ -38,15 +37,14 @@ pub fn input(path: &Path) -> Result<Option<u64>, CliError> {
     bytes().map_err(|source| CliError::file(path, source))
 }
 
-/// Whether a file can be written, without touching an older one of that name.
+/// Whether a file can be written, without touching one that is there; a device or a pipe is not opened.
 pub fn output(path: &Path) -> Result<(), CliError> {
-    let create = || match part_of(path) {
-        Some(part) => {
-            File::create(&part)?;
-            fs::remove_file(part)
+    let create = || match fs::metadata(path) {
+        Ok(found) if !found.is_file() && !found.is_dir() => Ok(()),
+        found => {
+            File::options().append(true).create(true).open(path)?;
+            if found.is_err() { fs::remove_file(path) } else { Ok(()) }
         }
-        None if path.is_dir() => Err(ErrorKind::IsADirectory.into()),
-        None => Ok(()),
     };
     create().map_err(|source| CliError::file(path, source))
 }

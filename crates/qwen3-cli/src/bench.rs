@@ -85,7 +85,12 @@ impl BenchArgs {
             model: &model,
             chunk: model.pass_tokens(self.engine.chunk),
             cache: model.new_cache(needed),
-            sampler: Sampler::new(SamplingParams::default(), model.config().vocab_size, rank.comm().clone())?,
+            sampler: Sampler::new(
+                SamplingParams::default(),
+                model.config().vocab_size,
+                rank.comm().clone(),
+                model.options().isa,
+            )?,
             memory: Memory::of(&model)?,
             limits: Limits::new(&model)?,
             entries: Vec::new(),

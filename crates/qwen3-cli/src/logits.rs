@@ -43,7 +43,7 @@ impl LogitsArgs {
     pub fn run(&self, rank: &Rank) -> Result<(), Failure> {
         let (prompt, dir) = (self.prompt.clone(), self.engine.model.clone());
         let length = ahead::look(rank, &self.engine, |config| {
-            ahead::output(&self.output)?;
+            ahead::output(part_of(&self.output).as_deref().unwrap_or(&self.output))?;
             prompt.look(&dir, config, None)
         })?;
         let read = move || Ok(prompt.read(&dir, None)?.tokens);

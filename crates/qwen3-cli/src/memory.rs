@@ -118,9 +118,12 @@ mod tests {
         let own = [
             ("sys/fs/cgroup/memory/job/memory.limit_in_bytes", "5000000\n"),
             ("sys/fs/cgroup/memory/job/memory.usage_in_bytes", "3000000\n"),
-            ("sys/fs/cgroup/memory/job/memory.stat", "inactive_file 1\ntotal_inactive_file 100000\n"),
+            (
+                "sys/fs/cgroup/memory/job/memory.stat",
+                "active_file 7\ninactive_file 1\ntotal_inactive_file 100000\ntotal_active_file 50000\n",
+            ),
         ];
-        assert_eq!(of(&[&[MACHINE, group][..], &own].concat()), Some(2_100_000));
+        assert_eq!(of(&[&[MACHINE, group][..], &own].concat()), Some(2_150_000));
     }
 
     #[test]

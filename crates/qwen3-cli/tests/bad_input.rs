@@ -188,6 +188,13 @@ fn a_variable_with_a_bad_value_is_named() {
         command.env("SIMD_KERNELS_ISA", "avx3");
         assert_one_line(&run_with(command, ""), &["SIMD_KERNELS_ISA", "avx3"]);
     }
+    // It decides only where the command line does not.
+    let args =
+        ["generate", "--model", model.to_str().unwrap(), "--prompt", "x", "--max-new-tokens", "1", "--isa", "scalar"];
+    let mut command = program(&args);
+    command.env("SIMD_KERNELS_ISA", "avx3");
+    let answer = run_with(command, "");
+    assert!(answer.success, "{answer:?}");
 }
 
 #[test]

@@ -149,7 +149,8 @@ pub fn generate(
     on_progress: &mut dyn FnMut(Progress) -> ControlFlow<()>,
 ) -> Result<Generated, GenerateError> {
     check_prompt(prompt, cache.len(), cache.capacity(), model.config().vocab_size)?;
-    let mut sampler = Sampler::new(params.sampling, model.config().vocab_size, model.comm().clone())?;
+    let mut sampler =
+        Sampler::new(params.sampling, model.config().vocab_size, model.comm().clone(), model.options().isa)?;
     let result = run(model, cache, prompt, params, &mut sampler, on_progress);
     model.comm().ledger().set_phase(Phase::Other);
     result

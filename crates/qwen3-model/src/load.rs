@@ -91,7 +91,7 @@ impl Model {
     }
 }
 
-/// A digest of the first rows of the embedding and of each layer's matrices (of the first expert), as numbers: what tells one fine-tune or
+/// A digest of the first rows of the head and of each layer's matrices (of the first expert), as numbers: what tells one fine-tune or
 /// revision of a model from another.
 fn first_rows(config: &Config, checkpoint: &Checkpoint) -> Result<u64, CheckpointError> {
     let mut digests = Vec::new();
@@ -102,7 +102,7 @@ fn first_rows(config: &Config, checkpoint: &Checkpoint) -> Result<u64, Checkpoin
         Ok(())
     };
     let (hidden, queries, keys) = (config.hidden_size, config.query_size(), config.key_value_size());
-    add(EMBEDDING, config.vocab_size, hidden)?;
+    add(head(config, checkpoint), config.vocab_size, hidden)?;
     for layer in 0..config.num_hidden_layers {
         let names = LayerNames::new(layer);
         for (name, rows) in [(&names.q_proj, queries), (&names.k_proj, keys), (&names.v_proj, keys)] {

@@ -62,13 +62,13 @@ pub fn quantize(
         })
         .collect::<Result<Vec<_>, ExportError>>()?;
 
-    create_folder(target)?;
+    let folder = create_folder(target)?;
     let stored = |(spec, format): &(TensorSpec, WeightFormat)| StoredSpec {
         name: spec.name.clone(),
         format: *format,
         shape: spec.shape.clone(),
     };
-    let mut writer = ShardWriter::new(target, tensors.iter().map(stored).collect(), SHARD_BYTES);
+    let mut writer = ShardWriter::new(folder, tensors.iter().map(stored).collect(), SHARD_BYTES);
     let mut done = ExportProgress { written: 0, total: writer.total() };
     for (spec, format) in &tensors {
         writer.begin()?;

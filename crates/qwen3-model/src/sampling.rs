@@ -144,10 +144,15 @@ pub struct Sampler {
 
 impl Sampler {
     /// A sampler for the ranks of `comm`, which share a vocabulary of `vocab_size` tokens.
-    pub fn new(params: SamplingParams, vocab_size: usize, comm: Arc<dyn Communicator>) -> Result<Self, SamplingError> {
+    pub fn new(
+        params: SamplingParams,
+        vocab_size: usize,
+        comm: Arc<dyn Communicator>,
+        isa: Isa,
+    ) -> Result<Self, SamplingError> {
         params.validate()?;
         let (scores, penalized, own, words) = Default::default();
-        Ok(Self { params, vocab_size, comm, isa: Isa::detect(), scores, penalized, calls: 0, own, words })
+        Ok(Self { params, vocab_size, comm, isa, scores, penalized, calls: 0, own, words })
     }
 
     /// The parameters.

@@ -1,5 +1,6 @@
 //! Writing a checkpoint folder: weights in one file or in several with an index, and the small files beside them.
 
+use std::fs::{File, TryLockError};
 use std::io;
 use std::path::{Path, PathBuf};
 
@@ -30,6 +31,12 @@ pub enum ExportError {
     Exists {
         /// The first such file.
         file: PathBuf,
+    },
+    /// Another program is writing a checkpoint into the folder.
+    #[error("{}: a checkpoint is being written there, expected a folder that is not in use", dir.display())]
+    Busy {
+        /// The folder.
+        dir: PathBuf,
     },
     /// The checkpoint to convert is quantized already.
     #[error("{} is quantized to {bits} bits already, expected f32, bf16 or f16 weights", dir.display())]
@@ -65,13 +72,25 @@ pub struct ExportProgress {
     pub total: u64,
 }
 
-/// Creates `dir`, which must not hold a checkpoint.
-pub(crate) fn create_folder(dir: &Path) -> Result<(), ExportError> {
+/// A folder in which nobody else writes a checkpoint.
+pub(crate) struct Folder {
+    path: PathBuf,
+    /// Locked as long as it is open; the system opens it when a program is ended.
+    _lock: File,
+}
+
+/// Creates `dir`, which must not hold a checkpoint, nor one that is being written.
+pub(crate) fn create_folder(dir: &Path) -> Result<Folder, ExportError> {
     let io_error = |source| ExportError::Io { file: dir.to_owned(), source };
     if dir.exists() && !dir.is_dir() {
         return Err(ExportError::Exists { file: dir.to_owned() });
     }
     std::fs::create_dir_all(dir).map_err(io_error)?;
+    let lock = File::open(dir).map_err(io_error)?;
+    // Some network's file systems have no locks.
+    if matches!(lock.try_lock(), Err(TryLockError::WouldBlock)) {
+        return Err(ExportError::Busy { dir: dir.to_owned() });
+    }
     for entry in std::fs::read_dir(dir).map_err(io_error)? {
         let file = entry.map_err(io_error)?.path();
         let name = file.file_name().unwrap_or_default().to_string_lossy();
@@ -79,7 +98,7 @@ pub(crate) fn create_folder(dir: &Path) -> Result<(), ExportError> {
             return Err(ExportError::Exists { file });
         }
     }
-    Ok(())
+    Ok(Folder { path: dir.to_owned(), _lock: lock })
 }
 
 /// Writes `value` with the indentation of the published files.
@@ -90,9 +109,9 @@ pub(crate) fn write_json(file: &Path, value: &Value) -> Result<(), ExportError> 
 
 /// A checkpoint, its weights written tensor by tensor. Files of one that is not finished are removed, as on a disk that is full. Those of a
 /// program that was ended cannot be: so weights have names that end in `.part` until all are written, which neither look like a checkpoint
-/// nor stand in the way of the next try, and are overwritten by it.
+/// nor stand in the way of the next try, which overwrites those of the same names.
 pub(crate) struct ShardWriter {
-    dir: PathBuf,
+    folder: Folder,
     /// The tensors of each file.
     shards: Vec<Vec<StoredSpec>>,
     /// The file being written, and how many tensors it still wants.
@@ -104,7 +123,7 @@ pub(crate) struct ShardWriter {
 
 impl ShardWriter {
     /// A writer of `tensors` into files of at most `limit` bytes of weights (a larger tensor has a file of its own).
-    pub fn new(dir: &Path, tensors: Vec<StoredSpec>, limit: u64) -> Self {
+    pub fn new(folder: Folder, tensors: Vec<StoredSpec>, limit: u64) -> Self {
         let mut shards: Vec<Vec<StoredSpec>> = Vec::new();
         let (mut filled, mut total) = (0, 0);
         for spec in tensors {
@@ -116,7 +135,7 @@ impl ShardWriter {
             shards.last_mut().expect("one was just added").push(spec);
             (filled, total) = (filled + bytes, total + bytes);
         }
-        Self { dir: dir.to_owned(), shards, current: None, next: 0, total, finished: false }
+        Self { folder, shards, current: None, next: 0, total, finished: false }
     }
 
     /// Bytes of weights in all.
@@ -155,13 +174,13 @@ impl ShardWriter {
     pub fn finish(mut self, config: &Value) -> Result<(), ExportError> {
         self.close()?;
         for index in 0..self.next {
-            let file = self.dir.join(self.file_name(index));
+            let file = self.file(index);
             std::fs::rename(self.part(index), &file).map_err(|source| ExportError::Io { file, source })?;
         }
         if self.shards.len() > 1 {
             self.write_index()?;
         }
-        write_json(&self.dir.join(CONFIG), config)?;
+        write_json(&self.folder.path.join(CONFIG), config)?;
         self.finished = true;
         Ok(())
     }
@@ -174,7 +193,7 @@ impl ShardWriter {
             }
         }
         let index = json!({"metadata": {"total_size": self.total}, "weight_map": map});
-        write_json(&self.dir.join(INDEX), &index)
+        write_json(&self.folder.path.join(INDEX), &index)
     }
 
     fn close(&mut self) -> Result<(), ExportError> {
@@ -186,7 +205,12 @@ impl ShardWriter {
 
     /// What a file is called while it is written.
     fn part(&self, index: usize) -> PathBuf {
-        self.dir.join(self.file_name(index) + ".part")
+        self.folder.path.join(self.file_name(index) + ".part")
+    }
+
+    /// What it is called afterwards.
+    fn file(&self, index: usize) -> PathBuf {
+        self.folder.path.join(self.file_name(index))
     }
 
     fn file_name(&self, index: usize) -> String {
@@ -202,10 +226,10 @@ impl Drop for ShardWriter {
         if self.finished || self.next == 0 {
             return;
         }
-        let begun = (0..self.next).flat_map(|index| [self.part(index), self.dir.join(self.file_name(index))]);
-        for file in begun.chain([self.dir.join(INDEX), self.dir.join(CONFIG)]) {
-            // None of them was there before. Whoever hears of the failure has more use for the space than for a part of a checkpoint;
-            // if one stays, it is named the next time.
+        let begun = (0..self.next).flat_map(|index| [self.part(index), self.file(index)]);
+        for file in begun.chain([INDEX, CONFIG].map(|name| self.folder.path.join(name))) {
+            // None of them was there before, but for parts that were overwritten, and nobody else writes here. Whoever hears of the failure has
+            // more use for the space than for a part of a checkpoint.
             std::fs::remove_file(file).ok();
         }
     }

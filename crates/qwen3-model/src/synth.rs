@@ -48,7 +48,7 @@ fn write_checkpoint(
 ) -> Result<(), ExportError> {
     let value = options.preset.config(options.layers);
     let config = Config::from_json(&dir.join("config.json"), &value)?;
-    create_folder(dir)?;
+    let folder = create_folder(dir)?;
 
     let specs: Vec<TensorSpec> = tensor_specs(&config).collect();
     let stored = |spec: &TensorSpec| StoredSpec {
@@ -56,7 +56,7 @@ fn write_checkpoint(
         format: WeightFormat::Bf16,
         shape: spec.shape.clone(),
     };
-    let mut writer = ShardWriter::new(dir, specs.iter().map(stored).collect(), shard_bytes);
+    let mut writer = ShardWriter::new(folder, specs.iter().map(stored).collect(), shard_bytes);
     let quantiles = quantile_table();
     let threads = thread::available_parallelism().map_or(1, usize::from);
     let mut pieces = vec![Vec::new(); threads];

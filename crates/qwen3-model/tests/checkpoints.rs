@@ -296,6 +296,17 @@ fn ranks_that_would_compute_something_else_are_found_at_the_start() {
 }
 
 #[test]
+fn a_folder_in_which_another_program_writes_is_left_alone() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let other = std::fs::File::open(folder.path()).expect("a folder opens");
+    other.lock().expect("the folder is free");
+    let error = synthesize(folder.path(), &tiny(Preset::Tiny, 1), &mut |_| ()).expect_err("the folder is in use");
+    assert!(error.to_string().contains("is being written there"), "{error}");
+    drop(other);
+    synth(folder.path(), &tiny(Preset::Tiny, 1));
+}
+
+#[test]
 fn nothing_is_written_over() {
     let folder = tempfile::tempdir().expect("a folder");
     synth(folder.path(), &tiny(Preset::Tiny, 1));

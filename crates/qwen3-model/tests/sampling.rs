@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use comm::{CommError, Communicator, SoloComm, ThreadComm};
-use qwen3_model::{GenerationConfig, Sample, Sampler, SamplingError, SamplingParams};
+use qwen3_model::{GenerationConfig, Isa, Sample, Sampler, SamplingError, SamplingParams};
 use tensor::split_range;
 
 fn params(temperature: f32) -> SamplingParams {
@@ -44,7 +44,8 @@ fn sample_part(
 
 /// Samples `steps` times on one rank.
 fn tokens(params: SamplingParams, logits: &[f32], steps: u64, history: &[u32]) -> Vec<u32> {
-    let mut sampler = Sampler::new(params, logits.len(), Arc::new(SoloComm::new())).expect("valid parameters");
+    let mut sampler =
+        Sampler::new(params, logits.len(), Arc::new(SoloComm::new()), Isa::detect()).expect("valid parameters");
     let all = 0..logits.len();
     (0..steps).map(|step| sampler.sample(all.clone(), logits, step, history, false).expect("a token").id).collect()
 }
@@ -182,7 +183,7 @@ fn the_same_tokens_on_every_number_of_ranks() {
     for params in variants {
         let run = |ranks| {
             on_ranks(ranks, |comm| {
-                let mut sampler = Sampler::new(params, 2003, comm.clone()).expect("valid parameters");
+                let mut sampler = Sampler::new(params, 2003, comm.clone(), Isa::detect()).expect("valid parameters");
                 let mut history = vec![5];
                 for (step, logits) in logits.iter().enumerate() {
                     let found = sample_part(&mut sampler, &*comm, logits, step as u64, &history, false);
@@ -208,7 +209,7 @@ fn greedy_takes_the_lowest_of_equal_ids() {
     }
     for ranks in [1, 2, 3, 5, 50] {
         let found = on_ranks(ranks, |comm| {
-            let mut sampler = Sampler::new(params(0.0), 40, comm.clone()).expect("valid parameters");
+            let mut sampler = Sampler::new(params(0.0), 40, comm.clone(), Isa::detect()).expect("valid parameters");
             sample_part(&mut sampler, &*comm, &logits, 0, &[], false).expect("a token").id
         });
         assert_eq!(found, vec![12; ranks]);
@@ -235,7 +236,7 @@ fn candidates_are_all_that_travels() {
         (SamplingParams { top_p: 0.9, ..params(0.5) }, 2, 2 * 8 * (512 + 1)),
     ] {
         let bytes = on_ranks(ranks, |comm| {
-            let mut sampler = Sampler::new(params, vocabulary, comm.clone()).expect("valid parameters");
+            let mut sampler = Sampler::new(params, vocabulary, comm.clone(), Isa::detect()).expect("valid parameters");
             sample_part(&mut sampler, &*comm, &logits, 3, &[], false).expect("a token");
             comm.ledger().entries().iter().map(|entry| entry.payload_bytes).sum::<u64>()
         });
@@ -250,7 +251,7 @@ fn one_rank_stops_all_in_the_same_step() {
         [params(0.0), SamplingParams { top_k: 5, ..params(1.0) }, SamplingParams { top_p: 0.9, ..params(1.0) }]
     {
         let found = on_ranks(3, |comm| {
-            let mut sampler = Sampler::new(params, 100, comm.clone()).expect("valid parameters");
+            let mut sampler = Sampler::new(params, 100, comm.clone(), Isa::detect()).expect("valid parameters");
             let stops = |step| step == 2 && comm.rank() == 0;
             let mut sample =
                 |step| sample_part(&mut sampler, &*comm, &logits, step, &[], stops(step)).expect("a token").stop;
@@ -272,7 +273,7 @@ fn invalid_logits_fail_on_every_rank() {
             SamplingParams { top_p: 0.9, ..params(1.0) },
         ] {
             let found = on_ranks(3, |comm| {
-                let mut sampler = Sampler::new(params, 100, comm.clone()).expect("valid parameters");
+                let mut sampler = Sampler::new(params, 100, comm.clone(), Isa::detect()).expect("valid parameters");
                 sample_part(&mut sampler, &*comm, &logits, 8, &[], false)
             });
             for result in found {
@@ -297,7 +298,7 @@ fn excluded_tokens() {
         SamplingParams { top_p: 0.9, ..params(1.0) },
         SamplingParams { min_p: 0.5, ..params(1.0) },
     ] {
-        let mut sampler = Sampler::new(params, 30, Arc::new(SoloComm::new())).expect("valid parameters");
+        let mut sampler = Sampler::new(params, 30, Arc::new(SoloComm::new()), Isa::detect()).expect("valid parameters");
         let error = sampler.sample(0..30, &logits, 5, &[], false).expect_err("nothing is possible");
         assert!(matches!(error, SamplingError::NoCandidate { step: 5 }), "{params:?}: {error}");
         logits[21] = -3.0;
@@ -311,7 +312,7 @@ fn a_lost_rank_is_an_error() {
     let mut group = ThreadComm::group(2);
     let (second, first) = (group.remove(1), group.remove(0));
     second.abort("gone");
-    let mut sampler = Sampler::new(params(0.0), 4, Arc::new(first)).expect("valid parameters");
+    let mut sampler = Sampler::new(params(0.0), 4, Arc::new(first), Isa::detect()).expect("valid parameters");
     let error = sampler.sample(0..4, &[1.0; 4], 0, &[], false).expect_err("the other rank is gone");
     assert!(matches!(error, SamplingError::Comm(CommError::PeerFailed { .. })), "{error}");
 }
@@ -331,7 +332,7 @@ fn parameters_are_checked() {
         ("repetition_penalty", SamplingParams { repetition_penalty: 0.0, ..base }),
         ("repetition_penalty", SamplingParams { repetition_penalty: f32::INFINITY, ..base }),
     ] {
-        let error = Sampler::new(params, 10, Arc::new(SoloComm::new())).err().expect("out of range");
+        let error = Sampler::new(params, 10, Arc::new(SoloComm::new()), Isa::detect()).err().expect("out of range");
         assert!(matches!(&error, SamplingError::Parameter { name: found, .. } if *found == name), "{error}");
         assert!(error.to_string().starts_with(&format!("sampling parameter {name} is ")), "{error}");
     }

@@ -222,7 +222,9 @@ fn planned_bytes(config: &Config, format: WeightFormat, plan: &RankPlan, vocabul
 /// The logits of the prompt, run in pieces of the given sizes, and of the greedy tokens after it; and these.
 fn run(model: &Model, prompt: &[u32], pieces: &[usize]) -> (Vec<f32>, Vec<u32>) {
     let mut cache = model.new_cache(prompt.len() + DECODED);
-    let mut sampler = Sampler::new(SamplingParams::default(), model.config().vocab_size, model.comm().clone()).unwrap();
+    let mut sampler =
+        Sampler::new(SamplingParams::default(), model.config().vocab_size, model.comm().clone(), model.options().isa)
+            .unwrap();
     let (mut logits, mut sequence, mut rest) = (Vec::new(), prompt.to_vec(), prompt);
     let mut pass = |tokens: &[u32]| {
         let own = model.forward(&mut cache, tokens, LogitRows::All).unwrap();
