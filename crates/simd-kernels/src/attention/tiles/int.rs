@@ -20,6 +20,7 @@
 //! 4. A norm spread over 128 elements leaves each 12 bits or more: scores err by 1e-5 |q| |k|, half of what rounding the keys to half
 //!    precision has cost. That 2^x is off by up to 3e-6 is less than that and than the rounding of weights. A cache in f32 never comes here.
 
+mod kernels;
 mod narrow;
 mod rounded;
 mod wide;
@@ -158,9 +159,9 @@ pub(super) fn attend(
     let values = scratch.values.scratch(KEY_TILE / 2 * width / BLOCK);
     let scores = scratch.scores.scratch(KEY_TILE * VECTORS * lanes);
     let weights = scratch.weights.scratch(KEY_TILE / 2 * VECTORS * lanes);
-    let end = limits.iter().copied().max().unwrap_or(0);
-    for (skip, positions) in spans {
-        let next = if positions.end < end { kv.span(positions.start / KV_SPAN + 1) } else { &[] };
+    let mut spans = spans.peekable();
+    while let Some((skip, positions)) = spans.next() {
+        let next = if spans.peek().is_some() { kv.span(positions.start / KV_SPAN + 1) } else { &[] };
         let each = next.len().div_ceil(groups * KEY_TILE / kernel.keys);
         let tile = IntTile::of(kv, (skip, positions), block, keys, values);
         let mut room = Room { scores, weights, ahead: next.iter(), each };
