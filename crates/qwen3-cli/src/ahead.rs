@@ -11,6 +11,8 @@ use serde::de::DeserializeOwned;
 use crate::failure::{CliError, Failure};
 use crate::options::EngineOptions;
 use crate::rank::Rank;
+use crate::template::ChatTemplate;
+use crate::text::Text;
 
 /// Has rank 0 look at the files and values of a command, with the checkpoint's configuration; all ranks have the result.
 pub fn look<T: Serialize + DeserializeOwned>(
@@ -35,6 +37,13 @@ pub fn input(path: &Path) -> Result<Option<u64>, CliError> {
         Ok(Some(found.len()))
     };
     bytes().map_err(|source| CliError::file(path, source))
+}
+
+/// Whether a checkpoint has what a conversation needs besides its weights.
+pub fn conversation(model: &Path) -> Result<(), CliError> {
+    Text::find(model)?;
+    ChatTemplate::open(model)?;
+    Ok(())
 }
 
 /// Whether a file can be written, without touching one that is there; a device or a pipe is not opened.

@@ -56,11 +56,7 @@ impl ChatArgs {
     /// Runs the command on this rank.
     pub fn run(&self, rank: &Rank) -> Result<(), Failure> {
         let dir = self.engine.model.clone();
-        ahead::look(rank, &self.engine, |_| {
-            Text::find(&dir)?;
-            ChatTemplate::open(&dir)?;
-            Ok(())
-        })?;
+        ahead::look(rank, &self.engine, |_| ahead::conversation(&dir))?;
         let sampling = self.params(rank)?;
         let read = move || Ok((Text::open(&dir)?, ChatTemplate::open(&dir)?));
         let (Loaded { model, .. }, texts) =

@@ -34,11 +34,7 @@ impl DemoArgs {
     /// Runs the command on this rank.
     pub fn run(&self, rank: &Rank) -> Result<(), Failure> {
         let dir = self.engine.model.clone();
-        ahead::look(rank, &self.engine, |_| {
-            Text::find(&dir)?;
-            ChatTemplate::open(&dir)?;
-            Ok(())
-        })?;
+        ahead::look(rank, &self.engine, |_| ahead::conversation(&dir))?;
         let read = move || Ok((Text::open(&dir)?, ChatTemplate::open(&dir)?));
         let (Loaded { model, reason }, texts) =
             session::load_with(rank, &self.engine, Workload { kv: KvFormat::F16, prompt: 64, generate: TOKENS }, read)?;
