@@ -23,6 +23,17 @@ pub enum AttentionAlgorithm {
     Streaming,
 }
 
+impl AttentionAlgorithm {
+    /// Leaves in `state` what the rows of queries see.
+    pub(crate) fn run(self, ctx: &Context, input: &AttentionInput<'_>, state: &mut SoftmaxState) {
+        state.reset(input.visible.len(), input.kv.head_dim());
+        match self {
+            Self::Materialized => attention_materialized(ctx.isa, input, state),
+            Self::Streaming => attention_streaming(ctx.isa, input, state),
+        }
+    }
+}
+
 impl fmt::Display for AttentionAlgorithm {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.pad(match self {
@@ -68,6 +79,11 @@ impl AttentionShape {
     /// Width of the keys, or of the values, of a token.
     pub fn kv_width(&self) -> usize {
         self.groups.len() * self.head_dim
+    }
+
+    /// Factor of the scores.
+    pub(crate) fn score_scale(&self) -> f32 {
+        1.0 / (self.head_dim as f32).sqrt()
     }
 
     /// Width of a row of the fused projection.
@@ -124,8 +140,8 @@ pub struct AttentionScratch {
 pub(crate) struct TaskScratch {
     /// Queries and state, one of each a thread.
     threads: Vec<(Vec<f32>, SoftmaxState)>,
-    /// States of the pieces of a cache that was split over threads.
-    pieces: Vec<SoftmaxState>,
+    /// States of heads, or of the pieces of a cache that was split over threads.
+    pub states: Vec<SoftmaxState>,
 }
 
 /// Attention to some of the keys, not yet divided by its sum: what merges with the other keys' part.
@@ -187,6 +203,12 @@ pub(crate) fn task_rows(tokens: usize, heads: usize, threads: usize) -> usize {
 /// Keys below which a head's cache is not split over threads.
 const PIECE_KEYS: usize = 256;
 
+/// Pieces into which few tokens cut the cache of each head, so that all threads have as many of them; 1 where they would be too short.
+pub(crate) fn pieces(kv_heads: usize, keys: usize, threads: usize) -> usize {
+    let pieces = threads / gcd(kv_heads, threads);
+    if keys / pieces >= PIECE_KEYS { pieces } else { 1 }
+}
+
 /// Attention of the given queries; out [tokens, heads * head_dim]. With `partial`, out is left
 /// undivided and the softmax state's maxima and sums go there.
 pub(crate) fn attend(
@@ -207,20 +229,20 @@ pub(crate) fn attend(
         return;
     }
     let _operation = ctx.profile.operation("attention", task.work());
-    let TaskScratch { threads: per_thread, pieces: piece_states } = scratch;
+    let TaskScratch { threads: per_thread, states } = scratch;
     per_thread.resize_with(threads, || (Vec::new(), SoftmaxState::new()));
     let keys = task.visible.iter().copied().max().unwrap_or(0);
-    let pieces = threads / gcd(kv_heads, threads);
-    if tokens < SERIAL_TOKENS && pieces > 1 && keys / pieces >= PIECE_KEYS {
-        piece_states.resize_with(kv_heads * pieces, SoftmaxState::new);
-        let parts = piece_states.iter_mut().enumerate().collect();
+    let pieces = pieces(kv_heads, keys, threads);
+    if tokens < SERIAL_TOKENS && pieces > 1 {
+        states.resize_with(kv_heads * pieces, SoftmaxState::new);
+        let parts = states.iter_mut().enumerate().collect();
         ctx.team.drain(parts, per_thread, |(index, state), (queries, _)| {
             // Pieces of a cache begin where its kernels' tiles do.
             let keys = split_granular(keys, KV_SPAN, pieces, index % pieces);
             task.run(ctx, index / pieces, 0..tokens, keys, queries, state);
         });
         let mut blocks = OutputBlocks::whole(out, partial);
-        for (head, states) in piece_states.chunks_exact_mut(pieces).take(kv_heads).enumerate() {
+        for (head, states) in states.chunks_exact_mut(pieces).enumerate() {
             let (first, rest) = states.split_first_mut().expect("pieces is at least 1");
             rest.iter().for_each(|state| first.merge(ctx.isa, state));
             let own;
@@ -278,18 +300,14 @@ impl Attend<'_> {
             queries.extend_from_slice(&self.queries[token * self.stride..][columns.clone()]);
             visible.extend(std::iter::repeat_n(self.visible[token], group.len()));
         }
-        state.reset(tokens.len() * group.len(), self.shape.head_dim);
         let input = AttentionInput {
             q: queries,
             visible: &visible,
             kv: &self.cache[head],
             keys,
-            scale: 1.0 / (self.shape.head_dim as f32).sqrt(),
+            scale: self.shape.score_scale(),
         };
-        match self.algorithm {
-            AttentionAlgorithm::Materialized => attention_materialized(ctx.isa, &input, state),
-            AttentionAlgorithm::Streaming => attention_streaming(ctx.isa, &input, state),
-        }
+        self.algorithm.run(ctx, &input, state);
     }
 }
 

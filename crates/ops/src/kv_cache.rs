@@ -38,6 +38,11 @@ impl LayerCache {
         &self.heads
     }
 
+    /// The cached heads, to which a task each may add.
+    pub(crate) fn heads_mut(&mut self) -> &mut [KvHead] {
+        &mut self.heads
+    }
+
     /// Forgets all but the first `tokens` held here.
     pub fn truncate(&mut self, tokens: usize) {
         self.heads.iter_mut().for_each(|head| head.truncate(tokens));
