@@ -42,7 +42,7 @@ fn tokens(isa: Isa) -> usize {
     if isa.has_avx2() { 256 } else { 16 }
 }
 /// Tokens in caches: few, where starting costs most, a chunk's past, and many, with the one that joins them a power of two.
-const DEPTHS: [usize; 3] = [128, 2048, 4095];
+const DEPTHS: [usize; 3] = [127, 2048, 4095];
 /// The heads of Qwen3-0.6B.
 const KV_HEADS: usize = 8;
 const GROUP: usize = 2;
