@@ -16,11 +16,11 @@ pub fn command(no_test: bool) -> Result<ExitCode> {
         eprintln!("ci: {missing}");
     }
 
-    steps.run("format", || cargo(&["fmt", "--all", "--check"]))?;
-    steps.run("tidy", || Ok(tidy::command()? == ExitCode::SUCCESS))?;
+    steps.run("format", || cargo(&["fmt", "--all", "--check"]));
+    steps.run("tidy", || Ok(tidy::command()? == ExitCode::SUCCESS));
     let clippy = ["clippy", "--workspace", "--all-targets"];
     let deny = ["--", "-D", "warnings"];
-    steps.run("clippy", || cargo(&[&clippy[..], &deny].concat()))?;
+    steps.run("clippy", || cargo(&[&clippy[..], &deny].concat()));
     let features = workspace::mpi_features(&workspace::packages(&workspace::root())?);
     if let (Ok(mpi), Some(features)) = (&mpi, &features) {
         steps.run("clippy with MPI", || {
@@ -28,15 +28,15 @@ pub fn command(no_test: bool) -> Result<ExitCode> {
             command.args(clippy).args(["--features", features]).args(deny);
             mpi.prepare(&mut command, Bind::None, true);
             succeeds(&mut command)
-        })?;
+        });
     } else {
         steps.skip("clippy with MPI");
     }
     steps.run("documentation", || {
         succeeds(workspace::cargo().args(["doc", "--workspace", "--no-deps"]).env("RUSTDOCFLAGS", "-D warnings"))
-    })?;
+    });
     if !no_test {
-        steps.run("test", || Ok(suite::command()? == ExitCode::SUCCESS))?;
+        steps.run("test", || Ok(suite::command()? == ExitCode::SUCCESS));
     }
     Ok(steps.close())
 }
@@ -57,14 +57,16 @@ struct Steps {
 }
 
 impl Steps {
-    fn run(&mut self, name: &str, step: impl FnOnce() -> Result<bool>) -> Result<()> {
+    fn run(&mut self, name: &str, step: impl FnOnce() -> Result<bool>) {
         println!("\nci: {name}");
         let started = Instant::now();
-        let ok = step()?;
+        let ok = step().unwrap_or_else(|error| {
+            eprintln!("ci: {name}: {error:#}");
+            false
+        });
         self.failed += usize::from(!ok);
         let seconds = started.elapsed().as_secs_f64();
         self.rows.push(format!("{name:<16} {seconds:>7.1} s  {}", if ok { "passed" } else { "FAILED" }));
-        Ok(())
     }
 
     fn skip(&mut self, name: &str) {
@@ -89,16 +91,16 @@ mod tests {
     fn one_failed_step_fails_the_whole_and_stops_nothing() {
         let mut steps = Steps::default();
         let mut ran = Vec::new();
-        for (name, ok) in [("a", true), ("b", false), ("c", true)] {
-            steps
-                .run(name, || {
-                    ran.push(name);
-                    Ok(ok)
-                })
-                .unwrap();
+        for (name, result) in
+            [("a", Ok(true)), ("b", Ok(false)), ("c", Err(anyhow::anyhow!("it broke"))), ("d", Ok(true))]
+        {
+            steps.run(name, || {
+                ran.push(name);
+                result
+            });
         }
-        assert_eq!(ran, ["a", "b", "c"]);
-        assert_eq!(steps.failed, 1);
+        assert_eq!(ran, ["a", "b", "c", "d"]);
+        assert_eq!(steps.failed, 2);
         assert_eq!(format!("{:?}", steps.close()), format!("{:?}", ExitCode::FAILURE));
         assert_eq!(format!("{:?}", Steps::default().close()), format!("{:?}", ExitCode::SUCCESS));
     }

@@ -52,13 +52,7 @@ pub fn command(ranks: usize, hostfile: Option<PathBuf>, bind: Bind, args: &[OsSt
     if let Some(file) = hostfile.as_ref().filter(|file| !file.is_file()) {
         bail!("--hostfile {}: there is no such file", file.display());
     }
-    let mpi = match setup::ensure(true) {
-        Ok(mpi) => mpi,
-        Err(missing) => {
-            eprintln!("error: {missing}");
-            return Ok(missing.exit_code());
-        }
-    };
+    let mpi = setup::ensure(true)?;
     let program = build_program(Some(&mpi))?;
     let error = mpi.launcher(ranks, hostfile.as_deref(), bind, program.as_os_str()).args(args).exec();
     Err(error).with_context(|| format!("cannot start {}", mpi.mpirun.display()))

@@ -4,7 +4,6 @@
 //! other's variables but stops at the other's flags. A variable that the user has set is left as it is.
 
 use std::ffi::OsStr;
-use std::fmt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
@@ -31,12 +30,6 @@ pub enum Bind {
     None,
     /// One core per rank, for one thread per rank
     Core,
-}
-
-impl fmt::Display for Bind {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(if *self == Bind::None { "none" } else { "core" })
-    }
 }
 
 /// What a build and a launch with MPI need, each part where it was found.

@@ -44,13 +44,7 @@ impl Tally {
 
 /// The command of its own: MPI must be there.
 pub fn command(ranks: &[usize], package: Option<&str>, deadline: u64) -> Result<ExitCode> {
-    let mpi = match setup::ensure(true) {
-        Ok(mpi) => mpi,
-        Err(missing) => {
-            eprintln!("error: {missing}");
-            return Ok(missing.exit_code());
-        }
-    };
+    let mpi = setup::ensure(true)?;
     let tally = run(&mpi, ranks, package, Duration::from_secs(deadline))?;
     Ok(if tally.ok() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }

@@ -1,6 +1,5 @@
 //! `cargo xtask setup`: makes MPI usable on this machine, or says exactly what would.
 
-use std::path::PathBuf;
 use std::process::{Command, ExitCode};
 use std::time::Duration;
 
@@ -66,6 +65,8 @@ impl std::fmt::Display for Missing {
         }
     }
 }
+
+impl std::error::Error for Missing {}
 
 impl Missing {
     /// The exit status of `setup`, as its help text lists them.
@@ -153,8 +154,8 @@ fn verified(parts: &Parts) -> Result<Mpi, Missing> {
 }
 
 fn probe(mpi: &Mpi) -> Result<()> {
-    let folder = Scratch::new()?;
-    let (source, program) = (folder.0.join("probe.c"), folder.0.join("probe"));
+    let folder = tempfile::tempdir().context("cannot make a folder for the probe program")?;
+    let (source, program) = (folder.path().join("probe.c"), folder.path().join("probe"));
     std::fs::write(&source, PROBE).context("cannot write the probe program")?;
     let mut compile = Command::new(&mpi.mpicc);
     compile.arg(&source).arg("-o").arg(&program);
@@ -184,23 +185,6 @@ fn probe(mpi: &Mpi) -> Result<()> {
         [other, ..] => {
             bail!("{line} of a small program answered {other:?} instead of {PROBE_ANSWER:?}")
         }
-    }
-}
-
-/// A folder that is removed with everything in it.
-struct Scratch(PathBuf);
-
-impl Scratch {
-    fn new() -> Result<Scratch> {
-        let path = std::env::temp_dir().join(format!("xtask-setup-{}", std::process::id()));
-        std::fs::create_dir_all(&path).with_context(|| format!("cannot make {}", path.display()))?;
-        Ok(Scratch(path))
-    }
-}
-
-impl Drop for Scratch {
-    fn drop(&mut self) {
-        std::fs::remove_dir_all(&self.0).ok();
     }
 }
 

@@ -92,8 +92,6 @@ fn has_extension(file: &Path, extension: &str) -> bool {
 /// Small trees for the tests of the rules.
 #[cfg(test)]
 mod trees {
-    use std::path::Path;
-
     /// A folder with these files.
     pub fn tree(files: &[(&str, &str)]) -> tempfile::TempDir {
         let root = tempfile::tempdir().unwrap();
@@ -107,7 +105,7 @@ mod trees {
 
     /// A workspace of two of the real crates, in which there is nothing to find, with `changes` laid over it.
     pub fn workspace(changes: &[(&str, &str)]) -> tempfile::TempDir {
-        let good = tree(&[
+        let good = [
             ("Cargo.toml", "[workspace]\nresolver = \"3\"\nmembers = [\"crates/*\"]\n"),
             ("README.md", "The crates are `comm` and `ops`.\n"),
             ("docs/architecture.md", "See `crates/comm` and `crates/ops`.\n"),
@@ -120,13 +118,9 @@ mod trees {
             ),
             ("crates/ops/README.md", "# ops\n"),
             ("crates/ops/src/lib.rs", "//! Operations.\n"),
-        ]);
-        for (path, text) in changes {
-            let path: &Path = &good.path().join(path);
-            std::fs::create_dir_all(path.parent().unwrap()).unwrap();
-            std::fs::write(path, text).unwrap();
-        }
-        good
+        ];
+        // What comes later is written over what came before.
+        tree(&[&good[..], changes].concat())
     }
 
     /// The findings of the whole check on such a workspace, one per line.

@@ -128,7 +128,7 @@ impl Lab {
     /// A random checkpoint of a published shape, made at the first call and kept under the target folder.
     pub fn synth(&mut self, preset: &str, layers: Option<usize>) -> Result<PathBuf> {
         let name = layers.map_or(preset.to_owned(), |layers| format!("{preset}-{layers}-layers"));
-        let folder = self.cache.join(name);
+        let folder = self.cache.join(&name);
         let layers = layers.map(|layers| layers.to_string());
         let mut args = vec!["synth", "--preset", preset];
         args.extend(layers.iter().flat_map(|layers| ["--layers", layers]));
@@ -139,7 +139,7 @@ impl Lab {
             return Ok(folder);
         }
         // Written under another name first: an interrupted run leaves no half checkpoint under the right one.
-        let unfinished = folder.with_extension("unfinished");
+        let unfinished = self.cache.join(format!("{name}.unfinished"));
         if unfinished.exists() {
             std::fs::remove_dir_all(&unfinished).with_context(|| format!("cannot remove {}", unfinished.display()))?;
         }
