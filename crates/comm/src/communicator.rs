@@ -108,6 +108,13 @@ pub trait CommunicatorExt: Communicator {
         self.all_gather_bytes(bytemuck::cast_slice(send), bytemuck::cast_slice_mut(recv))
     }
 
+    /// Every rank's `value`, in rank order: an [`all_gather`](Self::all_gather) of one element.
+    fn all_gather_one<T: Pod>(&self, value: T) -> Result<Vec<T>, CommError> {
+        let mut all = vec![value; self.size()];
+        self.all_gather(&[value], &mut all)?;
+        Ok(all)
+    }
+
     /// Gathers blocks of `counts[r]` elements (zero allowed) in rank order.
     fn all_gather_v<T: Pod>(&self, send: &[T], counts: &[usize], recv: &mut [T]) -> Result<(), CommError> {
         let counts: Vec<usize> = counts.iter().map(|count| count * size_of::<T>()).collect();

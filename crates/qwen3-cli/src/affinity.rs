@@ -24,8 +24,7 @@ impl Neighbours {
     /// A launcher that binds each process to cores of its own leaves one; in-process ranks and unbound processes share.
     pub fn find(rank: &Rank) -> Result<Self, CliError> {
         let mine = digest(place(Path::new("/proc")).bytes().map(u64::from));
-        let mut all = vec![0_u64; rank.comm().size()];
-        rank.comm().all_gather(&[mine], &mut all)?;
+        let all = rank.comm().all_gather_one(mine)?;
         let same = |places: &[u64]| places.iter().filter(|&&place| place == mine).count();
         Ok(Self { index: same(&all[..rank.comm().rank()]), count: same(&all) })
     }

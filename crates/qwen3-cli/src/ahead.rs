@@ -52,8 +52,28 @@ pub fn output(path: &Path) -> Result<(), CliError> {
         Ok(found) if !found.is_file() && !found.is_dir() => Ok(()),
         found => {
             File::options().append(true).create(true).open(path)?;
-            if found.is_err() { fs::remove_file(path) } else { Ok(()) }
+            // A link may lead to a file that was not there; it stays.
+            if found.is_err() { fs::remove_file(path.canonicalize()?) } else { Ok(()) }
         }
     };
     create().map_err(|source| CliError::file(path, source))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_look_at_an_output_leaves_everything_as_it_was() {
+        let dir = tempfile::tempdir().unwrap();
+        let (file, link, target) = (dir.path().join("file"), dir.path().join("link"), dir.path().join("target"));
+        std::os::unix::fs::symlink(&target, &link).unwrap();
+        output(&file).unwrap();
+        output(&link).unwrap();
+        assert!(!file.exists() && link.is_symlink() && !target.exists());
+        fs::write(&target, "text").unwrap();
+        output(&link).unwrap();
+        assert_eq!(fs::read_to_string(&target).unwrap(), "text");
+        assert!(output(&dir.path().join("no/such/folder")).is_err() && output(dir.path()).is_err());
+    }
 }

@@ -17,33 +17,19 @@ impl Allocations {
 }
 
 #[cfg(feature = "count-allocations")]
-mod counted {
-    use std::alloc::System;
+#[global_allocator]
+static ALLOCATOR: &stats_alloc::StatsAlloc<std::alloc::System> = &stats_alloc::INSTRUMENTED_SYSTEM;
 
-    use stats_alloc::{INSTRUMENTED_SYSTEM, StatsAlloc};
-
-    use super::Allocations;
-
-    #[global_allocator]
-    static ALLOCATOR: &StatsAlloc<System> = &INSTRUMENTED_SYSTEM;
-
-    pub fn now() -> Option<Allocations> {
-        let stats = ALLOCATOR.stats();
-        let count = (stats.allocations + stats.reallocations) as u64;
-        Some(Allocations { count, bytes: stats.bytes_allocated as u64 })
-    }
-}
-
-#[cfg(not(feature = "count-allocations"))]
-mod counted {
-    use super::Allocations;
-
-    pub fn now() -> Option<Allocations> {
-        None
-    }
-}
-
-/// The count at this moment; `None` where nobody counts.
+/// The count at this moment.
+#[cfg(feature = "count-allocations")]
 pub fn now() -> Option<Allocations> {
-    counted::now()
+    let stats = ALLOCATOR.stats();
+    let count = (stats.allocations + stats.reallocations) as u64;
+    Some(Allocations { count, bytes: stats.bytes_allocated as u64 })
+}
+
+/// Nobody counts.
+#[cfg(not(feature = "count-allocations"))]
+pub fn now() -> Option<Allocations> {
+    None
 }

@@ -15,7 +15,8 @@ use crate::text::{Text, TextStream};
 /// How answers are made.
 #[derive(Clone, Debug)]
 pub struct AnswerOptions {
-    params: GenerateParams,
+    /// How tokens are chosen, and when an answer ends.
+    pub params: GenerateParams,
     /// Nothing is shown before the end.
     pub quiet: bool,
 }
@@ -35,17 +36,6 @@ impl AnswerOptions {
         let prefill_chunk = engine.chunk;
         let params = GenerateParams { sampling, max_new_tokens, eos_token_ids, ignore_eos: false, prefill_chunk };
         Ok(Self { params, quiet: false })
-    }
-
-    /// Whether answers go on after a token that ends a text.
-    pub fn ignore_eos(&mut self, yes: bool) {
-        self.params.ignore_eos = yes;
-    }
-
-    /// Another seed, so that the next answer does not draw alike.
-    pub fn next_seed(&mut self) {
-        let seed = &mut self.params.sampling.seed;
-        *seed = seed.wrapping_add(1);
     }
 }
 

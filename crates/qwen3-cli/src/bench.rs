@@ -79,7 +79,8 @@ impl BenchArgs {
         })?;
         let Loaded { model, reason } = session::load(rank, &self.engine, self.workload())?;
         // A file that cannot be written is found before the measurements, not after.
-        let mut trace = rank.agree(self.trace_file(rank))?;
+        let create = |path: &PathBuf| File::create(path).map_err(|source| CliError::file(path, source));
+        let mut trace = rank.first(|| self.trace.as_ref().map(create).transpose())?.flatten();
         let mut bench = Bench {
             rank,
             model: &model,
@@ -143,12 +144,6 @@ impl BenchArgs {
         let found = format!("{needed} tokens with what is generated");
         Err(misfit(option, found, format!("at most {context}, the model's context")))
     }
-
-    /// The file of the trace on rank 0, if one is wanted.
-    fn trace_file(&self, rank: &Rank) -> Result<Option<File>, CliError> {
-        let path = self.trace.as_ref().filter(|_| rank.speaks());
-        path.map(|path| File::create(path).map_err(|source| CliError::file(path, source))).transpose()
-    }
 }
 
 /// Bytes of weights on all ranks together.
@@ -164,8 +159,7 @@ struct Memory {
 impl Memory {
     fn of(model: &Model) -> Result<Self, CliError> {
         let config = model.config();
-        let mut held = vec![0_u64; model.comm().size()];
-        model.comm().all_gather(&[model.weight_bytes() as u64], &mut held)?;
+        let held = model.comm().all_gather_one(model.weight_bytes() as u64)?;
         let tables = if config.tie_word_embeddings { 1 } else { 2 };
         let parameters = config.parameters() - (tables - 1) * config.head_parameters();
         // Ranks that only split positions bring their tokens together for feed-forward blocks that they split.
@@ -307,9 +301,7 @@ impl Bench<'_> {
 
     /// Bytes of keys and values on all ranks.
     fn cache_bytes(&self) -> Result<f64, Failure> {
-        let mut all = vec![0_u64; self.rank.comm().size()];
-        self.rank.comm().all_gather(&[self.cache.bytes() as u64], &mut all)?;
-        Ok(all.iter().sum::<u64>() as f64)
+        Ok(self.rank.comm().all_gather_one(self.cache.bytes() as u64)?.iter().sum::<u64>() as f64)
     }
 }
 

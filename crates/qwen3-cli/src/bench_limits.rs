@@ -34,9 +34,7 @@ impl<'a> Limits<'a> {
         let bytes = (BYTES / model.comm().size()).max(THREAD_BYTES * model.options().threads);
         let probe = LimitsProbe::new(model.context(), bytes);
         let isa = model.context().isa;
-        let mut wide = vec![0_u64; model.comm().size()];
-        model.comm().all_gather(&[u64::from(isa != isa.without_avx512())], &mut wide)?;
-        let wide = wide.contains(&1);
+        let wide = model.comm().all_gather_one(u64::from(isa != isa.without_avx512()))?.contains(&1);
         Ok(Self { model, probe, wide, flops: Vec::new(), wide_flops: Vec::new(), bytes: Vec::new() })
     }
 
@@ -68,10 +66,7 @@ impl<'a> Limits<'a> {
         for _ in 0..WINDOWS {
             // Ranks that share a machine share its memory too: they have to measure at the same time.
             comm.barrier()?;
-            let own = rate(&self.probe);
-            let mut all = vec![0.0_f64; comm.size()];
-            comm.all_gather(&[own], &mut all)?;
-            best = best.max(all.iter().sum());
+            best = best.max(comm.all_gather_one(rate(&self.probe))?.iter().sum());
         }
         Ok(best)
     }

@@ -3,26 +3,12 @@
 use std::fmt::Write as _;
 use std::time::{Duration, Instant};
 
-use qwen3_model::comm::{Collective, Phase, TracedCall};
+use qwen3_model::comm::{Phase, TracedCall};
 use qwen3_model::{Model, Span};
 use serde_json::{Value, json};
 
-/// A stretch of time in a collective, on the clock of the spans.
-#[derive(Clone, Copy, Debug)]
-pub struct Call {
-    /// The collective.
-    pub collective: Collective,
-    /// From the repetition's start to the call's.
-    pub start: Duration,
-    /// How long it took.
-    pub length: Duration,
-    /// The part of it that only waited for others.
-    pub waited: Duration,
-    /// Payload, as the ledger counts it.
-    pub bytes: u64,
-    /// Whether the rank computed meanwhile: then what it waited is an operation of its own.
-    pub background: bool,
-}
+/// A collective, and when it began on the clock of the spans.
+pub type Call = (Duration, TracedCall);
 
 /// One repetition on this rank, span by span.
 pub struct Recording {
@@ -56,27 +42,20 @@ impl Recording {
         let zero = profile.since_start(start);
         let mut spans = profile.take();
         spans.iter_mut().for_each(|span| span.start = span.start.saturating_sub(zero));
-        let call = |call: TracedCall| Call {
-            collective: call.collective,
-            start: call.start.saturating_duration_since(start),
-            length: call.length,
-            waited: call.waited,
-            bytes: call.payload_bytes,
-            background: call.background,
-        };
+        let call = |call: TracedCall| (call.start.saturating_duration_since(start), call);
         Ok((length, spans, ledger.take_traced().into_iter().map(call).collect()))
     }
 
     /// The rows of the table: operations by time, then collectives, then what is neither. They add up to the length: collectives
     /// in the background are left out, since their time is that of other operations, too.
     pub fn rows(&self) -> Vec<Row> {
-        let mut calls: Vec<Call> = self.calls.iter().filter(|call| !call.background).copied().collect();
-        calls.sort_by_key(|call| call.start);
+        let mut calls: Vec<Call> = self.calls.iter().filter(|(_, call)| !call.background).copied().collect();
+        calls.sort_by_key(|(start, _)| *start);
         let mut rows: Vec<Row> = Vec::new();
         for span in self.spans.iter().filter(|span| span.thread.is_none()) {
-            let first = calls.partition_point(|call| call.start < span.start);
-            let inside = calls[first..].iter().take_while(|call| call.start < span.start + span.length);
-            let elsewhere: Duration = inside.map(|call| call.length).sum();
+            let first = calls.partition_point(|(start, _)| *start < span.start);
+            let inside = calls[first..].iter().take_while(|(start, _)| *start < span.start + span.length);
+            let elsewhere: Duration = inside.map(|(_, call)| call.length).sum();
             let row = row_of(&mut rows, span.name);
             row.calls += 1;
             row.seconds += span.length.saturating_sub(elsewhere).as_secs_f64();
@@ -85,11 +64,11 @@ impl Recording {
         }
         rows.sort_by(|a, b| b.seconds.total_cmp(&a.seconds));
         let mut exchanged: Vec<Row> = Vec::new();
-        for call in &calls {
+        for (_, call) in &calls {
             let row = row_of(&mut exchanged, call.collective.name());
             row.calls += 1;
             row.seconds += call.length.as_secs_f64();
-            row.bytes += call.bytes as f64;
+            row.bytes += call.payload_bytes as f64;
         }
         rows.extend(exchanged);
         let known: f64 = rows.iter().map(|row| row.seconds).sum();
@@ -177,6 +156,7 @@ fn row_of<'a>(rows: &'a mut Vec<Row>, operation: &'static str) -> &'a mut Row {
 #[cfg(test)]
 pub mod tests {
     use qwen3_model::Work;
+    use qwen3_model::comm::Collective;
 
     use super::*;
 
@@ -188,13 +168,10 @@ pub mod tests {
             let work = if thread.is_none() { work } else { Work::default() };
             Span { name, thread, start: us(start), length: us(length), work }
         };
-        let call = |collective, start, length, bytes| Call {
-            collective,
-            start: us(start),
-            length: us(length),
-            waited: us(1),
-            bytes,
-            background: length == 50,
+        let (zero, waited) = (Instant::now(), us(1));
+        let call = |collective, start, length, payload_bytes| {
+            let (background, length) = (length == 50, us(length));
+            (us(start), TracedCall { collective, start: zero, length, waited, payload_bytes, background })
         };
         Recording {
             phase: Phase::Decode,

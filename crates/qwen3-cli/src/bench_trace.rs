@@ -42,11 +42,11 @@ pub fn events(rank: usize, threads: usize, recordings: &[Recording]) -> String {
             }
             events.push(event);
         }
-        for call in &recording.calls {
+        for (start, call) in &recording.calls {
             events.push(json!({
                 "ph": "X", "name": call.collective.name(), "cat": "collective", "pid": rank, "tid": collectives,
-                "ts": at(call.start), "dur": micros(call.length),
-                "args": {"payload_bytes": call.bytes, "waited_us": micros(call.waited)},
+                "ts": at(*start), "dur": micros(call.length),
+                "args": {"payload_bytes": call.payload_bytes, "waited_us": micros(call.waited)},
             }));
         }
         offset += recording.length;
@@ -61,9 +61,7 @@ pub fn file(ranks: &[String]) -> String {
 
 /// Every rank's `text`, in rank order, on all ranks.
 pub fn gather(comm: &dyn Communicator, text: &str) -> Result<Vec<String>, CommError> {
-    let mut lengths = vec![0_u64; comm.size()];
-    comm.all_gather(&[text.len() as u64], &mut lengths)?;
-    let counts: Vec<usize> = lengths.iter().map(|&length| length as usize).collect();
+    let counts: Vec<usize> = comm.all_gather_one(text.len() as u64)?.iter().map(|&length| length as usize).collect();
     let mut all = vec![0_u8; counts.iter().sum()];
     comm.all_gather_v(text.as_bytes(), &counts, &mut all)?;
     let mut rest = &all[..];

@@ -44,7 +44,7 @@ impl CalibrateArgs {
     pub fn run(&self, rank: &Rank) -> Result<(), Failure> {
         let comm = rank.comm();
         // A file that cannot be read is found before the measurements, not after.
-        let file = rank.agree(if rank.speaks() { self.file().map(Some) } else { Ok(None) })?;
+        let file = rank.first(|| self.file())?;
         let isa = isa(rank, Auto(None))?;
         let neighbours = Neighbours::find(rank)?;
         let threads = neighbours.threads(self.threads);
@@ -85,7 +85,9 @@ impl CalibrateArgs {
             Some(path) => path,
             None => return Err(misfit("--output", "nothing, and no HOME", "a file")),
         };
-        let calibration = if path.exists() { Calibration::read(&path)? } else { Calibration::default() };
+        // A device has nothing to add to, and a pipe would be waited for.
+        let calibration =
+            if path.is_file() || path.is_dir() { Calibration::read(&path)? } else { Calibration::default() };
         Ok((path, calibration))
     }
 

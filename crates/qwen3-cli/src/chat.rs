@@ -64,8 +64,7 @@ impl ChatArgs {
         let speaker = texts.map(|(text, template)| Speaker::new(self, text, template, &model)).transpose();
         let mut speaker = rank.agree(speaker)?;
         interrupt::converse();
-        let watching = if rank.speaks() { interrupt::watch() } else { Ok(()) };
-        rank.agree(watching)?;
+        rank.first(interrupt::watch)?;
 
         let context = model.config().context_length();
         let limit = self.max_new_tokens.unwrap_or(context);
@@ -75,21 +74,18 @@ impl ChatArgs {
         while let Some(tokens) = self.next(rank, &mut speaker)? {
             // What the template left as it was is still in the cache.
             let same = seen.iter().zip(&tokens).take_while(|(old, new)| old == new).count();
-            let keep = same.min(tokens.len() - 1).min(cache.len());
+            let keep = same.min(tokens.len().saturating_sub(1)).min(cache.len());
             cache.truncate(keep);
             let text = speaker.as_ref().map(|speaker| &speaker.text);
             interrupt::begin();
             let answer = Answer::write(rank, &model, &mut cache, &tokens, text, &options)?;
             interrupt::end();
-            let heard = match &mut speaker {
-                Some(speaker) => speaker.heard(rank, &answer),
-                None => Ok(()),
-            };
-            rank.agree(heard)?;
+            rank.agree(speaker.as_mut().map_or(Ok(()), |speaker| speaker.heard(rank, &answer)))?;
             seen = tokens;
             seen.extend(&answer.generated.ids);
             seen.truncate(cache.len());
-            options.next_seed();
+            // Another seed, so that the next answer does not draw alike.
+            options.params.sampling.seed = options.params.sampling.seed.wrapping_add(1);
         }
         Ok(())
     }
@@ -149,9 +145,12 @@ impl Speaker {
             room: context - (context / 8).min(256),
             prompts: io::stdin().is_terminal() || World::detect().is_some_and(|world| world.is_many()),
         };
-        // Else every message would be too long.
         let least =
             speaker.encode([&speaker.messages[..], &[json!({ "role": "user", "content": "" })]].concat())?.len();
+        if least == 0 {
+            return Err(misfit("--model", "a chat template that writes nothing", "one that writes the messages"));
+        }
+        // Else every message would be too long.
         if least > speaker.room {
             let expected = format!("at most {}, which leaves room for an answer", speaker.room);
             return Err(misfit("--system", format!("{least} tokens with an empty message"), expected));

@@ -19,6 +19,7 @@ use crate::options::LaunchOptions;
 use crate::perplexity::PerplexityArgs;
 use crate::plan::PlanArgs;
 use crate::quantize::QuantizeArgs;
+use crate::rank::Rank;
 use crate::synth::SynthArgs;
 use crate::tokenize::TokenizeArgs;
 use crate::world::World;
@@ -61,20 +62,24 @@ pub fn run() -> ExitCode {
 }
 
 fn dispatch(command: &Command) -> ExitCode {
-    let alone = LaunchOptions::alone();
     match command {
         Command::Generate(args) => launch(&args.launch, |rank| args.run(rank)),
         Command::Chat(args) => launch(&args.launch, |rank| args.run(rank)),
         Command::Logits(args) => launch(&args.launch.exact(), |rank| args.run(rank)),
         Command::Bench(args) => launch(&args.launch, |rank| args.run(rank)),
         Command::Perplexity(args) => launch(&args.launch.exact(), |rank| args.run(rank)),
-        Command::Plan(args) => launch(&alone, |rank| args.run(rank)),
+        Command::Plan(args) => alone(|rank| args.run(rank)),
         Command::Calibrate(args) => launch(&args.launch, |rank| args.run(rank)),
-        Command::Synth(args) => launch(&alone, |rank| args.run(rank)),
-        Command::Quantize(args) => launch(&alone, |rank| args.run(rank)),
-        Command::Tokenize(args) => launch(&alone, |rank| args.run(rank)),
+        Command::Synth(args) => alone(|rank| args.run(rank)),
+        Command::Quantize(args) => alone(|rank| args.run(rank)),
+        Command::Tokenize(args) => alone(|rank| args.run(rank)),
         Command::Demo(args) => launch(&args.launch, |rank| args.run(rank)),
     }
+}
+
+/// A command that only reads and writes files: rank 0 does it.
+fn alone(work: impl Fn(&Rank) -> Result<(), CliError> + Send + Sync) -> ExitCode {
+    launch(&LaunchOptions::alone(), |rank| rank.first(|| work(rank)).map(drop))
 }
 
 /// Prints the help where it was asked for; otherwise says in one line, once for all processes, what is wrong.

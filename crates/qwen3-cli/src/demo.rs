@@ -11,7 +11,7 @@ use crate::options::{EngineOptions, LaunchOptions};
 use crate::plan::Workload;
 use crate::rank::Rank;
 use crate::session::{self, Loaded};
-use crate::summary::Summary;
+use crate::summary::summary;
 use crate::template::{ChatTemplate, Conversation};
 use crate::text::Text;
 
@@ -61,11 +61,7 @@ impl DemoArgs {
             rank.agree(rank.say("\n\n"))?;
         }
         let entries = rank.comm().ledger().entries();
-        rank.agree(
-            rank.say(
-                &Summary { model: &model, reason: reason.as_deref(), prefill, decode, entries: &entries }.to_string(),
-            ),
-        )
+        rank.agree(rank.say(&summary(&model, reason.as_deref(), prefill, decode, &entries)))
     }
 }
 

@@ -78,7 +78,7 @@ impl GenerateArgs {
         self.prompt.check(model.config().context_length(), tokens.len()).map_err(Failure::agreed)?;
         let mut options = AnswerOptions::new(rank, &model, &self.engine, sampling, self.max_new_tokens)?;
         options.quiet = self.json;
-        options.ignore_eos(self.ignore_eos);
+        options.params.ignore_eos = self.ignore_eos;
         let mut cache = model.new_cache(tokens.len().saturating_add(self.max_new_tokens));
         let answer = Answer::write(rank, &model, &mut cache, &tokens, text.as_ref(), &options)?;
         let end = if self.json {

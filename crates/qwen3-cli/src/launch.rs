@@ -108,7 +108,8 @@ fn run_threads(options: &LaunchOptions, command: impl Command) -> Result<(), Box
                 let thread = thread::Builder::new().name(format!("rank {rank}"));
                 if let Err(source) = thread.spawn_scoped(scope, || run(comm)) {
                     let problem = format!("cannot start a thread for rank {rank}: {source}");
-                    lock(&failures).push((rank, CliError::Launch { problem }.into()));
+                    // Before what the other ranks say of this one's absence.
+                    lock(&failures).insert(0, (rank, CliError::Launch { problem }.into()));
                 }
             }
         });

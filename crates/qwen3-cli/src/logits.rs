@@ -53,18 +53,12 @@ impl LogitsArgs {
         self.prompt.check(model.config().context_length(), tokens.len()).map_err(Failure::agreed)?;
 
         let vocab_size = model.config().vocab_size;
-        let local =
-            if rank.speaks() { Output::create(&self.output, tokens.len(), vocab_size).map(Some) } else { Ok(None) };
-        let mut output = rank.agree(local)?;
+        let mut output = rank.first(|| Output::create(&self.output, tokens.len(), vocab_size))?;
         let mut cache = model.new_cache(tokens.len());
         for chunk in tokens.chunks(model.pass_tokens(self.engine.chunk).min((BLOCK / vocab_size).max(1))) {
             let logits = model.forward(&mut cache, chunk, LogitRows::All)?;
             let rows = collect(rank, &model, logits)?;
-            let written = match &mut output {
-                Some(output) => output.write(&rows),
-                None => Ok(()),
-            };
-            rank.agree(written)?;
+            rank.agree(output.as_mut().map_or(Ok(()), |output| output.write(&rows)))?;
         }
         rank.agree(output.map_or(Ok(()), Output::finish))
     }
@@ -73,8 +67,7 @@ impl LogitsArgs {
 /// The whole rows [rows, vocabulary] on rank 0, nothing on the others.
 fn collect(rank: &Rank, model: &Model, logits: Logits) -> Result<Vec<f32>, CliError> {
     let comm = rank.comm();
-    let mut ends = vec![0_u64; comm.size()];
-    comm.all_gather(&[logits.vocab.end as u64], &mut ends)?;
+    let ends = comm.all_gather_one(logits.vocab.end as u64)?;
     let (rows, vocab_size) = (logits.values.nrows(), model.config().vocab_size);
     let own: Vec<f32> = logits.values.iter().copied().collect();
     if !rank.speaks() {

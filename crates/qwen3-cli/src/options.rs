@@ -35,7 +35,7 @@ pub struct LaunchOptions {
     pub ranks: u16,
 
     /// How many seconds a rank waits in a collective for a late one before the job fails
-    #[arg(long, value_name = "S", default_value_t = 60.0, allow_negative_numbers = true, value_parser = seconds, help_heading = "Ranks")]
+    #[arg(long, value_name = "S", default_value_t = 60.0, allow_negative_numbers = true, value_parser = above_zero::<f64>, help_heading = "Ranks")]
     pub comm_timeout: f64,
 
     /// How sums travel between ranks: f32 is exact, bf16 halves the bytes, q8 quarters them; auto takes bf16 between machines and
@@ -195,7 +195,7 @@ impl EngineOptions {
 #[derive(Args, Clone, Debug)]
 pub struct SamplingOptions {
     /// 0 takes the likeliest token each time; higher is more varied
-    #[arg(long, value_name = "X", allow_negative_numbers = true, value_parser = non_negative, help_heading = "Choosing tokens")]
+    #[arg(long, value_name = "X", allow_negative_numbers = true, value_parser = from_zero::<f32>, help_heading = "Choosing tokens")]
     pub temperature: Option<f32>,
 
     /// Choose among the K likeliest tokens; 0 for all
@@ -211,7 +211,7 @@ pub struct SamplingOptions {
     pub min_p: Option<f32>,
 
     /// Divide the logits of tokens that were already there by this (multiply negative ones); 1 does nothing
-    #[arg(long, value_name = "X", allow_negative_numbers = true, value_parser = above_zero, help_heading = "Choosing tokens")]
+    #[arg(long, value_name = "X", allow_negative_numbers = true, value_parser = above_zero::<f32>, help_heading = "Choosing tokens")]
     pub repetition_penalty: Option<f32>,
 
     /// Seed of the random choice: the same seed gives the same tokens on any number of ranks [default: 0; the time in chat]
@@ -262,26 +262,14 @@ pub fn positive(text: &str) -> Result<usize, String> {
     number(text, "a whole number, at least 1", |value: usize| value >= 1)
 }
 
-fn seconds(text: &str) -> Result<f64, String> {
-    number(text, "seconds above 0, at most 1e6", |value: f64| value > 0.0 && value <= 1e6)
+/// A latency or a temperature.
+pub fn from_zero<T: FromStr + PartialOrd + Copy + From<f32>>(text: &str) -> Result<T, String> {
+    number(text, "a number from 0 to 1e6", |value: T| value >= T::from(0.0) && value <= T::from(1e6))
 }
 
-/// A latency.
-pub fn latency(text: &str) -> Result<f64, String> {
-    number(text, "a number from 0 to 1e6", |value: f64| (0.0..=1e6).contains(&value))
-}
-
-/// A bandwidth.
-pub fn bandwidth(text: &str) -> Result<f64, String> {
-    number(text, "a number above 0, at most 1e6", |value: f64| value > 0.0 && value <= 1e6)
-}
-
-fn non_negative(text: &str) -> Result<f32, String> {
-    number(text, "a number from 0 to 1e6", |value: f32| (0.0..=1e6).contains(&value))
-}
-
-fn above_zero(text: &str) -> Result<f32, String> {
-    number(text, "a number above 0, at most 1e6", |value: f32| value > 0.0 && value <= 1e6)
+/// A bandwidth, a time or a penalty.
+pub fn above_zero<T: FromStr + PartialOrd + Copy + From<f32>>(text: &str) -> Result<T, String> {
+    number(text, "a number above 0, at most 1e6", |value: T| value > T::from(0.0) && value <= T::from(1e6))
 }
 
 fn probability(text: &str) -> Result<f32, String> {

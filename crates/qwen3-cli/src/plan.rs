@@ -13,7 +13,7 @@ use serde_json::{Value, json};
 use crate::calibration::{Calibration, Layout, count, place};
 use crate::failure::{CliError, Failure};
 use crate::memory::available;
-use crate::options::{Auto, bandwidth, choice, latency, misfit, positive};
+use crate::options::{Auto, above_zero, choice, from_zero, misfit, positive};
 use crate::rank::Rank;
 
 /// Predict memory, traffic and speed of each way to split a model over ranks, from its headers alone
@@ -32,11 +32,11 @@ pub struct PlanArgs {
     nodes: u16,
 
     /// Microseconds of any message on the slowest link: that between machines, or between ranks where there is one machine
-    #[arg(long, value_name = "A", requires = "beta_gb_s", allow_negative_numbers = true, value_parser = latency)]
+    #[arg(long, value_name = "A", requires = "beta_gb_s", allow_negative_numbers = true, value_parser = from_zero::<f64>)]
     alpha_us: Option<f64>,
 
     /// Bandwidth of that link in GB/s (10⁹ bytes)
-    #[arg(long, value_name = "B", requires = "alpha_us", allow_negative_numbers = true, value_parser = bandwidth)]
+    #[arg(long, value_name = "B", requires = "alpha_us", allow_negative_numbers = true, value_parser = above_zero::<f64>)]
     beta_gb_s: Option<f64>,
 
     /// Threads of each rank [default: as calibrated, otherwise 1]
@@ -87,13 +87,8 @@ fn headers(dir: &Path, weights: Option<WeightFormat>) -> Result<(Config, WeightF
 }
 
 impl PlanArgs {
-    /// Runs the command on this rank; rank 0 does the work.
-    pub fn run(&self, rank: &Rank) -> Result<(), Failure> {
-        let work = if rank.speaks() { self.tell(rank) } else { Ok(()) };
-        rank.agree(work)
-    }
-
-    fn tell(&self, rank: &Rank) -> Result<(), CliError> {
+    /// Runs the command on rank 0.
+    pub fn run(&self, rank: &Rank) -> Result<(), CliError> {
         let (ranks, nodes) = (usize::from(self.ranks), usize::from(self.nodes));
         if nodes > ranks {
             return Err(misfit("--nodes", nodes, format!("at most {ranks}, the number of ranks")));
@@ -287,6 +282,7 @@ pub fn choose(rank: &Rank, wanted: &Wanted<'_>) -> Result<(ParallelStrategy, Exp
         let here = if rank.emulated_link().is_some() { ranks } else { ranks.div_ceil(nodes) };
         let prompt = wanted.work.prompt.clamp(1, config.context_length());
         let generate = wanted.work.generate.min(config.context_length() - prompt);
+        let memory = available(Path::new("/")).map(|bytes| bytes / here);
         let plan = plan(&PlanInput {
             config: &config,
             weights: &weights,
@@ -300,14 +296,18 @@ pub fn choose(rank: &Rank, wanted: &Wanted<'_>) -> Result<(ParallelStrategy, Exp
             chunk: wanted.chunk,
             schedule: wanted.mlp,
             experts: wanted.experts,
-            memory: available(Path::new("/")).map(|bytes| bytes / here),
+            memory,
             all_schedules: false,
         });
         let best = &plan.ways[plan.best];
         let share = |way: &Prediction| way.seconds(generate) / best.seconds(generate);
+        let lacks = |way: &Prediction| memory.is_some_and(|most| way.memory() > most);
         let others = plan.ways.iter().filter(|way| way.division() != best.division());
         let others: Vec<_> = others
-            .map(|way| format!("{}{} takes {:.2} times as long", way.strategy, whole_experts(way), share(way)))
+            .map(|way| {
+                let lacking = if lacks(way) { " in more memory than there is" } else { "" };
+                format!("{}{} takes {:.2} times as long{lacking}", way.strategy, whole_experts(way), share(way))
+            })
             .collect();
         let reason = format!(
             "{}{} for {prompt} and {generate} tokens with {}: {}; figures {figures}",

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use clap::Args;
 use qwen3_model::{WeightFormat, quantize};
 
-use crate::failure::{CliError, Failure};
+use crate::failure::CliError;
 use crate::options::choice;
 use crate::progress;
 use crate::rank::Rank;
@@ -27,13 +27,8 @@ pub struct QuantizeArgs {
 }
 
 impl QuantizeArgs {
-    /// Runs the command on this rank; rank 0 does the work.
-    pub fn run(&self, rank: &Rank) -> Result<(), Failure> {
-        let work = if rank.speaks() { self.write(rank) } else { Ok(()) };
-        rank.agree(work)
-    }
-
-    fn write(&self, rank: &Rank) -> Result<(), CliError> {
+    /// Runs the command on rank 0.
+    pub fn run(&self, rank: &Rank) -> Result<(), CliError> {
         let (bar, mut progress) = progress::writing(rank);
         let written = quantize(&self.model, &self.out, self.weights, &mut progress);
         bar.finish_and_clear();

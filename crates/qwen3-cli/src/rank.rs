@@ -56,14 +56,18 @@ impl Rank {
         result
     }
 
+    /// Does `work` on rank 0 alone, which has its value. Its error ends the command on every rank.
+    pub fn first<T>(&self, work: impl FnOnce() -> Result<T, CliError>) -> Result<Option<T>, Failure> {
+        self.agree(if self.speaks() { work().map(Some) } else { Ok(None) })
+    }
+
     /// Does `work` on rank 0 and gives its value to every rank. Its error ends the command on every rank.
     pub fn share<T, F>(&self, work: F) -> Result<T, Failure>
     where
         T: Serialize + DeserializeOwned,
         F: FnOnce() -> Result<T, CliError>,
     {
-        let local = if self.speaks() { work().map(Some) } else { Ok(None) };
-        let value = self.agree(local)?;
+        let value = self.first(work)?;
         let mut bytes = match &value {
             Some(value) => serde_json::to_vec(value).expect("a command's input has string keys and no exotic numbers"),
             None => Vec::new(),
@@ -77,8 +81,7 @@ impl Rank {
 
     /// Ends the command on every rank if `local` is an error on one; each then has the lowest failing rank's message.
     pub fn agree<T>(&self, local: Result<T, CliError>) -> Result<T, Failure> {
-        let mut failed = vec![0_u32; self.comm.size()];
-        self.comm.all_gather(&[u32::from(local.is_err())], &mut failed)?;
+        let failed = self.comm.all_gather_one(u32::from(local.is_err()))?;
         let Some(first) = failed.iter().position(|&failed| failed != 0) else {
             return Ok(local.unwrap_or_else(|_| unreachable!("this rank said that it had no error")));
         };

@@ -14,18 +14,10 @@ pub enum TextError {
         /// Where it should be.
         path: PathBuf,
     },
-    /// `tokenizer.json` cannot be read or understood.
+    /// `tokenizer.json` cannot be read or understood, a text has no ids, or ids have no text.
     #[error("{}: {source}", path.display())]
-    Load {
+    Tokenizer {
         /// The file.
-        path: PathBuf,
-        /// Why.
-        source: tokenizers::Error,
-    },
-    /// A text has no ids, or ids have no text.
-    #[error("{}: {source}", path.display())]
-    Convert {
-        /// The tokenizer's file.
         path: PathBuf,
         /// Why.
         source: tokenizers::Error,
@@ -48,23 +40,22 @@ impl Text {
         }
         match File::open(&path) {
             Ok(_) => Ok(path),
-            Err(source) => Err(TextError::Load { path, source: source.into() }),
+            Err(source) => Err(TextError::Tokenizer { path, source: source.into() }),
         }
     }
 
     /// Reads `tokenizer.json` of a checkpoint's folder.
     pub fn open(dir: &Path) -> Result<Self, TextError> {
         let path = Self::find(dir)?;
-        match Tokenizer::from_file(&path) {
-            Ok(mut tokenizer) => {
-                // Those are habits of batches in training: a prompt is neither cut nor filled up.
-                tokenizer.with_padding(None);
-                if let Err(source) = tokenizer.with_truncation(None) {
-                    return Err(TextError::Load { path, source });
-                }
-                Ok(Self { path, tokenizer })
-            }
-            Err(source) => Err(TextError::Load { path, source }),
+        let read = || {
+            let mut tokenizer = Tokenizer::from_file(&path)?;
+            // Those are habits of batches in training: a prompt is neither cut nor filled up.
+            tokenizer.with_padding(None).with_truncation(None)?;
+            Ok(tokenizer)
+        };
+        match read() {
+            Ok(tokenizer) => Ok(Self { path, tokenizer }),
+            Err(source) => Err(TextError::Tokenizer { path, source }),
         }
     }
 
@@ -79,10 +70,8 @@ impl Text {
     }
 
     fn ids(&self, text: &str, add_special_tokens: bool) -> Result<Vec<u32>, TextError> {
-        match self.tokenizer.encode_fast(text, add_special_tokens) {
-            Ok(encoding) => Ok(encoding.get_ids().to_vec()),
-            Err(source) => Err(self.failed(source)),
-        }
+        let encoding = self.tokenizer.encode_fast(text, add_special_tokens).map_err(|source| self.failed(source))?;
+        Ok(encoding.get_ids().to_vec())
     }
 
     /// The text of ids, without special tokens. Bytes that are not UTF-8 become U+FFFD.
@@ -96,7 +85,7 @@ impl Text {
     }
 
     fn failed(&self, source: tokenizers::Error) -> TextError {
-        TextError::Convert { path: self.path.clone(), source }
+        TextError::Tokenizer { path: self.path.clone(), source }
     }
 }
 

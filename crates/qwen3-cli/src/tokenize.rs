@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use clap::Args;
 use serde_json::json;
 
-use crate::failure::{CliError, Failure};
+use crate::failure::CliError;
 use crate::rank::Rank;
 use crate::template::{ChatTemplate, Conversation};
 use crate::text::Text;
@@ -38,13 +38,8 @@ struct Input {
 }
 
 impl TokenizeArgs {
-    /// Runs the command on this rank.
-    pub fn run(&self, rank: &Rank) -> Result<(), Failure> {
-        let work = if rank.speaks() { self.print(rank) } else { Ok(()) };
-        rank.agree(work)
-    }
-
-    fn print(&self, rank: &Rank) -> Result<(), CliError> {
+    /// Runs the command on rank 0.
+    pub fn run(&self, rank: &Rank) -> Result<(), CliError> {
         let (text, ids) = match (&self.input.text, &self.input.chat) {
             (Some(text), _) => (text.clone(), Text::open(&self.model)?.encode(text)?),
             (None, Some(file)) => {

@@ -7,7 +7,7 @@ use std::io::{Read as _, Write as _};
 use std::path::Path;
 use std::process::{Command, Stdio};
 
-use program::{Copy, austen, json, program, run_with};
+use program::{Copy, assert_one_line, austen, json, program, run_with};
 use serde_json::json as value;
 
 /// The program in a conversation that answers the same each time.
@@ -42,6 +42,14 @@ fn a_system_text_without_room_is_refused_at_once() {
     let run = run_with(command, "What is 17 + 15?\n");
     assert!(!run.success && run.stdout.is_empty() && run.stderr.lines().count() == 1, "{run:?}");
     assert!(run.stderr.starts_with("error: --system: ") && run.stderr.contains("expected at most 3840"), "{run:?}");
+}
+
+#[test]
+fn a_template_that_writes_nothing_is_refused() {
+    let copy = Copy::new();
+    fs::write(copy.file("chat_template.jinja"), "").unwrap();
+    let run = run_with(chat(copy.path().to_str().unwrap(), "2"), "What is 17 + 15?\n");
+    assert_one_line(&run, &["--model", "a chat template that writes nothing"]);
 }
 
 #[test]

@@ -86,8 +86,7 @@ pub(crate) fn measure_hidden(ctx: &Context, comm: &Arc<dyn Communicator>, link: 
         let lost = (elapsed - f64::from(rounds) * alone).max(elapsed * NOISE);
         let elapsed = slowest(&**comm, elapsed)? / calls as f64;
         // Where ranks share a core, one has what another lost.
-        let mut all = vec![0.0f64; comm.size()];
-        comm.all_gather(&[lost / calls as f64], &mut all)?;
+        let all = comm.all_gather_one(lost / calls as f64)?;
         busy.push((bytes, elapsed));
         taken.push((bytes, all.iter().sum::<f64>() / comm.size() as f64));
     }
@@ -107,9 +106,7 @@ fn each(comm: &dyn Communicator, rounds: u32, mut work: impl FnMut()) -> Result<
 
 /// The longest time of all ranks.
 fn slowest(comm: &dyn Communicator, seconds: f64) -> Result<f64, CommError> {
-    let mut all = vec![0.0f64; comm.size()];
-    comm.all_gather(&[seconds], &mut all)?;
-    Ok(all.into_iter().fold(0.0, f64::max))
+    Ok(comm.all_gather_one(seconds)?.into_iter().fold(0.0, f64::max))
 }
 
 /// The median time of `rounds` rounds after one that does not count, that of the slowest rank.

@@ -339,11 +339,8 @@ impl Round<'_> {
 
     /// The probability mass of all ranks' tokens.
     fn total_mass(&self, scores: &[f32], max: f32) -> Result<u64, SamplingError> {
-        let comm = &self.sampler.comm;
         let own: u64 = scores.iter().map(|&score| mass(score, max)).sum();
-        let mut all = vec![0; comm.size()];
-        comm.all_gather(&[own], &mut all)?;
-        Ok(all.iter().sum())
+        Ok(self.sampler.comm.all_gather_one(own)?.iter().sum())
     }
 }
 
