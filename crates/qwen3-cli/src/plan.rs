@@ -261,6 +261,15 @@ pub struct Wanted<'a> {
     pub work: Workload,
 }
 
+/// How long `way` takes next to `best` for the prompt and `generate` tokens, and whether it alone of the two needs more bytes of a rank than
+/// there are: the plan passes over such a way however fast it is.
+fn beside(way: &Prediction, best: &Prediction, generate: usize, memory: Option<usize>) -> String {
+    let share = way.seconds(generate) / best.seconds(generate);
+    let lacks = memory.is_some_and(|most| (best.memory()..way.memory()).contains(&most));
+    let lacks = if lacks { " in more memory than there is" } else { "" };
+    format!("{}{} takes {share:.2} times as long{lacks}", way.strategy, whole_experts(way))
+}
+
 /// The strategy for a command, the place of experts, and why: rank 0 plans, all ranks get its choice. A checkpoint that cannot be read, or
 /// has no experts where they are to be whole, is left to loading to report.
 pub fn choose(rank: &Rank, wanted: &Wanted<'_>) -> Result<(ParallelStrategy, ExpertSplit, String), Failure> {
@@ -300,15 +309,8 @@ pub fn choose(rank: &Rank, wanted: &Wanted<'_>) -> Result<(ParallelStrategy, Exp
             all_schedules: false,
         });
         let best = &plan.ways[plan.best];
-        let share = |way: &Prediction| way.seconds(generate) / best.seconds(generate);
-        let lacks = |way: &Prediction| memory.is_some_and(|most| way.memory() > most);
         let others = plan.ways.iter().filter(|way| way.division() != best.division());
-        let others: Vec<_> = others
-            .map(|way| {
-                let lacking = if lacks(way) { " in more memory than there is" } else { "" };
-                format!("{}{} takes {:.2} times as long{lacking}", way.strategy, whole_experts(way), share(way))
-            })
-            .collect();
+        let others: Vec<_> = others.map(|way| beside(way, best, generate, memory)).collect();
         let reason = format!(
             "{}{} for {prompt} and {generate} tokens with {}: {}; figures {figures}",
             best.strategy,
@@ -320,4 +322,39 @@ pub fn choose(rank: &Rank, wanted: &Wanted<'_>) -> Result<(ParallelStrategy, Exp
     })?;
     let experts = experts.parse().expect("a place's own name");
     Ok((name.parse().expect("a strategy's own name"), experts, reason))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_way_without_the_memory_says_so_however_fast_it_is() {
+        let model = Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/../../models/austen"));
+        let (config, weights) = headers(model, None).unwrap();
+        let ways = plan(&PlanInput {
+            config: &config,
+            weights: &weights,
+            kv: KvFormat::F16,
+            wire: WireFormat::F32,
+            machine: &Machine::typical(2, 1, 1),
+            ranks: 2,
+            nodes: 1,
+            prompt: 16,
+            generate: 4,
+            chunk: 512,
+            schedule: None,
+            experts: None,
+            memory: None,
+            all_schedules: false,
+        })
+        .ways;
+        let [heads, sequence] = &ways[..] else { panic!("two ways: {ways:?}") };
+        let told = |memory| beside(sequence, heads, 4, memory);
+        let lacks = " times as long in more memory than there is";
+        assert!(told(Some(heads.memory())).ends_with(lacks) && told(Some(sequence.memory() - 1)).ends_with(lacks));
+        for memory in [None, Some(sequence.memory()), Some(heads.memory() - 1)] {
+            assert!(told(memory).ends_with(" times as long"), "{memory:?}");
+        }
+    }
 }
