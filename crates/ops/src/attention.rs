@@ -203,10 +203,15 @@ pub(crate) fn task_rows(tokens: usize, heads: usize, threads: usize) -> usize {
 /// Keys below which a head's cache is not split over threads.
 const PIECE_KEYS: usize = 256;
 
-/// Pieces into which few tokens cut the cache of each head, so that all threads have as many of them; 1 where they would be too short.
+/// Pieces into which few tokens cut the cache of each head: of those that are long enough so many that the thread with most keys has
+/// fewest of them, and no more than that takes.
 pub(crate) fn pieces(kv_heads: usize, keys: usize, threads: usize) -> usize {
-    let pieces = threads / gcd(kv_heads, threads);
-    if keys / pieces >= PIECE_KEYS { pieces } else { 1 }
+    // With these all threads have as many.
+    let even = threads / gcd(kv_heads, threads);
+    // A thread has at most so many pieces, each a share of a head's keys.
+    let most = |pieces: usize| (kv_heads * pieces).div_ceil(threads);
+    let less = |&a: &usize, &b: &usize| (most(a) * b).cmp(&(most(b) * a));
+    (1..=(keys / PIECE_KEYS).clamp(1, even)).min_by(less).expect("a head is at least one piece")
 }
 
 /// Attention of the given queries; out [tokens, heads * head_dim]. With `partial`, out is left
@@ -372,4 +377,30 @@ fn split_pair<'a>(pair: Pair<'a>, split: impl Fn(MatMut<'a>) -> (MatMut<'a>, Mat
 
 fn gcd(a: usize, b: usize) -> usize {
     if b == 0 { a } else { gcd(b, a % b) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn caches_are_cut_where_a_thread_has_fewer_keys_then() {
+        for (kv_heads, keys, threads, expected) in [
+            (8, 100_000, 1, 1),
+            (8, 100_000, 2, 1),
+            (3, 511, 2, 1),
+            (3, 512, 2, 2),
+            (8, 511, 16, 1),
+            (8, 512, 16, 2),
+            // Not enough for all threads, or for as much each.
+            (1, 4000, 16, 15),
+            (2, 1500, 12, 5),
+            (8, 512, 7, 2),
+            (8, 600, 3, 1),
+            (8, 800, 3, 3),
+            (0, 9999, 4, 1),
+        ] {
+            assert_eq!(pieces(kv_heads, keys, threads), expected, "{kv_heads} heads, {keys} keys, {threads} threads");
+        }
+    }
 }

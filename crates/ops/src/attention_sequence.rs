@@ -20,6 +20,7 @@ use simd_kernels::KvHead;
 use tensor::Activations;
 
 use crate::attention::{Attend, AttentionScratch, AttentionShape, AttentionSpec, attend, norm_and_rotate};
+use crate::attention_headwise::attention_headwise;
 use crate::context::Context;
 use crate::kv_cache::LayerCache;
 use crate::kv_ring::KvRing;
@@ -66,6 +67,10 @@ pub fn attention_sequence(
     scratch: &mut AttentionScratch,
     out: &mut Activations,
 ) -> Result<(), CommError> {
+    if ctx.positions.size() == 1 {
+        attention_headwise(ctx, spec, qkv, cache, scratch, out);
+        return Ok(());
+    }
     if spec.shape.heads() == 0 {
         // More ranks split heads than there are: those that share positions with this one have none either.
         reshape(out, qkv.nrows(), 0);
@@ -97,10 +102,6 @@ fn attend_replicated(
         .map(|index| span.held.len() + kept.partition_point(|position| *position as usize <= span.start + index))
         .collect();
     let task = attend_to(spec, slice(qkv), qkv.ncols(), &visible, cache.heads());
-    if ctx.positions.size() == 1 {
-        attend(ctx, &task, &mut scratch.tasks, out, None);
-        return Ok(());
-    }
     let AttentionScratch { tasks, partial, message, gathered, .. } = scratch;
     attend(ctx, &task, tasks, out, Some(partial));
     message.clear();

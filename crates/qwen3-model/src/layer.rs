@@ -3,8 +3,8 @@
 use comm::CommError;
 use ops::{
     AttentionAlgorithm, AttentionScratch, AttentionShape, AttentionSpec, Context, Input, LayerCache, Linear, Mlp,
-    MlpScratch, QkNorm, Residual, Rotary, SequenceSpan, Store, attention_headwise, attention_sequence, linear_mpi, mlp,
-    prepare, reshape, rms_norm,
+    MlpScratch, QkNorm, Residual, Rotary, SequenceSpan, Store, attention_sequence, linear_mpi, mlp, prepare, reshape,
+    rms_norm,
 };
 use tensor::Activations;
 
@@ -88,11 +88,7 @@ impl DecoderLayer {
             norm: QkNorm { q: &self.q_norm, k: &self.k_norm, eps },
             rotary: Rotary { cos, sin },
         };
-        if ctx.positions.size() == 1 {
-            attention_headwise(ctx, &spec, qkv, cache, attention, attended);
-        } else {
-            attention_sequence(ctx, &spec, &pass.span, qkv, cache, attention, attended)?;
-        }
+        attention_sequence(ctx, &spec, &pass.span, qkv, cache, attention, attended)?;
         prepare(ctx, &self.o_proj, attended, input);
         let _operation = ctx.profile.operation("o_proj", self.o_proj.work(tokens));
         linear_mpi(ctx, &self.o_proj, input, partial, x)
