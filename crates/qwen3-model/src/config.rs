@@ -123,15 +123,21 @@ impl Config {
             return Err(fields.contradiction(("eos_token_id", id), vocab_size, "ids below it"));
         }
         config.check_sliding_window(&fields, sparse)?;
+        config.check_dual_chunk(&fields)?;
         config.check_total(&fields)?;
         Ok(config)
     }
 
     /// Whether the feed-forward block of `layer` is a mixture of experts.
     pub fn is_sparse(&self, layer: usize) -> bool {
-        self.moe.as_ref().is_some_and(|moe| {
-            (layer + 1).is_multiple_of(moe.decoder_sparse_step) && !moe.mlp_only_layers.contains(&layer)
-        })
+        self.moe_of(layer).is_some()
+    }
+
+    /// The mixture of experts of `layer`; `None` where its feed-forward block is dense.
+    pub(crate) fn moe_of(&self, layer: usize) -> Option<&MoeConfig> {
+        self.moe
+            .as_ref()
+            .filter(|moe| (layer + 1).is_multiple_of(moe.decoder_sparse_step) && !moe.mlp_only_layers.contains(&layer))
     }
 
     /// Positions that a cache may hold: the stated ones, or more where YaRN extends the original window further.
@@ -200,6 +206,19 @@ impl Config {
             return Err(fields.unsupported("use_sliding_window", format!("true (a window of {window})"), supported));
         }
         Ok(())
+    }
+
+    /// Beyond a chunk such a model rotates positions otherwise: refused where the context reaches there.
+    fn check_dual_chunk(&self, fields: &Fields<'_>) -> Result<(), ConfigError> {
+        let field = "dual_chunk_attention_config";
+        let Some(dual) = fields.object(field)? else { return Ok(()) };
+        // The default of the programs that know the field.
+        let chunk = dual.count("chunk_size", 1)?.unwrap_or(8192);
+        if chunk >= self.context_length() {
+            return Ok(());
+        }
+        let found = format!("chunks of {chunk} in a context of {}", self.context_length());
+        Err(fields.unsupported(field, found, "no such field, or a context of one chunk"))
     }
 
     /// The parameters must be countable: later arithmetic on sizes relies on it.

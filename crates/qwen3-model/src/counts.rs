@@ -20,19 +20,7 @@ impl Config {
 
     /// Elements of the matrices that one token visits in the layers: all of a dense model's, the chosen experts' of a sparse one's.
     pub fn active_matrix_elements(&self) -> u64 {
-        (0..self.num_hidden_layers)
-            .map(|layer| {
-                let hidden = self.hidden_size as u64;
-                let columns = match &self.moe {
-                    Some(moe) if self.is_sparse(layer) => {
-                        let router = moe.num_experts as u64;
-                        3 * (moe.num_experts_per_tok * moe.moe_intermediate_size) as u64 + router
-                    }
-                    _ => 3 * self.intermediate_size as u64,
-                };
-                hidden * (self.attention_rows() + columns)
-            })
-            .sum()
+        (0..self.num_hidden_layers).map(|layer| self.layer_elements(layer, |moe| moe.num_experts_per_tok)).sum()
     }
 
     /// Elements of the matrices that a pass of `tokens` tokens visits in the layers: in a sparse one those of the experts that one token or
@@ -76,15 +64,16 @@ impl Config {
     }
 
     fn layer_parameters(&self, layer: usize) -> u64 {
-        let hidden = self.hidden_size as u64;
-        let columns = match &self.moe {
-            Some(moe) if self.is_sparse(layer) => {
-                let experts = moe.num_experts as u64;
-                experts * (3 * moe.moe_intermediate_size as u64 + 1)
-            }
-            _ => 3 * self.intermediate_size as u64,
+        self.layer_elements(layer, |moe| moe.num_experts) + 2 * (self.hidden_size + self.head_dim) as u64
+    }
+
+    /// Elements of the matrices of a layer, in a sparse one of so many of its experts and the router.
+    fn layer_elements(&self, layer: usize, experts: impl Fn(&MoeConfig) -> usize) -> u64 {
+        let columns = match self.moe_of(layer) {
+            Some(moe) => 3 * (experts(moe) * moe.moe_intermediate_size) as u64 + moe.num_experts as u64,
+            None => 3 * self.intermediate_size as u64,
         };
-        hidden * (self.attention_rows() + columns) + 2 * hidden + 2 * self.head_dim as u64
+        self.hidden_size as u64 * (self.attention_rows() + columns)
     }
 
     /// Rows of q, k and v and columns of o.

@@ -67,7 +67,7 @@ pub(crate) struct BlockShape {
 impl BlockShape {
     /// The block of `layer`.
     pub fn new(config: &Config, layer: usize, granularity: usize) -> Self {
-        let moe = config.moe.as_ref().filter(|_| config.is_sparse(layer));
+        let moe = config.moe_of(layer);
         let columns = moe.map_or(config.intermediate_size, |moe| moe.moe_intermediate_size);
         Self { experts: moe.map(|moe| moe.num_experts), columns, hidden: config.hidden_size, granularity }
     }
@@ -150,11 +150,9 @@ impl RankPlan {
         let heads = 2 * (self.heads.query_heads.len() + self.heads.kv_heads.len()) * config.head_dim;
         (0..config.num_hidden_layers)
             .map(|layer| {
-                let columns = match &config.moe {
-                    Some(moe) if config.is_sparse(layer) => {
-                        moe.num_experts + self.experts.len() * 3 * self.expert_columns.len()
-                    }
-                    _ => 3 * self.columns.len(),
+                let columns = match config.moe_of(layer) {
+                    Some(moe) => moe.num_experts + self.experts.len() * 3 * self.expert_columns.len(),
+                    None => 3 * self.columns.len(),
                 };
                 hidden * (heads + columns) as u64
             })

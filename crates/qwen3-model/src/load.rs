@@ -13,7 +13,9 @@ use crate::error::ModelError;
 use crate::heads::{BlockShape, BlockShare, HeadPlan};
 use crate::layer::DecoderLayer;
 use crate::model::Model;
-use crate::names::{EMBEDDING, FINAL_NORM, LayerNames, MlpNames, head, open_weights};
+use crate::names::{
+    EMBEDDING, FINAL_NORM, LayerNames, MlpNames, TensorRole, TensorSpec, head, head_spec, open_weights, tensor_specs,
+};
 use crate::options::ModelOptions;
 use crate::rotary::RotaryTable;
 
@@ -94,31 +96,18 @@ impl Model {
 /// A digest of the first rows of the head and of each layer's matrices (of the first expert), as numbers: what tells one fine-tune or
 /// revision of a model from another.
 fn first_rows(config: &Config, checkpoint: &Checkpoint) -> Result<u64, CheckpointError> {
-    let mut digests = Vec::new();
-    let mut add = |name: &str, rows: usize, cols: usize| -> Result<(), CheckpointError> {
-        let mut row = vec![0.0; cols];
-        checkpoint.matrix(name, rows, cols)?.read_row(0, &mut row)?;
-        digests.push(digest(row.iter().map(|x| u64::from(x.to_bits()))));
-        Ok(())
+    let head = TensorSpec { name: head(config, checkpoint).to_owned(), ..head_spec(config) };
+    let wanted = |spec: &TensorSpec| {
+        spec.role == TensorRole::Matrix
+            && spec.name.starts_with("model.layers.")
+            && spec.name.split_once(".experts.").is_none_or(|(_, expert)| expert.starts_with("0."))
     };
-    let (hidden, queries, keys) = (config.hidden_size, config.query_size(), config.key_value_size());
-    add(head(config, checkpoint), config.vocab_size, hidden)?;
-    for layer in 0..config.num_hidden_layers {
-        let names = LayerNames::new(layer);
-        for (name, rows) in [(&names.q_proj, queries), (&names.k_proj, keys), (&names.v_proj, keys)] {
-            add(name, rows, hidden)?;
-        }
-        add(&names.o_proj, hidden, queries)?;
-        let moe = config.moe.as_ref().filter(|_| config.is_sparse(layer));
-        let (mlp, columns) = match moe {
-            Some(moe) => (names.expert(0), moe.moe_intermediate_size),
-            None => (names.mlp(), config.intermediate_size),
-        };
-        add(&mlp.gate_proj, columns, hidden)?;
-        add(&mlp.up_proj, columns, hidden)?;
-        add(&mlp.down_proj, hidden, columns)?;
-    }
-    Ok(digest(digests))
+    let digests = std::iter::once(head).chain(tensor_specs(config).filter(wanted)).map(|spec| {
+        let mut row = vec![0.0; spec.shape[1]];
+        checkpoint.matrix(&spec.name, spec.shape[0], spec.shape[1])?.read_row(0, &mut row)?;
+        Ok(digest(row.iter().map(|x| u64::from(x.to_bits()))))
+    });
+    Ok(digest(digests.collect::<Result<Vec<_>, CheckpointError>>()?))
 }
 
 fn load_share(
@@ -220,7 +209,7 @@ impl<'a> Share<'a> {
 
     fn mlp(&self, layer: usize, names: &LayerNames) -> Result<Mlp, CheckpointError> {
         let hidden_size = self.config.hidden_size;
-        let moe = self.config.moe.as_ref().filter(|_| self.config.is_sparse(layer));
+        let moe = self.config.moe_of(layer);
         let expert_names = |expert| if moe.is_some() { names.expert(expert) } else { names.mlp() };
         let router = match moe {
             Some(moe) => {

@@ -169,7 +169,7 @@ fn layer_specs(config: &Config, layer: usize) -> impl Iterator<Item = TensorSpec
         norm(names.k_norm.clone(), config.head_dim),
         norm(names.post_attention_layernorm.clone(), hidden),
     ];
-    let moe = config.moe.as_ref().filter(|_| config.is_sparse(layer));
+    let moe = config.moe_of(layer);
     let (experts, columns) =
         moe.map_or((None, config.intermediate_size), |moe| (Some(moe.num_experts), moe.moe_intermediate_size));
     let router = experts.map(|experts| TensorSpec {

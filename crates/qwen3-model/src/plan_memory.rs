@@ -72,7 +72,7 @@ fn mlp(
     let parts = division.block_ranks(ranks);
     let share = BlockShare::new(shape, division.schedule, division.experts, parts, rank % parts);
     let gathers = layout.is_split() && division.schedule != MlpSchedule::Local && tp == 1;
-    let moe = config.moe.as_ref().filter(|_| config.is_sparse(layer));
+    let moe = config.moe_of(layer);
     let ([gate, _, down], _) = formats.experts[0];
     let memory = MlpMemory {
         schedule: division.schedule,

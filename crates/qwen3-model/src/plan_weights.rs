@@ -70,7 +70,7 @@ impl WeightFormats {
         };
         let layer = |index| -> Result<LayerFormats, CheckpointError> {
             let names = LayerNames::new(index);
-            let moe = config.moe.as_ref().filter(|_| config.is_sparse(index));
+            let moe = config.moe_of(index);
             let blocks = match moe {
                 Some(moe) => (0..moe.num_experts).map(|expert| names.expert(expert)).collect(),
                 None => vec![names.mlp()],
@@ -130,7 +130,7 @@ impl WeightFormats {
             for (format, rows, cols) in [(layer.qkv, qkv_rows, hidden), (layer.output, hidden, queries)] {
                 share.bytes += share.attention.add(format, 1, rows, cols, 1.0);
             }
-            let moe = config.moe.as_ref().filter(|_| config.is_sparse(index));
+            let moe = config.moe_of(index);
             let (experts, visited) = moe.map_or((1, 1), |moe| (moe.num_experts, moe.num_experts_per_tok));
             if let Some(format) = layer.router {
                 share.bytes += share.mlp.add(format, 1, experts, hidden, 1.0);

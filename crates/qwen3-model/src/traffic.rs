@@ -172,9 +172,9 @@ impl TrafficModel<'_> {
         let hidden = tokens * self.config.hidden_size;
         // A sparse block exchanges a row for each visit to an expert before the experts' results are combined, and a row for each
         // token afterwards.
-        let (visits, columns) = match &self.config.moe {
-            Some(moe) if self.config.is_sparse(layer) => (tokens * moe.num_experts_per_tok, moe.moe_intermediate_size),
-            _ => (tokens, self.config.intermediate_size),
+        let (visits, columns) = match self.config.moe_of(layer) {
+            Some(moe) => (tokens * moe.num_experts_per_tok, moe.moe_intermediate_size),
+            None => (tokens, self.config.intermediate_size),
         };
         let inner = visits * columns;
         if split && self.schedule != MlpSchedule::Local {

@@ -18,17 +18,13 @@ fn dense() -> Value {
 }
 
 fn sparse() -> Value {
-    let mut config = dense();
     let moe = json!({
         "model_type": "qwen3_moe", "hidden_size": 2048, "intermediate_size": 6144, "num_attention_heads": 32,
         "num_hidden_layers": 48, "num_key_value_heads": 4, "tie_word_embeddings": false, "decoder_sparse_step": 1,
         "mlp_only_layers": [], "moe_intermediate_size": 768, "norm_topk_prob": true, "num_experts": 128,
         "num_experts_per_tok": 8
     });
-    for (field, value) in moe.as_object().expect("an object") {
-        config[field] = value.clone();
-    }
-    config
+    merged(dense(), &moe)
 }
 
 fn parse(value: &Value) -> Result<Config, ConfigError> {
@@ -36,12 +32,15 @@ fn parse(value: &Value) -> Result<Config, ConfigError> {
 }
 
 /// The base with some fields replaced; `null` is the same as absent.
-fn with(base: Value, fields: Value) -> Result<Config, ConfigError> {
-    let mut config = base;
+fn merged(mut base: Value, fields: &Value) -> Value {
     for (field, value) in fields.as_object().expect("an object") {
-        config[field] = value.clone();
+        base[field] = value.clone();
     }
-    parse(&config)
+    base
+}
+
+fn with(base: Value, fields: Value) -> Result<Config, ConfigError> {
+    parse(&merged(base, &fields))
 }
 
 #[test]
@@ -187,13 +186,14 @@ fn which_layers_are_sparse() {
 }
 
 #[test]
-fn sliding_windows_without_effect() {
+fn windows_and_chunks_without_effect() {
     for fields in [
         json!({"use_sliding_window": false, "sliding_window": 128, "max_window_layers": 0}),
         json!({"use_sliding_window": true, "sliding_window": null}),
         json!({"use_sliding_window": true, "sliding_window": 128, "max_window_layers": 28}),
         json!({"use_sliding_window": true, "sliding_window": 40960, "max_window_layers": 0}),
         json!({"use_sliding_window": true, "sliding_window": 128, "max_window_layers": null}),
+        json!({"dual_chunk_attention_config": {"chunk_size": 40960}}),
     ] {
         assert!(with(dense(), fields.clone()).is_ok(), "{fields}");
     }
@@ -210,10 +210,9 @@ fn sliding_windows_without_effect() {
     unstated["use_sliding_window"] = json!(true);
     unstated.as_object_mut().expect("an object").remove("sliding_window");
     assert!(matches!(parse(&unstated), Err(ConfigError::Unsupported { .. })));
-    // The mixture of experts slides in every layer, whatever max_window_layers says.
+    // The mixture of experts slides in every layer, whatever max_window_layers says, or the types of the layers, which decide in a dense model.
     let fields = json!({"use_sliding_window": true, "sliding_window": 128, "max_window_layers": 48});
     assert!(matches!(with(sparse(), fields), Err(ConfigError::Unsupported { .. })));
-    // Or the types of the layers, which decide in a dense model.
     let types = |layers| json!({"use_sliding_window": true, "sliding_window": 128, "layer_types": vec!["full_attention"; layers]});
     assert!(with(dense(), types(28)).is_ok());
     assert!(matches!(with(sparse(), types(48)), Err(ConfigError::Unsupported { .. })));
@@ -411,6 +410,7 @@ fn unsupported_variants() {
         &[
             (json!({"model_type": "llama"}), "unsupported", "model_type"),
             (json!({"attention_bias": true}), "unsupported", "attention_bias"),
+            (json!({"dual_chunk_attention_config": {"chunk_size": 9}}), "unsupported", "dual_chunk_attention_config"),
             (json!({"hidden_act": "gelu"}), "unsupported", "hidden_act"),
             (json!({"rope_scaling": {"rope_type": "llama3", "factor": 8}}), "unsupported", "rope_scaling.rope_type"),
             (

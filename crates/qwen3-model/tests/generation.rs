@@ -138,11 +138,16 @@ fn a_callback_stops_all_ranks() {
         let results = on_ranks(ranks, |model| {
             let mut count = 0;
             let mut cache = model.new_cache(256);
-            generate(model, &mut cache, &prompt, &greedy(48), &mut |progress| {
+            let some = generate(model, &mut cache, &prompt, &greedy(48), &mut |progress| {
                 count += usize::from(progress != Progress::Prompt);
                 if count == 4 && model.comm().rank() == 0 { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
-            })
-            .expect("some tokens")
+            });
+            let some = some.expect("some tokens");
+            assert_eq!(cache.len(), prompt.len() + 3, "{ranks} ranks");
+            let longer = [&prompt[..], &some.ids].concat();
+            let rest = generate(model, &mut cache, &longer, &greedy(44), &mut |_| ControlFlow::Continue(()));
+            assert_eq!(rest.expect("the rest").ids, ids[4..], "{ranks} ranks");
+            some
         });
         for result in results {
             assert_eq!((&result.ids[..], result.stop), (&ids[..4], StopReason::Callback), "{ranks} ranks");
