@@ -200,11 +200,11 @@ pub(crate) fn task_rows(tokens: usize, heads: usize, threads: usize) -> usize {
     (tokens * heads / (TASKS * threads)).clamp(TASK_ROWS.start, TASK_ROWS.end)
 }
 
-/// Keys below which a head's cache is not split over threads.
+/// Keys of a piece, at least and on average, where the cache of a head is cut over threads.
 const PIECE_KEYS: usize = 256;
 
-/// Pieces into which few tokens cut the cache of each head: of those that are long enough so many that the thread with most keys has
-/// fewest of them, and no more than that takes.
+/// Into how many pieces few tokens cut the cache of each head: the smallest number with [`PIECE_KEYS`] keys a piece that leaves the fullest
+/// thread the fewest keys. Pieces begin where spans of the cache do, so that they differ by up to one.
 pub(crate) fn pieces(kv_heads: usize, keys: usize, threads: usize) -> usize {
     // With these all threads have as many.
     let even = threads / gcd(kv_heads, threads);

@@ -38,7 +38,7 @@ pub fn attention_headwise(
 }
 
 /// Attention of one token, with a fork of the team where its steps take three: a KV head's norms, its rotations, its place in the cache
-/// and its attention are one task.
+/// and its attention are one task, and one operation of the profile.
 fn attend_one(
     ctx: &Context,
     spec: &AttentionSpec<'_>,
@@ -48,9 +48,14 @@ fn attend_one(
     out: &mut Activations,
 ) {
     let AttentionSpec { algorithm, shape, norm, rotary } = *spec;
+    assert_eq!(qkv.ncols(), shape.qkv_width(), "the projection's width against the shape's");
+    assert_eq!(cache.heads().len(), shape.groups.len(), "cached heads against the shape's");
     reshape(out, 1, shape.query_width());
-    let flops = 4 * (cache.heads().first().map_or(0, KvHead::len) + 1) * shape.query_width();
-    let _operation = ctx.profile.operation("attention", Work { flops: flops as f64, bytes: cache.bytes() as f64 });
+    let Some(first) = cache.heads().first() else { return };
+    let keys = first.len() + 1;
+    let bytes = keys * LayerCache::position_bytes(first.format(), shape.groups.len(), shape.head_dim);
+    let work = Work { flops: (4 * keys * shape.query_width()) as f64, bytes: bytes as f64 };
+    let _operation = ctx.profile.operation("attention", work);
 
     let angles = [rotary.cos, rotary.sin].map(slice);
     let norm_rope =

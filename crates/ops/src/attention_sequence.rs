@@ -54,7 +54,8 @@ impl SequenceSpan<'_> {
 }
 
 /// Attention of this rank's tokens to all positions up to theirs. qkv [own tokens, `qkv_width`] is normalized
-/// and rotated in place; the kept keys and values join `cache`; out [own tokens, heads * head_dim].
+/// and rotated in place; the kept keys and values join `cache`; out [own tokens, heads * head_dim]. Where one rank has all
+/// positions this is [`attention_headwise`], without any collective.
 ///
 /// # Errors
 /// When a collective fails.

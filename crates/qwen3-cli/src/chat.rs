@@ -74,7 +74,7 @@ impl ChatArgs {
         while let Some(tokens) = self.next(rank, &mut speaker)? {
             // What the template left as it was is still in the cache.
             let same = seen.iter().zip(&tokens).take_while(|(old, new)| old == new).count();
-            let keep = same.min(tokens.len().saturating_sub(1)).min(cache.len());
+            let keep = same.min(tokens.len() - 1).min(cache.len());
             cache.truncate(keep);
             let text = speaker.as_ref().map(|speaker| &speaker.text);
             interrupt::begin();
@@ -145,12 +145,9 @@ impl Speaker {
             room: context - (context / 8).min(256),
             prompts: io::stdin().is_terminal() || World::detect().is_some_and(|world| world.is_many()),
         };
+        // Else every message would be too long.
         let least =
             speaker.encode([&speaker.messages[..], &[json!({ "role": "user", "content": "" })]].concat())?.len();
-        if least == 0 {
-            return Err(misfit("--model", "a chat template that writes nothing", "one that writes the messages"));
-        }
-        // Else every message would be too long.
         if least > speaker.room {
             let expected = format!("at most {}, which leaves room for an answer", speaker.room);
             return Err(misfit("--system", format!("{least} tokens with an empty message"), expected));
@@ -196,6 +193,10 @@ impl Speaker {
         let mut forgotten = 0;
         loop {
             let tokens = self.encode(self.messages.clone())?;
+            if tokens.is_empty() {
+                let expected = "at least one token (chat_template.jinja, or chat_template in tokenizer_config.json)";
+                return Err(misfit("chat template", "it makes nothing of this conversation", expected));
+            }
             if tokens.len() <= self.room {
                 if forgotten > 0 {
                     eprintln!(

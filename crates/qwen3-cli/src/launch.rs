@@ -108,8 +108,9 @@ fn run_threads(options: &LaunchOptions, command: impl Command) -> Result<(), Box
                 let thread = thread::Builder::new().name(format!("rank {rank}"));
                 if let Err(source) = thread.spawn_scoped(scope, || run(comm)) {
                     let problem = format!("cannot start a thread for rank {rank}: {source}");
-                    // Before what the other ranks say of this one's absence.
+                    // Before what the other ranks say of this one's absence. Those behind it are not started.
                     lock(&failures).insert(0, (rank, CliError::Launch { problem }.into()));
+                    break;
                 }
             }
         });

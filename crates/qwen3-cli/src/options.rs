@@ -35,7 +35,7 @@ pub struct LaunchOptions {
     pub ranks: u16,
 
     /// How many seconds a rank waits in a collective for a late one before the job fails
-    #[arg(long, value_name = "S", default_value_t = 60.0, allow_negative_numbers = true, value_parser = above_zero::<f64>, help_heading = "Ranks")]
+    #[arg(long, value_name = "S", default_value_t = 60.0, allow_negative_numbers = true, value_parser = seconds, help_heading = "Ranks")]
     pub comm_timeout: f64,
 
     /// How sums travel between ranks: f32 is exact, bf16 halves the bytes, q8 quarters them; auto takes bf16 between machines and
@@ -262,12 +262,16 @@ pub fn positive(text: &str) -> Result<usize, String> {
     number(text, "a whole number, at least 1", |value: usize| value >= 1)
 }
 
+fn seconds(text: &str) -> Result<f64, String> {
+    number(text, "seconds above 0, at most 1e6", |value: f64| value > 0.0 && value <= 1e6)
+}
+
 /// A latency or a temperature.
 pub fn from_zero<T: FromStr + PartialOrd + Copy + From<f32>>(text: &str) -> Result<T, String> {
     number(text, "a number from 0 to 1e6", |value: T| value >= T::from(0.0) && value <= T::from(1e6))
 }
 
-/// A bandwidth, a time or a penalty.
+/// A bandwidth or a penalty.
 pub fn above_zero<T: FromStr + PartialOrd + Copy + From<f32>>(text: &str) -> Result<T, String> {
     number(text, "a number above 0, at most 1e6", |value: T| value > T::from(0.0) && value <= T::from(1e6))
 }

@@ -75,12 +75,10 @@ fn a_context_that_is_too_deep_is_refused() {
 #[test]
 fn what_was_measured_is_said_though_its_file_cannot_be_written() {
     let model = austen();
-    let calibrate = |file| ["calibrate", "--quick", "--json", "--ranks", "2", "--threads", "1", "--output", file];
+    let calibrate = ["calibrate", "--quick", "--json", "--ranks", "2", "--threads", "1", "--output", "/dev/null/file"];
     for (args, file, key) in [
         (&bench(model.to_str().unwrap(), &["--json", "--trace", "/dev/full"])[..], "/dev/full", "results"),
-        (&calibrate("/dev/null/file"), "/dev/null/file", "machine"),
-        // A device that could be read for ever.
-        (&calibrate("/dev/full"), "/dev/full", "machine"),
+        (&calibrate, "/dev/null/file", "machine"),
     ] {
         let run = run(args);
         let found: Value = serde_json::from_str(&run.stdout).unwrap_or_else(|_| panic!("no JSON: {run:?}"));

@@ -45,11 +45,11 @@ fn a_system_text_without_room_is_refused_at_once() {
 }
 
 #[test]
-fn a_template_that_writes_nothing_is_refused() {
+fn a_template_that_makes_nothing_of_a_conversation_ends_it_in_one_line() {
     let copy = Copy::new();
-    fs::write(copy.file("chat_template.jinja"), "").unwrap();
+    fs::write(copy.file("chat_template.jinja"), "{{ messages[5] }}").unwrap();
     let run = run_with(chat(copy.path().to_str().unwrap(), "2"), "What is 17 + 15?\n");
-    assert_one_line(&run, &["--model", "a chat template that writes nothing"]);
+    assert_one_line(&run, &["chat template: it makes nothing of this conversation", "chat_template.jinja"]);
 }
 
 #[test]

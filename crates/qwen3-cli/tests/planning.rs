@@ -173,6 +173,13 @@ fn calibrations_of_several_layouts_are_kept_in_one_file() {
     let again = calibrate("2");
     assert_eq!(read(), json!({"machines": [kept, again["machine"]]}));
 
+    // A pipe is written and not read.
+    let piped = run(&["calibrate", "--quick", "--json", "--threads", "1", "--output", "/dev/stdout"]);
+    assert!(piped.success && piped.stderr.is_empty(), "{piped:?}");
+    let (said, written) = piped.stdout.split_once('\n').unwrap();
+    let [said, written]: [Value; 2] = [said, written].map(|text| serde_json::from_str(text).unwrap());
+    assert_eq!(written, json!({"machines": [said["machine"]]}));
+
     fs::write(&file, "[]").unwrap();
     let failed = run(&["calibrate", "--threads", "1", "--output", path]);
     assert_one_line(&failed, &["calibration.json"]);

@@ -195,7 +195,8 @@ fn run(
         let row = row.as_slice().expect("a row of row-major logits is contiguous");
         let sample = sampler.sample(logits.vocab.clone(), row, history.len() as u64, &history, wishes_to_stop)?;
         if sample.stop {
-            // The wish came with this choice, for which the last token went through the model: as on one rank, it did not.
+            // The wish travelled with this choice, for which the last token was run. On one rank it is not: without it the cache is the
+            // same on any number of ranks.
             cache.truncate(history.len() - 1);
             break StopReason::Callback;
         }

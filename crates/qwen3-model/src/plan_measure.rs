@@ -41,7 +41,8 @@ impl Effort {
 fn tokens(isa: Isa) -> usize {
     if isa.has_avx2() { 256 } else { 16 }
 }
-/// Tokens in caches: few, where starting costs most, a chunk's past, and many, with the one that joins them a power of two.
+/// Tokens in caches: few, where starting costs most, a chunk's past, and many, with the one that joins them a power of two: the
+/// first token of a span has it filled with zeros, which a model does once in 128 tokens and this would do each time.
 const DEPTHS: [usize; 3] = [127, 2048, 4095];
 /// The heads of Qwen3-0.6B.
 const KV_HEADS: usize = 8;

@@ -6,28 +6,35 @@ use std::sync::Arc;
 
 use comm::{Communicator, Phase, SoloComm, ThreadComm};
 use qwen3_model::{
-    GenerateError, GenerateParams, Generated, Isa, LogitRows, Model, ModelOptions, PerplexityError, Progress,
-    SamplingParams, StopReason, generate, perplexity,
+    GenerateError, GenerateParams, Generated, Isa, LogitRows, Model, ModelOptions, ParallelStrategy, PerplexityError,
+    Progress, SamplingParams, StopReason, generate, perplexity,
 };
 use serde_json::Value;
+
+const STRATEGIES: [ParallelStrategy; 2] = [ParallelStrategy::Heads, ParallelStrategy::Sequence];
 
 fn folder() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("../../models/austen")
 }
 
-fn load(comm: Arc<dyn Communicator>) -> Model {
-    Model::load(&folder(), comm, &ModelOptions::new(Isa::scalar()), &|_| ()).expect("the bundled model loads")
+fn load(comm: Arc<dyn Communicator>, strategy: ParallelStrategy) -> Model {
+    let options = ModelOptions { strategy, ..ModelOptions::new(Isa::scalar()) };
+    Model::load(&folder(), comm, &options, &|_| ()).expect("the bundled model loads")
 }
 
 fn solo() -> Model {
-    load(Arc::new(SoloComm::new()))
+    load(Arc::new(SoloComm::new()), ParallelStrategy::Heads)
 }
 
-/// Runs `job` with the model on each of `ranks` threads and returns what each rank returned.
+/// Runs `job` with the model, split by heads, on each of `ranks` threads and returns what each rank returned.
 fn on_ranks<T: Send>(ranks: usize, job: impl Fn(&Model) -> T + Sync) -> Vec<T> {
+    on_split(ranks, ParallelStrategy::Heads, job)
+}
+
+fn on_split<T: Send>(ranks: usize, strategy: ParallelStrategy, job: impl Fn(&Model) -> T + Sync) -> Vec<T> {
     std::thread::scope(|scope| {
         let group = ThreadComm::group(ranks).into_iter();
-        let threads: Vec<_> = group.map(|comm| scope.spawn(|| job(&load(Arc::new(comm))))).collect();
+        let threads: Vec<_> = group.map(|comm| scope.spawn(|| job(&load(Arc::new(comm), strategy)))).collect();
         threads.into_iter().map(|thread| thread.join().expect("no rank panics")).collect()
     })
 }
@@ -134,24 +141,31 @@ fn reasons_to_stop() {
 #[test]
 fn a_callback_stops_all_ranks() {
     let (prompt, ids) = expected().swap_remove(0);
-    for ranks in [1, 2, 3] {
-        let results = on_ranks(ranks, |model| {
-            let mut count = 0;
+    for (ranks, strategy) in [1, 2, 3].into_iter().flat_map(|ranks| STRATEGIES.map(|strategy| (ranks, strategy))) {
+        on_split(ranks, strategy, |model| {
             let mut cache = model.new_cache(256);
-            let some = generate(model, &mut cache, &prompt, &greedy(48), &mut |progress| {
-                count += usize::from(progress != Progress::Prompt);
-                if count == 4 && model.comm().rank() == 0 { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
-            });
-            let some = some.expect("some tokens");
-            assert_eq!(cache.len(), prompt.len() + 3, "{ranks} ranks");
-            let longer = [&prompt[..], &some.ids].concat();
-            let rest = generate(model, &mut cache, &longer, &greedy(44), &mut |_| ControlFlow::Continue(()));
-            assert_eq!(rest.expect("the rest").ids, ids[4..], "{ranks} ranks");
-            some
+            // One stop after the other, so that of split positions the last one is on another rank each time.
+            for stop in [4, 5, 7] {
+                let so_far = ids.len().min(cache.len().saturating_sub(prompt.len() - 1));
+                let mut count = so_far;
+                let longer = [&prompt[..], &ids[..so_far]].concat();
+                let some = generate(model, &mut cache, &longer, &greedy(48), &mut |progress| {
+                    count += usize::from(progress != Progress::Prompt);
+                    let stops = count == stop && model.comm().rank() == 0;
+                    if stops { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
+                });
+                let some = some.expect("some tokens");
+                assert_eq!(
+                    (&some.ids[..], some.stop),
+                    (&ids[so_far..stop], StopReason::Callback),
+                    "{ranks} {strategy}"
+                );
+                assert_eq!(cache.len(), prompt.len() + stop - 1, "{ranks} {strategy}");
+            }
+            let longer = [&prompt[..], &ids[..7]].concat();
+            let rest = generate(model, &mut cache, &longer, &greedy(48 - 7), &mut |_| ControlFlow::Continue(()));
+            assert_eq!(rest.expect("the rest").ids, ids[7..], "{ranks} {strategy}");
         });
-        for result in results {
-            assert_eq!((&result.ids[..], result.stop), (&ids[..4], StopReason::Callback), "{ranks} ranks");
-        }
     }
 }
 

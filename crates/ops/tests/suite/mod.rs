@@ -328,13 +328,19 @@ impl AttentionData {
 
 const ALGORITHMS: [AttentionAlgorithm; 2] = [AttentionAlgorithm::Materialized, AttentionAlgorithm::Streaming];
 
-/// Passes of these many tokens, one after the other, into one cache. With the last ones, which take their time, two threads of a single rank
-/// cut the cache of a head.
-const PASSES: [&[usize]; 5] = [&[23], &[1, 1, 1, 1], &[16, 1, 9, 1, 1], &[7, 30, 2], &[510, 1, 1, 3]];
+/// Passes of these many tokens, one after the other, into one cache.
+const PASSES: [&[usize]; 4] = [&[23], &[1, 1, 1, 1], &[16, 1, 9, 1, 1], &[7, 30, 2]];
 
+/// Passes, for each algorithm. Long ones, which take their time, only where threads cut the cache of a head then: of one rank into as many
+/// pieces as share it evenly, or fewer, and of three ranks each its positions.
 fn passes(ctx: &Context) -> impl Iterator<Item = (AttentionAlgorithm, &'static [usize])> {
-    let count = if ctx.comm.size() == 1 && ctx.team.threads() == 2 { PASSES.len() } else { PASSES.len() - 1 };
-    ALGORITHMS.into_iter().flat_map(move |algorithm| PASSES.into_iter().take(count).map(move |p| (algorithm, p)))
+    let long: &[&[usize]] = match (ctx.positions.size(), ctx.team.threads()) {
+        (1, 2 | 16) if ctx.comm.size() == 1 => &[&[510, 1, 1, 3]],
+        (3, 2) => &[&[1600, 1, 2]],
+        _ => &[],
+    };
+    let long = if ctx.isa == Isa::detect() { long } else { &[] };
+    ALGORITHMS.into_iter().flat_map(move |a| PASSES.iter().chain(long).map(move |passes| (a, *passes)))
 }
 
 fn heads_match_the_formula(rank: &Rank) {
