@@ -41,9 +41,10 @@ impl Effort {
 fn tokens(isa: Isa) -> usize {
     if isa.has_avx2() { 256 } else { 16 }
 }
-/// Tokens in caches: few, where starting costs most, a chunk's past, and many, with the one that joins them a power of two: the
-/// first token of a span has it filled with zeros, which a model does once in 128 tokens and this would do each time.
-const DEPTHS: [usize; 3] = [127, 2048, 4095];
+/// Tokens in caches: few, where starting costs most, a chunk's past, and many, with the one that joins them a power of two. Of few one begins
+/// a span, which has it filled with zeros: these few keys are read from a cache of the processor here, in a model from memory, and that makes
+/// up for it. (A layer of 0.6B on two threads: 25 us without, 37 us with it, 36 us in a model.)
+const DEPTHS: [usize; 3] = [128, 2048, 4095];
 /// The heads of Qwen3-0.6B.
 const KV_HEADS: usize = 8;
 const GROUP: usize = 2;
