@@ -110,7 +110,7 @@ pub trait CommunicatorExt: Communicator {
 
     /// Every rank's `value`, in rank order: an [`all_gather`](Self::all_gather) of one element.
     fn all_gather_one<T: Pod>(&self, value: T) -> Result<Vec<T>, CommError> {
-        let mut all = vec![value; self.size()];
+        let mut all = vec![bytemuck::Zeroable::zeroed(); self.size()];
         self.all_gather(&[value], &mut all)?;
         Ok(all)
     }

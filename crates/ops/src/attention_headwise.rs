@@ -52,9 +52,9 @@ fn attend_one(
     assert_eq!(cache.heads().len(), shape.groups.len(), "cached heads against the shape's");
     reshape(out, 1, shape.query_width());
     let Some(first) = cache.heads().first() else { return };
-    let keys = first.len() + 1;
-    let bytes = keys * LayerCache::position_bytes(first.format(), shape.groups.len(), shape.head_dim);
-    let work = Work { flops: (4 * keys * shape.query_width()) as f64, bytes: bytes as f64 };
+    let seen = first.len() + 1;
+    let bytes = seen * LayerCache::position_bytes(first.format(), shape.groups.len(), shape.head_dim);
+    let work = Work { flops: (4 * seen * shape.query_width()) as f64, bytes: bytes as f64 };
     let _operation = ctx.profile.operation("attention", work);
 
     let angles = [rotary.cos, rotary.sin].map(slice);

@@ -145,8 +145,7 @@ fn a_callback_stops_all_ranks() {
         on_split(ranks, strategy, |model| {
             let mut cache = model.new_cache(256);
             // One stop after the other, so that of split positions the last one is on another rank each time.
-            for stop in [4, 5, 7] {
-                let so_far = ids.len().min(cache.len().saturating_sub(prompt.len() - 1));
+            for (so_far, stop) in [(0, 4), (4, 5), (5, 7)] {
                 let mut count = so_far;
                 let longer = [&prompt[..], &ids[..so_far]].concat();
                 let some = generate(model, &mut cache, &longer, &greedy(48), &mut |progress| {

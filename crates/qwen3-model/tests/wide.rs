@@ -194,8 +194,7 @@ impl Case {
         // Position 0 is kept by the first row of the grid; its KV heads are those that `plan` states for all.
         let kept = cache.bytes() / self.head_bytes;
         assert_eq!(kept, if rank < tp { own.heads.kv_heads.len() } else { 0 }, "{label}: KV heads");
-        let mut all = vec![0; ranks];
-        comm.all_gather(&[kept], &mut all).unwrap();
+        let all = comm.all_gather_one(kept).unwrap();
         let stated = Imbalance::new(config, options.division(), ranks, granularity).kv_heads;
         let found = (all[..tp].iter().max(), all[..tp].iter().min(), all.iter().sum());
         assert_eq!(found, (Some(&stated.most), Some(&stated.least), stated.sum), "{label}: KV heads of all ranks");

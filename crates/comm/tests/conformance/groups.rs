@@ -52,8 +52,7 @@ fn split(comm: &dyn Communicator) {
 }
 
 fn machine(comm: &dyn Communicator) {
-    let mut all = vec![0; comm.size()];
-    comm.all_gather(&[comm.machine()], &mut all).unwrap();
+    let mut all = comm.all_gather_one(comm.machine()).unwrap();
     let here = comm.split(comm.machine(), 0).unwrap();
     assert_eq!((here.machines(), here.machine()), (1, comm.machine()));
     assert_eq!(here.size(), all.iter().filter(|&&machine| machine == comm.machine()).count());

@@ -52,9 +52,7 @@ fn same_everywhere(comm: &dyn Communicator, values: &[f32]) -> bool {
     let digest = values.iter().fold(0xcbf2_9ce4_8422_2325, |digest: u64, value| {
         (digest ^ value.to_bits() as u64).wrapping_mul(0x0100_0000_01b3)
     });
-    let mut all = vec![0u64; comm.size()];
-    comm.all_gather(&[digest], &mut all).unwrap();
-    all.iter().all(|&other| other == digest)
+    comm.all_gather_one(digest).unwrap().iter().all(|&other| other == digest)
 }
 
 /// Fails where `got` is further from the exact sum than rounding explains: with `ranks - 1` additions in any
