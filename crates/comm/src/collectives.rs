@@ -13,7 +13,7 @@ use crate::communicator::ReduceOp;
 use crate::error::CommError;
 use crate::group::{BLOCK, elements, fold_all, fold_block, part, steps};
 use crate::messages::{HEAD, Messages, PIECE, Piece, Sending, copy_at, read_at};
-use crate::transport::{Counts, Reduction};
+use crate::transport::{Collectives, Counts, Reduction};
 use crate::wire::{Fold, WireFormat};
 
 /// A sum goes as a whole while what that adds to the bytes of each rank costs less than a latency: this is
@@ -41,16 +41,6 @@ impl Messages {
             let pieces: Vec<Piece> = come.iter_mut().filter_map(VecDeque::pop_front).collect();
             take(ranges.next().expect("a range for every piece"), &pieces)
         })
-    }
-
-    pub(crate) fn all_reduce(&self, call: &mut Call<'_>, data: Reduction<'_>) -> Result<(), CommError> {
-        let size = self.size();
-        let bytes = data.wire.encoded_bytes(data.len());
-        if (size - 1) * (size - 2) * bytes <= WHOLE * size {
-            self.sum_wholes(call, data)
-        } else {
-            self.sum_parts(call, data)
-        }
     }
 
     fn sum_wholes(&self, call: &mut Call<'_>, data: Reduction<'_>) -> Result<(), CommError> {
@@ -136,9 +126,21 @@ impl Messages {
         let other = |peer: usize| &others[peer - usize::from(peer > self.rank())][wire.encoded_bytes(start)..];
         fold_block(wire, op, (self.rank(), own), self.size(), other, sum);
     }
+}
 
-    pub(crate) fn reduce_scatter(
-        &self,
+impl Collectives for Messages {
+    fn all_reduce(&mut self, call: &mut Call<'_>, data: Reduction<'_>) -> Result<(), CommError> {
+        let size = self.size();
+        let bytes = data.wire.encoded_bytes(data.len());
+        if (size - 1) * (size - 2) * bytes <= WHOLE * size {
+            self.sum_wholes(call, data)
+        } else {
+            self.sum_parts(call, data)
+        }
+    }
+
+    fn reduce_scatter(
+        &mut self,
         call: &mut Call<'_>,
         send: &[f32],
         counts: &[usize],
@@ -156,8 +158,8 @@ impl Messages {
         })
     }
 
-    pub(crate) fn all_gather(
-        &self,
+    fn all_gather(
+        &mut self,
         call: &mut Call<'_>,
         send: &[u8],
         counts: Counts<'_>,
@@ -174,7 +176,7 @@ impl Messages {
     }
 
     /// From the root to everyone: one latency, and an error names the root, not a rank halfway down a tree.
-    pub(crate) fn broadcast(&self, call: &mut Call<'_>, root: usize, buf: &mut [u8]) -> Result<(), CommError> {
+    fn broadcast(&mut self, call: &mut Call<'_>, root: usize, buf: &mut [u8]) -> Result<(), CommError> {
         if self.rank() == root {
             let (sending, _) =
                 self.start(call.site.header, self.others(), buf.len(), |at, piece| read_at(buf, at, piece))?;
@@ -188,9 +190,25 @@ impl Messages {
     }
 
     /// Everyone tells everyone: one latency, and an error names who is missing.
-    pub(crate) fn barrier(&self, call: &mut Call<'_>) -> Result<(), CommError> {
+    fn barrier(&mut self, call: &mut Call<'_>) -> Result<(), CommError> {
         let (sending, _) = self.start(call.site.header, self.others(), 0, |_, _| ())?;
         self.finish(call, sending, self.others().map(|peer| self.expect(peer, 0)), |_, _, _| Ok(()))
+    }
+
+    fn send_recv(
+        &mut self,
+        call: &mut Call<'_>,
+        send: Option<(usize, &[u8])>,
+        recv: Option<(usize, &mut [u8])>,
+    ) -> Result<(), CommError> {
+        let sending = send.map(|(to, data)| self.start_message(to, data)).transpose()?;
+        let (from, data) = recv.unzip();
+        let data = data.unwrap_or_default();
+        let receiving = from.map(|from| self.expect_message(from, data.len()));
+        self.finish(call, sending.into_iter().collect(), receiving.into_iter(), |_, at, piece| {
+            copy_at(data, at, &piece);
+            Ok(())
+        })
     }
 }
 

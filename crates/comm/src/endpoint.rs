@@ -10,7 +10,7 @@ use crate::communicator::{Communicator, ReduceOp};
 use crate::cost::Crowd;
 use crate::error::{CommError, Place};
 use crate::ledger::{Activity, Collective, Ledger};
-use crate::transport::{Counts, Reduction, Transport};
+use crate::transport::{Collectives, Counts, Reduction, Transport};
 use crate::wire::WireFormat;
 
 /// The deadline of a call unless it is set.
@@ -140,7 +140,7 @@ impl Endpoint {
             let (found, expected) = (data.own().len(), data.len());
             expect(call, "partial.len()", found, expected, "residual.len()")?;
             match transport {
-                Some(transport) => return transport.all_reduce(call, data),
+                Some(transport) => return transport.group().all_reduce(call, data),
                 None => {
                     if let Some(input) = data.input {
                         data.output.iter_mut().zip(input).for_each(|(sum, value)| *sum += value);
@@ -160,7 +160,7 @@ impl Endpoint {
             let total = counts.start(self.size());
             expect(call, "recv.len()", recv.len(), total, "the sum over the ranks")?;
             match transport {
-                Some(transport) => transport.all_gather(call, send, counts, recv)?,
+                Some(transport) => transport.group().all_gather(call, send, counts, recv)?,
                 None => recv.copy_from_slice(send),
             }
             Ok(())
@@ -184,7 +184,7 @@ impl Endpoint {
             }
             if to != Some(self.rank) && from != Some(self.rank) {
                 let transport = transport.expect("another rank is in a group of at least two");
-                return transport.send_recv(call, send, recv);
+                return transport.group().send_recv(call, send, recv);
             }
             match (send, recv) {
                 (Some((to, send)), Some((from, recv))) if to == from => {
@@ -200,14 +200,14 @@ impl Endpoint {
     /// Agrees on the groups of a split: the members of each, in the order of their ranks there.
     fn groups(
         &self,
-        transport: &mut dyn Transport,
+        group: &mut dyn Collectives,
         call: &mut Call<'_>,
         color: usize,
         key: usize,
     ) -> Result<(Vec<Vec<usize>>, usize), CommError> {
         let own = [color as u64, key as u64];
         let mut all = vec![[0u64; 2]; self.size()];
-        transport.all_gather(
+        group.all_gather(
             call,
             bytemuck::cast_slice(&own),
             Counts::Equal(size_of_val(&own)),
@@ -305,7 +305,7 @@ impl<E: End> Communicator for E {
             expect(call, "send.len()", send.len(), counts.iter().sum(), "the sum of counts")?;
             expect(call, "recv.len()", recv.len(), counts[end.rank], "counts[rank]")?;
             match transport {
-                Some(transport) => transport.reduce_scatter(call, send, counts, recv, wire)?,
+                Some(transport) => transport.group().reduce_scatter(call, send, counts, recv, wire)?,
                 None => recv.copy_from_slice(send),
             }
             Ok(())
@@ -330,7 +330,7 @@ impl<E: End> Communicator for E {
                 let range = format_args!("a rank below {}", end.size());
                 return Err(call.site.argument("root", root, range));
             }
-            transport.map_or(Ok(()), |transport| transport.broadcast(call, root, buf))
+            transport.map_or(Ok(()), |transport| transport.group().broadcast(call, root, buf))
         })
     }
 
@@ -355,7 +355,7 @@ impl<E: End> Communicator for E {
 
     fn barrier(&self) -> Result<(), CommError> {
         self.end().call(Header::new(Collective::Barrier, 0), 0, |call, transport| {
-            transport.map_or(Ok(()), |transport| transport.barrier(call))
+            transport.map_or(Ok(()), |transport| transport.group().barrier(call))
         })
     }
 
@@ -364,7 +364,7 @@ impl<E: End> Communicator for E {
         let header = Header::new(Collective::Split, 0);
         let (rank, world, transport) = end.call(header, 0, |call, transport| {
             let Some(transport) = transport else { return Ok((0, end.world.clone(), None)) };
-            let (groups, mine) = end.groups(transport, call, color, key)?;
+            let (groups, mine) = end.groups(transport.group(), call, color, key)?;
             let transport = transport.split(call, &groups, mine)?;
             let members = &groups[mine];
             let rank = members.iter().position(|&rank| rank == end.rank);

@@ -17,7 +17,7 @@ use crate::exchange::{self, Exchange, OUTBOX, RESULT};
 use crate::ledger::Collective;
 use crate::mail::{self, Incoming, Mail, Outgoing, WrongLength};
 use crate::segment::Segment;
-use crate::transport::{Counts, Reduction, Step, carry};
+use crate::transport::{Collectives, Counts, Reduction, Step, carry};
 use crate::wire::{Fold, WIRE_GROUP, WireFormat};
 
 /// One shot while all inputs but the own and one more are at most this long: what reading everything costs
@@ -82,19 +82,6 @@ impl Group {
     #[cfg(feature = "mpi")]
     pub(crate) fn progress(&self) -> &AtomicU64 {
         self.exchange.progress()
-    }
-
-    pub(crate) fn barrier(&mut self, call: &mut Call<'_>) -> Result<(), CommError> {
-        self.exchange.meet(call).map(drop)
-    }
-
-    pub(crate) fn all_reduce(&mut self, call: &mut Call<'_>, data: Reduction<'_>) -> Result<(), CommError> {
-        let others = self.size() - 2;
-        if others * data.wire.encoded_bytes(data.len()) <= ONE_SHOT {
-            self.one_shot(call, data)
-        } else {
-            self.two_shots(call, data)
-        }
     }
 
     fn one_shot(&mut self, call: &mut Call<'_>, data: Reduction<'_>) -> Result<(), CommError> {
@@ -181,7 +168,34 @@ impl Group {
         Ok(())
     }
 
-    pub(crate) fn reduce_scatter(
+    /// Moves a message on.
+    pub(crate) fn push(&self, message: &mut Outgoing<'_>) -> Step {
+        let before = message.chunks;
+        let done = self.mail.push(message);
+        Step { moved: message.chunks != before, done }
+    }
+
+    /// Moves a message on that `site` expects from its rank `peer`.
+    pub(crate) fn pull(&self, site: Site<'_>, peer: usize, message: &mut Incoming<'_>) -> Result<Step, CommError> {
+        let before = message.chunks;
+        match self.mail.pull(message) {
+            Ok(done) => Ok(Step { moved: message.chunks != before, done }),
+            Err(WrongLength(length)) => Err(site.mismatch(peer, Header::new(Collective::Send, length).words())),
+        }
+    }
+}
+
+impl Collectives for Group {
+    fn all_reduce(&mut self, call: &mut Call<'_>, data: Reduction<'_>) -> Result<(), CommError> {
+        let others = self.size() - 2;
+        if others * data.wire.encoded_bytes(data.len()) <= ONE_SHOT {
+            self.one_shot(call, data)
+        } else {
+            self.two_shots(call, data)
+        }
+    }
+
+    fn reduce_scatter(
         &mut self,
         call: &mut Call<'_>,
         send: &[f32],
@@ -217,7 +231,7 @@ impl Group {
         Ok(())
     }
 
-    pub(crate) fn all_gather(
+    fn all_gather(
         &mut self,
         call: &mut Call<'_>,
         send: &[u8],
@@ -245,7 +259,7 @@ impl Group {
         Ok(())
     }
 
-    pub(crate) fn broadcast(&mut self, call: &mut Call<'_>, root: usize, buf: &mut [u8]) -> Result<(), CommError> {
+    fn broadcast(&mut self, call: &mut Call<'_>, root: usize, buf: &mut [u8]) -> Result<(), CommError> {
         for step in steps(buf.len(), CHUNK) {
             let part = &mut buf[step];
             if root == self.rank() {
@@ -259,7 +273,11 @@ impl Group {
         Ok(())
     }
 
-    pub(crate) fn send_recv(
+    fn barrier(&mut self, call: &mut Call<'_>) -> Result<(), CommError> {
+        self.exchange.meet(call).map(drop)
+    }
+
+    fn send_recv(
         &mut self,
         call: &mut Call<'_>,
         send: Option<(usize, &[u8])>,
@@ -271,22 +289,6 @@ impl Group {
             Way::Out(message) => Ok(self.push(message)),
             Way::In(message) => self.pull(site, message.from, message),
         })
-    }
-
-    /// Moves a message on.
-    pub(crate) fn push(&self, message: &mut Outgoing<'_>) -> Step {
-        let before = message.chunks;
-        let done = self.mail.push(message);
-        Step { moved: message.chunks != before, done }
-    }
-
-    /// Moves a message on that `site` expects from its rank `peer`.
-    pub(crate) fn pull(&self, site: Site<'_>, peer: usize, message: &mut Incoming<'_>) -> Result<Step, CommError> {
-        let before = message.chunks;
-        match self.mail.pull(message) {
-            Ok(done) => Ok(Step { moved: message.chunks != before, done }),
-            Err(WrongLength(length)) => Err(site.mismatch(peer, Header::new(Collective::Send, length).words())),
-        }
     }
 }
 

@@ -96,11 +96,6 @@ impl Messages {
         self.members.len()
     }
 
-    /// The rank in MPI's world of each rank.
-    pub(crate) fn members(&self) -> &[usize] {
-        &self.members
-    }
-
     pub(crate) fn others(&self) -> impl Iterator<Item = usize> + use<> {
         let rank = self.rank;
         (0..self.size()).filter(move |&peer| peer != rank)
@@ -218,22 +213,6 @@ impl Messages {
         })?;
         self.settle(call, begun, sent);
         Ok(())
-    }
-
-    pub(crate) fn send_recv(
-        &self,
-        call: &mut Call<'_>,
-        send: Option<(usize, &[u8])>,
-        recv: Option<(usize, &mut [u8])>,
-    ) -> Result<(), CommError> {
-        let sending = send.map(|(to, data)| self.start_message(to, data)).transpose()?;
-        let (from, data) = recv.unzip();
-        let data = data.unwrap_or_default();
-        let receiving = from.map(|from| self.expect_message(from, data.len()));
-        self.finish(call, sending.into_iter().collect(), receiving.into_iter(), |_, at, piece| {
-            copy_at(data, at, &piece);
-            Ok(())
-        })
     }
 }
 

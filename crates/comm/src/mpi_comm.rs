@@ -173,7 +173,7 @@ impl MpiComm {
         let ranks: Vec<usize> = (0..size).collect();
         let mut gather = |words: &[u64]| world.all_gather(words);
         let nodes = Nodes::connect(&job, &ranks, std::slice::from_ref(&ranks), rank, &mut gather)?;
-        let path = nodes.path();
+        let path = nodes.path;
         let transport = (size > 1).then(|| Box::new(nodes) as Box<dyn Transport>);
         let end = Endpoint::new("mpi", machine, membership, transport, spin);
         Ok(MpiComm { end, parts, path })

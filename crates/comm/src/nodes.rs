@@ -16,7 +16,7 @@ use crate::mail::{Incoming, Outgoing};
 use crate::messages::{Messages, Receiving, Sending};
 use crate::mpi_job::{Gather, Job, share};
 use crate::mpi_sys::LARGEST_TAG;
-use crate::transport::{Counts, Reduction, Transport, carry};
+use crate::transport::{Collectives, Counts, Reduction, Transport, carry};
 use crate::wire::{Fold, WireFormat};
 
 /// How much longer a rank waits for one that may wait for others itself.
@@ -25,23 +25,18 @@ const PATIENCE: Duration = Duration::from_millis(500);
 /// One rank's end of a group of processes.
 pub(crate) struct Nodes {
     job: Arc<Job>,
+    /// The rank in MPI's world of each rank.
+    world: Vec<usize>,
     rank: usize,
+    /// The name of what carries the data of collectives.
+    pub path: &'static str,
+    data: Box<dyn Collectives>,
+}
+
+/// Several machines, at least one with several ranks.
+struct Machines {
     /// All ranks, by messages.
     all: Messages,
-    inside: Inside,
-}
-
-/// How the ranks of a machine reach each other.
-enum Inside {
-    /// All ranks are on one machine.
-    Shared(Group),
-    /// By messages, as all ranks: each is alone on its machine, or shared memory is off or not to be had.
-    Messages,
-    /// Several machines, at least one with several ranks.
-    Both(Machines),
-}
-
-struct Machines {
     /// The ranks of each machine, in order; the first is its leader.
     ranks: Vec<Vec<usize>>,
     /// This rank's machine, and its place there.
@@ -88,29 +83,20 @@ impl Nodes {
         let off = !job.shared || members.iter().any(|&rank| failed[rank] != 0);
         let tag = tag as usize;
         let all = Messages::new(job, in_world.clone(), rank, tag);
-        let inside = match shared {
-            _ if off || machines.len() == members.len() => Inside::Messages,
-            Some(group) if machines.len() == 1 => Inside::Shared(group),
+        let (path, data): (_, Box<dyn Collectives>) = match shared {
+            // Each is alone on its machine, or shared memory is off or not to be had.
+            _ if off || machines.len() == members.len() => ("messages", Box::new(all)),
+            Some(group) if machines.len() == 1 => ("shared memory", Box::new(group)),
             local => {
                 let of = |ranks: &[usize]| ranks.iter().map(|&rank| in_world[rank]).collect::<Vec<_>>();
                 let leading: Vec<usize> = machines.iter().map(|ranks| ranks[0]).collect();
                 let world = (of(&machines[at]), of(&leading));
                 let leaders = (place == 0).then(|| Messages::new(job, world.1.clone(), at, tag + 2));
-                Inside::Both(Machines { ranks: machines, own: (at, place), world, local, leaders })
+                let machines = Machines { all, ranks: machines, own: (at, place), world, local, leaders };
+                ("shared memory and messages", Box::new(machines))
             }
         };
-        Ok(Nodes { job: job.clone(), rank, all, inside })
-    }
-}
-
-impl Nodes {
-    /// What carries the data of collectives.
-    pub(crate) fn path(&self) -> &'static str {
-        match self.inside {
-            Inside::Shared(_) => "shared memory",
-            Inside::Messages => "messages",
-            Inside::Both(_) => "shared memory and messages",
-        }
+        Ok(Nodes { job: job.clone(), world: in_world, rank, path, data })
     }
 }
 
@@ -150,9 +136,9 @@ impl Machines {
     fn across(
         &mut self,
         call: &mut Call<'_>,
-        part: impl FnOnce(&Messages, &mut Call<'_>) -> Result<(), CommError>,
+        part: impl FnOnce(&mut Messages, &mut Call<'_>) -> Result<(), CommError>,
     ) -> Result<(), CommError> {
-        match &self.leaders {
+        match &mut self.leaders {
             Some(leaders) => {
                 let (start, waited) = (Instant::now(), call.waited);
                 let progress = self.local.as_ref().map(Group::progress);
@@ -167,6 +153,14 @@ impl Machines {
         }
     }
 
+    /// The place of a rank in this machine's shared memory.
+    fn place(&self, rank: usize) -> Option<usize> {
+        self.local.as_ref()?;
+        self.ranks[self.own.0].iter().position(|&other| other == rank)
+    }
+}
+
+impl Collectives for Machines {
     fn all_reduce(&mut self, call: &mut Call<'_>, data: Reduction<'_>) -> Result<(), CommError> {
         let Reduction { input, output, op, wire } = data;
         let mut scratch = input.map(<[f32]>::to_vec);
@@ -258,21 +252,15 @@ impl Machines {
         self.local(call, |group, call| group.barrier(call))
     }
 
-    /// The place of a rank in this machine's shared memory.
-    fn place(&self, rank: usize) -> Option<usize> {
-        self.local.as_ref()?;
-        self.ranks[self.own.0].iter().position(|&other| other == rank)
-    }
-
     fn send_recv(
         &mut self,
         call: &mut Call<'_>,
-        all: &Messages,
         send: Option<(usize, &[u8])>,
         recv: Option<(usize, &mut [u8])>,
     ) -> Result<(), CommError> {
         // Each of the two messages takes its own way, and they move on together.
-        let Some(group) = &self.local else { return all.send_recv(call, send, recv) };
+        let Some(group) = &self.local else { return self.all.send_recv(call, send, recv) };
+        let all = &self.all;
         let begun = all.begin(call);
         let mut sent = None;
         let mut ways = Vec::with_capacity(2);
@@ -315,70 +303,8 @@ enum Way<'a> {
 }
 
 impl Transport for Nodes {
-    fn all_reduce(&mut self, call: &mut Call<'_>, data: Reduction<'_>) -> Result<(), CommError> {
-        match &mut self.inside {
-            Inside::Shared(group) => group.all_reduce(call, data),
-            Inside::Messages => self.all.all_reduce(call, data),
-            Inside::Both(machines) => machines.all_reduce(call, data),
-        }
-    }
-
-    fn reduce_scatter(
-        &mut self,
-        call: &mut Call<'_>,
-        send: &[f32],
-        counts: &[usize],
-        recv: &mut [f32],
-        wire: WireFormat,
-    ) -> Result<(), CommError> {
-        match &mut self.inside {
-            Inside::Shared(group) => group.reduce_scatter(call, send, counts, recv, wire),
-            Inside::Messages => self.all.reduce_scatter(call, send, counts, recv, wire),
-            Inside::Both(machines) => machines.reduce_scatter(call, send, counts, recv, wire),
-        }
-    }
-
-    fn all_gather(
-        &mut self,
-        call: &mut Call<'_>,
-        send: &[u8],
-        counts: Counts<'_>,
-        recv: &mut [u8],
-    ) -> Result<(), CommError> {
-        match &mut self.inside {
-            Inside::Shared(group) => group.all_gather(call, send, counts, recv),
-            Inside::Messages => self.all.all_gather(call, send, counts, recv),
-            Inside::Both(machines) => machines.all_gather(call, send, counts, recv),
-        }
-    }
-
-    fn broadcast(&mut self, call: &mut Call<'_>, root: usize, buf: &mut [u8]) -> Result<(), CommError> {
-        match &mut self.inside {
-            Inside::Shared(group) => group.broadcast(call, root, buf),
-            Inside::Messages => self.all.broadcast(call, root, buf),
-            Inside::Both(machines) => machines.broadcast(call, root, buf),
-        }
-    }
-
-    fn barrier(&mut self, call: &mut Call<'_>) -> Result<(), CommError> {
-        match &mut self.inside {
-            Inside::Shared(group) => group.barrier(call),
-            Inside::Messages => self.all.barrier(call),
-            Inside::Both(machines) => machines.barrier(call),
-        }
-    }
-
-    fn send_recv(
-        &mut self,
-        call: &mut Call<'_>,
-        send: Option<(usize, &[u8])>,
-        recv: Option<(usize, &mut [u8])>,
-    ) -> Result<(), CommError> {
-        match &mut self.inside {
-            Inside::Shared(group) => group.send_recv(call, send, recv),
-            Inside::Messages => self.all.send_recv(call, send, recv),
-            Inside::Both(machines) => machines.send_recv(call, &self.all, send, recv),
-        }
+    fn group(&mut self) -> &mut dyn Collectives {
+        &mut *self.data
     }
 
     fn split(
@@ -387,14 +313,13 @@ impl Transport for Nodes {
         groups: &[Vec<usize>],
         mine: usize,
     ) -> Result<Option<Box<dyn Transport>>, CommError> {
-        let (job, world, rank) = (self.job.clone(), self.all.members().to_vec(), self.rank);
         let mut gather = |words: &[u64]| {
-            let mut all = vec![0u64; words.len() * world.len()];
+            let mut all = vec![0u64; words.len() * self.world.len()];
             let counts = Counts::Equal(size_of_val(words));
-            self.all_gather(call, bytemuck::cast_slice(words), counts, bytemuck::cast_slice_mut(&mut all))?;
+            self.data.all_gather(call, bytemuck::cast_slice(words), counts, bytemuck::cast_slice_mut(&mut all))?;
             Ok(all)
         };
-        let nodes = Nodes::connect(&job, &world, groups, rank, &mut gather)?;
+        let nodes = Nodes::connect(&self.job, &self.world, groups, self.rank, &mut gather)?;
         Ok((groups[mine].len() > 1).then(|| Box::new(nodes) as Box<dyn Transport>))
     }
 }

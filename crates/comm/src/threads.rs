@@ -10,8 +10,7 @@ use crate::endpoint::{End, Endpoint};
 use crate::error::CommError;
 use crate::group::{self, Group};
 use crate::segment::Segment;
-use crate::transport::{Counts, Reduction, Transport};
-use crate::wire::WireFormat;
+use crate::transport::{Collectives, Transport};
 
 /// One rank of a group of threads, on the same shared-memory collectives as processes of one machine.
 ///
@@ -72,46 +71,8 @@ struct Threads {
 }
 
 impl Transport for Threads {
-    fn all_reduce(&mut self, call: &mut Call<'_>, data: Reduction<'_>) -> Result<(), CommError> {
-        self.group.all_reduce(call, data)
-    }
-
-    fn reduce_scatter(
-        &mut self,
-        call: &mut Call<'_>,
-        send: &[f32],
-        counts: &[usize],
-        recv: &mut [f32],
-        wire: WireFormat,
-    ) -> Result<(), CommError> {
-        self.group.reduce_scatter(call, send, counts, recv, wire)
-    }
-
-    fn all_gather(
-        &mut self,
-        call: &mut Call<'_>,
-        send: &[u8],
-        counts: Counts<'_>,
-        recv: &mut [u8],
-    ) -> Result<(), CommError> {
-        self.group.all_gather(call, send, counts, recv)
-    }
-
-    fn broadcast(&mut self, call: &mut Call<'_>, root: usize, buf: &mut [u8]) -> Result<(), CommError> {
-        self.group.broadcast(call, root, buf)
-    }
-
-    fn barrier(&mut self, call: &mut Call<'_>) -> Result<(), CommError> {
-        self.group.barrier(call)
-    }
-
-    fn send_recv(
-        &mut self,
-        call: &mut Call<'_>,
-        send: Option<(usize, &[u8])>,
-        recv: Option<(usize, &mut [u8])>,
-    ) -> Result<(), CommError> {
-        self.group.send_recv(call, send, recv)
+    fn group(&mut self) -> &mut dyn Collectives {
+        &mut self.group
     }
 
     fn split(

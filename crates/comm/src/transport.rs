@@ -112,8 +112,8 @@ pub(crate) fn carry<M>(
     Ok(())
 }
 
-/// A group of at least two ranks. Ranks are those of the communicator.
-pub(crate) trait Transport: Send {
+/// The collectives of a group of at least two ranks, numbered as in the communicator.
+pub(crate) trait Collectives: Send {
     fn all_reduce(&mut self, call: &mut Call<'_>, data: Reduction<'_>) -> Result<(), CommError>;
 
     fn reduce_scatter(
@@ -144,6 +144,11 @@ pub(crate) trait Transport: Send {
         send: Option<(usize, &[u8])>,
         recv: Option<(usize, &mut [u8])>,
     ) -> Result<(), CommError>;
+}
+
+/// A group, and those that split from it.
+pub(crate) trait Transport: Send {
+    fn group(&mut self) -> &mut dyn Collectives;
 
     /// Forms all groups of a split, every rank being in one; returns that of this rank, `groups[mine]`, or
     /// nothing where it has one member only.
