@@ -53,7 +53,7 @@ fn ways<'a>(name: &str, comm: &'a dyn Communicator) -> Vec<Way<'a>> {
         };
         Way { name: format!("{name} {wire}"), exact: wire != WireFormat::Q8, call: Box::new(call) }
     };
-    [WireFormat::F32, WireFormat::Bf16, WireFormat::Q8].map(plain).into()
+    WireFormat::ALL.map(plain).into()
 }
 
 /// Prints a row for each size with the median of each way, as the slowest rank sees it.

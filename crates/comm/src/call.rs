@@ -87,9 +87,7 @@ impl fmt::Display for Words {
         match byte(16) {
             0 => write!(f, " of {count} bytes")?,
             wire => {
-                let name = [WireFormat::F32, WireFormat::Bf16, WireFormat::Q8]
-                    .get(wire - 1)
-                    .map_or("unknown", |wire| wire.name());
+                let name = WireFormat::ALL.get(wire - 1).map_or("unknown", |wire| wire.name());
                 write!(f, " of {count} elements as {name}")?;
             }
         }

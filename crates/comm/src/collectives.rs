@@ -78,10 +78,7 @@ impl Messages {
                 for block in steps(range.len(), BLOCK) {
                     let place = start + block.start..start + block.end;
                     let piece = &mut piece[wire.encoded_bytes(block.start)..];
-                    let own = match input {
-                        Some(input) => &input[place.clone()],
-                        None => &output[place.clone()],
-                    };
+                    let own = &input.unwrap_or(output)[place.clone()];
                     let mut sum = [0.0; BLOCK];
                     let sum = &mut sum[..own.len()];
                     self.fold(wire, op, own, others, block.start, sum);

@@ -87,7 +87,6 @@ impl Link {
     }
 }
 
-/// A link is written as `ALPHA_US,BETA_GB_S`: microseconds and GB/s.
 impl fmt::Display for Link {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{:.2} µs, {:.3} GB/s", self.latency * 1e6, self.bandwidth * 1e-9)
@@ -102,6 +101,7 @@ pub struct InvalidLink {
     pub found: String,
 }
 
+/// A link is written as `ALPHA_US,BETA_GB_S`: microseconds and GB/s.
 impl FromStr for Link {
     type Err = InvalidLink;
 

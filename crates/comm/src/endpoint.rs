@@ -80,11 +80,7 @@ impl Endpoint {
     }
 
     fn wire(&self) -> WireFormat {
-        match self.wire.load(Relaxed) {
-            byte if byte == WireFormat::Bf16 as u8 => WireFormat::Bf16,
-            byte if byte == WireFormat::Q8 as u8 => WireFormat::Q8,
-            _ => WireFormat::F32,
-        }
+        WireFormat::ALL[usize::from(self.wire.load(Relaxed))]
     }
 
     /// Makes a call: `body` checks the arguments and moves the data, over nothing in a group of one.

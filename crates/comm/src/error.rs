@@ -85,7 +85,7 @@ pub enum CommError {
     /// The communicator could not be set up.
     #[error("cannot set up the {transport} transport: {reason}")]
     Setup {
-        /// The transport: `"mpi"`, `"shared memory"`.
+        /// The transport: `"mpi"` or `"emulated"`.
         transport: &'static str,
         /// What failed.
         reason: String,

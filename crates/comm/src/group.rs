@@ -128,11 +128,7 @@ impl Group {
                 for peer in (0..size).filter(|&peer| peer != rank) {
                     let part = part(chunk, size, peer);
                     let start = at(chunk, part.start);
-                    let values = match input {
-                        Some(input) => &input[part],
-                        None => &output[part],
-                    };
-                    wire.encode(values, &mut outbox[start..]);
+                    wire.encode(&input.unwrap_or(output)[part], &mut outbox[start..]);
                 }
             }
             let mut met = self.exchange.meet(call)?;
@@ -145,10 +141,7 @@ impl Group {
                     let sum = &mut sum[..block.len()];
                     let place = mine.start + block.start..mine.start + block.end;
                     let skip = start + wire.encoded_bytes(block.start);
-                    let own = match input {
-                        Some(input) => &input[place.clone()],
-                        None => &output[place.clone()],
-                    };
+                    let own = &input.unwrap_or(output)[place.clone()];
                     fold_block(wire, op, (rank, own), size, |peer| &outbox(peer)[skip..], sum);
                     let result = &mut result[wire.encoded_bytes(block.start)..];
                     wire.encode(sum, result);

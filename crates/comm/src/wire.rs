@@ -20,6 +20,9 @@ pub enum WireFormat {
 }
 
 impl WireFormat {
+    /// All formats, each at the place that its number says.
+    pub const ALL: [WireFormat; 3] = [WireFormat::F32, WireFormat::Bf16, WireFormat::Q8];
+
     /// `"f32"`, `"bf16"` or `"q8"`.
     pub fn name(self) -> &'static str {
         match self {
@@ -181,7 +184,7 @@ impl FromStr for WireFormat {
     type Err = UnknownWireFormat;
 
     fn from_str(text: &str) -> Result<Self, Self::Err> {
-        [WireFormat::F32, WireFormat::Bf16, WireFormat::Q8]
+        WireFormat::ALL
             .into_iter()
             .find(|format| format.name() == text)
             .ok_or_else(|| UnknownWireFormat { found: text.into() })
@@ -268,8 +271,9 @@ mod tests {
 
     #[test]
     fn names_parse_and_others_are_refused() {
-        for wire in [WireFormat::F32, WireFormat::Bf16, WireFormat::Q8] {
+        for wire in WireFormat::ALL {
             assert_eq!(wire.name().parse(), Ok(wire));
+            assert_eq!(WireFormat::ALL[wire as usize], wire);
         }
         let error = "fp8".parse::<WireFormat>().unwrap_err();
         assert_eq!(error.to_string(), "wire format is 'fp8', expected f32, bf16 or q8");
