@@ -107,7 +107,7 @@ enum Command {
     ///
     /// Exit status: 3 something is missing and nothing was measured.
     Netbench(netbench::NetbenchArgs),
-    /// Check what the compiler does not: layers, unsafe, file heads and lengths, what the documents name
+    /// Check what the compiler does not: layers, file heads, lengths and names, ignored tests, what the documents name
     Tidy,
     /// Format, clippy, tidy and documentation checks, then all tests
     Ci {

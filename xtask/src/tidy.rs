@@ -5,7 +5,6 @@
 
 mod documents;
 mod layers;
-mod lexer;
 mod sources;
 
 use std::fmt;
@@ -54,7 +53,6 @@ fn check(root: &Path) -> Result<Vec<Finding>> {
     for file in files.iter().filter(|file| has_extension(file, "rs")) {
         findings.extend(sources::check(file, &read(root, file)?));
     }
-    findings.extend(sources::one_unsafe_file_in_tensor(root, &files)?);
     findings.extend(documents::check(root, &files, &packages)?);
     findings.sort();
     Ok(findings)
@@ -142,13 +140,13 @@ mod tests {
 
     #[test]
     fn build_outputs_are_not_looked_at() {
-        assert_eq!(trees::findings(&[("target/debug/build/x.rs", "fn main() { todo!() }")]), "");
+        assert_eq!(trees::findings(&[("target/debug/build/x.rs", "fn main() {}")]), "");
     }
 
     #[test]
     fn findings_are_sorted_and_name_their_line() {
         let text = trees::findings(&[
-            ("crates/ops/src/lib.rs", "//! Operations.\nfn f() {\n    todo!()\n}\n"),
+            ("crates/ops/src/lib.rs", "//! Operations.\n#[test]\n#[ignore]\nfn f() {}\n"),
             ("crates/comm/src/lib.rs", "fn f() {}\n"),
         ]);
         let lines: Vec<&str> = text.lines().collect();

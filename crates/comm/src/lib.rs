@@ -15,6 +15,7 @@ mod error;
 mod communicator;
 
 // Memory that several ranks see. Unsafe lives here, in the two protocols on top (exchange, mail), and in mpi_sys.
+#[allow(unsafe_code)]
 mod segment;
 
 // Who failed first, who has left.
@@ -24,8 +25,10 @@ mod alarm;
 mod call;
 
 // Meetings and messages in shared memory.
+#[allow(unsafe_code)]
 mod exchange;
 
+#[allow(unsafe_code)]
 mod mail;
 
 // What a way of carrying data offers, and the one over shared memory.
@@ -52,6 +55,7 @@ mod emulate;
 mod buffer;
 
 #[cfg(feature = "mpi")]
+#[allow(unsafe_code)]
 mod mpi_sys;
 
 #[cfg(feature = "mpi")]

@@ -1,5 +1,7 @@
 //! Transformer kernels over slices, each as a scalar reference and in AVX2, some also in AVX-512, chosen once at run time.
 #![doc = include_str!("../README.md")]
+// Loads, stores and calls that need an instruction set are in most files; each block says what it relies on.
+#![allow(unsafe_code)]
 
 // Modules in reading order, lowest first; a module uses only those above it.
 

@@ -1,7 +1,6 @@
 //! Activations, weight formats, packed weight matrices, balanced splits and a checkpoint reader that reads only what a rank owns.
 #![doc = ""]
 #![doc = include_str!("../README.md")]
-#![deny(unsafe_code)]
 
 #[cfg(target_endian = "big")]
 compile_error!("safetensors files and packed panels are little endian");
