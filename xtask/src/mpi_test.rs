@@ -12,7 +12,7 @@ use anyhow::{Context, Result, bail};
 use crate::mpi::{Bind, Mpi};
 use crate::process::{self, Finished, Output};
 use crate::setup;
-use crate::workspace::{self, Executable, Package};
+use crate::workspace::{self, Executable};
 
 /// The packages that have such tests, lowest first.
 const PACKAGES: [&str; 3] = ["comm", "ops", "qwen3-model"];
@@ -31,8 +31,6 @@ pub struct Tally {
     pub passed: usize,
     /// The others.
     pub failed: usize,
-    /// Packages without such a test.
-    pub skipped: usize,
 }
 
 impl Tally {
@@ -54,21 +52,16 @@ pub fn run(mpi: &Mpi, ranks: &[usize], package: Option<&str>, deadline: Duration
     if ranks.is_empty() || ranks.contains(&0) {
         bail!("-n {ranks:?}: rank counts start at 1");
     }
-    let packages = workspace::packages(&workspace::root())?;
-    let (with, without) = select(&packages, package)?;
-    for name in &without {
-        println!("mpi-test: SKIPPED {name}: the package has no test named mpi");
-    }
+    let launched = select(package)?;
     let mut rows = Vec::new();
-    let mut tally = Tally { skipped: without.len(), ..Tally::default() };
+    let mut tally = Tally::default();
     let mut judge_run = |name: &str, count: &str, finished: &Finished| {
         let outcome = judge(finished);
         println!("mpi-test: {name} on {count}: {} ({:.1} s)", text(&outcome), finished.elapsed.as_secs_f64());
         *if outcome.is_ok() { &mut tally.passed } else { &mut tally.failed } += 1;
         rows.push(format!("{name:<12} {count:>5} {:>8.1}  {}", finished.elapsed.as_secs_f64(), text(&outcome)));
     };
-    let with: Vec<(&str, &str)> = with.iter().map(|package| (package.name.as_str(), "mpi")).collect();
-    for (name, executable) in build(mpi, &with)? {
+    for (name, executable) in build(mpi, &launched)? {
         for &count in ranks {
             println!("\nmpi-test: {name} on {count} {}", if count == 1 { "rank" } else { "ranks" });
             let mut command = mpi.launcher(count, None, Bind::None, executable.path.as_os_str());
@@ -83,30 +76,17 @@ pub fn run(mpi: &Mpi, ranks: &[usize], package: Option<&str>, deadline: Duration
         judge_run(name, "alone", &run_in_package(&mut command, &executable, deadline)?);
     }
     println!("\n{:<12} {:>5} {:>8}  result ({})\n{}", "package", "ranks", "seconds", mpi.version, rows.join("\n"));
-    for name in &without {
-        println!("{name:<12} {:>5} {:>8}  SKIPPED: no such test", "-", "-");
-    }
-    if tally.passed + tally.failed == 0 {
-        println!("mpi-test: nothing was run");
-    }
     println!("mpi-test: {} passed, {} failed", tally.passed, tally.failed);
     Ok(tally)
 }
 
-/// The packages to test, with and without such a test.
-fn select<'a>(packages: &'a [Package], only: Option<&str>) -> Result<(Vec<&'a Package>, Vec<&'static str>)> {
+/// The tests to launch on ranks: all, or those of one package. A package whose tests all start alone has none.
+fn select(only: Option<&str>) -> Result<Vec<(&'static str, &'static str)>> {
     let all = || PACKAGES.into_iter().chain(["qwen3-cli"]);
     if let Some(name) = only.filter(|&name| all().all(|known| known != name)) {
         bail!("-p {name}: MPI tests belong to {}", all().collect::<Vec<_>>().join(", "));
     }
-    let (mut with, mut without) = (Vec::new(), Vec::new());
-    for name in PACKAGES.into_iter().filter(|&name| only.is_none_or(|only| only == name)) {
-        match packages.iter().find(|p| p.name == name && p.tests.iter().any(|test| test == "mpi")) {
-            Some(package) => with.push(package),
-            None => without.push(name),
-        }
-    }
-    Ok((with, without))
+    Ok(PACKAGES.into_iter().filter(|&name| only.is_none_or(|only| only == name)).map(|name| (name, "mpi")).collect())
 }
 
 /// The executables of some tests, in their order.
@@ -200,23 +180,12 @@ mod tests {
     #[test]
     fn nothing_run_is_not_a_pass() {
         assert!(!Tally::default().ok());
-        assert!(Tally { passed: 1, failed: 0, skipped: 2 }.ok());
-        assert!(!Tally { passed: 9, failed: 1, skipped: 0 }.ok());
+        assert!(Tally { passed: 1, failed: 0 }.ok());
+        assert!(!Tally { passed: 9, failed: 1 }.ok());
     }
 
     #[test]
-    fn packages_without_the_test_are_named() {
-        let package = |name: &str, tests: &[&str]| Package {
-            name: name.to_owned(),
-            folder: name.into(),
-            dependencies: vec![],
-            features: vec![],
-            tests: tests.iter().map(|&t| t.to_owned()).collect(),
-        };
-        let packages = [package("comm", &["mpi", "other"]), package("ops", &["other"]), package("tensor", &["mpi"])];
-        let (with, without) = select(&packages, None).unwrap();
-        assert_eq!(with.iter().map(|p| p.name.as_str()).collect::<Vec<_>>(), ["comm"]);
-        assert_eq!(without, ["ops", "qwen3-model"]);
-        assert!(select(&packages, Some("tensor")).unwrap_err().to_string().contains("tensor"));
+    fn a_package_without_such_tests_is_refused() {
+        assert!(select(Some("tensor")).unwrap_err().to_string().contains("tensor"));
     }
 }

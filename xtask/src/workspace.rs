@@ -31,8 +31,6 @@ pub struct Package {
     pub dependencies: Vec<Dependency>,
     /// Names of its features.
     pub features: Vec<String>,
-    /// Names of its integration tests.
-    pub tests: Vec<String>,
 }
 
 /// One line of a manifest's dependencies.
@@ -60,10 +58,6 @@ pub fn packages(root: &Path) -> Result<Vec<Package>> {
 
 fn package(value: &Value) -> Result<Package> {
     let manifest = PathBuf::from(text(&value["manifest_path"])?);
-    let tests = array(&value["targets"])
-        .filter(|target| array(&target["kind"]).any(|kind| kind == "test"))
-        .map(|target| Ok(text(&target["name"])?.to_owned()))
-        .collect::<Result<_>>()?;
     let dependencies = array(&value["dependencies"])
         .map(|d| Ok(Dependency { name: text(&d["name"])?.to_owned(), dev: d["kind"] == "dev" }))
         .collect::<Result<_>>()?;
@@ -72,7 +66,6 @@ fn package(value: &Value) -> Result<Package> {
         folder: manifest.parent().map(Path::to_path_buf).unwrap_or_default(),
         dependencies,
         features: value["features"].as_object().map(|f| f.keys().cloned().collect()).unwrap_or_default(),
-        tests,
     })
 }
 
