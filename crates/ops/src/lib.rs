@@ -5,29 +5,39 @@
 #![forbid(unsafe_code)]
 
 // Modules in reading order, lowest first; a module uses only those above it.
-mod attention;
-mod attention_headwise;
-mod attention_sequence;
+
+// What every operation is given: the ranks, the threads, and what notes their time.
 mod background;
+mod profile;
+mod team;
 mod context;
-mod embedding;
-mod kv_cache;
-mod kv_ring;
-mod kv_wire;
+
+// Tokens and products with weights.
 mod layout;
 mod linear;
-mod lm_head;
-mod memory;
-mod merged;
-mod mlp;
+mod embedding;
 mod norm;
-mod profile;
+
+// Attention and what it reads.
+mod attention;
+mod kv_cache;
+mod attention_headwise;
+mod kv_ring;
+mod kv_wire;
+mod merged;
+mod attention_sequence;
+
+// The feed-forward block.
 mod residual;
 mod routing;
 mod schedule;
-mod team;
+mod mlp;
 
-// What the machine allows.
+// The head.
+mod lm_head;
+
+// What operations keep in memory, and what the machine allows.
+mod memory;
 mod limits;
 
 pub use attention::{AttentionAlgorithm, AttentionScratch, AttentionShape, AttentionSpec, QkNorm, Rotary};

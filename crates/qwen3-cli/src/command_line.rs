@@ -13,7 +13,7 @@ use crate::chat::ChatArgs;
 use crate::demo::DemoArgs;
 use crate::failure::{CliError, one_line};
 use crate::generate::GenerateArgs;
-use crate::launch::{launch, refuse};
+use crate::launch::{VERSION, launch, refuse};
 use crate::logits::LogitsArgs;
 use crate::options::LaunchOptions;
 use crate::perplexity::PerplexityArgs;
@@ -23,9 +23,6 @@ use crate::rank::Rank;
 use crate::synth::SynthArgs;
 use crate::tokenize::TokenizeArgs;
 use crate::world::World;
-
-/// What `--version` says, and each rank of itself: the version, and the digest of the sources (`build.rs`).
-pub const VERSION: &str = concat!(env!("CARGO_PKG_VERSION"), " (sources ", env!("QWEN3_SOURCES"), ")");
 
 /// Qwen3 models on the cores of ordinary machines: alone, on several ranks of one process, or on MPI ranks.
 ///

@@ -21,6 +21,9 @@ use crate::options::{LaunchOptions, misfit};
 use crate::rank::Rank;
 use crate::world::World;
 
+/// What `--version` says, and each rank of itself: the version, and the digest of the sources (`build.rs`).
+pub const VERSION: &str = concat!(env!("CARGO_PKG_VERSION"), " (sources ", env!("QWEN3_SOURCES"), ")");
+
 /// A command as every rank runs it.
 pub trait Command: Fn(&Rank) -> Result<(), Failure> + Send + Sync {}
 
@@ -138,7 +141,7 @@ fn run_processes(world: &World, options: &LaunchOptions, command: impl Command) 
     use qwen3_model::comm::{MpiComm, MpiOptions};
 
     let started = MpiOptions::from_env().and_then(|mut options| {
-        options.program = format!("qwen3 {}", crate::command_line::VERSION);
+        options.program = format!("qwen3 {VERSION}");
         Ok((MpiComm::init_with(&options)?, options.shared_memory))
     });
     let (comm, shared_memory) = match started {

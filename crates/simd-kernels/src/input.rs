@@ -4,12 +4,7 @@ use std::ops::Range;
 
 use crate::isa::Isa;
 use crate::pack::{pack_float, pack_int8, pack_int16};
-
 use crate::panels::{GROUP, PanelData};
-
-/// How much codes without a sign, which meet int8, are above weights: sums of products start as many times the total of the int8
-/// below zero.
-pub(crate) const EXCESS: f32 = 128.0;
 
 /// How activations are prepared; the weight format decides, and for Q8 what is fastest.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -90,7 +85,7 @@ pub(crate) struct IntTile<'a> {
     pub words: &'a [i32],
     /// `[groups, m]`
     pub scales: &'a [f32],
-    /// `[groups, m]`, for int8 only: minus [`EXCESS`] times the sum of the group's integers.
+    /// `[groups, m]`, for int8 only: minus [`EXCESS`](crate::pack::EXCESS) times the sum of the group's integers.
     pub starts: &'a [f32],
     /// Tokens, 1..=6.
     pub m: usize,

@@ -1,8 +1,11 @@
 //! Packing one tile of activations, with quantization to int16 or int8 per group of 32.
 
-use crate::input::EXCESS;
 use crate::isa::{Isa, dispatch};
 use crate::panels::GROUP;
+
+/// How much codes without a sign, which meet int8, are above weights: sums of products start as many times the total of the int8
+/// below zero.
+pub(crate) const EXCESS: f32 = 128.0;
 
 /// Interleaves `m` rows: `out[m k + i] = rows[i cols + k]`, where `rows` is `[m, cols]`.
 pub(crate) fn pack_float(isa: Isa, rows: &[f32], cols: usize, out: &mut [f32]) {

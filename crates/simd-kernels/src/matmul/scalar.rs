@@ -3,9 +3,9 @@
 use std::ops::Range;
 
 use super::Store;
-use crate::input::{EXCESS, FloatTile, Input, InputKind, IntTile};
+use crate::input::{FloatTile, Input, InputKind, IntTile};
 use crate::matrix::MatMut;
-use crate::pack::split_pair;
+use crate::pack::{EXCESS, split_pair};
 use crate::panels::{
     GROUP, PANEL, PanelData, Panels, Q4_BLOCK, Q8_BLOCK, q4_at, q4_scale, q8_at, q8_scale, widen_panel,
 };

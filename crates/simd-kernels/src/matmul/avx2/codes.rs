@@ -20,8 +20,8 @@ use std::arch::x86_64::*;
 use super::int::{block_bytes, load_bytes, words_in_group};
 use super::wide::WideGroup;
 use super::{Ahead, Columns, Tile};
-use crate::input::EXCESS;
 use crate::lanes::{LINE, load16, prefetch, store16};
+use crate::pack::EXCESS;
 use crate::panels::{PANEL, Q4_SCALE};
 
 /// Panels that meet a tile together.

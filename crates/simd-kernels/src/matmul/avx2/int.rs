@@ -23,9 +23,10 @@ use std::arch::x86_64::*;
 
 use super::prefetch_weights;
 use super::wide::WideGroup;
-use crate::input::{EXCESS, IntTile};
+use crate::input::IntTile;
 use crate::isa::Isa;
 use crate::lanes::{LINE, add_pairs, hold, load, prefetch, settle, store, vnni};
+use crate::pack::EXCESS;
 use crate::panels::{PANEL, Q4_BLOCK, Q4_SCALE, Q8_BLOCK};
 
 /// Words in a group: 8 quads or 16 pairs.
