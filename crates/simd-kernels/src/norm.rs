@@ -12,15 +12,6 @@ pub fn rms_norm(isa: Isa, x: &[f32], weight: &[f32], eps: f32, out: &mut [f32]) 
     dispatch!(isa, avx2::rms_norm, scalar::rms_norm, (x, weight, eps, out))
 }
 
-/// As [`rms_norm`], over its own input.
-///
-/// # Panics
-/// When the lengths differ.
-pub fn rms_norm_in_place(isa: Isa, x: &mut [f32], weight: &[f32], eps: f32) {
-    assert_eq!(x.len(), weight.len(), "rms_norm_in_place: x has {} elements, weight {}", x.len(), weight.len());
-    dispatch!(isa, avx2::rms_norm_in_place, scalar::rms_norm_in_place, (x, weight, eps))
-}
-
 /// 1 / sqrt(sum/n + eps).
 #[inline]
 pub(crate) fn inverse_rms(sum_of_squares: f32, n: usize, eps: f32) -> f32 {
@@ -38,13 +29,6 @@ pub(crate) mod scalar {
         let factor = inverse_rms(sum_of_squares(x), x.len(), eps);
         for ((out, x), weight) in out.iter_mut().zip(x).zip(weight) {
             *out = x * factor * weight;
-        }
-    }
-
-    pub(super) fn rms_norm_in_place(x: &mut [f32], weight: &[f32], eps: f32) {
-        let factor = inverse_rms(sum_of_squares(x), x.len(), eps);
-        for (x, weight) in x.iter_mut().zip(weight) {
-            *x *= factor * weight;
         }
     }
 }
@@ -87,18 +71,6 @@ pub(crate) mod avx2 {
         let scaled = _mm256_mul_ps(load_tail(x_tail), factor);
         store_tail(out_tail, _mm256_mul_ps(scaled, load_tail(weight_tail)));
     }
-
-    #[target_feature(enable = "avx2,fma,f16c")]
-    pub(super) fn rms_norm_in_place(x: &mut [f32], weight: &[f32], eps: f32) {
-        let factor = _mm256_set1_ps(inverse_rms(sum_of_squares(x), x.len(), eps));
-        let (x, x_tail) = x.as_chunks_mut();
-        let (weight, weight_tail) = weight.as_chunks();
-        for (x, weight) in x.iter_mut().zip(weight) {
-            store(x, _mm256_mul_ps(_mm256_mul_ps(load(x), factor), load(weight)));
-        }
-        let scaled = _mm256_mul_ps(load_tail(x_tail), factor);
-        store_tail(x_tail, _mm256_mul_ps(scaled, load_tail(weight_tail)));
-    }
 }
 
 #[cfg(test)]
@@ -131,15 +103,9 @@ mod tests {
                 let mut out = Guarded::output(len, offset ^ 1);
                 rms_norm(isa, &x, &weight, EPS, &mut out);
                 out.assert_close(&exact(&input, &weight), tolerance(len));
-
-                let mut x = x;
-                rms_norm_in_place(isa, &mut x, &weight, EPS);
-                x.assert_close(&exact(&input, &weight), tolerance(len));
             }
         }
-        for name in ["avx2::rms_norm", "avx2::rms_norm_in_place"] {
-            assert_entered(name);
-        }
+        assert_entered("avx2::rms_norm");
     }
 
     #[test]

@@ -1,17 +1,11 @@
-//! Softmax of one row, and the pair (max, sum) it is made of.
+//! Softmax of one row.
 
 use crate::exp;
 use crate::isa::{Isa, dispatch};
 
-/// `x[i] = e^(x[i] − max) / Σ e^(x[j] − max)`. An empty row stays empty; a row of nothing but −∞ becomes NaN.
+/// `x[i] = e^(x[i] − max) / Σ e^(x[j] − max)`. An empty row stays empty; a row with a NaN, or of nothing but −∞, becomes NaN.
 pub fn softmax(isa: Isa, x: &mut [f32]) {
     dispatch!(isa, avx2::softmax, scalar::softmax, (x))
-}
-
-/// (max, sum) with `max = max x[i]` and `sum = Σ e^(x[i] − max)`, so that `log Σ e^x[i] = max + ln(sum)`.
-/// An empty row, and one of nothing but −∞, gives (−∞, 0).
-pub fn log_sum_exp(isa: Isa, x: &[f32]) -> (f32, f32) {
-    dispatch!(isa, avx2::log_sum_exp, scalar::log_sum_exp, (x))
 }
 
 mod scalar {
@@ -29,14 +23,6 @@ mod scalar {
             sum += *x;
         }
         x.iter_mut().for_each(|x| *x /= sum);
-    }
-
-    pub(super) fn log_sum_exp(x: &[f32]) -> (f32, f32) {
-        let max = max(x);
-        if max == f32::NEG_INFINITY {
-            return (max, if x.iter().any(|x| x.is_nan()) { f32::NAN } else { 0.0 });
-        }
-        (max, x.iter().map(|x| exp1(x - max)).sum())
     }
 }
 
@@ -82,28 +68,6 @@ mod avx2 {
         }
         store_tail(tail, _mm256_mul_ps(e, factor));
     }
-
-    #[target_feature(enable = "avx2,fma,f16c")]
-    pub(super) fn log_sum_exp(x: &[f32]) -> (f32, f32) {
-        let most = max(x);
-        if most == f32::NEG_INFINITY {
-            return (most, if x.iter().any(|x| x.is_nan()) { f32::NAN } else { 0.0 });
-        }
-        let m = _mm256_set1_ps(most);
-        let (chunks, tail) = x.as_chunks::<LANES>();
-        let (twos, one) = chunks.as_chunks::<2>();
-        let mut sums = [_mm256_setzero_ps(); 2];
-        for two in twos {
-            sums[0] = _mm256_add_ps(sums[0], exp256(_mm256_sub_ps(load(&two[0]), m)));
-            sums[1] = _mm256_add_ps(sums[1], exp256(_mm256_sub_ps(load(&two[1]), m)));
-        }
-        for x in one {
-            sums[0] = _mm256_add_ps(sums[0], exp256(_mm256_sub_ps(load(x), m)));
-        }
-        let e = exp256(_mm256_sub_ps(load_tail(tail), m));
-        let e = _mm256_and_ps(e, _mm256_castsi256_ps(first(tail.len())));
-        (most, lanes::sum(_mm256_add_ps(_mm256_add_ps(sums[0], sums[1]), e)))
-    }
 }
 
 #[cfg(test)]
@@ -132,28 +96,18 @@ mod tests {
             for (len, offset) in lengths_and_offsets() {
                 let input: Vec<f32> = noise(len, 3).iter().map(|x| x * 20.0).collect();
                 let mut x = Guarded::of(input.iter().copied(), offset);
-                let (max, sum) = log_sum_exp(isa, &x);
                 softmax(isa, &mut x);
                 x.assert_close(&exact(&input), tolerance(len, 40.0));
-                let log: f64 = input.iter().map(|&x| f64::from(x).exp()).sum::<f64>().ln();
-                if len == 0 {
-                    assert_eq!((max, sum), (f32::NEG_INFINITY, 0.0));
-                } else {
-                    let found = f64::from(max) + f64::from(sum).ln();
-                    assert!((found - log).abs() <= f64::from(tolerance(len, 40.0)(1.0)), "{found}, expected {log}");
-                }
             }
         }
         assert_entered("avx2::softmax");
-        assert_entered("avx2::log_sum_exp");
     }
 
     #[test]
-    fn rows_without_a_finite_number() {
+    fn rows_of_infinities_and_nan() {
         for isa in Isa::all() {
             for len in [1, 7, 8, 9, 33] {
                 let mut x = vec![f32::NEG_INFINITY; len];
-                assert_eq!(log_sum_exp(isa, &x), (f32::NEG_INFINITY, 0.0));
                 softmax(isa, &mut x);
                 assert!(x.iter().all(|x| x.is_nan()));
                 let mut x = vec![f32::NEG_INFINITY; len];
@@ -163,8 +117,8 @@ mod tests {
                     assert_eq!(x, if i == len / 2 { 1.0 } else { 0.0 });
                 }
                 x[len - 1] = f32::NAN;
-                assert!(log_sum_exp(isa, &x).1.is_nan());
-                assert!(log_sum_exp(isa, &vec![f32::NAN; len]).1.is_nan());
+                softmax(isa, &mut x);
+                assert!(x.iter().all(|x| x.is_nan()));
             }
         }
     }
