@@ -44,11 +44,6 @@ impl HeadPlan {
         let groups = groups.collect();
         Self { query_heads, kv_heads, groups }
     }
-
-    /// The KV head, counted from the first one here, that a query head looks at, also counted from the first one here.
-    pub fn kv_of(&self, query_head: usize) -> Option<usize> {
-        self.groups.iter().position(|group| group.contains(&query_head))
-    }
 }
 
 /// The shape of a layer's feed-forward block.
@@ -102,61 +97,6 @@ impl BlockShare {
             MlpSchedule::Fused | MlpSchedule::Naive => (own.clone(), (hidden, own)),
         };
         Self { experts: 0..shape.experts.unwrap_or(1), inner, down }
-    }
-}
-
-/// All that one rank owns when weights are split.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct RankPlan {
-    /// Attention heads.
-    pub heads: HeadPlan,
-    /// Columns of a dense feed-forward block.
-    pub columns: Range<usize>,
-    /// Experts of which it owns columns; empty in a dense model.
-    pub experts: Range<usize>,
-    /// Columns of each of these; empty in a dense model.
-    pub expert_columns: Range<usize>,
-    /// Rows of the head and of the embedding.
-    pub vocabulary: Range<usize>,
-}
-
-impl RankPlan {
-    /// What `rank` of `ranks` owns under the schedule `Fused`. Feed-forward columns are cut at multiples of `granularity`: 1, or the
-    /// group of a quantized format.
-    ///
-    /// # Panics
-    ///
-    /// If `rank >= ranks` or `granularity` is 0.
-    pub fn new(config: &Config, ranks: usize, rank: usize, granularity: usize, split: ExpertSplit) -> Self {
-        let moe = config.moe.as_ref();
-        let expert_columns = moe.map_or(0, |moe| moe.moe_intermediate_size);
-        let share = |experts, columns| {
-            let shape = BlockShape { experts, columns, hidden: config.hidden_size, granularity };
-            BlockShare::new(shape, MlpSchedule::Fused, split, ranks, rank)
-        };
-        let sparse = share(Some(moe.map_or(0, |moe| moe.num_experts)), expert_columns);
-        Self {
-            heads: HeadPlan::new(config, ranks, rank),
-            columns: share(None, config.intermediate_size).inner,
-            experts: sparse.experts,
-            expert_columns: sparse.inner,
-            vocabulary: split_range(config.vocab_size, ranks, rank),
-        }
-    }
-
-    /// Elements of the layers' matrices on this rank, replicated KV heads and the replicated router included.
-    pub fn layer_elements(&self, config: &Config) -> u64 {
-        let hidden = config.hidden_size as u64;
-        let heads = 2 * (self.heads.query_heads.len() + self.heads.kv_heads.len()) * config.head_dim;
-        (0..config.num_hidden_layers)
-            .map(|layer| {
-                let columns = match config.moe_of(layer) {
-                    Some(moe) => moe.num_experts + self.experts.len() * 3 * self.expert_columns.len(),
-                    None => 3 * self.columns.len(),
-                };
-                hidden * (heads + columns) as u64
-            })
-            .sum()
     }
 }
 
@@ -228,6 +168,45 @@ impl Imbalance {
             kv_heads: Share::of(config.num_key_value_heads, heads(|plan| plan.kv_heads.len())),
             columns: Share::of(shape.experts.unwrap_or(1) * shape.columns, columns),
             vocabulary: Share::of(config.vocab_size, vocabulary),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Where each rank goes through the whole block it is on all of them. No group is cut.
+    #[test]
+    fn every_weight_of_a_block_is_on_one_rank() {
+        use MlpSchedule::{Fused, Gathered, Local, Naive};
+        let hidden = 10;
+        let inside = [Fused, Naive, Gathered, Local].map(|schedule| (schedule, ExpertSplit::Inside));
+        let ways: Vec<_> = inside.into_iter().chain([(Fused, ExpertSplit::Ranks)]).collect();
+        for (experts, columns, granularity) in [(None, 200, 32), (None, 11, 1), (Some(5), 40, 32)] {
+            let shape = BlockShape { experts, columns, hidden, granularity };
+            for (schedule, split) in &ways {
+                for ranks in [1, 2, 3, 7, 16] {
+                    // On how many ranks each row of gate and up lies, and each element of down.
+                    let mut inner = vec![0; experts.unwrap_or(1) * columns];
+                    let mut down = vec![0; inner.len() * hidden];
+                    for rank in 0..ranks {
+                        let share = BlockShare::new(shape, *schedule, *split, ranks, rank);
+                        let end = share.inner.end;
+                        assert!(end.is_multiple_of(granularity) || end == columns, "{share:?}");
+                        for expert in share.experts {
+                            share.inner.clone().for_each(|column| inner[expert * columns + column] += 1);
+                            for row in share.down.0.clone() {
+                                let start = (expert * hidden + row) * columns;
+                                share.down.1.clone().for_each(|column| down[start + column] += 1);
+                            }
+                        }
+                    }
+                    let times = if *schedule == Local { ranks } else { 1 };
+                    let once = inner.iter().chain(&down).all(|count| *count == times);
+                    assert!(once, "{shape:?}, {schedule} {split} on {ranks} ranks");
+                }
+            }
         }
     }
 }

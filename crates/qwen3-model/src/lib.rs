@@ -46,7 +46,7 @@ pub use error::ModelError;
 pub use fields::ConfigError;
 pub use generation::{GenerateError, GenerateParams, Generated, Progress, StopReason, Timing, generate};
 pub use generation_config::{GenerationConfig, eos_token_ids};
-pub use heads::{HeadPlan, Imbalance, RankPlan, Share};
+pub use heads::{HeadPlan, Imbalance, Share};
 pub use load::LoadProgress;
 pub use model::{Logits, Model};
 pub use names::{

@@ -7,8 +7,8 @@ use std::sync::Arc;
 use qwen3_model::comm::{Communicator as _, ThreadComm, WireFormat};
 use qwen3_model::{
     Checkpoint, Config, Division, ExpertSplit, HiddenSums, Isa, KvFormat, LinkFigures, LogitRows, Machine, MlpSchedule,
-    Model, ModelOptions, ParallelStrategy, Plan, PlanInput, Preset, Rate, SynthOptions, TrafficModel, WeightFormat,
-    WeightFormats, plan, synthesize,
+    Model, ModelOptions, ParallelStrategy, Plan, PlanInput, Preset, Rate, SynthOptions, TensorRole, TensorSpec,
+    TrafficModel, WeightFormat, WeightFormats, plan, synthesize, tensor_specs,
 };
 
 #[test]
@@ -74,6 +74,26 @@ fn run(config: &Config, weights: &WeightFormats, machine: &Machine, change: impl
     };
     change(&mut input);
     plan(&input)
+}
+
+#[test]
+fn two_ranks_have_the_matrices_once_and_the_routers_twice() {
+    for (_dir, config, weights) in [shape(), mixture()] {
+        let layers = |role: TensorRole| {
+            let specs = tensor_specs(&config).filter(|spec| spec.name.starts_with("model.layers."));
+            specs.filter(move |spec| spec.role == role)
+        };
+        // Every share of a matrix is whole panels here, in bf16.
+        let matrices: usize = layers(TensorRole::Matrix).map(|spec| 2 * spec.elements()).sum();
+        let head = 2 * config.head_parameters() as usize;
+        let packed = |spec: TensorSpec| WeightFormat::Bf16.packed_bytes(spec.shape[0], spec.shape[1]);
+        let routers: usize = layers(TensorRole::Router).map(packed).sum();
+        for (ranks, experts) in [(1, ExpertSplit::Inside), (2, ExpertSplit::Inside), (2, ExpertSplit::Ranks)] {
+            let division = Division { strategy: ParallelStrategy::Heads, schedule: MlpSchedule::Fused, experts };
+            let held: usize = (0..ranks).map(|rank| weights.bytes(&config, division, ranks, rank)).sum();
+            assert_eq!(held, matrices + head + ranks * routers, "{ranks} ranks, experts {experts}");
+        }
+    }
 }
 
 #[test]

@@ -5,14 +5,14 @@ use std::sync::Arc;
 
 use comm::{Communicator, CommunicatorExt, EmulatedComm, Link, SoloComm, ThreadComm};
 use qwen3_model::{
-    AttentionAlgorithm, Checkpoint, Config, ExpertSplit, Imbalance, Isa, LogitRows, MlpSchedule, Model, ModelOptions,
-    ParallelStrategy, RankPlan, Sampler, SamplingParams, TensorRole, WeightFormat, WeightFormats, quantize,
+    AttentionAlgorithm, Checkpoint, Config, ExpertSplit, HeadPlan, Imbalance, Isa, LogitRows, MlpSchedule, Model,
+    ModelOptions, ParallelStrategy, Sampler, SamplingParams, TensorRole, WeightFormat, WeightFormats, quantize,
     tensor_specs,
 };
 use rand::rngs::StdRng;
 use rand::{RngExt, SeedableRng};
 use serde_json::{Value, json};
-use tensor::{CheckpointWriter, TensorSpec};
+use tensor::{CheckpointWriter, TensorSpec, split_range};
 
 /// The numeric contract, relative to the largest logit.
 const TOLERANCE: f32 = 2e-4;
@@ -49,8 +49,6 @@ struct Case {
     dir: PathBuf,
     config: Config,
     weights: Option<WeightFormat>,
-    /// Whether its matrices are stored in several formats.
-    mixed: bool,
     prompt: Vec<u32>,
     /// [PROMPT + DECODED, vocabulary], the last rows for the tokens in `greedy`.
     logits: Vec<f32>,
@@ -86,7 +84,6 @@ impl Case {
             dir,
             config,
             weights,
-            mixed: false,
             prompt,
             logits: Vec::new(),
             greedy: Vec::new(),
@@ -163,7 +160,7 @@ impl Case {
         }
     }
 
-    /// Weights, heads and vocabulary are those of the plans.
+    /// Weights, heads and vocabulary are those planned.
     fn check_shares(&self, model: &Model, label: &str) {
         let (comm, options, config) = (model.comm(), model.options(), &self.config);
         let (rank, ranks) = (comm.rank(), comm.size());
@@ -172,50 +169,19 @@ impl Case {
         assert_eq!(model.weight_bytes(), planned, "{label}: bytes of weights");
 
         let (tp, _) = options.strategy.grid(ranks);
-        let granularity = formats.granularity();
-        let own = RankPlan::new(config, tp, rank % tp, granularity, options.experts);
+        let heads = HeadPlan::new(config, tp, rank % tp);
         let mut cache = model.new_cache(1);
         let logits = model.forward(&mut cache, &[1], LogitRows::Last).unwrap();
-        assert_eq!(
-            logits.vocab,
-            RankPlan::new(config, ranks, rank, granularity, options.experts).vocabulary,
-            "{label}: vocabulary"
-        );
-        // Where no ranks split heads, those that split positions divide the feed-forward blocks.
-        if options.schedule() == MlpSchedule::Fused && tp > 1 && !self.mixed {
-            let format = model.weight_format();
-            assert_eq!(
-                model.weight_bytes(),
-                planned_bytes(config, format, &own, logits.vocab.len()),
-                "{label}: RankPlan"
-            );
-        }
+        assert_eq!(logits.vocab, split_range(config.vocab_size, ranks, rank), "{label}: vocabulary");
 
         // Position 0 is kept by the first row of the grid; its KV heads are those that `plan` states for all.
         let kept = cache.bytes() / self.head_bytes;
-        assert_eq!(kept, if rank < tp { own.heads.kv_heads.len() } else { 0 }, "{label}: KV heads");
+        assert_eq!(kept, if rank < tp { heads.kv_heads.len() } else { 0 }, "{label}: KV heads");
         let all = comm.all_gather_one(kept).unwrap();
-        let stated = Imbalance::new(config, options.division(), ranks, granularity).kv_heads;
+        let stated = Imbalance::new(config, options.division(), ranks, formats.granularity()).kv_heads;
         let found = (all[..tp].iter().max(), all[..tp].iter().min(), all.iter().sum());
         assert_eq!(found, (Some(&stated.most), Some(&stated.least), stated.sum), "{label}: KV heads of all ranks");
     }
-}
-
-/// Bytes of the weights that a plan gives a rank, with the given rows of the head.
-fn planned_bytes(config: &Config, format: WeightFormat, plan: &RankPlan, vocabulary: usize) -> usize {
-    let (hidden, queries) = (config.hidden_size, plan.heads.query_heads.len() * config.head_dim);
-    let qkv = queries + 2 * plan.heads.kv_heads.len() * config.head_dim;
-    let attention = format.packed_bytes(qkv, hidden) + format.packed_bytes(hidden, queries);
-    let block = |columns| 2 * format.packed_bytes(columns, hidden) + format.packed_bytes(hidden, columns);
-    let layer = |layer| match &config.moe {
-        Some(moe) if config.is_sparse(layer) => {
-            let router = WeightFormat::F32.packed_bytes(moe.num_experts, hidden);
-            router + plan.experts.len() * block(plan.expert_columns.len())
-        }
-        _ => block(plan.columns.len()),
-    };
-    let layers = (0..config.num_hidden_layers).map(|index| attention + layer(index)).sum::<usize>();
-    layers + format.packed_bytes(vocabulary, hidden)
 }
 
 /// The logits of the prompt, run in pieces of the given sizes, and of the greedy tokens after it; and these.
@@ -314,7 +280,7 @@ fn mixed_formats() {
             let folder = tempfile::tempdir().unwrap();
             write_checkpoint(folder.path(), &value, formats);
             let dir = folder.path().to_owned();
-            let mut case = Case { mixed: true, ..Case::of(folder, dir, None) };
+            let mut case = Case::of(folder, dir, None);
             case.check();
             let stored = std::mem::take(&mut case.logits);
             let whole = case.load(Some(F32));
