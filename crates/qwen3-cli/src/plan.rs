@@ -101,20 +101,13 @@ impl PlanArgs {
         }
         let (machine, figures) = self.machine(ranks, nodes)?;
         let plan = plan(&PlanInput {
-            config: &config,
-            weights: &weights,
             kv: self.kv,
             wire: self.wire.on(nodes),
-            machine: &machine,
-            ranks,
-            nodes,
             prompt: self.prompt,
             generate: self.generate,
-            chunk: 512,
             schedule: self.mlp,
-            experts: None,
-            memory: None,
             all_schedules: self.all,
+            ..PlanInput::new(&config, &weights, &machine)
         });
         rank.say(&if self.json {
             self.object(&plan, &machine, &figures)
@@ -293,20 +286,15 @@ pub fn choose(rank: &Rank, wanted: &Wanted<'_>) -> Result<(ParallelStrategy, Exp
         let generate = wanted.work.generate.min(config.context_length() - prompt);
         let memory = available(Path::new("/")).map(|bytes| bytes / here);
         let plan = plan(&PlanInput {
-            config: &config,
-            weights: &weights,
             kv: wanted.kv,
             wire: comm.wire(),
-            machine: &machine,
-            ranks,
-            nodes,
             prompt,
             generate,
             chunk: wanted.chunk,
             schedule: wanted.mlp,
             experts: wanted.experts,
             memory,
-            all_schedules: false,
+            ..PlanInput::new(&config, &weights, &machine)
         });
         let best = &plan.ways[plan.best];
         let others = plan.ways.iter().filter(|way| way.division() != best.division());
@@ -332,23 +320,9 @@ mod tests {
     fn a_way_without_the_memory_says_so_however_fast_it_is() {
         let model = Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/../../models/austen"));
         let (config, weights) = headers(model, None).unwrap();
-        let ways = plan(&PlanInput {
-            config: &config,
-            weights: &weights,
-            kv: KvFormat::F16,
-            wire: WireFormat::F32,
-            machine: &Machine::typical(2, 1, 1),
-            ranks: 2,
-            nodes: 1,
-            prompt: 16,
-            generate: 4,
-            chunk: 512,
-            schedule: None,
-            experts: None,
-            memory: None,
-            all_schedules: false,
-        })
-        .ways;
+        let machine = Machine::typical(2, 1, 1);
+        let base = PlanInput::new(&config, &weights, &machine);
+        let ways = plan(&PlanInput { prompt: 16, generate: 4, ..base }).ways;
         let [heads, sequence] = &ways[..] else { panic!("two ways: {ways:?}") };
         let told = |memory| beside(sequence, heads, 4, memory);
         let lacks = " times as long in more memory than there is";

@@ -5,6 +5,7 @@ use ops::{ExpertSplit, MlpSchedule};
 use crate::heads::Imbalance;
 use crate::options::{Division, ParallelStrategy};
 use crate::plan_input::PlanInput;
+use crate::plan_machine::Machine;
 use crate::plan_memory::activation_bytes;
 use crate::plan_pass::{PassCost, Way};
 
@@ -69,7 +70,7 @@ pub struct Plan {
 /// # Panics
 /// If there are no ranks or nodes, more nodes than ranks, or the chunk is 0; if whole experts are given and no way can have them.
 pub fn plan(input: &PlanInput<'_>) -> Plan {
-    let PlanInput { ranks, nodes, chunk, .. } = *input;
+    let PlanInput { machine: &Machine { ranks, nodes, .. }, chunk, .. } = *input;
     assert!((1..=ranks).contains(&nodes) && chunk > 0, "{ranks} ranks on {nodes} nodes, chunks of {chunk} tokens");
     let inner = (2..ranks).filter(|tp| ranks.is_multiple_of(*tp));
     let grids = inner.map(|tp| ParallelStrategy::Grid { tp, sp: ranks / tp });
@@ -100,7 +101,7 @@ pub fn plan(input: &PlanInput<'_>) -> Plan {
 }
 
 fn predict(input: &PlanInput<'_>, division: Division) -> Prediction {
-    let PlanInput { config, weights, ranks, prompt, generate, .. } = *input;
+    let PlanInput { config, weights, machine: &Machine { ranks, .. }, prompt, generate, .. } = *input;
     let Division { strategy, schedule, experts } = division;
     let way = Way::new(input, division);
     Prediction {

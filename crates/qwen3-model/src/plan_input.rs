@@ -18,12 +18,8 @@ pub struct PlanInput<'a> {
     pub kv: KvFormat,
     /// How sums travel.
     pub wire: WireFormat,
-    /// What ranks and links can do.
+    /// The ranks that share the model, on their machines in contiguous blocks, and what they and their links can do.
     pub machine: &'a Machine,
-    /// Ranks that share the model.
-    pub ranks: usize,
-    /// Machines on which they lie, in contiguous blocks.
-    pub nodes: usize,
     /// Tokens of the prompt.
     pub prompt: usize,
     /// Tokens to generate.
@@ -38,4 +34,25 @@ pub struct PlanInput<'a> {
     pub memory: Option<usize>,
     /// Whether schedules that exchange more than they have to are listed too.
     pub all_schedules: bool,
+}
+
+impl<'a> PlanInput<'a> {
+    /// A prompt of 512 tokens in one pass and an answer of 256, a cache in f16 and sums in f32. Neither a schedule nor a place of experts is
+    /// given, nor is the memory known.
+    pub fn new(config: &'a Config, weights: &'a WeightFormats, machine: &'a Machine) -> Self {
+        Self {
+            config,
+            weights,
+            kv: KvFormat::F16,
+            wire: WireFormat::F32,
+            machine,
+            prompt: 512,
+            generate: 256,
+            chunk: 512,
+            schedule: None,
+            experts: None,
+            memory: None,
+            all_schedules: false,
+        }
+    }
 }

@@ -7,6 +7,7 @@ use crate::heads::{BlockShape, BlockShare, HeadPlan};
 use crate::options::{Division, OVERLAP_TOKENS, pass_tokens};
 use crate::overlap::Overlap;
 use crate::plan_input::PlanInput;
+use crate::plan_machine::Machine;
 use crate::traffic::column_machines;
 
 /// Bytes of an f32.
@@ -16,7 +17,8 @@ const KERNELS: usize = 324 << 10;
 
 /// Bytes that `rank` allocates for the prompt's longest pass, beside weights and cache, without what MPI keeps of messages.
 pub(crate) fn activation_bytes(input: &PlanInput<'_>, division: Division, rank: usize) -> usize {
-    let PlanInput { config, weights, machine, ranks, nodes, prompt, chunk, kv, .. } = *input;
+    let PlanInput { config, weights, machine, prompt, chunk, kv, .. } = *input;
+    let Machine { ranks, nodes, threads, .. } = *machine;
     let (tp, sp) = division.strategy.grid(ranks);
     let tokens = pass_tokens(chunk, sp).min(prompt);
     let layout = TokenLayout::balanced(tokens, sp);
@@ -30,7 +32,7 @@ pub(crate) fn activation_bytes(input: &PlanInput<'_>, division: Division, rank: 
     let attention = AttentionMemory {
         shape: &shape,
         kv,
-        threads: machine.threads,
+        threads,
         layout: &layout,
         rank: rank / tp,
         machines: column_machines(tp, sp, rank, nodes),
@@ -54,7 +56,7 @@ pub(crate) fn activation_bytes(input: &PlanInput<'_>, division: Division, rank: 
     let logits = split_range(config.vocab_size, ranks, rank).len();
     let parts: Vec<Bytes> = parts.iter().map(|range| part(range.len())).collect();
     let passing = parts.iter().map(|part| part.passing).max().unwrap_or(0).max(F32 * (joined + logits));
-    machine.threads * KERNELS + parts.iter().map(|part| part.kept).sum::<usize>() + passing
+    threads * KERNELS + parts.iter().map(|part| part.kept).sum::<usize>() + passing
 }
 
 fn mlp(
@@ -65,7 +67,7 @@ fn mlp(
     own: usize,
     layout: &TokenLayout,
 ) -> Bytes {
-    let PlanInput { config, weights, ranks, .. } = *input;
+    let PlanInput { config, weights, machine: &Machine { ranks, .. }, .. } = *input;
     let (tp, _) = division.strategy.grid(ranks);
     let formats = &weights.layers()[layer];
     let shape = BlockShape::new(config, layer, formats.granule);

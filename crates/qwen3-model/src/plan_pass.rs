@@ -1,7 +1,7 @@
 //! What a pass over tokens costs: the work of the slowest rank and what the ranks exchange.
 //!
 //! Collectives are those of [`TrafficModel`], by the α–β model of [`comm::Link`]. Work is that of the layers' products, of attention and of
-//! the head, at the rates of [`Machine`](crate::Machine), after a constant for each layer and KV head.
+//! the head, at the rates of [`Machine`], after a constant for each layer and KV head.
 
 use comm::{Cluster, Collective, node_of};
 use ops::{ExpertSplit, LayerCache, LogitRows, MlpSchedule, TokenLayout};
@@ -13,6 +13,7 @@ use crate::options::{Division, OVERLAP_TOKENS, pass_tokens};
 use crate::overlap::Overlap;
 use crate::plan_experts::expected_most;
 use crate::plan_input::PlanInput;
+use crate::plan_machine::Machine;
 use crate::plan_weights::{Matrices, RankWeights};
 use crate::traffic::TrafficModel;
 
@@ -98,10 +99,11 @@ pub(crate) struct Way<'a> {
 
 impl<'a> Way<'a> {
     pub fn new(input: &'a PlanInput<'a>, division: Division) -> Self {
-        let (tp, sp) = division.strategy.grid(input.ranks);
-        let share = |rank| input.weights.of_rank(input.config, division, input.ranks, rank);
-        let shares = (0..input.ranks).map(share).collect();
-        Self { input, division, tp, sp, shares, cluster: input.machine.cluster(), hidden: input.machine.hidden() }
+        let PlanInput { config, weights, machine, .. } = *input;
+        let (tp, sp) = division.strategy.grid(machine.ranks);
+        let share = |rank| weights.of_rank(config, division, machine.ranks, rank);
+        let shares = (0..machine.ranks).map(share).collect();
+        Self { input, division, tp, sp, shares, cluster: machine.cluster(), hidden: machine.hidden() }
     }
 
     /// The whole prompt, in chunks.
@@ -139,7 +141,7 @@ impl<'a> Way<'a> {
         let mut cost = PassCost::default();
         let halves = self.overlap().parts(self.input.config, self.sp, self.division.schedule, tokens).len() > 1;
         let mut most = Behind::default();
-        for rank in 0..self.input.ranks {
+        for rank in 0..self.input.machine.ranks {
             let Exchange { calls, bytes, seconds, ring, sums } = self.collectives(rank, tokens, past, rows, halves);
             let attention = self.attention(rank, tokens, past);
             // Blocks of keys travel while a rank attends to those that it has; behind the last one nothing travels.
@@ -161,7 +163,7 @@ impl<'a> Way<'a> {
 
     /// Only ranks that split weights alone go in halves, and then all of them share all machines.
     fn overlap(&self) -> Overlap {
-        Overlap { machines: self.input.nodes, tokens: OVERLAP_TOKENS }
+        Overlap { machines: self.input.machine.nodes, tokens: OVERLAP_TOKENS }
     }
 
     /// Seconds of a rank's products with weights.
@@ -215,14 +217,14 @@ impl<'a> Way<'a> {
         if self.division.experts == ExpertSplit::Inside {
             return (different / experts, rows);
         }
-        let ranks = self.division.block_ranks(self.input.ranks);
+        let ranks = self.division.block_ranks(self.input.machine.ranks);
         let shares: Vec<_> = (0..ranks).map(|rank| split_range(moe.num_experts, ranks, rank).len()).collect();
         (expected_most(&shares, different.round() as usize) / shares[0] as f64, rows)
     }
 
     /// A rank's collectives; the choice of the next token is one of them.
     fn collectives(&self, rank: usize, tokens: usize, past: usize, rows: LogitRows, halves: bool) -> Exchange {
-        let PlanInput { config, ranks, nodes, wire, kv, .. } = *self.input;
+        let PlanInput { config, machine: &Machine { ranks, nodes, .. }, wire, kv, .. } = *self.input;
         let Division { strategy, schedule, .. } = self.division;
         let granularity = self.input.weights.granularity();
         let overlap = OVERLAP_TOKENS;

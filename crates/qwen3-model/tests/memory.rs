@@ -3,7 +3,7 @@
 use std::path::Path;
 use std::sync::{Arc, Barrier};
 
-use comm::{Communicator, EmulatedComm, Link, ThreadComm, WireFormat};
+use comm::{Communicator, EmulatedComm, Link, ThreadComm};
 use peak_alloc::PeakAlloc;
 use qwen3_model::{
     Checkpoint, Config, Division, Isa, KvFormat, LogitRows, Machine, Model, ModelOptions, PlanInput, Preset,
@@ -68,20 +68,11 @@ fn a_pass_allocates_what_is_planned() {
                 let formats = WeightFormats::read(&config, &checkpoint, weights).unwrap();
                 let machine = Machine::typical(ranks, nodes, 1);
                 let planned = plan(&PlanInput {
-                    config: &config,
-                    weights: &formats,
-                    kv: KvFormat::F16,
-                    wire: WireFormat::F32,
-                    machine: &machine,
-                    ranks,
-                    nodes,
                     prompt: PROMPT,
                     generate: 1,
                     chunk,
-                    schedule: None,
-                    experts: None,
-                    memory: None,
                     all_schedules: ranks < 4,
+                    ..PlanInput::new(&config, &formats, &machine)
                 });
                 for way in planned.ways {
                     let Division { strategy, schedule, experts } = way.division();

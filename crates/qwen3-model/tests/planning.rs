@@ -56,22 +56,8 @@ fn shape() -> (tempfile::TempDir, Config, WeightFormats) {
 }
 
 fn run(config: &Config, weights: &WeightFormats, machine: &Machine, change: impl FnOnce(&mut PlanInput<'_>)) -> Plan {
-    let mut input = PlanInput {
-        config,
-        weights,
-        kv: KvFormat::F16,
-        wire: WireFormat::F32,
-        machine,
-        ranks: machine.ranks,
-        nodes: machine.nodes,
-        prompt: 64,
-        generate: 64,
-        chunk: 512,
-        schedule: None,
-        experts: None,
-        memory: None,
-        all_schedules: true,
-    };
+    let base = PlanInput::new(config, weights, machine);
+    let mut input = PlanInput { prompt: 64, generate: 64, all_schedules: true, ..base };
     change(&mut input);
     plan(&input)
 }
