@@ -179,14 +179,14 @@ pub(crate) fn norm_and_rotate(ctx: &Context, spec: &AttentionSpec<'_>, qkv: &mut
 
 /// Queries of some tokens against cached heads.
 pub(crate) struct Attend<'a> {
-    pub algorithm: AttentionAlgorithm,
-    pub shape: &'a AttentionShape,
+    algorithm: AttentionAlgorithm,
+    shape: &'a AttentionShape,
     /// [tokens, stride], the queries first in each row.
-    pub queries: &'a [f32],
-    pub stride: usize,
+    queries: &'a [f32],
+    stride: usize,
     /// For each token, how many of the cached keys it sees.
-    pub visible: &'a [usize],
-    pub cache: &'a [KvHead],
+    visible: &'a [usize],
+    cache: &'a [KvHead],
 }
 
 /// Rows of queries that one task handles: at most those that share a tile of keys, and fewer, down to a point, where that leaves a
@@ -279,7 +279,18 @@ pub(crate) fn attend(
     });
 }
 
-impl Attend<'_> {
+impl<'a> Attend<'a> {
+    /// queries [tokens, stride], the queries first in each row; of the cached keys each token sees as many as `visible` says.
+    pub fn new(
+        spec: &AttentionSpec<'a>,
+        queries: &'a [f32],
+        stride: usize,
+        visible: &'a [usize],
+        cache: &'a [KvHead],
+    ) -> Self {
+        Self { algorithm: spec.algorithm, shape: spec.shape, queries, stride, visible, cache }
+    }
+
     /// Two products of each query with each key it sees; each cached key and value read once.
     fn work(&self) -> Work {
         let pairs: usize = self.visible.iter().sum();

@@ -26,14 +26,7 @@ pub fn attention_headwise(
     norm_and_rotate(ctx, spec, qkv);
     cache.push(ctx, slice(qkv), spec.shape, 0..qkv.nrows());
     let visible: Vec<_> = (past + 1..=past + qkv.nrows()).collect();
-    let task = Attend {
-        algorithm: spec.algorithm,
-        shape: spec.shape,
-        queries: slice(qkv),
-        stride: qkv.ncols(),
-        visible: &visible,
-        cache: cache.heads(),
-    };
+    let task = Attend::new(spec, slice(qkv), qkv.ncols(), &visible, cache.heads());
     attend(ctx, &task, &mut scratch.tasks, out, None);
 }
 

@@ -16,7 +16,6 @@ use std::ops::Range;
 use std::slice::from_ref;
 
 use comm::{CommError, CommunicatorExt, ReduceOp};
-use simd_kernels::KvHead;
 use tensor::Activations;
 
 use crate::attention::{Attend, AttentionScratch, AttentionShape, AttentionSpec, attend, norm_and_rotate};
@@ -102,7 +101,7 @@ fn attend_replicated(
     let visible: Vec<_> = (0..qkv.nrows())
         .map(|index| span.held.len() + kept.partition_point(|position| *position as usize <= span.start + index))
         .collect();
-    let task = attend_to(spec, slice(qkv), qkv.ncols(), &visible, cache.heads());
+    let task = Attend::new(spec, slice(qkv), qkv.ncols(), &visible, cache.heads());
     let AttentionScratch { tasks, partial, message, gathered, .. } = scratch;
     attend(ctx, &task, tasks, out, Some(partial));
     message.clear();
@@ -147,7 +146,7 @@ fn attend_split(
             let block = block_of(ctx, shape, cache, &wire.unpack(ctx, &keys), from_ref(&(0..layout.count(owner))));
             let held: Vec<_> = layout.indices(owner).collect();
             let visible: Vec<_> = own.iter().map(|index| held.partition_point(|key| key <= index)).collect();
-            let task = attend_to(spec, slice(qkv), qkv.ncols(), &visible, block.heads());
+            let task = Attend::new(spec, slice(qkv), qkv.ncols(), &visible, block.heads());
             attend(ctx, &task, &mut scratch.tasks, out, Some(&mut scratch.partial));
             merged.add(ctx, slice(&scratch.partial.max), slice(&scratch.partial.sum), slice(out));
         }
@@ -157,7 +156,7 @@ fn attend_split(
         ctx.positions.all_gather_v(&keys, &layout.lengths(ctx.positions.size(), width), &mut gathered)?;
         let block = block_of(ctx, shape, cache, &wire.unpack(ctx, &gathered), &layout.gathered_ranges());
         let visible: Vec<_> = own.iter().map(|index| index + 1).collect();
-        let task = attend_to(spec, slice(qkv), qkv.ncols(), &visible, block.heads());
+        let task = Attend::new(spec, slice(qkv), qkv.ncols(), &visible, block.heads());
         if span.start == 0 {
             attend(ctx, &task, &mut scratch.tasks, out, None);
         } else {
@@ -207,7 +206,7 @@ fn attend_past(
     if let Some(ring) = &mut ring {
         ring.pass_on();
     }
-    attend(ctx, &attend_to(spec, gathered, width, &visible, cache.heads()), tasks, past, Some(partial));
+    attend(ctx, &Attend::new(spec, gathered, width, &visible, cache.heads()), tasks, past, Some(partial));
     if let Some(ring) = &mut ring {
         ring.settle()?;
     }
@@ -238,16 +237,6 @@ fn attend_past(
     let mut merged = Merged::new(ctx, own, spec.shape);
     merged.add(ctx, &slice(&partial.max)[first * heads..(first + own) * heads], &sum, &acc);
     Ok(merged)
-}
-
-fn attend_to<'a>(
-    spec: &AttentionSpec<'a>,
-    queries: &'a [f32],
-    stride: usize,
-    visible: &'a [usize],
-    cache: &'a [KvHead],
-) -> Attend<'a> {
-    Attend { algorithm: spec.algorithm, shape: spec.shape, queries, stride, visible, cache }
 }
 
 /// Columns `start..start + width` of each row, contiguous.
