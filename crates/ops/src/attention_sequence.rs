@@ -52,6 +52,15 @@ impl SequenceSpan<'_> {
     }
 }
 
+/// What attention over positions needs to know besides the data.
+#[derive(Clone, Copy)]
+pub struct SequenceSpec<'a> {
+    /// What attention of one rank needs to know.
+    pub attention: AttentionSpec<'a>,
+    /// The tokens of the pass.
+    pub span: SequenceSpan<'a>,
+}
+
 /// Attention of this rank's tokens to all positions up to theirs. qkv [own tokens, `qkv_width`] is normalized
 /// and rotated in place; the kept keys and values join `cache`; out [own tokens, heads * head_dim]. Where one rank has all
 /// positions this is [`attention_headwise`], without any collective.
@@ -60,48 +69,48 @@ impl SequenceSpan<'_> {
 /// When a collective fails.
 pub fn attention_sequence(
     ctx: &Context,
-    spec: &AttentionSpec<'_>,
-    span: &SequenceSpan<'_>,
+    spec: &SequenceSpec<'_>,
     qkv: &mut Activations,
     cache: &mut LayerCache,
     scratch: &mut AttentionScratch,
     out: &mut Activations,
 ) -> Result<(), CommError> {
+    let SequenceSpec { attention, span } = spec;
     if ctx.positions.size() == 1 {
-        attention_headwise(ctx, spec, qkv, cache, scratch, out);
+        attention_headwise(ctx, attention, qkv, cache, scratch, out);
         return Ok(());
     }
-    if spec.shape.heads() == 0 {
+    if attention.shape.heads() == 0 {
         // More ranks split heads than there are: those that share positions with this one have none either.
         reshape(out, qkv.nrows(), 0);
         return Ok(());
     }
-    norm_and_rotate(ctx, spec, qkv);
+    norm_and_rotate(ctx, attention, qkv);
     if span.layout.is_split() {
-        attend_split(ctx, spec, span, qkv, cache, scratch, out)
+        attend_split(ctx, spec, qkv, cache, scratch, out)
     } else {
-        attend_replicated(ctx, spec, span, qkv, cache, scratch, out)
+        attend_replicated(ctx, spec, qkv, cache, scratch, out)
     }
 }
 
 fn attend_replicated(
     ctx: &Context,
-    spec: &AttentionSpec<'_>,
-    span: &SequenceSpan<'_>,
+    spec: &SequenceSpec<'_>,
     qkv: &Activations,
     cache: &mut LayerCache,
     scratch: &mut AttentionScratch,
     out: &mut Activations,
 ) -> Result<(), CommError> {
+    let SequenceSpec { attention, span } = spec;
     let kept = span.kept(ctx.positions.rank(), ctx.positions.size());
     for position in &kept {
         let index = *position as usize - span.start;
-        cache.push(ctx, slice(qkv), spec.shape, index..index + 1);
+        cache.push(ctx, slice(qkv), attention.shape, index..index + 1);
     }
     let visible: Vec<_> = (0..qkv.nrows())
         .map(|index| span.held.len() + kept.partition_point(|position| *position as usize <= span.start + index))
         .collect();
-    let task = Attend::new(spec, slice(qkv), qkv.ncols(), &visible, cache.heads());
+    let task = Attend::new(attention, slice(qkv), qkv.ncols(), &visible, cache.heads());
     let AttentionScratch { tasks, partial, message, gathered, .. } = scratch;
     attend(ctx, &task, tasks, out, Some(partial));
     message.clear();
@@ -111,7 +120,7 @@ fn attend_replicated(
     gathered.resize(message.len() * ctx.positions.size(), 0.0);
     ctx.positions.all_gather(message, gathered)?;
     let rows = partial.max.len();
-    let mut merged = Merged::new(ctx, qkv.nrows(), spec.shape);
+    let mut merged = Merged::new(ctx, qkv.nrows(), attention.shape);
     for state in gathered.chunks_exact(message.len().max(1)) {
         let (max, rest) = state.split_at(rows);
         let (sum, acc) = rest.split_at(rows);
@@ -123,14 +132,14 @@ fn attend_replicated(
 
 fn attend_split(
     ctx: &Context,
-    spec: &AttentionSpec<'_>,
-    span: &SequenceSpan<'_>,
+    spec: &SequenceSpec<'_>,
     qkv: &Activations,
     cache: &mut LayerCache,
     scratch: &mut AttentionScratch,
     out: &mut Activations,
 ) -> Result<(), CommError> {
-    let (shape, layout) = (spec.shape, span.layout);
+    let SequenceSpec { attention, span } = spec;
+    let (shape, layout) = (attention.shape, span.layout);
     let (numbers, wire) = (2 * shape.kv_width(), KvWire::new(ctx, cache));
     let width = wire.width(numbers);
     let own: Vec<_> = layout.indices(ctx.positions.rank()).collect();
@@ -140,13 +149,13 @@ fn attend_split(
         let mut merged = if span.start == 0 {
             Merged::new(ctx, own.len(), shape)
         } else {
-            attend_past(ctx, spec, span, qkv, cache, scratch, Some(&mut ring))?
+            attend_past(ctx, spec, qkv, cache, scratch, Some(&mut ring))?
         };
         while let Some((owner, keys)) = ring.next()? {
             let block = block_of(ctx, shape, cache, &wire.unpack(ctx, &keys), from_ref(&(0..layout.count(owner))));
             let held: Vec<_> = layout.indices(owner).collect();
             let visible: Vec<_> = own.iter().map(|index| held.partition_point(|key| key <= index)).collect();
-            let task = Attend::new(spec, slice(qkv), qkv.ncols(), &visible, block.heads());
+            let task = Attend::new(attention, slice(qkv), qkv.ncols(), &visible, block.heads());
             attend(ctx, &task, &mut scratch.tasks, out, Some(&mut scratch.partial));
             merged.add(ctx, slice(&scratch.partial.max), slice(&scratch.partial.sum), slice(out));
         }
@@ -156,11 +165,11 @@ fn attend_split(
         ctx.positions.all_gather_v(&keys, &layout.lengths(ctx.positions.size(), width), &mut gathered)?;
         let block = block_of(ctx, shape, cache, &wire.unpack(ctx, &gathered), &layout.gathered_ranges());
         let visible: Vec<_> = own.iter().map(|index| index + 1).collect();
-        let task = Attend::new(spec, slice(qkv), qkv.ncols(), &visible, block.heads());
+        let task = Attend::new(attention, slice(qkv), qkv.ncols(), &visible, block.heads());
         if span.start == 0 {
             attend(ctx, &task, &mut scratch.tasks, out, None);
         } else {
-            let mut merged = attend_past(ctx, spec, span, qkv, cache, scratch, None)?;
+            let mut merged = attend_past(ctx, spec, qkv, cache, scratch, None)?;
             attend(ctx, &task, &mut scratch.tasks, out, Some(&mut scratch.partial));
             merged.add(ctx, slice(&scratch.partial.max), slice(&scratch.partial.sum), slice(out));
             merged.write(ctx, out);
@@ -189,14 +198,14 @@ fn block_of(
 /// What this rank's queries find in all keys of earlier passes, wherever they are. A block of `ring` travels meanwhile.
 fn attend_past(
     ctx: &Context,
-    spec: &AttentionSpec<'_>,
-    span: &SequenceSpan<'_>,
+    spec: &SequenceSpec<'_>,
     qkv: &Activations,
     cache: &LayerCache,
     scratch: &mut AttentionScratch,
     mut ring: Option<&mut KvRing<'_>>,
 ) -> Result<Merged, CommError> {
-    let (heads, head_dim, width) = (spec.shape.heads(), spec.shape.head_dim, spec.shape.query_width());
+    let SequenceSpec { attention, span } = spec;
+    let (heads, head_dim, width) = (attention.shape.heads(), attention.shape.head_dim, attention.shape.query_width());
     let tokens = span.layout.tokens();
     let AttentionScratch { tasks, partial, past, message, gathered } = scratch;
     gathered.resize(tokens * width, 0.0);
@@ -206,7 +215,7 @@ fn attend_past(
     if let Some(ring) = &mut ring {
         ring.pass_on();
     }
-    attend(ctx, &Attend::new(spec, gathered, width, &visible, cache.heads()), tasks, past, Some(partial));
+    attend(ctx, &Attend::new(attention, gathered, width, &visible, cache.heads()), tasks, past, Some(partial));
     if let Some(ring) = &mut ring {
         ring.settle()?;
     }
@@ -234,7 +243,7 @@ fn attend_past(
         sum.extend_from_slice(&row[..heads]);
         acc.extend_from_slice(&row[heads..]);
     }
-    let mut merged = Merged::new(ctx, own, spec.shape);
+    let mut merged = Merged::new(ctx, own, attention.shape);
     merged.add(ctx, &slice(&partial.max)[first * heads..(first + own) * heads], &sum, &acc);
     Ok(merged)
 }

@@ -42,7 +42,7 @@ mod limits;
 
 pub use attention::{AttentionAlgorithm, AttentionScratch, AttentionShape, AttentionSpec, QkNorm, Rotary};
 pub use attention_headwise::attention_headwise;
-pub use attention_sequence::{SequenceSpan, attention_sequence};
+pub use attention_sequence::{SequenceSpan, SequenceSpec, attention_sequence};
 pub use background::{Background, Pending};
 pub use context::Context;
 pub use embedding::Embedding;

@@ -3,8 +3,8 @@
 use comm::CommError;
 use ops::{
     AttentionAlgorithm, AttentionScratch, AttentionShape, AttentionSpec, Context, Input, LayerCache, Linear, Mlp,
-    MlpScratch, QkNorm, Residual, Rotary, SequenceSpan, Store, attention_sequence, linear_mpi, mlp, prepare, reshape,
-    rms_norm,
+    MlpScratch, QkNorm, Residual, Rotary, SequenceSpan, SequenceSpec, Store, attention_sequence, linear_mpi, mlp,
+    prepare, reshape, rms_norm,
 };
 use tensor::Activations;
 
@@ -88,7 +88,8 @@ impl DecoderLayer {
             norm: QkNorm { q: &self.q_norm, k: &self.k_norm, eps },
             rotary: Rotary { cos, sin },
         };
-        attention_sequence(ctx, &spec, &pass.span, qkv, cache, attention, attended)?;
+        let spec = SequenceSpec { attention: spec, span: pass.span };
+        attention_sequence(ctx, &spec, qkv, cache, attention, attended)?;
         prepare(ctx, &self.o_proj, attended, input);
         let _operation = ctx.profile.operation("o_proj", self.o_proj.work(tokens));
         linear_mpi(ctx, &self.o_proj, input, partial, x)

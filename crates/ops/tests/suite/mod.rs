@@ -8,8 +8,8 @@ use comm::Communicator;
 use ops::{
     AttentionAlgorithm, AttentionScratch, AttentionShape, AttentionSpec, Context, Expert, ExpertSplit, Input, Isa,
     KvFormat, LayerCache, Linear, LogitRows, Mlp, MlpSchedule, MlpScratch, Placement, QkNorm, Residual, Rotary, Router,
-    SequenceSpan, TokenLayout, attention_headwise, attention_sequence, linear_mpi, lm_head, mlp, prepare, rms_norm,
-    wanted_rows,
+    SequenceSpan, SequenceSpec, TokenLayout, attention_headwise, attention_sequence, linear_mpi, lm_head, mlp, prepare,
+    rms_norm, wanted_rows,
 };
 use rand::rngs::StdRng;
 use rand::{RngExt, SeedableRng};
@@ -395,10 +395,11 @@ fn sequence_matches_the_formula(rank: &Rank) {
             let own: Vec<usize> = layout.indices(ctx.positions.rank()).map(|index| start + index).collect();
             let mut qkv = rows_of(&data.qkv, own.iter().copied());
             let (cos, sin) = (rows_of(&data.cos, own.iter().copied()), rows_of(&data.sin, own.iter().copied()));
-            let spec = data.spec(algorithm, &shape, Rotary { cos: &cos, sin: &sin });
+            let attention = data.spec(algorithm, &shape, Rotary { cos: &cos, sin: &sin });
             let span = SequenceSpan { layout: &layout, start, held: &held };
             let mut out = Activations::default((0, 0));
-            attention_sequence(ctx, &spec, &span, &mut qkv, &mut cache, &mut scratch, &mut out).unwrap();
+            let spec = SequenceSpec { attention, span };
+            attention_sequence(ctx, &spec, &mut qkv, &mut cache, &mut scratch, &mut out).unwrap();
             let expected: Vec<f64> =
                 own.iter().flat_map(|t| (0..HEADS).flat_map(|h| data.output(*t, h)).collect::<Vec<_>>()).collect();
             assert_close(&format!("{algorithm}, {passes:?} at {start}"), out.as_slice().unwrap(), &expected);
