@@ -109,7 +109,7 @@ impl Mlp {
         };
         self.activate(ctx, &routing, x, scratch)?;
         let MlpScratch { inputs, activation, result, partial, own, visits, .. } = scratch;
-        prepare_groups(ctx, self, |expert| &expert.down, &routing, activation, None, inputs);
+        self.prepare_groups(ctx, &routing, (activation, None), inputs, |expert| &expert.down);
 
         // Not from an expert: a rank may have none, and then its part of the sum is 0.
         let width =
@@ -161,7 +161,7 @@ impl Mlp {
     ) -> Result<(), CommError> {
         let comm = ctx.mlp_ranks();
         let MlpScratch { inputs, gate, up, own, activation, .. } = scratch;
-        prepare_groups(ctx, self, |expert| &expert.gate, routing, x, Some(&routing.tokens), inputs);
+        self.prepare_groups(ctx, routing, (x, Some(&routing.tokens)), inputs, |expert| &expert.gate);
         let _operation = ctx.profile.operation("gate_up", self.work(routing, |expert| [&expert.gate, &expert.up]));
         let (rows, width) = (routing.rows(), self.experts.first().map_or(0, |expert| expert.gate.rows()));
         if matches!(self.schedule, MlpSchedule::Fused | MlpSchedule::Local) {
@@ -250,31 +250,30 @@ impl Mlp {
             ctx.team.share(threads, run);
         }
     }
-}
 
-/// Prepares each group's rows as the input of its expert: one group by the whole team, many groups side by side. Row i of the
-/// sorted order is row `tokens[i]` of `x`, or row i.
-fn prepare_groups(
-    ctx: &Context,
-    block: &Mlp,
-    weights: impl Fn(&Expert) -> &Linear + Sync,
-    routing: &Routing,
-    x: &Activations,
-    tokens: Option<&[usize]>,
-    inputs: &mut [Input],
-) {
-    if block.router.is_none() {
-        return prepare(ctx, weights(&block.experts[0]), x, &mut inputs[0]);
-    }
-    let width = x.ncols();
-    let parts: Vec<_> = routing.groups.iter().zip(inputs).collect();
-    ctx.team.each(parts, |((expert, rows), input)| {
-        let kind = weights(&block.experts[*expert]).input_kind(ctx.isa, rows.len());
-        match tokens {
-            Some(tokens) => input.prepare_rows(ctx.isa, kind, slice(x), &tokens[rows.clone()], width),
-            None => {
-                input.prepare(ctx.isa, kind, &slice(x)[rows.start * width..rows.end * width], rows.len(), width);
-            }
+    /// Prepares each group's rows as the input of its expert: one group by the whole team, many groups side by side. Row i of the
+    /// sorted order is row `tokens[i]` of `x`, or row i.
+    fn prepare_groups(
+        &self,
+        ctx: &Context,
+        routing: &Routing,
+        (x, tokens): (&Activations, Option<&[usize]>),
+        inputs: &mut [Input],
+        weights: impl Fn(&Expert) -> &Linear + Sync,
+    ) {
+        if self.router.is_none() {
+            return prepare(ctx, weights(&self.experts[0]), x, &mut inputs[0]);
         }
-    });
+        let width = x.ncols();
+        let parts: Vec<_> = routing.groups.iter().zip(inputs).collect();
+        ctx.team.each(parts, |((expert, rows), input)| {
+            let kind = weights(&self.experts[*expert]).input_kind(ctx.isa, rows.len());
+            match tokens {
+                Some(tokens) => input.prepare_rows(ctx.isa, kind, slice(x), &tokens[rows.clone()], width),
+                None => {
+                    input.prepare(ctx.isa, kind, &slice(x)[rows.start * width..rows.end * width], rows.len(), width);
+                }
+            }
+        });
+    }
 }
