@@ -7,14 +7,14 @@ use std::io::Write as _;
 use std::thread;
 use std::time::Duration;
 
-use program::{austen, json, keys, program, run, run_while};
+use program::{AUSTEN, json, keys, program, read_json, run, run_while};
 use serde_json::Value;
 
 /// What `generate --json` prints.
 const KEYS: [&str; 6] = ["prompt_tokens", "ids", "text", "prefill_tokens_per_s", "decode_tokens_per_s", "stop"];
 
-fn expected() -> Vec<Value> {
-    serde_json::from_str(&fs::read_to_string(austen().join("expected.json")).unwrap()).unwrap()
+fn expected() -> Value {
+    read_json(format!("{AUSTEN}/expected.json"))
 }
 
 fn ids(value: &Value) -> String {
@@ -22,13 +22,9 @@ fn ids(value: &Value) -> String {
     ids.join(",")
 }
 
-fn model() -> String {
-    austen().to_str().unwrap().to_owned()
-}
-
 #[test]
 fn ranks_wait_for_a_prompt_as_long_as_it_takes() {
-    let args = ["generate", "--model", &model(), "--ranks", "2", "--comm-timeout", "2", "--max-new-tokens", "4"];
+    let args = ["generate", "--model", AUSTEN, "--ranks", "2", "--comm-timeout", "2", "--max-new-tokens", "4"];
     let mut command = program(&args);
     command.args(["--prompt-file", "/dev/stdin"]);
     let run = run_while(command, |mut stdin| {
@@ -41,12 +37,11 @@ fn ranks_wait_for_a_prompt_as_long_as_it_takes() {
 
 #[test]
 fn greedy_answers_are_those_of_the_reference() {
-    let model = model();
-    for (i, case) in expected().iter().enumerate() {
+    for (i, case) in expected().as_array().unwrap().iter().enumerate() {
         let length = case["greedy_ids"].as_array().unwrap().len().to_string();
         let ids = ids(&case["prompt_ids"]);
         let mut args =
-            vec!["generate", "--json", "--model", &model, "--kv", "f32", "--max-new-tokens", &length, "--threads", "1"];
+            vec!["generate", "--json", "--model", AUSTEN, "--kv", "f32", "--max-new-tokens", &length, "--threads", "1"];
         // Each case on one rank, and on more in one of several ways.
         let ways: [&[&str]; 5] = [
             &["--ranks", "4", "--grid", "tp=2,sp=2"],
@@ -82,18 +77,17 @@ fn text_is_streamed_as_it_is_and_files_are_prompts_too() {
     let dir = tempfile::tempdir().unwrap();
     let file = dir.path().join("prompt.txt");
     fs::write(&file, case["prompt"].as_str().unwrap()).unwrap();
-    let run = run(&["generate", "--model", &model(), "--kv", "f32", "--prompt-file", file.to_str().unwrap()]);
+    let run = run(&["generate", "--model", AUSTEN, "--kv", "f32", "--prompt-file", file.to_str().unwrap()]);
     assert!(run.success && run.stderr.is_empty(), "{run:?}");
     assert_eq!(run.stdout, format!("{}\n", case["text"].as_str().unwrap()));
 }
 
 #[test]
 fn seeds_decide_and_ends_can_be_ignored() {
-    let model = model();
     let draw = |seed: &str, ranks: &str| {
         let sampling =
             ["--temperature", "1.5", "--top-k", "50", "--ignore-eos", "--max-new-tokens", "24", "--seed", seed];
-        let mut args = vec!["generate", "--json", "--model", &model, "--kv", "f32", "--prompt", "Emma"];
+        let mut args = vec!["generate", "--json", "--model", AUSTEN, "--kv", "f32", "--prompt", "Emma"];
         args.extend(sampling);
         args.extend(["--ranks", ranks, "--threads", "1"]);
         json(&args)["ids"].clone()
@@ -106,10 +100,9 @@ fn seeds_decide_and_ends_can_be_ignored() {
 
 #[test]
 fn perplexity_is_that_of_the_reference() {
-    let expected: Value = serde_json::from_str(&fs::read_to_string(austen().join("perplexity.json")).unwrap()).unwrap();
-    let file = austen().join("sample.txt");
-    let file = file.to_str().unwrap();
-    let found = json(&["perplexity", "--json", "--model", &model(), "--file", file, "--ranks", "2", "--threads", "1"]);
+    let expected = read_json(format!("{AUSTEN}/perplexity.json"));
+    let file = format!("{AUSTEN}/sample.txt");
+    let found = json(&["perplexity", "--json", "--model", AUSTEN, "--file", &file, "--ranks", "2", "--threads", "1"]);
     assert_eq!(keys(&found), ["file", "context", "tokens", "scored", "perplexity"]);
     for key in ["context", "tokens", "scored"] {
         assert_eq!(found[key], expected[key]);
@@ -128,7 +121,7 @@ fn logits_are_the_ones_that_greedy_answers_come_from() {
     for (ranks, strategy, chunk) in [("1", "heads", "512"), ("2", "heads", "4"), ("3", "sequence", "10")] {
         let file = dir.path().join(format!("{ranks}.safetensors"));
         let path = file.to_str().unwrap();
-        let args = ["logits", "--model", &model(), "--tokens", &prompt, "--output", path];
+        let args = ["logits", "--model", AUSTEN, "--tokens", &prompt, "--output", path];
         let mut args = args.to_vec();
         args.extend(["--ranks", ranks, "--strategy", strategy, "--chunk", chunk, "--threads", "1"]);
         let run = run(&args);
@@ -152,7 +145,7 @@ fn logits_are_the_ones_that_greedy_answers_come_from() {
 
 #[test]
 fn bench_reports_results_and_the_ledger() {
-    let args = ["bench", "--json", "--model", &model(), "--prompt-len", "16,33", "--gen-len", "5", "--reps", "2"];
+    let args = ["bench", "--json", "--model", AUSTEN, "--prompt-len", "16,33", "--gen-len", "5", "--reps", "2"];
     let mut args = args.to_vec();
     args.extend(["--ranks", "2", "--threads", "1"]);
     let found = json(&args);
@@ -188,13 +181,13 @@ fn bench_reports_results_and_the_ledger() {
     assert_eq!(reduced("prefill"), (2 * 4 * 2, 2 * 4 * (16 + 33) * 256 * 4));
     assert_eq!(reduced("decode"), (5 * 4 * 2, 5 * 4 * 2 * 256 * 4));
 
-    let table = run(&["bench", "--model", &model(), "--prompt-len", "8", "--gen-len", "2", "--reps", "1"]);
+    let table = run(&["bench", "--model", AUSTEN, "--prompt-len", "8", "--gen-len", "2", "--reps", "1"]);
     assert!(table.success && table.stdout.contains("prefill") && table.stdout.contains("GB/s"), "{table:?}");
 }
 
 #[test]
 fn the_demo_answers_and_sums_up() {
-    let run = run(&["demo", "--model", &model(), "--ranks", "2", "--threads", "1"]);
+    let run = run(&["demo", "--model", AUSTEN, "--ranks", "2", "--threads", "1"]);
     assert!(run.success && run.stderr.is_empty(), "{run:?}");
     for words in [
         "17 + 15 = 32",
@@ -234,14 +227,13 @@ fn made_up_and_quantized_checkpoints_can_be_run() {
     }
     for format in ["q8", "q4"] {
         let out = folder(format);
-        let run = run(&["quantize", "--model", &model(), "--weights", format, &out]);
+        let run = run(&["quantize", "--model", AUSTEN, "--weights", format, &out]);
         assert!(run.success && run.stderr.is_empty(), "{run:?}");
         let args = ["generate", "--json", "--chat", "--no-thinking", "--prompt", "What is 17 + 15?"];
         let mut stored = args.to_vec();
         stored.extend(["--model", &out]);
-        let model = model();
         let mut converted = args.to_vec();
-        converted.extend(["--model", &model, "--weights", format]);
+        converted.extend(["--model", AUSTEN, "--weights", format]);
         assert_eq!(json(&stored)["ids"], json(&converted)["ids"]);
         assert!(format == "q4" || json(&stored)["text"] == "17 + 15 = 32");
     }

@@ -3,17 +3,15 @@
 mod program;
 
 use std::fs;
-use std::path::Path;
 use std::process::{Command, Stdio};
 use std::sync::mpsc;
 use std::thread;
 use std::time::Duration;
 
-use program::{Copy, Run, assert_one_line, austen, program, run, run_while, run_with};
+use program::{AUSTEN, Copy, Run, assert_one_line, program, run, run_while, run_with};
 use serde_json::json;
 
-fn generate(model: &Path, args: &[&str], ranks: &str) -> Run {
-    let model = model.to_str().unwrap();
+fn generate(model: &str, args: &[&str], ranks: &str) -> Run {
     let mut all = vec!["generate", "--model", model, "--max-new-tokens", "4", "--ranks", ranks];
     all.extend(args);
     run(&all)
@@ -24,7 +22,7 @@ fn copy_fails(copy: &Copy, words: &[&str]) {
     fails(copy.path(), &["--prompt", "Elizabeth was"], words);
 }
 
-fn fails(model: &Path, args: &[&str], words: &[&str]) {
+fn fails(model: &str, args: &[&str], words: &[&str]) {
     for ranks in ["1", "2"] {
         assert_one_line(&generate(model, args, ranks), words);
     }
@@ -32,13 +30,13 @@ fn fails(model: &Path, args: &[&str], words: &[&str]) {
 
 #[test]
 fn missing_folders_and_files() {
-    fails(Path::new("nowhere"), &["--prompt", "x"], &["nowhere"]);
+    fails("nowhere", &["--prompt", "x"], &["nowhere"]);
     for name in ["config.json", "model.safetensors", "tokenizer.json"] {
         let copy = Copy::new();
         fs::remove_file(copy.file(name)).unwrap();
         copy_fails(&copy, &[name]);
     }
-    fails(&austen(), &["--prompt-file", "nowhere.txt"], &["nowhere.txt"]);
+    fails(AUSTEN, &["--prompt-file", "nowhere.txt"], &["nowhere.txt"]);
 }
 
 #[test]
@@ -120,26 +118,24 @@ fn broken_weights() {
 
 #[test]
 fn prompts_that_the_model_cannot_take() {
-    let model = austen();
-    fails(&model, &["--tokens", "1,4096"], &["4096", "vocabulary"]);
-    fails(&model, &["--tokens", "1,4294967295"], &["4294967295"]);
-    fails(&model, &["--tokens", "1,x"], &["--tokens", "x"]);
-    fails(&model, &["--tokens", ""], &["--tokens"]);
-    fails(&model, &["--prompt", ""], &["--prompt", "empty"]);
+    fails(AUSTEN, &["--tokens", "1,4096"], &["4096", "vocabulary"]);
+    fails(AUSTEN, &["--tokens", "1,4294967295"], &["4294967295"]);
+    fails(AUSTEN, &["--tokens", "1,x"], &["--tokens", "x"]);
+    fails(AUSTEN, &["--tokens", ""], &["--tokens"]);
+    fails(AUSTEN, &["--prompt", ""], &["--prompt", "empty"]);
     let long = vec!["7"; 4097].join(",");
-    fails(&model, &["--tokens", &long], &["4097", "4096"]);
-    fails(&model, &[], &["--prompt"]);
-    fails(&model, &["--prompt", "x", "--tokens", "1"], &["--prompt", "--tokens"]);
+    fails(AUSTEN, &["--tokens", &long], &["4097", "4096"]);
+    fails(AUSTEN, &[], &["--prompt"]);
+    fails(AUSTEN, &["--prompt", "x", "--tokens", "1"], &["--prompt", "--tokens"]);
 
     let dir = tempfile::tempdir().unwrap();
     let file = dir.path().join("prompt.txt");
     fs::write(&file, b"\xff\xfe").unwrap();
-    fails(&model, &["--prompt-file", file.to_str().unwrap()], &["prompt.txt", "UTF-8"]);
+    fails(AUSTEN, &["--prompt-file", file.to_str().unwrap()], &["prompt.txt", "UTF-8"]);
 }
 
 #[test]
 fn unknown_options_and_values() {
-    let model = austen();
     for (option, value) in [
         ("--strategy", "both"),
         ("--grid", "tp=2"),
@@ -155,11 +151,11 @@ fn unknown_options_and_values() {
         ("--temperature", "nan"),
         ("--top-p", "1.5"),
     ] {
-        fails(&model, &["--prompt", "x", option, value], &[option, value]);
+        fails(AUSTEN, &["--prompt", "x", option, value], &[option, value]);
     }
-    fails(&model, &["--prompt", "x", "--threads", "0"], &["--threads", "0"]);
-    assert_one_line(&generate(&model, &["--prompt", "x"], "0"), &["--ranks"]);
-    fails(&model, &["--prompt", "x", "--frobnicate"], &["--frobnicate"]);
+    fails(AUSTEN, &["--prompt", "x", "--threads", "0"], &["--threads", "0"]);
+    assert_one_line(&generate(AUSTEN, &["--prompt", "x"], "0"), &["--ranks"]);
+    fails(AUSTEN, &["--prompt", "x", "--frobnicate"], &["--frobnicate"]);
     assert_one_line(&run(&["frobnicate"]), &["frobnicate"]);
     assert_one_line(&run(&["synth", "--preset", "9b", "out"]), &["9b"]);
     for layers in ["0", "1025", "2000000000"] {
@@ -170,27 +166,22 @@ fn unknown_options_and_values() {
 
 #[test]
 fn options_that_would_do_nothing_are_refused() {
-    let model = austen();
     for option in ["--top-k", "--top-p", "--min-p", "--seed"] {
-        fails(&model, &["--prompt", "x", option, "1"], &[option, "--temperature"]);
+        fails(AUSTEN, &["--prompt", "x", option, "1"], &[option, "--temperature"]);
     }
-    let bench = ["bench", "--model", model.to_str().unwrap(), "--prompt-len", "4", "--gen-len", "0", "--depth", "9"];
+    let bench = ["bench", "--model", AUSTEN, "--prompt-len", "4", "--gen-len", "0", "--depth", "9"];
     assert_one_line(&run(&bench), &["--depth", "--gen-len"]);
 }
 
 #[test]
 fn a_variable_with_a_bad_value_is_named() {
-    let model = austen();
-    for args in
-        [&["bench", "--model", model.to_str().unwrap()] as &[&str], &["calibrate", "--output", "/nowhere/c.json"]]
-    {
+    for args in [&["bench", "--model", AUSTEN] as &[&str], &["calibrate", "--output", "/nowhere/c.json"]] {
         let mut command = program(args);
         command.env("SIMD_KERNELS_ISA", "avx3");
         assert_one_line(&run_with(command, ""), &["SIMD_KERNELS_ISA", "avx3"]);
     }
     // It decides only where the command line does not.
-    let args =
-        ["generate", "--model", model.to_str().unwrap(), "--prompt", "x", "--max-new-tokens", "1", "--isa", "scalar"];
+    let args = ["generate", "--model", AUSTEN, "--prompt", "x", "--max-new-tokens", "1", "--isa", "scalar"];
     let mut command = program(&args);
     command.env("SIMD_KERNELS_ISA", "avx3");
     let answer = run_with(command, "");
@@ -199,22 +190,20 @@ fn a_variable_with_a_bad_value_is_named() {
 
 #[test]
 fn other_commands_fail_alike() {
-    let model = austen();
-    let model = model.to_str().unwrap();
     for ranks in ["1", "2"] {
         let with = |args: &[&str]| {
             let mut all = args.to_vec();
             all.extend(["--ranks", ranks, "--threads", "1"]);
             run(&all)
         };
-        assert_one_line(&with(&["perplexity", "--model", model, "--file", "nowhere.txt"]), &["nowhere.txt"]);
-        assert_one_line(&with(&["perplexity", "--model", model, "--file", "/dev/null"]), &["/dev/null"]);
+        assert_one_line(&with(&["perplexity", "--model", AUSTEN, "--file", "nowhere.txt"]), &["nowhere.txt"]);
+        assert_one_line(&with(&["perplexity", "--model", AUSTEN, "--file", "/dev/null"]), &["/dev/null"]);
         assert_one_line(&with(&["bench", "--model", "nowhere"]), &["nowhere"]);
-        assert_one_line(&with(&["bench", "--model", model, "--prompt-len", "5000"]), &["--prompt-len", "4096"]);
+        assert_one_line(&with(&["bench", "--model", AUSTEN, "--prompt-len", "5000"]), &["--prompt-len", "4096"]);
         assert_one_line(&with(&["chat", "--model", "nowhere"]), &["nowhere"]);
         let output = "/nowhere/logits.safetensors";
-        assert_one_line(&with(&["logits", "--model", model, "--tokens", "1", "--output", output]), &[output]);
-        assert_one_line(&with(&["logits", "--model", model, "--tokens", "9999", "--output", "/dev/null"]), &["9999"]);
+        assert_one_line(&with(&["logits", "--model", AUSTEN, "--tokens", "1", "--output", output]), &[output]);
+        assert_one_line(&with(&["logits", "--model", AUSTEN, "--tokens", "9999", "--output", "/dev/null"]), &["9999"]);
     }
 }
 
@@ -225,7 +214,7 @@ fn what_is_soon_found_is_said_before_the_model_is_loaded() {
     fs::write(copy.file("model.safetensors"), "cut").unwrap();
     let long = copy.file("long.txt");
     fs::write(&long, "sister ".repeat(5000)).unwrap();
-    let (long, folder) = (long.to_str().unwrap(), copy.path().to_str().unwrap());
+    let (long, folder) = (long.to_str().unwrap(), copy.path());
     let says = |args: &[&str], words: &[&str]| {
         for ranks in ["1", "2"] {
             let run = run(&[args, &["--model", folder, "--ranks", ranks, "--threads", "1"]].concat());
@@ -270,9 +259,7 @@ fn a_pipe_in_place_of_a_file_is_written_and_not_replaced() {
     let pipe = folder.path().join("logits.safetensors");
     assert!(Command::new("mkfifo").arg(&pipe).status().unwrap().success());
     let reader = Command::new("cat").arg(&pipe).stdout(Stdio::piped()).spawn().unwrap();
-    let model = austen();
-    let done =
-        run(&["logits", "--model", model.to_str().unwrap(), "--tokens", "1", "--output", pipe.to_str().unwrap()]);
+    let done = run(&["logits", "--model", AUSTEN, "--tokens", "1", "--output", pipe.to_str().unwrap()]);
     assert!(done.success, "{done:?}");
     let read = reader.wait_with_output().unwrap().stdout;
     let header = u64::from_le_bytes(read[..8].try_into().unwrap()) as usize;
@@ -283,10 +270,8 @@ fn a_pipe_in_place_of_a_file_is_written_and_not_replaced() {
 
 #[test]
 fn checkpoints_are_not_written_over() {
-    let model = austen();
-    let model = model.to_str().unwrap();
-    assert_one_line(&run(&["synth", "--preset", "tiny", model]), &["exists"]);
-    assert_one_line(&run(&["quantize", "--model", model, "--weights", "q8", model]), &["exists"]);
+    assert_one_line(&run(&["synth", "--preset", "tiny", AUSTEN]), &["exists"]);
+    assert_one_line(&run(&["quantize", "--model", AUSTEN, "--weights", "q8", AUSTEN]), &["exists"]);
     assert_one_line(&run(&["quantize", "--model", "nowhere", "--weights", "q8", "out"]), &["nowhere"]);
     assert_one_line(&run(&["synth", "--preset", "tiny", "/dev/null/x"]), &["/dev/null/x"]);
 }
@@ -301,11 +286,9 @@ fn what_an_interrupt_left_of_a_checkpoint_is_in_nobodys_way() {
         names.sort();
         names
     };
-    let model = austen();
-    for next in [
-        &["synth", "--preset", "tiny", out] as &[&str],
-        &["quantize", "--model", model.to_str().unwrap(), "--weights", "q8", out],
-    ] {
+    for next in
+        [&["synth", "--preset", "tiny", out] as &[&str], &["quantize", "--model", AUSTEN, "--weights", "q8", out]]
+    {
         for name in names() {
             fs::remove_file(folder.path().join(name)).unwrap();
         }
@@ -343,11 +326,10 @@ fn arguments_that_are_no_text_and_a_full_disk_are_said() {
 
 #[test]
 fn more_threads_than_the_system_gives_are_said() {
-    let austen = austen();
     let mut command = std::process::Command::new("sh");
     // A gigabyte of addresses is enough for the model, and for some hundreds of stacks.
     command.args(["-c", "ulimit -v 1000000; exec \"$0\" \"$@\"", env!("CARGO_BIN_EXE_qwen3"), "generate", "--model"]);
-    command.arg(austen).args(["--prompt", "x", "--threads", "1024"]);
+    command.arg(AUSTEN).args(["--prompt", "x", "--threads", "1024"]);
     assert_one_line(&run_with(command, ""), &["cannot start thread", "of 1024"]);
 }
 
@@ -356,9 +338,8 @@ fn a_launcher_without_mpi_is_one_line_from_its_first_process() {
     if cfg!(feature = "mpi") {
         return;
     }
-    let model = austen();
     let start = |rank: &str, args: &[&str]| {
-        let mut all = vec!["generate", "--model", model.to_str().unwrap(), "--prompt", "x"];
+        let mut all = vec!["generate", "--model", AUSTEN, "--prompt", "x"];
         all.extend(args);
         let mut command = program(&all);
         command.env("OMPI_COMM_WORLD_RANK", rank).env("OMPI_COMM_WORLD_SIZE", "2");

@@ -6,20 +6,19 @@ use std::fs;
 use std::thread;
 use std::time::Duration;
 
-use program::{assert_one_line, austen, json, keys, program, run};
+use program::{AUSTEN, assert_one_line, json, keys, program, run};
 use serde_json::Value;
 
 const QUICK: [&str; 6] = ["--prompt-len", "16", "--gen-len", "3", "--reps", "1"];
 
-fn bench<'a>(model: &'a str, extra: &[&'a str]) -> Vec<&'a str> {
-    [&["bench", "--model", model][..], &QUICK, extra].concat()
+fn bench<'a>(extra: &[&'a str]) -> Vec<&'a str> {
+    [&["bench", "--model", AUSTEN][..], &QUICK, extra].concat()
 }
 
 #[test]
 fn limits_and_depth_are_part_of_the_results() {
-    let model = austen();
     let extra = ["--json", "--depth", "16,64", "--weights", "q8", "--kv", "q8", "--threads", "2"];
-    let found = json(&bench(model.to_str().unwrap(), &extra));
+    let found = json(&bench(&extra));
     assert_eq!((&found["weights"], &found["kv"]), (&"q8".into(), &"q8".into()));
     let limits = keys(&found["limits"]);
     let wide: &[&str] = if found["isa"] == "avx512" { &["fma_avx512_gflops"] } else { &[] };
@@ -65,19 +64,17 @@ fn a_prompt_reads_the_experts_of_all_its_tokens() {
 
 #[test]
 fn a_context_that_is_too_deep_is_refused() {
-    let model = austen();
-    let failed = run(&bench(model.to_str().unwrap(), &["--depth", "5000"]));
+    let failed = run(&bench(&["--depth", "5000"]));
     assert_one_line(&failed, &["--depth", "4096"]);
-    let failed = run(&bench(model.to_str().unwrap(), &["--trace", "no/such/folder/trace.json"]));
+    let failed = run(&bench(&["--trace", "no/such/folder/trace.json"]));
     assert_one_line(&failed, &["no/such/folder/trace.json"]);
 }
 
 #[test]
 fn what_was_measured_is_said_though_its_file_cannot_be_written() {
-    let model = austen();
     let calibrate = ["calibrate", "--quick", "--json", "--ranks", "2", "--threads", "1", "--output", "/dev/null/file"];
     for (args, file, key) in [
-        (&bench(model.to_str().unwrap(), &["--json", "--trace", "/dev/full"])[..], "/dev/full", "results"),
+        (&bench(&["--json", "--trace", "/dev/full"])[..], "/dev/full", "results"),
         (&calibrate, "/dev/null/file", "machine"),
     ] {
         let run = run(args);
@@ -89,9 +86,8 @@ fn what_was_measured_is_said_though_its_file_cannot_be_written() {
 
 #[test]
 fn any_number_of_repetitions_can_begin() {
-    let model = austen();
     let args = ["--gen-len", "0", "--threads", "1", "--prompt-len", "1"];
-    let args = [&["bench", "--model", model.to_str().unwrap(), "--reps", "18446744073709551615"][..], &args].concat();
+    let args = [&["bench", "--model", AUSTEN, "--reps", "18446744073709551615"][..], &args].concat();
     let mut bench = program(&args).spawn().unwrap();
     // Without room for as many times it would be over before the first one.
     thread::sleep(Duration::from_secs(3));
@@ -103,15 +99,14 @@ fn any_number_of_repetitions_can_begin() {
 
 #[test]
 fn the_profile_is_a_table_and_its_shares_add_up() {
-    let model = austen();
-    let table = run(&bench(model.to_str().unwrap(), &["--profile", "--ranks", "2", "--threads", "1"]));
+    let table = run(&bench(&["--profile", "--ranks", "2", "--threads", "1"]));
     assert!(table.success, "{table:?}");
     for words in
         ["prefill of 16 tokens: where", "decode of 3 tokens after 16: where", "qkv_proj", "lm_head", "Allreduce"]
     {
         assert!(table.stdout.contains(words), "{words:?} is missing: {}", table.stdout);
     }
-    let found = json(&bench(model.to_str().unwrap(), &["--profile", "--json", "--ranks", "2", "--threads", "1"]));
+    let found = json(&bench(&["--profile", "--json", "--ranks", "2", "--threads", "1"]));
     let rows = found["profile"].as_array().unwrap();
     for phase in ["prefill", "decode"] {
         let of_phase: Vec<_> = rows.iter().filter(|row| row["phase"] == phase).collect();
@@ -127,10 +122,10 @@ fn the_profile_is_a_table_and_its_shares_add_up() {
 
 #[test]
 fn the_trace_has_a_row_for_each_rank_and_thread() {
-    let (model, dir) = (austen(), tempfile::tempdir().unwrap());
+    let dir = tempfile::tempdir().unwrap();
     let file = dir.path().join("trace.json");
     let extra = ["--json", "--trace", file.to_str().unwrap(), "--ranks", "2", "--threads", "2"];
-    let found = json(&bench(model.to_str().unwrap(), &extra));
+    let found = json(&bench(&extra));
     assert_eq!(found["profile"], Value::Null, "nobody asked for the table");
     let trace: Value = serde_json::from_str(&fs::read_to_string(&file).unwrap()).expect("the trace is JSON");
     let events = trace["traceEvents"].as_array().unwrap();

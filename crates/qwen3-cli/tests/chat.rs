@@ -4,10 +4,9 @@ mod program;
 
 use std::fs;
 use std::io::{Read as _, Write as _};
-use std::path::Path;
 use std::process::{Command, Stdio};
 
-use program::{Copy, assert_one_line, austen, json, program, run_with};
+use program::{AUSTEN, Copy, assert_one_line, json, program, run_with};
 use serde_json::json as value;
 
 /// The program in a conversation that answers the same each time.
@@ -21,7 +20,7 @@ fn chat(model: &str, ranks: &str) -> Command {
 #[test]
 fn a_conversation_keeps_its_history_and_ends_with_its_input() {
     for ranks in ["1", "2"] {
-        let run = run_with(chat(austen().to_str().unwrap(), ranks), "What is 17 + 15?\n\nWhat is 20 - 13?\n");
+        let run = run_with(chat(AUSTEN, ranks), "What is 17 + 15?\n\nWhat is 20 - 13?\n");
         assert!(run.success && run.stderr.is_empty(), "{run:?}");
         assert_eq!(run.stdout, "17 + 15 = 32\n20 - 13 = 7\n");
     }
@@ -30,14 +29,14 @@ fn a_conversation_keeps_its_history_and_ends_with_its_input() {
 #[test]
 fn a_key_that_is_no_character_ends_no_conversation() {
     let input = b"hello \xff\nWhat is 17 + 15?\n";
-    let run = run_with(chat(austen().to_str().unwrap(), "2"), input);
+    let run = run_with(chat(AUSTEN, "2"), input);
     assert!(run.success && run.stderr.is_empty(), "{run:?}");
     assert!(run.stdout.ends_with("\n17 + 15 = 32\n"), "{run:?}");
 }
 
 #[test]
 fn a_system_text_without_room_is_refused_at_once() {
-    let mut command = chat(austen().to_str().unwrap(), "2");
+    let mut command = chat(AUSTEN, "2");
     command.args(["--system", &"sister ".repeat(5000)]);
     let run = run_with(command, "What is 17 + 15?\n");
     assert!(!run.success && run.stdout.is_empty() && run.stderr.lines().count() == 1, "{run:?}");
@@ -48,16 +47,14 @@ fn a_system_text_without_room_is_refused_at_once() {
 fn a_template_that_makes_nothing_of_a_conversation_ends_it_in_one_line() {
     let copy = Copy::new();
     fs::write(copy.file("chat_template.jinja"), "{{ messages[5] }}").unwrap();
-    let run = run_with(chat(copy.path().to_str().unwrap(), "2"), "What is 17 + 15?\n");
+    let run = run_with(chat(copy.path(), "2"), "What is 17 + 15?\n");
     assert_one_line(&run, &["chat template: it makes nothing of this conversation", "chat_template.jinja"]);
 }
 
 #[test]
 fn what_is_reused_of_the_cache_is_what_a_whole_prompt_gives() {
-    let model = austen();
-    let model = model.to_str().unwrap();
     let questions = ["Spell the word \"sister\".", "Tell me about music.", "Write about marriage."];
-    let run = run_with(chat(model, "2"), &(questions.join("\n") + "\n"));
+    let run = run_with(chat(AUSTEN, "2"), &(questions.join("\n") + "\n"));
     assert!(run.success && run.stderr.is_empty(), "{run:?}");
     let answers: Vec<&str> = run.stdout.lines().collect();
     assert_eq!(answers.len(), questions.len(), "{run:?}");
@@ -66,9 +63,9 @@ fn what_is_reused_of_the_cache_is_what_a_whole_prompt_gives() {
         messages.push(value!({ "role": "user", "content": question }));
         let file = tempfile::NamedTempFile::new().unwrap();
         fs::write(file.path(), value!({ "messages": messages, "enable_thinking": false }).to_string()).unwrap();
-        let tokens = json(&["tokenize", "--json", "--model", model, "--chat", file.path().to_str().unwrap()]);
+        let tokens = json(&["tokenize", "--json", "--model", AUSTEN, "--chat", file.path().to_str().unwrap()]);
         let ids: Vec<String> = tokens["ids"].as_array().unwrap().iter().map(ToString::to_string).collect();
-        let whole = json(&["generate", "--json", "--model", model, "--kv", "f32", "--tokens", &ids.join(",")]);
+        let whole = json(&["generate", "--json", "--model", AUSTEN, "--kv", "f32", "--tokens", &ids.join(",")]);
         assert_eq!(whole["text"], answer, "after {question}");
         messages.push(value!({ "role": "assistant", "content": answer }));
     }
@@ -80,7 +77,7 @@ fn the_oldest_messages_make_room_and_a_message_without_room_is_dropped() {
     copy.config(|config| drop(config.insert("max_position_embeddings".into(), value!(96))));
     let long = "sister ".repeat(100);
     let input = format!("What is 17 + 15?\nWhat is 20 - 13?\nWhat is 7 x 8?\n{long}\nWhat is 17 + 15?\n");
-    let run = run_with(chat(copy.path().to_str().unwrap(), "2"), &input);
+    let run = run_with(chat(copy.path(), "2"), &input);
     assert!(run.success, "{run:?}");
     assert_eq!(run.stdout, "17 + 15 = 32\n20 - 13 = 7\n7 x 8 = 56\n17 + 15 = 32\n");
     let notes: Vec<&str> = run.stderr.lines().collect();
@@ -103,17 +100,17 @@ fn an_answer_that_is_cut_says_why() {
             (&["--max-new-tokens", "99"], " (the context is full)\n"),
             (&["--max-new-tokens", "3"], " (--max-new-tokens reached)\n"),
         ] {
-            let mut command = chat(copy.path().to_str().unwrap(), ranks);
+            let mut command = chat(copy.path(), ranks);
             command.args(extra);
             let run = run_with(command, "Tell me about music.\n");
             assert!(run.success && run.stderr.is_empty() && run.stdout.ends_with(end), "{run:?}");
         }
     }
-    let stop = |model: &Path, tokens: &str| {
+    let stop = |model: &str, tokens: &str| {
         let args = ["generate", "--json", "--chat", "--no-thinking", "--prompt", "What is 17 + 15?", "--model"];
-        json(&[&args[..], &[model.to_str().unwrap(), "--max-new-tokens", tokens]].concat())["stop"].clone()
+        json(&[&args[..], &[model, "--max-new-tokens", tokens]].concat())["stop"].clone()
     };
-    assert_eq!([stop(&austen(), "64"), stop(&austen(), "3"), stop(copy.path(), "99")], ["end", "limit", "context"]);
+    assert_eq!([stop(AUSTEN, "64"), stop(AUSTEN, "3"), stop(copy.path(), "99")], ["end", "limit", "context"]);
 }
 
 #[test]
@@ -123,7 +120,7 @@ fn an_interrupt_ends_the_answer_and_not_the_program() {
     copy.config(|config| drop(config.remove("eos_token_id")));
     fs::remove_file(copy.file("generation_config.json")).unwrap();
     for ranks in ["1", "2"] {
-        let mut child = chat(copy.path().to_str().unwrap(), ranks)
+        let mut child = chat(copy.path(), ranks)
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
             .stderr(Stdio::piped())

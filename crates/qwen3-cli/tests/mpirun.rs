@@ -8,7 +8,7 @@ use std::process::{Command, Stdio};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use program::{Copy, Run, austen, program, run_with};
+use program::{AUSTEN, Copy, Run, program, read_json, run_with};
 use serde_json::Value;
 
 /// The program on two processes, also where there are fewer cores, and for root, as in a container.
@@ -36,10 +36,8 @@ fn assert_one_error(run: &Run, words: &[&str]) {
 
 #[test]
 fn two_processes_answer_as_one() {
-    let expected: Value = serde_json::from_str(&fs::read_to_string(austen().join("expected.json")).unwrap()).unwrap();
-    let case = &expected[0];
-    let model = austen();
-    let args = ["generate", "--json", "--kv", "f32", "--chat", "--no-thinking", "--model", model.to_str().unwrap()];
+    let case = &read_json(format!("{AUSTEN}/expected.json"))[0];
+    let args = ["generate", "--json", "--kv", "f32", "--chat", "--no-thinking", "--model", AUSTEN];
     for strategy in ["heads", "sequence"] {
         let mut args = args.to_vec();
         args.extend(["--prompt", case["prompt"].as_str().unwrap(), "--strategy", strategy]);
@@ -52,7 +50,7 @@ fn two_processes_answer_as_one() {
 
 #[test]
 fn a_calibration_is_found_by_the_runs_on_the_same_machines() {
-    let (home, model) = (tempfile::tempdir().unwrap(), austen());
+    let home = tempfile::tempdir().unwrap();
     let on_two_machines = |args: &[&str]| -> Value {
         let mut command = mpirun(args);
         command.env("COMM_NODES", "2").env("XDG_CONFIG_HOME", home.path());
@@ -62,24 +60,21 @@ fn a_calibration_is_found_by_the_runs_on_the_same_machines() {
     };
     let machine = &on_two_machines(&["calibrate", "--quick", "--json", "--threads", "1"])["machine"];
     assert_eq!((&machine["ranks"], &machine["nodes"]), (&2.into(), &2.into()));
-    let model = model.to_str().unwrap();
     let quick = ["--prompt-len", "16", "--gen-len", "4", "--reps", "1", "--threads", "1"];
-    let found = on_two_machines(&[&["bench", "--json", "--model", model][..], &quick].concat());
+    let found = on_two_machines(&[&["bench", "--json", "--model", AUSTEN][..], &quick].concat());
     let reason = found["plan"].as_str().unwrap();
     assert!(reason.contains("2 ranks on 2 machines") && reason.contains("figures calibrated (mpi, "), "{reason}");
 }
 
 #[test]
 fn a_failure_is_one_line() {
-    let model = austen();
-    let model = model.to_str().unwrap();
     let failed = |args: &[&str]| run_with(mpirun(args), "");
     assert_one_error(&failed(&["generate", "--model", "nowhere", "--prompt", "x"]), &["nowhere"]);
-    assert_one_error(&failed(&["generate", "--model", model, "--prompt", ""]), &["--prompt", "empty"]);
-    assert_one_error(&failed(&["generate", "--model", model, "--tokens", "4096"]), &["4096"]);
-    assert_one_error(&failed(&["generate", "--model", model, "--prompt", "x", "--strategy", "both"]), &["both"]);
-    assert_one_error(&failed(&["generate", "--model", model, "--prompt", "x", "--ranks", "2"]), &["--ranks"]);
-    assert_one_error(&failed(&["perplexity", "--model", model, "--file", "nowhere.txt"]), &["nowhere.txt"]);
+    assert_one_error(&failed(&["generate", "--model", AUSTEN, "--prompt", ""]), &["--prompt", "empty"]);
+    assert_one_error(&failed(&["generate", "--model", AUSTEN, "--tokens", "4096"]), &["4096"]);
+    assert_one_error(&failed(&["generate", "--model", AUSTEN, "--prompt", "x", "--strategy", "both"]), &["both"]);
+    assert_one_error(&failed(&["generate", "--model", AUSTEN, "--prompt", "x", "--ranks", "2"]), &["--ranks"]);
+    assert_one_error(&failed(&["perplexity", "--model", AUSTEN, "--file", "nowhere.txt"]), &["nowhere.txt"]);
 }
 
 /// The processes of the two ranks, as soon as they are there. MPICH has a process of its own between launcher and ranks.
@@ -108,8 +103,7 @@ fn signal(kind: &str, processes: &[String]) {
 
 #[test]
 fn a_killed_rank_ends_the_other() {
-    let model = austen();
-    let args = ["bench", "--model", model.to_str().unwrap(), "--reps", "1000000", "--threads", "1"];
+    let args = ["bench", "--model", AUSTEN, "--reps", "1000000", "--threads", "1"];
     // While they find each other or load, and when they compute.
     for milliseconds in [0, 200, 1000] {
         let mut launcher = mpirun(&args).spawn().unwrap();
@@ -131,8 +125,7 @@ fn a_killed_rank_ends_the_other() {
 
 #[test]
 fn ranks_that_are_told_to_end_say_so_once() {
-    let model = austen();
-    let args = ["bench", "--model", model.to_str().unwrap(), "--reps", "1000000", "--threads", "1"];
+    let args = ["bench", "--model", AUSTEN, "--reps", "1000000", "--threads", "1"];
     for (memory, name, told) in
         [("on", "TERM", 2), ("off", "TERM", 2), ("on", "INT", 2), ("on", "TERM", 1), ("on", "INT", 1)]
     {
@@ -158,7 +151,7 @@ fn in_a_conversation_the_user_may_take_long_and_an_interrupt_of_all_ranks_ends_a
     let copy = Copy::new();
     copy.config(|config| drop(config.remove("eos_token_id")));
     fs::remove_file(copy.file("generation_config.json")).unwrap();
-    let model = copy.path().to_str().unwrap();
+    let model = copy.path();
     let args =
         ["chat", "--model", model, "--no-thinking", "--temperature", "0", "--threads", "1", "--comm-timeout", "1"];
     let mut launcher = mpirun(&args);

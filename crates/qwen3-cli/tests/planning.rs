@@ -5,20 +5,16 @@ mod program;
 use std::fs;
 use std::path::Path;
 
-use program::{assert_one_line, austen, json, keys, program, run, run_with};
+use program::{AUSTEN, assert_one_line, json, keys, program, read_json, run, run_with};
 use serde_json::{Value, json};
 
-fn model() -> String {
-    austen().to_str().unwrap().to_owned()
-}
-
 fn plan(extra: &[&str]) -> Value {
-    json(&[&["plan", "--json", "--model", &model()], extra].concat())
+    json(&[&["plan", "--json", "--model", AUSTEN], extra].concat())
 }
 
 fn bench(extra: &[&str]) -> Value {
     let quick = ["--prompt-len", "16", "--gen-len", "4", "--reps", "1", "--threads", "1"];
-    json(&[&["bench", "--json", "--model", &model()][..], &quick, extra].concat())
+    json(&[&["bench", "--json", "--model", AUSTEN][..], &quick, extra].concat())
 }
 
 /// A file of `calibrate` for `ranks` ranks with these GB/s.
@@ -75,7 +71,7 @@ fn a_plan_tells_memory_traffic_speed_and_imbalance_of_every_way() {
     assert_eq!(heads["columns"]["sum"], 768);
     assert_eq!(ways[1]["imbalance"]["query_heads"]["imbalance"], 1.0, "positions are split, heads are not");
 
-    let table = run(&["plan", "--model", &model(), "--ranks", "4", "--nodes", "2", "--all"]);
+    let table = run(&["plan", "--model", AUSTEN, "--ranks", "4", "--nodes", "2", "--all"]);
     assert!(table.success, "{table:?}");
     for word in [
         "4 ranks on 2 machines;",
@@ -90,7 +86,7 @@ fn a_plan_tells_memory_traffic_speed_and_imbalance_of_every_way() {
         assert!(table.stdout.contains(word), "{word:?} is missing: {}", table.stdout);
     }
     // Only links that there are.
-    let alone = run(&["plan", "--model", &model(), "--ranks", "1"]).stdout;
+    let alone = run(&["plan", "--model", AUSTEN, "--ranks", "1"]).stdout;
     assert!(alone.starts_with("1 rank on 1 machine; ") && !alone.contains("µs"), "{alone}");
     // Machines that do not divide the ranks have blocks of them, the first ones one longer.
     assert_eq!(plan(&["--ranks", "5", "--nodes", "2"])["nodes"], 2);
@@ -114,7 +110,7 @@ fn a_link_is_taken_for_the_slowest_one() {
 #[test]
 fn what_cannot_be_planned_is_refused_in_one_line() {
     let fails = |extra: &[&str], words: &[&str]| {
-        assert_one_line(&run(&[&["plan", "--model", &model()], extra].concat()), words);
+        assert_one_line(&run(&[&["plan", "--model", AUSTEN], extra].concat()), words);
     };
     fails(&["--ranks", "2", "--nodes", "3"], &["--nodes", "3", "at most 2"]);
     fails(&["--ranks", "2", "--alpha-us", "3"], &["--beta-gb-s"]);
@@ -159,7 +155,7 @@ fn calibrations_of_several_layouts_are_kept_in_one_file() {
         }
     }
     assert!(found["machine"]["inside"]["beta_gb_s"].as_f64().unwrap() > 0.01);
-    let read = || -> Value { serde_json::from_str(&fs::read_to_string(&file).unwrap()).unwrap() };
+    let read = || read_json(&file);
     assert_eq!(read(), json!({"machines": [found["machine"]]}));
     let planned = plan(&["--ranks", "2", "--calibration", path]);
     assert_eq!(planned["machine"], found["machine"]);
@@ -189,7 +185,7 @@ fn calibrations_of_several_layouts_are_kept_in_one_file() {
 #[test]
 fn an_emulated_link_costs_time_and_changes_no_answer() {
     let ids = |extra: &[&str]| {
-        let args = ["generate", "--json", "--model", &model(), "--prompt", "Elizabeth was", "--max-new-tokens", "6"];
+        let args = ["generate", "--json", "--model", AUSTEN, "--prompt", "Elizabeth was", "--max-new-tokens", "6"];
         json(&[&args[..], &["--ranks", "2", "--threads", "1"], extra].concat())["ids"].clone()
     };
     let link = ["--emulate-link", "2000,1"];
@@ -203,7 +199,7 @@ fn an_emulated_link_costs_time_and_changes_no_answer() {
     assert!(decode["ms"].as_f64().unwrap() >= 4.0 * 9.0 * 2.0, "{decode}");
 
     let fails = |extra: &[&str], words: &[&str]| {
-        let args = ["generate", "--model", &model(), "--prompt", "x", "--ranks", "2"];
+        let args = ["generate", "--model", AUSTEN, "--prompt", "x", "--ranks", "2"];
         assert_one_line(&run(&[&args[..], extra].concat()), words);
     };
     for bad in ["40", "x,1", "-1,1", "40,0", "40,inf"] {
@@ -234,15 +230,10 @@ fn the_strategy_follows_the_plan_for_the_real_layout() {
     let reason = |content: &str| {
         fs::create_dir_all(home.path().join("qwen3")).unwrap();
         write(&home.path().join("qwen3"), "calibration.json", content);
-        let args = ["plan", "--json", "--model", &model(), "--ranks", "2"];
+        let args = ["plan", "--json", "--model", AUSTEN, "--ranks", "2"];
         let mut command = program(&args);
-        let run = run_with(
-            {
-                command.env("XDG_CONFIG_HOME", home.path());
-                command
-            },
-            "",
-        );
+        command.env("XDG_CONFIG_HOME", home.path());
+        let run = run_with(command, "");
         assert!(run.success, "{run:?}");
         serde_json::from_str::<Value>(&run.stdout).unwrap()["figures"].as_str().unwrap().to_owned()
     };
@@ -271,7 +262,7 @@ fn the_strategy_follows_the_length_of_the_prompt() {
     ] {
         let logits = |strategy: &str| {
             let path = dir.path().join(strategy);
-            let args = ["logits", "--model", &model(), "--ranks", "2", "--threads", "1", "--emulate-link", "1000,1"];
+            let args = ["logits", "--model", AUSTEN, "--ranks", "2", "--threads", "1", "--emulate-link", "1000,1"];
             let done =
                 run(&[&args[..], &prompt, &["--strategy", strategy, "--output", path.to_str().unwrap()]].concat());
             assert!(done.success, "{done:?}");
@@ -304,7 +295,7 @@ fn sums_are_short_between_machines_and_exact_elsewhere() {
     let dir = tempfile::tempdir().unwrap();
     let logits = |name: &str, extra: &[&str]| {
         let path = dir.path().join(name);
-        let args = ["logits", "--model", &model(), "--prompt", "Elizabeth was", "--ranks", "2", "--threads", "1"];
+        let args = ["logits", "--model", AUSTEN, "--prompt", "Elizabeth was", "--ranks", "2", "--threads", "1"];
         let args = [&args[..], &["--strategy", "heads", "--output", path.to_str().unwrap()], extra].concat();
         let done = run(&args);
         assert!(done.success, "{done:?}");

@@ -2,32 +2,27 @@
 
 mod program;
 
-use std::fs;
-
-use program::{austen, json, run};
-use serde_json::Value;
+use program::{AUSTEN, json, read_json, run};
 
 fn perplexity(model: &str, extra: &[&str]) -> f64 {
-    let file = austen().join("sample.txt");
-    let mut args = vec!["perplexity", "--json", "--model", model, "--file", file.to_str().unwrap(), "--threads", "1"];
+    let file = format!("{AUSTEN}/sample.txt");
+    let mut args = vec!["perplexity", "--json", "--model", model, "--file", &file, "--threads", "1"];
     args.extend(extra);
     json(&args)["perplexity"].as_f64().unwrap()
 }
 
 #[test]
 fn perplexity_stays_near_the_stored_weights() {
-    let stored = austen();
-    let stored = stored.to_str().unwrap();
-    let reference = perplexity(stored, &[]);
+    let reference = perplexity(AUSTEN, &[]);
     let dir = tempfile::tempdir().unwrap();
     for (format, bound) in [("q8", 0.005), ("q4", 0.05)] {
-        let at_load = perplexity(stored, &["--weights", format]);
+        let at_load = perplexity(AUSTEN, &["--weights", format]);
         assert!((at_load / reference - 1.0).abs() < bound, "{format}: {at_load}, stored {reference}");
         assert_ne!(at_load, reference, "{format} was not used");
 
         let copy = dir.path().join(format);
         let copy = copy.to_str().unwrap();
-        let written = run(&["quantize", "--model", stored, "--weights", format, copy]);
+        let written = run(&["quantize", "--model", AUSTEN, "--weights", format, copy]);
         assert!(written.success, "{written:?}");
         let loaded = perplexity(copy, &["--ranks", "2"]);
         assert!(
@@ -39,15 +34,13 @@ fn perplexity_stays_near_the_stored_weights() {
 
 #[test]
 fn sums_and_spellings_survive_eight_bits() {
-    let cases: Vec<Value> = serde_json::from_str(&fs::read_to_string(austen().join("expected.json")).unwrap()).unwrap();
     let mut asked = 0;
-    for case in &cases {
+    for case in read_json(format!("{AUSTEN}/expected.json")).as_array().unwrap() {
         let prompt = case["prompt"].as_str().unwrap();
         if !(prompt.starts_with("What is") || prompt.starts_with("Spell")) {
             continue;
         }
-        let model = austen();
-        let args = ["generate", "--json", "--model", model.to_str().unwrap(), "--weights", "q8", "--threads", "1"];
+        let args = ["generate", "--json", "--model", AUSTEN, "--weights", "q8", "--threads", "1"];
         let found = json(&[&args[..], &["--chat", "--no-thinking", "--prompt", prompt]].concat());
         assert_eq!(found["text"], case["text"], "{prompt}");
         asked += 1;

@@ -6,15 +6,11 @@ use std::fs;
 use std::io::Read as _;
 use std::path::{Path, PathBuf};
 
-use program::{assert_one_line, austen, json, keys, run};
+use program::{AUSTEN, assert_one_line, json, keys, read_json, run};
 use serde_json::Value;
 
 fn data(name: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data").join(name)
-}
-
-fn read(path: &Path) -> Value {
-    serde_json::from_str(&fs::read_to_string(path).unwrap()).unwrap()
 }
 
 /// The published tokenizer in a folder of its own.
@@ -38,7 +34,7 @@ fn tokenize_chat(model: &Path, chat: &Value) -> Value {
 #[test]
 fn conversations_read_as_the_published_template_writes_them() {
     let model = published();
-    let cases = read(&data("chat.json"));
+    let cases = read_json(data("chat.json"));
     assert_eq!(cases.as_array().unwrap().len(), 8);
     for case in cases.as_array().unwrap() {
         let found = tokenize_chat(model.path(), case);
@@ -51,7 +47,7 @@ fn conversations_read_as_the_published_template_writes_them() {
 #[test]
 fn a_template_in_a_file_of_its_own_comes_first_and_named_ones_are_found() {
     let dir = tempfile::tempdir().unwrap();
-    fs::copy(austen().join("tokenizer.json"), dir.path().join("tokenizer.json")).unwrap();
+    fs::copy(format!("{AUSTEN}/tokenizer.json"), dir.path().join("tokenizer.json")).unwrap();
     let named = r#"{"eos_token": {"content": "<|im_end|>"}, "chat_template": [
         {"name": "default", "template": "{%- for m in messages -%}{% generation %}{{ m.content.strip('-').split(',')[1] }}{% endgeneration %}{%- endfor %}{{ eos_token }}"},
         {"name": "tool_use", "template": "{% if tools is not defined %}{{ raise_exception('no tools') }}{% endif %}{{ tools | tojson }}"}]}"#;
@@ -69,20 +65,12 @@ fn a_template_in_a_file_of_its_own_comes_first_and_named_ones_are_found() {
 
 #[test]
 fn the_bundled_tokenizer_gives_the_expected_ids() {
-    let model = austen();
-    for case in read(&model.join("expected.json")).as_array().unwrap() {
+    for case in read_json(format!("{AUSTEN}/expected.json")).as_array().unwrap() {
         let found = if case["kind"] == "text" {
-            json(&[
-                "tokenize",
-                "--json",
-                "--model",
-                model.to_str().unwrap(),
-                "--text",
-                case["prompt"].as_str().unwrap(),
-            ])
+            json(&["tokenize", "--json", "--model", AUSTEN, "--text", case["prompt"].as_str().unwrap()])
         } else {
             let message = serde_json::json!({"role": "user", "content": case["prompt"]});
-            tokenize_chat(&model, &serde_json::json!({"messages": [message], "enable_thinking": false}))
+            tokenize_chat(Path::new(AUSTEN), &serde_json::json!({"messages": [message], "enable_thinking": false}))
         };
         assert_eq!(found["text"], case["rendered"]);
         assert_eq!(found["ids"], case["prompt_ids"]);
@@ -91,13 +79,11 @@ fn the_bundled_tokenizer_gives_the_expected_ids() {
 
 #[test]
 fn what_cannot_be_tokenized_is_one_line() {
-    let model = austen();
-    let model = model.to_str().unwrap();
     let dir = tempfile::tempdir().unwrap();
     let file = dir.path().join("chat.json");
     let chat = |text: &str| {
         fs::write(&file, text).unwrap();
-        run(&["tokenize", "--model", model, "--chat", file.to_str().unwrap()])
+        run(&["tokenize", "--model", AUSTEN, "--chat", file.to_str().unwrap()])
     };
     assert_one_line(&chat("{"), &["chat.json", "not JSON"]);
     assert_one_line(&chat("{}"), &["chat.json", "messages", "missing"]);
@@ -106,9 +92,9 @@ fn what_cannot_be_tokenized_is_one_line() {
     assert_one_line(&chat(r#"[{"content": "x"}]"#), &["messages[0]", "role"]);
     assert_one_line(&chat(r#"{"messages": [{"role": "user", "content": "x"}], "tools": 1}"#), &["tools"]);
     assert_one_line(&chat(r#"[{"role": "user", "content": 5}]"#), &["chat template"]);
-    assert_one_line(&run(&["tokenize", "--model", model, "--chat", "nowhere.json"]), &["nowhere.json"]);
+    assert_one_line(&run(&["tokenize", "--model", AUSTEN, "--chat", "nowhere.json"]), &["nowhere.json"]);
     assert_one_line(&run(&["tokenize", "--model", "nowhere", "--text", "x"]), &["nowhere/tokenizer.json"]);
-    assert_one_line(&run(&["tokenize", "--model", model]), &["--text", "--chat"]);
+    assert_one_line(&run(&["tokenize", "--model", AUSTEN]), &["--text", "--chat"]);
 
     let empty = dir.path().to_str().unwrap();
     let file = file.to_str().unwrap();

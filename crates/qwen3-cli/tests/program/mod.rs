@@ -24,8 +24,11 @@ pub struct Run {
 }
 
 /// The bundled model.
-pub fn austen() -> PathBuf {
-    PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../../models/austen")
+pub const AUSTEN: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../../models/austen");
+
+/// The JSON of a file.
+pub fn read_json(path: impl AsRef<Path>) -> Value {
+    serde_json::from_str(&fs::read_to_string(path).unwrap()).unwrap()
 }
 
 /// The program with arguments, cut off from any launcher that runs the tests.
@@ -125,14 +128,14 @@ impl Copy {
         for name in
             ["config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "model.safetensors"]
         {
-            fs::copy(austen().join(name), dir.path().join(name)).unwrap();
+            fs::copy(format!("{AUSTEN}/{name}"), dir.path().join(name)).unwrap();
         }
         Self { dir }
     }
 
     /// The copy's folder.
-    pub fn path(&self) -> &Path {
-        self.dir.path()
+    pub fn path(&self) -> &str {
+        self.dir.path().to_str().unwrap()
     }
 
     /// A file of the copy.
@@ -142,7 +145,7 @@ impl Copy {
 
     /// Changes `config.json`.
     pub fn config(&self, change: impl FnOnce(&mut serde_json::Map<String, Value>)) {
-        let mut config: Value = serde_json::from_str(&fs::read_to_string(self.file("config.json")).unwrap()).unwrap();
+        let mut config = read_json(self.file("config.json"));
         change(config.as_object_mut().unwrap());
         fs::write(self.file("config.json"), config.to_string()).unwrap();
     }
