@@ -14,7 +14,7 @@ use qwen3_model::{
 
 use crate::affinity::Neighbours;
 use crate::failure::{CliError, Failure};
-use crate::plan::{Wanted, Workload, choose};
+use crate::plan::{Workload, choose};
 use crate::rank::Rank;
 
 /// A value that is one of `names`, which the help lists; `T` reads them.
@@ -170,9 +170,7 @@ impl EngineOptions {
             Some(strategy) => (strategy, experts.unwrap_or_default(), None),
             None if ranks == 1 => (ParallelStrategy::Heads, experts.unwrap_or_default(), None),
             None => {
-                let (dir, weights, mlp, chunk) = (&*self.model, self.weights.0, self.mlp, self.chunk);
-                let wanted = Wanted { dir, weights, kv, mlp, experts, chunk, threads, work };
-                let (strategy, experts, reason) = choose(rank, &wanted)?;
+                let (strategy, experts, reason) = choose(rank, self, threads, Workload { kv, ..work })?;
                 (strategy, experts, Some(reason))
             }
         };

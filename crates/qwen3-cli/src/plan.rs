@@ -13,7 +13,7 @@ use serde_json::{Value, json};
 use crate::calibration::{Calibration, Layout, count, place};
 use crate::failure::{CliError, Failure};
 use crate::memory::available;
-use crate::options::{Auto, above_zero, choice, from_zero, misfit, positive};
+use crate::options::{Auto, EngineOptions, above_zero, choice, from_zero, misfit, positive};
 use crate::rank::Rank;
 
 /// Predict memory, traffic and speed of each way to split a model over ranks, from its headers alone
@@ -227,31 +227,12 @@ fn whole_experts(way: &Prediction) -> &'static str {
 /// What a command is going to do, as far as it is known before the model is loaded.
 #[derive(Clone, Copy, Debug)]
 pub struct Workload {
-    /// The command's own cache format.
+    /// The command's own cache format, or the one that the user names.
     pub kv: KvFormat,
     /// Tokens of a prompt.
     pub prompt: usize,
     /// Tokens to generate.
     pub generate: usize,
-}
-
-/// What `--strategy auto` has to keep to.
-pub struct Wanted<'a> {
-    /// The checkpoint.
-    pub dir: &'a Path,
-    /// The formats.
-    pub weights: Option<WeightFormat>,
-    pub kv: KvFormat,
-    /// `--mlp`.
-    pub mlp: Option<MlpSchedule>,
-    /// `--experts`.
-    pub experts: Option<ExpertSplit>,
-    /// Prompt tokens of a pass, for each rank of those that split positions.
-    pub chunk: usize,
-    /// Threads of a rank.
-    pub threads: usize,
-    /// Tokens.
-    pub work: Workload,
 }
 
 /// How long `way` takes next to `best` for the prompt and `generate` tokens, and whether it alone of the two needs more bytes of a rank than
@@ -263,36 +244,40 @@ fn beside(way: &Prediction, best: &Prediction, generate: usize, memory: Option<u
     format!("{}{} takes {share:.2} times as long{lacks}", way.strategy, whole_experts(way))
 }
 
-/// The strategy for a command, the place of experts, and why: rank 0 plans, all ranks get its choice. A checkpoint that cannot be read, or
-/// has no experts where they are to be whole, is left to loading to report.
-pub fn choose(rank: &Rank, wanted: &Wanted<'_>) -> Result<(ParallelStrategy, ExpertSplit, String), Failure> {
+/// The strategy for `work` on ranks of `threads` threads, the place of experts, and why: rank 0 plans, all ranks get its choice. A checkpoint
+/// that cannot be read, or has no experts where they are to be whole, is left to loading to report.
+pub fn choose(
+    rank: &Rank,
+    engine: &EngineOptions,
+    threads: usize,
+    work: Workload,
+) -> Result<(ParallelStrategy, ExpertSplit, String), Failure> {
     let comm = rank.comm();
     let (ranks, nodes) = (comm.size(), comm.machines());
     let (name, experts, reason) = rank.share(|| {
-        let whole = wanted.experts == Some(ExpertSplit::Ranks);
-        let readable = headers(wanted.dir, wanted.weights).ok();
-        let fused = wanted.mlp.is_none_or(|schedule| schedule == MlpSchedule::Fused);
+        let whole = engine.experts.0 == Some(ExpertSplit::Ranks);
+        let readable = headers(&engine.model, engine.weights.0).ok();
+        let fused = engine.mlp.is_none_or(|schedule| schedule == MlpSchedule::Fused);
         let Some((config, weights)) = readable.filter(|(config, _)| !whole || fused && config.moe.is_some()) else {
-            let experts = wanted.experts.unwrap_or_default();
+            let experts = engine.experts.0.unwrap_or_default();
             return Ok((ParallelStrategy::Heads.to_string(), experts.to_string(), String::new()));
         };
         let link = rank.emulated_link().map(LinkFigures::from);
-        let threads = Some(wanted.threads);
-        let layout = Layout { transport: Some(comm.transport()), ranks, nodes, threads, link };
+        let layout = Layout { transport: Some(comm.transport()), ranks, nodes, threads: Some(threads), link };
         let (machine, figures) = Calibration::by_itself(&layout);
         // Emulated machines have the memory of this one.
         let here = if rank.emulated_link().is_some() { ranks } else { ranks.div_ceil(nodes) };
-        let prompt = wanted.work.prompt.clamp(1, config.context_length());
-        let generate = wanted.work.generate.min(config.context_length() - prompt);
+        let prompt = work.prompt.clamp(1, config.context_length());
+        let generate = work.generate.min(config.context_length() - prompt);
         let memory = available(Path::new("/")).map(|bytes| bytes / here);
         let plan = plan(&PlanInput {
-            kv: wanted.kv,
+            kv: work.kv,
             wire: comm.wire(),
             prompt,
             generate,
-            chunk: wanted.chunk,
-            schedule: wanted.mlp,
-            experts: wanted.experts,
+            chunk: engine.chunk,
+            schedule: engine.mlp,
+            experts: engine.experts.0,
             memory,
             ..PlanInput::new(&config, &weights, &machine)
         });
