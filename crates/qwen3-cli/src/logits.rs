@@ -1,13 +1,12 @@
 //! `qwen3 logits`: the logits of every token of a prompt, as a safetensors file.
 
-use std::fs::File;
-use std::io::{self, BufWriter, Write};
+use std::io;
 use std::path::{Path, PathBuf};
 
 use clap::Args;
 use qwen3_model::comm::CommunicatorExt as _;
-use qwen3_model::{KvFormat, LogitRows, Logits, Model};
-use serde_json::json;
+use qwen3_model::tensor::{CheckpointWriter, TensorSpec, WriteError};
+use qwen3_model::{KvFormat, LogitRows, Logits, Model, WeightFormat};
 
 use crate::ahead;
 use crate::failure::{CliError, Failure};
@@ -96,42 +95,42 @@ struct Output {
     path: PathBuf,
     /// What it is called until then; nothing once it is finished, and where the name belongs to a device or a pipe.
     part: Option<PathBuf>,
-    file: BufWriter<File>,
+    /// Nothing before its start and after its end.
+    file: Option<CheckpointWriter>,
 }
 
 impl Output {
     /// Starts a file beside `path`; it takes that name when it is whole.
     fn create(path: &Path, rows: usize, cols: usize) -> Result<Self, CliError> {
-        let part = part_of(path);
-        let start = || -> io::Result<BufWriter<File>> {
-            let tensor = json!({ "dtype": "F32", "shape": [rows, cols], "data_offsets": [0, rows * cols * 4] });
-            let mut header = json!({ "logits": tensor }).to_string();
-            // The numbers start at a multiple of 8, as the format asks.
-            header.push_str(&" ".repeat(header.len().next_multiple_of(8) - header.len()));
-            let mut file = BufWriter::new(File::create(part.as_deref().unwrap_or(path))?);
-            file.write_all(&(header.len() as u64).to_le_bytes())?;
-            file.write_all(header.as_bytes())?;
-            Ok(file)
-        };
-        match start() {
-            Ok(file) => Ok(Self { path: path.to_owned(), part, file }),
-            Err(source) => Err(CliError::file(path, source)),
-        }
+        let mut output = Self { path: path.to_owned(), part: part_of(path), file: None };
+        let logits = TensorSpec { name: "logits".to_owned(), format: WeightFormat::F32, shape: vec![rows, cols] };
+        let file = CheckpointWriter::create(output.part.as_deref().unwrap_or(path), &[logits], &[]);
+        output.file = Some(file.map_err(|error| output.failed(error))?);
+        Ok(output)
     }
 
     fn write(&mut self, values: &[f32]) -> Result<(), CliError> {
-        let mut write = || values.iter().try_for_each(|value| self.file.write_all(&value.to_le_bytes()));
-        write().map_err(|source| CliError::file(&self.path, source))
+        let file = self.file.as_mut().expect("only the end takes it");
+        file.write("logits", values).map_err(|error| self.failed(error))
     }
 
     fn finish(mut self) -> Result<(), CliError> {
-        let error = |source| CliError::file(&self.path, source);
-        self.file.flush().map_err(error)?;
+        let file = self.file.take().expect("there is one end");
+        file.finish().map_err(|error| self.failed(error))?;
         if let Some(part) = &self.part {
-            std::fs::rename(part, &self.path).map_err(error)?;
+            std::fs::rename(part, &self.path).map_err(|source| CliError::file(&self.path, source))?;
         }
         self.part = None;
         Ok(())
+    }
+
+    /// The error under the name that the user gave, which the writer may not know.
+    fn failed(&self, error: WriteError) -> CliError {
+        let source = match error {
+            WriteError::Io { source, .. } => source,
+            error => io::Error::other(error),
+        };
+        CliError::file(&self.path, source)
     }
 }
 

@@ -72,5 +72,6 @@ pub use rotary::RotaryTable;
 pub use sampling::{Sample, Sampler, SamplingError, SamplingParams};
 pub use shards::{ExportError, ExportProgress};
 pub use synth::{SynthOptions, synthesize};
+pub use tensor;
 pub use tensor::{Checkpoint, CheckpointError, WeightFormat};
 pub use traffic::{Traffic, TrafficModel};
