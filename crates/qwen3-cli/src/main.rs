@@ -25,12 +25,12 @@ mod world;
 
 // What several commands do.
 mod ahead;
-mod allocations;
 mod answer;
 mod prompt;
 mod session;
 
-// The commands.
+// The commands, each after the parts that it alone has.
+mod allocations;
 mod bench_limits;
 mod bench_profile;
 mod bench_trace;
@@ -38,12 +38,12 @@ mod bench_report;
 mod bench;
 mod calibrate;
 mod chat;
+mod summary;
 mod demo;
 mod generate;
 mod logits;
 mod perplexity;
 mod quantize;
-mod summary;
 mod synth;
 mod tokenize;
 
