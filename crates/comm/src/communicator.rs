@@ -16,6 +16,19 @@ pub enum ReduceOp {
     Sum,
     /// The largest; NaN only where all are NaN.
     Max,
+    /// The sum, sent as f32 whatever [`wire`](Communicator::wire) says: for what others are divided by.
+    ExactSum,
+}
+
+impl ReduceOp {
+    /// What is computed, and how it travels where sums travel in `wire`.
+    pub(crate) fn on(self, wire: WireFormat) -> (ReduceOp, WireFormat) {
+        match self {
+            ReduceOp::Sum => (ReduceOp::Sum, wire),
+            ReduceOp::ExactSum => (ReduceOp::Sum, WireFormat::F32),
+            ReduceOp::Max => (ReduceOp::Max, WireFormat::F32),
+        }
+    }
 }
 
 /// One rank's end of a group of ranks.

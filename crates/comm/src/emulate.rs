@@ -153,7 +153,7 @@ impl Communicator for EmulatedComm {
     }
 
     fn all_reduce(&self, buf: &mut [f32], op: ReduceOp) -> Result<(), CommError> {
-        let wire = if op == ReduceOp::Sum { self.wire() } else { WireFormat::F32 };
+        let (_, wire) = op.on(self.wire());
         self.all(Collective::Allreduce, wire.encoded_bytes(buf.len()), || self.inner.all_reduce(buf, op))
     }
 

@@ -283,7 +283,7 @@ impl<E: End> Communicator for E {
 
     fn all_reduce(&self, buf: &mut [f32], op: ReduceOp) -> Result<(), CommError> {
         let end = self.end();
-        let wire = if op == ReduceOp::Sum { end.wire() } else { WireFormat::F32 };
+        let (op, wire) = op.on(end.wire());
         end.reduce(Reduction { input: None, output: buf, op, wire })
     }
 

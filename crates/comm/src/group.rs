@@ -295,7 +295,7 @@ enum Way<'a> {
 fn fold(op: ReduceOp, index: usize) -> Fold {
     match op {
         _ if index == 0 => Fold::Set,
-        ReduceOp::Sum => Fold::Add,
+        ReduceOp::Sum | ReduceOp::ExactSum => Fold::Add,
         ReduceOp::Max => Fold::Max,
     }
 }

@@ -7,7 +7,7 @@
 //! Keys of earlier passes stay where they are; the queries are gathered instead, each
 //! rank attends all of them to the keys that it holds, and the partial results merge by their softmax
 //! state `(m, s, o)`: `m = max mᵢ`, `s = Σ sᵢ·e^(mᵢ−m)`, `o = Σ oᵢ·e^(mᵢ−m) / s` (an Allreduce of the
-//! maxima, a Reduce-scatter of the rescaled rest).
+//! maxima, one of the rescaled sums, a Reduce-scatter of the rescaled rest).
 //!
 //! Replicated tokens (decode): each rank attends to the keys that it holds, and one Allgather of the
 //! states lets every rank merge them all.
@@ -207,7 +207,7 @@ fn attend_past(
     let SequenceSpec { attention, span } = spec;
     let (heads, head_dim, width) = (attention.shape.heads(), attention.shape.head_dim, attention.shape.query_width());
     let tokens = span.layout.tokens();
-    let AttentionScratch { tasks, partial, past, message, gathered } = scratch;
+    let AttentionScratch { tasks, partial, past, gathered, .. } = scratch;
     gathered.resize(tokens * width, 0.0);
     let own = columns(qkv, 0, width);
     ctx.positions.all_gather_v(&own, &span.layout.lengths(ctx.positions.size(), width), gathered)?;
@@ -220,31 +220,26 @@ fn attend_past(
         ring.settle()?;
     }
 
-    let own_max = slice(&partial.max).to_vec();
+    // Relative to the common maxima, sums and accumulators can be added. The sums divide: they are exact on any wire.
+    let mut factors = slice(&partial.max).to_vec();
     ctx.positions.all_reduce(slice_mut(&mut partial.max), ReduceOp::Max)?;
-    // Each token's sums and accumulators, relative to the common maxima.
-    message.clear();
-    message.reserve_exact(tokens * (heads + width));
-    let rows = own_max.chunks_exact(heads).zip(partial.max.outer_iter());
-    for (((own_max, max), sum), acc) in rows.zip(partial.sum.outer_iter()).zip(slice(past).chunks_exact(width)) {
-        let factor =
-            |head: usize| if own_max[head] == f32::NEG_INFINITY { 0.0 } else { (own_max[head] - max[head]).exp() };
-        message.extend(sum.iter().enumerate().map(|(head, sum)| sum * factor(head)));
-        message.extend(acc.iter().enumerate().map(|(index, acc)| acc * factor(index / head_dim)));
+    for (factor, max) in factors.iter_mut().zip(slice(&partial.max)) {
+        *factor = if *factor == f32::NEG_INFINITY { 0.0 } else { (*factor - max).exp() };
     }
-    let counts = span.layout.lengths(ctx.positions.size(), heads + width);
+    let results = slice_mut(&mut partial.sum).iter_mut().zip(slice_mut(past).chunks_exact_mut(head_dim));
+    for ((sum, acc), factor) in results.zip(&factors) {
+        *sum *= factor;
+        acc.iter_mut().for_each(|acc| *acc *= factor);
+    }
+    ctx.positions.all_reduce(slice_mut(&mut partial.sum), ReduceOp::ExactSum)?;
     let own = span.layout.count(ctx.positions.rank());
-    let mut reduced = vec![0.0; own * (heads + width)];
-    ctx.positions.reduce_scatter(message, &counts, &mut reduced)?;
+    let mut acc = vec![0.0; own * width];
+    ctx.positions.reduce_scatter(slice(past), &span.layout.lengths(ctx.positions.size(), width), &mut acc)?;
 
     let first: usize = (0..ctx.positions.rank()).map(|rank| span.layout.count(rank)).sum();
-    let (mut sum, mut acc) = (Vec::with_capacity(own * heads), Vec::with_capacity(own * width));
-    for row in reduced.chunks_exact(heads + width) {
-        sum.extend_from_slice(&row[..heads]);
-        acc.extend_from_slice(&row[heads..]);
-    }
+    let rows = first * heads..(first + own) * heads;
     let mut merged = Merged::new(ctx, own, attention.shape);
-    merged.add(ctx, &slice(&partial.max)[first * heads..(first + own) * heads], &sum, &acc);
+    merged.add(ctx, &slice(&partial.max)[rows.clone()], &slice(&partial.sum)[rows], &acc);
     Ok(merged)
 }
 

@@ -101,9 +101,9 @@ impl AttentionMemory<'_> {
         // The states of this rank's tokens, merged from parts.
         let state = 2 * heads + width;
         let merged = if round || past { own * state } else { 0 };
-        // All queries, what they find here with its maxima and sums, and the message about it; of this rank its queries and, twice, the sum.
-        let (kept, summed) =
-            if past { (all * (3 * width + 3 * heads), all * heads + own * (width + 2 * state)) } else { (0, 0) };
+        // All queries, what they find here with its maxima and sums, and a factor for each; of this rank its queries and what it finds
+        // anywhere.
+        let (kept, summed) = if past { (all * (2 * width + 2 * heads), all * heads + own * 2 * width) } else { (0, 0) };
         Bytes { kept: tasks + F32 * kept, passing: cached + F32 * (keys + merged + summed) }
     }
 

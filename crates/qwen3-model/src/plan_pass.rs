@@ -234,15 +234,15 @@ impl<'a> Way<'a> {
         let column: Vec<usize> = (0..self.sp).map(|i| node(rank % self.tp + i * self.tp)).collect();
         let everyone: Vec<usize> = (0..ranks).map(node).collect();
         let mut all = Exchange::default();
-        let maxima = model.maxima(tokens, past);
+        let exact = model.exact(tokens, past);
         let mut entries = model.forward(tokens, past, rows);
-        if let Some(sums) = entries.iter_mut().find(|entry| entry.collective == maxima.collective) {
-            sums.calls -= maxima.calls;
-            sums.payload_bytes -= maxima.payload_bytes;
+        if let Some(sums) = entries.iter_mut().find(|entry| entry.collective == exact.collective) {
+            sums.calls -= exact.calls;
+            sums.payload_bytes -= exact.payload_bytes;
         }
-        let entries = entries.into_iter().map(|entry| (entry, false)).chain([(maxima, true)]);
-        for (entry, maxima) in entries.filter(|(entry, _)| entry.calls > 0) {
-            let sums = !maxima && matches!(entry.collective, Collective::Allreduce | Collective::ReduceScatter);
+        let entries = entries.into_iter().map(|entry| (entry, false)).chain([(exact, true)]);
+        for (entry, exact) in entries.filter(|(entry, _)| entry.calls > 0) {
+            let sums = !exact && matches!(entry.collective, Collective::Allreduce | Collective::ReduceScatter);
             let payload = entry.payload_bytes;
             let payload = if sums { wire.encoded_bytes(payload as usize / 4) as u64 } else { payload };
             let each = payload as f64 / entry.calls as f64;
@@ -250,7 +250,7 @@ impl<'a> Way<'a> {
             let group = match (self.tp, self.sp) {
                 (1, _) | (_, 1) => &everyone,
                 _ if sums && entry.collective == Collective::Allreduce
-                    || matches!(schedule, MlpSchedule::Naive | MlpSchedule::Gathered) && !maxima =>
+                    || matches!(schedule, MlpSchedule::Naive | MlpSchedule::Gathered) && !exact =>
                 {
                     &row
                 }

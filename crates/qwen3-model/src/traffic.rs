@@ -123,12 +123,12 @@ impl TrafficModel<'_> {
         sum.sorted()
     }
 
-    /// Of the Allreduces of [`TrafficModel::forward`] those that are maxima and not sums: of the scores of queries that went to all ranks
-    /// of a column. They travel as f32 on any wire.
-    pub fn maxima(&self, tokens: usize, past: usize) -> Traffic {
+    /// Of the Allreduces of [`TrafficModel::forward`] those that travel as f32 on any wire: maxima and sums of the softmax of queries that
+    /// went to all ranks of a column.
+    pub fn exact(&self, tokens: usize, past: usize) -> Traffic {
         let (tp, sp) = self.strategy.grid(self.ranks);
         let gathered = TokenLayout::balanced(tokens, sp).is_split() && past > 0;
-        let calls = if gathered { self.config.num_hidden_layers as u64 } else { 0 };
+        let calls = if gathered { 2 * self.config.num_hidden_layers as u64 } else { 0 };
         let heads = HeadPlan::new(self.config, tp, self.rank % tp).query_heads.len();
         Traffic { collective: Collective::Allreduce, calls, payload_bytes: calls * (tokens * heads * F32) as u64 }
     }
@@ -157,8 +157,8 @@ impl TrafficModel<'_> {
         }
         if split && past > 0 {
             sum.add(Collective::Allgatherv, 1, tokens * queries);
-            sum.add(Collective::Allreduce, 1, tokens * heads);
-            sum.add(Collective::ReduceScatter, 1, tokens * (heads + queries));
+            sum.add(Collective::Allreduce, 2, tokens * heads);
+            sum.add(Collective::ReduceScatter, 1, tokens * queries);
         }
         if tp > 1 {
             pass.parts.iter().for_each(|part| sum.add(Collective::Allreduce, 1, part * self.config.hidden_size));

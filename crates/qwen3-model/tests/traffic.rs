@@ -127,9 +127,9 @@ fn sequence() {
     // A later chunk meets the cache: queries out, maxima, sums and accumulators back.
     let found = base.forward(64, 64, LogitRows::None);
     let expected = [
-        entry(Allreduce, 2, 2 * 64 * 16 * 4),
+        entry(Allreduce, 4, 2 * 64 * 2 * 16 * 4),
         entry(Allgatherv, 4, 2 * 64 * (2048 + 2048) * 4),
-        entry(ReduceScatter, 2, 2 * 64 * (16 + 2048) * 4),
+        entry(ReduceScatter, 2, 2 * 64 * 2048 * 4),
     ];
     assert_eq!(found, expected);
     // Between machines keys and values of a long pass go round: 3 of 4 blocks leave a rank, and 3 arrive.

@@ -16,8 +16,8 @@ use crate::process;
 
 /// No single run of the program takes longer.
 const DEADLINE: Duration = Duration::from_secs(180);
-/// What is compared. Positions in place of weights are split with whole feed-forward blocks, so that no sum travels and
-/// the wire's format changes nothing: once is enough.
+/// What is compared. Positions in place of weights are split with whole feed-forward blocks, and a prompt of one pass has no earlier keys, so
+/// that no sum travels and the wire's format changes nothing: once is enough.
 const RUNS: [(&str, &str); 4] = [("heads", "f32"), ("heads", "bf16"), ("heads", "q8"), ("sequence", "f32")];
 
 /// Prompt, where none is asked for, generated tokens and repetitions of a bench.

@@ -141,6 +141,12 @@ fn narrow_wires(comm: &dyn Communicator) {
             assert_sum(&buf, &inputs, if size == 1 { 0.0 } else { step });
             assert!(same_everywhere(comm, &buf), "ranks disagree at length {len} as {wire}");
 
+            let mut exact = inputs[rank].clone();
+            comm.ledger().reset();
+            comm.all_reduce(&mut exact, ReduceOp::ExactSum).unwrap();
+            assert_eq!(comm.ledger().entries()[0].payload_bytes, 4 * len as u64);
+            assert_sum(&exact, &inputs, 0.0);
+
             let mut residual = vec![1.0; len];
             comm.all_reduce_add(&inputs[rank], &mut residual).unwrap();
             assert!(residual.iter().zip(&buf).all(|(sum, value)| *sum == 1.0 + value));

@@ -191,6 +191,7 @@ impl Reference {
 
     /// The largest distance of a logit, relative to the largest reference logit; NaN where a logit is.
     pub fn distance(&self, found: &[f32]) -> f32 {
+        assert_eq!(found.len(), self.logits.len(), "logits");
         let largest = self.logits.iter().fold(0.0f32, |max, x| max.max(x.abs()));
         let apart = found.iter().zip(&self.logits).map(|(a, b)| (a - b).abs());
         apart.fold(0.0f32, |max, apart| if apart <= max { max } else { apart }) / largest
