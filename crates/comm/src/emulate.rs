@@ -163,7 +163,7 @@ impl Communicator for EmulatedComm {
     }
 
     fn reduce_scatter(&self, send: &[f32], counts: &[usize], recv: &mut [f32]) -> Result<(), CommError> {
-        let bytes = self.wire().encoded_bytes(send.len());
+        let bytes = self.wire().encoded_blocks(counts);
         self.all(Collective::ReduceScatter, bytes, || self.inner.reduce_scatter(send, counts, recv))
     }
 

@@ -296,7 +296,7 @@ impl<E: End> Communicator for E {
         let end = self.end();
         let wire = end.wire();
         let header = Header::new(Collective::ReduceScatter, send.len()).reduce(ReduceOp::Sum, wire).counts(counts);
-        end.call(header, wire.encoded_bytes(send.len()), |call, transport| {
+        end.call(header, wire.encoded_blocks(counts), |call, transport| {
             expect(call, "counts.len()", counts.len(), end.size(), "size()")?;
             expect(call, "send.len()", send.len(), counts.iter().sum(), "the sum of counts")?;
             expect(call, "recv.len()", recv.len(), counts[end.rank], "counts[rank]")?;

@@ -40,6 +40,11 @@ impl WireFormat {
             WireFormat::Q8 => elements + 4 * elements.div_ceil(WIRE_GROUP),
         }
     }
+
+    /// Bytes that blocks of so many values take, each encoded by itself.
+    pub(crate) fn encoded_blocks(self, counts: &[usize]) -> usize {
+        counts.iter().map(|&count| self.encoded_bytes(count)).sum()
+    }
 }
 
 /// What becomes of decoded values.

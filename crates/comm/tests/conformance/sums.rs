@@ -155,7 +155,11 @@ fn narrow_wires(comm: &dyn Communicator) {
                 (0..size).map(|r| if r == 0 { len - len / size * (size - 1) } else { len / size }).collect();
             let start: usize = counts[..rank].iter().sum();
             let mut recv = vec![f32::NAN; counts[rank]];
+            comm.ledger().reset();
             comm.reduce_scatter(&inputs[rank], &counts, &mut recv).unwrap();
+            // Blocks are encoded each by itself.
+            let bytes: usize = counts.iter().map(|&count| wire.encoded_bytes(count)).sum();
+            assert_eq!(comm.ledger().entries()[0].payload_bytes, bytes as u64);
             let exact = |i: usize| inputs.iter().map(|input| input[start + i] as f64).sum::<f64>();
             // Groups begin where a rank's block begins: the bound takes the largest value of all.
             let largest = inputs.iter().flatten().fold(0.0, |m: f64, v| m.max(v.abs() as f64));
