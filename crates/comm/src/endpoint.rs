@@ -116,6 +116,11 @@ impl Endpoint {
                 None => body(&mut call, None),
             }
         };
+        // An error of MPI knows neither the call that it ends nor the rank that had it.
+        let result = result.map_err(|error| match error {
+            CommError::Mpi { .. } => call.site.peer_failed(self.membership.rank, error.to_string()),
+            error => error,
+        });
         if let Err(error) = &result
             && failed.is_none()
         {

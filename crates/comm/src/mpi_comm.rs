@@ -1,9 +1,11 @@
 //! The communicator of a process that `mpirun` (or another launcher of MPI programs) started.
 
-use std::env;
 use std::sync::Arc;
+use std::sync::mpsc::{self, RecvTimeoutError};
+use std::time::Duration;
+use std::{env, thread};
 
-use crate::alarm::{Alarm, Membership};
+use crate::alarm::{Alarm, Ending, Membership};
 use crate::cost::node_of;
 use crate::endpoint::{End, Endpoint};
 use crate::error::{CommError, Ranks};
@@ -44,6 +46,8 @@ pub struct MpiOptions {
     pub shared_memory: bool,
     /// Takes ranks, in equal runs, for those of this many machines.
     pub nodes: Option<usize>,
+    /// How long the start may take, until all ranks are connected; then the process says so and ends. Ranks may differ.
+    pub start_timeout: Duration,
     /// The program and its build, a commit or a digest of its sources: what ranks of one machine share in memory, and how they round, changes
     /// between builds. Ranks on which it or another option differs are refused at the start.
     pub program: String,
@@ -51,7 +55,8 @@ pub struct MpiOptions {
 
 impl Default for MpiOptions {
     fn default() -> Self {
-        MpiOptions { shared_memory: true, nodes: None, program: String::new() }
+        let start_timeout = Duration::from_secs(120);
+        MpiOptions { shared_memory: true, nodes: None, start_timeout, program: String::new() }
     }
 }
 
@@ -60,7 +65,7 @@ fn setup(reason: String) -> CommError {
 }
 
 impl MpiOptions {
-    /// The options in the environment: `COMM_SHARED_MEMORY` (`on` or `off`), `COMM_NODES` (a number).
+    /// The options in the environment: `COMM_SHARED_MEMORY` (`on` or `off`), `COMM_NODES` (a number), `COMM_START_TIMEOUT` (seconds).
     /// A value that does not parse is an error.
     pub fn from_env() -> Result<MpiOptions, CommError> {
         let mut options = MpiOptions::default();
@@ -77,8 +82,32 @@ impl MpiOptions {
             let expected = || setup(format!("COMM_NODES is '{text}', expected a number above 0"));
             options.nodes = Some(nodes.ok_or_else(expected)?);
         }
+        if let Some(text) = read("COMM_START_TIMEOUT") {
+            let seconds = text.parse().ok().filter(|seconds: &f64| *seconds > 0.0 && *seconds <= 1e6);
+            let expected = || setup(format!("COMM_START_TIMEOUT is '{text}', expected seconds above 0, at most 1e6"));
+            options.start_timeout = Duration::from_secs_f64(seconds.ok_or_else(expected)?);
+        }
         Ok(options)
     }
+}
+
+/// Ends this process, with a word, unless what is returned is dropped within `limit`. MPI itself waits for ever for a rank that does not
+/// come, or that cannot be reached.
+fn connect_within(limit: Duration) -> Result<mpsc::Sender<()>, CommError> {
+    let (connecting, end) = mpsc::channel();
+    let watch = move || {
+        if end.recv_timeout(limit) == Err(RecvTimeoutError::Timeout) {
+            eprintln!(
+                "error: the ranks have not all been connected by MPI within {limit:?} of the start of this one (COMM_START_TIMEOUT); \
+                 are all started, and may their hosts reach each other on any port?"
+            );
+            std::process::exit(1);
+        }
+    };
+    let thread = "start of MPI";
+    let started = thread::Builder::new().name(thread.into()).spawn(watch);
+    started.map_err(|error| CommError::Thread { thread: thread.into(), reason: error.to_string() })?;
+    Ok(connecting)
 }
 
 /// Bytes of what a rank says of itself at the start; the same in all versions, since it is exchanged before anything else.
@@ -86,7 +115,7 @@ const INTRODUCTION: usize = 256;
 
 /// What this rank runs, and how it is to communicate, in as many words as every rank sends.
 fn introduce(options: &MpiOptions) -> [u64; INTRODUCTION / 8] {
-    let MpiOptions { shared_memory, nodes, program } = options;
+    let MpiOptions { shared_memory, nodes, program, .. } = options;
     let library = concat!(env!("CARGO_PKG_NAME"), " ", env!("CARGO_PKG_VERSION"));
     let mut text = if program.is_empty() { library.to_owned() } else { format!("{program} ({library})") };
     if !shared_memory {
@@ -128,9 +157,11 @@ impl MpiComm {
 
     /// Starts MPI, once per process. The options are the same on all ranks.
     pub fn init_with(options: &MpiOptions) -> Result<MpiComm, CommError> {
+        let _connecting = connect_within(options.start_timeout)?;
         let world = Arc::new(World::start()?);
         let (rank, size) = (world.rank(), world.size());
-        compare(&world.all_gather(&introduce(options))?)?;
+        // All ranks come to the same result.
+        compare(&world.all_gather(&introduce(options))?).inspect_err(|_| world.set_ending(Ending::Early))?;
         let physical = world.machines()?;
         let clocks = clocks(&world)?;
         let mut gather = |words: &[u64]| world.all_gather(words);
@@ -152,10 +183,13 @@ impl MpiComm {
         let near = near.filter_map(|other| Some((other, Process::new(processes[2 * other] as u32)?))).collect();
         let spin = enough_cores(&gather(&mpi_sys::cores())?, &physical, rank);
 
+        // From here on the watch sees to it.
+        world.set_ending(Ending::Early);
         let board = board.unwrap_or_else(|| Arc::new(Segment::private(words, 0)));
         let alarm = Alarm::new(board, Some(Box::new(Lookout::new(world.clone(), far, near))));
         let membership = Arc::new(Membership { alarm, rank, size });
-        MpiComm::connect(Parts { world, clocks, membership, physical, spin }, options)
+        let parts = Parts { world, clocks, membership: membership.clone(), physical, spin };
+        MpiComm::connect(parts, options).inspect_err(|error| membership.fail(&error.to_string()))
     }
 
     /// Another communicator of all ranks, with other options and a ledger of its own: to compare ways to

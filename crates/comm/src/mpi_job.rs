@@ -220,7 +220,8 @@ impl Watch for Lookout {
         let dead: Vec<usize> =
             self.near.iter().filter(|(_, process)| !process.lives()).map(|&(rank, _)| rank).collect();
         let mut news = self.hear().unwrap_or_else(|error| {
-            vec![News::Failed { rank: self.world.rank(), reason: error.to_string(), teller: None }]
+            let reason = format!("it could not ask for news: {error}");
+            vec![News::Failed { rank: self.world.rank(), reason, teller: None }]
         });
         news.extend(dead.into_iter().map(|rank| {
             let reason = "its process ended without a word".to_owned();

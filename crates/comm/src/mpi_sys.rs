@@ -88,7 +88,8 @@ impl World {
                 buffers: Buffers::default(),
                 universe: Some(universe),
                 epoch: Instant::now(),
-                ending: Mutex::new(Ending::Early),
+                // Until the ranks are connected: one that fails before leaves without the others.
+                ending: Mutex::new(Ending::Failed),
             })
         }
     }

@@ -19,6 +19,9 @@ struct Scenario {
 /// The scenario in which every rank says that it runs another program.
 const MIXED: &str = "mixed versions";
 
+/// The scenario in which rank 1 does not start MPI.
+const ABSENT: &str = "absent";
+
 /// The scenario in which rank 1 has other options.
 const MIXED_OPTIONS: &str = "mixed options";
 
@@ -123,6 +126,11 @@ const SCENARIOS: &[Scenario] = &[
         ],
     },
     Scenario {
+        name: ABSENT,
+        rank: |_| unreachable!("all ranks but one have started"),
+        expected: &["the ranks have not all been connected by MPI within 1s"],
+    },
+    Scenario {
         name: MIXED_OPTIONS,
         rank: |_| unreachable!("ranks with different options have started"),
         expected: &["rank 1 with 'test (comm ", "), shared memory off, taken for 7 machines'"],
@@ -190,6 +198,12 @@ fn main() -> ExitCode {
         options.program = "test".into();
         if name == MIXED {
             options.program = format!("test of rank {rank}");
+        }
+        if name == ABSENT {
+            options.start_timeout = Duration::from_secs(1);
+            if rank == "1" {
+                thread::sleep(Duration::from_secs(60));
+            }
         }
         if name == MIXED_OPTIONS && rank == "1" {
             (options.shared_memory, options.nodes) = (false, Some(7));
