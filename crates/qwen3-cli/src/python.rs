@@ -91,6 +91,22 @@ pub fn print(out: &mut Output, _state: &State, value: &Value) -> Result<(), Erro
         .map_err(Error::from)
 }
 
+/// The filter `string`: `str(value)`.
+pub fn string(value: &Value) -> Result<Value, Error> {
+    if value.kind() == ValueKind::String { Ok(value.clone()) } else { display(value).map(Value::from) }
+}
+
+/// The test `iterable`: none is not, although minijinja has it be an empty list in a loop. What may be absent is guarded
+/// with it (Qwen3-Coder: `tools is iterable and tools | length > 0`).
+pub fn is_iterable(value: &Value) -> bool {
+    !value.is_none() && value.try_iter().is_ok()
+}
+
+/// The test `sequence`: what has a length and items, in Python also texts and mappings.
+pub fn is_sequence(value: &Value) -> bool {
+    matches!(value.kind(), ValueKind::Seq | ValueKind::String | ValueKind::Map | ValueKind::Undefined)
+}
+
 /// The layout of `json.dumps`: `", "` and `": "` between items, or one item a line with `indent`.
 struct PythonJson {
     indent: Option<usize>,
@@ -220,6 +236,9 @@ mod tests {
     fn render(template: &str, json: &str) -> String {
         let mut env = Environment::new();
         env.add_filter("tojson", tojson);
+        env.add_filter("string", string);
+        env.add_test("iterable", is_iterable);
+        env.add_test("sequence", is_sequence);
         env.set_formatter(print);
         let x: serde_json::Value = serde_json::from_str(json).unwrap();
         env.render_str(template, minijinja::context! { x => Value::from_serialize(&x) }).unwrap()
@@ -248,5 +267,17 @@ mod tests {
         let expected = r#"[True, False, None, 1.0, 2, "it's", 'a"b\'', 'line\n', {'k': [1.5]}]"#;
         assert_eq!(render("{{ x }}", json), expected);
         assert_eq!(render("{{ x[0] }}{{ x[2] }}{{ x[5] }}{{ y }}", json), "TrueNoneit's");
+        let texts = "{{ '<' ~ (x | string) ~ (x[2] | string) ~ (x[5] | string) ~ '>' }}";
+        assert_eq!(render(texts, json), format!("<{expected}Noneit's>"));
+        assert_eq!(render("{{ (x[0] | string) ~ (x[1] | string) }}", "[1e-7, 1e20]"), "1e-071e+20");
+    }
+
+    #[test]
+    fn what_is_iterable_and_a_sequence_is_as_in_jinja() {
+        let kinds = "{% for v in x %}{{ v is iterable }} {{ v is sequence }},{% endfor %}{{ y is iterable }} {{ y is sequence }}";
+        let json = r#"[null, 1, true, "a", [], {}]"#;
+        let (no, yes) = ("False False", "True True");
+        assert_eq!(render(kinds, json), [no, no, no, yes, yes, yes, yes].join(","));
+        assert_eq!(render("{% if x is iterable and x | length > 0 %}some{% else %}none{% endif %}", "null"), "none");
     }
 }

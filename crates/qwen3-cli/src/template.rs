@@ -197,7 +197,7 @@ impl ChatTemplate {
     }
 }
 
-/// Jinja as transformers sets it up: trimmed blocks, loop controls, Python's methods and `json.dumps`, two functions.
+/// Jinja as transformers sets it up: trimmed blocks, loop controls, Python's methods, texts and `json.dumps`, two functions.
 fn environment() -> Environment<'static> {
     let mut environment = Environment::new();
     environment.set_trim_blocks(true);
@@ -206,6 +206,9 @@ fn environment() -> Environment<'static> {
     environment.set_unknown_method_callback(minijinja_contrib::pycompat::unknown_method_callback);
     environment.set_formatter(python::print);
     environment.add_filter("tojson", python::tojson);
+    environment.add_filter("string", python::string);
+    environment.add_test("iterable", python::is_iterable);
+    environment.add_test("sequence", python::is_sequence);
     environment.add_function("raise_exception", |message: String| -> Result<Value, Error> {
         Err(Error::new(ErrorKind::InvalidOperation, message))
     });

@@ -63,6 +63,24 @@ fn a_template_in_a_file_of_its_own_comes_first_and_named_ones_are_found() {
     assert_eq!(tokenize_chat(dir.path(), &chat)["text"], "user\n0\n1\n2\n");
 }
 
+/// Of Qwen3-Coder: how its template guards what may be absent, and how it writes a value that is no text.
+#[test]
+fn what_may_be_absent_is_guarded_and_values_become_texts_as_in_jinja() {
+    let dir = tempfile::tempdir().unwrap();
+    fs::copy(format!("{AUSTEN}/tokenizer.json"), dir.path().join("tokenizer.json")).unwrap();
+    let template = "{%- if tools is iterable and tools | length > 0 %}{{- tools[0].type | string }}{%- endif %}
+        {%- for message in messages %}
+            {%- if message.tool_calls is iterable and message.tool_calls | length > 0 %}{{- 'calls' }}{%- endif %}
+            {{- message.role ~ ' ' ~ message.content }}
+        {%- endfor %}";
+    fs::write(dir.path().join("chat_template.jinja"), template).unwrap();
+    let message = serde_json::json!({"role": "user", "content": "x", "tool_calls": null});
+    let chat = serde_json::json!({"messages": [message]});
+    assert_eq!(tokenize_chat(dir.path(), &chat)["text"], "user x");
+    let tools = serde_json::json!({"messages": [message], "tools": [{"type": ["string", null, 1e-7]}]});
+    assert_eq!(tokenize_chat(dir.path(), &tools)["text"], "['string', None, 1e-07]user x");
+}
+
 #[test]
 fn the_bundled_tokenizer_gives_the_expected_ids() {
     for case in read_json(format!("{AUSTEN}/expected.json")).as_array().unwrap() {
