@@ -47,11 +47,9 @@ impl PromptOptions {
     /// Whether the model can take the prompt, as far as that is known before it is loaded, and about how many tokens it has. The options
     /// are those of `read`.
     pub fn look(&self, model: &Path, config: &Config, chat: Option<Option<bool>>) -> Result<usize, CliError> {
-        let (vocab_size, context) = (config.vocab_size, config.context_length());
+        let context = config.context_length();
         if let Some(tokens) = &self.tokens {
-            if let Some((index, &id)) = tokens.iter().enumerate().find(|(_, id)| **id as usize >= vocab_size) {
-                return Err(ModelError::TokenOutOfRange { index, id, vocab_size }.into());
-            }
+            ModelError::check_tokens(tokens, config.vocab_size)?;
             self.check(context, tokens.len())?;
             return Ok(tokens.len());
         }

@@ -91,3 +91,13 @@ pub enum ModelError {
         capacity: usize,
     },
 }
+
+impl ModelError {
+    /// Whether every id is in a vocabulary of `vocab_size` tokens; the error is [`TokenOutOfRange`](Self::TokenOutOfRange).
+    pub fn check_tokens(tokens: &[u32], vocab_size: usize) -> Result<(), Self> {
+        match tokens.iter().enumerate().find(|(_, id)| **id as usize >= vocab_size) {
+            Some((index, &id)) => Err(Self::TokenOutOfRange { index, id, vocab_size }),
+            None => Ok(()),
+        }
+    }
+}

@@ -106,16 +106,6 @@ pub enum GenerateError {
         /// Tokens in the cache.
         cached: usize,
     },
-    /// An id that the model does not have.
-    #[error("token {index} of the prompt has id {id}, expected an id below the vocabulary size {vocab_size}")]
-    TokenOutOfRange {
-        /// Its place, from 0.
-        index: usize,
-        /// The id.
-        id: u32,
-        /// The model's vocabulary.
-        vocab_size: usize,
-    },
     /// A prompt that the cache has no room for.
     #[error("the prompt has {tokens} tokens, expected at most {capacity}, the length of the context")]
     PromptTooLong {
@@ -241,9 +231,7 @@ fn check_prompt(prompt: &[u32], cached: usize, capacity: usize, vocab_size: usiz
     if prompt.is_empty() {
         return Err(GenerateError::EmptyPrompt);
     }
-    if let Some((index, &id)) = prompt.iter().enumerate().find(|(_, id)| **id as usize >= vocab_size) {
-        return Err(GenerateError::TokenOutOfRange { index, id, vocab_size });
-    }
+    ModelError::check_tokens(prompt, vocab_size)?;
     if tokens > capacity {
         return Err(GenerateError::PromptTooLong { tokens, capacity });
     }

@@ -231,9 +231,7 @@ impl Model {
     }
 
     fn check(&self, cache: &KvCache, tokens: &[u32]) -> Result<(), ModelError> {
-        if let Some((index, &id)) = tokens.iter().enumerate().find(|(_, id)| **id as usize >= self.config.vocab_size) {
-            return Err(ModelError::TokenOutOfRange { index, id, vocab_size: self.config.vocab_size });
-        }
+        ModelError::check_tokens(tokens, self.config.vocab_size)?;
         if cache.len + tokens.len() > cache.capacity {
             return Err(ModelError::ContextFull { tokens: tokens.len(), cached: cache.len, capacity: cache.capacity });
         }

@@ -74,10 +74,7 @@ pub fn perplexity(
         return Err(PerplexityError::TooShort { found: tokens.len() });
     }
     // Also those that are only predicted, which the model does not see.
-    let vocab_size = model.config().vocab_size;
-    if let Some((index, &id)) = tokens.iter().enumerate().find(|(_, id)| **id as usize >= vocab_size) {
-        return Err(ModelError::TokenOutOfRange { index, id, vocab_size }.into());
-    }
+    ModelError::check_tokens(tokens, model.config().vocab_size)?;
     model.comm().ledger().set_phase(Phase::Prefill);
     let result = score(model, tokens, context, chunk, progress);
     model.comm().ledger().set_phase(Phase::Other);

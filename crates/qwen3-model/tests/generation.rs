@@ -6,8 +6,8 @@ use std::sync::Arc;
 
 use comm::{Communicator, Phase, SoloComm, ThreadComm};
 use qwen3_model::{
-    GenerateError, GenerateParams, Generated, Isa, LogitRows, Model, ModelOptions, ParallelStrategy, PerplexityError,
-    Progress, SamplingParams, StopReason, generate, perplexity,
+    GenerateError, GenerateParams, Generated, Isa, LogitRows, Model, ModelError, ModelOptions, ParallelStrategy,
+    PerplexityError, Progress, SamplingParams, StopReason, generate, perplexity,
 };
 use serde_json::Value;
 
@@ -222,7 +222,10 @@ fn prompts_are_checked() {
     };
     assert!(matches!(fails(&[], 8, &[]), GenerateError::EmptyPrompt));
     let error = fails(&[1, 2, 4096], 8, &[]);
-    assert!(matches!(error, GenerateError::TokenOutOfRange { index: 2, id: 4096, vocab_size: 4096 }), "{error}");
+    assert!(
+        matches!(error, GenerateError::Model(ModelError::TokenOutOfRange { index: 2, id: 4096, vocab_size: 4096 })),
+        "{error}"
+    );
     let error = fails(&[1; 9], 8, &[]);
     assert!(matches!(error, GenerateError::PromptTooLong { tokens: 9, capacity: 8 }), "{error}");
     let error = fails(&[1, 2], 8, &[1, 2]);
