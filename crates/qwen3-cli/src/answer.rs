@@ -1,6 +1,8 @@
 //! One answer of the model, shown as it comes.
 
 use std::ops::ControlFlow;
+use std::sync::mpsc;
+use std::{panic, thread};
 
 use qwen3_model::{
     GenerateParams, Generated, KvCache, Model, Progress, SamplingParams, StopReason, eos_token_ids, generate,
@@ -9,7 +11,7 @@ use qwen3_model::{
 use crate::failure::{CliError, Failure};
 use crate::interrupt;
 use crate::options::EngineOptions;
-use crate::rank::Rank;
+use crate::rank::{Rank, print};
 use crate::text::{Text, TextStream};
 
 /// How answers are made.
@@ -59,9 +61,9 @@ impl Answer {
         text: Option<&Text>,
         options: &AnswerOptions,
     ) -> Result<Self, Failure> {
-        let mut screen = Screen { rank, text, stream: text.map(Text::stream), quiet: options.quiet, result: Ok(()) };
+        let mut screen = Screen::new(rank, text, options.quiet);
         let generated = generate(model, cache, tokens, &options.params, &mut |progress| screen.show(progress))?;
-        let text = rank.agree(screen.finish(&generated.ids))?;
+        let text = rank.patiently(|| rank.agree(screen.finish(&generated.ids)))?;
         Ok(Self { generated, text })
     }
 }
@@ -82,11 +84,21 @@ struct Screen<'a> {
     text: Option<&'a Text>,
     stream: Option<TextStream<'a>>,
     quiet: bool,
+    writer: Option<Writer>,
     /// The first thing that went wrong; it ends the answer on all ranks.
     result: Result<(), CliError>,
 }
 
-impl Screen<'_> {
+impl<'a> Screen<'a> {
+    fn new(rank: &'a Rank, text: Option<&'a Text>, quiet: bool) -> Self {
+        let others_wait = rank.speaks() && rank.comm().size() > 1 && !quiet;
+        let (writer, result) = match others_wait.then(Writer::start).transpose() {
+            Ok(writer) => (writer, Ok(())),
+            Err(error) => (None, Err(error)),
+        };
+        Self { rank, text, stream: text.map(Text::stream), quiet, writer, result }
+    }
+
     fn show(&mut self, progress: Progress) -> ControlFlow<()> {
         if let Progress::Token(id) = progress
             && self.result.is_ok()
@@ -96,19 +108,67 @@ impl Screen<'_> {
                 Some(stream) => stream.push(id).map_err(CliError::from),
                 None => Ok(format!("{id} ")),
             };
-            self.result = words.and_then(|words| self.rank.say(&words));
+            self.result = words.and_then(|words| self.say(words));
         }
         if self.result.is_err() || interrupt::pressed() { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
     }
 
-    /// Shows what is left; returns the whole text.
-    fn finish(self, ids: &[u32]) -> Result<String, CliError> {
-        self.result?;
-        if let Some(stream) = self.stream
+    fn say(&mut self, words: String) -> Result<(), CliError> {
+        match &mut self.writer {
+            Some(writer) => writer.say(words),
+            None => self.rank.say(&words),
+        }
+    }
+
+    /// Shows what is left, however long that takes; returns the whole text.
+    fn finish(mut self, ids: &[u32]) -> Result<String, CliError> {
+        std::mem::replace(&mut self.result, Ok(()))?;
+        if let Some(stream) = self.stream.take()
             && !self.quiet
         {
-            self.rank.say(&stream.finish()?)?;
+            self.say(stream.finish()?)?;
         }
+        self.writer.map_or(Ok(()), Writer::finish)?;
         Ok(self.text.map(|text| text.decode(ids)).transpose()?.unwrap_or_default())
+    }
+}
+
+/// A thread that writes to standard output. Whoever reads may take any time (a terminal that is held, a pager), and the other ranks
+/// wait for this one's next collective no longer than they wait for any.
+struct Writer {
+    words: Option<mpsc::Sender<String>>,
+    thread: Option<thread::JoinHandle<Result<(), CliError>>>,
+}
+
+impl Writer {
+    fn start() -> Result<Self, CliError> {
+        let (words, written) = mpsc::channel::<String>();
+        let write = move || written.iter().try_for_each(|words| print(&words));
+        let thread = thread::Builder::new().name("standard output".into()).spawn(write).map_err(|source| {
+            CliError::Launch { problem: format!("cannot start the thread that writes to standard output: {source}") }
+        })?;
+        Ok(Self { words: Some(words), thread: Some(thread) })
+    }
+
+    /// Has `words` written soon. An error is that of words before them.
+    fn say(&mut self, words: String) -> Result<(), CliError> {
+        match &self.words {
+            Some(channel) if channel.send(words).is_ok() => Ok(()),
+            _ => self.join(),
+        }
+    }
+
+    /// Waits until all is written.
+    fn finish(mut self) -> Result<(), CliError> {
+        self.join()
+    }
+
+    fn join(&mut self) -> Result<(), CliError> {
+        self.words = None;
+        match self.thread.take().map(thread::JoinHandle::join) {
+            Some(Ok(result)) => result,
+            Some(Err(payload)) => panic::resume_unwind(payload),
+            None => Ok(()),
+        }
     }
 }

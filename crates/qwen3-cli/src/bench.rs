@@ -121,15 +121,17 @@ impl BenchArgs {
         let report =
             Report { name, model: &model, reason, weight_bytes, results, entries: bench.entries, limits, recordings };
         let text = if self.json { report.json() } else { report.table() };
-        // What was measured is said first, whatever becomes of the file, and the file is written whoever listens.
-        let said = rank.say(&text);
-        let written = match self.trace.as_deref().zip(trace.as_mut()) {
-            Some((path, file)) => {
-                file.write_all(bench_trace::file(&spans).as_bytes()).map_err(|source| CliError::file(path, source))
-            }
-            None => Ok(()),
-        };
-        rank.agree(said.and(written))
+        rank.patiently(|| {
+            // What was measured is said first, whatever becomes of the file, and the file is written whoever listens.
+            let said = rank.say(&text);
+            let written = match self.trace.as_deref().zip(trace.as_mut()) {
+                Some((path, file)) => {
+                    file.write_all(bench_trace::file(&spans).as_bytes()).map_err(|source| CliError::file(path, source))
+                }
+                None => Ok(()),
+            };
+            rank.agree(said.and(written))
+        })
     }
 
     /// The positions that the cache has to hold, if the model has as many.

@@ -94,7 +94,7 @@ impl GenerateArgs {
         } else {
             "\n".to_owned()
         };
-        rank.agree(rank.say(&end))
+        rank.tell(&end)
     }
 
     fn params(&self, rank: &Rank) -> Result<SamplingParams, Failure> {

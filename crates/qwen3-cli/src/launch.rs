@@ -13,6 +13,7 @@ use std::thread;
 use std::time::Duration;
 
 use qwen3_model::comm::{CommError, Communicator, EmulatedComm, SoloComm, ThreadComm};
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 
 use crate::failure::{CliError, Failure, one_line};
 #[cfg(feature = "mpi")]
@@ -43,6 +44,7 @@ static OVER: AtomicBool = AtomicBool::new(false);
 /// Runs `command` on every rank: on the processes of an MPI launcher, or on threads of this one.
 pub fn launch(options: &LaunchOptions, command: impl Command) -> ExitCode {
     panic::set_hook(Box::new(keep_panic));
+    allow_many_files();
     match World::detect() {
         Some(world) if world.is_many() && options.ranks > 1 => {
             let found = format!("{} in each process that {} started", options.ranks, world.launcher);
@@ -57,6 +59,13 @@ pub fn launch(options: &LaunchOptions, command: impl Command) -> ExitCode {
             Err(error) => report(&error),
         },
     }
+}
+
+/// Every rank of a process has all files of a checkpoint open: as many as may be, not as few as is usual (1024).
+fn allow_many_files() {
+    let limit = getrlimit(Resource::Nofile);
+    // Where it stays as it is, a file that cannot be opened says so.
+    let _ = setrlimit(Resource::Nofile, Rlimit { current: limit.maximum, ..limit });
 }
 
 /// Says on the first process why there are no ranks; the others wait until it has. One that is still there afterwards is alone with
@@ -122,8 +131,10 @@ fn run_threads(options: &LaunchOptions, command: impl Command) -> Result<(), Box
     if failures.is_empty() {
         return Ok(());
     }
+    // While a panic unwinds, what it drops may end the other ranks before it is told.
+    let panic = failures.iter().position(|(_, failure)| matches!(*failure.error, CliError::Panic { .. }));
     let agreed = failures.iter().position(|(rank, failure)| *rank == 0 && failure.agreed);
-    let (_, failure) = failures.swap_remove(agreed.unwrap_or(0));
+    let (_, failure) = failures.swap_remove(panic.or(agreed).unwrap_or(0));
     Err(failure.error)
 }
 
@@ -169,8 +180,18 @@ fn run_processes(world: &World, options: &LaunchOptions, command: impl Command) 
     let to_end = Arc::downgrade(&comm);
     let end = move |signal| end_on(signal, &to_end);
     if let Err(error) = interrupt::before_end(end) {
+        comm.abort(&error.line());
         return refuse(world, &error);
     }
+    // What a panic drops may end this rank before its words are known elsewhere.
+    let to_tell = Arc::downgrade(&comm);
+    panic::set_hook(Box::new(move |info| {
+        keep_panic(info);
+        let message = lock(&PANIC).clone();
+        if let (Some(comm), Some(message)) = (to_tell.upgrade(), message) {
+            comm.abort(&CliError::Panic { rank: comm.rank(), message }.line());
+        }
+    }));
     let command = |rank: &Rank| {
         same_arguments(rank)?;
         command(rank)
@@ -350,6 +371,30 @@ mod tests {
         });
         panic::set_hook(usual);
         assert!(told.starts_with("internal error on rank 2: two is too many (crates"), "{told}");
+    }
+
+    /// Ends the other ranks, as a loaded model does when a panic drops it, and lets them be the first to say so.
+    struct Model<'a>(&'a Rank);
+
+    impl Drop for Model<'_> {
+        fn drop(&mut self) {
+            if thread::panicking() {
+                self.0.comm().abort("it panicked (thread 'main')");
+                thread::sleep(Duration::from_millis(200));
+            }
+        }
+    }
+
+    #[test]
+    fn a_panic_is_told_although_what_it_drops_ends_the_others_first() {
+        let told = line(|rank| {
+            let _model = Model(rank);
+            rank.comm().barrier()?;
+            assert!(rank.comm().rank() != 1, "no such row");
+            rank.comm().barrier()?;
+            Ok(())
+        });
+        assert!(told.starts_with("internal error on rank 1: "), "{told}");
     }
 
     #[test]

@@ -84,6 +84,6 @@ impl PerplexityArgs {
                 found.perplexity, self.context
             )
         };
-        rank.agree(rank.say(&text))
+        rank.tell(&text)
     }
 }

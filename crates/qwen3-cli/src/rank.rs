@@ -10,6 +10,16 @@ use serde::de::DeserializeOwned;
 
 use crate::failure::{CliError, Failure};
 
+/// Writes to standard output at once. A reader that has gone away is an error like any other.
+pub fn print(text: &str) -> Result<(), CliError> {
+    if !text.is_empty() {
+        let mut out = io::stdout().lock();
+        out.write_all(text.as_bytes())?;
+        out.flush()?;
+    }
+    Ok(())
+}
+
 /// A rank and its way to the others.
 pub struct Rank {
     comm: Arc<dyn Communicator>,
@@ -37,14 +47,14 @@ impl Rank {
         self.comm.rank() == 0
     }
 
-    /// Writes to standard output on rank 0, at once. A reader that has gone away is an error like any other.
+    /// Writes to standard output on rank 0, while the others go on.
     pub fn say(&self, text: &str) -> Result<(), CliError> {
-        if self.speaks() && !text.is_empty() {
-            let mut out = io::stdout().lock();
-            out.write_all(text.as_bytes())?;
-            out.flush()?;
-        }
-        Ok(())
+        if self.speaks() { print(text) } else { Ok(()) }
+    }
+
+    /// Writes to standard output on rank 0. All ranks wait until it is read, and then know whether it was.
+    pub fn tell(&self, text: &str) -> Result<(), Failure> {
+        self.patiently(|| self.agree(self.say(text)))
     }
 
     /// Waits in `work` for other ranks as long as it takes: for what a person types, or a text of any length that is read.

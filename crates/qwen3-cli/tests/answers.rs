@@ -3,11 +3,12 @@
 mod program;
 
 use std::fs;
-use std::io::Write as _;
+use std::io::{Read as _, Write as _};
+use std::process::{Command, Stdio};
 use std::thread;
 use std::time::Duration;
 
-use program::{AUSTEN, json, keys, program, read_json, run, run_while};
+use program::{AUSTEN, json, keys, program, read_json, run, run_while, run_with};
 use serde_json::Value;
 
 /// What `generate --json` prints.
@@ -237,4 +238,39 @@ fn made_up_and_quantized_checkpoints_can_be_run() {
         assert_eq!(json(&stored)["ids"], json(&converted)["ids"]);
         assert!(format == "q4" || json(&stored)["text"] == "17 + 15 = 32");
     }
+}
+
+/// Each of many ranks has the checkpoint's files open: more than a process may have by default.
+#[test]
+fn many_ranks_open_many_files() {
+    let mut command = Command::new("sh");
+    command.args([
+        "-c",
+        "ulimit -Sn 16 && exec \"$@\"",
+        "sh",
+        env!("CARGO_BIN_EXE_qwen3"),
+        "generate",
+        "--model",
+        AUSTEN,
+    ]);
+    command.args(["--prompt", "x", "--max-new-tokens", "1", "--threads", "1", "--ranks", "16"]);
+    let run = run_with(command, "");
+    assert!(run.success && run.stderr.is_empty(), "{run:?}");
+}
+
+/// Whoever reads the answer may stop for longer than ranks wait for each other, as at a terminal that is held.
+#[test]
+fn a_slow_reader_fails_no_rank() {
+    let mut command = program(&["generate", "--model", AUSTEN, "--prompt", "Emma", "--ignore-eos", "--ranks", "2"]);
+    command.args(["--threads", "1", "--max-new-tokens", "3000", "--comm-timeout", "0.5"]);
+    let mut child = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+    let mut stdout = child.stdout.take().unwrap();
+    // A page is what a pipe holds at least.
+    let held = rustix::pipe::fcntl_setpipe_size(&stdout, 4096).unwrap();
+    thread::sleep(Duration::from_secs(4));
+    let mut text = String::new();
+    stdout.read_to_string(&mut text).unwrap();
+    let end = child.wait_with_output().unwrap();
+    assert!(end.status.success() && end.stderr.is_empty(), "{end:?}");
+    assert!(text.len() > 2 * held, "{} bytes never filled a pipe of {held}", text.len());
 }
