@@ -1,8 +1,7 @@
 //! How many ranks share the cores that this process may use.
 
-use std::fs;
 use std::path::Path;
-use std::thread;
+use std::{env, fs, thread};
 
 use qwen3_model::comm::{CommunicatorExt as _, digest};
 
@@ -36,6 +35,36 @@ impl Neighbours {
     }
 }
 
+/// What the user may not know where Open MPI has bound the ranks of this machine to fewer cores than its launcher may use: by default it
+/// binds each of two to one core.
+pub fn bound_short() -> Option<String> {
+    let local_ranks = env::var("OMPI_COMM_WORLD_LOCAL_SIZE").ok()?.parse().ok()?;
+    let (bound, cores) = bound_cores(Path::new("/proc"), local_ranks)?;
+    (bound < cores).then(|| {
+        format!(
+            "the ranks of this machine are bound to {bound} of the {cores} cores that they could use; mpirun --bind-to none gives them all \
+             (--threads, if this is meant)"
+        )
+    })
+}
+
+/// Cores of all `local_ranks` ranks of this machine, if each has as many as this one, and those of the launcher.
+fn bound_cores(proc: &Path, local_ranks: usize) -> Option<(usize, usize)> {
+    let status = |process: &str| fs::read_to_string(proc.join(process).join("status")).ok();
+    let own = status("self")?;
+    let launcher = own.lines().find_map(|line| line.strip_prefix("PPid:"))?.trim();
+    Some((local_ranks * count(allowed_cores(&own))?, count(allowed_cores(&status(launcher)?))?))
+}
+
+/// The length of a list like `0-3,8`.
+fn count(cores: &str) -> Option<usize> {
+    let range = |range: &str| {
+        let (first, last) = range.split_once('-').unwrap_or((range, range));
+        (last.parse::<usize>().ok()? + 1).checked_sub(first.parse().ok()?)
+    };
+    cores.split(',').map(range).sum()
+}
+
 /// The host, what tells it from others of the same name, and the cores; `proc` is `/proc`, or a folder with such files. Not the machines
 /// that the communicator counts: those of `COMM_NODES` or of an emulated link share the cores of one.
 ///
@@ -63,6 +92,19 @@ mod tests {
         let status = "Name:\tqwen3\nCpus_allowed:\tff\nCpus_allowed_list:\t0-3,8\nMems_allowed:\t1\n";
         assert_eq!(allowed_cores(status), "0-3,8");
         assert_eq!(allowed_cores("Name:\tqwen3\n"), "");
+        assert_eq!([count("0-3,8"), count("5"), count(""), count("3-1")], [Some(5), Some(1), None, None]);
+    }
+
+    #[test]
+    fn cores_are_compared_with_those_of_the_launcher() {
+        let proc = tempfile::tempdir().unwrap();
+        for (process, status) in [("self", "PPid:\t7\nCpus_allowed_list:\t3\n"), ("7", "Cpus_allowed_list:\t0-15\n")] {
+            fs::create_dir(proc.path().join(process)).unwrap();
+            fs::write(proc.path().join(process).join("status"), status).unwrap();
+        }
+        assert_eq!(bound_cores(proc.path(), 2), Some((2, 16)));
+        fs::remove_dir_all(proc.path().join("7")).unwrap();
+        assert_eq!(bound_cores(proc.path(), 2), None);
     }
 
     #[test]
