@@ -9,9 +9,9 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 
 use crate::failure::{CliError, Failure};
-use crate::options::EngineOptions;
+use crate::options::{EngineOptions, misfit};
 use crate::rank::Rank;
-use crate::template::ChatTemplate;
+use crate::template::{ChatTemplate, Conversation};
 use crate::text::Text;
 
 /// Has rank 0 look at the files and values of a command, with the checkpoint's configuration; all ranks have the result.
@@ -39,10 +39,15 @@ pub fn input(path: &Path) -> Result<Option<u64>, CliError> {
     bytes().map_err(|source| CliError::file(path, source))
 }
 
-/// Whether a checkpoint has what a conversation needs besides its weights.
-pub fn conversation(model: &Path) -> Result<(), CliError> {
+/// Whether a checkpoint has what a conversation needs besides its weights, and takes one that begins like this.
+pub fn conversation(model: &Path, chat: &Conversation) -> Result<(), CliError> {
     Text::find(model)?;
-    ChatTemplate::open(model)?;
+    let text = ChatTemplate::open(model)?.render(chat)?;
+    // A model that always thinks has a template that begins the thought itself.
+    if chat.enable_thinking == Some(false) && text.trim_end().ends_with("<think>") {
+        let found = "the chat template begins a thought all the same";
+        return Err(misfit("--no-thinking", found, "a model that can answer at once, or no such option"));
+    }
     Ok(())
 }
 

@@ -48,15 +48,11 @@ pub struct ChatArgs {
     pub launch: LaunchOptions,
 }
 
-/// What Qwen3's publisher recommends where a checkpoint says nothing.
-const RECOMMENDED: SamplingParams =
-    SamplingParams { temperature: 0.6, top_k: 20, top_p: 0.95, min_p: 0.0, repetition_penalty: 1.0, seed: 0 };
-
 impl ChatArgs {
     /// Runs the command on this rank.
     pub fn run(&self, rank: &Rank) -> Result<(), Failure> {
         let dir = self.engine.model.clone();
-        ahead::look(rank, &self.engine, |_| ahead::conversation(&dir))?;
+        ahead::look(rank, &self.engine, |_| ahead::conversation(&dir, &self.conversation("Hello")))?;
         let sampling = self.params(rank)?;
         let read = move || Ok((Text::open(&dir)?, ChatTemplate::open(&dir)?));
         let (Loaded { model, .. }, texts) =
@@ -96,24 +92,34 @@ impl ChatArgs {
         rank.patiently(|| rank.share(|| speaker.as_mut().expect("rank 0 has the texts").next()))
     }
 
+    /// The conversation up to the answer to its first message.
+    fn conversation(&self, words: &str) -> Conversation {
+        let mut chat = Conversation::question(words, self.enable_thinking());
+        chat.messages.splice(0..0, self.system());
+        chat
+    }
+
+    /// The message that is never forgotten, if there is one.
+    fn system(&self) -> Option<Value> {
+        self.system.as_ref().map(|system| json!({ "role": "system", "content": system }))
+    }
+
+    fn enable_thinking(&self) -> Option<bool> {
+        self.no_thinking.then_some(false)
+    }
+
     fn params(&self, rank: &Rank) -> Result<SamplingParams, Failure> {
-        let (config, seed) = rank.share(|| {
+        let (mut config, seed) = rank.share(|| {
             let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
             Ok((GenerationConfig::read(&self.engine.model)?, now.as_nanos() as u64))
         })?;
-        let base = if config.do_sample.is_none() && config.temperature.is_none() {
-            SamplingParams {
-                temperature: RECOMMENDED.temperature,
-                top_k: config.top_k.unwrap_or(RECOMMENDED.top_k),
-                top_p: config.top_p.unwrap_or(RECOMMENDED.top_p),
-                min_p: config.min_p.unwrap_or(RECOMMENDED.min_p),
-                repetition_penalty: config.repetition_penalty.unwrap_or(RECOMMENDED.repetition_penalty),
-                seed,
-            }
-        } else {
-            SamplingParams::recommended(&config, seed)
-        };
-        Ok(self.sampling.over(base))
+        if config.do_sample.is_none() && config.temperature.is_none() {
+            // What Qwen3's publisher recommends for thinking.
+            let (top_k, top_p) = (config.top_k.or(Some(20)), config.top_p.or(Some(0.95)));
+            config = GenerationConfig { temperature: Some(0.6), top_k, top_p, ..config };
+        }
+        let params = SamplingParams::recommended(&config, self.sampling.temperature, seed);
+        self.sampling.over(params).map_err(Failure::agreed)
     }
 }
 
@@ -133,21 +139,19 @@ struct Speaker {
 
 impl Speaker {
     fn new(args: &ChatArgs, text: Text, template: ChatTemplate, model: &Model) -> Result<Self, CliError> {
-        let messages: Vec<Value> =
-            args.system.iter().map(|system| json!({ "role": "system", "content": system })).collect();
+        let messages = Vec::from_iter(args.system());
         let context = model.config().context_length();
         let speaker = Self {
             text,
             template,
-            enable_thinking: args.no_thinking.then_some(false),
+            enable_thinking: args.enable_thinking(),
             fixed: messages.len(),
             messages,
             room: context - (context / 8).min(256),
             prompts: io::stdin().is_terminal() || World::detect().is_some_and(|world| world.is_many()),
         };
         // Else every message would be too long.
-        let least =
-            speaker.encode([&speaker.messages[..], &[json!({ "role": "user", "content": "" })]].concat())?.len();
+        let least = speaker.encode(args.conversation("").messages)?.len();
         if least > speaker.room {
             let expected = format!("at most {}, which leaves room for an answer", speaker.room);
             return Err(misfit("--system", format!("{least} tokens with an empty message"), expected));

@@ -2,7 +2,6 @@
 
 use clap::Args;
 use qwen3_model::{KvFormat, SamplingParams, Timing};
-use serde_json::json;
 
 use crate::ahead;
 use crate::answer::{Answer, AnswerOptions};
@@ -34,7 +33,7 @@ impl DemoArgs {
     /// Runs the command on this rank.
     pub fn run(&self, rank: &Rank) -> Result<(), Failure> {
         let dir = self.engine.model.clone();
-        ahead::look(rank, &self.engine, |_| ahead::conversation(&dir))?;
+        ahead::look(rank, &self.engine, |_| ahead::conversation(&dir, &question(QUESTIONS[0])))?;
         let read = move || Ok((Text::open(&dir)?, ChatTemplate::open(&dir)?));
         let (Loaded { model, reason }, texts) =
             session::load_with(rank, &self.engine, Workload { kv: KvFormat::F16, prompt: 64, generate: TOKENS }, read)?;
@@ -42,27 +41,29 @@ impl DemoArgs {
         rank.comm().ledger().reset();
         let (mut prefill, mut decode) = (Timing::default(), Timing::default());
         for prompt in QUESTIONS.iter().chain([&SENTENCE]) {
+            let sentence = *prompt == SENTENCE;
+            rank.tell(&if sentence { (*prompt).to_owned() } else { format!("> {prompt}\n") })?;
             let tokens = rank.share(|| {
                 let (text, template) = texts.as_ref().expect("rank 0 read them");
-                if *prompt == SENTENCE {
-                    rank.say(prompt)?;
+                if sentence {
                     return Ok(text.encode(prompt)?);
                 }
-                rank.say(&format!("> {prompt}\n"))?;
-                let message = json!({ "role": "user", "content": prompt });
-                let chat = Conversation::new(vec![message], Some(false));
-                Ok(text.encode_rendered(&template.render(&chat)?)?)
+                Ok(text.encode_rendered(&template.render(&question(prompt))?)?)
             })?;
             let mut cache = model.new_cache(tokens.len() + TOKENS);
             let text = texts.as_ref().map(|(text, _)| text);
             let answer = Answer::write(rank, &model, &mut cache, &tokens, text, &options)?;
             add(&mut prefill, answer.generated.prefill);
             add(&mut decode, answer.generated.decode);
-            rank.agree(rank.say("\n\n"))?;
+            rank.tell("\n\n")?;
         }
         let entries = rank.comm().ledger().entries();
-        rank.agree(rank.say(&summary(&model, reason.as_deref(), prefill, decode, &entries)))
+        rank.tell(&summary(&model, reason.as_deref(), prefill, decode, &entries))
     }
+}
+
+fn question(words: &str) -> Conversation {
+    Conversation::question(words, Some(false))
 }
 
 fn add(sum: &mut Timing, other: Timing) {

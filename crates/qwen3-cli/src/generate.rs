@@ -7,7 +7,7 @@ use serde_json::json;
 use crate::ahead;
 use crate::answer::{Answer, AnswerOptions, stop_word};
 use crate::failure::Failure;
-use crate::options::{EngineOptions, LaunchOptions, SamplingOptions, misfit, positive};
+use crate::options::{EngineOptions, LaunchOptions, SamplingOptions, positive};
 use crate::plan::Workload;
 use crate::prompt::PromptOptions;
 use crate::rank::Rank;
@@ -55,10 +55,6 @@ pub struct GenerateArgs {
 impl GenerateArgs {
     /// Runs the command on this rank.
     pub fn run(&self, rank: &Rank) -> Result<(), Failure> {
-        if let (None, Some(option)) = (self.sampling.temperature, self.sampling.of_draws()) {
-            let found = "given, while the likeliest token is taken each time";
-            return Err(Failure::agreed(misfit(option, found, "a --temperature above 0 with it")));
-        }
         let chat = self.chat.then(|| self.no_thinking.then_some(false));
         let (prompt, dir) = (self.prompt.clone(), self.engine.model.clone());
         let length = ahead::look(rank, &self.engine, |config| prompt.look(&dir, config, chat))?;
@@ -98,12 +94,13 @@ impl GenerateArgs {
     }
 
     fn params(&self, rank: &Rank) -> Result<SamplingParams, Failure> {
-        let base = if self.sampling.temperature.is_some_and(|temperature| temperature > 0.0) {
-            let config = rank.share(|| Ok(GenerationConfig::read(&self.engine.model)?))?;
-            SamplingParams::recommended(&config, 0)
-        } else {
-            SamplingParams::default()
+        let base = match self.sampling.temperature {
+            Some(temperature) if temperature > 0.0 => {
+                let config = rank.share(|| Ok(GenerationConfig::read(&self.engine.model)?))?;
+                SamplingParams::recommended(&config, Some(temperature), 0)
+            }
+            _ => SamplingParams::default(),
         };
-        Ok(self.sampling.over(base))
+        self.sampling.over(base).map_err(Failure::agreed)
     }
 }

@@ -225,7 +225,7 @@ pub struct SamplingOptions {
 
 impl SamplingOptions {
     /// The first option given that is of no use unless tokens are drawn.
-    pub fn of_draws(&self) -> Option<&'static str> {
+    fn of_draws(&self) -> Option<&'static str> {
         let given = [
             ("--top-k", self.top_k.is_some()),
             ("--top-p", self.top_p.is_some()),
@@ -235,16 +235,23 @@ impl SamplingOptions {
         given.into_iter().find_map(|(option, given)| given.then_some(option))
     }
 
-    /// `base` with what the user chose.
-    pub fn over(&self, base: SamplingParams) -> SamplingParams {
-        SamplingParams {
+    /// `base` with what the user chose. Who asks for temperature 0 may know that then nothing is drawn; who asks for nothing may not.
+    pub fn over(&self, base: SamplingParams) -> Result<SamplingParams, CliError> {
+        if self.temperature.is_none()
+            && base.temperature == 0.0
+            && let Some(option) = self.of_draws()
+        {
+            let found = "given, while the likeliest token is taken each time";
+            return Err(misfit(option, found, "a --temperature above 0 with it"));
+        }
+        Ok(SamplingParams {
             temperature: self.temperature.unwrap_or(base.temperature),
             top_k: self.top_k.unwrap_or(base.top_k),
             top_p: self.top_p.unwrap_or(base.top_p),
             min_p: self.min_p.unwrap_or(base.min_p),
             repetition_penalty: self.repetition_penalty.unwrap_or(base.repetition_penalty),
             seed: self.seed.unwrap_or(base.seed),
-        }
+        })
     }
 }
 

@@ -5,7 +5,6 @@ use std::path::{Path, PathBuf};
 
 use clap::Args;
 use qwen3_model::{Config, ModelError};
-use serde_json::json;
 
 use crate::ahead;
 use crate::failure::CliError;
@@ -57,9 +56,9 @@ impl PromptOptions {
             (Some(words), _) => Some(words.len() as u64),
             (None, file) => file.as_deref().and_then(|file| ahead::input(file).transpose()).transpose()?,
         };
-        Text::find(model)?;
-        if chat.is_some() {
-            ChatTemplate::open(model)?;
+        match chat {
+            Some(enable_thinking) => ahead::conversation(model, &Conversation::question("Hello", enable_thinking))?,
+            None => drop(Text::find(model)?),
         }
         // To read the tokenizer takes a while, and is left to the time of loading where the text can hardly be too long: a token has
         // a byte at least.
@@ -90,8 +89,7 @@ impl PromptOptions {
         let text = Text::open(model)?;
         let tokens = match chat {
             Some(enable_thinking) => {
-                let message = json!({ "role": "user", "content": words });
-                let chat = Conversation::new(vec![message], enable_thinking);
+                let chat = Conversation::question(&words, enable_thinking);
                 text.encode_rendered(&ChatTemplate::open(model)?.render(&chat)?)?
             }
             None => text.encode(&words)?,

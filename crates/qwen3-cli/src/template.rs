@@ -4,7 +4,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use minijinja::{Environment, Error, ErrorKind, Value};
-use serde_json::{Map, Value as Json};
+use serde_json::{Map, Value as Json, json};
 
 use crate::python;
 
@@ -79,6 +79,11 @@ impl Conversation {
     /// A conversation that waits for the assistant's answer.
     pub fn new(messages: Vec<Json>, enable_thinking: Option<bool>) -> Self {
         Self { messages, tools: None, enable_thinking, add_generation_prompt: true }
+    }
+
+    /// A user's message alone.
+    pub fn question(words: &str, enable_thinking: Option<bool>) -> Self {
+        Self::new(vec![json!({ "role": "user", "content": words })], enable_thinking)
     }
 
     /// Reads a chat file: an object with `messages` and optionally `tools`, `enable_thinking` and

@@ -164,8 +164,23 @@ fn unknown_options_and_values() {
     }
 }
 
+/// The template of a model that always thinks begins the thought; it is refused before the weights are read.
+#[test]
+fn a_model_that_always_thinks_is_not_asked_to_answer_at_once() {
+    let copy = Copy::new();
+    fs::write(copy.file("chat_template.jinja"), "{{ messages[0].content }}<|im_start|>assistant\n<think>\n").unwrap();
+    fs::remove_file(copy.file("model.safetensors")).unwrap();
+    let words = ["--no-thinking", "begins a thought"];
+    fails(copy.path(), &["--chat", "--no-thinking", "--prompt", "x"], &words);
+    assert_one_line(&run(&["chat", "--no-thinking", "--model", copy.path()]), &words);
+    fails(copy.path(), &["--chat", "--prompt", "x"], &["model.safetensors"]);
+}
+
 #[test]
 fn options_that_would_do_nothing_are_refused() {
+    let greedy = Copy::new();
+    fs::write(greedy.file("generation_config.json"), r#"{"do_sample": false}"#).unwrap();
+    assert_one_line(&run(&["chat", "--model", greedy.path(), "--top-p", "0.9"]), &["--top-p", "--temperature"]);
     for option in ["--top-k", "--top-p", "--min-p", "--seed"] {
         fails(AUSTEN, &["--prompt", "x", option, "1"], &[option, "--temperature"]);
     }

@@ -56,19 +56,20 @@ impl Default for SamplingParams {
 }
 
 impl SamplingParams {
-    /// What the checkpoint's publisher recommends; greedy where that says not to sample, or says nothing. Who samples and does not
-    /// say from how many candidates means 50, as transformers do.
-    pub fn recommended(config: &GenerationConfig, seed: u64) -> Self {
-        let greedy = Self { seed, ..Self::default() };
-        let penalty = config.repetition_penalty.unwrap_or(greedy.repetition_penalty);
-        let samples = config.do_sample.unwrap_or(config.temperature.is_some());
-        let temperature = if samples { config.temperature.unwrap_or(1.0) } else { 0.0 };
+    /// What the checkpoint's publisher recommends at `temperature`, or at the publisher's own where that is `None`: greedy where the
+    /// file says not to sample, or says nothing. Who samples and does not say from how many candidates means 50, as transformers do.
+    pub fn recommended(config: &GenerationConfig, temperature: Option<f32>, seed: u64) -> Self {
+        let temperature = temperature.unwrap_or_else(|| {
+            let samples = config.do_sample.unwrap_or(config.temperature.is_some());
+            if samples { config.temperature.unwrap_or(1.0) } else { 0.0 }
+        });
+        let greedy = Self::default();
         Self {
             temperature,
-            top_k: config.top_k.unwrap_or(if samples { 50 } else { greedy.top_k }),
+            top_k: config.top_k.unwrap_or(if temperature > 0.0 { 50 } else { greedy.top_k }),
             top_p: config.top_p.unwrap_or(greedy.top_p),
             min_p: config.min_p.unwrap_or(greedy.min_p),
-            repetition_penalty: penalty,
+            repetition_penalty: config.repetition_penalty.unwrap_or(greedy.repetition_penalty),
             seed,
         }
     }

@@ -347,11 +347,18 @@ fn recommended_parameters() {
         top_p: Some(0.95),
         ..GenerationConfig::default()
     };
-    let found = SamplingParams::recommended(&config, 9);
+    let found = SamplingParams::recommended(&config, None, 9);
     assert_eq!((found.temperature, found.top_k, found.top_p, found.seed), (0.6, 20, 0.95, 9));
     // Hugging Face's default; of its own accord nobody samples.
-    assert_eq!(SamplingParams::recommended(&GenerationConfig { top_k: None, ..config.clone() }, 9).top_k, 50);
-    let greedy = SamplingParams::recommended(&GenerationConfig { do_sample: Some(false), ..config }, 0);
-    assert_eq!(greedy.temperature, 0.0);
-    assert_eq!(SamplingParams::recommended(&GenerationConfig::default(), 0), SamplingParams::default());
+    assert_eq!(SamplingParams::recommended(&GenerationConfig { top_k: None, ..config.clone() }, None, 9).top_k, 50);
+    let greedy = GenerationConfig { do_sample: Some(false), top_k: None, ..config };
+    assert_eq!(SamplingParams::recommended(&greedy, None, 0).temperature, 0.0);
+    let nothing = GenerationConfig::default();
+    assert_eq!(SamplingParams::recommended(&nothing, None, 0), SamplingParams::default());
+    // Whoever has it sample all the same samples as it does.
+    for config in [&greedy, &nothing] {
+        let found = SamplingParams::recommended(config, Some(0.8), 9);
+        assert_eq!((found.temperature, found.top_k), (0.8, 50));
+    }
+    assert_eq!(SamplingParams::recommended(&nothing, Some(0.0), 0), SamplingParams::default());
 }
