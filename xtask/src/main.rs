@@ -10,15 +10,16 @@ mod mpi;
 mod packages;
 mod setup;
 
-mod demo;
 mod launch;
+mod demo;
 mod mpi_test;
-mod report;
+// Networks are a section of the report, and are measured with its instruments.
 mod netbench;
+mod report;
 mod suite;
 
-mod ci;
 mod tidy;
+mod ci;
 
 use std::path::PathBuf;
 use std::process::ExitCode;
