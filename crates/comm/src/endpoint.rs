@@ -126,6 +126,9 @@ impl Endpoint {
         {
             *failed = Some(error.clone());
             match error {
+                CommError::PeerFailed { rank, reason, .. } if *rank == self.membership.rank => {
+                    self.membership.fail(reason)
+                }
                 CommError::PeerFailed { rank, reason, .. } => call.alarm.raise(*rank, reason),
                 _ => self.membership.fail(&error.to_string()),
             }

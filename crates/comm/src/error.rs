@@ -58,7 +58,7 @@ pub enum CommError {
         /// What that rank calls.
         there: String,
     },
-    /// Another rank (or this one, by `abort`) gave up, panicked, left or died.
+    /// Another rank (or this one, by `abort` or an error of MPI) gave up, panicked, left or died.
     #[error("{place}: rank {rank} failed: {reason}{}", WhileWaiting(missing))]
     PeerFailed {
         /// The call that cannot finish.
@@ -98,7 +98,8 @@ pub enum CommError {
         /// What the system says.
         reason: String,
     },
-    /// MPI returned an error code.
+    /// MPI returned an error code while the ranks were being connected; later it is a [`PeerFailed`](CommError::PeerFailed) of the rank that
+    /// had it.
     #[error("{function} failed with MPI error {code}: {message}")]
     Mpi {
         /// The MPI function.

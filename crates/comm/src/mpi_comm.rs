@@ -1,9 +1,10 @@
 //! The communicator of a process that `mpirun` (or another launcher of MPI programs) started.
 
+use std::io::Write as _;
 use std::sync::Arc;
 use std::sync::mpsc::{self, RecvTimeoutError};
 use std::time::Duration;
-use std::{env, thread};
+use std::{env, io, thread};
 
 use crate::alarm::{Alarm, Ending, Membership};
 use crate::cost::node_of;
@@ -95,18 +96,20 @@ impl MpiOptions {
 /// come, or that cannot be reached.
 fn connect_within(limit: Duration) -> Result<mpsc::Sender<()>, CommError> {
     let (connecting, end) = mpsc::channel();
+    let line = format!(
+        "error: the ranks have not all been connected by MPI within {limit:?} of the start of this one (COMM_START_TIMEOUT); \
+         are all started, and may their hosts reach each other on any port?\n"
+    );
     let watch = move || {
         if end.recv_timeout(limit) == Err(RecvTimeoutError::Timeout) {
-            eprintln!(
-                "error: the ranks have not all been connected by MPI within {limit:?} of the start of this one (COMM_START_TIMEOUT); \
-                 are all started, and may their hosts reach each other on any port?"
-            );
+            // At once, and whether or not anybody can read it.
+            let _ = io::stderr().write_all(line.as_bytes());
             std::process::exit(1);
         }
     };
-    let thread = "start of MPI";
-    let started = thread::Builder::new().name(thread.into()).spawn(watch);
-    started.map_err(|error| CommError::Thread { thread: thread.into(), reason: error.to_string() })?;
+    let started = thread::Builder::new().name("start of MPI".into()).spawn(watch);
+    let thread = "the thread that watches the start of MPI".to_owned();
+    started.map_err(|error| CommError::Thread { thread, reason: error.to_string() })?;
     Ok(connecting)
 }
 

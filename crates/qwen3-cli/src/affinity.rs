@@ -28,16 +28,22 @@ impl Neighbours {
         Ok(Self { index: same(&all[..rank.comm().rank()]), count: same(&all) })
     }
 
-    /// The threads of this rank: those asked for, or its share of the cores.
-    pub fn threads(self, asked: Option<u16>) -> usize {
+    /// The threads of this rank: those asked for, or its share of the cores. Rank 0 says so where these are suspiciously few.
+    pub fn threads(self, rank: &Rank, asked: Option<u16>) -> usize {
+        if let Some(asked) = asked {
+            return usize::from(asked);
+        }
+        if let Some(warning) = bound_short().filter(|_| rank.speaks()) {
+            eprintln!("warning: {warning}");
+        }
         let cores = thread::available_parallelism().map_or(1, usize::from);
-        asked.map_or((cores / self.count).max(1), usize::from)
+        (cores / self.count).max(1)
     }
 }
 
 /// What the user may not know where Open MPI has bound the ranks of this machine to fewer cores than its launcher may use: by default it
 /// binds each of two to one core.
-pub fn bound_short() -> Option<String> {
+fn bound_short() -> Option<String> {
     let local_ranks = env::var("OMPI_COMM_WORLD_LOCAL_SIZE").ok()?.parse().ok()?;
     let (bound, cores) = bound_cores(Path::new("/proc"), local_ranks)?;
     (bound < cores).then(|| {

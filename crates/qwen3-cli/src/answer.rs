@@ -2,6 +2,7 @@
 
 use std::ops::ControlFlow;
 use std::sync::mpsc;
+use std::time::{Duration, Instant};
 use std::{panic, thread};
 
 use qwen3_model::{
@@ -143,7 +144,9 @@ struct Writer {
 impl Writer {
     fn start() -> Result<Self, CliError> {
         let (words, written) = mpsc::channel::<String>();
-        let write = move || written.iter().try_for_each(|words| print(&words));
+        // Whoever interrupts an answer wants to see no more of it.
+        let write =
+            move || written.iter().try_for_each(|words| if interrupt::pressed() { Ok(()) } else { print(&words) });
         let thread = thread::Builder::new().name("standard output".into()).spawn(write).map_err(|source| {
             CliError::Launch { problem: format!("cannot start the thread that writes to standard output: {source}") }
         })?;
@@ -169,6 +172,17 @@ impl Writer {
             Some(Ok(result)) => result,
             Some(Err(payload)) => panic::resume_unwind(payload),
             None => Ok(()),
+        }
+    }
+}
+
+impl Drop for Writer {
+    /// Without `finish` the command fails: what was said before is written first, as far as that is quickly done.
+    fn drop(&mut self) {
+        self.words = None;
+        let end = Instant::now() + Duration::from_millis(500);
+        while self.thread.as_ref().is_some_and(|thread| !thread.is_finished()) && Instant::now() < end {
+            thread::sleep(Duration::from_millis(1));
         }
     }
 }

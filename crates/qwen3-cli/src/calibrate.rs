@@ -47,7 +47,7 @@ impl CalibrateArgs {
         let file = rank.first(|| self.file())?;
         let isa = isa(rank, Auto(None))?;
         let neighbours = Neighbours::find(rank)?;
-        let threads = neighbours.threads(self.threads);
+        let threads = neighbours.threads(rank, self.threads);
         let placement = Placement::for_rank(neighbours.index, neighbours.count, threads);
         // The machines of the runs that look the figures up: real ones, emulated ones, or those of COMM_NODES.
         let here: Arc<dyn Communicator> = comm.split(comm.machine(), comm.rank())?.into();
@@ -69,14 +69,15 @@ impl CalibrateArgs {
             attention: speeds.attention,
             ..typical
         };
-        let done = file.map_or(Ok(()), |(path, mut calibration)| {
+        let done = || {
+            let Some((path, mut calibration)) = file else { return Ok(()) };
             // What was measured is said first, whatever becomes of the file, and the file is written whoever listens.
             let said = self.tell(rank, &path, &machine);
             calibration.save(&path, machine)?;
             said?;
             if self.json { Ok(()) } else { rank.say(&format!("saved in {}\n", path.display())) }
-        });
-        rank.agree(done)
+        };
+        rank.patiently(|| rank.agree(done()))
     }
 
     /// The file to add to, and what it has.

@@ -33,7 +33,8 @@ impl DemoArgs {
     /// Runs the command on this rank.
     pub fn run(&self, rank: &Rank) -> Result<(), Failure> {
         let dir = self.engine.model.clone();
-        ahead::look(rank, &self.engine, |_| ahead::conversation(&dir, &question(QUESTIONS[0])))?;
+        let any = Conversation::question(QUESTIONS[0], None);
+        ahead::look(rank, &self.engine, |_| ahead::conversation(&dir, &any))?;
         let read = move || Ok((Text::open(&dir)?, ChatTemplate::open(&dir)?));
         let (Loaded { model, reason }, texts) =
             session::load_with(rank, &self.engine, Workload { kv: KvFormat::F16, prompt: 64, generate: TOKENS }, read)?;
@@ -48,7 +49,8 @@ impl DemoArgs {
                 if sentence {
                     return Ok(text.encode(prompt)?);
                 }
-                Ok(text.encode_rendered(&template.render(&question(prompt))?)?)
+                let chat = Conversation::question(prompt, Some(false));
+                Ok(text.encode_rendered(&template.render(&chat)?)?)
             })?;
             let mut cache = model.new_cache(tokens.len() + TOKENS);
             let text = texts.as_ref().map(|(text, _)| text);
@@ -60,10 +62,6 @@ impl DemoArgs {
         let entries = rank.comm().ledger().entries();
         rank.tell(&summary(&model, reason.as_deref(), prefill, decode, &entries))
     }
-}
-
-fn question(words: &str) -> Conversation {
-    Conversation::question(words, Some(false))
 }
 
 fn add(sum: &mut Timing, other: Timing) {

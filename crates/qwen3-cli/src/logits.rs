@@ -52,14 +52,15 @@ impl LogitsArgs {
         self.prompt.check(model.config().context_length(), tokens.len()).map_err(Failure::agreed)?;
 
         let vocab_size = model.config().vocab_size;
-        let mut output = rank.first(|| Output::create(&self.output, tokens.len(), vocab_size))?;
+        // Who reads a pipe may take any time.
+        let mut output = rank.patiently(|| rank.first(|| Output::create(&self.output, tokens.len(), vocab_size)))?;
         let mut cache = model.new_cache(tokens.len());
         for chunk in tokens.chunks(model.pass_tokens(self.engine.chunk).min((BLOCK / vocab_size).max(1))) {
             let logits = model.forward(&mut cache, chunk, LogitRows::All)?;
             let rows = collect(rank, &model, logits)?;
-            rank.agree(output.as_mut().map_or(Ok(()), |output| output.write(&rows)))?;
+            rank.patiently(|| rank.agree(output.as_mut().map_or(Ok(()), |output| output.write(&rows))))?;
         }
-        rank.agree(output.map_or(Ok(()), Output::finish))
+        rank.patiently(|| rank.agree(output.map_or(Ok(()), Output::finish)))
     }
 }
 

@@ -12,7 +12,7 @@ use qwen3_model::{
     SamplingParams, WeightFormat,
 };
 
-use crate::affinity::{Neighbours, bound_short};
+use crate::affinity::Neighbours;
 use crate::failure::{CliError, Failure};
 use crate::plan::{Workload, choose};
 use crate::rank::Rank;
@@ -163,13 +163,7 @@ impl EngineOptions {
         }
         let isa = isa(rank, self.isa)?;
         let neighbours = Neighbours::find(rank)?;
-        let threads = neighbours.threads(self.threads);
-        if rank.speaks()
-            && self.threads.is_none()
-            && let Some(warning) = bound_short()
-        {
-            eprintln!("warning: {warning}");
-        }
+        let threads = neighbours.threads(rank, self.threads);
         let kv = self.kv.unwrap_or(work.kv);
         let experts = self.experts.0;
         let (strategy, experts, reason) = match self.grid.or(self.strategy.0) {

@@ -104,7 +104,12 @@ pub fn is_iterable(value: &Value) -> bool {
 
 /// The test `sequence`: what has a length and items, in Python also texts and mappings.
 pub fn is_sequence(value: &Value) -> bool {
-    matches!(value.kind(), ValueKind::Seq | ValueKind::String | ValueKind::Map | ValueKind::Undefined)
+    match value.kind() {
+        ValueKind::Seq | ValueKind::String | ValueKind::Map | ValueKind::Undefined => true,
+        // Slices and ranges.
+        ValueKind::Iterable => value.len().is_some(),
+        _ => false,
+    }
 }
 
 /// The layout of `json.dumps`: `", "` and `": "` between items, or one item a line with `indent`.
@@ -278,6 +283,7 @@ mod tests {
         let json = r#"[null, 1, true, "a", [], {}]"#;
         let (no, yes) = ("False False", "True True");
         assert_eq!(render(kinds, json), [no, no, no, yes, yes, yes, yes].join(","));
+        assert_eq!(render("{{ x[1:] is sequence }} {{ range(3) is sequence }}", json), "True True");
         assert_eq!(render("{% if x is iterable and x | length > 0 %}some{% else %}none{% endif %}", "null"), "none");
     }
 }

@@ -3,12 +3,12 @@
 mod program;
 
 use std::fs;
-use std::io::{Read as _, Write as _};
-use std::process::{Command, Stdio};
+use std::io::Write as _;
+use std::process::{ChildStdout, Command};
 use std::thread;
 use std::time::Duration;
 
-use program::{AUSTEN, json, keys, program, read_json, run, run_while, run_with};
+use program::{AUSTEN, json, keys, program, read_json, run, run_read, run_while, run_with};
 use serde_json::Value;
 
 /// What `generate --json` prints.
@@ -262,15 +262,13 @@ fn many_ranks_open_many_files() {
 #[test]
 fn a_slow_reader_fails_no_rank() {
     let mut command = program(&["generate", "--model", AUSTEN, "--prompt", "Emma", "--ignore-eos", "--ranks", "2"]);
-    command.args(["--threads", "1", "--max-new-tokens", "3000", "--comm-timeout", "0.5"]);
-    let mut child = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
-    let mut stdout = child.stdout.take().unwrap();
-    // A page is what a pipe holds at least.
-    let held = rustix::pipe::fcntl_setpipe_size(&stdout, 4096).unwrap();
-    thread::sleep(Duration::from_secs(4));
-    let mut text = String::new();
-    stdout.read_to_string(&mut text).unwrap();
-    let end = child.wait_with_output().unwrap();
-    assert!(end.status.success() && end.stderr.is_empty(), "{end:?}");
-    assert!(text.len() > 2 * held, "{} bytes never filled a pipe of {held}", text.len());
+    command.args(["--threads", "1", "--max-new-tokens", "3000", "--comm-timeout", "2"]);
+    let hold = |stdout: &ChildStdout| {
+        // A page is what a pipe holds at least.
+        assert_eq!(rustix::pipe::fcntl_setpipe_size(stdout, 4096).unwrap(), 4096);
+        thread::sleep(Duration::from_secs(6));
+    };
+    let run = run_read(command, drop, hold);
+    assert!(run.success && run.stderr.is_empty(), "{run:?}");
+    assert!(run.stdout.len() > 2 * 4096, "{} bytes never filled the pipe", run.stdout.len());
 }

@@ -20,6 +20,8 @@ fn mpirun(args: &[&str]) -> Command {
         command.env(name, "1");
     }
     command.env("PRTE_MCA_rmaps_default_mapping_policy", ":oversubscribe");
+    // A rank that is bound to one core of many says so.
+    command.env("OMPI_MCA_hwloc_base_binding_policy", "none").env("PRTE_MCA_hwloc_default_binding_policy", "none");
     command
 }
 

@@ -1,5 +1,6 @@
 //! Who may use whom: the arrows of the design, and nothing beside them.
 
+use std::fs;
 use std::path::Path;
 
 use super::Finding;
@@ -19,7 +20,7 @@ const MAY_USE: [(&str, &[&str]); 7] = [
 /// Packages that measure; they may use every crate, and no one may use them.
 const BENCHES: &str = "benches";
 
-/// Checks every dependency between packages of the workspace, and that each crate has a README.
+/// Checks every dependency between packages of the workspace, and that each crate has a README and the workspace's lints.
 pub fn check(root: &Path, packages: &[Package]) -> Vec<Finding> {
     let mut findings = Vec::new();
     for package in packages {
@@ -36,6 +37,11 @@ pub fn check(root: &Path, packages: &[Package]) -> Vec<Finding> {
         }
         if folder.starts_with("crates") && !package.folder.join("README.md").is_file() {
             find(format!("{} has no README.md", package.name));
+        }
+        // The lints, among which is the one that refuses unsafe code.
+        let manifest = fs::read_to_string(package.folder.join("Cargo.toml")).unwrap_or_default();
+        if !manifest.contains("[lints]\nworkspace = true\n") {
+            find(format!("{} has not the workspace's lints: [lints] workspace = true", package.name));
         }
         for dependency in &package.dependencies {
             let name = dependency.name.as_str();
@@ -69,11 +75,14 @@ fn list(names: &[&str]) -> String {
 mod tests {
     use super::super::trees::findings;
 
-    const COMM: &str = "[package]\nname = \"comm\"\nedition = \"2024\"\n";
+    const COMM: &str = "[package]\nname = \"comm\"\nedition = \"2024\"\n[lints]\nworkspace = true\n";
 
     #[test]
     fn a_leaf_that_uses_a_leaf() {
-        let kernels = ("crates/simd-kernels/Cargo.toml", "[package]\nname = \"simd-kernels\"\nedition = \"2024\"\n");
+        let kernels = (
+            "crates/simd-kernels/Cargo.toml",
+            "[package]\nname = \"simd-kernels\"\nedition = \"2024\"\n[lints]\nworkspace = true\n",
+        );
         let rest = [("crates/simd-kernels/src/lib.rs", "//! K.\n"), ("crates/simd-kernels/README.md", "K\n")];
         let documents =
             [("README.md", "`comm` `ops` `simd-kernels`\n"), ("docs/architecture.md", "`comm` `ops` `simd-kernels`\n")];
@@ -90,8 +99,15 @@ mod tests {
     }
 
     #[test]
+    fn a_crate_without_the_lints() {
+        let comm = COMM.replace("workspace = true", "");
+        assert!(findings(&[("crates/comm/Cargo.toml", &comm)]).contains("comm has not the workspace's lints"));
+    }
+
+    #[test]
     fn an_arrow_that_points_up() {
-        let ops = ("crates/ops/Cargo.toml", "[package]\nname = \"ops\"\nedition = \"2024\"\n");
+        let ops =
+            ("crates/ops/Cargo.toml", "[package]\nname = \"ops\"\nedition = \"2024\"\n[lints]\nworkspace = true\n");
         let comm = format!("{COMM}[dependencies]\nops.path = \"../ops\"\n");
         let text = findings(&[ops, ("crates/comm/Cargo.toml", &comm)]);
         assert!(text.contains("comm may not use ops"), "{text}");
@@ -99,8 +115,8 @@ mod tests {
 
     #[test]
     fn a_use_of_the_benches() {
-        let benches = "[package]\nname = \"benches\"\nedition = \"2024\"\n";
-        let ops = "[package]\nname = \"ops\"\nedition = \"2024\"\n[dependencies]\nbenches.path = \"../benches\"\n";
+        let benches = "[package]\nname = \"benches\"\nedition = \"2024\"\n[lints]\nworkspace = true\n";
+        let ops = "[package]\nname = \"ops\"\nedition = \"2024\"\n[lints]\nworkspace = true\n[dependencies]\nbenches.path = \"../benches\"\n";
         let text = findings(&[
             ("crates/benches/Cargo.toml", benches),
             ("crates/benches/src/lib.rs", "//! B.\n"),
@@ -115,7 +131,10 @@ mod tests {
     #[test]
     fn a_crate_that_the_design_does_not_know() {
         let text = findings(&[
-            ("crates/helpers/Cargo.toml", "[package]\nname = \"helpers\"\nedition = \"2024\"\n"),
+            (
+                "crates/helpers/Cargo.toml",
+                "[package]\nname = \"helpers\"\nedition = \"2024\"\n[lints]\nworkspace = true\n",
+            ),
             ("crates/helpers/src/lib.rs", "//! H.\n"),
             ("README.md", "`comm` `ops` `helpers`\n"),
             ("docs/architecture.md", "`comm` `ops` `helpers`\n"),

@@ -10,6 +10,9 @@ const MAX_LINES: usize = 450;
 /// Names that say nothing about what is inside.
 const EMPTY_NAMES: [&str; 6] = ["util", "utils", "common", "prelude", "types", "helpers"];
 
+/// Where unsafe code may be allowed, which the compiler refuses otherwise.
+const UNSAFE: [&str; 3] = ["crates/comm/src/lib.rs", "crates/simd-kernels/src/lib.rs", "crates/tensor/src/lib.rs"];
+
 /// Checks one file; `file` is relative to the root.
 pub fn check(file: &Path, source: &str) -> Vec<Finding> {
     let mut findings = Vec::new();
@@ -22,6 +25,7 @@ pub fn check(file: &Path, source: &str) -> Vec<Finding> {
     if lines > MAX_LINES {
         find(0, format!("{lines} lines; a file holds one idea in at most {MAX_LINES}"));
     }
+    let name = file.to_str().unwrap_or_default();
     let stem = file.file_stem().unwrap_or_default().to_string_lossy();
     if EMPTY_NAMES.contains(&stem.as_ref()) {
         find(0, format!("a file named {stem} says nothing about what is in it"));
@@ -31,6 +35,9 @@ pub fn check(file: &Path, source: &str) -> Vec<Finding> {
         // rustfmt gives an attribute a line of its own.
         if line.starts_with("#[ignore") {
             find(index + 1, "an ignored test tests nothing".to_owned());
+        }
+        if line.trim_start_matches(['#', '!', '[']).starts_with("allow(unsafe_code") && !UNSAFE.contains(&name) {
+            find(index + 1, format!("unsafe code may be allowed in {} only", UNSAFE.join(", ")));
         }
         let comment = line.strip_prefix("///").or_else(|| line.strip_prefix("//!"));
         let info = comment.and_then(|text| text.trim_start().strip_prefix("```"));
@@ -73,6 +80,14 @@ mod tests {
     fn the_name() {
         assert!(one("crates/ops/src/util.rs", "//! Things.\n").contains("named util"));
         assert!(texts("crates/ops/src/utility_of_heads.rs", "//! Things.\n").is_empty());
+    }
+
+    #[test]
+    fn unsafe_code() {
+        for source in ["//! X.\n#[allow(unsafe_code)]\nmod a;\n", "//! X.\n#![allow(unsafe_code, reason = \"\")]\n"] {
+            assert!(one("crates/ops/src/lib.rs", source).contains(":2: unsafe code may be allowed in crates/comm"));
+            assert!(texts("crates/tensor/src/lib.rs", source).is_empty());
+        }
     }
 
     #[test]

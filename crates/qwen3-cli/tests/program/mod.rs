@@ -6,7 +6,7 @@ use std::ffi::OsStr;
 use std::fs;
 use std::io::{Read, Write};
 use std::path::{Path, PathBuf};
-use std::process::{ChildStdin, Command, Stdio};
+use std::process::{ChildStdin, ChildStdout, Command, Stdio};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -54,7 +54,16 @@ pub fn run_with(command: Command, input: impl AsRef<[u8]>) -> Run {
 }
 
 /// Runs a command while a thread does `typing` into its standard input; panics if it is not done by the deadline.
-pub fn run_while(mut command: Command, typing: impl FnOnce(ChildStdin) + Send + 'static) -> Run {
+pub fn run_while(command: Command, typing: impl FnOnce(ChildStdin) + Send + 'static) -> Run {
+    run_read(command, typing, |_| ())
+}
+
+/// [`run_while`] that reads standard output only after `hold`.
+pub fn run_read(
+    mut command: Command,
+    typing: impl FnOnce(ChildStdin) + Send + 'static,
+    hold: impl FnOnce(&ChildStdout) + Send + 'static,
+) -> Run {
     let mut child = command
         .stdin(Stdio::piped())
         .stdout(Stdio::piped())
@@ -63,15 +72,17 @@ pub fn run_while(mut command: Command, typing: impl FnOnce(ChildStdin) + Send + 
         .expect("the program starts");
     let stdin = child.stdin.take().unwrap();
     thread::spawn(move || typing(stdin));
-    let collect = |mut from: Box<dyn Read + Send>| {
-        thread::spawn(move || {
-            let mut text = String::new();
-            from.read_to_string(&mut text).expect("the program writes UTF-8");
-            text
-        })
+    let collect = |from: &mut dyn Read| {
+        let mut text = String::new();
+        from.read_to_string(&mut text).expect("the program writes UTF-8");
+        text
     };
-    let stdout = collect(Box::new(child.stdout.take().unwrap()));
-    let stderr = collect(Box::new(child.stderr.take().unwrap()));
+    let (mut stdout, mut stderr) = (child.stdout.take().unwrap(), child.stderr.take().unwrap());
+    let stdout = thread::spawn(move || {
+        hold(&stdout);
+        collect(&mut stdout)
+    });
+    let stderr = thread::spawn(move || collect(&mut stderr));
     let start = Instant::now();
     let status = loop {
         if let Some(status) = child.try_wait().unwrap() {
