@@ -3,6 +3,8 @@
 
 use std::env;
 use std::process::{Command, ExitCode, Stdio};
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -228,20 +230,27 @@ fn main() -> ExitCode {
         println!("0 passed, 0 failed: these tests start their own jobs, run them without mpirun");
         return ExitCode::SUCCESS;
     }
-    let (mut passed, mut failed) = (0, 0);
-    for way in WAYS {
-        for scenario in SCENARIOS {
-            for ranks in [2, 3] {
-                match launch(scenario, ranks, way) {
-                    Ok(()) => passed += 1,
-                    Err(error) => {
-                        failed += 1;
-                        println!("'{}' on {ranks} ranks {way:?}: {error}", scenario.name);
+    let of_way = |way| SCENARIOS.iter().flat_map(move |scenario| [2, 3].map(|ranks| (scenario, ranks, way)));
+    let jobs = Mutex::new(WAYS.iter().flat_map(of_way));
+    let next = || jobs.lock().expect("no worker panics").next();
+    let (passed, failed) = (AtomicUsize::new(0), AtomicUsize::new(0));
+    // Jobs mostly wait: two at a time take little longer than one.
+    thread::scope(|scope| {
+        for _ in 0..2 {
+            scope.spawn(|| {
+                while let Some((scenario, ranks, way)) = next() {
+                    match launch(scenario, ranks, way) {
+                        Ok(()) => _ = passed.fetch_add(1, Relaxed),
+                        Err(error) => {
+                            failed.fetch_add(1, Relaxed);
+                            println!("'{}' on {ranks} ranks {way:?}: {error}", scenario.name);
+                        }
                     }
                 }
-            }
+            });
         }
-    }
+    });
+    let (passed, failed) = (passed.into_inner(), failed.into_inner());
     println!("{passed} passed, {failed} failed");
     if failed == 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE }
 }
