@@ -44,7 +44,6 @@ static OVER: AtomicBool = AtomicBool::new(false);
 /// Runs `command` on every rank: on the processes of an MPI launcher, or on threads of this one.
 pub fn launch(options: &LaunchOptions, command: impl Command) -> ExitCode {
     panic::set_hook(Box::new(keep_panic));
-    allow_many_files();
     match World::detect() {
         Some(world) if world.is_many() && options.ranks > 1 => {
             let found = format!("{} in each process that {} started", options.ranks, world.launcher);
@@ -106,6 +105,7 @@ fn run_threads(options: &LaunchOptions, command: impl Command) -> Result<(), Box
     if options.ranks == 1 {
         run(Arc::new(SoloComm::new()));
     } else {
+        allow_many_files();
         let group = panic::catch_unwind(|| ThreadComm::group(usize::from(options.ranks)));
         let group = group.map_err(|payload| {
             // What many ranks share grows with the square of their number.
