@@ -101,19 +101,21 @@ mod trees {
         root
     }
 
+    /// The manifest of a package in which there is nothing to find.
+    pub fn manifest(name: &str) -> String {
+        format!("[package]\nname = \"{name}\"\nedition = \"2024\"\n[lints]\nworkspace = true\n")
+    }
+
     /// A workspace of two of the real crates, in which there is nothing to find, with `changes` laid over it.
     pub fn workspace(changes: &[(&str, &str)]) -> tempfile::TempDir {
         let good = [
             ("Cargo.toml", "[workspace]\nresolver = \"3\"\nmembers = [\"crates/*\"]\n[workspace.lints]\n"),
             ("README.md", "The crates are `comm` and `ops`.\n"),
             ("docs/architecture.md", "See `crates/comm` and `crates/ops`.\n"),
-            ("crates/comm/Cargo.toml", "[package]\nname = \"comm\"\nedition = \"2024\"\n[lints]\nworkspace = true\n"),
+            ("crates/comm/Cargo.toml", &manifest("comm")),
             ("crates/comm/README.md", "# comm\n"),
             ("crates/comm/src/lib.rs", "//! Collectives.\n"),
-            (
-                "crates/ops/Cargo.toml",
-                "[package]\nname = \"ops\"\nedition = \"2024\"\n[lints]\nworkspace = true\n[dependencies]\ncomm.path = \"../comm\"\n",
-            ),
+            ("crates/ops/Cargo.toml", &(manifest("ops") + "[dependencies]\ncomm.path = \"../comm\"\n")),
             ("crates/ops/README.md", "# ops\n"),
             ("crates/ops/src/lib.rs", "//! Operations.\n"),
         ];

@@ -73,23 +73,17 @@ fn list(names: &[&str]) -> String {
 
 #[cfg(test)]
 mod tests {
-    use super::super::trees::findings;
-
-    const COMM: &str = "[package]\nname = \"comm\"\nedition = \"2024\"\n[lints]\nworkspace = true\n";
+    use super::super::trees::{findings, manifest};
 
     #[test]
     fn a_leaf_that_uses_a_leaf() {
-        let kernels = (
-            "crates/simd-kernels/Cargo.toml",
-            "[package]\nname = \"simd-kernels\"\nedition = \"2024\"\n[lints]\nworkspace = true\n",
-        );
+        let kernels = ("crates/simd-kernels/Cargo.toml", &*manifest("simd-kernels"));
         let rest = [("crates/simd-kernels/src/lib.rs", "//! K.\n"), ("crates/simd-kernels/README.md", "K\n")];
         let documents =
             [("README.md", "`comm` `ops` `simd-kernels`\n"), ("docs/architecture.md", "`comm` `ops` `simd-kernels`\n")];
         for section in ["dependencies", "dev-dependencies", "build-dependencies"] {
-            let manifest = format!("{COMM}[{section}]\nsimd-kernels.path = \"../simd-kernels\"\n");
-            let changes =
-                [kernels, rest[0], rest[1], documents[0], documents[1], ("crates/comm/Cargo.toml", &manifest)];
+            let comm = manifest("comm") + &format!("[{section}]\nsimd-kernels.path = \"../simd-kernels\"\n");
+            let changes = [kernels, rest[0], rest[1], documents[0], documents[1], ("crates/comm/Cargo.toml", &*comm)];
             let text = findings(&changes);
             assert_eq!(
                 text, "crates/comm/Cargo.toml: comm may not use simd-kernels, only: no crate of the workspace",
@@ -100,30 +94,29 @@ mod tests {
 
     #[test]
     fn a_crate_without_the_lints() {
-        let comm = COMM.replace("workspace = true", "");
+        let comm = manifest("comm").replace("workspace = true", "");
         assert!(findings(&[("crates/comm/Cargo.toml", &comm)]).contains("comm has not the workspace's lints"));
     }
 
     #[test]
     fn an_arrow_that_points_up() {
-        let ops =
-            ("crates/ops/Cargo.toml", "[package]\nname = \"ops\"\nedition = \"2024\"\n[lints]\nworkspace = true\n");
-        let comm = format!("{COMM}[dependencies]\nops.path = \"../ops\"\n");
+        let ops = ("crates/ops/Cargo.toml", &*manifest("ops"));
+        let comm = manifest("comm") + "[dependencies]\nops.path = \"../ops\"\n";
         let text = findings(&[ops, ("crates/comm/Cargo.toml", &comm)]);
         assert!(text.contains("comm may not use ops"), "{text}");
     }
 
     #[test]
     fn a_use_of_the_benches() {
-        let benches = "[package]\nname = \"benches\"\nedition = \"2024\"\n[lints]\nworkspace = true\n";
-        let ops = "[package]\nname = \"ops\"\nedition = \"2024\"\n[lints]\nworkspace = true\n[dependencies]\nbenches.path = \"../benches\"\n";
+        let benches = manifest("benches");
+        let ops = manifest("ops") + "[dependencies]\nbenches.path = \"../benches\"\n";
         let text = findings(&[
-            ("crates/benches/Cargo.toml", benches),
+            ("crates/benches/Cargo.toml", &*benches),
             ("crates/benches/src/lib.rs", "//! B.\n"),
             ("crates/benches/README.md", "B\n"),
             ("README.md", "`comm` `ops` `benches`\n"),
             ("docs/architecture.md", "`comm` `ops` `benches`\n"),
-            ("crates/ops/Cargo.toml", ops),
+            ("crates/ops/Cargo.toml", &*ops),
         ]);
         assert_eq!(text, "crates/ops/Cargo.toml: ops uses benches, which nothing may use");
     }
@@ -131,10 +124,7 @@ mod tests {
     #[test]
     fn a_crate_that_the_design_does_not_know() {
         let text = findings(&[
-            (
-                "crates/helpers/Cargo.toml",
-                "[package]\nname = \"helpers\"\nedition = \"2024\"\n[lints]\nworkspace = true\n",
-            ),
+            ("crates/helpers/Cargo.toml", &*manifest("helpers")),
             ("crates/helpers/src/lib.rs", "//! H.\n"),
             ("README.md", "`comm` `ops` `helpers`\n"),
             ("docs/architecture.md", "`comm` `ops` `helpers`\n"),
