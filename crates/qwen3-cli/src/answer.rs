@@ -64,7 +64,7 @@ impl Answer {
     ) -> Result<Self, Failure> {
         let mut screen = Screen::new(rank, text, options.quiet);
         let generated = generate(model, cache, tokens, &options.params, &mut |progress| screen.show(progress))?;
-        let text = rank.patiently(|| rank.agree(screen.finish(&generated.ids)))?;
+        let text = rank.agree_after(|| screen.finish(&generated.ids))?;
         Ok(Self { generated, text })
     }
 }
@@ -129,7 +129,7 @@ impl<'a> Screen<'a> {
         {
             self.say(stream.finish()?)?;
         }
-        self.writer.map_or(Ok(()), Writer::finish)?;
+        self.writer.as_mut().map_or(Ok(()), Writer::finish)?;
         Ok(self.text.map(|text| text.decode(ids)).transpose()?.unwrap_or_default())
     }
 }
@@ -157,16 +157,12 @@ impl Writer {
     fn say(&mut self, words: String) -> Result<(), CliError> {
         match &self.words {
             Some(channel) if channel.send(words).is_ok() => Ok(()),
-            _ => self.join(),
+            _ => self.finish(),
         }
     }
 
-    /// Waits until all is written.
-    fn finish(mut self) -> Result<(), CliError> {
-        self.join()
-    }
-
-    fn join(&mut self) -> Result<(), CliError> {
+    /// Waits until all is written, or until the first thing that cannot be.
+    fn finish(&mut self) -> Result<(), CliError> {
         self.words = None;
         match self.thread.take().map(thread::JoinHandle::join) {
             Some(Ok(result)) => result,

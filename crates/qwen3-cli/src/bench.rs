@@ -121,7 +121,7 @@ impl BenchArgs {
         let report =
             Report { name, model: &model, reason, weight_bytes, results, entries: bench.entries, limits, recordings };
         let text = if self.json { report.json() } else { report.table() };
-        rank.patiently(|| {
+        rank.agree_after(|| {
             // What was measured is said first, whatever becomes of the file, and the file is written whoever listens.
             let said = rank.say(&text);
             let written = match self.trace.as_deref().zip(trace.as_mut()) {
@@ -130,7 +130,7 @@ impl BenchArgs {
                 }
                 None => Ok(()),
             };
-            rank.agree(said.and(written))
+            said.and(written)
         })
     }
 

@@ -69,15 +69,14 @@ impl CalibrateArgs {
             attention: speeds.attention,
             ..typical
         };
-        let done = || {
+        rank.agree_after(|| {
             let Some((path, mut calibration)) = file else { return Ok(()) };
             // What was measured is said first, whatever becomes of the file, and the file is written whoever listens.
             let said = self.tell(rank, &path, &machine);
             calibration.save(&path, machine)?;
             said?;
             if self.json { Ok(()) } else { rank.say(&format!("saved in {}\n", path.display())) }
-        };
-        rank.patiently(|| rank.agree(done()))
+        })
     }
 
     /// The file to add to, and what it has.

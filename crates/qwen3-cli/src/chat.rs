@@ -76,7 +76,7 @@ impl ChatArgs {
             interrupt::begin();
             let answer = Answer::write(rank, &model, &mut cache, &tokens, text, &options)?;
             interrupt::end();
-            rank.patiently(|| rank.agree(speaker.as_mut().map_or(Ok(()), |speaker| speaker.heard(rank, &answer))))?;
+            rank.agree_after(|| speaker.as_mut().map_or(Ok(()), |speaker| speaker.heard(rank, &answer)))?;
             seen = tokens;
             seen.extend(&answer.generated.ids);
             seen.truncate(cache.len());

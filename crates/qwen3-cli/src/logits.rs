@@ -58,9 +58,9 @@ impl LogitsArgs {
         for chunk in tokens.chunks(model.pass_tokens(self.engine.chunk).min((BLOCK / vocab_size).max(1))) {
             let logits = model.forward(&mut cache, chunk, LogitRows::All)?;
             let rows = collect(rank, &model, logits)?;
-            rank.patiently(|| rank.agree(output.as_mut().map_or(Ok(()), |output| output.write(&rows))))?;
+            rank.agree_after(|| output.as_mut().map_or(Ok(()), |output| output.write(&rows)))?;
         }
-        rank.patiently(|| rank.agree(output.map_or(Ok(()), Output::finish)))
+        rank.agree_after(|| output.map_or(Ok(()), Output::finish))
     }
 }
 

@@ -54,7 +54,7 @@ impl Rank {
 
     /// Writes to standard output on rank 0. All ranks wait until it is read, and then know whether it was.
     pub fn tell(&self, text: &str) -> Result<(), Failure> {
-        self.patiently(|| self.agree(self.say(text)))
+        self.agree_after(|| self.say(text))
     }
 
     /// Waits in `work` for other ranks as long as it takes: for what a person types, or a text of any length that is read.
@@ -64,6 +64,11 @@ impl Rank {
         let result = work();
         self.comm.set_timeout(timeout);
         result
+    }
+
+    /// Does `work` and agrees on how it ended, however long it takes: what rank 0 writes is read by somebody who may take any time.
+    pub fn agree_after<T>(&self, work: impl FnOnce() -> Result<T, CliError>) -> Result<T, Failure> {
+        self.patiently(|| self.agree(work()))
     }
 
     /// Does `work` on rank 0 alone, which has its value. Its error ends the command on every rank.

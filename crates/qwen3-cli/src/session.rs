@@ -32,7 +32,7 @@ pub fn load_with<T: Send + 'static>(
     let reading = rank.speaks().then(|| thread::spawn(read));
     let loaded = load(rank, engine, work)?;
     let value = reading.map(|thread| thread.join().unwrap_or_else(|payload| panic::resume_unwind(payload)));
-    Ok((loaded, rank.patiently(|| rank.agree(value.transpose()))?))
+    Ok((loaded, rank.agree_after(|| value.transpose())?))
 }
 
 /// Loads the model on all ranks, with a progress bar where rank 0 writes to a terminal.
