@@ -1,14 +1,15 @@
-//! Attention over the cache of a KV head, next to the two limits: prefill beside multiply-adds, decode beside a read.
+//! Attention over the cache of a KV head, next to the two limits: prefill beside multiply-adds,
+//! decode beside a read.
 //!
-//! Caches of decode are larger together than the CPU's, and taken in turn, as the layers of a model are. Divide a
-//! reported rate by that of `limit`.
+//! Caches of decode are larger together than the CPU's, and taken in turn, as the layers of a model
+//! are. Divide a reported rate by that of `limit`.
 
 use std::cell::Cell;
 
 use criterion::{Criterion, Throughput, criterion_group, criterion_main};
 use simd_kernels::{
-    AttentionInput, Isa, KvFormat, KvHead, MULTIPLY_ADD_FLOPS, SoftmaxState, attention_materialized,
-    attention_streaming, multiply_add, read,
+    AttentionInput, Isa, KvFormat, KvHead, MULTIPLY_ADD_FLOPS, SoftmaxState,
+    attention_materialized, attention_streaming, multiply_add, read,
 };
 
 use benches::{Weights, assert_close, noise};
@@ -44,8 +45,9 @@ fn answers(isa: Isa, run: Algorithm, input: &AttentionInput<'_>) -> Vec<f32> {
     out
 }
 
-/// Fails when an algorithm is not the scalar reference. Averages of values below 1, with weights that are exponentials
-/// of sums of HEAD_DIM products; many rows round to int16 unless the cache is in f32 (see the tests of the kernel, which bound that).
+/// Fails when an algorithm is not the scalar reference. Averages of values below 1, with weights
+/// that are exponentials of sums of HEAD_DIM products; many rows round to int16 unless the cache is
+/// in f32 (see the tests of the kernel, which bound that).
 fn check(isa: Isa, input: &AttentionInput<'_>) {
     let expected = answers(Isa::scalar(), attention_materialized, input);
     let integers = input.visible.len() > 12 && input.kv.format() != KvFormat::F32;
@@ -62,17 +64,26 @@ fn prefill(criterion: &mut Criterion) {
         let rows = 2 * 64;
         let q = noise(rows * HEAD_DIM, 3);
         let visible: Vec<usize> = (0..rows).map(|row| context - 64 + row / 2 + 1).collect();
-        let mut group = criterion.benchmark_group(format!("prefill of {rows} rows, {context} keys, {}", isa.name()));
+        let mut group = criterion
+            .benchmark_group(format!("prefill of {rows} rows, {context} keys, {}", isa.name()));
 
         let rounds = 10_000;
         group.throughput(Throughput::Elements((rounds * MULTIPLY_ADD_FLOPS) as u64));
         group.bench_function("limit", |b| b.iter(|| multiply_add(isa.without_avx512(), rounds)));
 
         // Two products of HEAD_DIM multiply-adds for each pair of a row and a key.
-        group.throughput(Throughput::Elements((4 * HEAD_DIM * visible.iter().sum::<usize>()) as u64));
+        group.throughput(Throughput::Elements(
+            (4 * HEAD_DIM * visible.iter().sum::<usize>()) as u64,
+        ));
         for format in FORMATS {
             let kv = cache(isa, format, context);
-            let input = AttentionInput { q: &q, visible: &visible, kv: &kv, keys: 0..context, scale: SCALE };
+            let input = AttentionInput {
+                q: &q,
+                visible: &visible,
+                kv: &kv,
+                keys: 0..context,
+                scale: SCALE,
+            };
             check(isa, &input);
             for (name, run) in ALGORITHMS {
                 let mut state = SoftmaxState::new();
@@ -108,7 +119,13 @@ fn decode(criterion: &mut Criterion) {
         });
         for rows in [1, 2, 4, 8] {
             let (q, visible) = (noise(rows * HEAD_DIM, 3), vec![context; rows]);
-            let input = |kv| AttentionInput { q: &q, visible: &visible, kv, keys: 0..context, scale: SCALE };
+            let input = |kv| AttentionInput {
+                q: &q,
+                visible: &visible,
+                kv,
+                keys: 0..context,
+                scale: SCALE,
+            };
             check(isa, &input(&first));
             let mut state = SoftmaxState::new();
             group.bench_function(format!("{rows} query heads"), |b| {

@@ -25,7 +25,8 @@ fn decode(criterion: &mut Criterion) {
     }
     for tokens in [1, 2, 4] {
         let x = noise(tokens * COLS, 1);
-        let mut group = criterion.benchmark_group(format!("decode {tokens} tokens, {threads} threads, {}", isa.name()));
+        let mut group = criterion
+            .benchmark_group(format!("decode {tokens} tokens, {threads} threads, {}", isa.name()));
 
         let floats = weights.floats();
         group.throughput(Throughput::Bytes(4 * floats.len() as u64));

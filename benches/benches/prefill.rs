@@ -1,13 +1,15 @@
-//! Products of many tokens on one core, packing included, next to the multiply-add rate and `matrixmultiply` (through
-//! ndarray).
+//! Products of many tokens on one core, packing included, next to the multiply-add rate and
+//! `matrixmultiply` (through ndarray).
 //!
-//! Read the reported element rates as operations a second and divide by that of `multiply_add`, which is AVX2's also where
-//! AVX-512 computes.
+//! Read the reported element rates as operations a second and divide by that of `multiply_add`,
+//! which is AVX2's also where AVX-512 computes.
 
 use criterion::{BatchSize, Criterion, Throughput, criterion_group, criterion_main};
 use ndarray::linalg::general_mat_mul;
 use ndarray::{Array2, ArrayView2};
-use simd_kernels::{Input, InputKind, Isa, MULTIPLY_ADD_FLOPS, MatMut, Store, matmul, matmul_swiglu, multiply_add};
+use simd_kernels::{
+    Input, InputKind, Isa, MULTIPLY_ADD_FLOPS, MatMut, Store, matmul, matmul_swiglu, multiply_add,
+};
 
 use benches::{FORMATS, Weights, check_matmul, noise};
 
@@ -26,17 +28,25 @@ fn prefill(criterion: &mut Criterion) {
     for tokens in [512, 32, 8] {
         let x = noise(tokens * COLS, 1);
         let mut out = vec![0.0; tokens * ROWS];
-        let mut group = criterion.benchmark_group(format!("prefill {tokens} tokens, {}", isa.name()));
+        let mut group =
+            criterion.benchmark_group(format!("prefill {tokens} tokens, {}", isa.name()));
 
         const ROUNDS: usize = 2000;
         group.throughput(Throughput::Elements((ROUNDS * MULTIPLY_ADD_FLOPS) as u64));
-        group.bench_function("multiply_add", |b| b.iter(|| multiply_add(isa.without_avx512(), ROUNDS)));
+        group.bench_function("multiply_add", |b| {
+            b.iter(|| multiply_add(isa.without_avx512(), ROUNDS))
+        });
 
         group.throughput(Throughput::Elements((2 * tokens * ROWS * COLS) as u64));
         let (a, w) = (ArrayView2::from_shape((tokens, COLS), &x), &weights.floats()[..ROWS * COLS]);
-        let (a, w) = (a.expect("the shape of x"), ArrayView2::from_shape((COLS, ROWS), w).expect("the shape of w"));
+        let (a, w) = (
+            a.expect("the shape of x"),
+            ArrayView2::from_shape((COLS, ROWS), w).expect("the shape of w"),
+        );
         let mut product = Array2::zeros((tokens, ROWS));
-        group.bench_function("matrixmultiply", |b| b.iter(|| general_mat_mul(1.0, &a, &w, 0.0, &mut product)));
+        group.bench_function("matrixmultiply", |b| {
+            b.iter(|| general_mat_mul(1.0, &a, &w, 0.0, &mut product))
+        });
 
         for format in FORMATS {
             let (mut input, mut index) = (Input::new(), 0);
@@ -76,7 +86,11 @@ fn packing(criterion: &mut Criterion) {
     group.throughput(Throughput::Bytes((4 * x.len()) as u64));
     for kind in [InputKind::Float, InputKind::Int16, InputKind::Int8] {
         group.bench_function(format!("{kind:?}"), |b| {
-            b.iter_batched_ref(Input::new, |input| input.prepare(isa, kind, &x, tokens, COLS), BatchSize::LargeInput);
+            b.iter_batched_ref(
+                Input::new,
+                |input| input.prepare(isa, kind, &x, tokens, COLS),
+                BatchSize::LargeInput,
+            );
         });
     }
     group.finish();

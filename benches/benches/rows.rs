@@ -1,4 +1,5 @@
-//! Kernels over one row: activation, norm, rotation, softmax, sums. In L1, next to their scalar reference.
+//! Kernels over one row: activation, norm, rotation, softmax, sums. In L1, next to their scalar
+//! reference.
 
 use criterion::{Criterion, Throughput, criterion_group, criterion_main};
 use simd_kernels::*;
@@ -39,16 +40,20 @@ fn rows(criterion: &mut Criterion) {
             kernel(isa, &mut out, &y);
             out
         };
-        // Sums of LEN terms, each rounded once, relative to at most the sum of magnitudes (below LEN).
+        // Sums of LEN terms, each rounded once, relative to at most the sum of magnitudes (below
+        // LEN).
         let tolerance = LEN as f32 * f32::EPSILON;
-        assert_close(name, &run(Isa::detect()), &run(Isa::scalar()), |expected| tolerance * (1.0 + expected));
+        assert_close(name, &run(Isa::detect()), &run(Isa::scalar()), |expected| {
+            tolerance * (1.0 + expected)
+        });
         let mut group = criterion.benchmark_group(name);
         group.throughput(Throughput::Elements(LEN as u64));
         for isa in [Some(Isa::scalar()), Isa::avx2()].into_iter().flatten() {
             let mut out = x.clone();
             group.bench_function(isa.name(), |b| {
                 b.iter(|| {
-                    // In-place kernels start from the same numbers each time, or they would drift to infinity.
+                    // In-place kernels start from the same numbers each time, or they would drift
+                    // to infinity.
                     out.copy_from_slice(&x);
                     kernel(isa, &mut out, &y);
                 });

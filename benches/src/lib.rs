@@ -1,4 +1,5 @@
-//! Shared by the benches: inputs, weights that do not fit in a cache, the check before the clock starts.
+//! Shared by the benches: inputs, weights that do not fit in a cache, the check before the clock
+//! starts.
 
 use std::time::Duration;
 
@@ -27,22 +28,29 @@ struct Random(u64);
 
 impl Random {
     fn next(&mut self) -> u64 {
-        self.0 = self.0.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        self.0 =
+            self.0.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
         self.0
     }
 }
 
-/// Bytes that are sound weights in every format, so that one buffer larger than the caches serves them all.
+/// Bytes that are sound weights in every format, so that one buffer larger than the caches serves
+/// them all.
 pub struct Weights(Vec<u64>);
 
 impl Weights {
     /// About `bytes` of weights.
     ///
-    /// Each 16 bits are a half between 1 and 2, which is also a bfloat16 (and the upper half of an f32) between
-    /// 0.007 and 2; as Q8 they are scales of that size and integers of either sign, as Q4 scales near 0.007, any zero points and nibbles.
+    /// Each 16 bits are a half between 1 and 2, which is also a bfloat16 (and the upper half of an
+    /// f32) between 0.007 and 2; as Q8 they are scales of that size and integers of either sign, as
+    /// Q4 scales near 0.007, any zero points and nibbles.
     pub fn new(bytes: usize) -> Weights {
         let mut random = Random(7);
-        Weights((0..bytes / 8).map(|_| random.next() & 0x03ff_03ff_03ff_03ff | 0x3c00_3c00_3c00_3c00).collect())
+        Weights(
+            (0..bytes / 8)
+                .map(|_| random.next() & 0x03ff_03ff_03ff_03ff | 0x3c00_3c00_3c00_3c00)
+                .collect(),
+        )
     }
 
     /// All of it as f32, to read through.
@@ -55,7 +63,8 @@ impl Weights {
         8 * self.0.len() / bytes(format, rows, cols)
     }
 
-    /// Matrix number `index`, modulo their count, so that weights in use come from memory and not from a cache.
+    /// Matrix number `index`, modulo their count, so that weights in use come from memory and not
+    /// from a cache.
     pub fn panels(&self, format: &str, rows: usize, cols: usize, index: usize) -> Panels<'_> {
         let len = bytes(format, rows, cols);
         let start = index % self.count(format, rows, cols) * len;
@@ -89,16 +98,21 @@ pub fn assert_close(what: &str, found: &[f32], expected: &[f32], tolerance: impl
     assert_eq!(found.len(), expected.len());
     for (i, (found, expected)) in found.iter().zip(expected).enumerate() {
         let error = (found - expected).abs();
-        assert!(error <= tolerance(expected.abs()), "{what}: element {i} is {found}, the reference says {expected}");
+        assert!(
+            error <= tolerance(expected.abs()),
+            "{what}: element {i} is {found}, the reference says {expected}"
+        );
     }
 }
 
 /// Fails when `isa` and the scalar reference give different products of these weights.
 ///
-/// Inputs are positive and so are nearly all weights: the sum of magnitudes is at most some eight times the sum,
-/// and each of `cols` products and additions rounds by half an epsilon of it. Where one has activations in int8 and the other in
-/// int16, each is off by at most half a step, of 127 to the largest, which is less than twice the mean: even if all were off one way that would
-/// be 1 / 127 of a sum of positive products, and half as much again is left for the few negative weights.
+/// Inputs are positive and so are nearly all weights: the sum of magnitudes is at most some eight
+/// times the sum, and each of `cols` products and additions rounds by half an epsilon of it. Where
+/// one has activations in int8 and the other in int16, each is off by at most half a step, of 127
+/// to the largest, which is less than twice the mean: even if all were off one way that would be 1
+/// / 127 of a sum of positive products, and half as much again is left for the few negative
+/// weights.
 pub fn check_matmul(isa: Isa, format: &str, w: Panels<'_>, tokens: usize) {
     let cols = w.cols();
     let x: Vec<f32> = noise(tokens * cols, 3).into_iter().map(|x| x + 1.5).collect();
@@ -107,7 +121,14 @@ pub fn check_matmul(isa: Isa, format: &str, w: Panels<'_>, tokens: usize) {
     let run = |isa: Isa| {
         let (mut input, mut out) = (Input::new(), vec![f32::NAN; tokens * rows]);
         input.prepare(isa, InputKind::of(isa, &w.data(), tokens), &x, tokens, cols);
-        matmul(isa, w, panels.clone(), &input, MatMut::new(&mut out, tokens, rows, rows), Store::Set);
+        matmul(
+            isa,
+            w,
+            panels.clone(),
+            &input,
+            MatMut::new(&mut out, tokens, rows, rows),
+            Store::Set,
+        );
         out
     };
     let [kind, reference] = [isa, Isa::scalar()].map(|isa| InputKind::of(isa, &w.data(), tokens));

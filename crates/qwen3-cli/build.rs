@@ -1,5 +1,5 @@
-//! Gives the program the digest of its sources, by which ranks that run another build are told apart: the version alone stays the same
-//! from one commit to the next.
+//! Gives the program the digest of its sources, by which ranks that run another build are told
+//! apart: the version alone stays the same from one commit to the next.
 
 use std::ffi::OsStr;
 use std::path::{Path, PathBuf};
@@ -7,8 +7,12 @@ use std::{fs, io};
 
 fn main() -> io::Result<()> {
     let own = PathBuf::from(std::env::var_os("CARGO_MANIFEST_DIR").expect("cargo sets it"));
-    // All crates of the workspace; a published crate has other crates beside it, and only its own sources count.
-    let all = own.parent().filter(|folder| folder.file_name() == Some(OsStr::new("crates"))).unwrap_or(&own);
+    // All crates of the workspace; a published crate has other crates beside it, and only its own
+    // sources count.
+    let all = own
+        .parent()
+        .filter(|folder| folder.file_name() == Some(OsStr::new("crates")))
+        .unwrap_or(&own);
     let mut files = Vec::new();
     for entry in fs::read_dir(all)? {
         let entry = entry?.path();

@@ -33,7 +33,11 @@ pub fn command(no_test: bool) -> Result<ExitCode> {
         steps.skip("clippy with MPI");
     }
     steps.run("documentation", || {
-        succeeds(workspace::cargo().args(["doc", "--workspace", "--no-deps"]).env("RUSTDOCFLAGS", "-D warnings"))
+        succeeds(
+            workspace::cargo()
+                .args(["doc", "--workspace", "--no-deps"])
+                .env("RUSTDOCFLAGS", "-D warnings"),
+        )
     });
     if !no_test {
         steps.run("test", || Ok(suite::command()? == ExitCode::SUCCESS));
@@ -66,7 +70,8 @@ impl Steps {
         });
         self.failed += usize::from(!ok);
         let seconds = started.elapsed().as_secs_f64();
-        self.rows.push(format!("{name:<16} {seconds:>7.1} s  {}", if ok { "passed" } else { "FAILED" }));
+        self.rows
+            .push(format!("{name:<16} {seconds:>7.1} s  {}", if ok { "passed" } else { "FAILED" }));
     }
 
     fn skip(&mut self, name: &str) {
@@ -77,7 +82,11 @@ impl Steps {
         println!("\n{}", self.rows.join("\n"));
         println!(
             "ci: {}",
-            if self.failed == 0 { "passed".to_owned() } else { format!("{} checks FAILED", self.failed) }
+            if self.failed == 0 {
+                "passed".to_owned()
+            } else {
+                format!("{} checks FAILED", self.failed)
+            }
         );
         if self.failed == 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE }
     }
@@ -91,9 +100,12 @@ mod tests {
     fn one_failed_step_fails_the_whole_and_stops_nothing() {
         let mut steps = Steps::default();
         let mut ran = Vec::new();
-        for (name, result) in
-            [("a", Ok(true)), ("b", Ok(false)), ("c", Err(anyhow::anyhow!("it broke"))), ("d", Ok(true))]
-        {
+        for (name, result) in [
+            ("a", Ok(true)),
+            ("b", Ok(false)),
+            ("c", Err(anyhow::anyhow!("it broke"))),
+            ("d", Ok(true)),
+        ] {
             steps.run(name, || {
                 ran.push(name);
                 result

@@ -22,7 +22,9 @@ pub fn command(model: Option<PathBuf>, ranks: usize) -> Result<ExitCode> {
     let shown = model.strip_prefix(workspace::root()).unwrap_or(&model);
     match &mpi {
         Some(mpi) => eprintln!("demo: {}, {ranks} MPI ranks ({})", shown.display(), mpi.version),
-        None => eprintln!("demo: {}, {ranks} ranks inside one process, without MPI", shown.display()),
+        None => {
+            eprintln!("demo: {}, {ranks} ranks inside one process, without MPI", shown.display())
+        }
     }
     command.arg("demo").arg("--model").arg(&model);
     if mpi.is_none() {
@@ -49,7 +51,9 @@ fn prepare() -> Result<(PathBuf, Option<Mpi>)> {
             Err(error) => eprintln!("demo: building with {}: {error:#}", mpi.version),
         }
     }
-    eprintln!("demo: going on without MPI; the ranks are threads of one process and pass messages through memory");
+    eprintln!(
+        "demo: going on without MPI; the ranks are threads of one process and pass messages through memory"
+    );
     Ok((launch::build_program(None)?, None))
 }
 
@@ -73,7 +77,10 @@ mod tests {
 
     #[test]
     fn next_steps_fit_what_is_there() {
-        assert!(next_steps(true, Path::new("target/release/qwen3"), 2).contains("cargo xtask mpirun -n 2 -- chat"));
+        assert!(
+            next_steps(true, Path::new("target/release/qwen3"), 2)
+                .contains("cargo xtask mpirun -n 2 -- chat")
+        );
         let without = next_steps(false, Path::new("target/release/qwen3"), 3);
         assert!(
             without.contains("target/release/qwen3 chat")

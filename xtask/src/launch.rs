@@ -24,7 +24,11 @@ pub fn build_with(mpi: Option<&Mpi>, cargo: &mut Command, args: &[&str]) -> Resu
 
 /// The release build of a crate's example, with the crate's feature `mpi` where an MPI is given.
 pub fn build_example(mpi: Option<&Mpi>, package: &str, name: &str) -> Result<PathBuf> {
-    build(mpi, workspace::cargo().args(["build", "--release"]), ["--package", package, "--example", name])
+    build(
+        mpi,
+        workspace::cargo().args(["build", "--release"]),
+        ["--package", package, "--example", name],
+    )
 }
 
 /// The program with the MPI backend, built as the tests are, with which it shares most of the work.
@@ -44,8 +48,14 @@ fn build(mpi: Option<&Mpi>, command: &mut Command, what: [&str; 4]) -> Result<Pa
     Ok(program.with_context(|| format!("the build made no program {name}"))?.path)
 }
 
-/// Replaces this process by `mpirun … qwen3 args`: signals go straight to it and its exit status is this one's.
-pub fn command(ranks: usize, hostfile: Option<PathBuf>, bind: Bind, args: &[OsString]) -> Result<ExitCode> {
+/// Replaces this process by `mpirun … qwen3 args`: signals go straight to it and its exit status is
+/// this one's.
+pub fn command(
+    ranks: usize,
+    hostfile: Option<PathBuf>,
+    bind: Bind,
+    args: &[OsString],
+) -> Result<ExitCode> {
     if ranks == 0 {
         bail!("-n 0: at least one rank is needed");
     }
@@ -54,6 +64,7 @@ pub fn command(ranks: usize, hostfile: Option<PathBuf>, bind: Bind, args: &[OsSt
     }
     let mpi = setup::ensure(true)?;
     let program = build_program(Some(&mpi))?;
-    let error = mpi.launcher(ranks, hostfile.as_deref(), bind, program.as_os_str()).args(args).exec();
+    let error =
+        mpi.launcher(ranks, hostfile.as_deref(), bind, program.as_os_str()).args(args).exec();
     Err(error).with_context(|| format!("cannot start {}", mpi.mpirun.display()))
 }

@@ -39,11 +39,12 @@ struct Cli {
 enum Command {
     /// Find and install what MPI needs here: mpicc, mpirun, libclang, a C compiler
     ///
-    /// Asks the system's package manager where this user may (root, or sudo without a password), and otherwise
-    /// prints the command to run. Set XTASK_INSTALL=never to have nothing installed.
+    /// Asks the system's package manager where this user may (root, or sudo without a password),
+    /// and otherwise prints the command to run. Set XTASK_INSTALL=never to have nothing installed.
     ///
-    /// Exit status: 0 MPI is ready; 3 something is missing and the command that installs it was printed;
-    /// 4 the package manager failed; 5 everything is installed, but a two-rank program does not run.
+    /// Exit status: 0 MPI is ready; 3 something is missing and the command that installs it was
+    /// printed; 4 the package manager failed; 5 everything is installed, but a two-rank program
+    /// does not run.
     Setup {
         /// Only report; install nothing
         #[arg(long)]
@@ -58,12 +59,19 @@ enum Command {
         #[arg(short = 'n', long, default_value_t = 2, value_name = "N")]
         ranks: usize,
     },
-    /// Run every test: unit, integration and doc tests, then the tests on MPI ranks where MPI is present
+    /// Run every test: unit, integration and doc tests, then the tests on MPI ranks where MPI is
+    /// present
     Test,
     /// Run the conformance, ops and model tests as real MPI processes
     MpiTest {
         /// Rank counts, comma separated
-        #[arg(short = 'n', long, value_delimiter = ',', default_value = "1,2,3,4", value_name = "N,..")]
+        #[arg(
+            short = 'n',
+            long,
+            value_delimiter = ',',
+            default_value = "1,2,3,4",
+            value_name = "N,.."
+        )]
         ranks: Vec<usize>,
         /// Only this package
         #[arg(short, long, value_name = "CRATE")]
@@ -89,26 +97,32 @@ enum Command {
     },
     /// Measure this machine and write docs/performance.md with its charts
     ///
-    /// Takes more than an hour on two cores and 9 GB under target/; nothing else should run meanwhile.
+    /// Takes more than an hour on two cores and 9 GB under target/; nothing else should run
+    /// meanwhile.
     Report {
-        /// Few layers, short prompts, one repetition: to see that it works, on a page under target/report
+        /// Few layers, short prompts, one repetition: to see that it works, on a page under
+        /// target/report
         #[arg(long)]
         quick: bool,
         /// Measure only these sections and leave the rest of the page as it is
         #[arg(long, value_delimiter = ',', value_name = "SECTION,..", value_parser = clap::builder::PossibleValuesParser::new(report::names()))]
         only: Vec<String>,
-        /// The page to write, docs/NAME.md, one for each machine: performance or performance-SOMETHING [default: performance]
+        /// The page to write, docs/NAME.md, one for each machine: performance or
+        /// performance-SOMETHING [default: performance]
         #[arg(long, value_name = "NAME", value_parser = report::page_name)]
         page: Option<String>,
     },
-    /// Measure the model on emulated clusters: one rank in each of several network namespaces, TCP between them
+    /// Measure the model on emulated clusters: one rank in each of several network namespaces, TCP
+    /// between them
     ///
-    /// Needs Linux, ip and tc, and root or the right to make user namespaces; nothing outside of its own namespaces
-    /// changes. Compares f32, bf16 and q8 on the wire and both strategies with the plan's predictions.
+    /// Needs Linux, ip and tc, and root or the right to make user namespaces; nothing outside of
+    /// its own namespaces changes. Compares f32, bf16 and q8 on the wire and both strategies with
+    /// the plan's predictions.
     ///
     /// Exit status: 3 something is missing and nothing was measured.
     Netbench(netbench::NetbenchArgs),
-    /// Check what the compiler does not: layers, file heads, lengths and names, ignored tests, what the documents name
+    /// Check what the compiler does not: layers, file heads, lengths and names, ignored tests, what
+    /// the documents name
     Tidy,
     /// Format, clippy, tidy and documentation checks, then all tests
     Ci {
@@ -133,8 +147,12 @@ fn run(command: Command) -> Result<ExitCode> {
         Command::Setup { check } => Ok(setup::command(check)),
         Command::Demo { model, ranks } => demo::command(model, ranks),
         Command::Test => suite::command(),
-        Command::MpiTest { ranks, package, deadline } => mpi_test::command(&ranks, package.as_deref(), deadline),
-        Command::Mpirun { ranks, hostfile, bind, args } => launch::command(ranks, hostfile, bind, &args),
+        Command::MpiTest { ranks, package, deadline } => {
+            mpi_test::command(&ranks, package.as_deref(), deadline)
+        }
+        Command::Mpirun { ranks, hostfile, bind, args } => {
+            launch::command(ranks, hostfile, bind, &args)
+        }
         Command::Report { quick, only, page } => report::command(quick, &only, page.as_deref()),
         Command::Netbench(args) => netbench::command(&args),
         Command::Tidy => tidy::command(),
@@ -142,10 +160,12 @@ fn run(command: Command) -> Result<ExitCode> {
     }
 }
 
-/// The names of all commands, so that `tidy` can tell whether the documents name one that does not exist.
+/// The names of all commands, so that `tidy` can tell whether the documents name one that does not
+/// exist.
 fn command_names() -> Vec<String> {
     use clap::CommandFactory;
-    let mut names: Vec<String> = Cli::command().get_subcommands().map(|c| c.get_name().to_owned()).collect();
+    let mut names: Vec<String> =
+        Cli::command().get_subcommands().map(|c| c.get_name().to_owned()).collect();
     names.push("help".to_owned());
     names
 }
@@ -156,18 +176,38 @@ mod tests {
 
     #[test]
     fn arguments_after_the_dashes_belong_to_the_program() {
-        let cli = Cli::parse_from(["xtask", "mpirun", "-n", "2", "--", "bench", "--threads", "1", "--help"]);
-        let Command::Mpirun { ranks, args, bind, hostfile } = cli.command else { panic!("another command") };
+        let cli = Cli::parse_from([
+            "xtask",
+            "mpirun",
+            "-n",
+            "2",
+            "--",
+            "bench",
+            "--threads",
+            "1",
+            "--help",
+        ]);
+        let Command::Mpirun { ranks, args, bind, hostfile } = cli.command else {
+            panic!("another command")
+        };
         assert_eq!((ranks, bind, hostfile), (2, mpi::Bind::None, None));
         assert_eq!(args, ["bench", "--threads", "1", "--help"]);
-        assert!(Cli::try_parse_from(["xtask", "mpirun", "-n", "2"]).is_err(), "no program arguments");
+        assert!(
+            Cli::try_parse_from(["xtask", "mpirun", "-n", "2"]).is_err(),
+            "no program arguments"
+        );
         assert!(Cli::try_parse_from(["xtask", "mpirun", "--", "chat"]).is_err(), "no rank count");
     }
 
     #[test]
     fn rank_counts_are_a_list() {
         let cli = Cli::parse_from(["xtask", "mpi-test", "-n", "2,5", "-p", "comm"]);
-        let Command::MpiTest { ranks, package, deadline } = cli.command else { panic!("another command") };
-        assert_eq!((ranks, package.as_deref(), deadline), (vec![2, 5], Some("comm"), mpi_test::DEADLINE_SECONDS));
+        let Command::MpiTest { ranks, package, deadline } = cli.command else {
+            panic!("another command")
+        };
+        assert_eq!(
+            (ranks, package.as_deref(), deadline),
+            (vec![2, 5], Some("comm"), mpi_test::DEADLINE_SECONDS)
+        );
     }
 }

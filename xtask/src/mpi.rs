@@ -1,7 +1,9 @@
-//! The MPI of this machine: where its parts are, whose implementation it is, how its launcher is called.
+//! The MPI of this machine: where its parts are, whose implementation it is, how its launcher is
+//! called.
 //!
-//! Behaviour is asked for by environment variables rather than flags, since each implementation ignores the
-//! other's variables but stops at the other's flags. A variable that the user has set is left as it is.
+//! Behaviour is asked for by environment variables rather than flags, since each implementation
+//! ignores the other's variables but stops at the other's flags. A variable that the user has set
+//! is left as it is.
 
 use std::ffi::OsStr;
 use std::path::{Path, PathBuf};
@@ -46,8 +48,9 @@ pub struct Parts {
 }
 
 impl Parts {
-    /// Looks for every part, in `PATH` and in the places where distributions put them. `MPICC` and `MPIRUN` (paths of
-    /// files, or names of programs) choose among several MPIs; what one of them names and is not there is missing, and said so.
+    /// Looks for every part, in `PATH` and in the places where distributions put them. `MPICC` and
+    /// `MPIRUN` (paths of files, or names of programs) choose among several MPIs; what one of them
+    /// names and is not there is missing, and said so.
     pub fn find() -> Parts {
         let cc = ["cc", "gcc", "clang"].iter().find_map(|name| process::find_program(name, &[]));
         let named = |variable: &str, usual: &str| {
@@ -60,7 +63,9 @@ impl Parts {
             let found = chosen.to_str().and_then(find);
             if found.is_none() {
                 let shown = chosen.display();
-                eprintln!("{variable} is '{shown}', expected the path of a file or the name of a program");
+                eprintln!(
+                    "{variable} is '{shown}', expected the path of a file or the name of a program"
+                );
             }
             found
         };
@@ -99,12 +104,14 @@ pub struct Mpi {
 impl Mpi {
     /// The MPI made of these parts; an error if one is missing or the launcher does not start.
     pub fn from_parts(parts: &Parts) -> Result<Mpi> {
-        let (Some(mpicc), Some(mpirun), Some(_), Some(_)) = (&parts.mpicc, &parts.mpirun, &parts.libclang, &parts.cc)
+        let (Some(mpicc), Some(mpirun), Some(_), Some(_)) =
+            (&parts.mpicc, &parts.mpirun, &parts.libclang, &parts.cc)
         else {
             bail!("MPI is not complete on this machine");
         };
         let mut command = Command::new(mpirun);
-        let asked = process::run(command.arg("--version"), Duration::from_secs(20), Output::Silent)?;
+        let asked =
+            process::run(command.arg("--version"), Duration::from_secs(20), Output::Silent)?;
         if asked.status.is_none() {
             bail!("{} --version {}", mpirun.display(), asked.reason());
         }
@@ -112,7 +119,8 @@ impl Mpi {
         Ok(Mpi { mpicc: mpicc.clone(), mpirun: mpirun.clone(), implementation, version })
     }
 
-    /// Gives a build or a launch the environment it needs: the wrapper's folder on `PATH`, and the launcher's settings.
+    /// Gives a build or a launch the environment it needs: the wrapper's folder on `PATH`, and the
+    /// launcher's settings.
     pub fn prepare(&self, command: &mut Command, bind: Bind, oversubscribe: bool) {
         for (name, value) in environment(bind, oversubscribe) {
             if std::env::var_os(name).is_none() {
@@ -120,7 +128,8 @@ impl Mpi {
             }
         }
         command.env("MPICC", &self.mpicc).env("MPIRUN", &self.mpirun);
-        // Ranks and build scripts find the rest of the installation (mpiexec, orted, hydra_pmi_proxy) beside it.
+        // Ranks and build scripts find the rest of the installation (mpiexec, orted,
+        // hydra_pmi_proxy) beside it.
         let path = std::env::var_os("PATH").unwrap_or_default();
         let mut folders: Vec<PathBuf> = std::env::split_paths(&path).collect();
         for folder in [self.mpirun.parent(), self.mpicc.parent()].into_iter().flatten() {
@@ -134,13 +143,22 @@ impl Mpi {
     }
 
     /// `mpirun -n ranks program`, to which the program's arguments can be added.
-    pub fn launcher(&self, ranks: usize, hostfile: Option<&Path>, bind: Bind, program: &OsStr) -> Command {
+    pub fn launcher(
+        &self,
+        ranks: usize,
+        hostfile: Option<&Path>,
+        bind: Bind,
+        program: &OsStr,
+    ) -> Command {
         let mut command = Command::new(&self.mpirun);
         command.args(flags(self.implementation, bind)).arg("-n").arg(ranks.to_string());
         if let Some(file) = hostfile {
-            command.arg(if self.implementation == Implementation::Hydra { "-f" } else { "--hostfile" }).arg(file);
+            command
+                .arg(if self.implementation == Implementation::Hydra { "-f" } else { "--hostfile" })
+                .arg(file);
         }
-        // With a hostfile its slots say how many ranks a host takes; without one, more ranks than cores are meant.
+        // With a hostfile its slots say how many ranks a host takes; without one, more ranks than
+        // cores are meant.
         self.prepare(&mut command, bind, hostfile.is_none());
         command.arg(program);
         command
@@ -156,10 +174,16 @@ fn recognize(answer: &str) -> (Implementation, String) {
     } else if first.contains("Intel(R) MPI") {
         (Implementation::Hydra, first.trim().to_owned())
     } else if first.contains("HYDRA") {
-        let version = answer.lines().find_map(|line| line.trim().strip_prefix("Version:")).unwrap_or_default();
+        let version = answer
+            .lines()
+            .find_map(|line| line.trim().strip_prefix("Version:"))
+            .unwrap_or_default();
         (Implementation::Hydra, format!("MPICH {}", version.trim()).trim().to_owned())
     } else {
-        (Implementation::Other, if first.is_empty() { "MPI".to_owned() } else { first.trim().to_owned() })
+        (
+            Implementation::Other,
+            if first.is_empty() { "MPI".to_owned() } else { first.trim().to_owned() },
+        )
     }
 }
 
@@ -210,16 +234,22 @@ fn wrapper_folders() -> Vec<PathBuf> {
     folders
 }
 
-/// Where `bindgen` will look, in the same order: `LIBCLANG_PATH`, then the library folders and two levels below them.
+/// Where `bindgen` will look, in the same order: `LIBCLANG_PATH`, then the library folders and two
+/// levels below them.
 fn find_libclang() -> Option<PathBuf> {
     if let Some(path) = std::env::var_os("LIBCLANG_PATH").map(PathBuf::from) {
         return if path.is_file() { Some(path) } else { library_in(&path) };
     }
-    let mut level: Vec<PathBuf> =
-        ["/usr/lib64", "/usr/lib", "/usr/local/lib64", "/usr/local/lib", "/opt/homebrew/opt/llvm/lib"]
-            .iter()
-            .map(PathBuf::from)
-            .collect();
+    let mut level: Vec<PathBuf> = [
+        "/usr/lib64",
+        "/usr/lib",
+        "/usr/local/lib64",
+        "/usr/local/lib",
+        "/opt/homebrew/opt/llvm/lib",
+    ]
+    .iter()
+    .map(PathBuf::from)
+    .collect();
     for _ in 0..3 {
         if let Some(found) = level.iter().find_map(|folder| library_in(folder)) {
             return Some(found);
@@ -242,8 +272,11 @@ fn is_libclang(name: &str) -> bool {
 }
 
 fn children(folder: impl AsRef<Path>) -> Vec<PathBuf> {
-    let mut found: Vec<PathBuf> =
-        std::fs::read_dir(folder).into_iter().flatten().filter_map(|entry| Some(entry.ok()?.path())).collect();
+    let mut found: Vec<PathBuf> = std::fs::read_dir(folder)
+        .into_iter()
+        .flatten()
+        .filter_map(|entry| Some(entry.ok()?.path()))
+        .collect();
     found.sort();
     found
 }
@@ -254,7 +287,8 @@ mod tests {
 
     #[test]
     fn launchers_are_told_apart_by_their_version_texts() {
-        let open = "mpirun (Open MPI) 4.1.4\n\nReport bugs to http://www.open-mpi.org/community/help/\n";
+        let open =
+            "mpirun (Open MPI) 4.1.4\n\nReport bugs to http://www.open-mpi.org/community/help/\n";
         assert_eq!(recognize(open), (Implementation::OpenMpi, "Open MPI 4.1.4".to_owned()));
         let hydra = "HYDRA build details:\n    Version:                                 4.0.2\n    Release Date: x\n";
         assert_eq!(recognize(hydra), (Implementation::Hydra, "MPICH 4.0.2".to_owned()));
@@ -268,7 +302,8 @@ mod tests {
         for name in ["libclang.so", "libclang.so.1", "libclang-14.so.14.0.6", "libclang.dylib"] {
             assert!(is_libclang(name), "{name}");
         }
-        for name in ["libclang-cpp.so.14", "libclangAST.a", "libclang.a", "libclangd.so", "libc.so"] {
+        for name in ["libclang-cpp.so.14", "libclangAST.a", "libclang.a", "libclangd.so", "libc.so"]
+        {
             assert!(!is_libclang(name), "{name}");
         }
     }
@@ -282,8 +317,13 @@ mod tests {
             version: String::new(),
         };
         let line = |implementation, bind| {
-            let command = mpi(implementation).launcher(3, Some(Path::new("hosts")), bind, OsStr::new("prog"));
-            command.get_args().map(|a| a.to_string_lossy().into_owned()).collect::<Vec<_>>().join(" ")
+            let command =
+                mpi(implementation).launcher(3, Some(Path::new("hosts")), bind, OsStr::new("prog"));
+            command
+                .get_args()
+                .map(|a| a.to_string_lossy().into_owned())
+                .collect::<Vec<_>>()
+                .join(" ")
         };
         assert_eq!(line(Implementation::OpenMpi, Bind::Core), "--quiet -n 3 --hostfile hosts prog");
         assert_eq!(line(Implementation::Hydra, Bind::Core), "-bind-to core -n 3 -f hosts prog");
@@ -292,7 +332,8 @@ mod tests {
 
     #[test]
     fn slots_of_a_hostfile_are_respected() {
-        let has = |variables: &[(&str, &str)]| variables.iter().any(|(name, _)| name.contains("rmaps"));
+        let has =
+            |variables: &[(&str, &str)]| variables.iter().any(|(name, _)| name.contains("rmaps"));
         assert!(has(&environment(Bind::None, true)));
         assert!(!has(&environment(Bind::None, false)));
     }

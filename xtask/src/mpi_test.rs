@@ -1,8 +1,8 @@
 //! `cargo xtask mpi-test`: the tests that need real MPI processes, on several rank counts.
 //!
-//! Such a test is a program (`tests/mpi.rs` with `harness = false`) that runs its checks on whatever world it finds;
-//! rank 0 ends with a line "N passed, M failed", and a failure anywhere gives a non-zero status. Tests of what becomes of a whole
-//! job start their jobs themselves.
+//! Such a test is a program (`tests/mpi.rs` with `harness = false`) that runs its checks on
+//! whatever world it finds; rank 0 ends with a line "N passed, M failed", and a failure anywhere
+//! gives a non-zero status. Tests of what becomes of a whole job start their jobs themselves.
 
 use std::process::{Command, ExitCode};
 use std::time::{Duration, Instant};
@@ -17,9 +17,11 @@ use crate::workspace::{self, Executable};
 /// The packages that have such tests, lowest first.
 const PACKAGES: [&str; 3] = ["comm", "ops", "qwen3-model"];
 
-/// Tests that no launcher starts: the package, and the test's name. Some start their own jobs; the package's own name stands for
-/// the tests in its sources, of which `cargo test` sees only those that do without MPI.
-const ALONE: [(&str, &str); 3] = [("comm", "comm"), ("comm", "mpi_failures"), ("qwen3-cli", "mpirun")];
+/// Tests that no launcher starts: the package, and the test's name. Some start their own jobs; the
+/// package's own name stands for the tests in its sources, of which `cargo test` sees only those
+/// that do without MPI.
+const ALONE: [(&str, &str); 3] =
+    [("comm", "comm"), ("comm", "mpi_failures"), ("qwen3-cli", "mpirun")];
 
 /// Default deadline of one run.
 pub const DEADLINE_SECONDS: u64 = 300;
@@ -57,36 +59,61 @@ pub fn run(mpi: &Mpi, ranks: &[usize], package: Option<&str>, deadline: Duration
     let mut tally = Tally::default();
     let mut judge_run = |name: &str, count: &str, finished: &Finished| {
         let outcome = judge(finished);
-        println!("mpi-test: {name} on {count}: {} ({:.1} s)", text(&outcome), finished.elapsed.as_secs_f64());
+        println!(
+            "mpi-test: {name} on {count}: {} ({:.1} s)",
+            text(&outcome),
+            finished.elapsed.as_secs_f64()
+        );
         *if outcome.is_ok() { &mut tally.passed } else { &mut tally.failed } += 1;
-        rows.push(format!("{name:<12} {count:>5} {:>8.1}  {}", finished.elapsed.as_secs_f64(), text(&outcome)));
+        rows.push(format!(
+            "{name:<12} {count:>5} {:>8.1}  {}",
+            finished.elapsed.as_secs_f64(),
+            text(&outcome)
+        ));
     };
     for (name, executable) in build(mpi, &launched)? {
         for &count in ranks {
             println!("\nmpi-test: {name} on {count} {}", if count == 1 { "rank" } else { "ranks" });
             let mut command = mpi.launcher(count, None, Bind::None, executable.path.as_os_str());
-            judge_run(name, &count.to_string(), &run_in_package(&mut command, &executable, deadline)?);
+            judge_run(
+                name,
+                &count.to_string(),
+                &run_in_package(&mut command, &executable, deadline)?,
+            );
         }
     }
-    let alone: Vec<_> = ALONE.into_iter().filter(|(name, _)| package.is_none_or(|only| only == *name)).collect();
+    let alone: Vec<_> =
+        ALONE.into_iter().filter(|(name, _)| package.is_none_or(|only| only == *name)).collect();
     for (name, executable) in build(mpi, &alone)? {
         println!("\nmpi-test: {name}, {}", executable.target);
         let mut command = Command::new(&executable.path);
         mpi.prepare(&mut command, Bind::None, true);
         judge_run(name, "alone", &run_in_package(&mut command, &executable, deadline)?);
     }
-    println!("\n{:<12} {:>5} {:>8}  result ({})\n{}", "package", "ranks", "seconds", mpi.version, rows.join("\n"));
+    println!(
+        "\n{:<12} {:>5} {:>8}  result ({})\n{}",
+        "package",
+        "ranks",
+        "seconds",
+        mpi.version,
+        rows.join("\n")
+    );
     println!("mpi-test: {} passed, {} failed", tally.passed, tally.failed);
     Ok(tally)
 }
 
-/// The tests to launch on ranks: all, or those of one package. A package whose tests all start alone has none.
+/// The tests to launch on ranks: all, or those of one package. A package whose tests all start
+/// alone has none.
 fn select(only: Option<&str>) -> Result<Vec<(&'static str, &'static str)>> {
     let all = || PACKAGES.into_iter().chain(["qwen3-cli"]);
     if let Some(name) = only.filter(|&name| all().all(|known| known != name)) {
         bail!("-p {name}: MPI tests belong to {}", all().collect::<Vec<_>>().join(", "));
     }
-    Ok(PACKAGES.into_iter().filter(|&name| only.is_none_or(|only| only == name)).map(|name| (name, "mpi")).collect())
+    Ok(PACKAGES
+        .into_iter()
+        .filter(|&name| only.is_none_or(|only| only == name))
+        .map(|name| (name, "mpi"))
+        .collect())
 }
 
 /// The executables of some tests, in their order.
@@ -113,12 +140,20 @@ fn build<'a>(mpi: &Mpi, tests: &[(&'a str, &str)]) -> Result<Vec<(&'a str, Execu
         let place = place.with_context(|| format!("cargo built no test {test} of {package}"))?;
         found.push((package, built.swap_remove(place)));
     }
-    println!("mpi-test: built {} programs in {:.1} s", found.len(), started.elapsed().as_secs_f64());
+    println!(
+        "mpi-test: built {} programs in {:.1} s",
+        found.len(),
+        started.elapsed().as_secs_f64()
+    );
     Ok(found)
 }
 
 /// Runs a test as `cargo test` does.
-fn run_in_package(command: &mut Command, executable: &Executable, deadline: Duration) -> Result<Finished> {
+fn run_in_package(
+    command: &mut Command,
+    executable: &Executable,
+    deadline: Duration,
+) -> Result<Finished> {
     command.current_dir(&executable.package).env("CARGO_MANIFEST_DIR", &executable.package);
     process::run(command, deadline, Output::Shown)
 }
@@ -141,7 +176,8 @@ fn judge(finished: &Finished) -> Result<usize, String> {
     }
 }
 
-/// The numbers of a line that contains "N passed, M failed", or with a semicolon as cargo's harness writes it.
+/// The numbers of a line that contains "N passed, M failed", or with a semicolon as cargo's harness
+/// writes it.
 fn counts(line: &str) -> Option<(usize, usize)> {
     let (before, after) = line.split_once(" passed, ").or_else(|| line.split_once(" passed; "))?;
     let passed = before.rsplit(|c: char| !c.is_ascii_digit()).next()?.parse().ok()?;
@@ -174,7 +210,9 @@ mod tests {
         assert!(reason("echo 40 passed, 1 failed").contains("1 checks failed"));
         assert!(reason("echo 0 passed, 0 failed").contains("no check"));
         assert!(reason("echo fine").contains("no line"));
-        assert!(reason("echo 4 passed, 0 failed; echo 4 passed, 0 failed").contains("different MPIs"));
+        assert!(
+            reason("echo 4 passed, 0 failed; echo 4 passed, 0 failed").contains("different MPIs")
+        );
     }
 
     #[test]

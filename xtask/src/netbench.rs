@@ -1,9 +1,10 @@
-//! `cargo xtask netbench`: one rank on each machine of an emulated cluster, real TCP between them: how fast it is beside what
-//! was predicted, and what becomes of it when a machine fails.
+//! `cargo xtask netbench`: one rank on each machine of an emulated cluster, real TCP between them:
+//! how fast it is beside what was predicted, and what becomes of it when a machine fails.
 //!
-//! The cluster is made of Linux network namespaces on this machine. It runs below a process of its own that is root of
-//! its own namespaces, so that nothing of it is seen outside: no address, bridge or route of this machine changes,
-//! no packet leaves, and when that process ends, however it ends, the kernel takes processes and network away with it.
+//! The cluster is made of Linux network namespaces on this machine. It runs below a process of its
+//! own that is root of its own namespaces, so that nothing of it is seen outside: no address,
+//! bridge or route of this machine changes, no packet leaves, and when that process ends, however
+//! it ends, the kernel takes processes and network away with it.
 
 mod cluster;
 mod launcher;
@@ -41,7 +42,8 @@ const SKIPPED: u8 = 3;
 /// What to measure.
 #[derive(clap::Args, Clone, Debug, Default)]
 pub struct NetbenchArgs {
-    /// Measure nothing: kill ranks, end them, cut their links, and see that all ends soon and says why
+    /// Measure nothing: kill ranks, end them, cut their links, and see that all ends soon and says
+    /// why
     #[arg(long)]
     pub failures: bool,
     /// Few layers, short prompts, one repetition: to see that it works
@@ -56,7 +58,8 @@ pub struct NetbenchArgs {
     /// Speeds of the links in Gbit/s
     #[arg(long, value_delimiter = ',', default_value = "1,10,25", value_name = "G,..", value_parser = gbit)]
     pub gbit: Vec<f64>,
-    /// Tokens of the prompt; keys and values of long ones go round the ranks that split positions [default: 256, quick 64]
+    /// Tokens of the prompt; keys and values of long ones go round the ranks that split positions
+    /// [default: 256, quick 64]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(2..=16_384))]
     pub prompt: Option<u16>,
     /// Delay of the links in microseconds, where the kernel can delay packets
@@ -105,7 +108,8 @@ pub fn run(args: &NetbenchArgs) -> Result<Outcome> {
         failures(&mpi)?
     } else {
         let program = launch::build_program(Some(&mpi))?;
-        let model = Lab::with(program.clone(), args.quick)?.synth("0.6b", args.quick.then_some(4))?;
+        let model =
+            Lab::with(program.clone(), args.quick)?.synth("0.6b", args.quick.then_some(4))?;
         outside(args, &program, &model)?
     };
     Ok(if done { Outcome::Done } else { Outcome::Failed(ExitCode::FAILURE) })
@@ -121,7 +125,8 @@ fn not_ready(reason: String, status: ExitCode) -> Outcome {
     Outcome::Failed(status)
 }
 
-/// The MPI to use, or what is missing for clusters on this machine and the exit status that says so.
+/// The MPI to use, or what is missing for clusters on this machine and the exit status that says
+/// so.
 pub fn ready() -> Result<Mpi, (String, ExitCode)> {
     let skipped = |reason| Err((reason, ExitCode::from(SKIPPED)));
     if let Some(reason) = obstacle() {
@@ -129,9 +134,10 @@ pub fn ready() -> Result<Mpi, (String, ExitCode)> {
     }
     match setup::ensure(true) {
         Err(missing) => Err((missing.to_string(), missing.exit_code())),
-        Ok(mpi) if mpi.implementation == Implementation::Other => {
-            skipped(format!("{}: only Open MPI and MPICH are known to start ranks in namespaces", mpi.version))
-        }
+        Ok(mpi) if mpi.implementation == Implementation::Other => skipped(format!(
+            "{}: only Open MPI and MPICH are known to start ranks in namespaces",
+            mpi.version
+        )),
         Ok(mpi) => Ok(mpi),
     }
 }
@@ -148,7 +154,8 @@ fn files_of(program: &Path) -> PathBuf {
     program.with_file_name("netbench")
 }
 
-/// Runs this program once more, inside of new namespaces, and stays as the hand that holds it; whether it succeeds.
+/// Runs this program once more, inside of new namespaces, and stays as the hand that holds it;
+/// whether it succeeds.
 fn outside(args: &NetbenchArgs, program: &Path, model: &Path) -> Result<bool> {
     let files = files_of(program);
     std::fs::create_dir_all(&files).with_context(|| format!("cannot make {}", files.display()))?;
@@ -199,8 +206,8 @@ fn inside(args: &NetbenchArgs, program: &Path, model: &Path) -> Result<ExitCode>
     Ok(ExitCode::SUCCESS)
 }
 
-/// Ends this process, the first of its namespaces, when the process that holds its input ends: Ctrl-C reaches that one,
-/// while the first process of a namespace is spared such signals.
+/// Ends this process, the first of its namespaces, when the process that holds its input ends:
+/// Ctrl-C reaches that one, while the first process of a namespace is spared such signals.
 fn die_with_parent() {
     std::thread::spawn(|| {
         let mut rest = Vec::new();
@@ -209,7 +216,8 @@ fn die_with_parent() {
     });
 }
 
-/// `unshare` with the namespaces of the cluster, to which a program is added: root there, also for a user who is not root here.
+/// `unshare` with the namespaces of the cluster, to which a program is added: root there, also for
+/// a user who is not root here.
 fn namespaces() -> Command {
     let mut command = Command::new("unshare");
     if !rustix::process::geteuid().is_root() {
@@ -229,10 +237,15 @@ fn obstacle() -> Option<String> {
     if !missing.is_empty() {
         return Some(format!("not installed: {}", missing.join(", ")));
     }
-    // What the cluster needs, done once: the right to make namespaces, and a kernel that has bridges, pairs and tbf.
+    // What the cluster needs, done once: the right to make namespaces, and a kernel that has
+    // bridges, pairs and tbf.
     let script = "ip link add try0 type bridge && ip link add try1 type veth peer name try2 && \
                   ip link set try1 master try0 && tc qdisc add dev try2 root tbf rate 1gbit burst 4000 latency 10ms";
-    let tried = namespaces().args(["sh", "-c", script]).env("PATH", search_path()).stdin(Stdio::null()).output();
+    let tried = namespaces()
+        .args(["sh", "-c", script])
+        .env("PATH", search_path())
+        .stdin(Stdio::null())
+        .output();
     match tried {
         Ok(output) if output.status.success() => None,
         Ok(output) => {
@@ -272,7 +285,9 @@ mod tests {
 
     #[test]
     fn results_are_written_where_there_are_some() {
-        let parse = |words: &[&str]| Cli::try_parse_from([&["netbench"], words].concat()).map(|cli| cli.args);
+        let parse = |words: &[&str]| {
+            Cli::try_parse_from([&["netbench"], words].concat()).map(|cli| cli.args)
+        };
         assert_eq!(parse(&["--json", "x"]).unwrap().json, Some("x".into()));
         assert!(parse(&["--failures"]).unwrap().failures);
         assert!(parse(&["--failures", "--json", "x"]).is_err());

@@ -1,4 +1,5 @@
-//! The system's package managers: which one is here, what it calls MPI's parts, how it installs them.
+//! The system's package managers: which one is here, what it calls MPI's parts, how it installs
+//! them.
 
 use std::path::Path;
 use std::process::{Command, Stdio};
@@ -9,7 +10,8 @@ use anyhow::{Result, bail};
 use crate::mpi::Parts;
 use crate::process::{self, Output};
 
-/// How long an installation may take; a mirror that does not answer must not stop a test run for ever.
+/// How long an installation may take; a mirror that does not answer must not stop a test run for
+/// ever.
 const DEADLINE: Duration = Duration::from_secs(900);
 
 /// One package manager.
@@ -28,11 +30,14 @@ pub enum Manager {
 }
 
 impl Manager {
-    const ALL: [Manager; 5] = [Manager::Apt, Manager::Dnf, Manager::Zypper, Manager::Pacman, Manager::Apk];
+    const ALL: [Manager; 5] =
+        [Manager::Apt, Manager::Dnf, Manager::Zypper, Manager::Pacman, Manager::Apk];
 
     /// The one this machine has.
     pub fn detect() -> Option<Manager> {
-        Manager::ALL.into_iter().find(|manager| process::find_program(manager.program(), &[]).is_some())
+        Manager::ALL
+            .into_iter()
+            .find(|manager| process::find_program(manager.program(), &[]).is_some())
     }
 
     fn program(self) -> &'static str {
@@ -78,7 +83,8 @@ impl Manager {
         packages
     }
 
-    /// The commands that install `packages`, the refresh of the package lists first where they are missing.
+    /// The commands that install `packages`, the refresh of the package lists first where they are
+    /// missing.
     pub fn commands(self, packages: &[&str], lists_missing: bool) -> Vec<Vec<String>> {
         let install: &[&str] = match self {
             Manager::Apt => &["apt-get", "install", "-y", "--no-install-recommends"],
@@ -103,7 +109,8 @@ impl Manager {
         commands
     }
 
-    /// Whether this machine has never fetched the manager's package lists (as in most container images).
+    /// Whether this machine has never fetched the manager's package lists (as in most container
+    /// images).
     pub fn lists_missing(self) -> bool {
         let (folder, suffix) = match self {
             Manager::Apt => ("/var/lib/apt/lists", "_Packages"),
@@ -150,7 +157,11 @@ impl Right {
 /// One shell line for a person to run.
 pub fn shell_line(commands: &[Vec<String>], right: Right) -> String {
     let prefix = if right == Right::Root { "" } else { "sudo " };
-    commands.iter().map(|words| format!("{prefix}{}", words.join(" "))).collect::<Vec<_>>().join(" && ")
+    commands
+        .iter()
+        .map(|words| format!("{prefix}{}", words.join(" ")))
+        .collect::<Vec<_>>()
+        .join(" && ")
 }
 
 /// Runs the commands one after the other, showing them and what they print.
@@ -159,11 +170,17 @@ pub fn install(commands: &[Vec<String>], right: Right) -> Result<()> {
         let mut words = words.clone();
         if right == Right::Sudo {
             // Variables of this process do not pass sudo; env on its far side sets them.
-            words.splice(0..0, ["sudo", "-n", "env", "DEBIAN_FRONTEND=noninteractive"].map(str::to_owned));
+            words.splice(
+                0..0,
+                ["sudo", "-n", "env", "DEBIAN_FRONTEND=noninteractive"].map(str::to_owned),
+            );
         }
         eprintln!("setup: running {}", words.join(" "));
         let mut command = Command::new(&words[0]);
-        command.args(&words[1..]).env("DEBIAN_FRONTEND", "noninteractive").current_dir(Path::new("/"));
+        command
+            .args(&words[1..])
+            .env("DEBIAN_FRONTEND", "noninteractive")
+            .current_dir(Path::new("/"));
         let finished = process::run(&mut command, DEADLINE, Output::Shown)?;
         if !finished.status.is_some_and(|status| status.success()) {
             bail!("{}: {}", words.join(" "), finished.reason());
@@ -179,7 +196,10 @@ mod tests {
     #[test]
     fn only_what_is_missing_is_installed() {
         let mut parts = Parts { cc: Some("/usr/bin/cc".into()), ..Parts::default() };
-        assert_eq!(Manager::Apt.packages(&parts), ["libopenmpi-dev", "openmpi-bin", "libclang-dev"]);
+        assert_eq!(
+            Manager::Apt.packages(&parts),
+            ["libopenmpi-dev", "openmpi-bin", "libclang-dev"]
+        );
         parts.mpicc = Some("/usr/bin/mpicc".into());
         parts.mpirun = Some("/usr/bin/mpirun".into());
         assert_eq!(Manager::Dnf.packages(&parts), ["clang-devel"]);

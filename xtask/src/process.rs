@@ -1,9 +1,9 @@
 //! Child processes that cannot outlive their deadline, and none of whose descendants can.
 //!
-//! `mpirun` puts its ranks into process groups of their own, so killing one group would leave the others running.
-//! Each job therefore carries a mark in its environment, which every descendant inherits; whoever carries
-//! the mark when the job is over is found through `/proc` and killed. The job stays in the terminal's process
-//! group, so Ctrl-C reaches it.
+//! `mpirun` puts its ranks into process groups of their own, so killing one group would leave the
+//! others running. Each job therefore carries a mark in its environment, which every descendant
+//! inherits; whoever carries the mark when the job is over is found through `/proc` and killed. The
+//! job stays in the terminal's process group, so Ctrl-C reaches it.
 
 use std::fs;
 use std::io::{BufRead, BufReader, Write};
@@ -29,7 +29,8 @@ pub struct Finished {
     pub stdout: String,
     /// Wall-clock time it took, with the look at what it left behind.
     pub elapsed: Duration,
-    /// When it closed its standard output, at the latest by ending: the time of a program that is measured.
+    /// When it closed its standard output, at the latest by ending: the time of a program that is
+    /// measured.
     pub closed: Duration,
     /// Descendants that were still running after the job itself had ended, and had to be killed.
     pub left_behind: usize,
@@ -65,7 +66,8 @@ pub enum Output {
     Silent,
 }
 
-/// Runs `command` without input until it ends or `deadline` passes; afterwards none of its descendants runs.
+/// Runs `command` without input until it ends or `deadline` passes; afterwards none of its
+/// descendants runs.
 pub fn run(command: &mut Command, deadline: Duration, output: Output) -> Result<Finished> {
     command.stdout(Stdio::piped());
     if output == Output::Silent {
@@ -92,12 +94,18 @@ pub fn run(command: &mut Command, deadline: Duration, output: Output) -> Result<
     Ok(Finished { status, stdout, elapsed: started.elapsed(), closed, left_behind })
 }
 
-/// Runs a program that has to end well. What it and its launcher say on standard error goes to a file in `folder`, and is
-/// part of the error where the program, which `name` stands for, fails.
-pub fn answer(command: &mut Command, name: &str, folder: &Path, deadline: Duration) -> Result<Finished> {
+/// Runs a program that has to end well. What it and its launcher say on standard error goes to a
+/// file in `folder`, and is part of the error where the program, which `name` stands for, fails.
+pub fn answer(
+    command: &mut Command,
+    name: &str,
+    folder: &Path,
+    deadline: Duration,
+) -> Result<Finished> {
     let said = folder.join("stderr");
     // No pipe: a launcher's daemon may hold it open.
-    let log = fs::File::create(&said).with_context(|| format!("cannot write {}", said.display()))?;
+    let log =
+        fs::File::create(&said).with_context(|| format!("cannot write {}", said.display()))?;
     let finished = run(command.stderr(log), deadline, Output::Collected)?;
     if !finished.ok() {
         let text = String::from_utf8_lossy(&fs::read(&said).unwrap_or_default()).into_owned();
@@ -121,7 +129,11 @@ impl Job {
         let mark = format!("{}-{}", std::process::id(), JOBS.fetch_add(1, Ordering::Relaxed));
         let name = command.get_program().to_string_lossy().into_owned();
         let child = command.env(MARK, &mark).stdin(Stdio::null()).spawn();
-        Ok(Job { child: child.with_context(|| format!("cannot start {name}"))?, mark, started: Instant::now() })
+        Ok(Job {
+            child: child.with_context(|| format!("cannot start {name}"))?,
+            mark,
+            started: Instant::now(),
+        })
     }
 
     /// Waits until the process itself ends, but no longer than `limit`.
@@ -179,7 +191,8 @@ fn collect(pipe: impl std::io::Read, output: Output) -> String {
     all
 }
 
-/// Kills every process that carries the mark, again and again until a look finds none; returns how many it saw.
+/// Kills every process that carries the mark, again and again until a look finds none; returns how
+/// many it saw.
 fn kill_marked(mark: &str) -> usize {
     let mut seen = std::collections::BTreeSet::new();
     // A process can fork between the look and the signal; its child is found by the next look.
@@ -207,8 +220,9 @@ fn marked(mark: &str) -> Vec<u32> {
         .filter_map(|process| process.ok()?.file_name().to_str()?.parse().ok())
         .filter(|pid| {
             // Unreadable: another user's process, or one that has just ended.
-            fs::read(format!("/proc/{pid}/environ"))
-                .is_ok_and(|environ| environ.split(|&b| b == 0).any(|variable| variable == entry.as_bytes()))
+            fs::read(format!("/proc/{pid}/environ")).is_ok_and(|environ| {
+                environ.split(|&b| b == 0).any(|variable| variable == entry.as_bytes())
+            })
         })
         .collect()
 }
@@ -242,7 +256,9 @@ mod tests {
 
     #[test]
     fn status_and_output_come_back() {
-        let finished = run(&mut shell("echo one; echo two; exit 7"), Duration::from_secs(30), Output::Silent).unwrap();
+        let finished =
+            run(&mut shell("echo one; echo two; exit 7"), Duration::from_secs(30), Output::Silent)
+                .unwrap();
         assert_eq!(finished.stdout, "one\ntwo\n");
         assert_eq!(finished.status.unwrap().code(), Some(7));
         assert!(!finished.ok());
@@ -251,17 +267,26 @@ mod tests {
 
     #[test]
     fn a_program_is_timed_to_its_end_and_not_to_the_look_at_it() {
-        let timed = |script: &str| run(&mut shell(script), Duration::from_secs(30), Output::Silent).unwrap();
+        let timed = |script: &str| {
+            run(&mut shell(script), Duration::from_secs(30), Output::Silent).unwrap()
+        };
         // What it leaves behind keeps the job, but not its output.
         let finished = timed("sleep 0.2; sleep 1000 >/dev/null & exit 0");
         assert!(finished.closed >= Duration::from_millis(200), "{:?}", finished.closed);
-        assert!(finished.closed + GRACE / 2 < finished.elapsed, "{:?} of {:?}", finished.closed, finished.elapsed);
+        assert!(
+            finished.closed + GRACE / 2 < finished.elapsed,
+            "{:?} of {:?}",
+            finished.closed,
+            finished.elapsed
+        );
     }
 
     #[test]
     fn what_a_failing_program_says_is_in_its_error() {
         let folder = tempfile::tempdir().unwrap();
-        let answer = |script: &str| answer(&mut shell(script), "a program", folder.path(), Duration::from_secs(30));
+        let answer = |script: &str| {
+            answer(&mut shell(script), "a program", folder.path(), Duration::from_secs(30))
+        };
         let error = answer("echo half; echo no such model >&2; exit 7").err().unwrap().to_string();
         assert_eq!(error, "a program: exit status: 7\nhalf\nno such model");
         assert_eq!(answer("echo all; echo a warning >&2").unwrap().stdout, "all\n");
@@ -270,7 +295,8 @@ mod tests {
     #[test]
     fn a_hung_job_dies_with_its_descendants() {
         // The grandchild ignores the polite signal, and the shell that started it waits for it.
-        let script = "(trap '' TERM; echo $$; sleep 1000 & wait) & (trap '' TERM; sleep 1000); wait";
+        let script =
+            "(trap '' TERM; echo $$; sleep 1000 & wait) & (trap '' TERM; sleep 1000); wait";
         let started = Instant::now();
         let finished = run(&mut shell(script), Duration::from_millis(300), Output::Silent).unwrap();
         assert!(finished.status.is_none());
@@ -281,8 +307,12 @@ mod tests {
 
     #[test]
     fn a_job_that_leaves_a_process_behind_is_not_ok() {
-        let finished =
-            run(&mut shell("sleep 1000 >/dev/null & exit 0"), Duration::from_secs(30), Output::Silent).unwrap();
+        let finished = run(
+            &mut shell("sleep 1000 >/dev/null & exit 0"),
+            Duration::from_secs(30),
+            Output::Silent,
+        )
+        .unwrap();
         assert!(finished.status.unwrap().success());
         assert!(!finished.ok());
         assert_eq!(finished.left_behind, 1);

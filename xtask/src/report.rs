@@ -1,6 +1,8 @@
-//! `cargo xtask report`: measures this machine and writes `docs/performance.md` (or the page of another machine) with its charts.
+//! `cargo xtask report`: measures this machine and writes `docs/performance.md` (or the page of
+//! another machine) with its charts.
 //!
-//! The page is a list of sections; each is a function of its own file that measures and returns its text and charts.
+//! The page is a list of sections; each is a function of its own file that measures and returns its
+//! text and charts.
 
 mod accuracy;
 mod analysis;
@@ -47,10 +49,22 @@ const SECTIONS: [Entry; 9] = [
     Entry { name: "accuracy", title: "Accuracy of the formats", measure: accuracy::measure },
     Entry { name: "analysis", title: "The analysis, repeated", measure: analysis::measure },
     Entry { name: "scaling", title: "More ranks on one machine", measure: scaling::measure },
-    Entry { name: "latency", title: "Short times: sums, loading, the first token", measure: latency::measure },
+    Entry {
+        name: "latency",
+        title: "Short times: sums, loading, the first token",
+        measure: latency::measure,
+    },
     Entry { name: "planning", title: "Plan and measurement", measure: planning::measure },
-    Entry { name: "clusters", title: "Emulated clusters: the cost of a link", measure: clusters::measure },
-    Entry { name: "networks", title: "Emulated clusters: TCP between namespaces", measure: networks::measure },
+    Entry {
+        name: "clusters",
+        title: "Emulated clusters: the cost of a link",
+        measure: clusters::measure,
+    },
+    Entry {
+        name: "networks",
+        title: "Emulated clusters: TCP between namespaces",
+        measure: networks::measure,
+    },
 ];
 
 /// The names of the sections.
@@ -58,18 +72,19 @@ pub fn names() -> [&'static str; SECTIONS.len()] {
     SECTIONS.map(|section| section.name)
 }
 
-/// Checks the name of a page. All begin with the same word: no other document is overwritten, and none of them is taken for
-/// a change of the code.
+/// Checks the name of a page. All begin with the same word: no other document is overwritten, and
+/// none of them is taken for a change of the code.
 pub fn page_name(name: &str) -> Result<String, String> {
-    let fits = |rest: &str| rest.chars().all(|c| c.is_ascii_alphanumeric() || matches!(c, '-' | '_'));
+    let fits =
+        |rest: &str| rest.chars().all(|c| c.is_ascii_alphanumeric() || matches!(c, '-' | '_'));
     match name.strip_prefix(PAGE) {
         Some(rest) if fits(rest) => Ok(name.to_owned()),
         _ => Err(format!("expected {PAGE} or {PAGE}-NAME")),
     }
 }
 
-/// Measures everything, or only some sections, and writes the page after each: what has been measured is there when a later one
-/// fails.
+/// Measures everything, or only some sections, and writes the page after each: what has been
+/// measured is there when a later one fails.
 pub fn command(quick: bool, only: &[String], page_name: Option<&str>) -> Result<ExitCode> {
     let root = workspace::root();
     // The programs are built from what is there now.
@@ -91,7 +106,9 @@ pub fn command(quick: bool, only: &[String], page_name: Option<&str>) -> Result<
             measured.push((title, measure(&mut lab)?));
             let new = format!("{about}\n{}", machine::conditions(quick, load, machine::load()));
             let is_new = |title: &str| measured.iter().any(|(new, _)| *new == title);
-            let complete = SECTIONS.iter().all(|section| is_new(section.title) || kept(&old, section.title).is_none());
+            let complete = SECTIONS
+                .iter()
+                .all(|section| is_new(section.title) || kept(&old, section.title).is_none());
             let (about, apart) = head(&old, complete, &new, &apart);
             let titles = SECTIONS.map(|section| section.title);
             write(&folder, page_name, &page(about, &titles, &measured, apart, &old), &measured)?;
@@ -101,12 +118,14 @@ pub fn command(quick: bool, only: &[String], page_name: Option<&str>) -> Result<
     Ok(ExitCode::SUCCESS)
 }
 
-/// Where the page goes: what a quick look measured is not for readers, unless it is asked for by name.
+/// Where the page goes: what a quick look measured is not for readers, unless it is asked for by
+/// name.
 fn folder(quick: bool, page_name: Option<&str>, of_lab: &Path) -> PathBuf {
     if quick && page_name.is_none() { of_lab.to_path_buf() } else { workspace::root().join("docs") }
 }
 
-/// The head of a page and the note of its new sections. An earlier page keeps its head until everything on it is new.
+/// The head of a page and the note of its new sections. An earlier page keeps its head until
+/// everything on it is new.
 fn head<'a>(old: &'a str, complete: bool, new: &'a str, apart: &'a str) -> (&'a str, &'a str) {
     match old.split_once(ABOUT).and_then(|(_, rest)| rest.split_once("\n## ")) {
         Some((about, _)) if !complete => (about, apart),
@@ -128,7 +147,8 @@ fn kept<'a>(page: &'a str, title: &str) -> Option<&'a str> {
 
 fn write(docs: &Path, name: &str, page: &str, measured: &[(&str, Section)]) -> Result<()> {
     let folder = docs.join(name);
-    std::fs::create_dir_all(&folder).with_context(|| format!("cannot make {}", folder.display()))?;
+    std::fs::create_dir_all(&folder)
+        .with_context(|| format!("cannot make {}", folder.display()))?;
     let save = |path: &Path, text: &str| {
         std::fs::write(path, text).with_context(|| format!("cannot write {}", path.display()))
     };
@@ -138,8 +158,15 @@ fn write(docs: &Path, name: &str, page: &str, measured: &[(&str, Section)]) -> R
     save(&docs.join(format!("{name}.md")), &page.replace("](performance/", &format!("]({name}/")))
 }
 
-/// The sections in order: those that were measured, each with the note `apart`, and of the others what the old page has.
-fn page(about: &str, titles: &[&str], measured: &[(&str, Section)], apart: &str, old: &str) -> String {
+/// The sections in order: those that were measured, each with the note `apart`, and of the others
+/// what the old page has.
+fn page(
+    about: &str,
+    titles: &[&str],
+    measured: &[(&str, Section)],
+    apart: &str,
+    old: &str,
+) -> String {
     let mut page = format!("{ABOUT}{}\n", about.trim_end());
     for title in titles {
         let text = match measured.iter().find(|(measured, _)| measured == title) {
@@ -163,7 +190,14 @@ mod tests {
         for name in ["performance", "performance-zen3", "performance_2"] {
             assert_eq!(page_name(name), Ok(name.to_owned()));
         }
-        for name in ["", "architecture", "../performance", "performance/x", "performance.md", "my-performance"] {
+        for name in [
+            "",
+            "architecture",
+            "../performance",
+            "performance/x",
+            "performance.md",
+            "my-performance",
+        ] {
             assert!(page_name(name).is_err(), "{name}");
         }
     }
@@ -202,10 +236,12 @@ mod tests {
         assert_eq!(std::fs::read_to_string(docs.path().join("other/2.svg")).unwrap(), "<svg/>");
         // A section that is not measured again stays as it is; one that is says when.
         assert_eq!(kept(&first, "One"), Some("![x](performance/1.svg)\n"));
-        assert_eq!((kept(&first, "Two"), kept(&first, "Three")), (Some("![x](performance/2.svg)\n"), None));
+        assert_eq!(
+            (kept(&first, "Two"), kept(&first, "Three")),
+            (Some("![x](performance/2.svg)\n"), None)
+        );
         let second = page("A machine.\n", &titles, &[section("Two", "3.svg")], "Apart.\n", &first);
-        let expected =
-            "A machine.\n\n## One\n\n![x](performance/1.svg)\n\n## Two\n\n![x](performance/3.svg)\n\nApart.\n";
+        let expected = "A machine.\n\n## One\n\n![x](performance/1.svg)\n\n## Two\n\n![x](performance/3.svg)\n\nApart.\n";
         assert!(second.ends_with(expected), "{second}");
     }
 }

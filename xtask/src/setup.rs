@@ -9,8 +9,9 @@ use crate::mpi::{Bind, Mpi, Parts};
 use crate::packages::{self, Manager, Right};
 use crate::process::{self, Output};
 
-/// Two ranks add up a megabyte and rank 0 says so: shows that wrapper, library and launcher belong together
-/// (a launcher of another MPI starts two worlds of one rank each) and that messages of a real size get through.
+/// Two ranks add up a megabyte and rank 0 says so: shows that wrapper, library and launcher belong
+/// together (a launcher of another MPI starts two worlds of one rank each) and that messages of a
+/// real size get through.
 const PROBE: &str = r#"
 #include <mpi.h>
 #include <stdio.h>
@@ -33,7 +34,8 @@ const PROBE_ANSWER: &str = "ranks=2 right=131072";
 /// Why there is no MPI.
 #[derive(Debug)]
 pub enum Missing {
-    /// Parts are not installed and this user may not install them, or asked for nothing to be installed.
+    /// Parts are not installed and this user may not install them, or asked for nothing to be
+    /// installed.
     NotInstalled {
         /// The parts.
         parts: Vec<&'static str>,
@@ -115,7 +117,10 @@ pub fn ensure(install: bool) -> Result<Mpi, Missing> {
     }
     parts = Parts::find();
     if !missing(&parts).is_empty() {
-        let reason = format!("the packages are installed, but there is still no {}", missing(&parts).join(", "));
+        let reason = format!(
+            "the packages are installed, but there is still no {}",
+            missing(&parts).join(", ")
+        );
         return Err(Missing::InstallFailed { reason });
     }
     verified(&parts)
@@ -125,7 +130,10 @@ pub fn ensure(install: bool) -> Result<Mpi, Missing> {
 pub fn command(check: bool) -> ExitCode {
     let outcome = ensure(!check);
     for (name, path) in Parts::find().named() {
-        println!("{name:<11} {}", path.map_or("missing".to_owned(), |path| path.display().to_string()));
+        println!(
+            "{name:<11} {}",
+            path.map_or("missing".to_owned(), |path| path.display().to_string())
+        );
     }
     match outcome {
         Ok(mpi) => {
@@ -160,21 +168,26 @@ fn probe(mpi: &Mpi) -> Result<()> {
     let mut compile = Command::new(&mpi.mpicc);
     compile.arg(&source).arg("-o").arg(&program);
     mpi.prepare(&mut compile, Bind::None, true);
-    let output = compile.output().with_context(|| format!("cannot start {}", mpi.mpicc.display()))?;
+    let output =
+        compile.output().with_context(|| format!("cannot start {}", mpi.mpicc.display()))?;
     if !output.status.success() {
-        let first = String::from_utf8_lossy(&output.stderr).lines().next().unwrap_or_default().to_owned();
+        let first =
+            String::from_utf8_lossy(&output.stderr).lines().next().unwrap_or_default().to_owned();
         bail!("{} does not compile a small program: {first}", mpi.mpicc.display());
     }
     let mut launch = mpi.launcher(2, None, Bind::None, program.as_os_str());
     let finished = process::run(&mut launch, Duration::from_secs(60), Output::Silent)?;
-    let answers: Vec<&str> = finished.stdout.lines().filter(|line| line.starts_with("ranks=")).collect();
+    let answers: Vec<&str> =
+        finished.stdout.lines().filter(|line| line.starts_with("ranks=")).collect();
     if answers == [PROBE_ANSWER] && finished.ok() {
         return Ok(());
     }
     let line = format!("{} -n 2", mpi.mpirun.display());
     match answers[..] {
         [] => bail!("{line} of a small program: {}", finished.reason()),
-        [PROBE_ANSWER] => bail!("{line} of a small program gave the right answer, then: {}", finished.reason()),
+        [PROBE_ANSWER] => {
+            bail!("{line} of a small program gave the right answer, then: {}", finished.reason())
+        }
         [first, ..] if first.starts_with("ranks=1 ") => {
             bail!(
                 "{line} started separate worlds of one rank: {} and {} belong to different MPIs",
@@ -193,15 +206,18 @@ mod tests {
     use super::*;
     use crate::mpi::Implementation;
 
-    /// A launcher and a wrapper that are shell scripts, so that each way of being broken can be had anywhere.
+    /// A launcher and a wrapper that are shell scripts, so that each way of being broken can be had
+    /// anywhere.
     fn fake(wrapper: &str, launcher: &str) -> (tempfile::TempDir, Mpi) {
         let folder = tempfile::tempdir().unwrap();
         let script = |name: &str, body: &str| {
             let path = folder.path().join(name);
-            // Another process writes the file: were it open for writing here, a child that another test's thread
-            // starts at that moment would hold it open too, and the script could not be executed ("text file busy").
+            // Another process writes the file: were it open for writing here, a child that another
+            // test's thread starts at that moment would hold it open too, and the script could not
+            // be executed ("text file busy").
             let write = r#"printf '#!/bin/sh\n%s\n' "$1" > "$0" && chmod +x "$0""#;
-            let status = Command::new("sh").arg("-c").arg(write).arg(&path).arg(body).status().unwrap();
+            let status =
+                Command::new("sh").arg("-c").arg(write).arg(&path).arg(body).status().unwrap();
             assert!(status.success());
             path
         };

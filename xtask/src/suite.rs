@@ -13,8 +13,8 @@ const DEADLINE: Duration = Duration::from_secs(40 * 60);
 /// What the whole suite is meant to take at most, on two cores.
 const BUDGET: Duration = Duration::from_secs(15 * 60);
 
-/// Runs `cargo test` over the workspace, doc tests included, then the MPI tests, then those on emulated machines; says at the end
-/// what ran.
+/// Runs `cargo test` over the workspace, doc tests included, then the MPI tests, then those on
+/// emulated machines; says at the end what ran.
 pub fn command() -> Result<ExitCode> {
     let started = Instant::now();
     let mpi = setup::ensure(true);
@@ -51,7 +51,9 @@ pub fn command() -> Result<ExitCode> {
             (tally.ok(), format!("mpi-test: {} passed, {} failed", tally.passed, tally.failed))
         }
         Err(_) if in_ci => (false, "mpi-test: FAILED: no MPI, and CI must test it".to_owned()),
-        Err(missing) => (true, format!("mpi-test: SKIPPED, nothing was tested on MPI processes: {missing}")),
+        Err(missing) => {
+            (true, format!("mpi-test: SKIPPED, nothing was tested on MPI processes: {missing}"))
+        }
     };
 
     let (failing_ok, failing_line) = match netbench::ready() {
@@ -60,7 +62,9 @@ pub fn command() -> Result<ExitCode> {
             let ok = netbench::failures(&mpi)?;
             (ok, format!("netbench --failures: {}", if ok { "passed" } else { "FAILED" }))
         }
-        Err((reason, _)) => (true, format!("netbench --failures: SKIPPED, no machine failed over TCP: {reason}")),
+        Err((reason, _)) => {
+            (true, format!("netbench --failures: SKIPPED, no machine failed over TCP: {reason}"))
+        }
     };
 
     println!("\n{cargo_line}\n{mpi_line}\n{failing_line}");
@@ -92,7 +96,9 @@ impl Results {
             // "ok. 5 passed", "0 failed", …: the number stands before its word.
             let count = |word: &str| {
                 let part = line.split(';').find(|part| part.trim_end().ends_with(word));
-                part.and_then(|part| part.split_whitespace().rev().nth(1)).and_then(|n| n.parse().ok()).unwrap_or(0)
+                part.and_then(|part| part.split_whitespace().rev().nth(1))
+                    .and_then(|n| n.parse().ok())
+                    .unwrap_or(0)
             };
             sum.programs += 1;
             sum.passed += count(" passed");

@@ -1,7 +1,7 @@
 //! `cargo xtask tidy`: the rules of the code that no compiler checks.
 //!
-//! Each rule is a function from the tree to findings; a finding names file, line and what to do. The rules are tested
-//! on small bad trees, one for each thing they must catch.
+//! Each rule is a function from the tree to findings; a finding names file, line and what to do.
+//! The rules are tested on small bad trees, one for each thing they must catch.
 
 mod documents;
 mod layers;
@@ -58,12 +58,15 @@ fn check(root: &Path) -> Result<Vec<Finding>> {
     Ok(findings)
 }
 
-/// Every file below `root`, relative to it and sorted, without build outputs and what git keeps for itself.
+/// Every file below `root`, relative to it and sorted, without build outputs and what git keeps for
+/// itself.
 fn files(root: &Path) -> Result<Vec<PathBuf>> {
     let mut found = Vec::new();
     let mut folders = vec![root.to_path_buf()];
     while let Some(folder) = folders.pop() {
-        for entry in std::fs::read_dir(&folder).with_context(|| format!("cannot list {}", folder.display()))? {
+        for entry in std::fs::read_dir(&folder)
+            .with_context(|| format!("cannot list {}", folder.display()))?
+        {
             let entry = entry?;
             let (name, path) = (entry.file_name(), entry.path());
             if entry.file_type()?.is_dir() {
@@ -80,7 +83,8 @@ fn files(root: &Path) -> Result<Vec<PathBuf>> {
 }
 
 fn read(root: &Path, file: &Path) -> Result<String> {
-    std::fs::read_to_string(root.join(file)).with_context(|| format!("cannot read {}", file.display()))
+    std::fs::read_to_string(root.join(file))
+        .with_context(|| format!("cannot read {}", file.display()))
 }
 
 fn has_extension(file: &Path, extension: &str) -> bool {
@@ -106,16 +110,23 @@ mod trees {
         format!("[package]\nname = \"{name}\"\nedition = \"2024\"\n[lints]\nworkspace = true\n")
     }
 
-    /// A workspace of two of the real crates, in which there is nothing to find, with `changes` laid over it.
+    /// A workspace of two of the real crates, in which there is nothing to find, with `changes`
+    /// laid over it.
     pub fn workspace(changes: &[(&str, &str)]) -> tempfile::TempDir {
         let good = [
-            ("Cargo.toml", "[workspace]\nresolver = \"3\"\nmembers = [\"crates/*\"]\n[workspace.lints]\n"),
+            (
+                "Cargo.toml",
+                "[workspace]\nresolver = \"3\"\nmembers = [\"crates/*\"]\n[workspace.lints]\n",
+            ),
             ("README.md", "The crates are `comm` and `ops`.\n"),
             ("docs/architecture.md", "See `crates/comm` and `crates/ops`.\n"),
             ("crates/comm/Cargo.toml", &manifest("comm")),
             ("crates/comm/README.md", "# comm\n"),
             ("crates/comm/src/lib.rs", "//! Collectives.\n"),
-            ("crates/ops/Cargo.toml", &(manifest("ops") + "[dependencies]\ncomm.path = \"../comm\"\n")),
+            (
+                "crates/ops/Cargo.toml",
+                &(manifest("ops") + "[dependencies]\ncomm.path = \"../comm\"\n"),
+            ),
             ("crates/ops/README.md", "# ops\n"),
             ("crates/ops/src/lib.rs", "//! Operations.\n"),
         ];

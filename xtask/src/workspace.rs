@@ -8,8 +8,10 @@ use serde_json::Value;
 
 /// The repository's root folder.
 pub fn root() -> PathBuf {
-    // Cargo sets the variable at run time too; the compiled-in path serves a program started by hand.
-    let here = std::env::var_os("CARGO_MANIFEST_DIR").map_or_else(|| env!("CARGO_MANIFEST_DIR").into(), PathBuf::from);
+    // Cargo sets the variable at run time too; the compiled-in path serves a program started by
+    // hand.
+    let here = std::env::var_os("CARGO_MANIFEST_DIR")
+        .map_or_else(|| env!("CARGO_MANIFEST_DIR").into(), PathBuf::from);
     here.parent().map_or(here.clone(), Path::to_path_buf)
 }
 
@@ -48,10 +50,16 @@ pub fn packages(root: &Path) -> Result<Vec<Package>> {
     command.current_dir(root).args(["metadata", "--no-deps", "--format-version", "1"]);
     let output = command.stderr(Stdio::piped()).output().context("cannot start cargo")?;
     if !output.status.success() {
-        bail!("cargo metadata in {}: {}", root.display(), String::from_utf8_lossy(&output.stderr).trim());
+        bail!(
+            "cargo metadata in {}: {}",
+            root.display(),
+            String::from_utf8_lossy(&output.stderr).trim()
+        );
     }
-    let metadata: Value = serde_json::from_slice(&output.stdout).context("cargo metadata printed no JSON")?;
-    let mut packages: Vec<Package> = array(&metadata["packages"]).map(package).collect::<Result<_>>()?;
+    let metadata: Value =
+        serde_json::from_slice(&output.stdout).context("cargo metadata printed no JSON")?;
+    let mut packages: Vec<Package> =
+        array(&metadata["packages"]).map(package).collect::<Result<_>>()?;
     packages.sort_by(|a, b| a.name.cmp(&b.name));
     Ok(packages)
 }
@@ -65,14 +73,20 @@ fn package(value: &Value) -> Result<Package> {
         name: text(&value["name"])?.to_owned(),
         folder: manifest.parent().map(Path::to_path_buf).unwrap_or_default(),
         dependencies,
-        features: value["features"].as_object().map(|f| f.keys().cloned().collect()).unwrap_or_default(),
+        features: value["features"]
+            .as_object()
+            .map(|f| f.keys().cloned().collect())
+            .unwrap_or_default(),
     })
 }
 
 /// The arguments that build every package that has one with its feature `mpi`.
 pub fn mpi_features(packages: &[Package]) -> Option<String> {
-    let names: Vec<String> =
-        packages.iter().filter(|p| p.features.iter().any(|f| f == "mpi")).map(|p| format!("{}/mpi", p.name)).collect();
+    let names: Vec<String> = packages
+        .iter()
+        .filter(|p| p.features.iter().any(|f| f == "mpi"))
+        .map(|p| format!("{}/mpi", p.name))
+        .collect();
     (!names.is_empty()).then(|| names.join(","))
 }
 
@@ -86,7 +100,8 @@ pub struct Executable {
     pub path: PathBuf,
 }
 
-/// Runs a cargo build command (its progress and errors are shown) and returns the executables it made or found fresh.
+/// Runs a cargo build command (its progress and errors are shown) and returns the executables it
+/// made or found fresh.
 pub fn build(command: &mut Command) -> Result<Vec<Executable>> {
     let output = command
         .arg("--message-format=json-render-diagnostics")
@@ -101,7 +116,9 @@ pub fn build(command: &mut Command) -> Result<Vec<Executable>> {
         let Ok(message) = serde_json::from_str::<Value>(line) else {
             continue;
         };
-        if let (Some(path), Some(manifest)) = (message["executable"].as_str(), message["manifest_path"].as_str()) {
+        if let (Some(path), Some(manifest)) =
+            (message["executable"].as_str(), message["manifest_path"].as_str())
+        {
             executables.push(Executable {
                 package: Path::new(manifest).parent().map(Path::to_path_buf).unwrap_or_default(),
                 target: text(&message["target"]["name"])?.to_owned(),

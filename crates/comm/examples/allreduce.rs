@@ -1,6 +1,6 @@
-//! Measures Allreduce: `allreduce [RANKS]` on threads of this process, or under `mpirun` (built with the feature
-//! `mpi`) on its processes, there also by messages and as MPI itself does it. Prints the median time of a call for each size, after
-//! checking the answers.
+//! Measures Allreduce: `allreduce [RANKS]` on threads of this process, or under `mpirun` (built
+//! with the feature `mpi`) on its processes, there also by messages and as MPI itself does it.
+//! Prints the median time of a call for each size, after checking the answers.
 
 use std::thread;
 use std::time::Instant;
@@ -24,7 +24,8 @@ fn times(elements: usize, call: impl Fn(&mut Vec<f32>)) -> Vec<f64> {
     times
 }
 
-/// Sums of small whole numbers are exact in any order; in steps of 127ths of the largest they are off by one such step at most.
+/// Sums of small whole numbers are exact in any order; in steps of 127ths of the largest they are
+/// off by one such step at most.
 fn check(comm: &dyn Communicator, elements: usize, way: &Way<'_>) {
     let (rank, size) = (comm.rank(), comm.size());
     let mut buf: Vec<f32> = (0..elements).map(|i| (i % 9 * (rank + 1)) as f32).collect();
@@ -61,7 +62,11 @@ fn measure(comm: &dyn Communicator, ways: &[Way<'_>]) {
     let speaks = comm.rank() == 0;
     if speaks {
         println!("{} ranks, median us of an Allreduce", comm.size());
-        println!("{:>10}{}", "bytes", ways.iter().map(|way| format!("{:>15}", way.name)).collect::<String>());
+        println!(
+            "{:>10}{}",
+            "bytes",
+            ways.iter().map(|way| format!("{:>15}", way.name)).collect::<String>()
+        );
     }
     for kib in [1, 4, 16, 64, 256, 512, 2048, 8192] {
         let elements = kib * 256;
@@ -102,7 +107,8 @@ fn processes() {
 
 fn main() {
     #[cfg(feature = "mpi")]
-    if std::env::var_os("OMPI_COMM_WORLD_SIZE").is_some() || std::env::var_os("PMI_SIZE").is_some() {
+    if std::env::var_os("OMPI_COMM_WORLD_SIZE").is_some() || std::env::var_os("PMI_SIZE").is_some()
+    {
         return processes();
     }
     let ranks = std::env::args().nth(1).map_or(2, |text| text.parse().expect("RANKS is a number"));

@@ -14,7 +14,8 @@ const WRITING: u64 = 1;
 const RAISED: u64 = 2;
 /// Words of the reason, 8 bytes each; longer reasons are cut.
 const REASON_WORDS: usize = 128;
-// The board: state, rank, length of the reason, the reason, one word per rank that says whether it left or failed.
+// The board: state, rank, length of the reason, the reason, one word per rank that says whether it
+// left or failed.
 const STATE: usize = 0;
 const RANK: usize = 1;
 const LENGTH: usize = 2;
@@ -26,7 +27,8 @@ const FAILED: u64 = 2;
 
 /// Notices what the board cannot: other machines, dead processes.
 pub(crate) trait Watch: Send + Sync {
-    /// Tells the ranks that do not see the board that `rank` failed, and sees to it that the job ends.
+    /// Tells the ranks that do not see the board that `rank` failed, and sees to it that the job
+    /// ends.
     fn failed(&self, rank: usize, reason: &str);
     /// Tells the ranks that do not see the board that `rank`, this one, has left.
     fn left(&self, rank: usize);
@@ -137,8 +139,8 @@ impl Alarm {
         self.raised()
     }
 
-    /// Says that `rank`, this one of `size`, will make no further call. Processes then wait a while for the
-    /// others, since to finalize MPI while one of them fails can hang the launcher.
+    /// Says that `rank`, this one of `size`, will make no further call. Processes then wait a while
+    /// for the others, since to finalize MPI while one of them fails can hang the launcher.
     fn depart(&self, rank: usize, size: usize) {
         self.mark(rank, LEFT);
         let Some(watch) = &self.watch else { return };
@@ -147,7 +149,11 @@ impl Alarm {
         }
         let start = Instant::now();
         let all_left = || (0..size).all(|rank| self.departed(rank));
-        while self.raised().is_none() && self.probe().is_none() && start.elapsed() < FAREWELL && !all_left() {
+        while self.raised().is_none()
+            && self.probe().is_none()
+            && start.elapsed() < FAREWELL
+            && !all_left()
+        {
             thread::sleep(Duration::from_micros(200));
         }
         watch.close(match self.raised() {
@@ -172,7 +178,8 @@ impl Alarm {
     }
 }
 
-/// One rank's place in the job, shared by its communicators. When the last one goes, the rank has left.
+/// One rank's place in the job, shared by its communicators. When the last one goes, the rank has
+/// left.
 pub(crate) struct Membership {
     pub alarm: Alarm,
     /// The rank in the whole job.

@@ -1,5 +1,5 @@
-//! Memory for messages: buffers of long ones are used again, since to touch fresh memory takes longer than to move what
-//! comes into it.
+//! Memory for messages: buffers of long ones are used again, since to touch fresh memory takes
+//! longer than to move what comes into it.
 
 use std::ops::{Deref, DerefMut};
 use std::sync::{Arc, Mutex, PoisonError};

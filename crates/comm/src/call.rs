@@ -15,11 +15,13 @@ use crate::wire::WireFormat;
 const SPINS: u32 = 300;
 /// After this long it sleeps between looks: nobody who waits for a person burns a core.
 const YIELDING: Duration = Duration::from_millis(10);
-/// At least this long where the rank's own threads need the core: an offer of the core is taken up only in part.
+/// At least this long where the rank's own threads need the core: an offer of the core is taken up
+/// only in part.
 const NAP: Duration = Duration::from_micros(20);
 /// How often it looks for ranks that left or died.
 const PROBE: Duration = Duration::from_millis(50);
-/// A rank that sleeps for a millisecond and wakes up after more than this was stopped, and as a rule the others were, too.
+/// A rank that sleeps for a millisecond and wakes up after more than this was stopped, and as a
+/// rule the others were, too.
 const STOPPED: Duration = Duration::from_millis(100);
 /// How long a rank that fails looks whether those that it waits for fail, too, and say so.
 const LAST_WORDS: Duration = Duration::from_millis(500);
@@ -61,10 +63,12 @@ impl Header {
     }
 }
 
-/// A number by which ranks can tell whether they hold the same: FNV-1a (Fowler, Noll and Vo) over the values. Equal digests of unequal
-/// values are rare, but can be made on purpose.
+/// A number by which ranks can tell whether they hold the same: FNV-1a (Fowler, Noll and Vo) over
+/// the values. Equal digests of unequal values are rare, but can be made on purpose.
 pub fn digest(values: impl IntoIterator<Item = u64>) -> u64 {
-    values.into_iter().fold(0xcbf2_9ce4_8422_2325, |digest, value| (digest ^ value).wrapping_mul(0x0100_0000_01b3))
+    values.into_iter().fold(0xcbf2_9ce4_8422_2325, |digest, value| {
+        (digest ^ value).wrapping_mul(0x0100_0000_01b3)
+    })
 }
 
 /// The words of another rank's header, for a message.
@@ -121,17 +125,20 @@ pub(crate) struct Call<'a> {
     pub spin: bool,
     /// Whether other threads of this rank compute meanwhile.
     pub background: bool,
-    /// Where this rank counts what moves between machines, for its neighbours, who wait for it meanwhile.
+    /// Where this rank counts what moves between machines, for its neighbours, who wait for it
+    /// meanwhile.
     pub progress: Option<&'a AtomicU64>,
     /// Time spent waiting so far.
     pub waited: Duration,
-    /// How long this rank took to bring the data of its machine to others and back, until it has told its neighbours.
+    /// How long this rank took to bring the data of its machine to others and back, until it has
+    /// told its neighbours.
     pub travelled: Duration,
 }
 
 impl Call<'_> {
-    /// Waits until `ready`; `late` lists the ranks of the communicator that have not come yet. The deadline starts again
-    /// whenever `progress` changes: somebody moves data that this rank waits for. It does not count time in which this process was stopped.
+    /// Waits until `ready`; `late` lists the ranks of the communicator that have not come yet. The
+    /// deadline starts again whenever `progress` changes: somebody moves data that this rank waits
+    /// for. It does not count time in which this process was stopped.
     #[inline]
     pub(crate) fn wait(
         &mut self,
@@ -143,7 +150,8 @@ impl Call<'_> {
             return Ok(());
         }
         let start = Instant::now();
-        // In the background each look, over messages a call of MPI, would be taken from those who compute.
+        // In the background each look, over messages a call of MPI, would be taken from those who
+        // compute.
         if self.spin && !self.background {
             for _ in 0..SPINS {
                 if ready()? {
@@ -196,8 +204,17 @@ impl Call<'_> {
                 if ready()? {
                     return Ok(());
                 }
-                let missing = if rank == self.site.world[self.site.rank] { self.silent(late) } else { vec![] };
-                return Err(CommError::PeerFailed { place: self.site.place, rank, reason, missing });
+                let missing = if rank == self.site.world[self.site.rank] {
+                    self.silent(late)
+                } else {
+                    vec![]
+                };
+                return Err(CommError::PeerFailed {
+                    place: self.site.place,
+                    rank,
+                    reason,
+                    missing,
+                });
             }
             let now = progress();
             if now != seen {
@@ -206,13 +223,19 @@ impl Call<'_> {
             if waited - since >= self.timeout {
                 let missing = self.in_job(late());
                 let rank = self.site.world[self.site.rank];
-                return Err(CommError::Timeout { place: self.site.place, rank, missing, waited: waited - since });
+                return Err(CommError::Timeout {
+                    place: self.site.place,
+                    rank,
+                    missing,
+                    waited: waited - since,
+                });
             }
         }
     }
 
-    /// The late ranks, in the whole job, that neither left nor failed by their own word. One signal to all ranks makes
-    /// each of them the first to fail on its machine: whoever is about to say so is not missing.
+    /// The late ranks, in the whole job, that neither left nor failed by their own word. One signal
+    /// to all ranks makes each of them the first to fail on its machine: whoever is about to say so
+    /// is not missing.
     fn silent(&self, late: &dyn Fn() -> Vec<usize>) -> Vec<usize> {
         let start = Instant::now();
         loop {
@@ -231,8 +254,8 @@ impl Call<'_> {
         ranks.into_iter().map(|rank| self.site.world[rank]).collect()
     }
 
-    /// The same call among other ranks: those of one machine, say. `world` and `rank` are as in [`Site`]; the part counts what
-    /// moves in `progress`.
+    /// The same call among other ranks: those of one machine, say. `world` and `rank` are as in
+    /// [`Site`]; the part counts what moves in `progress`.
     #[cfg(feature = "mpi")]
     pub(crate) fn among<R>(
         &mut self,
@@ -271,7 +294,12 @@ impl Site<'_> {
     }
 
     #[cold]
-    pub(crate) fn argument(&self, what: &'static str, found: usize, expected: impl fmt::Display) -> CommError {
+    pub(crate) fn argument(
+        &self,
+        what: &'static str,
+        found: usize,
+        expected: impl fmt::Display,
+    ) -> CommError {
         CommError::Argument { place: self.place, what, found, expected: expected.to_string() }
     }
 }

@@ -1,8 +1,9 @@
 //! The collectives of ranks that share no memory, over messages.
 //!
-//! Sums go straight from everyone to everyone and are added in rank order, so that all ranks get the same bits:
-//! small ones as a whole (one latency), larger ones in parts that are summed by one rank each and then gathered
-//! (two latencies, and as few bytes as possible). Recursive doubling would need log2(n) latencies for both.
+//! Sums go straight from everyone to everyone and are added in rank order, so that all ranks get
+//! the same bits: small ones as a whole (one latency), larger ones in parts that are summed by one
+//! rank each and then gathered (two latencies, and as few bytes as possible). Recursive doubling
+//! would need log2(n) latencies for both.
 
 use std::cmp::Ordering;
 use std::collections::VecDeque;
@@ -16,13 +17,14 @@ use crate::messages::{HEAD, Messages, PIECE, Piece, Sending, copy_at, read_at};
 use crate::transport::{Collectives, Counts, Reduction};
 use crate::wire::{Fold, WireFormat};
 
-/// A sum goes as a whole while what that adds to the bytes of each rank costs less than a latency: this is
-/// latency times bandwidth, between 1 GbE (5 KB), 10 GbE (17 KB) and a machine's own memory.
+/// A sum goes as a whole while what that adds to the bytes of each rank costs less than a latency:
+/// this is latency times bandwidth, between 1 GbE (5 KB), 10 GbE (17 KB) and a machine's own
+/// memory.
 const WHOLE: usize = 12 << 10;
 
 impl Messages {
-    /// Finishes what makes sums, of `count` elements from each of the others: `take` gets the range of elements that a piece
-    /// has, and that piece of each of them, in the order of the ranks.
+    /// Finishes what makes sums, of `count` elements from each of the others: `take` gets the range
+    /// of elements that a piece has, and that piece of each of them, in the order of the ranks.
     fn finish_rows<'m>(
         &'m self,
         call: &mut Call<'_>,
@@ -46,7 +48,8 @@ impl Messages {
     fn sum_wholes(&self, call: &mut Call<'_>, data: Reduction<'_>) -> Result<(), CommError> {
         let (own, length) = (data.own(), data.len());
         let encode = |at, piece: &mut [u8]| encode_at(data.wire, own, at, piece);
-        let (sending, pieces) = self.start(call.site.header, self.others(), data.wire.encoded_bytes(length), encode)?;
+        let (sending, pieces) =
+            self.start(call.site.header, self.others(), data.wire.encoded_bytes(length), encode)?;
         let Reduction { input, output, op, wire } = data;
         let mut pieces = pieces.iter();
         self.finish_rows(call, sending, (wire, length), |range, others| {
@@ -88,7 +91,8 @@ impl Messages {
             });
             self.push(&piece, &mut results)
         })?;
-        let receiving = self.others().map(|peer| self.expect(peer, wire.encoded_bytes(counts[peer])));
+        let receiving =
+            self.others().map(|peer| self.expect(peer, wire.encoded_bytes(counts[peer])));
         self.finish(call, results, receiving, |peer, at, piece| {
             let part = &mut output[parts[peer].clone()];
             decode_at(wire, &piece, part, at, last);
@@ -112,15 +116,28 @@ impl Messages {
             if peer != self.rank() {
                 let encode = |at, piece: &mut [u8]| encode_at(wire, block, at, piece);
                 let to = std::iter::once(peer);
-                all.append(&mut self.start(call.site.header, to, wire.encoded_bytes(count), encode)?.0);
+                all.append(
+                    &mut self.start(call.site.header, to, wire.encoded_bytes(count), encode)?.0,
+                );
             }
         }
         Ok(all)
     }
 
-    /// Combines the own block with those that begin at the element `start` of the pieces of the others.
-    fn fold(&self, wire: WireFormat, op: ReduceOp, own: &[f32], others: &[Piece<'_>], start: usize, sum: &mut [f32]) {
-        let other = |peer: usize| &others[peer - usize::from(peer > self.rank())][wire.encoded_bytes(start)..];
+    /// Combines the own block with those that begin at the element `start` of the pieces of the
+    /// others.
+    fn fold(
+        &self,
+        wire: WireFormat,
+        op: ReduceOp,
+        own: &[f32],
+        others: &[Piece<'_>],
+        start: usize,
+        sum: &mut [f32],
+    ) {
+        let other = |peer: usize| {
+            &others[peer - usize::from(peer > self.rank())][wire.encoded_bytes(start)..]
+        };
         fold_block(wire, op, (self.rank(), own), self.size(), other, sum);
     }
 }
@@ -149,7 +166,14 @@ impl Collectives for Messages {
         self.finish_rows(call, sending, (wire, recv.len()), |range, others| {
             for block in steps(range.len(), BLOCK) {
                 let place = range.start + block.start..range.start + block.end;
-                self.fold(wire, ReduceOp::Sum, &own[place.clone()], others, block.start, &mut recv[place]);
+                self.fold(
+                    wire,
+                    ReduceOp::Sum,
+                    &own[place.clone()],
+                    others,
+                    block.start,
+                    &mut recv[place],
+                );
             }
             Ok(())
         })
@@ -163,7 +187,9 @@ impl Collectives for Messages {
         recv: &mut [u8],
     ) -> Result<(), CommError> {
         let (sending, _) =
-            self.start(call.site.header, self.others(), send.len(), |at, piece| read_at(send, at, piece))?;
+            self.start(call.site.header, self.others(), send.len(), |at, piece| {
+                read_at(send, at, piece)
+            })?;
         copy_at(recv, counts.start(self.rank()), send);
         let receiving = self.others().map(|peer| self.expect(peer, counts.of(peer)));
         self.finish(call, sending, receiving, |peer, at, piece| {
@@ -172,17 +198,30 @@ impl Collectives for Messages {
         })
     }
 
-    /// From the root to everyone: one latency, and an error names the root, not a rank halfway down a tree.
-    fn broadcast(&mut self, call: &mut Call<'_>, root: usize, buf: &mut [u8]) -> Result<(), CommError> {
+    /// From the root to everyone: one latency, and an error names the root, not a rank halfway down
+    /// a tree.
+    fn broadcast(
+        &mut self,
+        call: &mut Call<'_>,
+        root: usize,
+        buf: &mut [u8],
+    ) -> Result<(), CommError> {
         if self.rank() == root {
             let (sending, _) =
-                self.start(call.site.header, self.others(), buf.len(), |at, piece| read_at(buf, at, piece))?;
+                self.start(call.site.header, self.others(), buf.len(), |at, piece| {
+                    read_at(buf, at, piece)
+                })?;
             self.finish(call, sending, std::iter::empty(), |_, _, _| Ok(()))
         } else {
-            self.finish(call, vec![], std::iter::once(self.expect(root, buf.len())), |_, at, piece| {
-                copy_at(buf, at, &piece);
-                Ok(())
-            })
+            self.finish(
+                call,
+                vec![],
+                std::iter::once(self.expect(root, buf.len())),
+                |_, at, piece| {
+                    copy_at(buf, at, &piece);
+                    Ok(())
+                },
+            )
         }
     }
 

@@ -16,7 +16,8 @@ pub enum ReduceOp {
     Sum,
     /// The largest; NaN only where all are NaN.
     Max,
-    /// The sum, sent as f32 whatever [`wire`](Communicator::wire) says: for what others are divided by.
+    /// The sum, sent as f32 whatever [`wire`](Communicator::wire) says: for what others are divided
+    /// by.
     ExactSum,
 }
 
@@ -33,10 +34,10 @@ impl ReduceOp {
 
 /// One rank's end of a group of ranks.
 ///
-/// All ranks of the group make the same calls in the same order. Calls of several threads on one end are
-/// taken one after the other. Every call fails, rather than hangs, when a peer fails or stays away longer
-/// than [`timeout`](Communicator::timeout); after a failure every further call of the group fails.
-/// All methods may return any [`CommError`].
+/// All ranks of the group make the same calls in the same order. Calls of several threads on one
+/// end are taken one after the other. Every call fails, rather than hangs, when a peer fails or
+/// stays away longer than [`timeout`](Communicator::timeout); after a failure every further call of
+/// the group fails. All methods may return any [`CommError`].
 pub trait Communicator: Send + Sync {
     /// This rank, `0..size()`.
     fn rank(&self) -> usize;
@@ -47,12 +48,13 @@ pub trait Communicator: Send + Sync {
     /// What carries the data: `"solo"`, `"threads"` or `"mpi"`.
     fn transport(&self) -> &'static str;
 
-    /// The number of machines on which the ranks lie, at least 1: real ones, or those that options or an emulated link
-    /// make of the ranks.
+    /// The number of machines on which the ranks lie, at least 1: real ones, or those that options
+    /// or an emulated link make of the ranks.
     fn machines(&self) -> usize;
 
-    /// The machine of this rank, of those that [`machines`](Communicator::machines) counts: a number that all ranks of the group on this
-    /// machine have, and no others. The color with which a split forms a group for each machine.
+    /// The machine of this rank, of those that [`machines`](Communicator::machines) counts: a
+    /// number that all ranks of the group on this machine have, and no others. The color with which
+    /// a split forms a group for each machine.
     fn machine(&self) -> usize;
 
     /// What this rank has communicated; shared with the communicators split from this one.
@@ -61,34 +63,45 @@ pub trait Communicator: Send + Sync {
     /// The deadline of a call: how long it waits for a late peer. 60 s unless set.
     fn timeout(&self) -> Duration;
 
-    /// Sets the deadline; [`Duration::MAX`] waits for ever (for a person at a keyboard, say). Ranks may differ. Time in which this rank was
-    /// stopped does not count.
-    /// Failed, departed and killed peers are noticed all the same. Communicators split later inherit it.
+    /// Sets the deadline; [`Duration::MAX`] waits for ever (for a person at a keyboard, say). Ranks
+    /// may differ. Time in which this rank was stopped does not count. Failed, departed and killed
+    /// peers are noticed all the same. Communicators split later inherit it.
     fn set_timeout(&self, timeout: Duration);
 
     /// How f32 sums travel.
     fn wire(&self) -> WireFormat;
 
-    /// Sets how f32 sums travel (Allreduce with [`ReduceOp::Sum`], `all_reduce_add`, Reduce-scatter); the
-    /// same on all ranks. Communicators split later inherit it.
+    /// Sets how f32 sums travel (Allreduce with [`ReduceOp::Sum`], `all_reduce_add`,
+    /// Reduce-scatter); the same on all ranks. Communicators split later inherit it.
     fn set_wire(&self, wire: WireFormat);
 
-    /// `buf` becomes the elementwise sum or maximum over the ranks, the same bits on each of them (NaN is NaN, of any bits).
+    /// `buf` becomes the elementwise sum or maximum over the ranks, the same bits on each of them
+    /// (NaN is NaN, of any bits).
     fn all_reduce(&self, buf: &mut [f32], op: ReduceOp) -> Result<(), CommError>;
 
-    /// `residual += sum over the ranks of partial`, in one pass over the data; counted as Allreduce.
-    /// With equal residuals the results are the same bits on every rank.
+    /// `residual += sum over the ranks of partial`, in one pass over the data; counted as
+    /// Allreduce. With equal residuals the results are the same bits on every rank.
     fn all_reduce_add(&self, partial: &[f32], residual: &mut [f32]) -> Result<(), CommError>;
 
     /// Adds `send` over the ranks; rank r gets the r-th block of the sum, of `counts[r]` elements.
     /// `send` has as many elements as all counts together, `recv` as many as this rank's count.
-    fn reduce_scatter(&self, send: &[f32], counts: &[usize], recv: &mut [f32]) -> Result<(), CommError>;
+    fn reduce_scatter(
+        &self,
+        send: &[f32],
+        counts: &[usize],
+        recv: &mut [f32],
+    ) -> Result<(), CommError>;
 
     /// Gathers equal blocks of bytes, in rank order: `recv.len() == size * send.len()`.
     fn all_gather_bytes(&self, send: &[u8], recv: &mut [u8]) -> Result<(), CommError>;
 
     /// Gathers blocks of `counts[r]` bytes (zero allowed), in rank order.
-    fn all_gather_v_bytes(&self, send: &[u8], counts: &[usize], recv: &mut [u8]) -> Result<(), CommError>;
+    fn all_gather_v_bytes(
+        &self,
+        send: &[u8],
+        counts: &[usize],
+        recv: &mut [u8],
+    ) -> Result<(), CommError>;
 
     /// `buf` becomes what it is on rank `root`.
     fn broadcast_bytes(&self, root: usize, buf: &mut [u8]) -> Result<(), CommError>;
@@ -101,7 +114,13 @@ pub trait Communicator: Send + Sync {
     fn recv_bytes(&self, from: usize, buf: &mut [u8]) -> Result<(), CommError>;
 
     /// Sends to one rank while receiving from another (or the same): all ranks may do so at once.
-    fn send_recv_bytes(&self, to: usize, send: &[u8], from: usize, recv: &mut [u8]) -> Result<(), CommError>;
+    fn send_recv_bytes(
+        &self,
+        to: usize,
+        send: &[u8],
+        from: usize,
+        recv: &mut [u8],
+    ) -> Result<(), CommError>;
 
     /// Returns when all ranks have called it.
     fn barrier(&self) -> Result<(), CommError>;
@@ -109,8 +128,9 @@ pub trait Communicator: Send + Sync {
     /// Forms one group per `color`; within it ranks are ordered by `key`, then by rank here.
     fn split(&self, color: usize, key: usize) -> Result<Box<dyn Communicator>, CommError>;
 
-    /// Fails the job: the pending or next call of every rank returns [`CommError::PeerFailed`] with this
-    /// rank and reason. The first reason counts. May be called while another thread is in a call.
+    /// Fails the job: the pending or next call of every rank returns [`CommError::PeerFailed`] with
+    /// this rank and reason. The first reason counts. May be called while another thread is in a
+    /// call.
     fn abort(&self, reason: &str);
 }
 
@@ -129,7 +149,12 @@ pub trait CommunicatorExt: Communicator {
     }
 
     /// Gathers blocks of `counts[r]` elements (zero allowed) in rank order.
-    fn all_gather_v<T: Pod>(&self, send: &[T], counts: &[usize], recv: &mut [T]) -> Result<(), CommError> {
+    fn all_gather_v<T: Pod>(
+        &self,
+        send: &[T],
+        counts: &[usize],
+        recv: &mut [T],
+    ) -> Result<(), CommError> {
         let counts: Vec<usize> = counts.iter().map(|count| count * size_of::<T>()).collect();
         self.all_gather_v_bytes(bytemuck::cast_slice(send), &counts, bytemuck::cast_slice_mut(recv))
     }
@@ -150,7 +175,13 @@ pub trait CommunicatorExt: Communicator {
     }
 
     /// Sends to one rank while receiving from another.
-    fn send_recv<T: Pod>(&self, to: usize, send: &[T], from: usize, recv: &mut [T]) -> Result<(), CommError> {
+    fn send_recv<T: Pod>(
+        &self,
+        to: usize,
+        send: &[T],
+        from: usize,
+        recv: &mut [T],
+    ) -> Result<(), CommError> {
         self.send_recv_bytes(to, bytemuck::cast_slice(send), from, bytemuck::cast_slice_mut(recv))
     }
 }

@@ -1,6 +1,7 @@
 //! What a collective costs on a link: the α–β model, α seconds a message and β bytes a second.
 //!
-//! For n members and m bytes of payload (as the [`Ledger`](crate::Ledger) counts it), with s = ⌈log₂ n⌉:
+//! For n members and m bytes of payload (as the [`Ledger`](crate::Ledger) counts it), with s =
+//! ⌈log₂ n⌉:
 //!
 //! | collective | seconds |
 //! |---|---|
@@ -10,7 +11,8 @@
 //! | Send, Recv | α + m/β |
 //! | Barrier, Split | s·α |
 //!
-//! The formulas are those of Thakur, Rabenseifner and Gropp (2005) and of Chan et al. (2007), without the time of the additions.
+//! The formulas are those of Thakur, Rabenseifner and Gropp (2005) and of Chan et al. (2007),
+//! without the time of the additions.
 
 use std::fmt;
 use std::str::FromStr;
@@ -32,8 +34,8 @@ impl Link {
         Link { latency: latency * 1e-6, bandwidth: bandwidth * 1e9 }
     }
 
-    /// How `collective` over `members` with `bytes` of payload depends on the link: seconds = `.0` · α + `.1` / β. Of two
-    /// algorithms it is the one that is faster on this link.
+    /// How `collective` over `members` with `bytes` of payload depends on the link: seconds = `.0`
+    /// · α + `.1` / β. Of two algorithms it is the one that is faster on this link.
     pub fn terms(&self, collective: Collective, members: usize, bytes: f64) -> (f64, f64) {
         if members < 2 {
             return (0.0, 0.0);
@@ -43,8 +45,12 @@ impl Link {
         let faster = |a: (f64, f64), b: (f64, f64)| if self.of(a) <= self.of(b) { a } else { b };
         match collective {
             Collective::Allreduce => faster((steps, steps * bytes), (2.0 * steps, 2.0 * share)),
-            Collective::Allgather | Collective::Allgatherv | Collective::ReduceScatter => (steps, share),
-            Collective::Broadcast => faster((steps, steps * bytes), (steps + (members - 1) as f64, 2.0 * share)),
+            Collective::Allgather | Collective::Allgatherv | Collective::ReduceScatter => {
+                (steps, share)
+            }
+            Collective::Broadcast => {
+                faster((steps, steps * bytes), (steps + (members - 1) as f64, 2.0 * share))
+            }
             Collective::Send | Collective::Recv => (1.0, bytes),
             Collective::Barrier | Collective::Split => (steps, 0.0),
         }
@@ -55,13 +61,15 @@ impl Link {
         self.of(self.terms(collective, members, bytes))
     }
 
-    /// The link that explains measured Allreduces over `members` best: pairs of payload in bytes and seconds. Relative errors are
-    /// squared and added, so that small messages, which show α, weigh as much as large ones, which show β.
+    /// The link that explains measured Allreduces over `members` best: pairs of payload in bytes
+    /// and seconds. Relative errors are squared and added, so that small messages, which show α,
+    /// weigh as much as large ones, which show β.
     ///
     /// `None` with fewer than two different sizes.
     pub fn fit(members: usize, measured: &[(f64, f64)]) -> Option<Link> {
         let mut link = Link::from_us_gb_s(1.0, 10.0);
-        // Which algorithm a size takes depends on the link, and the link on the algorithms: a few rounds settle both.
+        // Which algorithm a size takes depends on the link, and the link on the algorithms: a few
+        // rounds settle both.
         for _ in 0..8 {
             let (mut aa, mut ab, mut bb, mut at, mut bt) = (0.0, 0.0, 0.0, 0.0, 0.0);
             for &(bytes, seconds) in measured {
@@ -95,7 +103,9 @@ impl fmt::Display for Link {
 
 /// A text that is no link.
 #[derive(Clone, PartialEq, Eq, Debug, thiserror::Error)]
-#[error("found {found:?}, expected microseconds from 0 to 1e6 and GB/s from 1e-9 to 1e6, for example 40,0.117")]
+#[error(
+    "found {found:?}, expected microseconds from 0 to 1e6 and GB/s from 1e-9 to 1e6, for example 40,0.117"
+)]
 pub struct InvalidLink {
     /// The text.
     pub found: String,
@@ -108,7 +118,8 @@ impl FromStr for Link {
     fn from_str(text: &str) -> Result<Self, InvalidLink> {
         let parse = || {
             let (latency, bandwidth) = text.split_once(',')?;
-            let (latency, bandwidth) = (latency.trim().parse().ok()?, bandwidth.trim().parse().ok()?);
+            let (latency, bandwidth) =
+                (latency.trim().parse().ok()?, bandwidth.trim().parse().ok()?);
             let fits = (0.0..=1e6).contains(&latency) && (1e-9..=1e6).contains(&bandwidth);
             fits.then(|| Link::from_us_gb_s(latency, bandwidth))
         };
@@ -126,11 +137,13 @@ pub struct Cluster {
 }
 
 impl Cluster {
-    /// Seconds of a collective whose members are on the machines `nodes` (one entry a member): first within the machines, the fullest
-    /// of which counts, then between them, one member of each.
+    /// Seconds of a collective whose members are on the machines `nodes` (one entry a member):
+    /// first within the machines, the fullest of which counts, then between them, one member of
+    /// each.
     pub fn seconds(&self, collective: Collective, nodes: &[usize], bytes: f64) -> f64 {
         let Crowd { machines, fullest } = Crowd::of(nodes);
-        self.inside.seconds(collective, fullest, bytes) + self.between.seconds(collective, machines, bytes)
+        self.inside.seconds(collective, fullest, bytes)
+            + self.between.seconds(collective, machines, bytes)
     }
 }
 
@@ -152,10 +165,15 @@ impl Crowd {
     }
 }
 
-/// The machine of `rank` where `ranks` ranks lie on `nodes` machines in equal contiguous blocks, the first ones one longer.
+/// The machine of `rank` where `ranks` ranks lie on `nodes` machines in equal contiguous blocks,
+/// the first ones one longer.
 pub fn node_of(rank: usize, ranks: usize, nodes: usize) -> usize {
     let (each, longer) = (ranks / nodes, ranks % nodes);
-    if rank < longer * (each + 1) { rank / (each + 1) } else { longer + (rank - longer * (each + 1)) / each.max(1) }
+    if rank < longer * (each + 1) {
+        rank / (each + 1)
+    } else {
+        longer + (rank - longer * (each + 1)) / each.max(1)
+    }
 }
 
 #[cfg(test)]
@@ -165,7 +183,9 @@ mod tests {
     #[test]
     fn small_sums_cost_rounds_and_large_ones_bytes() {
         let link: Link = "40,0.125".parse().unwrap();
-        let us = |collective, members, bytes| (link.seconds(collective, members, bytes) * 1e6 * 1e3).round() / 1e3;
+        let us = |collective, members, bytes| {
+            (link.seconds(collective, members, bytes) * 1e6 * 1e3).round() / 1e3
+        };
         assert_eq!(us(Collective::Allreduce, 1, 1e9), 0.0);
         assert_eq!(us(Collective::Allreduce, 2, 4096.0), 40.0 + 32.768);
         assert_eq!(us(Collective::Allreduce, 4, 4096.0), 2.0 * (40.0 + 32.768));
@@ -182,7 +202,8 @@ mod tests {
         for members in [2, 3, 4, 7, 16] {
             let link = Link::from_us_gb_s(13.0, 1.15);
             let sizes = [64.0, 4096.0, 65_536.0, 1e6, 8e6];
-            let times: Vec<_> = sizes.map(|m| (m, link.seconds(Collective::Allreduce, members, m))).to_vec();
+            let times: Vec<_> =
+                sizes.map(|m| (m, link.seconds(Collective::Allreduce, members, m))).to_vec();
             let found = Link::fit(members, &times).unwrap();
             assert!((found.latency / link.latency - 1.0).abs() < 1e-6, "{members}: {found}");
             assert!((found.bandwidth / link.bandwidth - 1.0).abs() < 1e-6, "{members}: {found}");
@@ -193,20 +214,27 @@ mod tests {
 
     #[test]
     fn texts_that_are_no_link() {
-        for text in ["", "40", "40;1", "x,1", "1,0", "-1,1", "1,-1", "1,1e-10", "nan,1", "1,inf", "1,2,3", "2e6,1"] {
+        for text in [
+            "", "40", "40;1", "x,1", "1,0", "-1,1", "1,-1", "1,1e-10", "nan,1", "1,inf", "1,2,3",
+            "2e6,1",
+        ] {
             assert!(text.parse::<Link>().unwrap_err().to_string().contains(text), "{text}");
         }
     }
 
     #[test]
     fn ranks_lie_in_contiguous_blocks() {
-        let on = |ranks, nodes| (0..ranks).map(|rank| node_of(rank, ranks, nodes)).collect::<Vec<_>>();
+        let on =
+            |ranks, nodes| (0..ranks).map(|rank| node_of(rank, ranks, nodes)).collect::<Vec<_>>();
         assert_eq!(on(4, 2), [0, 0, 1, 1]);
         assert_eq!(on(5, 2), [0, 0, 0, 1, 1]);
         assert_eq!(on(7, 3), [0, 0, 0, 1, 1, 2, 2]);
         assert_eq!(on(2, 2), [0, 1]);
         assert_eq!(Crowd::of(&on(7, 3)), Crowd { machines: 3, fullest: 3 });
-        let cluster = Cluster { inside: Link::from_us_gb_s(1.0, 1.0), between: Link::from_us_gb_s(10.0, 0.1) };
+        let cluster = Cluster {
+            inside: Link::from_us_gb_s(1.0, 1.0),
+            between: Link::from_us_gb_s(10.0, 0.1),
+        };
         let us = cluster.seconds(Collective::Allreduce, &on(4, 2), 1000.0) * 1e6;
         assert!((us - (1.0 + 1.0 + 10.0 + 10.0)).abs() < 1e-9, "{us}");
     }

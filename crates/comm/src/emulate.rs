@@ -1,8 +1,10 @@
-//! A slow link on a fast machine: a communicator whose calls take as long as a given link would make them.
+//! A slow link on a fast machine: a communicator whose calls take as long as a given link would
+//! make them.
 //!
-//! Ranks are divided into contiguous blocks, the emulated nodes. A call whose members are on more than one node is made as always; then each
-//! rank waits until the time of [`Link::seconds`] over the *nodes* has passed since the last rank came. What the ranks of one node
-//! exchange among themselves takes the time that it really takes.
+//! Ranks are divided into contiguous blocks, the emulated nodes. A call whose members are on more
+//! than one node is made as always; then each rank waits until the time of [`Link::seconds`] over
+//! the *nodes* has passed since the last rank came. What the ranks of one node exchange among
+//! themselves takes the time that it really takes.
 
 use std::sync::Arc;
 use std::thread;
@@ -19,8 +21,8 @@ const SPIN: Duration = Duration::from_micros(200);
 
 /// A communicator with an emulated link between blocks of its ranks.
 ///
-/// Results, errors and deadlines are those of the communicator inside. The ledger is this one's own; its seconds include what the
-/// link costs.
+/// Results, errors and deadlines are those of the communicator inside. The ledger is this one's
+/// own; its seconds include what the link costs.
 pub struct EmulatedComm {
     inner: Arc<dyn Communicator>,
     link: Link,
@@ -31,12 +33,16 @@ pub struct EmulatedComm {
 }
 
 impl EmulatedComm {
-    /// Puts `link` between `nodes` contiguous blocks of the ranks of `inner`; the first blocks are one longer where they do not
-    /// divide. All ranks do so alike.
+    /// Puts `link` between `nodes` contiguous blocks of the ranks of `inner`; the first blocks are
+    /// one longer where they do not divide. All ranks do so alike.
     ///
     /// # Errors
     /// When there are no nodes or more than ranks.
-    pub fn new(inner: Arc<dyn Communicator>, link: Link, nodes: usize) -> Result<EmulatedComm, CommError> {
+    pub fn new(
+        inner: Arc<dyn Communicator>,
+        link: Link,
+        nodes: usize,
+    ) -> Result<EmulatedComm, CommError> {
         let size = inner.size();
         if nodes == 0 || nodes > size {
             let reason = format!("found {nodes} nodes, expected 1 to {size}, the number of ranks");
@@ -46,7 +52,12 @@ impl EmulatedComm {
         Ok(EmulatedComm::of(inner, link, nodes, Arc::default()))
     }
 
-    fn of(inner: Arc<dyn Communicator>, link: Link, nodes: Vec<usize>, ledger: Arc<Ledger>) -> EmulatedComm {
+    fn of(
+        inner: Arc<dyn Communicator>,
+        link: Link,
+        nodes: Vec<usize>,
+        ledger: Arc<Ledger>,
+    ) -> EmulatedComm {
         let machines = Crowd::of(&nodes).machines;
         EmulatedComm { inner, link, nodes, machines, ledger }
     }
@@ -58,7 +69,12 @@ impl EmulatedComm {
         bytes: usize,
         call: impl FnOnce() -> Result<R, CommError>,
     ) -> Result<R, CommError> {
-        self.slowed(collective, bytes, self.link.seconds(collective, self.machines, bytes as f64), call)
+        self.slowed(
+            collective,
+            bytes,
+            self.link.seconds(collective, self.machines, bytes as f64),
+            call,
+        )
     }
 
     /// Makes a call and waits until `least` seconds have passed since the last rank came.
@@ -154,7 +170,9 @@ impl Communicator for EmulatedComm {
 
     fn all_reduce(&self, buf: &mut [f32], op: ReduceOp) -> Result<(), CommError> {
         let (_, wire) = op.on(self.wire());
-        self.all(Collective::Allreduce, wire.encoded_bytes(buf.len()), || self.inner.all_reduce(buf, op))
+        self.all(Collective::Allreduce, wire.encoded_bytes(buf.len()), || {
+            self.inner.all_reduce(buf, op)
+        })
     }
 
     fn all_reduce_add(&self, partial: &[f32], residual: &mut [f32]) -> Result<(), CommError> {
@@ -162,7 +180,12 @@ impl Communicator for EmulatedComm {
         self.all(Collective::Allreduce, bytes, || self.inner.all_reduce_add(partial, residual))
     }
 
-    fn reduce_scatter(&self, send: &[f32], counts: &[usize], recv: &mut [f32]) -> Result<(), CommError> {
+    fn reduce_scatter(
+        &self,
+        send: &[f32],
+        counts: &[usize],
+        recv: &mut [f32],
+    ) -> Result<(), CommError> {
         let bytes = self.wire().encoded_blocks(counts);
         self.all(Collective::ReduceScatter, bytes, || self.inner.reduce_scatter(send, counts, recv))
     }
@@ -171,8 +194,15 @@ impl Communicator for EmulatedComm {
         self.all(Collective::Allgather, recv.len(), || self.inner.all_gather_bytes(send, recv))
     }
 
-    fn all_gather_v_bytes(&self, send: &[u8], counts: &[usize], recv: &mut [u8]) -> Result<(), CommError> {
-        self.all(Collective::Allgatherv, recv.len(), || self.inner.all_gather_v_bytes(send, counts, recv))
+    fn all_gather_v_bytes(
+        &self,
+        send: &[u8],
+        counts: &[usize],
+        recv: &mut [u8],
+    ) -> Result<(), CommError> {
+        self.all(Collective::Allgatherv, recv.len(), || {
+            self.inner.all_gather_v_bytes(send, counts, recv)
+        })
     }
 
     fn broadcast_bytes(&self, root: usize, buf: &mut [u8]) -> Result<(), CommError> {
@@ -189,12 +219,21 @@ impl Communicator for EmulatedComm {
         self.slowed(Collective::Recv, buf.len(), least, || self.inner.recv_bytes(from, buf))
     }
 
-    fn send_recv_bytes(&self, to: usize, send: &[u8], from: usize, recv: &mut [u8]) -> Result<(), CommError> {
-        // Both directions of a link at once: the slower message counts. Its time stands in the line of what is received.
+    fn send_recv_bytes(
+        &self,
+        to: usize,
+        send: &[u8],
+        from: usize,
+        recv: &mut [u8],
+    ) -> Result<(), CommError> {
+        // Both directions of a link at once: the slower message counts. Its time stands in the line
+        // of what is received.
         let least = self.message(to, send.len()).max(self.message(from, recv.len()));
         let none = Duration::ZERO;
         self.ledger.record(Collective::Send, self.ledger.activity(), send.len(), none, none);
-        self.slowed(Collective::Recv, recv.len(), least, || self.inner.send_recv_bytes(to, send, from, recv))
+        self.slowed(Collective::Recv, recv.len(), least, || {
+            self.inner.send_recv_bytes(to, send, from, recv)
+        })
     }
 
     fn barrier(&self) -> Result<(), CommError> {
@@ -205,7 +244,10 @@ impl Communicator for EmulatedComm {
         let (inner, nodes) = self.all(Collective::Split, 0, || {
             let inner: Arc<dyn Communicator> = self.inner.split(color, key)?.into();
             let mut nodes = vec![0; inner.size()];
-            inner.all_gather_bytes(bytemuck::bytes_of(&self.machine()), bytemuck::cast_slice_mut(&mut nodes))?;
+            inner.all_gather_bytes(
+                bytemuck::bytes_of(&self.machine()),
+                bytemuck::cast_slice_mut(&mut nodes),
+            )?;
             Ok((inner, nodes))
         })?;
         Ok(Box::new(EmulatedComm::of(inner, self.link, nodes, Arc::clone(&self.ledger))))

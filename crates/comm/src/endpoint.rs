@@ -1,4 +1,5 @@
-//! A rank's end of any group: checks arguments, keeps the ledger, and turns an error into a failure of the job.
+//! A rank's end of any group: checks arguments, keeps the ledger, and turns an error into a failure
+//! of the job.
 
 use std::sync::atomic::{AtomicU8, AtomicU64, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -40,8 +41,9 @@ struct State {
 }
 
 impl Endpoint {
-    /// The end of this rank in the group of all ranks that `transport` connects. `machine`: for each rank, a number that
-    /// it shares with the ranks of its machine; `spin`: whether each rank has a core.
+    /// The end of this rank in the group of all ranks that `transport` connects. `machine`: for
+    /// each rank, a number that it shares with the ranks of its machine; `spin`: whether each rank
+    /// has a core.
     pub(crate) fn new(
         name: &'static str,
         machine: Arc<[usize]>,
@@ -83,7 +85,8 @@ impl Endpoint {
         WireFormat::ALL[usize::from(self.wire.load(Relaxed))]
     }
 
-    /// Makes a call: `body` checks the arguments and moves the data, over nothing in a group of one.
+    /// Makes a call: `body` checks the arguments and moves the data, over nothing in a group of
+    /// one.
     fn call<R>(
         &self,
         header: Header,
@@ -96,7 +99,12 @@ impl Endpoint {
         let (collective, activity) = (header.collective, self.ledger.activity());
         let Activity { phase, layer, background } = activity;
         let mut call = Call {
-            site: Site { place: Place { collective, phase, layer }, header, rank: self.rank, world: &self.world },
+            site: Site {
+                place: Place { collective, phase, layer },
+                header,
+                rank: self.rank,
+                world: &self.world,
+            },
             alarm: &self.membership.alarm,
             timeout: self.timeout(),
             spin: self.spin,
@@ -110,7 +118,8 @@ impl Endpoint {
         } else if let Some((rank, reason)) = call.alarm.raised() {
             Err(call.site.peer_failed(rank, reason))
         } else {
-            // The match shortens the life of the trait object, which `as_deref_mut` leaves at 'static.
+            // The match shortens the life of the trait object, which `as_deref_mut` leaves at
+            // 'static.
             match transport {
                 Some(transport) => body(&mut call, Some(&mut **transport)),
                 None => body(&mut call, None),
@@ -155,7 +164,13 @@ impl Endpoint {
         })
     }
 
-    fn gather(&self, header: Header, send: &[u8], counts: Counts<'_>, recv: &mut [u8]) -> Result<(), CommError> {
+    fn gather(
+        &self,
+        header: Header,
+        send: &[u8],
+        counts: Counts<'_>,
+        recv: &mut [u8],
+    ) -> Result<(), CommError> {
         self.call(header, recv.len(), |call, transport| {
             if let Counts::Each(counts) = counts {
                 expect(call, "counts.len()", counts.len(), self.size(), "size()")?;
@@ -219,14 +234,25 @@ impl Endpoint {
         )?;
         let mut order: Vec<usize> = (0..self.size()).collect();
         order.sort_by_key(|&rank| (all[rank][0], all[rank][1], rank));
-        let groups: Vec<Vec<usize>> = order.chunk_by(|&a, &b| all[a][0] == all[b][0]).map(<[usize]>::to_vec).collect();
+        let groups: Vec<Vec<usize>> =
+            order.chunk_by(|&a, &b| all[a][0] == all[b][0]).map(<[usize]>::to_vec).collect();
         let mine = groups.iter().position(|group| group.contains(&self.rank));
         Ok((groups, mine.expect("every rank is in the group of its color")))
     }
 }
 
-fn expect(call: &Call<'_>, what: &'static str, found: usize, expected: usize, name: &str) -> Result<(), CommError> {
-    if found == expected { Ok(()) } else { Err(call.site.argument(what, found, format_args!("{name} = {expected}"))) }
+fn expect(
+    call: &Call<'_>,
+    what: &'static str,
+    found: usize,
+    expected: usize,
+    name: &str,
+) -> Result<(), CommError> {
+    if found == expected {
+        Ok(())
+    } else {
+        Err(call.site.argument(what, found, format_args!("{name} = {expected}")))
+    }
 }
 
 impl Drop for Endpoint {
@@ -300,16 +326,25 @@ impl<E: End> Communicator for E {
         end.reduce(Reduction { input: Some(partial), output: residual, op, wire: end.wire() })
     }
 
-    fn reduce_scatter(&self, send: &[f32], counts: &[usize], recv: &mut [f32]) -> Result<(), CommError> {
+    fn reduce_scatter(
+        &self,
+        send: &[f32],
+        counts: &[usize],
+        recv: &mut [f32],
+    ) -> Result<(), CommError> {
         let end = self.end();
         let wire = end.wire();
-        let header = Header::new(Collective::ReduceScatter, send.len()).reduce(ReduceOp::Sum, wire).counts(counts);
+        let header = Header::new(Collective::ReduceScatter, send.len())
+            .reduce(ReduceOp::Sum, wire)
+            .counts(counts);
         end.call(header, wire.encoded_blocks(counts), |call, transport| {
             expect(call, "counts.len()", counts.len(), end.size(), "size()")?;
             expect(call, "send.len()", send.len(), counts.iter().sum(), "the sum of counts")?;
             expect(call, "recv.len()", recv.len(), counts[end.rank], "counts[rank]")?;
             match transport {
-                Some(transport) => transport.group().reduce_scatter(call, send, counts, recv, wire)?,
+                Some(transport) => {
+                    transport.group().reduce_scatter(call, send, counts, recv, wire)?
+                }
                 None => recv.copy_from_slice(send),
             }
             Ok(())
@@ -321,7 +356,12 @@ impl<E: End> Communicator for E {
         self.end().gather(header, send, Counts::Equal(send.len()), recv)
     }
 
-    fn all_gather_v_bytes(&self, send: &[u8], counts: &[usize], recv: &mut [u8]) -> Result<(), CommError> {
+    fn all_gather_v_bytes(
+        &self,
+        send: &[u8],
+        counts: &[usize],
+        recv: &mut [u8],
+    ) -> Result<(), CommError> {
         let header = Header::new(Collective::Allgatherv, recv.len()).counts(counts);
         self.end().gather(header, send, Counts::Each(counts), recv)
     }
@@ -348,7 +388,13 @@ impl<E: End> Communicator for E {
         self.end().messages(header, None, Some((from, buf)))
     }
 
-    fn send_recv_bytes(&self, to: usize, send: &[u8], from: usize, recv: &mut [u8]) -> Result<(), CommError> {
+    fn send_recv_bytes(
+        &self,
+        to: usize,
+        send: &[u8],
+        from: usize,
+        recv: &mut [u8],
+    ) -> Result<(), CommError> {
         let end = self.end();
         // The time of an exchange stands in the line of what is received.
         let none = Duration::ZERO;

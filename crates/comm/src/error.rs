@@ -26,9 +26,11 @@ impl fmt::Display for Place {
     }
 }
 
-/// A failed call. Ranks are numbered as in the whole job, also in communicators that were split from it.
+/// A failed call. Ranks are numbered as in the whole job, also in communicators that were split
+/// from it.
 ///
-/// After any of these the rank counts as failed: its further calls and those of the others fail too.
+/// After any of these the rank counts as failed: its further calls and those of the others fail
+/// too.
 #[derive(Clone, PartialEq, Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum CommError {
@@ -44,7 +46,8 @@ pub enum CommError {
         /// How long it waited.
         waited: Duration,
     },
-    /// Two ranks met in different calls: another collective, another size, another root or operation.
+    /// Two ranks met in different calls: another collective, another size, another root or
+    /// operation.
     #[error("{place}: calls do not match: rank {rank} calls {here}, rank {peer} calls {there}")]
     Mismatch {
         /// The call of this rank.
@@ -98,8 +101,8 @@ pub enum CommError {
         /// What the system says.
         reason: String,
     },
-    /// MPI returned an error code while the ranks were being connected; later it is a [`PeerFailed`](CommError::PeerFailed) of the rank that
-    /// had it.
+    /// MPI returned an error code while the ranks were being connected; later it is a
+    /// [`PeerFailed`](CommError::PeerFailed) of the rank that had it.
     #[error("{function} failed with MPI error {code}: {message}")]
     Mpi {
         /// The MPI function.
@@ -145,14 +148,29 @@ mod tests {
 
     #[test]
     fn messages_name_collective_phase_layer_and_ranks() {
-        let place = Place { collective: Collective::Allreduce, phase: Phase::Decode, layer: Some(7) };
+        let place =
+            Place { collective: Collective::Allreduce, phase: Phase::Decode, layer: Some(7) };
         let waited = Duration::from_millis(1500);
         let error = CommError::Timeout { place, rank: 0, missing: vec![1, 2, 5], waited };
-        assert_eq!(error.to_string(), "Allreduce (decode, layer 7): rank 0 waited 1.5s for ranks 1, 2 and 5");
+        assert_eq!(
+            error.to_string(),
+            "Allreduce (decode, layer 7): rank 0 waited 1.5s for ranks 1, 2 and 5"
+        );
         let place = Place { layer: None, ..place };
-        let failed = |reason: &str, missing| CommError::PeerFailed { place, rank: 3, reason: reason.into(), missing };
-        assert_eq!(failed("out of memory", vec![]).to_string(), "Allreduce (decode): rank 3 failed: out of memory");
+        let failed = |reason: &str, missing| CommError::PeerFailed {
+            place,
+            rank: 3,
+            reason: reason.into(),
+            missing,
+        };
+        assert_eq!(
+            failed("out of memory", vec![]).to_string(),
+            "Allreduce (decode): rank 3 failed: out of memory"
+        );
         let told = failed("it was told to end", vec![1]).to_string();
-        assert_eq!(told, "Allreduce (decode): rank 3 failed: it was told to end while it waited for rank 1");
+        assert_eq!(
+            told,
+            "Allreduce (decode): rank 3 failed: it was told to end while it waited for rank 1"
+        );
     }
 }

@@ -10,14 +10,16 @@
 //! read the result areas [(k - 1) mod 2] of all
 //! ```
 //!
-//! No second wait is needed before an area is used again. A rank that writes an area in step k + 2 has met
-//! all others in step k + 1; each of them came there after it had done with step k, the last that read the
-//! outboxes of step k. (Result areas: written after the meeting of step k, read after that of k + 1, by
-//! ranks that come to step k + 2 only afterwards; written again after the meeting of step k + 2.) That holds
-//! whichever rank writes an area in step k + 2: two ranks take turns with theirs.
+//! No second wait is needed before an area is used again. A rank that writes an area in step k + 2
+//! has met all others in step k + 1; each of them came there after it had done with step k, the
+//! last that read the outboxes of step k. (Result areas: written after the meeting of step k, read
+//! after that of k + 1, by ranks that come to step k + 2 only afterwards; written again after the
+//! meeting of step k + 2.) That holds whichever rank writes an area in step k + 2: two ranks take
+//! turns with theirs.
 //!
-//! The borrows spell this out: an outbox is lent out before [`Exchange::meet`], what others wrote after it.
-//! Processes that share the memory are trusted to run this same code: what they say of their program is compared at setup.
+//! The borrows spell this out: an outbox is lent out before [`Exchange::meet`], what others wrote
+//! after it. Processes that share the memory are trusted to run this same code: what they say of
+//! their program is compared at setup.
 
 use std::sync::Arc;
 #[cfg(any(feature = "mpi", test))]
@@ -31,14 +33,15 @@ use crate::segment::{LINE, Segment};
 
 /// Bytes of an outbox.
 pub(crate) const OUTBOX: usize = 256 << 10;
-/// Bytes of a result area: enough for a third of an outbox in the widest encoding, since two ranks need none.
+/// Bytes of a result area: enough for a third of an outbox in the widest encoding, since two ranks
+/// need none.
 pub(crate) const RESULT: usize = 96 << 10;
 
 /// Words of a rank's control block: two cache lines, so that ranks do not disturb each other.
 const CONTROL: usize = LINE / 8;
-// In a control block: the flag, two headers of three words, the travel before the last meeting that came after any
-// (nanoseconds above the low bits of that meeting's step), the mark that a rank holds its end, and the count of what the
-// rank has moved between machines.
+// In a control block: the flag, two headers of three words, the travel before the last meeting that
+// came after any (nanoseconds above the low bits of that meeting's step), the mark that a rank
+// holds its end, and the count of what the rank has moved between machines.
 const FLAG: usize = 0;
 const HEADERS: usize = 1;
 const TRAVEL: usize = 7;
@@ -61,7 +64,8 @@ pub(crate) struct Exchange {
 }
 
 impl Exchange {
-    /// The end of `rank`. Each end can be taken once; the segment is zeroed and laid out by [`extent`].
+    /// The end of `rank`. Each end can be taken once; the segment is zeroed and laid out by
+    /// [`extent`].
     pub(crate) fn new(segment: Arc<Segment>, rank: usize, size: usize) -> Exchange {
         assert!(rank < size, "rank {rank} of {size}");
         let claimed = segment.word(rank * CONTROL + CLAIMED).swap(1, AcqRel);
@@ -81,9 +85,10 @@ impl Exchange {
         self.segment.word(rank * CONTROL + FLAG).load(Acquire)
     }
 
-    /// Where `rank` writes in `step`. Two ranks change places from one use of an area to the next: each writes what
-    /// it was the last to read, which its core has already and need not take back from the other's. That halves the
-    /// lines that move, and the time. Of more ranks nobody has the lines for itself, so that nothing would be gained.
+    /// Where `rank` writes in `step`. Two ranks change places from one use of an area to the next:
+    /// each writes what it was the last to read, which its core has already and need not take back
+    /// from the other's. That halves the lines that move, and the time. Of more ranks nobody has
+    /// the lines for itself, so that nothing would be gained.
     #[inline]
     fn area(&self, rank: usize, step: u64) -> usize {
         let place = if self.size == 2 { rank ^ (step >> 1 & 1) as usize } else { rank };
@@ -93,8 +98,8 @@ impl Exchange {
     /// What this rank brings to the coming meeting.
     pub(crate) fn outbox(&mut self) -> &mut [u8] {
         assert!(!self.broken, "a failed exchange is used again");
-        // SAFETY: see the module: the peers have done with this outbox, and will not look before `meet`,
-        // which cannot be called while the slice lives; this rank has one end only.
+        // SAFETY: see the module: the peers have done with this outbox, and will not look before
+        // `meet`, which cannot be called while the slice lives; this rank has one end only.
         unsafe { self.segment.data_mut(self.area(self.rank, self.step), OUTBOX) }
     }
 
@@ -116,7 +121,8 @@ impl Exchange {
         self.segment.word(control + FLAG).store(step, Release);
         for peer in (0..self.size).filter(|&peer| peer != self.rank) {
             let waited = call.waited;
-            let come = call.wait(|| Ok(self.flag(peer) >= step), || self.late(step), || self.moved());
+            let come =
+                call.wait(|| Ok(self.flag(peer) >= step), || self.late(step), || self.moved());
             call.waited = waited + (call.waited - waited).saturating_sub(self.travel(peer, step));
             let result = match come {
                 Ok(()) => call.site.compare(peer, self.header(peer, headers)),
@@ -135,7 +141,8 @@ impl Exchange {
         [0, 1, 2].map(|index| self.segment.word(peer * CONTROL + headers + index).load(Relaxed))
     }
 
-    /// How long `peer`, who has come to the meeting of `step`, was on the way for its neighbours before.
+    /// How long `peer`, who has come to the meeting of `step`, was on the way for its neighbours
+    /// before.
     #[inline]
     fn travel(&self, peer: usize, step: u64) -> Duration {
         let travel = self.segment.word(peer * CONTROL + TRAVEL).load(Relaxed);
@@ -143,7 +150,8 @@ impl Exchange {
         Duration::from_nanos(if of_this_step { travel >> STEP_BITS } else { 0 })
     }
 
-    /// Where this rank counts what it moves for its neighbours between meetings: while the count changes, they have patience.
+    /// Where this rank counts what it moves for its neighbours between meetings: while the count
+    /// changes, they have patience.
     #[cfg(any(feature = "mpi", test))]
     pub(crate) fn progress(&self) -> &AtomicU64 {
         self.segment.word(self.rank * CONTROL + PROGRESS)
@@ -151,7 +159,9 @@ impl Exchange {
 
     /// What all ranks have moved so.
     fn moved(&self) -> u64 {
-        (0..self.size).map(|rank| self.segment.word(rank * CONTROL + PROGRESS).load(Relaxed)).fold(0, u64::wrapping_add)
+        (0..self.size)
+            .map(|rank| self.segment.word(rank * CONTROL + PROGRESS).load(Relaxed))
+            .fold(0, u64::wrapping_add)
     }
 
     fn late(&self, step: u64) -> Vec<usize> {
@@ -186,19 +196,23 @@ impl Met<'_> {
     #[inline]
     pub(crate) fn outbox(&self, rank: usize) -> &[u8] {
         assert!(rank < self.exchange.size, "rank {rank} of {}", self.exchange.size);
-        // SAFETY: see the module: `rank` has published this outbox and writes it again only after this
-        // rank comes to the next meeting, for which this borrow has to end.
+        // SAFETY: see the module: `rank` has published this outbox and writes it again only after
+        // this rank comes to the next meeting, for which this borrow has to end.
         unsafe { self.exchange.segment.data(self.exchange.area(rank, self.step()), OUTBOX) }
     }
 
-    /// The outboxes of this meeting, and the result area of this rank, which the others can read after the next.
+    /// The outboxes of this meeting, and the result area of this rank, which the others can read
+    /// after the next.
     #[inline]
-    pub(crate) fn outboxes_and_result<'b>(&'b mut self) -> (impl Fn(usize) -> &'b [u8], &'b mut [u8]) {
+    pub(crate) fn outboxes_and_result<'b>(
+        &'b mut self,
+    ) -> (impl Fn(usize) -> &'b [u8], &'b mut [u8]) {
         let (step, rank, size) = (self.step(), self.exchange.rank, self.exchange.size);
         let exchange = &*self.exchange;
         let start = self.exchange.area(rank, step) + OUTBOX;
-        // SAFETY: see the module: the peers have done with this area and look at it again only after the
-        // next meeting, for which this borrow has to end; outboxes and result areas do not overlap.
+        // SAFETY: see the module: the peers have done with this area and look at it again only
+        // after the next meeting, for which this borrow has to end; outboxes and result areas do
+        // not overlap.
         let result = unsafe { exchange.segment.data_mut(start, RESULT) };
         let outbox = move |peer: usize| {
             assert!(peer < size, "rank {peer} of {size}");
@@ -213,8 +227,8 @@ impl Met<'_> {
     pub(crate) fn previous_result(&self, rank: usize) -> &[u8] {
         assert!(rank < self.exchange.size, "rank {rank} of {}", self.exchange.size);
         let start = self.exchange.area(rank, self.step() - 1) + OUTBOX;
-        // SAFETY: see the module: `rank` wrote this before it came to this meeting, and writes it again only
-        // after this rank comes to the next.
+        // SAFETY: see the module: `rank` wrote this before it came to this meeting, and writes it
+        // again only after this rank comes to the next.
         unsafe { self.exchange.segment.data(start, RESULT) }
     }
 }

@@ -1,9 +1,9 @@
 //! The collectives of ranks that share memory: threads of a process, or processes of a machine.
 //!
-//! Small sums are formed in one shot: everyone writes its input, everyone meets, everyone adds all inputs in
-//! rank order. Large ones go in chunks; two ranks stay with the one shot, which moves as few bytes as
-//! anything could, more ranks each add one part of a chunk and gather the parts at the next meeting, so that
-//! a chunk costs one meeting, and one more at the end.
+//! Small sums are formed in one shot: everyone writes its input, everyone meets, everyone adds all
+//! inputs in rank order. Large ones go in chunks; two ranks stay with the one shot, which moves as
+//! few bytes as anything could, more ranks each add one part of a chunk and gather the parts at the
+//! next meeting, so that a chunk costs one meeting, and one more at the end.
 
 use std::ops::Range;
 use std::sync::Arc;
@@ -20,10 +20,11 @@ use crate::segment::Segment;
 use crate::transport::{Collectives, Counts, Reduction, Step, carry};
 use crate::wire::{Fold, WIRE_GROUP, WireFormat};
 
-/// One shot while all inputs but the own and one more are at most this long: what reading everything costs
-/// over reading a part is then less than a second meeting.
+/// One shot while all inputs but the own and one more are at most this long: what reading
+/// everything costs over reading a part is then less than a second meeting.
 const ONE_SHOT: usize = 32 << 10;
-/// Bytes of a chunk of a one-shot sum, of a gather and of a broadcast: it stays in the cache nearest to the cores.
+/// Bytes of a chunk of a one-shot sum, of a gather and of a broadcast: it stays in the cache
+/// nearest to the cores.
 const CHUNK: usize = 128 << 10;
 /// Elements that are added up before the next are looked at; they stay in the first-level cache.
 pub(crate) const BLOCK: usize = 1024;
@@ -47,7 +48,8 @@ pub(crate) fn elements(wire: WireFormat, bytes: usize) -> usize {
     bytes / wire.encoded_bytes(WIRE_GROUP) * WIRE_GROUP
 }
 
-/// `0..len` in steps of `step`; one empty step where there is nothing, since ranks meet all the same.
+/// `0..len` in steps of `step`; one empty step where there is nothing, since ranks meet all the
+/// same.
 pub(crate) fn steps(len: usize, step: usize) -> impl Iterator<Item = Range<usize>> {
     (0..len.div_ceil(step).max(1)).map(move |i| i * step..len.min((i + 1) * step))
 }
@@ -95,7 +97,8 @@ impl Group {
             // The sum of two is the same in either order, and the own input is at hand.
             let plain = size == 2 && wire == WireFormat::F32 && op == ReduceOp::Sum;
             if !plain {
-                // A copy, since to look at the outbox itself would take its lines back from the rank that reads them.
+                // A copy, since to look at the outbox itself would take its lines back from the
+                // rank that reads them.
                 self.own.clear();
                 self.own.extend_from_slice(&outbox[..wire.encoded_bytes(output.len())]);
             }
@@ -169,11 +172,18 @@ impl Group {
     }
 
     /// Moves a message on that `site` expects from its rank `peer`.
-    pub(crate) fn pull(&self, site: Site<'_>, peer: usize, message: &mut Incoming<'_>) -> Result<Step, CommError> {
+    pub(crate) fn pull(
+        &self,
+        site: Site<'_>,
+        peer: usize,
+        message: &mut Incoming<'_>,
+    ) -> Result<Step, CommError> {
         let before = message.chunks;
         match self.mail.pull(message) {
             Ok(done) => Ok(Step { moved: message.chunks != before, done }),
-            Err(WrongLength(length)) => Err(site.mismatch(peer, Header::new(Collective::Send, length).words())),
+            Err(WrongLength(length)) => {
+                Err(site.mismatch(peer, Header::new(Collective::Send, length).words()))
+            }
         }
     }
 }
@@ -218,7 +228,14 @@ impl Collectives for Group {
             for block in steps(recv.len(), BLOCK) {
                 let skip = rank * room + wire.encoded_bytes(block.start);
                 let others = |peer| &met.outbox(peer)[skip..];
-                fold_block(wire, ReduceOp::Sum, (rank, &own[block.clone()]), size, others, &mut recv[block]);
+                fold_block(
+                    wire,
+                    ReduceOp::Sum,
+                    (rank, &own[block.clone()]),
+                    size,
+                    others,
+                    &mut recv[block],
+                );
             }
         }
         Ok(())
@@ -252,7 +269,12 @@ impl Collectives for Group {
         Ok(())
     }
 
-    fn broadcast(&mut self, call: &mut Call<'_>, root: usize, buf: &mut [u8]) -> Result<(), CommError> {
+    fn broadcast(
+        &mut self,
+        call: &mut Call<'_>,
+        root: usize,
+        buf: &mut [u8],
+    ) -> Result<(), CommError> {
         for step in steps(buf.len(), CHUNK) {
             let part = &mut buf[step];
             if root == self.rank() {
@@ -304,8 +326,8 @@ pub(crate) fn fold_values(fold: Fold, values: &[f32], into: &mut [f32]) {
     WireFormat::F32.decode(bytemuck::cast_slice(values), into, fold);
 }
 
-/// Combines a block of the inputs of all ranks in rank order: `own` is that of this rank, with its number; those of the
-/// others are encoded.
+/// Combines a block of the inputs of all ranks in rank order: `own` is that of this rank, with its
+/// number; those of the others are encoded.
 pub(crate) fn fold_block<'a>(
     wire: WireFormat,
     op: ReduceOp,

@@ -108,7 +108,8 @@ pub struct Activity {
     pub phase: Phase,
     /// The decoder layer that their errors name.
     pub layer: Option<usize>,
-    /// Whether other threads of the rank compute meanwhile: then a call that waits leaves its core to them.
+    /// Whether other threads of the rank compute meanwhile: then a call that waits leaves its core
+    /// to them.
     pub background: bool,
 }
 
@@ -117,8 +118,8 @@ thread_local! {
 }
 
 impl Activity {
-    /// Does `work` on this thread, whose calls have this activity whatever their ledgers say meanwhile: for calls that
-    /// one thread makes for another.
+    /// Does `work` on this thread, whose calls have this activity whatever their ledgers say
+    /// meanwhile: for calls that one thread makes for another.
     pub fn during<R>(self, work: impl FnOnce() -> R) -> R {
         struct Restore(Option<Activity>);
         impl Drop for Restore {
@@ -140,14 +141,16 @@ pub struct Entry {
     pub phase: Phase,
     /// Finished calls, whether or not they succeeded.
     pub calls: u64,
-    /// Bytes of payload: the whole input of an Allreduce, Reduce-scatter or Broadcast (as encoded for
-    /// the wire), the whole result of an Allgather or Allgatherv, the message of a Send or Recv.
+    /// Bytes of payload: the whole input of an Allreduce, Reduce-scatter or Broadcast (as encoded
+    /// for the wire), the whole result of an Allgather or Allgatherv, the message of a Send or
+    /// Recv.
     pub payload_bytes: u64,
     /// Wall-clock time inside the calls.
     pub seconds: f64,
-    /// The part of `seconds` in which this rank only waited for a slower one: the rest is the data's way. Over messages that
-    /// begins when the last rank has sent, by clocks that were compared at the start. Where one rank
-    /// of a machine exchanges messages for the others, its way counts as theirs.
+    /// The part of `seconds` in which this rank only waited for a slower one: the rest is the
+    /// data's way. Over messages that begins when the last rank has sent, by clocks that were
+    /// compared at the start. Where one rank of a machine exchanges messages for the others, its
+    /// way counts as theirs.
     pub wait_seconds: f64,
 }
 
@@ -180,8 +183,8 @@ const NO_LAYER: usize = usize::MAX;
 
 /// Counts what one rank communicates; a communicator and all that is split from it share one.
 ///
-/// The counters are relaxed atomics in a fixed table: recording a call allocates nothing and takes no lock,
-/// unless calls are traced one by one.
+/// The counters are relaxed atomics in a fixed table: recording a call allocates nothing and takes
+/// no lock, unless calls are traced one by one.
 #[derive(Debug)]
 pub struct Ledger {
     cells: [[Cell; Phase::ALL.len()]; Collective::ALL.len()],
@@ -224,7 +227,8 @@ impl Ledger {
         self.activity().layer
     }
 
-    /// What the calling thread is doing: what was set here, or what it does [`during`](Activity::during) something else.
+    /// What the calling thread is doing: what was set here, or what it does
+    /// [`during`](Activity::during) something else.
     #[inline]
     pub fn activity(&self) -> Activity {
         ACTIVITY.get().unwrap_or_else(|| Activity {
@@ -326,7 +330,10 @@ mod tests {
         assert_eq!((entries[0].phase, entries[0].payload_bytes), (Phase::Prefill, 4096));
         assert_eq!((entries[1].calls, entries[1].payload_bytes), (2, 150));
         assert!((entries[1].seconds - 2e-3).abs() < 1e-12);
-        assert!((entries[1].wait_seconds - 1.001e-3).abs() < 1e-12, "waiting never exceeds the call");
+        assert!(
+            (entries[1].wait_seconds - 1.001e-3).abs() < 1e-12,
+            "waiting never exceeds the call"
+        );
         ledger.reset();
         assert!(ledger.entries().is_empty());
         assert_eq!(ledger.layer(), Some(0));
@@ -336,7 +343,8 @@ mod tests {
     fn calls_are_kept_one_by_one_only_while_traced() {
         let ledger = Ledger::default();
         let us = Duration::from_micros(1);
-        let record = |bytes| ledger.record(Collective::Allreduce, ledger.activity(), bytes, 5 * us, 9 * us);
+        let record =
+            |bytes| ledger.record(Collective::Allreduce, ledger.activity(), bytes, 5 * us, 9 * us);
         record(1);
         ledger.trace(true);
         let before = Instant::now();

@@ -1,4 +1,5 @@
-//! Collectives between ranks that are threads of a process or MPI processes, with a ledger of every byte.
+//! Collectives between ranks that are threads of a process or MPI processes, with a ledger of every
+//! byte.
 #![doc = ""]
 #![doc = include_str!("../README.md")]
 
@@ -14,7 +15,8 @@ mod error;
 // The interface.
 mod communicator;
 
-// Memory that several ranks see. Unsafe lives here, in the two protocols on top (exchange, mail), and in mpi_sys.
+// Memory that several ranks see. Unsafe lives here, in the two protocols on top (exchange, mail),
+// and in mpi_sys.
 #[allow(unsafe_code)]
 mod segment;
 
@@ -49,8 +51,8 @@ mod threads;
 // A communicator on which calls cost what they would on a link.
 mod emulate;
 
-// Memory for messages, the functions of MPI, the job, payloads as messages over MPI, collectives of them, machines
-// with several ranks, the communicator.
+// Memory for messages, the functions of MPI, the job, payloads as messages over MPI, collectives of
+// them, machines with several ranks, the communicator.
 #[cfg(feature = "mpi")]
 mod buffer;
 

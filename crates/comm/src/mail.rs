@@ -1,4 +1,5 @@
-//! Messages in shared memory: for each ordered pair of ranks a ring of chunks, with one writer and one reader.
+//! Messages in shared memory: for each ordered pair of ranks a ring of chunks, with one writer and
+//! one reader.
 
 use std::cell::Cell;
 use std::marker::PhantomData;
@@ -13,7 +14,8 @@ const CHUNK: usize = 32 << 10;
 const DEPTH: usize = 4;
 /// Words of a ring: a line that the sender writes, a line that the receiver writes.
 const WORDS: usize = 2 * LINE / 8;
-// The sender's line: chunks published so far, then the length of the message of each chunk in the ring.
+// The sender's line: chunks published so far, then the length of the message of each chunk in the
+// ring.
 const SENT: usize = 0;
 const LENGTHS: usize = 1;
 // The receiver's line: chunks taken so far.
@@ -58,10 +60,22 @@ fn chunks(bytes: usize) -> usize {
 }
 
 impl Mail {
-    /// The rings of `rank`, behind `before` bytes of words and of data in a zeroed segment. To be made once
-    /// for each rank, which [`Exchange::new`](crate::exchange::Exchange::new) guards.
-    pub(crate) fn new(segment: Arc<Segment>, before: (usize, usize), rank: usize, size: usize) -> Mail {
-        Mail { segment, first_word: before.0 / 8, first_byte: before.1, rank, size, one_thread: PhantomData }
+    /// The rings of `rank`, behind `before` bytes of words and of data in a zeroed segment. To be
+    /// made once for each rank, which [`Exchange::new`](crate::exchange::Exchange::new) guards.
+    pub(crate) fn new(
+        segment: Arc<Segment>,
+        before: (usize, usize),
+        rank: usize,
+        size: usize,
+    ) -> Mail {
+        Mail {
+            segment,
+            first_word: before.0 / 8,
+            first_byte: before.1,
+            rank,
+            size,
+            one_thread: PhantomData,
+        }
     }
 
     fn ring(&self, from: usize, to: usize) -> usize {
@@ -85,8 +99,9 @@ impl Mail {
             }
             let start = message.chunks * CHUNK;
             let part = &message.data[start..message.data.len().min(start + CHUNK)];
-            // SAFETY: this rank is the ring's only writer, on one thread at a time; the receiver has given this
-            // chunk back (`TAKEN`) and reads it again only when `SENT` has passed it.
+            // SAFETY: this rank is the ring's only writer, on one thread at a time; the receiver
+            // has given this chunk back (`TAKEN`) and reads it again only when `SENT` has passed
+            // it.
             let chunk = unsafe { self.segment.data_mut(self.chunk(ring, sent), CHUNK) };
             chunk[..part.len()].copy_from_slice(part);
             word(LENGTHS + sent as usize % DEPTH).store(message.data.len() as u64, Relaxed);
@@ -112,8 +127,9 @@ impl Mail {
             }
             let start = message.chunks * CHUNK;
             let part = &mut message.data[start..length.min(start + CHUNK)];
-            // SAFETY: the sender has published this chunk (`SENT`) and writes it again only when it is given
-            // back (`TAKEN`); this rank is the ring's only reader, on one thread at a time.
+            // SAFETY: the sender has published this chunk (`SENT`) and writes it again only when it
+            // is given back (`TAKEN`); this rank is the ring's only reader, on one thread at a
+            // time.
             let chunk = unsafe { self.segment.data(self.chunk(ring, taken), CHUNK) };
             part.copy_from_slice(&chunk[..part.len()]);
             word(TAKEN).store(taken + 1, Release);

@@ -1,7 +1,8 @@
 //! Payloads between ranks that share no memory, as messages over MPI.
 //!
-//! Every message says what call it belongs to, so that calls that do not match are found wherever they meet.
-//! Nothing blocks inside MPI: all transfers are started and asked about in turn, against the deadline.
+//! Every message says what call it belongs to, so that calls that do not match are found wherever
+//! they meet. Nothing blocks inside MPI: all transfers are started and asked about in turn, against
+//! the deadline.
 
 use std::collections::VecDeque;
 use std::ops::Deref;
@@ -18,13 +19,13 @@ use crate::mpi_sys::{Transfer, World};
 use crate::transport::{Step, carry};
 use crate::wire::{WIRE_GROUP, WireFormat};
 
-/// A message begins with: the three words of the header, the length of the whole payload, when it was sent by the
-/// sender's clock.
+/// A message begins with: the three words of the header, the length of the whole payload, when it
+/// was sent by the sender's clock.
 pub(crate) const HEAD: usize = 5 * 8;
 /// Whole groups in each format of the wire: 9 of f32, 18 of bf16, 32 of q8.
 const GRANULE: usize = WIRE_GROUP * WireFormat::Q8.encoded_bytes(WIRE_GROUP);
-/// Bytes of payload in one message, whole groups in each format of the wire; longer payloads go in pieces, which are
-/// encoded, on their way and added at the same time.
+/// Bytes of payload in one message, whole groups in each format of the wire; longer payloads go in
+/// pieces, which are encoded, on their way and added at the same time.
 pub(crate) const PIECE: usize = (LONGEST - HEAD) / GRANULE * GRANULE;
 
 /// One rank's end of a group.
@@ -101,7 +102,8 @@ impl Messages {
         (0..self.size()).filter(move |&peer| peer != rank)
     }
 
-    /// Starts to send the same to some ranks: `fill` writes what begins at a byte of the payload. Returns the pieces, too.
+    /// Starts to send the same to some ranks: `fill` writes what begins at a byte of the payload.
+    /// Returns the pieces, too.
     pub(crate) fn start<'m>(
         &'m self,
         header: Header,
@@ -151,9 +153,17 @@ impl Messages {
     }
 
     /// Sends the next piece of some payloads.
-    pub(crate) fn push<'m>(&'m self, piece: &Arc<Buffer<'m>>, to: &mut [Sending<'m>]) -> Result<(), CommError> {
+    pub(crate) fn push<'m>(
+        &'m self,
+        piece: &Arc<Buffer<'m>>,
+        to: &mut [Sending<'m>],
+    ) -> Result<(), CommError> {
         for sending in to {
-            sending.pieces.push_back(self.world.send(self.members[sending.to], sending.tag, piece.clone())?);
+            sending.pieces.push_back(self.world.send(
+                self.members[sending.to],
+                sending.tag,
+                piece.clone(),
+            )?);
         }
         Ok(())
     }
@@ -161,7 +171,16 @@ impl Messages {
     /// Expects a part of a collective, of `length` bytes.
     pub(crate) fn expect(&self, from: usize, length: usize) -> Receiving<'_> {
         let ahead = length.div_ceil(PIECE).max(1);
-        Receiving { group: self, from, user: false, length, come: 0, ahead, pieces: VecDeque::new(), sent: 0 }
+        Receiving {
+            group: self,
+            from,
+            user: false,
+            length,
+            come: 0,
+            ahead,
+            pieces: VecDeque::new(),
+            sent: 0,
+        }
     }
 
     /// Expects a message that the program sends.
@@ -174,8 +193,8 @@ impl Messages {
         Begun { clock: self.world.clock(), waited: call.waited }
     }
 
-    /// That part is over, and the last of its messages was sent at `sent`: from then on they were on their way, and this
-    /// rank waited for no other.
+    /// That part is over, and the last of its messages was sent at `sent`: from then on they were
+    /// on their way, and this rank waited for no other.
     pub(crate) fn settle(&self, call: &mut Call<'_>, begun: Begun, sent: Option<i64>) {
         if let Some(sent) = sent {
             let late = Duration::from_nanos((sent - begun.clock).max(0) as u64);
@@ -183,8 +202,8 @@ impl Messages {
         }
     }
 
-    /// Waits until what was started is sent and what is expected has come. `take` gets every piece: its sender, the byte
-    /// of the payload where it begins, the piece.
+    /// Waits until what was started is sent and what is expected has come. `take` gets every piece:
+    /// its sender, the byte of the payload where it begins, the piece.
     pub(crate) fn finish<'m>(
         &'m self,
         call: &mut Call<'_>,
@@ -247,7 +266,8 @@ impl<'m> Receiving<'m> {
         mut take: impl FnMut(usize, Piece<'m>) -> Result<(), CommError>,
     ) -> Result<Step, CommError> {
         let (from, tag) = (self.group.members[self.from], self.group.tag + usize::from(self.user));
-        // All that is on its way is let in, so that pieces need not wait for the ways of each other.
+        // All that is on its way is let in, so that pieces need not wait for the ways of each
+        // other.
         while self.ahead > 0
             && let Some((_, piece)) = self.group.world.receive(Some(from), tag)?
         {
@@ -263,13 +283,17 @@ impl<'m> Receiving<'m> {
             moved = true;
             let word = |index: usize| {
                 let bytes = piece.get(8 * index..8 * index + 8);
-                bytes.map_or(u64::MAX, |bytes| u64::from_le_bytes(bytes.try_into().expect("8 bytes")))
+                bytes.map_or(u64::MAX, |bytes| {
+                    u64::from_le_bytes(bytes.try_into().expect("8 bytes"))
+                })
             };
             let there = [word(0), word(1), word(2)];
             if !self.user {
                 site.compare(self.from, there)?;
             }
-            if word(3) != self.length as u64 || piece.len() != HEAD + PIECE.min(self.length - self.come) {
+            if word(3) != self.length as u64
+                || piece.len() != HEAD + PIECE.min(self.length - self.come)
+            {
                 return Err(site.mismatch(self.from, there));
             }
             if self.come == 0 {
@@ -285,7 +309,11 @@ impl<'m> Receiving<'m> {
     }
 
     /// Takes what has come into its place in `data`.
-    pub(crate) fn advance_into(&mut self, site: Site<'_>, data: &mut [u8]) -> Result<Step, CommError> {
+    pub(crate) fn advance_into(
+        &mut self,
+        site: Site<'_>,
+        data: &mut [u8],
+    ) -> Result<Step, CommError> {
         self.advance(site, |at, piece| {
             copy_at(data, at, &piece);
             Ok(())

@@ -18,10 +18,11 @@ use crate::transport::Transport;
 
 /// One rank of an MPI job.
 ///
-/// Ranks of one machine use its memory, others exchange messages, and where there are several machines with
-/// several ranks each, collectives go up to one rank of each machine, across and down. A process that dies, or
-/// calls [`abort`](crate::Communicator::abort), fails the calls of all others within a moment; a job that has
-/// not ended by itself some seconds after a failure is ended by MPI.
+/// Ranks of one machine use its memory, others exchange messages, and where there are several
+/// machines with several ranks each, collectives go up to one rank of each machine, across and
+/// down. A process that dies, or calls [`abort`](crate::Communicator::abort), fails the calls of
+/// all others within a moment; a job that has not ended by itself some seconds after a failure is
+/// ended by MPI.
 pub struct MpiComm {
     end: Endpoint,
     parts: Parts,
@@ -47,10 +48,12 @@ pub struct MpiOptions {
     pub shared_memory: bool,
     /// Takes ranks, in equal runs, for those of this many machines.
     pub nodes: Option<usize>,
-    /// How long the start may take, until all ranks are connected; then the process says so and ends. Ranks may differ.
+    /// How long the start may take, until all ranks are connected; then the process says so and
+    /// ends. Ranks may differ.
     pub start_timeout: Duration,
-    /// The program and its build, a commit or a digest of its sources: what ranks of one machine share in memory, and how they round, changes
-    /// between builds. Ranks on which it or another option differs are refused at the start.
+    /// The program and its build, a commit or a digest of its sources: what ranks of one machine
+    /// share in memory, and how they round, changes between builds. Ranks on which it or another
+    /// option differs are refused at the start.
     pub program: String,
 }
 
@@ -66,8 +69,8 @@ fn setup(reason: String) -> CommError {
 }
 
 impl MpiOptions {
-    /// The options in the environment: `COMM_SHARED_MEMORY` (`on` or `off`), `COMM_NODES` (a number), `COMM_START_TIMEOUT` (seconds).
-    /// A value that does not parse is an error.
+    /// The options in the environment: `COMM_SHARED_MEMORY` (`on` or `off`), `COMM_NODES` (a
+    /// number), `COMM_START_TIMEOUT` (seconds). A value that does not parse is an error.
     pub fn from_env() -> Result<MpiOptions, CommError> {
         let mut options = MpiOptions::default();
         let read = |name: &str| env::var(name).ok();
@@ -75,7 +78,11 @@ impl MpiOptions {
             options.shared_memory = match &text[..] {
                 "on" => true,
                 "off" => false,
-                _ => return Err(setup(format!("COMM_SHARED_MEMORY is '{text}', expected on or off"))),
+                _ => {
+                    return Err(setup(format!(
+                        "COMM_SHARED_MEMORY is '{text}', expected on or off"
+                    )));
+                }
             };
         }
         if let Some(text) = read("COMM_NODES") {
@@ -84,16 +91,21 @@ impl MpiOptions {
             options.nodes = Some(nodes.ok_or_else(expected)?);
         }
         if let Some(text) = read("COMM_START_TIMEOUT") {
-            let seconds = text.parse().ok().filter(|seconds: &f64| *seconds > 0.0 && *seconds <= 1e6);
-            let expected = || setup(format!("COMM_START_TIMEOUT is '{text}', expected seconds above 0, at most 1e6"));
+            let seconds =
+                text.parse().ok().filter(|seconds: &f64| *seconds > 0.0 && *seconds <= 1e6);
+            let expected = || {
+                setup(format!(
+                    "COMM_START_TIMEOUT is '{text}', expected seconds above 0, at most 1e6"
+                ))
+            };
             options.start_timeout = Duration::from_secs_f64(seconds.ok_or_else(expected)?);
         }
         Ok(options)
     }
 }
 
-/// Ends this process, with a word, unless what is returned is dropped within `limit`. MPI itself waits for ever for a rank that does not
-/// come, or that cannot be reached.
+/// Ends this process, with a word, unless what is returned is dropped within `limit`. MPI itself
+/// waits for ever for a rank that does not come, or that cannot be reached.
 fn connect_within(limit: Duration) -> Result<mpsc::Sender<()>, CommError> {
     let (connecting, end) = mpsc::channel();
     let line = format!(
@@ -113,14 +125,16 @@ fn connect_within(limit: Duration) -> Result<mpsc::Sender<()>, CommError> {
     Ok(connecting)
 }
 
-/// Bytes of what a rank says of itself at the start; the same in all versions, since it is exchanged before anything else.
+/// Bytes of what a rank says of itself at the start; the same in all versions, since it is
+/// exchanged before anything else.
 const INTRODUCTION: usize = 256;
 
 /// What this rank runs, and how it is to communicate, in as many words as every rank sends.
 fn introduce(options: &MpiOptions) -> [u64; INTRODUCTION / 8] {
     let MpiOptions { shared_memory, nodes, program, .. } = options;
     let library = concat!(env!("CARGO_PKG_NAME"), " ", env!("CARGO_PKG_VERSION"));
-    let mut text = if program.is_empty() { library.to_owned() } else { format!("{program} ({library})") };
+    let mut text =
+        if program.is_empty() { library.to_owned() } else { format!("{program} ({library})") };
     if !shared_memory {
         text += ", shared memory off";
     }
@@ -132,7 +146,8 @@ fn introduce(options: &MpiOptions) -> [u64; INTRODUCTION / 8] {
     bytemuck::cast(bytes)
 }
 
-/// Fails where ranks run different programs or versions, or have other options, with the words of each: they cannot work together.
+/// Fails where ranks run different programs or versions, or have other options, with the words of
+/// each: they cannot work together.
 fn compare(introductions: &[u64]) -> Result<(), CommError> {
     let mut programs: Vec<(&[u64], Vec<usize>)> = Vec::new();
     for (rank, text) in introductions.chunks_exact(INTRODUCTION / 8).enumerate() {
@@ -149,7 +164,9 @@ fn compare(introductions: &[u64]) -> Result<(), CommError> {
         format!("{} with '{}'", Ranks(ranks), text.trim_end_matches('\0'))
     };
     let found = programs.iter().map(words).collect::<Vec<_>>().join(", ");
-    Err(setup(format!("found {found}; expected the same program, version and options on all ranks")))
+    Err(setup(format!(
+        "found {found}; expected the same program, version and options on all ranks"
+    )))
 }
 
 impl MpiComm {
@@ -164,7 +181,8 @@ impl MpiComm {
         let world = Arc::new(World::start()?);
         let (rank, size) = (world.rank(), world.size());
         // All ranks come to the same result.
-        compare(&world.all_gather(&introduce(options))?).inspect_err(|_| world.set_ending(Ending::Early))?;
+        compare(&world.all_gather(&introduce(options))?)
+            .inspect_err(|_| world.set_ending(Ending::Early))?;
         let physical = world.machines()?;
         let clocks = clocks(&world)?;
         let mut gather = |words: &[u64]| world.all_gather(words);
@@ -180,10 +198,13 @@ impl MpiComm {
         let far = (0..size).filter(|&other| other != rank && !sees_board(other)).collect();
         let processes = gather(&[std::process::id() as u64, process_space()])?;
         let near = (0..size).filter(|&other| {
-            let visible = processes[2 * other + 1] != 0 && processes[2 * other + 1] == processes[2 * rank + 1];
+            let visible = processes[2 * other + 1] != 0
+                && processes[2 * other + 1] == processes[2 * rank + 1];
             other != rank && physical[other] == physical[rank] && visible
         });
-        let near = near.filter_map(|other| Some((other, Process::new(processes[2 * other] as u32)?))).collect();
+        let near = near
+            .filter_map(|other| Some((other, Process::new(processes[2 * other] as u32)?)))
+            .collect();
         let spin = enough_cores(&gather(&mpi_sys::cores())?, &physical, rank);
 
         // From here on the watch sees to it.
@@ -195,8 +216,8 @@ impl MpiComm {
         MpiComm::connect(parts, options).inspect_err(|error| membership.fail(&error.to_string()))
     }
 
-    /// Another communicator of all ranks, with other options and a ledger of its own: to compare ways to
-    /// communicate within one job. Collective, and the options are the same on all ranks.
+    /// Another communicator of all ranks, with other options and a ledger of its own: to compare
+    /// ways to communicate within one job. Collective, and the options are the same on all ranks.
     pub fn with_options(&self, options: &MpiOptions) -> Result<MpiComm, CommError> {
         MpiComm::connect(self.parts.clone(), options)
     }
@@ -205,8 +226,12 @@ impl MpiComm {
         let Parts { world, clocks, membership, physical, spin } = parts.clone();
         let (rank, size) = (world.rank(), world.size());
         let machine: Arc<[usize]> = machines(options, &physical).into();
-        let job =
-            Arc::new(Job { world: world.clone(), clocks, machine: machine.clone(), shared: options.shared_memory });
+        let job = Arc::new(Job {
+            world: world.clone(),
+            clocks,
+            machine: machine.clone(),
+            shared: options.shared_memory,
+        });
         let ranks: Vec<usize> = (0..size).collect();
         let mut gather = |words: &[u64]| world.all_gather(words);
         let nodes = Nodes::connect(&job, &ranks, std::slice::from_ref(&ranks), rank, &mut gather)?;
@@ -216,14 +241,15 @@ impl MpiComm {
         Ok(MpiComm { end, parts, path })
     }
 
-    /// What carries the data of this rank's collectives: `"shared memory"` where all ranks are on one machine,
-    /// `"messages"` where each is alone on its own, or `"shared memory and messages"`.
+    /// What carries the data of this rank's collectives: `"shared memory"` where all ranks are on
+    /// one machine, `"messages"` where each is alone on its own, or `"shared memory and messages"`.
     pub fn path(&self) -> &'static str {
         self.path
     }
 }
 
-/// For each rank, a number that it shares with the ranks of its machine, real or made up by the options.
+/// For each rank, a number that it shares with the ranks of its machine, real or made up by the
+/// options.
 fn machines(options: &MpiOptions, physical: &[usize]) -> Vec<usize> {
     let size = physical.len();
     match options.nodes {
@@ -258,7 +284,9 @@ mod tests {
 
     #[test]
     fn other_programs_are_named_with_their_ranks() {
-        let of = |program: &&str| introduce(&MpiOptions { program: (*program).to_owned(), ..MpiOptions::default() });
+        let of = |program: &&str| {
+            introduce(&MpiOptions { program: (*program).to_owned(), ..MpiOptions::default() })
+        };
         let words = |programs: &[&str]| programs.iter().flat_map(of).collect::<Vec<_>>();
         assert_eq!(compare(&words(&["a 1", "a 1", "a 1"])), Ok(()));
         assert_eq!(compare(&words(&[&"long ".repeat(100), &"long ".repeat(100)])), Ok(()));

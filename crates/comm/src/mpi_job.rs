@@ -1,4 +1,5 @@
-//! The job that `mpirun` started: which rank runs where, who lives, and how its processes get memory in common.
+//! The job that `mpirun` started: which rank runs where, who lives, and how its processes get
+//! memory in common.
 
 use std::fs;
 use std::os::fd::AsRawFd;
@@ -40,11 +41,11 @@ pub(crate) struct Job {
     pub shared: bool,
 }
 
-/// Maps one segment into all processes of `local`, which are ranks of the group behind `gather` (empty: this rank
-/// wants none), the first of which creates it. Nothing if one of them could not.
+/// Maps one segment into all processes of `local`, which are ranks of the group behind `gather`
+/// (empty: this rank wants none), the first of which creates it. Nothing if one of them could not.
 ///
-/// The segment is a file without a name that the others open through the creator's `/proc` entry: it is gone
-/// with the last process that maps it, killed or not.
+/// The segment is a file without a name that the others open through the creator's `/proc` entry:
+/// it is gone with the last process that maps it, killed or not.
 pub(crate) fn share(
     local: &[usize],
     own: usize,
@@ -87,22 +88,27 @@ fn nonce() -> u64 {
     std::collections::hash_map::RandomState::new().build_hasher().finish() | 1
 }
 
-/// Compares the clocks of all ranks, each with that of rank 0; see [`Job::clocks`]. Collective, for the start.
+/// Compares the clocks of all ranks, each with that of rank 0; see [`Job::clocks`]. Collective, for
+/// the start.
 ///
-/// As much is known of a clock elsewhere as the shortest of some questions takes. Clocks that drift apart later (those of machines
-/// with NTP by less than a millisecond in minutes) blur what is waiting and what is travel, never their sum.
+/// As much is known of a clock elsewhere as the shortest of some questions takes. Clocks that drift
+/// apart later (those of machines with NTP by less than a millisecond in minutes) blur what is
+/// waiting and what is travel, never their sum.
 pub(crate) fn clocks(world: &World) -> Result<Arc<[i64]>, CommError> {
     let receive = |from: usize| loop {
         if let Some((_, mut transfer)) = world.receive(Some(from), NEWS)? {
             while !transfer.done()? {
                 thread::yield_now();
             }
-            return Ok(i64::from_le_bytes((*transfer.into_received()).try_into().unwrap_or_default()));
+            return Ok(i64::from_le_bytes(
+                (*transfer.into_received()).try_into().unwrap_or_default(),
+            ));
         }
         thread::yield_now();
     };
     let send = |to: usize| {
-        let mut transfer = world.send(to, NEWS, world.buffers.with(&world.clock().to_le_bytes()))?;
+        let mut transfer =
+            world.send(to, NEWS, world.buffers.with(&world.clock().to_le_bytes()))?;
         while !transfer.done()? {
             thread::yield_now();
         }
@@ -142,16 +148,19 @@ pub(crate) struct Lookout {
 }
 
 impl Lookout {
-    /// `far`: the ranks that do not see this rank's board; `near`: processes to watch, with their ranks.
+    /// `far`: the ranks that do not see this rank's board; `near`: processes to watch, with their
+    /// ranks.
     pub(crate) fn new(world: Arc<World>, far: Vec<usize>, near: Vec<(usize, Process)>) -> Lookout {
         Lookout { world, far, near }
     }
 
     fn tell(&self, kind: u64, rank: usize, text: &str) {
-        let news = [&kind.to_le_bytes()[..], &(rank as u64).to_le_bytes(), text.as_bytes()].concat();
+        let news =
+            [&kind.to_le_bytes()[..], &(rank as u64).to_le_bytes(), text.as_bytes()].concat();
         let news = self.world.buffers.with(&news);
         for &to in &self.far {
-            // Small enough to leave at once, as a rule. One that cannot be sent has nobody to read it.
+            // Small enough to leave at once, as a rule. One that cannot be sent has nobody to read
+            // it.
             if let Ok(mut transfer) = self.world.send(to, NEWS, news.clone()) {
                 let start = Instant::now();
                 while matches!(transfer.done(), Ok(false)) && start.elapsed() < HURRY {
@@ -195,7 +204,8 @@ impl Watch for Lookout {
     fn failed(&self, rank: usize, reason: &str) {
         self.world.set_ending(Ending::Failed);
         let world = self.world.clone();
-        // Ranks that wait fail by themselves; one that computes, or hangs elsewhere, is ended with the job.
+        // Ranks that wait fail by themselves; one that computes, or hangs elsewhere, is ended with
+        // the job.
         let last_resort = move || {
             thread::sleep(GRACE);
             world.abort();
@@ -217,8 +227,12 @@ impl Watch for Lookout {
 
     fn look(&self) -> Vec<News> {
         // Who is dead is seen before what it said is read, and reported after: its own words count.
-        let dead: Vec<usize> =
-            self.near.iter().filter(|(_, process)| !process.lives()).map(|&(rank, _)| rank).collect();
+        let dead: Vec<usize> = self
+            .near
+            .iter()
+            .filter(|(_, process)| !process.lives())
+            .map(|&(rank, _)| rank)
+            .collect();
         let mut news = self.hear().unwrap_or_else(|error| {
             let reason = format!("it could not ask for news: {error}");
             vec![News::Failed { rank: self.world.rank(), reason, teller: None }]

@@ -1,5 +1,6 @@
-//! The MPI functions in use, behind safe ones: every return code is checked, every buffer outlives its transfer,
-//! and calls of different threads take turns. Also the system calls that tell which processes live.
+//! The MPI functions in use, behind safe ones: every return code is checked, every buffer outlives
+//! its transfer, and calls of different threads take turns. Also the system calls that tell which
+//! processes live.
 
 use std::io;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
@@ -21,7 +22,8 @@ const PATIENCE: Duration = Duration::from_secs(5);
 /// The highest tag that the standard grants: implementations that allow more are not asked for it.
 pub(crate) const LARGEST_TAG: usize = 32_767;
 
-/// The only communicator of this crate: a duplicate of MPI's world, so that no other library's messages mix in.
+/// The only communicator of this crate: a duplicate of MPI's world, so that no other library's
+/// messages mix in.
 pub(crate) struct World {
     comm: ffi::MPI_Comm,
     rank: usize,
@@ -38,8 +40,8 @@ pub(crate) struct World {
     ending: Mutex<Ending>,
 }
 
-// SAFETY: the handle is a number or a pointer to an object that MPI allows all threads to use, one at a time,
-// which `turn` sees to.
+// SAFETY: the handle is a number or a pointer to an object that MPI allows all threads to use, one
+// at a time, which `turn` sees to.
 unsafe impl Send for World {}
 // SAFETY: as above.
 unsafe impl Sync for World {}
@@ -68,7 +70,9 @@ impl World {
         let (universe, provided) = initialize_with_threading(Threading::Serialized)
             .ok_or_else(|| setup("MPI has been started in this process before"))?;
         if !matches!(provided, Threading::Serialized | Threading::Multiple) {
-            return Err(setup(format!("MPI allows threads as {provided:?} only, expected Serialized")));
+            return Err(setup(format!(
+                "MPI allows threads as {provided:?} only, expected Serialized"
+            )));
         }
         // SAFETY: MPI is initialized; all out-pointers are to live variables of the right types.
         unsafe {
@@ -107,7 +111,8 @@ impl World {
         self.epoch.elapsed().as_nanos() as i64
     }
 
-    /// How this process ends: it waits for the others unless one has failed, and not for long once all have left.
+    /// How this process ends: it waits for the others unless one has failed, and not for long once
+    /// all have left.
     pub(crate) fn set_ending(&self, ending: Ending) {
         *self.ending.lock().unwrap_or_else(PoisonError::into_inner) = ending;
     }
@@ -147,7 +152,8 @@ impl World {
     fn gather(&self, own: &[u64]) -> Result<Vec<u64>, CommError> {
         let mut all = vec![0u64; own.len() * self.size];
         let bytes = size_of_val(own) as i32;
-        // SAFETY: both buffers live through this blocking call; `all` has room for `size` times `bytes`.
+        // SAFETY: both buffers live through this blocking call; `all` has room for `size` times
+        // `bytes`.
         let code = unsafe {
             ffi::MPI_Allgather(
                 own.as_ptr().cast(),
@@ -163,18 +169,21 @@ impl World {
         Ok(all)
     }
 
-    /// Begins to send; nobody writes the buffer until that is done, and any number of transfers may read it.
+    /// Begins to send; nobody writes the buffer until that is done, and any number of transfers may
+    /// read it.
     pub(crate) fn send<'w>(
         &'w self,
         to: usize,
         tag: usize,
         buffer: Arc<Buffer<'w>>,
     ) -> Result<Transfer<'w>, CommError> {
-        let count = i32::try_from(buffer.len()).expect("messages are sent in pieces of less than 2 GiB");
+        let count =
+            i32::try_from(buffer.len()).expect("messages are sent in pieces of less than 2 GiB");
         let _turn = self.turn();
         // SAFETY: reading a constant of the library.
         let mut request = unsafe { ffi::RSMPI_REQUEST_NULL };
-        // SAFETY: the transfer owns a share of the buffer, which keeps it unmoved and unchanged until MPI has done.
+        // SAFETY: the transfer owns a share of the buffer, which keeps it unmoved and unchanged
+        // until MPI has done.
         let code = unsafe {
             let data = buffer.as_ptr().cast();
             ffi::MPI_Isend(data, count, byte_type(), to as i32, tag as i32, self.comm, &mut request)
@@ -184,15 +193,27 @@ impl World {
     }
 
     /// Begins to receive the next message of `from` (or of anyone) with the tag, if there is one.
-    pub(crate) fn receive(&self, from: Option<usize>, tag: usize) -> Result<Option<(usize, Transfer<'_>)>, CommError> {
+    pub(crate) fn receive(
+        &self,
+        from: Option<usize>,
+        tag: usize,
+    ) -> Result<Option<(usize, Transfer<'_>)>, CommError> {
         let _turn = self.turn();
-        // SAFETY: MPI is initialized; the out-pointers are to live variables; the status is written by
-        // `MPI_Improbe` whenever it sets the flag, and read only then; the buffer is owned by the transfer.
+        // SAFETY: MPI is initialized; the out-pointers are to live variables; the status is written
+        // by `MPI_Improbe` whenever it sets the flag, and read only then; the buffer is owned by
+        // the transfer.
         unsafe {
             let source = from.map_or(ffi::RSMPI_ANY_SOURCE, |rank| rank as i32);
             let (mut flag, mut message) = (0, ffi::RSMPI_MESSAGE_NULL);
             let mut status: ffi::MPI_Status = std::mem::zeroed();
-            let code = ffi::MPI_Improbe(source, tag as i32, self.comm, &mut flag, &mut message, &mut status);
+            let code = ffi::MPI_Improbe(
+                source,
+                tag as i32,
+                self.comm,
+                &mut flag,
+                &mut message,
+                &mut status,
+            );
             check("MPI_Improbe", code)?;
             if flag == 0 {
                 return Ok(None);
@@ -204,7 +225,8 @@ impl World {
             let data = buffer.as_mut_ptr().cast();
             let code = ffi::MPI_Imrecv(data, count, byte_type(), &mut message, &mut request);
             check("MPI_Imrecv", code)?;
-            let transfer = Transfer { world: self, request, buffer: Some(Arc::new(buffer)), done: false };
+            let transfer =
+                Transfer { world: self, request, buffer: Some(Arc::new(buffer)), done: false };
             Ok(Some((status.MPI_SOURCE as usize, transfer)))
         }
     }
@@ -241,22 +263,26 @@ unsafe impl Send for Last {}
 
 impl Last {
     fn end(mut self) {
-        // Ranks that do not come together to the end of MPICH over UCX and TCP mostly hang there: docs/clusters.md.
-        // SAFETY: the communicator is valid until it is freed below; all ranks that did not fail come here.
+        // Ranks that do not come together to the end of MPICH over UCX and TCP mostly hang there:
+        // docs/clusters.md. SAFETY: the communicator is valid until it is freed below; all ranks
+        // that did not fail come here.
         let code = unsafe { ffi::MPI_Barrier(self.comm) };
         debug_assert_eq!(code, ffi::MPI_SUCCESS as i32);
-        // SAFETY: nobody uses the communicator any more; all transfers borrowed the world that was dropped.
+        // SAFETY: nobody uses the communicator any more; all transfers borrowed the world that was
+        // dropped.
         let code = unsafe { ffi::MPI_Comm_free(&mut self.comm) };
         debug_assert_eq!(code, ffi::MPI_SUCCESS as i32);
         drop(self.universe);
     }
 }
 
-/// Does `work` on a thread that is left behind when it takes longer than `limit`; whether it was done.
+/// Does `work` on a thread that is left behind when it takes longer than `limit`; whether it was
+/// done.
 ///
-/// MPICH can hang at its end where one rank spins until another reads its messages, which sleeps until the launcher
-/// says that all have come. Who sleeps is left behind a little later: if its process ended first, the other would go on
-/// to the launcher, which fails to answer one that is gone, and so makes a failure of a job that has done all its work.
+/// MPICH can hang at its end where one rank spins until another reads its messages, which sleeps
+/// until the launcher says that all have come. Who sleeps is left behind a little later: if its
+/// process ended first, the other would go on to the launcher, which fails to answer one that is
+/// gone, and so makes a failure of a job that has done all its work.
 fn within(limit: Duration, work: impl FnOnce() + Send + 'static) -> bool {
     let (done, ended) = mpsc::channel();
     let work = move || {
@@ -267,13 +293,16 @@ fn within(limit: Duration, work: impl FnOnce() + Send + 'static) -> bool {
     let thread = thread::Builder::new().name("end of MPI".into()).spawn(work);
     let came = |limit| ended.recv_timeout(limit) == Ok(());
     // Where there is no thread to be had, MPI is left as it is.
-    thread.is_ok_and(|thread| came(limit) || (time_on_core(&thread) < limit / 2 && came(Duration::from_secs(1))))
+    thread.is_ok_and(|thread| {
+        came(limit) || (time_on_core(&thread) < limit / 2 && came(Duration::from_secs(1)))
+    })
 }
 
 /// How long a thread has computed so far.
 fn time_on_core(thread: &thread::JoinHandle<()>) -> Duration {
     let (mut clock, mut time) = (0, libc::timespec { tv_sec: 0, tv_nsec: 0 });
-    // SAFETY: the thread has not been joined, so that its handle is valid; the out-pointers are to live variables.
+    // SAFETY: the thread has not been joined, so that its handle is valid; the out-pointers are to
+    // live variables.
     let known = unsafe {
         libc::pthread_getcpuclockid(thread.as_pthread_t(), &mut clock) == 0
             && libc::clock_gettime(clock, &mut time) == 0
@@ -295,7 +324,8 @@ pub(crate) struct Transfer<'w> {
     done: bool,
 }
 
-// SAFETY: a request is a number or a pointer that any thread may use, one at a time: `&mut self` and `turn`.
+// SAFETY: a request is a number or a pointer that any thread may use, one at a time: `&mut self`
+// and `turn`.
 unsafe impl Send for Transfer<'_> {}
 
 impl<'w> Transfer<'w> {
@@ -305,7 +335,8 @@ impl<'w> Transfer<'w> {
             let _turn = self.world.turn();
             let mut flag = 0;
             // SAFETY: the request is active; MPI accepts its constant for "no status".
-            let code = unsafe { ffi::MPI_Test(&mut self.request, &mut flag, ffi::RSMPI_STATUS_IGNORE) };
+            let code =
+                unsafe { ffi::MPI_Test(&mut self.request, &mut flag, ffi::RSMPI_STATUS_IGNORE) };
             check("MPI_Test", code)?;
             self.done = flag != 0;
         }
@@ -329,8 +360,8 @@ impl Drop for Transfer<'_> {
     }
 }
 
-/// A process of this machine, to be asked whether it lives. Knows it by a descriptor, which tells a dead process
-/// from its successor in the process table, and from a zombie.
+/// A process of this machine, to be asked whether it lives. Knows it by a descriptor, which tells a
+/// dead process from its successor in the process table, and from a zombie.
 pub(crate) struct Process {
     descriptor: Option<OwnedFd>,
     id: i32,
@@ -350,13 +381,15 @@ impl Process {
     pub(crate) fn lives(&self) -> bool {
         match &self.descriptor {
             Some(descriptor) => {
-                let mut poll = libc::pollfd { fd: descriptor.as_raw_fd(), events: libc::POLLIN, revents: 0 };
+                let mut poll =
+                    libc::pollfd { fd: descriptor.as_raw_fd(), events: libc::POLLIN, revents: 0 };
                 // SAFETY: one live entry, and no waiting.
                 unsafe { libc::poll(&mut poll, 1, 0) <= 0 || poll.revents & libc::POLLIN == 0 }
             }
             // SAFETY: signal 0 is sent to nobody; the call only checks.
             None => unsafe {
-                libc::kill(self.id, 0) == 0 || io::Error::last_os_error().raw_os_error() != Some(libc::ESRCH)
+                libc::kill(self.id, 0) == 0
+                    || io::Error::last_os_error().raw_os_error() != Some(libc::ESRCH)
             },
         }
     }
@@ -395,7 +428,11 @@ mod tests {
         assert!(!within(limit, || loop {
             std::hint::spin_loop()
         }));
-        assert!((limit..soon).contains(&(start.elapsed() - slept)), "{:?}", start.elapsed() - slept);
+        assert!(
+            (limit..soon).contains(&(start.elapsed() - slept)),
+            "{:?}",
+            start.elapsed() - slept
+        );
     }
 
     #[test]
@@ -408,7 +445,11 @@ mod tests {
         let sleeping = thread::spawn(|| thread::sleep(Duration::MAX));
         let (start, some) = (Instant::now(), Duration::from_millis(100));
         while time_on_core(&spinning) < some {
-            assert!(start.elapsed() < Duration::from_secs(20), "it spun for {:?}", time_on_core(&spinning));
+            assert!(
+                start.elapsed() < Duration::from_secs(20),
+                "it spun for {:?}",
+                time_on_core(&spinning)
+            );
             thread::sleep(Duration::from_millis(10));
         }
         assert!(time_on_core(&sleeping) < some);

@@ -1,8 +1,9 @@
-//! Ranks on machines: shared memory inside each, messages between them, and both for a call that needs both.
+//! Ranks on machines: shared memory inside each, messages between them, and both for a call that
+//! needs both.
 //!
-//! Where there are several machines with several ranks each, a collective goes up to the first rank of each
-//! machine (its leader), across between the leaders, and down again, so that each machine's link carries the
-//! data once.
+//! Where there are several machines with several ranks each, a collective goes up to the first rank
+//! of each machine (its leader), across between the leaders, and down again, so that each machine's
+//! link carries the data once.
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
@@ -50,9 +51,10 @@ struct Machines {
 }
 
 impl Nodes {
-    /// Connects the groups of `groups` (each a list of ranks of the parent, whose ranks in MPI's world are
-    /// `world`); returns the end of rank `own` of the parent in its group. Collective over the parent, whose
-    /// ranks learn from each other by `gather` (the words of all ranks, one after the other).
+    /// Connects the groups of `groups` (each a list of ranks of the parent, whose ranks in MPI's
+    /// world are `world`); returns the end of rank `own` of the parent in its group. Collective
+    /// over the parent, whose ranks learn from each other by `gather` (the words of all ranks, one
+    /// after the other).
     pub(crate) fn connect(
         job: &Arc<Job>,
         world: &[usize],
@@ -67,18 +69,24 @@ impl Nodes {
             let reason = "too many communicators were split off: MPI has no tags left".into();
             return Err(CommError::Setup { transport: "mpi", reason });
         }
-        let members = groups.iter().find(|group| group.contains(&own)).expect("every rank is in a group");
+        let members =
+            groups.iter().find(|group| group.contains(&own)).expect("every rank is in a group");
         let rank = members.iter().position(|&rank| rank == own).expect("the group has this rank");
         let in_world: Vec<usize> = members.iter().map(|&rank| world[rank]).collect();
         let machines = machines(&in_world, &job.machine);
-        let at = machines.iter().position(|ranks| ranks.contains(&rank)).expect("every rank has a machine");
+        let at = machines
+            .iter()
+            .position(|ranks| ranks.contains(&rank))
+            .expect("every rank has a machine");
         let local: Vec<usize> = machines[at].iter().map(|&place| members[place]).collect();
         let (words, data) = group::extent(local.len());
         let wanted = job.shared && local.len() > 1;
         let segment = share(if wanted { &local } else { &[] }, own, words, data, gather)?;
-        let place = machines[at].iter().position(|&r| r == rank).expect("the machine has this rank");
+        let place =
+            machines[at].iter().position(|&r| r == rank).expect("the machine has this rank");
         let shared = segment.map(|segment| Group::new(segment, place, local.len()));
-        // All or none: a machine whose ranks share nothing counts as several machines to all others too.
+        // All or none: a machine whose ranks share nothing counts as several machines to all others
+        // too.
         let failed = gather(&[(wanted && shared.is_none()) as u64])?;
         let off = !job.shared || members.iter().any(|&rank| failed[rank] != 0);
         let tag = tag as usize;
@@ -88,11 +96,14 @@ impl Nodes {
             _ if off || machines.len() == members.len() => ("messages", Box::new(all)),
             Some(group) if machines.len() == 1 => ("shared memory", Box::new(group)),
             local => {
-                let of = |ranks: &[usize]| ranks.iter().map(|&rank| in_world[rank]).collect::<Vec<_>>();
+                let of =
+                    |ranks: &[usize]| ranks.iter().map(|&rank| in_world[rank]).collect::<Vec<_>>();
                 let leading: Vec<usize> = machines.iter().map(|ranks| ranks[0]).collect();
                 let world = (of(&machines[at]), of(&leading));
-                let leaders = (place == 0).then(|| Messages::new(job, world.1.clone(), at, tag + 2));
-                let machines = Machines { all, ranks: machines, own: (at, place), world, local, leaders };
+                let leaders =
+                    (place == 0).then(|| Messages::new(job, world.1.clone(), at, tag + 2));
+                let machines =
+                    Machines { all, ranks: machines, own: (at, place), world, local, leaders };
                 ("shared memory and messages", Box::new(machines))
             }
         };
@@ -113,8 +124,9 @@ fn machines(in_world: &[usize], machine: &[usize]) -> Vec<Vec<usize>> {
 }
 
 impl Machines {
-    /// Runs a part of a call among the ranks of this machine, if there are others. They wait a little longer than
-    /// their leader, which may itself wait for another machine and then knows better who is late, and as long as it moves something.
+    /// Runs a part of a call among the ranks of this machine, if there are others. They wait a
+    /// little longer than their leader, which may itself wait for another machine and then knows
+    /// better who is late, and as long as it moves something.
     fn local(
         &mut self,
         call: &mut Call<'_>,
@@ -131,8 +143,9 @@ impl Machines {
         }
     }
 
-    /// Runs a part of a call among the leaders, if this rank is one, and notes how much of it was no waiting. Leaders wait for
-    /// each other a little longer than inside their machines: a leader that is late because of its neighbour says so first.
+    /// Runs a part of a call among the leaders, if this rank is one, and notes how much of it was
+    /// no waiting. Leaders wait for each other a little longer than inside their machines: a leader
+    /// that is late because of its neighbour says so first.
     fn across(
         &mut self,
         call: &mut Call<'_>,
@@ -167,7 +180,9 @@ impl Collectives for Machines {
         let sum: &mut [f32] = scratch.as_deref_mut().unwrap_or(output);
         let exact = |output| Reduction { input: None, output, op, wire: WireFormat::F32 };
         self.local(call, |group, call| group.all_reduce(call, exact(sum)))?;
-        self.across(call, |leaders, call| leaders.all_reduce(call, Reduction { input: None, output: sum, op, wire }))?;
+        self.across(call, |leaders, call| {
+            leaders.all_reduce(call, Reduction { input: None, output: sum, op, wire })
+        })?;
         self.local(call, |group, call| group.broadcast(call, 0, bytemuck::cast_slice_mut(sum)))?;
         if let Some(sum) = scratch {
             group::fold_values(Fold::Add, &sum, output);
@@ -184,18 +199,28 @@ impl Collectives for Machines {
         wire: WireFormat,
     ) -> Result<(), CommError> {
         let mut sum = send.to_vec();
-        let exact = |output| Reduction { input: None, output, op: ReduceOp::Sum, wire: WireFormat::F32 };
+        let exact =
+            |output| Reduction { input: None, output, op: ReduceOp::Sum, wire: WireFormat::F32 };
         self.local(call, |group, call| group.all_reduce(call, exact(&mut sum)))?;
         // Between the leaders, the blocks of a machine's ranks lie together.
-        let starts: Vec<usize> = (0..counts.len()).map(|rank| counts[..rank].iter().sum()).collect();
+        let starts: Vec<usize> =
+            (0..counts.len()).map(|rank| counts[..rank].iter().sum()).collect();
         let block = |rank: usize| starts[rank]..starts[rank] + counts[rank];
         let of_machine = |ranks: &Vec<usize>| ranks.iter().map(|&rank| counts[rank]).sum::<usize>();
         let machine_counts: Vec<usize> = self.ranks.iter().map(of_machine).collect();
-        let ordered: Vec<f32> =
-            self.ranks.iter().flatten().flat_map(|&rank| sum[block(rank)].iter().copied()).collect();
+        let ordered: Vec<f32> = self
+            .ranks
+            .iter()
+            .flatten()
+            .flat_map(|&rank| sum[block(rank)].iter().copied())
+            .collect();
         let mut own = vec![0.0; machine_counts[self.own.0]];
-        self.across(call, |leaders, call| leaders.reduce_scatter(call, &ordered, &machine_counts, &mut own, wire))?;
-        self.local(call, |group, call| group.broadcast(call, 0, bytemuck::cast_slice_mut(&mut own)))?;
+        self.across(call, |leaders, call| {
+            leaders.reduce_scatter(call, &ordered, &machine_counts, &mut own, wire)
+        })?;
+        self.local(call, |group, call| {
+            group.broadcast(call, 0, bytemuck::cast_slice_mut(&mut own))
+        })?;
         let before = &self.ranks[self.own.0][..self.own.1];
         let start: usize = before.iter().map(|&rank| counts[rank]).sum();
         recv.copy_from_slice(&own[start..start + recv.len()]);
@@ -213,15 +238,18 @@ impl Collectives for Machines {
         let local_counts: Vec<usize> = ranks.iter().map(|&rank| counts.of(rank)).collect();
         let mut own = vec![0; local_counts.iter().sum()];
         match self.local {
-            Some(_) => {
-                self.local(call, |group, call| group.all_gather(call, send, Counts::Each(&local_counts), &mut own))?
-            }
+            Some(_) => self.local(call, |group, call| {
+                group.all_gather(call, send, Counts::Each(&local_counts), &mut own)
+            })?,
             None => own.copy_from_slice(send),
         }
-        let of_machine = |ranks: &Vec<usize>| ranks.iter().map(|&rank| counts.of(rank)).sum::<usize>();
+        let of_machine =
+            |ranks: &Vec<usize>| ranks.iter().map(|&rank| counts.of(rank)).sum::<usize>();
         let machine_counts: Vec<usize> = self.ranks.iter().map(of_machine).collect();
         let mut all = vec![0; recv.len()];
-        self.across(call, |leaders, call| leaders.all_gather(call, &own, Counts::Each(&machine_counts), &mut all))?;
+        self.across(call, |leaders, call| {
+            leaders.all_gather(call, &own, Counts::Each(&machine_counts), &mut all)
+        })?;
         self.local(call, |group, call| group.broadcast(call, 0, &mut all))?;
         let mut rest = &all[..];
         for &rank in self.ranks.iter().flatten() {
@@ -232,7 +260,12 @@ impl Collectives for Machines {
         Ok(())
     }
 
-    fn broadcast(&mut self, call: &mut Call<'_>, root: usize, buf: &mut [u8]) -> Result<(), CommError> {
+    fn broadcast(
+        &mut self,
+        call: &mut Call<'_>,
+        root: usize,
+        buf: &mut [u8],
+    ) -> Result<(), CommError> {
         let place = |ranks: &Vec<usize>| ranks.iter().position(|&rank| rank == root);
         let found = self.ranks.iter().enumerate().find_map(|(at, ranks)| Some((at, place(ranks)?)));
         let (machine, place) = found.expect("every rank has a machine");
@@ -316,7 +349,12 @@ impl Transport for Nodes {
         let mut gather = |words: &[u64]| {
             let mut all = vec![0u64; words.len() * self.world.len()];
             let counts = Counts::Equal(size_of_val(words));
-            self.data.all_gather(call, bytemuck::cast_slice(words), counts, bytemuck::cast_slice_mut(&mut all))?;
+            self.data.all_gather(
+                call,
+                bytemuck::cast_slice(words),
+                counts,
+                bytemuck::cast_slice_mut(&mut all),
+            )?;
             Ok(all)
         };
         let nodes = Nodes::connect(&self.job, &self.world, groups, self.rank, &mut gather)?;

@@ -1,8 +1,10 @@
-//! A piece of memory that several ranks see: of this process, or mapped by all processes of a machine.
+//! A piece of memory that several ranks see: of this process, or mapped by all processes of a
+//! machine.
 //!
-//! The front holds 64-bit atomic words, open to everyone at any time. The rest holds data, cut into regions
-//! that [`exchange`](crate::exchange) and [`mail`](crate::mail) hand from rank to rank with those words.
-//! Nothing has a name in a file system, so nothing is left behind, however a process ends.
+//! The front holds 64-bit atomic words, open to everyone at any time. The rest holds data, cut into
+//! regions that [`exchange`](crate::exchange) and [`mail`](crate::mail) hand from rank to rank with
+//! those words. Nothing has a name in a file system, so nothing is left behind, however a process
+//! ends.
 
 use std::ptr::NonNull;
 use std::sync::atomic::AtomicU64;
@@ -21,8 +23,9 @@ pub(crate) struct Segment {
     bytes: usize,
 }
 
-// SAFETY: the memory belongs to the mapping, not to a thread; `word` gives out atomics, and the callers of
-// `data` and `data_mut` uphold that no region is written while another rank reads or writes it.
+// SAFETY: the memory belongs to the mapping, not to a thread; `word` gives out atomics, and the
+// callers of `data` and `data_mut` uphold that no region is written while another rank reads or
+// writes it.
 unsafe impl Send for Segment {}
 // SAFETY: as above.
 unsafe impl Sync for Segment {}
@@ -33,7 +36,12 @@ impl Segment {
         (data, data.checked_add(data_bytes).expect("segment size overflows"))
     }
 
-    fn map(flags: libc::c_int, fd: libc::c_int, word_bytes: usize, data_bytes: usize) -> Option<Self> {
+    fn map(
+        flags: libc::c_int,
+        fd: libc::c_int,
+        word_bytes: usize,
+        data_bytes: usize,
+    ) -> Option<Self> {
         let (data, bytes) = Self::lengths(word_bytes, data_bytes);
         let access = libc::PROT_READ | libc::PROT_WRITE;
         // SAFETY: a new mapping at an address of the system's choice touches no memory in use.
@@ -48,8 +56,9 @@ impl Segment {
     /// Memory of this process, for `word_bytes` of atomic words and `data_bytes` of data.
     pub(crate) fn private(word_bytes: usize, data_bytes: usize) -> Segment {
         let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS;
-        Self::map(flags, -1, word_bytes, data_bytes)
-            .unwrap_or_else(|| panic!("no memory for {} bytes between threads", word_bytes + data_bytes))
+        Self::map(flags, -1, word_bytes, data_bytes).unwrap_or_else(|| {
+            panic!("no memory for {} bytes between threads", word_bytes + data_bytes)
+        })
     }
 
     /// Memory that other processes can map through the returned file as long as it is open.
@@ -74,21 +83,29 @@ impl Segment {
 
     /// Maps what another process created; `file` is its file, opened through `/proc`.
     #[cfg(any(feature = "mpi", test))]
-    pub(crate) fn of_file(file: &fs::File, word_bytes: usize, data_bytes: usize) -> io::Result<Segment> {
+    pub(crate) fn of_file(
+        file: &fs::File,
+        word_bytes: usize,
+        data_bytes: usize,
+    ) -> io::Result<Segment> {
         let (_, bytes) = Self::lengths(word_bytes, data_bytes);
         let found = file.metadata()?.len();
         if found != bytes as u64 {
-            return Err(io::Error::other(format!("the segment has {found} bytes, expected {bytes}")));
+            return Err(io::Error::other(format!(
+                "the segment has {found} bytes, expected {bytes}"
+            )));
         }
-        Self::map(libc::MAP_SHARED, file.as_raw_fd(), word_bytes, data_bytes).ok_or_else(io::Error::last_os_error)
+        Self::map(libc::MAP_SHARED, file.as_raw_fd(), word_bytes, data_bytes)
+            .ok_or_else(io::Error::last_os_error)
     }
 
     /// The atomic word `index`.
     #[inline]
     pub(crate) fn word(&self, index: usize) -> &AtomicU64 {
         assert!(index < self.words, "word {index} of {}", self.words);
-        // SAFETY: in bounds (just checked), aligned (a page-aligned base plus a multiple of 8), zeroed at the
-        // start, and reached as an atomic only: `data` and `data_mut` begin behind the words.
+        // SAFETY: in bounds (just checked), aligned (a page-aligned base plus a multiple of 8),
+        // zeroed at the start, and reached as an atomic only: `data` and `data_mut` begin behind
+        // the words.
         unsafe { AtomicU64::from_ptr(self.base.as_ptr().cast::<u64>().add(index)) }
     }
 
@@ -99,7 +116,8 @@ impl Segment {
     #[inline]
     pub(crate) unsafe fn data(&self, start: usize, len: usize) -> &[u8] {
         self.check(start, len);
-        // SAFETY: in bounds (just checked), initialized (zeroed by the system), unwritten (the caller).
+        // SAFETY: in bounds (just checked), initialized (zeroed by the system), unwritten (the
+        // caller).
         unsafe { std::slice::from_raw_parts(self.base.as_ptr().add(self.data + start), len) }
     }
 
@@ -111,7 +129,8 @@ impl Segment {
     #[allow(clippy::mut_from_ref)]
     pub(crate) unsafe fn data_mut(&self, start: usize, len: usize) -> &mut [u8] {
         self.check(start, len);
-        // SAFETY: in bounds (just checked), initialized (zeroed by the system), exclusive (the caller).
+        // SAFETY: in bounds (just checked), initialized (zeroed by the system), exclusive (the
+        // caller).
         unsafe { std::slice::from_raw_parts_mut(self.base.as_ptr().add(self.data + start), len) }
     }
 

@@ -12,7 +12,8 @@ use crate::group::{self, Group};
 use crate::segment::Segment;
 use crate::transport::{Collectives, Transport};
 
-/// One rank of a group of threads, on the same shared-memory collectives as processes of one machine.
+/// One rank of a group of threads, on the same shared-memory collectives as processes of one
+/// machine.
 ///
 /// A rank whose communicators are all dropped has left: who still waits for it gets
 /// [`CommError::PeerFailed`], as does everyone when one is dropped by a panic.
@@ -41,7 +42,8 @@ impl ThreadComm {
                         nursery: Arc::clone(&nursery),
                     }) as Box<dyn Transport>
                 });
-                let end = Endpoint::new("threads", machine.clone(), membership, transport, size <= cores);
+                let end =
+                    Endpoint::new("threads", machine.clone(), membership, transport, size <= cores);
                 ThreadComm { end }
             })
             .collect()
@@ -59,8 +61,8 @@ fn segment(size: usize) -> Arc<Segment> {
     Arc::new(Segment::private(words, data))
 }
 
-/// Memory of groups that some members have joined and others will: by the way to the group from the first
-/// one (for each split its number and the group's), with the number of members to come.
+/// Memory of groups that some members have joined and others will: by the way to the group from the
+/// first one (for each split its number and the group's), with the number of members to come.
 type Nursery = Mutex<HashMap<Vec<(usize, usize)>, (Arc<Segment>, usize)>>;
 
 struct Threads {

@@ -66,9 +66,9 @@ pub(crate) struct Step {
     pub done: bool,
 }
 
-/// Moves messages on, each named with the other rank, until all are done: `advance` moves one on without waiting. The
-/// deadline is for peers that do nothing: it starts again whenever something moved. All messages are looked at in
-/// turn, so that all ranks that have not come are known.
+/// Moves messages on, each named with the other rank, until all are done: `advance` moves one on
+/// without waiting. The deadline is for peers that do nothing: it starts again whenever something
+/// moved. All messages are looked at in turn, so that all ranks that have not come are known.
 pub(crate) fn carry<M>(
     call: &mut Call<'_>,
     messages: Vec<(usize, M)>,
@@ -133,7 +133,12 @@ pub(crate) trait Collectives: Send {
         recv: &mut [u8],
     ) -> Result<(), CommError>;
 
-    fn broadcast(&mut self, call: &mut Call<'_>, root: usize, buf: &mut [u8]) -> Result<(), CommError>;
+    fn broadcast(
+        &mut self,
+        call: &mut Call<'_>,
+        root: usize,
+        buf: &mut [u8],
+    ) -> Result<(), CommError>;
 
     fn barrier(&mut self, call: &mut Call<'_>) -> Result<(), CommError>;
 
@@ -150,8 +155,8 @@ pub(crate) trait Collectives: Send {
 pub(crate) trait Transport: Send {
     fn group(&mut self) -> &mut dyn Collectives;
 
-    /// Forms all groups of a split, every rank being in one; returns that of this rank, `groups[mine]`, or
-    /// nothing where it has one member only.
+    /// Forms all groups of a split, every rank being in one; returns that of this rank,
+    /// `groups[mine]`, or nothing where it has one member only.
     fn split(
         &mut self,
         call: &mut Call<'_>,

@@ -72,7 +72,8 @@ impl WireFormat {
             WireFormat::Q8 => {
                 let (groups, rest) = values.as_chunks::<WIRE_GROUP>();
                 let (whole, last) = bytes.split_at_mut(groups.len() * (WIRE_GROUP + 4));
-                for (group, out) in groups.iter().zip(whole.as_chunks_mut::<{ WIRE_GROUP + 4 }>().0) {
+                for (group, out) in groups.iter().zip(whole.as_chunks_mut::<{ WIRE_GROUP + 4 }>().0)
+                {
                     encode_group(group, out);
                 }
                 if !rest.is_empty() {
@@ -114,7 +115,9 @@ impl WireFormat {
             WireFormat::Q8 => {
                 let (groups, rest) = into.as_chunks_mut::<WIRE_GROUP>();
                 let (whole, last) = bytes.split_at(groups.len() * (WIRE_GROUP + 4));
-                for (group, bytes) in groups.iter_mut().zip(whole.as_chunks::<{ WIRE_GROUP + 4 }>().0) {
+                for (group, bytes) in
+                    groups.iter_mut().zip(whole.as_chunks::<{ WIRE_GROUP + 4 }>().0)
+                {
                     decode_group(bytes, group, &fold);
                 }
                 if !rest.is_empty() {
@@ -125,23 +128,26 @@ impl WireFormat {
     }
 }
 
-// The loops below and above are written so that the compiler makes vectors of them on any processor: no calls, no order of
-// floating-point operations to keep, and in whole groups a known number of rounds.
+// The loops below and above are written so that the compiler makes vectors of them on any
+// processor: no calls, no order of floating-point operations to keep, and in whole groups a known
+// number of rounds.
 
-/// The scale and the values of a group in steps of it. A group with an infinity or NaN comes out as NaN: nothing broken
-/// passes for a number.
+/// The scale and the values of a group in steps of it. A group with an infinity or NaN comes out as
+/// NaN: nothing broken passes for a number.
 #[inline(always)]
 fn encode_group(group: &[f32], out: &mut [u8]) {
     // Bits of values without their sign are ordered as the values are, with NaN above all.
-    let largest = group.iter().fold(0, |largest: i32, value| largest.max((value.to_bits() & 0x7fff_ffff) as i32));
+    let largest = group
+        .iter()
+        .fold(0, |largest: i32, value| largest.max((value.to_bits() & 0x7fff_ffff) as i32));
     let scale = f32::from_bits(largest as u32) / 127.0;
     // The inverse of anything smaller could be infinite.
     let inverse = if scale >= f32::MIN_POSITIVE { 1.0 / scale } else { 0.0 };
     let (head, tail) = out.split_at_mut(4);
     head.copy_from_slice(&scale.to_ne_bytes());
     for (value, out) in group.iter().zip(tail) {
-        // Where the numbers lie one apart, an addition rounds to the nearest whole one, the even one of two, and leaves
-        // it in the low bits.
+        // Where the numbers lie one apart, an addition rounds to the nearest whole one, the even
+        // one of two, and leaves it in the low bits.
         const ONE_APART: f32 = (3 << 22) as f32;
         *out = (value * inverse + ONE_APART).to_bits() as u8;
     }
@@ -156,7 +162,8 @@ fn decode_group(bytes: &[u8], group: &mut [f32], fold: impl Fn(f32, f32) -> f32)
     }
 }
 
-/// The larger of two values, the first of equals; a number beats NaN. The same bits for the same order.
+/// The larger of two values, the first of equals; a number beats NaN. The same bits for the same
+/// order.
 #[inline]
 pub(crate) fn larger(a: f32, b: f32) -> f32 {
     if b > a || a.is_nan() { b } else { a }
@@ -215,12 +222,16 @@ mod tests {
     #[test]
     fn every_length_comes_back_within_the_step_of_its_format() {
         for len in 0..=130 {
-            let values: Vec<f32> = (0..len).map(|i| ((i * 37 + 11) % 101) as f32 / 7.0 - 6.5).collect();
+            let values: Vec<f32> =
+                (0..len).map(|i| ((i * 37 + 11) % 101) as f32 / 7.0 - 6.5).collect();
             assert_eq!(round_trip(WireFormat::F32, &values), values);
             for (value, back) in values.iter().zip(round_trip(WireFormat::Bf16, &values)) {
                 assert!((value - back).abs() <= value.abs() / 256.0, "{value} came back as {back}");
             }
-            for (group, back) in values.chunks(WIRE_GROUP).zip(round_trip(WireFormat::Q8, &values).chunks(WIRE_GROUP)) {
+            for (group, back) in values
+                .chunks(WIRE_GROUP)
+                .zip(round_trip(WireFormat::Q8, &values).chunks(WIRE_GROUP))
+            {
                 let largest = group.iter().fold(0.0f32, |m, v| m.max(v.abs()));
                 for (value, back) in group.iter().zip(back) {
                     let step = largest / 127.0;
@@ -234,8 +245,13 @@ mod tests {
     fn q8_rounds_ties_to_even_and_has_steps_for_the_smallest_numbers() {
         let mut bytes = [0; 4 + 7];
         WireFormat::Q8.encode(&[127.0, 0.5, 1.5, -0.5, -1.5, -127.0, 126.51], &mut bytes);
-        assert_eq!(bytes[4..].iter().map(|byte| *byte as i8).collect::<Vec<_>>(), [127, 0, 2, 0, -2, -127, 127]);
-        for largest in [f32::MAX / 2.0, f32::MIN_POSITIVE, 127.0 * f32::MIN_POSITIVE, f32::from_bits(1), 0.0] {
+        assert_eq!(
+            bytes[4..].iter().map(|byte| *byte as i8).collect::<Vec<_>>(),
+            [127, 0, 2, 0, -2, -127, 127]
+        );
+        for largest in
+            [f32::MAX / 2.0, f32::MIN_POSITIVE, 127.0 * f32::MIN_POSITIVE, f32::from_bits(1), 0.0]
+        {
             let values = [largest, -largest, largest / 3.0];
             let step = (largest / 127.0).max(f32::MIN_POSITIVE);
             for (value, back) in values.iter().zip(round_trip(WireFormat::Q8, &values)) {

@@ -7,11 +7,17 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use comm::{
-    Collective, CommError, Communicator, CommunicatorExt, EmulatedComm, Link, ReduceOp, ThreadComm, WireFormat,
+    Collective, CommError, Communicator, CommunicatorExt, EmulatedComm, Link, ReduceOp, ThreadComm,
+    WireFormat,
 };
 
 /// Runs `work` on each rank of `ranks` on `nodes` nodes and returns what the ranks found.
-fn on_ranks<T: Send>(ranks: usize, nodes: usize, link: Link, work: impl Fn(&EmulatedComm) -> T + Sync) -> Vec<T> {
+fn on_ranks<T: Send>(
+    ranks: usize,
+    nodes: usize,
+    link: Link,
+    work: impl Fn(&EmulatedComm) -> T + Sync,
+) -> Vec<T> {
     thread::scope(|scope| {
         let threads: Vec<_> = ThreadComm::group(ranks)
             .into_iter()
@@ -46,8 +52,14 @@ fn machines_are_those_of_the_ranks_of_a_group() {
     assert_eq!(found, [[3, 1, 3, 1], [3, 1, 2, 1], [3, 1, 3, 2], [3, 1, 2, 2], [3, 1, 3, 2]]);
 }
 
-/// The least seconds of a few calls, as the slowest rank saw it, and the ledger's seconds of all of them.
-fn measure(ranks: usize, nodes: usize, link: Link, call: impl Fn(&dyn Communicator) + Sync) -> (f64, f64) {
+/// The least seconds of a few calls, as the slowest rank saw it, and the ledger's seconds of all of
+/// them.
+fn measure(
+    ranks: usize,
+    nodes: usize,
+    link: Link,
+    call: impl Fn(&dyn Communicator) + Sync,
+) -> (f64, f64) {
     let found = on_ranks(ranks, nodes, link, |comm| {
         let mut least = f64::INFINITY;
         for _ in 0..5 {
@@ -70,12 +82,18 @@ fn calls_between_nodes_take_the_links_time_and_the_ledger_knows() {
             comm.all_reduce(&mut vec![1.0; 10_000], ReduceOp::Sum).unwrap();
         });
         let model = link.seconds(Collective::Allreduce, nodes, 40_000.0);
-        assert!(took >= model && counted >= model, "{ranks} ranks: {took} s, ledger {counted} s, model {model} s");
+        assert!(
+            took >= model && counted >= model,
+            "{ranks} ranks: {took} s, ledger {counted} s, model {model} s"
+        );
         let (took, counted) = measure(ranks, nodes, link, |comm| {
             comm.all_gather(&[0u8; 1000], &mut vec![0; 1000 * ranks]).unwrap();
         });
         let model = link.seconds(Collective::Allgather, nodes, 1000.0 * ranks as f64);
-        assert!(took >= model && counted >= model, "{ranks} ranks: {took} s, ledger {counted} s, model {model} s");
+        assert!(
+            took >= model && counted >= model,
+            "{ranks} ranks: {took} s, ledger {counted} s, model {model} s"
+        );
     }
 }
 
@@ -90,7 +108,11 @@ fn calls_within_a_node_cost_nothing_extra() {
             inside.all_reduce(&mut [1.0; 1000], ReduceOp::Sum).unwrap();
         }
         // On the link they would take ten times half a second.
-        assert!(start.elapsed().as_secs_f64() < 4.0, "ten calls within a node: {:?}", start.elapsed());
+        assert!(
+            start.elapsed().as_secs_f64() < 4.0,
+            "ten calls within a node: {:?}",
+            start.elapsed()
+        );
         let peer = comm.rank() ^ 1;
         comm.send_recv(peer, &[1u8], peer, &mut [0]).unwrap();
     });
@@ -109,7 +131,8 @@ fn a_shorter_wire_halves_the_time_of_long_messages() {
         .0
     };
     let (f32, bf16) = (time(WireFormat::F32), time(WireFormat::Bf16));
-    // 400 ms and 200 ms on the link; a busy machine adds less than the difference to one of five calls.
+    // 400 ms and 200 ms on the link; a busy machine adds less than the difference to one of five
+    // calls.
     assert!(f32 >= 0.4 && (0.2..0.4).contains(&bf16), "f32 {f32} s, bf16 {bf16} s");
 }
 
@@ -125,8 +148,8 @@ fn a_late_rank_is_not_charged_to_the_link() {
         comm.barrier().unwrap();
         (came, Instant::now())
     });
-    // Both leave 300 ms after the late one came, but for what a busy machine takes from a rank before it waits: rank 0 does
-    // not leave at once because it waited long.
+    // Both leave 300 ms after the late one came, but for what a busy machine takes from a rank
+    // before it waits: rank 0 does not leave at once because it waited long.
     let came = times.iter().map(|time| time.0).max().unwrap();
     assert!(times.iter().all(|time| time.1 - came >= Duration::from_millis(150)), "{times:?}");
 }

@@ -1,4 +1,5 @@
-//! What ranks see when something goes wrong: a typed error that names who and why, soon, on every rank.
+//! What ranks see when something goes wrong: a typed error that names who and why, soon, on every
+//! rank.
 
 use std::io::{BufRead as _, BufReader};
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -7,7 +8,9 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering::SeqCst};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use comm::{Collective, CommError, Communicator, CommunicatorExt, Phase, ReduceOp, SoloComm, ThreadComm};
+use comm::{
+    Collective, CommError, Communicator, CommunicatorExt, Phase, ReduceOp, SoloComm, ThreadComm,
+};
 
 /// Longer than any machine is busy, shorter than anyone waits for a test.
 const SOON: Duration = Duration::from_secs(5);
@@ -102,13 +105,17 @@ fn the_deadline_leaves_out_the_time_in_which_the_job_was_stopped() {
     let mut child = child.spawn().unwrap();
     let mut said = BufReader::new(child.stdout.take().unwrap()).lines().map(Result::unwrap);
     assert!(said.any(|line| line.contains(STOPPED)), "rank 0 never waited");
-    let signal = |name: &str| Command::new("kill").args([name, &child.id().to_string()]).status().unwrap();
+    let signal =
+        |name: &str| Command::new("kill").args([name, &child.id().to_string()]).status().unwrap();
     thread::sleep(Duration::from_millis(50));
     assert!(signal("-STOP").success());
     thread::sleep(Duration::from_millis(2500));
     assert!(signal("-CONT").success());
     let rest: Vec<String> = said.collect();
-    assert!(child.wait().unwrap().success() && rest.iter().any(|line| line.contains("1 passed")), "{rest:#?}");
+    assert!(
+        child.wait().unwrap().success() && rest.iter().any(|line| line.contains("1 passed")),
+        "{rest:#?}"
+    );
 }
 
 #[test]
@@ -148,8 +155,9 @@ fn a_rank_that_leaves_is_not_waited_for() {
 #[test]
 fn the_last_call_of_a_rank_that_leaves_still_counts() {
     for _ in 0..200 {
-        let results =
-            on_ranks(2, |comm| if comm.rank() == 0 { comm.send(1, &[7u32]) } else { comm.recv(0, &mut [0u32]) });
+        let results = on_ranks(2, |comm| {
+            if comm.rank() == 0 { comm.send(1, &[7u32]) } else { comm.recv(0, &mut [0u32]) }
+        });
         assert_eq!(results, [Ok(()), Ok(())]);
     }
 }
@@ -224,7 +232,9 @@ type Call = fn(&dyn Communicator) -> Result<(), CommError>;
 fn mismatch(calls: [Call; 2], texts: [&str; 2]) {
     let errors = on_ranks(2, |comm| calls[comm.rank()](&comm).unwrap_err());
     for (rank, error) in errors.iter().enumerate() {
-        let CommError::Mismatch { rank: own, here, peer, there, .. } = error else { panic!("{error}") };
+        let CommError::Mismatch { rank: own, here, peer, there, .. } = error else {
+            panic!("{error}")
+        };
         assert_eq!((*own, *peer), (rank, 1 - rank));
         assert_eq!((&here[..], &there[..]), (texts[rank], texts[1 - rank]));
     }
@@ -233,11 +243,17 @@ fn mismatch(calls: [Call; 2], texts: [&str; 2]) {
 #[test]
 fn calls_that_do_not_match_are_named_on_both_sides() {
     mismatch(
-        [|comm| comm.all_reduce(&mut [0.0; 8], ReduceOp::Sum), |comm| comm.all_reduce(&mut [0.0; 9], ReduceOp::Sum)],
+        [
+            |comm| comm.all_reduce(&mut [0.0; 8], ReduceOp::Sum),
+            |comm| comm.all_reduce(&mut [0.0; 9], ReduceOp::Sum),
+        ],
         ["Allreduce (sum) of 8 elements as f32", "Allreduce (sum) of 9 elements as f32"],
     );
     mismatch(
-        [|comm| comm.all_reduce(&mut [0.0; 8], ReduceOp::Sum), |comm| comm.all_reduce(&mut [0.0; 8], ReduceOp::Max)],
+        [
+            |comm| comm.all_reduce(&mut [0.0; 8], ReduceOp::Sum),
+            |comm| comm.all_reduce(&mut [0.0; 8], ReduceOp::Max),
+        ],
         ["Allreduce (sum) of 8 elements as f32", "Allreduce (max) of 8 elements as f32"],
     );
     mismatch(
@@ -267,7 +283,10 @@ fn counts_that_differ_between_ranks_are_caught() {
     });
     for (rank, error) in errors.iter().enumerate() {
         let text = error.to_string();
-        assert!(text.contains("calls do not match") && text.contains("rank 1"), "rank {rank}: {text}");
+        assert!(
+            text.contains("calls do not match") && text.contains("rank 1"),
+            "rank {rank}: {text}"
+        );
     }
 }
 
@@ -277,7 +296,9 @@ fn a_message_of_another_length_is_refused() {
         0 => comm.send(1, &[0u8; 12]).err(),
         _ => comm.recv(0, &mut [0u8; 8]).err(),
     });
-    let Some(CommError::Mismatch { here, peer: 0, there, .. }) = &errors[1] else { panic!("{errors:?}") };
+    let Some(CommError::Mismatch { here, peer: 0, there, .. }) = &errors[1] else {
+        panic!("{errors:?}")
+    };
     assert_eq!((&here[..], &there[..]), ("Recv of 8 bytes", "Send of 12 bytes"));
 }
 
@@ -300,7 +321,9 @@ fn arguments_that_do_not_fit_are_refused_before_anything_moves() {
         ("Allgather (other): recv.len() is 3, expected the sum over the ranks = 2", |c| {
             c.all_gather(&[0u8; 2], &mut [0; 3])
         }),
-        ("Allgatherv (other): counts.len() is 0, expected size() = 1", |c| c.all_gather_v(&[0u8; 2], &[], &mut [0; 2])),
+        ("Allgatherv (other): counts.len() is 0, expected size() = 1", |c| {
+            c.all_gather_v(&[0u8; 2], &[], &mut [0; 2])
+        }),
         ("Allgatherv (other): send.len() is 2, expected counts[rank] = 1", |c| {
             c.all_gather_v(&[0u8; 2], &[1], &mut [0; 1])
         }),

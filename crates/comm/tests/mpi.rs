@@ -1,6 +1,8 @@
-//! The conformance suite on the processes of an MPI job: by memory of the machine, by messages, and by both.
+//! The conformance suite on the processes of an MPI job: by memory of the machine, by messages, and
+//! by both.
 //!
-//! Started by `mpirun -n N`; alone, it runs on one rank. A check that fails ends the job with a panic's status.
+//! Started by `mpirun -n N`; alone, it runs on one rank. A check that fails ends the job with a
+//! panic's status.
 
 mod conformance;
 
@@ -15,8 +17,9 @@ fn options(change: impl FnOnce(&mut MpiOptions)) -> MpiOptions {
     options
 }
 
-/// Over messages, waiting ends when the last rank has sent; each rank has another clock. Nothing here depends on how fast the
-/// machine is, but for delays of the scheduler of half of what the late rank sleeps, in one of some tries at least.
+/// Over messages, waiting ends when the last rank has sent; each rank has another clock. Nothing
+/// here depends on how fast the machine is, but for delays of the scheduler of half of what the
+/// late rank sleeps, in one of some tries at least.
 fn waiting_is_not_travel(comm: &MpiComm) {
     const LATE: Duration = Duration::from_millis(400);
     let shares = |elements: usize| {
@@ -25,20 +28,26 @@ fn waiting_is_not_travel(comm: &MpiComm) {
         if comm.rank() == comm.size() - 1 {
             thread::sleep(LATE);
         }
-        comm.all_gather(&vec![1.0f32; elements], &mut vec![0.0; elements * comm.size()]).expect("all ranks call");
+        comm.all_gather(&vec![1.0f32; elements], &mut vec![0.0; elements * comm.size()])
+            .expect("all ranks call");
         let entry = comm.ledger().entries()[0];
         (entry.wait_seconds, entry.seconds - entry.wait_seconds)
     };
     let half = LATE.as_secs_f64() / 2.0;
     for elements in [100, 1 << 20] {
         let tries: Vec<(f64, f64)> = (0..3).map(|_| shares(elements)).collect();
-        // A rank that comes last finds that the others have sent, so that it waits for none, however long the way of what
-        // they sent is; for the others the way begins when it has sent.
+        // A rank that comes last finds that the others have sent, so that it waits for none,
+        // however long the way of what they sent is; for the others the way begins when it has
+        // sent.
         let right = |(waited, travelled): &(f64, f64)| match comm.rank() == comm.size() - 1 {
             true => *waited == 0.0,
             false => *waited > half && *travelled < half,
         };
-        assert!(tries.iter().any(right), "rank {}, {elements} elements: waited, travelled {tries:?}", comm.rank());
+        assert!(
+            tries.iter().any(right),
+            "rank {}, {elements} elements: waited, travelled {tries:?}",
+            comm.rank()
+        );
     }
 }
 
@@ -54,8 +63,10 @@ fn main() {
     ];
     let mut passed = 0;
     for (name, way) in ways {
-        let other = way.map(|options| world.with_options(&options).expect("the same ranks, another way"));
-        // No way may be skipped because something is missing on this machine. (One rank needs no way.)
+        let other =
+            way.map(|options| world.with_options(&options).expect("the same ranks, another way"));
+        // No way may be skipped because something is missing on this machine. (One rank needs no
+        // way.)
         let expected = match name {
             _ if world.size() == 1 => "messages",
             "shared memory" => "shared memory",
@@ -70,7 +81,12 @@ fn main() {
                 "three machines" => 3,
                 _ => 1,
             };
-            assert_eq!(other.machines(), nodes.min(world.size()), "on {} ranks, for '{name}'", world.size());
+            assert_eq!(
+                other.machines(),
+                nodes.min(world.size()),
+                "on {} ranks, for '{name}'",
+                world.size()
+            );
         }
         let comm: &dyn Communicator = other.as_ref().map_or(&world, |comm| comm);
         for check in conformance::checks() {
@@ -82,7 +98,9 @@ fn main() {
         }
     }
     if world.size() > 1 {
-        waiting_is_not_travel(&world.with_options(&options(|o| o.shared_memory = false)).expect("the same ranks"));
+        waiting_is_not_travel(
+            &world.with_options(&options(|o| o.shared_memory = false)).expect("the same ranks"),
+        );
         passed += 1;
     }
     world.barrier().expect("all ranks came through");

@@ -1,5 +1,6 @@
-//! What becomes of an MPI job when a rank fails: every scenario runs as a job of its own, which has to end soon,
-//! with a status that is not zero, and with a message that names the rank and the reason.
+//! What becomes of an MPI job when a rank fails: every scenario runs as a job of its own, which has
+//! to end soon, with a status that is not zero, and with a message that names the rank and the
+//! reason.
 
 use std::env;
 use std::process::{Command, ExitCode, Stdio};
@@ -10,7 +11,8 @@ use std::time::{Duration, Instant};
 
 use comm::{CommError, Communicator, CommunicatorExt, MpiComm, MpiOptions, Phase, ReduceOp};
 
-/// A rank that fails, and what its peers have to say. `{last}` is the last rank, `{others}` are all but the first.
+/// A rank that fails, and what its peers have to say. `{last}` is the last rank, `{others}` are all
+/// but the first.
 struct Scenario {
     name: &'static str,
     /// Runs on every rank; what it returns in the end is the error of a call.
@@ -116,7 +118,11 @@ const SCENARIOS: &[Scenario] = &[
             1 => comm.broadcast(0, &mut [0u8; 8]),
             _ => comm.all_reduce(&mut [1.0; 8], ReduceOp::Sum),
         },
-        expected: &["calls do not match", "Allreduce (sum) of 8 elements as f32", "Broadcast of 8 bytes from root 0"],
+        expected: &[
+            "calls do not match",
+            "Allreduce (sum) of 8 elements as f32",
+            "Broadcast of 8 bytes from root 0",
+        ],
     },
     Scenario {
         name: MIXED,
@@ -149,13 +155,17 @@ const WAYS: &[&[(&str, &str)]] = &[&[], &[("COMM_SHARED_MEMORY", "off")], &[("CO
 
 fn launch(scenario: &Scenario, ranks: usize, way: &[(&str, &str)]) -> Result<(), String> {
     let start = Instant::now();
-    // `cargo xtask mpi-test` names another launcher where there are several; each ignores the settings of the others.
+    // `cargo xtask mpi-test` names another launcher where there are several; each ignores the
+    // settings of the others.
     let mut child = Command::new(env::var_os("MPIRUN").unwrap_or_else(|| "mpirun".into()))
         .args(["-n", &ranks.to_string()])
         .arg(env::current_exe().expect("a path"))
         .args(["--scenario", scenario.name])
         .envs([("OMPI_ALLOW_RUN_AS_ROOT", "1"), ("OMPI_ALLOW_RUN_AS_ROOT_CONFIRM", "1")])
-        .envs([("OMPI_MCA_rmaps_base_oversubscribe", "1"), ("PRTE_MCA_rmaps_default_mapping_policy", ":oversubscribe")])
+        .envs([
+            ("OMPI_MCA_rmaps_base_oversubscribe", "1"),
+            ("PRTE_MCA_rmaps_default_mapping_policy", ":oversubscribe"),
+        ])
         .envs(way.iter().copied())
         .stdout(Stdio::piped())
         .stderr(Stdio::piped())
@@ -180,7 +190,8 @@ fn launch(scenario: &Scenario, ranks: usize, way: &[(&str, &str)]) -> Result<(),
     // A leader that waits for its own machine does not know yet who is late on others.
     let leads = ranks == 3 && way.iter().any(|(name, _)| *name == "COMM_NODES");
     let others = if ranks == 2 || leads { "rank 1" } else { "ranks 1 and 2" };
-    let fill = |part: &&str| part.replace("{last}", &(ranks - 1).to_string()).replace("{others}", others);
+    let fill =
+        |part: &&str| part.replace("{last}", &(ranks - 1).to_string()).replace("{others}", others);
     let parts = scenario.expected.iter().map(fill);
     match parts.into_iter().find(|part| !text.contains(part)) {
         Some(part) => Err(format!("no message has '{part}'\n{text}")),
@@ -230,7 +241,8 @@ fn main() -> ExitCode {
         println!("0 passed, 0 failed: these tests start their own jobs, run them without mpirun");
         return ExitCode::SUCCESS;
     }
-    let of_way = |way| SCENARIOS.iter().flat_map(move |scenario| [2, 3].map(|ranks| (scenario, ranks, way)));
+    let of_way =
+        |way| SCENARIOS.iter().flat_map(move |scenario| [2, 3].map(|ranks| (scenario, ranks, way)));
     let jobs = Mutex::new(WAYS.iter().flat_map(of_way));
     let next = || jobs.lock().expect("no worker panics").next();
     let (passed, failed) = (AtomicUsize::new(0), AtomicUsize::new(0));

@@ -12,7 +12,8 @@ fn on_threads(size: usize) {
             let run = move || conformance::run(check, &comm);
             thread::Builder::new().name(format!("rank of '{}'", check.0)).spawn(run).unwrap()
         });
-        let failed = ranks.collect::<Vec<_>>().into_iter().filter_map(|rank| rank.join().err()).count();
+        let failed =
+            ranks.collect::<Vec<_>>().into_iter().filter_map(|rank| rank.join().err()).count();
         assert_eq!(failed, 0, "ranks of {size} failed in '{}'", check.0);
     }
 }

@@ -1,7 +1,9 @@
-//! Attention of queries to the keys and values that this rank holds, shared among the team's threads.
+//! Attention of queries to the keys and values that this rank holds, shared among the team's
+//! threads.
 
 use simd_kernels::{
-    ATTENTION_ROWS, AttentionInput, KV_SPAN, KvHead, MatMut, SoftmaxState, attention_materialized, attention_streaming,
+    ATTENTION_ROWS, AttentionInput, KV_SPAN, KvHead, MatMut, SoftmaxState, attention_materialized,
+    attention_streaming,
 };
 use std::fmt;
 use std::ops::Range;
@@ -56,7 +58,8 @@ impl FromStr for AttentionAlgorithm {
 }
 
 /// The heads of this rank. A row of its fused projection holds the queries of all its heads, then
-/// the keys, then the values of its KV heads: `[queries | keys | values]`, each head `head_dim` wide.
+/// the keys, then the values of its KV heads: `[queries | keys | values]`, each head `head_dim`
+/// wide.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct AttentionShape {
     /// For each KV head here, its query heads among those here; consecutive and ascending.
@@ -144,7 +147,8 @@ pub(crate) struct TaskScratch {
     pub states: Vec<SoftmaxState>,
 }
 
-/// Attention to some of the keys, not yet divided by its sum: what merges with the other keys' part.
+/// Attention to some of the keys, not yet divided by its sum: what merges with the other keys'
+/// part.
 #[derive(Default)]
 pub(crate) struct Partial {
     /// Largest score, [tokens, heads].
@@ -157,7 +161,11 @@ pub(crate) struct Partial {
 pub(crate) fn norm_and_rotate(ctx: &Context, spec: &AttentionSpec<'_>, qkv: &mut Activations) {
     let AttentionSpec { shape, norm, rotary, .. } = *spec;
     let (tokens, width) = qkv.dim();
-    assert_eq!((rotary.cos.nrows(), width), (tokens, shape.qkv_width()), "rotary rows and projection width");
+    assert_eq!(
+        (rotary.cos.nrows(), width),
+        (tokens, shape.qkv_width()),
+        "rotary rows and projection width"
+    );
     if width == 0 || tokens == 0 {
         return;
     }
@@ -189,13 +197,14 @@ pub(crate) struct Attend<'a> {
     cache: &'a [KvHead],
 }
 
-/// Rows of queries that one task handles: at most those that share a tile of keys, and fewer, down to a point, where that leaves a
-/// thread too few tasks to balance.
+/// Rows of queries that one task handles: at most those that share a tile of keys, and fewer, down
+/// to a point, where that leaves a thread too few tasks to balance.
 const TASK_ROWS: Range<usize> = 64..ATTENTION_ROWS;
 /// Tasks of a thread, so that the last ones to finish do not finish long after the others.
 const TASKS: usize = 4;
 
-/// Rows of queries of a task, where a team of `threads` shares those of `heads` heads and some tokens.
+/// Rows of queries of a task, where a team of `threads` shares those of `heads` heads and some
+/// tokens.
 pub(crate) fn task_rows(tokens: usize, heads: usize, threads: usize) -> usize {
     (tokens * heads / (TASKS * threads)).clamp(TASK_ROWS.start, TASK_ROWS.end)
 }
@@ -203,8 +212,9 @@ pub(crate) fn task_rows(tokens: usize, heads: usize, threads: usize) -> usize {
 /// Keys of a piece, at least and on average, where the cache of a head is cut over threads.
 const PIECE_KEYS: usize = 256;
 
-/// Into how many pieces few tokens cut the cache of each head: the smallest number with [`PIECE_KEYS`] keys a piece that leaves the fullest
-/// thread the fewest keys. Pieces begin where spans of the cache do, so that they differ by up to one.
+/// Into how many pieces few tokens cut the cache of each head: the smallest number with
+/// [`PIECE_KEYS`] keys a piece that leaves the fullest thread the fewest keys. Pieces begin where
+/// spans of the cache do, so that they differ by up to one.
 pub(crate) fn pieces(kv_heads: usize, keys: usize, threads: usize) -> usize {
     // With these all threads have as many.
     let even = threads / gcd(kv_heads, threads);
@@ -280,7 +290,8 @@ pub(crate) fn attend(
 }
 
 impl<'a> Attend<'a> {
-    /// queries [tokens, stride], the queries first in each row; of the cached keys each token sees as many as `visible` says.
+    /// queries [tokens, stride], the queries first in each row; of the cached keys each token sees
+    /// as many as `visible` says.
     pub fn new(
         spec: &AttentionSpec<'a>,
         queries: &'a [f32],
@@ -335,7 +346,10 @@ struct OutputBlocks<'a> {
 
 impl<'a> OutputBlocks<'a> {
     fn whole(out: &'a mut Activations, partial: Option<&'a mut Partial>) -> Self {
-        Self { out: matrix(out), partial: partial.map(|partial| (matrix(&mut partial.max), matrix(&mut partial.sum))) }
+        Self {
+            out: matrix(out),
+            partial: partial.map(|partial| (matrix(&mut partial.max), matrix(&mut partial.sum))),
+        }
     }
 
     fn split_heads(self, heads: usize, head_dim: usize) -> (Self, Self) {
@@ -376,7 +390,10 @@ impl<'a> OutputBlocks<'a> {
 
 type Pair<'a> = Option<(MatMut<'a>, MatMut<'a>)>;
 
-fn split_pair<'a>(pair: Pair<'a>, split: impl Fn(MatMut<'a>) -> (MatMut<'a>, MatMut<'a>)) -> (Pair<'a>, Pair<'a>) {
+fn split_pair<'a>(
+    pair: Pair<'a>,
+    split: impl Fn(MatMut<'a>) -> (MatMut<'a>, MatMut<'a>),
+) -> (Pair<'a>, Pair<'a>) {
     match pair {
         Some((max, sum)) => {
             let ((max, max_rest), (sum, sum_rest)) = (split(max), split(sum));
@@ -411,7 +428,11 @@ mod tests {
             (8, 800, 3, 3),
             (0, 9999, 4, 1),
         ] {
-            assert_eq!(pieces(kv_heads, keys, threads), expected, "{kv_heads} heads, {keys} keys, {threads} threads");
+            assert_eq!(
+                pieces(kv_heads, keys, threads),
+                expected,
+                "{kv_heads} heads, {keys} keys, {threads} threads"
+            );
         }
     }
 }

@@ -10,7 +10,8 @@ use crate::linear::{reshape, slice, slice_mut};
 use crate::profile::Work;
 
 /// Attention of the heads of this rank for tokens that follow all those in `cache`, whose keys and
-/// values join it. qkv [tokens, `qkv_width`] is normalized and rotated in place; out [tokens, heads * head_dim].
+/// values join it. qkv [tokens, `qkv_width`] is normalized and rotated in place; out [tokens, heads
+/// * head_dim].
 pub fn attention_headwise(
     ctx: &Context,
     spec: &AttentionSpec<'_>,
@@ -30,8 +31,9 @@ pub fn attention_headwise(
     attend(ctx, &task, &mut scratch.tasks, out, None);
 }
 
-/// Attention of one token, with a fork of the team where its steps take three: a KV head's norms, its rotations, its place in the cache
-/// and its attention are one task, and one operation of the profile.
+/// Attention of one token, with a fork of the team where its steps take three: a KV head's norms,
+/// its rotations, its place in the cache and its attention are one task, and one operation of the
+/// profile.
 fn attend_one(
     ctx: &Context,
     spec: &AttentionSpec<'_>,
@@ -46,16 +48,19 @@ fn attend_one(
     reshape(out, 1, shape.query_width());
     let Some(first) = cache.heads().first() else { return };
     let seen = first.len() + 1;
-    let bytes = seen * LayerCache::position_bytes(first.format(), shape.groups.len(), shape.head_dim);
+    let bytes =
+        seen * LayerCache::position_bytes(first.format(), shape.groups.len(), shape.head_dim);
     let work = Work { flops: (4 * seen * shape.query_width()) as f64, bytes: bytes as f64 };
     let _operation = ctx.profile.operation("attention", work);
 
     let angles = [rotary.cos, rotary.sin].map(slice);
-    let norm_rope =
-        |heads: &mut [f32], weight: &[f32]| norm_rope(ctx.isa, heads, weight, norm.eps, angles[0], angles[1]);
+    let norm_rope = |heads: &mut [f32], weight: &[f32]| {
+        norm_rope(ctx.isa, heads, weight, norm.eps, angles[0], angles[1])
+    };
     let (mut queries, rest) = slice_mut(qkv).split_at_mut(shape.query_width());
     let (keys, values) = rest.split_at_mut(shape.kv_width());
-    let (keys, values) = (keys.chunks_exact_mut(shape.head_dim), values.chunks_exact(shape.head_dim));
+    let (keys, values) =
+        (keys.chunks_exact_mut(shape.head_dim), values.chunks_exact(shape.head_dim));
     let mut out = slice_mut(out);
     states.resize_with(shape.groups.len(), SoftmaxState::new);
     let heads = cache.heads_mut().iter_mut().zip(states).zip(keys.zip(values)).zip(&shape.groups);
@@ -71,8 +76,16 @@ fn attend_one(
         norm_rope(key, norm.k);
         kv.push(ctx.isa, key, value);
         let visible = vec![kv.len(); q.len() / shape.head_dim];
-        let input = AttentionInput { q, visible: &visible, kv, keys: 0..kv.len(), scale: shape.score_scale() };
+        let input = AttentionInput {
+            q,
+            visible: &visible,
+            kv,
+            keys: 0..kv.len(),
+            scale: shape.score_scale(),
+        };
         algorithm.run(ctx, &input, state);
-        o.chunks_exact_mut(shape.head_dim).enumerate().for_each(|(row, o)| state.write(ctx.isa, row, o));
+        o.chunks_exact_mut(shape.head_dim)
+            .enumerate()
+            .for_each(|(row, o)| state.write(ctx.isa, row, o));
     });
 }

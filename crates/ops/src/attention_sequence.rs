@@ -1,16 +1,17 @@
 //! Attention where each rank owns positions: queries meet the keys of all earlier positions, on
 //! whichever rank these are.
 //!
-//! Split tokens (prefill): each rank attends its own queries to the keys and values of the whole pass. On one machine these are
-//! gathered first; between machines they go round in a ring, and a rank attends to one block of them while the next one
-//! travels. Since each rank has an early and a late part of the pass, every block is the same work for it.
-//! Keys of earlier passes stay where they are; the queries are gathered instead, each
-//! rank attends all of them to the keys that it holds, and the partial results merge by their softmax
-//! state `(m, s, o)`: `m = max mᵢ`, `s = Σ sᵢ·e^(mᵢ−m)`, `o = Σ oᵢ·e^(mᵢ−m) / s` (an Allreduce of the
-//! maxima, one of the rescaled sums, a Reduce-scatter of the rescaled rest).
+//! Split tokens (prefill): each rank attends its own queries to the keys and values of the whole
+//! pass. On one machine these are gathered first; between machines they go round in a ring, and a
+//! rank attends to one block of them while the next one travels. Since each rank has an early and a
+//! late part of the pass, every block is the same work for it. Keys of earlier passes stay where
+//! they are; the queries are gathered instead, each rank attends all of them to the keys that it
+//! holds, and the partial results merge by their softmax state `(m, s, o)`: `m = max mᵢ`, `s = Σ
+//! sᵢ·e^(mᵢ−m)`, `o = Σ oᵢ·e^(mᵢ−m) / s` (an Allreduce of the maxima, one of the rescaled sums, a
+//! Reduce-scatter of the rescaled rest).
 //!
-//! Replicated tokens (decode): each rank attends to the keys that it holds, and one Allgather of the
-//! states lets every rank merge them all.
+//! Replicated tokens (decode): each rank attends to the keys that it holds, and one Allgather of
+//! the states lets every rank merge them all.
 
 use std::ops::Range;
 use std::slice::from_ref;
@@ -18,7 +19,9 @@ use std::slice::from_ref;
 use comm::{CommError, CommunicatorExt, ReduceOp};
 use tensor::Activations;
 
-use crate::attention::{Attend, AttentionScratch, AttentionShape, AttentionSpec, attend, norm_and_rotate};
+use crate::attention::{
+    Attend, AttentionScratch, AttentionShape, AttentionSpec, attend, norm_and_rotate,
+};
 use crate::attention_headwise::attention_headwise;
 use crate::context::Context;
 use crate::kv_cache::LayerCache;
@@ -40,14 +43,17 @@ pub struct SequenceSpan<'a> {
 }
 
 impl SequenceSpan<'_> {
-    /// The positions of the pass that join this rank's cache, ascending: its own where the tokens are
-    /// split, every `ranks`-th where they are replicated.
+    /// The positions of the pass that join this rank's cache, ascending: its own where the tokens
+    /// are split, every `ranks`-th where they are replicated.
     pub fn kept(&self, rank: usize, ranks: usize) -> Vec<u32> {
         let position = |index| (self.start + index) as u32;
         if self.layout.is_split() {
             self.layout.indices(rank).map(position).collect()
         } else {
-            (0..self.layout.tokens()).map(position).filter(|position| *position as usize % ranks == rank).collect()
+            (0..self.layout.tokens())
+                .map(position)
+                .filter(|position| *position as usize % ranks == rank)
+                .collect()
         }
     }
 }
@@ -61,9 +67,10 @@ pub struct SequenceSpec<'a> {
     pub span: SequenceSpan<'a>,
 }
 
-/// Attention of this rank's tokens to all positions up to theirs. qkv [own tokens, `qkv_width`] is normalized
-/// and rotated in place; the kept keys and values join `cache`; out [own tokens, heads * head_dim]. Where one rank has all
-/// positions this is [`attention_headwise`], without any collective.
+/// Attention of this rank's tokens to all positions up to theirs. qkv [own tokens, `qkv_width`] is
+/// normalized and rotated in place; the kept keys and values join `cache`; out [own tokens, heads *
+/// head_dim]. Where one rank has all positions this is [`attention_headwise`], without any
+/// collective.
 ///
 /// # Errors
 /// When a collective fails.
@@ -81,7 +88,8 @@ pub fn attention_sequence(
         return Ok(());
     }
     if attention.shape.heads() == 0 {
-        // More ranks split heads than there are: those that share positions with this one have none either.
+        // More ranks split heads than there are: those that share positions with this one have none
+        // either.
         reshape(out, qkv.nrows(), 0);
         return Ok(());
     }
@@ -108,7 +116,10 @@ fn attend_replicated(
         cache.push(ctx, slice(qkv), attention.shape, index..index + 1);
     }
     let visible: Vec<_> = (0..qkv.nrows())
-        .map(|index| span.held.len() + kept.partition_point(|position| *position as usize <= span.start + index))
+        .map(|index| {
+            span.held.len()
+                + kept.partition_point(|position| *position as usize <= span.start + index)
+        })
         .collect();
     let task = Attend::new(attention, slice(qkv), qkv.ncols(), &visible, cache.heads());
     let AttentionScratch { tasks, partial, message, gathered, .. } = scratch;
@@ -152,9 +163,16 @@ fn attend_split(
             attend_past(ctx, spec, qkv, cache, scratch, Some(&mut ring))?
         };
         while let Some((owner, keys)) = ring.next()? {
-            let block = block_of(ctx, shape, cache, &wire.unpack(ctx, &keys), from_ref(&(0..layout.count(owner))));
+            let block = block_of(
+                ctx,
+                shape,
+                cache,
+                &wire.unpack(ctx, &keys),
+                from_ref(&(0..layout.count(owner))),
+            );
             let held: Vec<_> = layout.indices(owner).collect();
-            let visible: Vec<_> = own.iter().map(|index| held.partition_point(|key| key <= index)).collect();
+            let visible: Vec<_> =
+                own.iter().map(|index| held.partition_point(|key| key <= index)).collect();
             let task = Attend::new(attention, slice(qkv), qkv.ncols(), &visible, block.heads());
             attend(ctx, &task, &mut scratch.tasks, out, Some(&mut scratch.partial));
             merged.add(ctx, slice(&scratch.partial.max), slice(&scratch.partial.sum), slice(out));
@@ -162,8 +180,13 @@ fn attend_split(
         merged.write(ctx, out);
     } else {
         let mut gathered = vec![0.0; layout.tokens() * width];
-        ctx.positions.all_gather_v(&keys, &layout.lengths(ctx.positions.size(), width), &mut gathered)?;
-        let block = block_of(ctx, shape, cache, &wire.unpack(ctx, &gathered), &layout.gathered_ranges());
+        ctx.positions.all_gather_v(
+            &keys,
+            &layout.lengths(ctx.positions.size(), width),
+            &mut gathered,
+        )?;
+        let block =
+            block_of(ctx, shape, cache, &wire.unpack(ctx, &gathered), &layout.gathered_ranges());
         let visible: Vec<_> = own.iter().map(|index| index + 1).collect();
         let task = Attend::new(attention, slice(qkv), qkv.ncols(), &visible, block.heads());
         if span.start == 0 {
@@ -179,7 +202,8 @@ fn attend_split(
     Ok(())
 }
 
-/// Keys and values of some tokens, stored as `cache` stores them: the given ranges of rows `keys`, [tokens, 2 * `kv_width`].
+/// Keys and values of some tokens, stored as `cache` stores them: the given ranges of rows `keys`,
+/// [tokens, 2 * `kv_width`].
 fn block_of(
     ctx: &Context,
     shape: &AttentionShape,
@@ -195,7 +219,8 @@ fn block_of(
     block
 }
 
-/// What this rank's queries find in all keys of earlier passes, wherever they are. A block of `ring` travels meanwhile.
+/// What this rank's queries find in all keys of earlier passes, wherever they are. A block of
+/// `ring` travels meanwhile.
 fn attend_past(
     ctx: &Context,
     spec: &SequenceSpec<'_>,
@@ -205,28 +230,41 @@ fn attend_past(
     mut ring: Option<&mut KvRing<'_>>,
 ) -> Result<Merged, CommError> {
     let SequenceSpec { attention, span } = spec;
-    let (heads, head_dim, width) = (attention.shape.heads(), attention.shape.head_dim, attention.shape.query_width());
+    let (heads, head_dim, width) =
+        (attention.shape.heads(), attention.shape.head_dim, attention.shape.query_width());
     let tokens = span.layout.tokens();
     let AttentionScratch { tasks, partial, past, gathered, .. } = scratch;
     gathered.resize(tokens * width, 0.0);
     let own = columns(qkv, 0, width);
-    ctx.positions.all_gather_v(&own, &span.layout.lengths(ctx.positions.size(), width), gathered)?;
+    ctx.positions.all_gather_v(
+        &own,
+        &span.layout.lengths(ctx.positions.size(), width),
+        gathered,
+    )?;
     let visible = vec![span.held.len(); tokens];
     if let Some(ring) = &mut ring {
         ring.pass_on();
     }
-    attend(ctx, &Attend::new(attention, gathered, width, &visible, cache.heads()), tasks, past, Some(partial));
+    attend(
+        ctx,
+        &Attend::new(attention, gathered, width, &visible, cache.heads()),
+        tasks,
+        past,
+        Some(partial),
+    );
     if let Some(ring) = &mut ring {
         ring.settle()?;
     }
 
-    // Relative to the common maxima, sums and accumulators can be added. The sums divide: they are exact on any wire.
+    // Relative to the common maxima, sums and accumulators can be added. The sums divide: they are
+    // exact on any wire.
     let mut factors = slice(&partial.max).to_vec();
     ctx.positions.all_reduce(slice_mut(&mut partial.max), ReduceOp::Max)?;
     for (factor, max) in factors.iter_mut().zip(slice(&partial.max)) {
         *factor = if *factor == f32::NEG_INFINITY { 0.0 } else { (*factor - max).exp() };
     }
-    let results = slice_mut(&mut partial.sum).iter_mut().zip(slice_mut(past).chunks_exact_mut(head_dim));
+    let results =
+        slice_mut(&mut partial.sum).iter_mut().zip(slice_mut(past).chunks_exact_mut(head_dim));
     for ((sum, acc), factor) in results.zip(&factors) {
         *sum *= factor;
         acc.iter_mut().for_each(|acc| *acc *= factor);
@@ -234,7 +272,11 @@ fn attend_past(
     ctx.positions.all_reduce(slice_mut(&mut partial.sum), ReduceOp::ExactSum)?;
     let own = span.layout.count(ctx.positions.rank());
     let mut acc = vec![0.0; own * width];
-    ctx.positions.reduce_scatter(slice(past), &span.layout.lengths(ctx.positions.size(), width), &mut acc)?;
+    ctx.positions.reduce_scatter(
+        slice(past),
+        &span.layout.lengths(ctx.positions.size(), width),
+        &mut acc,
+    )?;
 
     let first: usize = (0..ctx.positions.rank()).map(|rank| span.layout.count(rank)).sum();
     let rows = first * heads..(first + own) * heads;

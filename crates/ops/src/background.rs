@@ -11,10 +11,12 @@ use comm::{Activity, CommError, Communicator};
 
 type Job = Box<dyn FnOnce() + Send>;
 
-/// Makes calls in the order in which they are handed over: all ranks hand over the same ones in the same order.
+/// Makes calls in the order in which they are handed over: all ranks hand over the same ones in the
+/// same order.
 ///
-/// The thread is there from the start, before the team pins this one to a core, which a thread started later would inherit:
-/// where cores are left over it runs on one of them. It sleeps while nothing is to do. A rank alone needs none.
+/// The thread is there from the start, before the team pins this one to a core, which a thread
+/// started later would inherit: where cores are left over it runs on one of them. It sleeps while
+/// nothing is to do. A rank alone needs none.
 pub struct Background {
     comm: Arc<dyn Communicator>,
     jobs: Option<Sender<Job>>,
@@ -36,7 +38,8 @@ impl Background {
         }
         let (jobs, todo) = mpsc::channel::<Job>();
         let name = format!("calls of rank {}", comm.rank());
-        let thread = thread::Builder::new().name(name).spawn(move || todo.into_iter().for_each(|job| job()));
+        let thread =
+            thread::Builder::new().name(name).spawn(move || todo.into_iter().for_each(|job| job()));
         let refused = |source: io::Error| {
             let thread = format!("the thread for background calls of rank {}", comm.rank());
             CommError::Thread { thread, reason: source.to_string() }
@@ -45,8 +48,9 @@ impl Background {
         Ok(Self { comm, jobs: Some(jobs), thread: Some(thread) })
     }
 
-    /// Hands `call` over, which has its buffers with it and returns them. It counts where the calling thread stands now, and the
-    /// calling thread makes no call of its own on the same communicator until it has the result.
+    /// Hands `call` over, which has its buffers with it and returns them. It counts where the
+    /// calling thread stands now, and the calling thread makes no call of its own on the same
+    /// communicator until it has the result.
     pub fn start<T: Send + 'static>(
         &self,
         comm: &Arc<dyn Communicator>,
@@ -56,15 +60,17 @@ impl Background {
         let activity = Activity { background: true, ..comm.ledger().activity() };
         let (sender, result) = mpsc::sync_channel(1);
         let job = move || {
-            // What the call owns is gone before its result is there: whoever waits holds the last ends of the communicators.
-            let result = panic::catch_unwind(AssertUnwindSafe(move || activity.during(|| call(&*comm))));
+            // What the call owns is gone before its result is there: whoever waits holds the last
+            // ends of the communicators.
+            let result =
+                panic::catch_unwind(AssertUnwindSafe(move || activity.during(|| call(&*comm))));
             // Nobody waits any more where the other thread has failed.
             let _ = sender.send(result);
         };
         match &self.jobs {
-            Some(jobs) => {
-                jobs.send(Box::new(job)).expect("no job unwinds into the thread, which ends after the last one")
-            }
+            Some(jobs) => jobs
+                .send(Box::new(job))
+                .expect("no job unwinds into the thread, which ends after the last one"),
             None => job(),
         }
         Pending(result)
@@ -82,11 +88,13 @@ impl<T> Pending<T> {
 }
 
 impl Drop for Background {
-    /// Makes what was handed over, unless this thread panics: then no other rank may wait for it, nor it for them.
+    /// Makes what was handed over, unless this thread panics: then no other rank may wait for it,
+    /// nor it for them.
     fn drop(&mut self) {
         if thread::panicking() {
             let thread = thread::current();
-            self.comm.abort(&format!("it panicked (thread '{}')", thread.name().unwrap_or("unnamed")));
+            self.comm
+                .abort(&format!("it panicked (thread '{}')", thread.name().unwrap_or("unnamed")));
         }
         self.jobs = None;
         if let Some(thread) = self.thread.take() {
@@ -105,19 +113,24 @@ mod tests {
     use super::*;
 
     /// Runs `rank` on each of two ranks and returns what they returned, or that they panicked.
-    fn on_two_ranks<R: Send>(rank: impl Fn(Arc<dyn Communicator>, Background) -> R + Sync) -> Vec<thread::Result<R>> {
+    fn on_two_ranks<R: Send>(
+        rank: impl Fn(Arc<dyn Communicator>, Background) -> R + Sync,
+    ) -> Vec<thread::Result<R>> {
         let run = |comm: ThreadComm| {
             let comm: Arc<dyn Communicator> = Arc::new(comm);
             let background = Background::new(comm.clone()).unwrap();
             rank(comm, background)
         };
         thread::scope(|scope| {
-            let ranks: Vec<_> = ThreadComm::group(2).into_iter().map(|comm| scope.spawn(|| run(comm))).collect();
+            let ranks: Vec<_> =
+                ThreadComm::group(2).into_iter().map(|comm| scope.spawn(|| run(comm))).collect();
             ranks.into_iter().map(|rank| rank.join()).collect()
         })
     }
 
-    fn sum(values: Vec<f32>) -> impl FnOnce(&dyn Communicator) -> Result<Vec<f32>, CommError> + Send {
+    fn sum(
+        values: Vec<f32>,
+    ) -> impl FnOnce(&dyn Communicator) -> Result<Vec<f32>, CommError> + Send {
         move |comm| {
             let mut values = values;
             comm.all_reduce(&mut values, ReduceOp::Sum).map(|()| values)
@@ -189,7 +202,9 @@ mod tests {
             background.start(&comm, |comm| comm.barrier()).wait().unwrap_err()
         });
         assert!(results[0].is_err());
-        let Ok(CommError::PeerFailed { rank: 0, reason, .. }) = &results[1] else { panic!("{:?}", results[1]) };
+        let Ok(CommError::PeerFailed { rank: 0, reason, .. }) = &results[1] else {
+            panic!("{:?}", results[1])
+        };
         assert!(reason.contains("panicked"), "{reason}");
         assert!(start.elapsed() < Duration::from_secs(5), "took {:?}", start.elapsed());
     }

@@ -12,8 +12,9 @@ use crate::team::{Placement, Team};
 
 /// The surroundings of one rank's operations.
 ///
-/// The ranks form a grid: those of a row hold the same positions and split the heads and the weights; those of
-/// a column hold the same heads and split the positions. Either group may be this rank alone.
+/// The ranks form a grid: those of a row hold the same positions and split the heads and the
+/// weights; those of a column hold the same heads and split the positions. Either group may be this
+/// rank alone.
 pub struct Context {
     /// The instruction set of the kernels.
     pub isa: Isa,
@@ -32,11 +33,12 @@ pub struct Context {
 }
 
 impl Context {
-    /// Surroundings with a team of `threads`, `columns` ranks to a row of the grid: world rank `r` is in row
-    /// `r / columns` and column `r % columns`. All ranks call it.
+    /// Surroundings with a team of `threads`, `columns` ranks to a row of the grid: world rank `r`
+    /// is in row `r / columns` and column `r % columns`. All ranks call it.
     ///
     /// # Errors
-    /// When the groups cannot be formed, or the operating system refuses a thread of the team or the one for calls in the background.
+    /// When the groups cannot be formed, or the operating system refuses a thread of the team or
+    /// the one for calls in the background.
     ///
     /// # Panics
     /// When `columns` does not divide the number of ranks.
@@ -60,8 +62,8 @@ impl Context {
         Ok(Self { isa, team, comm, heads, positions, background, profile })
     }
 
-    /// The ranks over which the feed-forward block is split: those that split the heads, or, where none do, those
-    /// that split the positions.
+    /// The ranks over which the feed-forward block is split: those that split the heads, or, where
+    /// none do, those that split the positions.
     pub fn mlp_ranks(&self) -> &Arc<dyn Communicator> {
         if self.heads.size() > 1 { &self.heads } else { &self.positions }
     }

@@ -18,7 +18,8 @@ impl Embedding {
         Self { table }
     }
 
-    /// Writes the rows of `tokens` into `out` [tokens, hidden]. Each token must be below the vocabulary's size.
+    /// Writes the rows of `tokens` into `out` [tokens, hidden]. Each token must be below the
+    /// vocabulary's size.
     ///
     /// # Errors
     /// When the checkpoint can no longer be read.

@@ -20,7 +20,13 @@ impl LayerCache {
 
     /// An empty cache for the same heads.
     pub(crate) fn empty_like(&self) -> Self {
-        Self { heads: self.heads.iter().map(|head| KvHead::new(head.format(), head.head_dim())).collect() }
+        Self {
+            heads: self
+                .heads
+                .iter()
+                .map(|head| KvHead::new(head.format(), head.head_dim()))
+                .collect(),
+        }
     }
 
     /// Bytes of a key and a value of each of `heads` KV heads of size `head_dim`.
@@ -53,8 +59,15 @@ impl LayerCache {
         self.heads.iter().map(KvHead::bytes).sum()
     }
 
-    /// Appends the keys and values of the tokens `range` of fused projections [tokens, `qkv_width`].
-    pub fn push(&mut self, ctx: &Context, qkv: &[f32], shape: &AttentionShape, range: Range<usize>) {
+    /// Appends the keys and values of the tokens `range` of fused projections [tokens,
+    /// `qkv_width`].
+    pub fn push(
+        &mut self,
+        ctx: &Context,
+        qkv: &[f32],
+        shape: &AttentionShape,
+        range: Range<usize>,
+    ) {
         let (isa, width, size) = (ctx.isa, shape.qkv_width(), shape.head_dim);
         assert_eq!(self.heads.len(), shape.groups.len(), "cached heads against the shape's");
         if range.is_empty() {
@@ -62,9 +75,16 @@ impl LayerCache {
         }
         let push = |(index, head): (usize, &mut KvHead)| {
             let start = range.start * width + shape.query_width() + index * size;
-            head.push_many(isa, &qkv[start..], &qkv[start + shape.kv_width()..], range.len(), width);
+            head.push_many(
+                isa,
+                &qkv[start..],
+                &qkv[start + shape.kv_width()..],
+                range.len(),
+                width,
+            );
         };
-        // Also a single token, where `attention_headwise` has not stored it itself: a serial loop measured no faster.
+        // Also a single token, where `attention_headwise` has not stored it itself: a serial loop
+        // measured no faster.
         ctx.team.each(self.heads.iter_mut().enumerate().collect(), push);
     }
 }

@@ -1,4 +1,5 @@
-//! Keys and values as they travel between machines: in half precision where the cache keeps them so, which loses nothing more.
+//! Keys and values as they travel between machines: in half precision where the cache keeps them
+//! so, which loses nothing more.
 
 use std::borrow::Cow;
 
@@ -21,7 +22,8 @@ impl KvWire {
         Self { halves: half && ctx.positions.machines() > 1 }
     }
 
-    /// Places of f32 that the keys and values of a token take, `numbers` in all: as many of the one as of the other.
+    /// Places of f32 that the keys and values of a token take, `numbers` in all: as many of the one
+    /// as of the other.
     pub fn width(self, numbers: usize) -> usize {
         if self.halves { numbers / 2 } else { numbers }
     }

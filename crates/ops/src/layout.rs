@@ -4,8 +4,9 @@ use std::ops::Range;
 
 use tensor::split_range;
 
-/// Tokens of a rank from which its keys and values go round. On 2 ranks with 1 GbE between them the shape of Qwen3-0.6B loses 1 % to it
-/// with 256 tokens a rank, and gains 3 % with 512 and 7 % with 1024.
+/// Tokens of a rank from which its keys and values go round. On 2 ranks with 1 GbE between them the
+/// shape of Qwen3-0.6B loses 1 % to it with 256 tokens a rank, and gains 3 % with 512 and 7 % with
+/// 1024.
 const ROUND_TOKENS: usize = 512;
 
 /// How the tokens of one forward pass lie on the ranks.
@@ -29,10 +30,14 @@ pub enum TokenLayout {
 }
 
 impl TokenLayout {
-    /// Splits `tokens` over `ranks` where each gets at least two; fewer are replicated, since then a
-    /// pass over the weights costs the same for one token as for a few.
+    /// Splits `tokens` over `ranks` where each gets at least two; fewer are replicated, since then
+    /// a pass over the weights costs the same for one token as for a few.
     pub fn balanced(tokens: usize, ranks: usize) -> Self {
-        if ranks > 1 && tokens >= 2 * ranks { Self::Split { tokens, ranks } } else { Self::Replicated { tokens } }
+        if ranks > 1 && tokens >= 2 * ranks {
+            Self::Split { tokens, ranks }
+        } else {
+            Self::Replicated { tokens }
+        }
     }
 
     /// Tokens of the pass, on all ranks together.
@@ -47,8 +52,9 @@ impl TokenLayout {
         matches!(self, Self::Split { .. })
     }
 
-    /// Whether keys and values of the pass go round the ranks block by block instead of being gathered: where they travel between
-    /// machines, and a block is long enough for attention to it to take longer than merging its result.
+    /// Whether keys and values of the pass go round the ranks block by block instead of being
+    /// gathered: where they travel between machines, and a block is long enough for attention to it
+    /// to take longer than merging its result.
     pub fn goes_round(&self, machines: usize) -> bool {
         matches!(*self, Self::Split { tokens, ranks } if machines > 1 && tokens >= ranks * ROUND_TOKENS)
     }
@@ -57,9 +63,10 @@ impl TokenLayout {
     pub fn ranges(&self, rank: usize) -> [Range<usize>; 2] {
         match *self {
             Self::Replicated { tokens } => [0..tokens, tokens..tokens],
-            Self::Split { tokens, ranks } => {
-                [split_range(tokens, 2 * ranks, rank), split_range(tokens, 2 * ranks, 2 * ranks - 1 - rank)]
-            }
+            Self::Split { tokens, ranks } => [
+                split_range(tokens, 2 * ranks, rank),
+                split_range(tokens, 2 * ranks, 2 * ranks - 1 - rank),
+            ],
         }
     }
 
@@ -81,7 +88,9 @@ impl TokenLayout {
 
     /// The rows of a gather in the order of the tokens: consecutive ranges.
     pub fn gathered_ranges(&self) -> Vec<Range<usize>> {
-        let Self::Split { ranks, .. } = *self else { return std::iter::once(0..self.tokens()).collect() };
+        let Self::Split { ranks, .. } = *self else {
+            return std::iter::once(0..self.tokens()).collect();
+        };
         let mut first = 0;
         let mut ranges = vec![0..0; 2 * ranks];
         for rank in 0..ranks {
@@ -113,7 +122,11 @@ mod tests {
                 let layout = TokenLayout::balanced(tokens, ranks);
                 let mut order = layout.gathered_order();
                 order.sort_unstable();
-                assert_eq!(order, (0..tokens).collect::<Vec<_>>(), "{tokens} tokens, {ranks} ranks");
+                assert_eq!(
+                    order,
+                    (0..tokens).collect::<Vec<_>>(),
+                    "{tokens} tokens, {ranks} ranks"
+                );
                 let gathered = layout.gathered_order();
                 let rows = layout.gathered_ranges().into_iter().flatten().map(|row| gathered[row]);
                 assert!(rows.eq(0..tokens), "{tokens} tokens, {ranks} ranks");

@@ -1,5 +1,5 @@
-//! What a decoder is made of, for one rank of many: each operation computes this rank's share on the
-//! rank's team of threads and calls the collectives that make the shares whole.
+//! What a decoder is made of, for one rank of many: each operation computes this rank's share on
+//! the rank's team of threads and calls the collectives that make the shares whole.
 
 #![doc = include_str!("../README.md")]
 #![forbid(unsafe_code)]
@@ -40,7 +40,9 @@ mod lm_head;
 mod memory;
 mod limits;
 
-pub use attention::{AttentionAlgorithm, AttentionScratch, AttentionShape, AttentionSpec, QkNorm, Rotary};
+pub use attention::{
+    AttentionAlgorithm, AttentionScratch, AttentionShape, AttentionSpec, QkNorm, Rotary,
+};
 pub use attention_headwise::attention_headwise;
 pub use attention_sequence::{SequenceSpan, SequenceSpec, attention_sequence};
 pub use background::{Background, Pending};

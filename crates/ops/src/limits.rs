@@ -1,4 +1,5 @@
-//! What this rank's threads can do at best, measured: multiply-adds a second, and bytes read a second.
+//! What this rank's threads can do at best, measured: multiply-adds a second, and bytes read a
+//! second.
 
 use std::ops::Range;
 use std::sync::Mutex;
@@ -16,14 +17,16 @@ const ROUNDS: usize = 1 << 10;
 /// Columns of the matrix that lends its memory: a panel is 1 MiB.
 const COLS: usize = STRIDE / PANEL;
 
-/// Memory to read from, held as weights are: on huge pages, each thread's part touched first by that thread.
+/// Memory to read from, held as weights are: on huge pages, each thread's part touched first by
+/// that thread.
 pub struct LimitsProbe {
     memory: PackedMatrix,
     parts: Vec<Range<usize>>,
 }
 
 impl LimitsProbe {
-    /// A probe that reads `bytes` (rounded to MiB, at least one for each thread), which should be many times the caches.
+    /// A probe that reads `bytes` (rounded to MiB, at least one for each thread), which should be
+    /// many times the caches.
     pub fn new(ctx: &Context, bytes: usize) -> Self {
         let panels = (bytes / (STRIDE * size_of::<f32>())).max(ctx.team.threads());
         let mut memory = PackedMatrix::allocate(WeightFormat::F32, panels * PANEL, COLS);
@@ -35,7 +38,9 @@ impl LimitsProbe {
 
     /// Bytes that the threads of this rank read in a second, measured for `time`.
     pub fn read_bytes_per_s(&self, ctx: &Context, time: Duration) -> f64 {
-        let PackedData::F32(floats) = self.memory.data() else { unreachable!("the memory was allocated as f32") };
+        let PackedData::F32(floats) = self.memory.data() else {
+            unreachable!("the memory was allocated as f32")
+        };
         rate(ctx, self.parts.clone(), time, |part, step| {
             let panel = part.start + step % part.len();
             // The kernel's result depends on every bit, and this makes it wanted.
@@ -44,7 +49,8 @@ impl LimitsProbe {
         })
     }
 
-    /// Floating-point operations that the threads of this rank do in a second with multiply-adds of `isa`, measured for `time`.
+    /// Floating-point operations that the threads of this rank do in a second with multiply-adds of
+    /// `isa`, measured for `time`.
     pub fn flops_per_s(&self, ctx: &Context, isa: Isa, time: Duration) -> f64 {
         // The loop without AVX2 is about a tenth as fast.
         let rounds = if isa.has_avx2() { ROUNDS } else { ROUNDS / 8 };
@@ -55,7 +61,8 @@ impl LimitsProbe {
     }
 }
 
-/// The rates of all threads together; each repeats `step(part, count)`, which says how much it did, for `time`.
+/// The rates of all threads together; each repeats `step(part, count)`, which says how much it did,
+/// for `time`.
 fn rate(
     ctx: &Context,
     parts: Vec<Range<usize>>,
@@ -86,11 +93,14 @@ mod tests {
     #[test]
     fn rates_are_those_of_a_computer_and_count_all_threads() {
         for threads in [1, 3] {
-            let ctx = Context::new(Isa::detect(), Arc::new(SoloComm::new()), 1, threads, Placement::Free).unwrap();
+            let ctx =
+                Context::new(Isa::detect(), Arc::new(SoloComm::new()), 1, threads, Placement::Free)
+                    .unwrap();
             let probe = LimitsProbe::new(&ctx, 8 << 20);
             assert_eq!(probe.parts.len(), threads);
             let time = Duration::from_millis(5);
-            let (read, flops) = (probe.read_bytes_per_s(&ctx, time), probe.flops_per_s(&ctx, ctx.isa, time));
+            let (read, flops) =
+                (probe.read_bytes_per_s(&ctx, time), probe.flops_per_s(&ctx, ctx.isa, time));
             assert!((1e8..1e13).contains(&read), "{read} bytes/s on {threads} threads");
             assert!((1e8..1e13).contains(&flops), "{flops} flop/s on {threads} threads");
         }

@@ -21,7 +21,11 @@ impl Linear {
     ///
     /// # Errors
     /// When the stack cannot be read from the checkpoint.
-    pub fn load(ctx: &Context, format: WeightFormat, stack: &[Matrix]) -> Result<Self, CheckpointError> {
+    pub fn load(
+        ctx: &Context,
+        format: WeightFormat,
+        stack: &[Matrix],
+    ) -> Result<Self, CheckpointError> {
         let rows = stack.iter().map(Matrix::rows).sum();
         let cols = stack.first().map_or(0, Matrix::cols);
         let mut weights = PackedMatrix::allocate(format, rows, cols);
@@ -42,7 +46,8 @@ impl Linear {
     pub fn sample(ctx: &Context, format: WeightFormat, rows: usize, cols: usize) -> Self {
         let mut weights = PackedMatrix::allocate(format, rows, cols);
         let chunks = weights.split_panels(&ctx.team.panel_ranges(rows));
-        // As a half-precision number, and so as the scale of a group, this byte twice is 0.08: sums stay small in every format.
+        // As a half-precision number, and so as the scale of a group, this byte twice is 0.08: sums
+        // stay small in every format.
         ctx.team.each(chunks, |chunk| chunk.fill(0x2d));
         Self { weights }
     }
@@ -69,7 +74,10 @@ impl Linear {
 
     /// What a product with `tokens` tokens has to do.
     pub fn work(&self, tokens: usize) -> Work {
-        Work { flops: 2.0 * (self.rows() * self.cols() * tokens) as f64, bytes: self.bytes() as f64 }
+        Work {
+            flops: 2.0 * (self.rows() * self.cols() * tokens) as f64,
+            bytes: self.bytes() as f64,
+        }
     }
 
     /// The preparation that `tokens` tokens of input need.
@@ -98,8 +106,9 @@ impl Linear {
     }
 }
 
-/// Makes `[tokens, n]` on every rank from each rank's `[tokens, counts[rank]]` columns: one Allgather
-/// where the counts are equal and `vector` is false, else one Allgatherv, of tokens · n · 4 bytes.
+/// Makes `[tokens, n]` on every rank from each rank's `[tokens, counts[rank]]` columns: one
+/// Allgather where the counts are equal and `vector` is false, else one Allgatherv, of tokens · n ·
+/// 4 bytes.
 ///
 /// # Errors
 /// When the collective fails.
@@ -140,7 +149,8 @@ pub fn reshape(activations: &mut Activations, rows: usize, cols: usize) {
     }
     let (mut data, _) = std::mem::take(activations).into_raw_vec_and_offset();
     data.resize(rows * cols, 0.0);
-    *activations = Activations::from_shape_vec((rows, cols), data).expect("the length is rows times columns");
+    *activations =
+        Activations::from_shape_vec((rows, cols), data).expect("the length is rows times columns");
 }
 
 /// The elements of row-major activations.

@@ -37,7 +37,8 @@ pub fn wanted_rows(
     match wanted {
         LogitRows::Last if tokens > 0 => {
             reshape(out, 1, width);
-            let owner = (0..ctx.positions.size()).find(|rank| layout.indices(*rank).any(|index| index + 1 == tokens));
+            let owner = (0..ctx.positions.size())
+                .find(|rank| layout.indices(*rank).any(|index| index + 1 == tokens));
             let owner = owner.expect("the last token is on some rank");
             if !layout.is_split() || owner == ctx.positions.rank() {
                 // Ascending order: a rank that holds the last token holds it as its last row.
@@ -49,7 +50,11 @@ pub fn wanted_rows(
         }
         LogitRows::All if layout.is_split() => {
             let mut gathered = vec![0.0; tokens * width];
-            ctx.positions.all_gather_v(slice(x), &layout.lengths(ctx.positions.size(), width), &mut gathered)?;
+            ctx.positions.all_gather_v(
+                slice(x),
+                &layout.lengths(ctx.positions.size(), width),
+                &mut gathered,
+            )?;
             reshape(out, tokens, width);
             for (row, index) in gathered.chunks_exact(width).zip(layout.gathered_order()) {
                 slice_mut(out)[index * width..(index + 1) * width].copy_from_slice(row);
@@ -64,7 +69,8 @@ pub fn wanted_rows(
     Ok(())
 }
 
-/// Logits of normalized tokens `x` [tokens, hidden] for this rank's rows of the vocabulary: [tokens, own rows].
+/// Logits of normalized tokens `x` [tokens, hidden] for this rank's rows of the vocabulary:
+/// [tokens, own rows].
 pub fn lm_head(ctx: &Context, head: &Linear, x: &Activations, input: &mut Input) -> Activations {
     let mut logits = Activations::zeros((x.nrows(), head.rows()));
     if x.nrows() > 0 {

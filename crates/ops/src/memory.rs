@@ -1,6 +1,8 @@
-//! What operations keep in memory while they work, from the shapes that they give it: for whoever plans without loading a model.
+//! What operations keep in memory while they work, from the shapes that they give it: for whoever
+//! plans without loading a model.
 //!
-//! Bytes are those of the buffers at the size that they reach in a pass; tests of `qwen3-model` hold them against what is allocated.
+//! Bytes are those of the buffers at the size that they reach in a pass; tests of `qwen3-model`
+//! hold them against what is allocated.
 
 use simd_kernels::{ATTENTION_ROWS, InputKind, Isa, KV_SPAN, KvFormat, PanelData};
 use tensor::WeightFormat;
@@ -21,7 +23,8 @@ pub struct Bytes {
     pub passing: usize,
 }
 
-/// An [`Input`](simd_kernels::Input) that is prepared for one product after another: one buffer for floats, others for integers.
+/// An [`Input`](simd_kernels::Input) that is prepared for one product after another: one buffer for
+/// floats, others for integers.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct InputMemory {
     float: usize,
@@ -34,7 +37,9 @@ impl InputMemory {
     pub fn prepare(self, format: WeightFormat, tokens: usize, cols: usize) -> Self {
         let Self { float, integer } = self;
         match kind_of(format, tokens) {
-            InputKind::Float => Self { float: grown(float, InputKind::Float.bytes(tokens, cols)), integer },
+            InputKind::Float => {
+                Self { float: grown(float, InputKind::Float.bytes(tokens, cols)), integer }
+            }
             kind => Self { float, integer: grown(integer, kind.bytes(tokens, cols)) },
         }
     }
@@ -85,7 +90,8 @@ impl AttentionMemory<'_> {
     /// Beside queries, keys, values and results of the rank's own tokens.
     pub fn bytes(&self) -> Bytes {
         let Self { shape, layout, rank, machines, past, .. } = *self;
-        let (heads, width, own, all) = (shape.heads(), shape.query_width(), layout.count(rank), layout.tokens());
+        let (heads, width, own, all) =
+            (shape.heads(), shape.query_width(), layout.count(rank), layout.tokens());
         let tasks = self.tasks(if past { all } else { own });
         if !layout.is_split() {
             return Bytes { kept: tasks, passing: 0 };
@@ -93,17 +99,23 @@ impl AttentionMemory<'_> {
         let numbers = 2 * shape.kv_width();
         let short = self.kv == KvFormat::F16 && machines > 1;
         let places = if short { numbers / 2 } else { numbers };
-        // This rank's keys and values as they travel; what comes, as it travels, as numbers and as a cache has it.
+        // This rank's keys and values as they travel; what comes, as it travels, as numbers and as
+        // a cache has it.
         let round = layout.goes_round(machines);
         let (come, block) = if round { (2 * own, own) } else { (all, all) };
         let keys = (own + come) * places + if short { block * numbers } else { 0 };
-        let cached = block * LayerCache::position_bytes(self.kv, shape.groups.len(), shape.head_dim);
+        let cached =
+            block * LayerCache::position_bytes(self.kv, shape.groups.len(), shape.head_dim);
         // The states of this rank's tokens, merged from parts.
         let state = 2 * heads + width;
         let merged = if round || past { own * state } else { 0 };
-        // All queries, what they find here with its maxima and sums, and a factor for each; of this rank its queries and what it finds
-        // anywhere.
-        let (kept, summed) = if past { (all * (2 * width + 2 * heads), all * heads + own * 2 * width) } else { (0, 0) };
+        // All queries, what they find here with its maxima and sums, and a factor for each; of this
+        // rank its queries and what it finds anywhere.
+        let (kept, summed) = if past {
+            (all * (2 * width + 2 * heads), all * heads + own * 2 * width)
+        } else {
+            (0, 0)
+        };
         Bytes { kept: tasks + F32 * kept, passing: cached + F32 * (keys + merged + summed) }
     }
 
@@ -112,8 +124,9 @@ impl AttentionMemory<'_> {
         let (head_dim, heads) = (self.shape.head_dim, self.shape.heads());
         let group = self.shape.groups.iter().map(ExactSizeIterator::len).max().unwrap_or(0);
         let rows = task_rows(tokens, heads, self.threads).min(tokens * group);
-        // Of a row its query, also as the kernels read it, and its result, also as they do; of the rows that go together scores and weights;
-        // of a span of keys these and their values as int16.
+        // Of a row its query, also as the kernels read it, and its result, also as they do; of the
+        // rows that go together scores and weights; of a span of keys these and their values as
+        // int16.
         let scores = rows.clamp(64, ATTENTION_ROWS / 2) * (F32 + 2) * KV_SPAN;
         self.threads * (rows * 4 * F32 * head_dim + scores + 2 * 2 * KV_SPAN * head_dim)
     }
@@ -160,23 +173,30 @@ pub struct ExpertsMemory {
 impl MlpMemory {
     /// Beside the normalized tokens and the residual stream.
     pub fn bytes(&self) -> Bytes {
-        let Self { schedule, ranks, tokens, own, hidden, columns, inner, down, formats, experts } = *self;
+        let Self { schedule, ranks, tokens, own, hidden, columns, inner, down, formats, experts } =
+            *self;
         let whole = schedule == MlpSchedule::Local || ranks == 1;
         let width = if schedule == MlpSchedule::Gathered { down.0 } else { hidden };
-        let inputs =
-            |tokens| InputMemory::default().prepare(formats[0], tokens, hidden).prepare(formats[1], tokens, down.1);
+        let inputs = |tokens| {
+            InputMemory::default()
+                .prepare(formats[0], tokens, hidden)
+                .prepare(formats[1], tokens, down.1)
+        };
         let result = if whole { 0 } else { tokens * width };
         let (rows, inputs, visited) = match experts {
             None => (tokens, inputs(tokens).bytes(), 0),
             Some(ExpertsMemory { all, here, visits, router }) => {
-                // Buffers that grow from layer to layer grow to twice their size: those of each expert, of which hardly one has most visits
-                // in the first layer, and with whole experts on ranks those of all visits here.
+                // Buffers that grow from layer to layer grow to twice their size: those of each
+                // expert, of which hardly one has most visits in the first layer, and with whole
+                // experts on ranks those of all visits here.
                 let rows = tokens * visits * here / all * if here < all { 2 } else { 1 };
-                let routed = InputMemory::default().prepare(router, tokens, hidden).bytes() + F32 * tokens * all;
+                let routed = InputMemory::default().prepare(router, tokens, hidden).bytes()
+                    + F32 * tokens * all;
                 (rows, 2 * here * inputs(tokens * visits / all).bytes() + routed, rows * width)
             }
         };
-        // This rank's columns, and gate, up and activation where they are made whole, by gathers that bring them before they are in order.
+        // This rank's columns, and gate, up and activation where they are made whole, by gathers
+        // that bring them before they are in order.
         let whole = rows * columns;
         let (block, passing) = match schedule {
             MlpSchedule::Fused | MlpSchedule::Local => (0, 0),

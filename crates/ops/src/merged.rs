@@ -10,7 +10,8 @@ use crate::context::Context;
 use crate::linear::slice_mut;
 use crate::norm::SERIAL_TOKENS;
 
-/// The states of the heads of some tokens, [tokens * heads], in blocks of tokens that the team's threads share.
+/// The states of the heads of some tokens, [tokens * heads], in blocks of tokens that the team's
+/// threads share.
 pub(crate) struct Merged {
     heads: usize,
     head_dim: usize,
@@ -31,7 +32,8 @@ impl Merged {
         Self { heads, head_dim, blocks: (0..parts).map(block).collect() }
     }
 
-    /// Adds the result for other keys: maxima and sums [tokens * heads], accumulators [tokens * heads * head_dim].
+    /// Adds the result for other keys: maxima and sums [tokens * heads], accumulators [tokens *
+    /// heads * head_dim].
     pub fn add(&mut self, ctx: &Context, max: &[f32], sum: &[f32], acc: &[f32]) {
         let (heads, head_dim) = (self.heads, self.head_dim);
         ctx.team.each(self.blocks.iter_mut().collect(), |(tokens, state)| {

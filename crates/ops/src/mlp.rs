@@ -73,13 +73,25 @@ pub fn mlp(
 ) -> Result<(), CommError> {
     let mut tokens = std::mem::take(&mut scratch.tokens);
     let comm = ctx.mlp_ranks();
-    // Ranks that split the heads hold the same tokens: only ranks that split the positions have to gather.
-    let gathers = layout.is_split() && block.schedule != MlpSchedule::Local && ctx.heads.size() == 1;
+    // Ranks that split the heads hold the same tokens: only ranks that split the positions have to
+    // gather.
+    let gathers =
+        layout.is_split() && block.schedule != MlpSchedule::Local && ctx.heads.size() == 1;
     if gathers {
         reshape(&mut tokens, layout.tokens(), x.ncols());
-        comm.all_gather_v(slice(x), &layout.lengths(comm.size(), x.ncols()), slice_mut(&mut tokens))?;
+        comm.all_gather_v(
+            slice(x),
+            &layout.lengths(comm.size(), x.ncols()),
+            slice_mut(&mut tokens),
+        )?;
     }
-    let result = block.forward(ctx, if gathers { &tokens } else { x }, gathers.then_some(layout), scratch, residual);
+    let result = block.forward(
+        ctx,
+        if gathers { &tokens } else { x },
+        gathers.then_some(layout),
+        scratch,
+        residual,
+    );
     scratch.tokens = tokens;
     result
 }
@@ -87,12 +99,13 @@ pub fn mlp(
 impl Mlp {
     /// Bytes of this rank's weights.
     pub fn bytes(&self) -> usize {
-        let experts = self.experts.iter().flat_map(|expert| [&expert.gate, &expert.up, &expert.down]);
+        let experts =
+            self.experts.iter().flat_map(|expert| [&expert.gate, &expert.up, &expert.down]);
         experts.chain(self.router.iter().map(|router| &router.weights)).map(Linear::bytes).sum()
     }
 
-    /// The block on tokens that all ranks hold, or that this rank holds alone (`Local`). `split` tells
-    /// whose of the gathered tokens the residual's are.
+    /// The block on tokens that all ranks hold, or that this rank holds alone (`Local`). `split`
+    /// tells whose of the gathered tokens the residual's are.
     fn forward(
         &self,
         ctx: &Context,
@@ -104,7 +117,9 @@ impl Mlp {
         let comm = ctx.mlp_ranks();
         scratch.inputs.resize_with(self.experts.len().max(1), Input::new);
         let routing = match &self.router {
-            Some(router) => route(ctx, router, &self.own, x, &mut scratch.inputs[0], &mut scratch.scores),
+            Some(router) => {
+                route(ctx, router, &self.own, x, &mut scratch.inputs[0], &mut scratch.scores)
+            }
             None => Routing::dense(x.nrows()),
         };
         self.activate(ctx, &routing, x, scratch)?;
@@ -112,10 +127,14 @@ impl Mlp {
         self.prepare_groups(ctx, &routing, (activation, None), inputs, |expert| &expert.down);
 
         // Not from an expert: a rank may have none, and then its part of the sum is 0.
-        let width =
-            if self.schedule == MlpSchedule::Gathered { self.hidden[comm.rank()] } else { residual.tokens().ncols() };
+        let width = if self.schedule == MlpSchedule::Gathered {
+            self.hidden[comm.rank()]
+        } else {
+            residual.tokens().ncols()
+        };
         let whole = self.schedule == MlpSchedule::Local || comm.size() == 1;
-        let (out, store) = if whole { (residual.tokens_mut(), Store::Add) } else { (&mut *partial, Store::Set) };
+        let (out, store) =
+            if whole { (residual.tokens_mut(), Store::Add) } else { (&mut *partial, Store::Set) };
         if !whole {
             reshape(out, x.nrows(), width);
         }
@@ -134,7 +153,8 @@ impl Mlp {
             (MlpSchedule::Gathered, _) => {
                 let residual = residual.tokens_mut();
                 gather_columns(&**comm, partial, &self.hidden, false, result)?;
-                let first = split.map_or(0, |layout| (0..comm.rank()).map(|rank| layout.count(rank)).sum());
+                let first =
+                    split.map_or(0, |layout| (0..comm.rank()).map(|rank| layout.count(rank)).sum());
                 let start = first * residual.ncols();
                 let end = start + residual.len();
                 simd_kernels::add(ctx.isa, slice_mut(residual), &slice(result)[start..end]);
@@ -151,7 +171,8 @@ impl Mlp {
         Ok(())
     }
 
-    /// The activation that this rank's part of `down` needs, [rows, own intermediate] (`Gathered`: all of it).
+    /// The activation that this rank's part of `down` needs, [rows, own intermediate] (`Gathered`:
+    /// all of it).
     fn activate(
         &self,
         ctx: &Context,
@@ -161,35 +182,57 @@ impl Mlp {
     ) -> Result<(), CommError> {
         let comm = ctx.mlp_ranks();
         let MlpScratch { inputs, gate, up, own, activation, .. } = scratch;
-        self.prepare_groups(ctx, routing, (x, Some(&routing.tokens)), inputs, |expert| &expert.gate);
-        let _operation = ctx.profile.operation("gate_up", self.work(routing, |expert| [&expert.gate, &expert.up]));
-        let (rows, width) = (routing.rows(), self.experts.first().map_or(0, |expert| expert.gate.rows()));
+        self.prepare_groups(ctx, routing, (x, Some(&routing.tokens)), inputs, |expert| {
+            &expert.gate
+        });
+        let _operation = ctx
+            .profile
+            .operation("gate_up", self.work(routing, |expert| [&expert.gate, &expert.up]));
+        let (rows, width) =
+            (routing.rows(), self.experts.first().map_or(0, |expert| expert.gate.rows()));
         if matches!(self.schedule, MlpSchedule::Fused | MlpSchedule::Local) {
             reshape(activation, rows, width);
             self.each_group(ctx, routing, inputs, activation, |expert, panels, input, out| {
-                matmul_swiglu(ctx.isa, expert.gate.panels(), expert.up.panels(), panels, input, out);
+                matmul_swiglu(
+                    ctx.isa,
+                    expert.gate.panels(),
+                    expert.up.panels(),
+                    panels,
+                    input,
+                    out,
+                );
             });
             return Ok(());
         }
-        for (out, pick) in
-            [(&mut *gate, (|expert| &expert.gate) as fn(&Expert) -> &Linear), (&mut *up, |expert| &expert.up)]
-        {
+        for (out, pick) in [
+            (&mut *gate, (|expert| &expert.gate) as fn(&Expert) -> &Linear),
+            (&mut *up, |expert| &expert.up),
+        ] {
             reshape(own, rows, width);
             self.each_group(ctx, routing, inputs, own, |expert, panels, input, out| {
                 matmul(ctx.isa, pick(expert).panels(), panels, input, out, Store::Set);
             });
-            gather_columns(&**comm, own, &self.intermediate, self.schedule == MlpSchedule::Naive, out)?;
+            gather_columns(
+                &**comm,
+                own,
+                &self.intermediate,
+                self.schedule == MlpSchedule::Naive,
+                out,
+            )?;
         }
         let start: usize = self.intermediate[..comm.rank()].iter().sum();
         let columns = start..start + self.intermediate[comm.rank()];
         if self.schedule == MlpSchedule::Naive {
-            // The whole activation on every rank, as the schedule has it, then this rank's part of it.
+            // The whole activation on every rank, as the schedule has it, then this rank's part of
+            // it.
             let whole = &mut *own;
             reshape(whole, rows, gate.ncols());
             simd_kernels::swiglu(ctx.isa, slice(gate), slice(up), slice_mut(whole));
             reshape(activation, rows, columns.len());
             let (width, part) = (gate.ncols(), columns.len());
-            for (part, row) in slice_mut(activation).chunks_exact_mut(part.max(1)).zip(slice(whole).chunks_exact(width))
+            for (part, row) in slice_mut(activation)
+                .chunks_exact_mut(part.max(1))
+                .zip(slice(whole).chunks_exact(width))
             {
                 part.copy_from_slice(&row[columns.clone()]);
             }
@@ -204,24 +247,39 @@ impl Mlp {
         gather_columns(&**comm, own, &self.intermediate, false, activation)
     }
 
-    fn down(&self, ctx: &Context, routing: &Routing, inputs: &[Input], out: &mut Activations, store: Store) {
-        let _operation = ctx.profile.operation("down_proj", self.work(routing, |expert| [&expert.down]));
+    fn down(
+        &self,
+        ctx: &Context,
+        routing: &Routing,
+        inputs: &[Input],
+        out: &mut Activations,
+        store: Store,
+    ) {
+        let _operation =
+            ctx.profile.operation("down_proj", self.work(routing, |expert| [&expert.down]));
         self.each_group(ctx, routing, inputs, out, |expert, panels, input, out| {
             matmul(ctx.isa, expert.down.panels(), panels, input, out, store);
         });
     }
 
     /// What the products with the given matrices of the visited experts have to do.
-    fn work<const N: usize>(&self, routing: &Routing, weights: impl Fn(&Expert) -> [&Linear; N]) -> Work {
-        let visited = routing
-            .groups
-            .iter()
-            .flat_map(|(expert, rows)| weights(&self.experts[*expert]).map(|linear| linear.work(rows.len())));
-        visited.fold(Work::default(), |sum, one| Work { flops: sum.flops + one.flops, bytes: sum.bytes + one.bytes })
+    fn work<const N: usize>(
+        &self,
+        routing: &Routing,
+        weights: impl Fn(&Expert) -> [&Linear; N],
+    ) -> Work {
+        let visited = routing.groups.iter().flat_map(|(expert, rows)| {
+            weights(&self.experts[*expert]).map(|linear| linear.work(rows.len()))
+        });
+        visited.fold(Work::default(), |sum, one| Work {
+            flops: sum.flops + one.flops,
+            bytes: sum.bytes + one.bytes,
+        })
     }
 
-    /// Calls `job(expert, panels, input, out)` for each visited expert and each thread's panels of it, or pieces of them,
-    /// all experts in one go: a decoded token wakes the team once, not once an expert.
+    /// Calls `job(expert, panels, input, out)` for each visited expert and each thread's panels of
+    /// it, or pieces of them, all experts in one go: a decoded token wakes the team once, not once
+    /// an expert.
     fn each_group(
         &self,
         ctx: &Context,
@@ -232,9 +290,11 @@ impl Mlp {
     ) {
         // Many experts are pieces enough.
         let few = routing.rows() <= FEW_TOKENS * routing.groups.len();
-        let (owners, ranges) =
-            ctx.team.panel_pieces(out.ncols(), if few { 1 } else { PIECES.div_ceil(routing.groups.len()) });
-        let mut threads: Vec<Vec<_>> = (0..owners.last().map_or(0, |last| last + 1)).map(|_| Vec::new()).collect();
+        let (owners, ranges) = ctx
+            .team
+            .panel_pieces(out.ncols(), if few { 1 } else { PIECES.div_ceil(routing.groups.len()) });
+        let mut threads: Vec<Vec<_>> =
+            (0..owners.last().map_or(0, |last| last + 1)).map(|_| Vec::new()).collect();
         let mut rest = matrix(out);
         for (index, (expert, rows)) in routing.groups.iter().enumerate() {
             let block;
@@ -243,7 +303,9 @@ impl Mlp {
                 threads[*thread].push((&self.experts[*expert], panels, &inputs[index], block));
             }
         }
-        let run = |(expert, panels, input, block): (&Expert, _, &Input, _)| job(expert, panels, input, block);
+        let run = |(expert, panels, input, block): (&Expert, _, &Input, _)| {
+            job(expert, panels, input, block)
+        };
         if few {
             ctx.team.each(threads, |jobs| jobs.into_iter().for_each(run));
         } else {
@@ -251,8 +313,8 @@ impl Mlp {
         }
     }
 
-    /// Prepares each group's rows as the input of its expert: one group by the whole team, many groups side by side. Row i of the
-    /// sorted order is row `tokens[i]` of `x`, or row i.
+    /// Prepares each group's rows as the input of its expert: one group by the whole team, many
+    /// groups side by side. Row i of the sorted order is row `tokens[i]` of `x`, or row i.
     fn prepare_groups(
         &self,
         ctx: &Context,
@@ -269,9 +331,17 @@ impl Mlp {
         ctx.team.each(parts, |((expert, rows), input)| {
             let kind = weights(&self.experts[*expert]).input_kind(ctx.isa, rows.len());
             match tokens {
-                Some(tokens) => input.prepare_rows(ctx.isa, kind, slice(x), &tokens[rows.clone()], width),
+                Some(tokens) => {
+                    input.prepare_rows(ctx.isa, kind, slice(x), &tokens[rows.clone()], width)
+                }
                 None => {
-                    input.prepare(ctx.isa, kind, &slice(x)[rows.start * width..rows.end * width], rows.len(), width);
+                    input.prepare(
+                        ctx.isa,
+                        kind,
+                        &slice(x)[rows.start * width..rows.end * width],
+                        rows.len(),
+                        width,
+                    );
                 }
             }
         });

@@ -10,7 +10,8 @@ use crate::profile::Work;
 /// Tokens below which waking the team costs more than it saves.
 pub(crate) const SERIAL_TOKENS: usize = 8;
 
-/// `out[t] = x[t] / sqrt(mean(x[t]²) + eps) · weight` for each token (Zhang & Sennrich 2019); x and out [tokens, hidden].
+/// `out[t] = x[t] / sqrt(mean(x[t]²) + eps) · weight` for each token (Zhang & Sennrich 2019); x and
+/// out [tokens, hidden].
 pub fn rms_norm(ctx: &Context, x: &Activations, weight: &[f32], eps: f32, out: &mut Activations) {
     let (tokens, cols) = x.dim();
     reshape(out, tokens, cols);
@@ -28,7 +29,8 @@ pub fn rms_norm(ctx: &Context, x: &Activations, weight: &[f32], eps: f32, out: &
     ctx.team.each(parts, |(x, out)| norm_rows(x, out));
 }
 
-/// Prepares `x` [tokens, features] as the input of matmuls with `weights` and others of their format: packed, or quantized.
+/// Prepares `x` [tokens, features] as the input of matmuls with `weights` and others of their
+/// format: packed, or quantized.
 pub fn prepare(ctx: &Context, weights: &Linear, x: &Activations, input: &mut Input) {
     let (tokens, cols) = x.dim();
     let kind = weights.input_kind(ctx.isa, tokens);

@@ -39,7 +39,12 @@ pub struct Profile {
 impl Profile {
     /// A recorder that is off and counts from `epoch`: ranks of one process share theirs.
     pub fn new(epoch: Instant) -> Self {
-        Self { on: AtomicBool::new(false), epoch, current: Mutex::new("other"), spans: Mutex::default() }
+        Self {
+            on: AtomicBool::new(false),
+            epoch,
+            current: Mutex::new("other"),
+            spans: Mutex::default(),
+        }
     }
 
     /// Starts or stops recording.

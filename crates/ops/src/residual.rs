@@ -1,4 +1,5 @@
-//! The residual stream, to which the blocks of a layer add sums over the ranks: at once, or while the team goes on.
+//! The residual stream, to which the blocks of a layer add sums over the ranks: at once, or while
+//! the team goes on.
 
 use std::sync::Arc;
 
@@ -23,7 +24,8 @@ pub struct Residual {
 }
 
 impl Residual {
-    /// The stream of new tokens. `overlap`: sums are made in the background, for whoever has something to do meanwhile.
+    /// The stream of new tokens. `overlap`: sums are made in the background, for whoever has
+    /// something to do meanwhile.
     pub fn start(&mut self, overlap: bool) -> &mut Activations {
         // What an earlier pass that failed left behind is of no use.
         self.sum = None;
@@ -43,8 +45,9 @@ impl Residual {
         &mut self.tokens
     }
 
-    /// Adds the sum over the ranks of `partial`, like the tokens [tokens, hidden]: one Allreduce of tokens · hidden · 4 bytes. In the
-    /// background it is done only after [`settle`](Self::settle), and `partial` is left with unspecified contents.
+    /// Adds the sum over the ranks of `partial`, like the tokens [tokens, hidden]: one Allreduce of
+    /// tokens · hidden · 4 bytes. In the background it is done only after [`settle`](Self::settle),
+    /// and `partial` is left with unspecified contents.
     ///
     /// # Errors
     /// When the collective fails.
@@ -80,8 +83,8 @@ impl Residual {
     }
 }
 
-/// A linear layer whose *input* features are split over the ranks that split heads: `residual += Σᵣ xᵣ · Wᵣᵀ`, with one
-/// Allreduce of tokens · out · 4 bytes. `partial` is scratch.
+/// A linear layer whose *input* features are split over the ranks that split heads: `residual += Σᵣ
+/// xᵣ · Wᵣᵀ`, with one Allreduce of tokens · out · 4 bytes. `partial` is scratch.
 ///
 /// # Errors
 /// When the collective fails.

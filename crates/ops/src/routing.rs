@@ -19,13 +19,15 @@ pub struct Router {
     pub normalize: bool,
 }
 
-/// The visits of some tokens to the experts of this rank, sorted by expert; experts count from the rank's first one.
+/// The visits of some tokens to the experts of this rank, sorted by expert; experts count from the
+/// rank's first one.
 #[derive(Debug, Default, PartialEq)]
 pub(crate) struct Routing {
-    /// The experts here that are visited, each with its rows of the sorted order; ascending, none empty.
+    /// The experts here that are visited, each with its rows of the sorted order; ascending, none
+    /// empty.
     pub groups: Vec<(usize, Range<usize>)>,
-    /// For each row of the sorted order, its token. Empty for a dense block: one expert sees all the
-    /// tokens in their own order.
+    /// For each row of the sorted order, its token. Empty for a dense block: one expert sees all
+    /// the tokens in their own order.
     pub tokens: Vec<usize>,
     /// For each token in turn, its rows of the sorted order and the experts' weights there.
     visits: Vec<(usize, f32)>,
@@ -36,7 +38,10 @@ pub(crate) struct Routing {
 impl Routing {
     /// The routing of a block with a single expert.
     pub fn dense(tokens: usize) -> Self {
-        Self { groups: if tokens > 0 { vec![(0, 0..tokens)] } else { Vec::new() }, ..Self::default() }
+        Self {
+            groups: if tokens > 0 { vec![(0, 0..tokens)] } else { Vec::new() },
+            ..Self::default()
+        }
     }
 
     /// Rows of the sorted order.
@@ -44,9 +49,12 @@ impl Routing {
         self.groups.last().map_or(0, |(_, rows)| rows.end)
     }
 
-    /// Counting sort of those of `choices`, for each token its experts and their weights, that are among the experts `own`.
+    /// Counting sort of those of `choices`, for each token its experts and their weights, that are
+    /// among the experts `own`.
     fn sorted(choices: &[Vec<(usize, f32)>], own: &Range<usize>) -> Self {
-        let here = |&(expert, weight): &(usize, f32)| own.contains(&expert).then(|| (expert - own.start, weight));
+        let here = |&(expert, weight): &(usize, f32)| {
+            own.contains(&expert).then(|| (expert - own.start, weight))
+        };
         let mut starts = vec![0; own.len() + 1];
         for (expert, _) in choices.iter().flatten().filter_map(here) {
             starts[expert + 1] += 1;
@@ -72,7 +80,8 @@ impl Routing {
         Self { groups, tokens, visits, ends }
     }
 
-    /// `out[t] = Σ weight · y[row]` over the visits of token t here, or `+=`; y [visits, n], out [tokens, n].
+    /// `out[t] = Σ weight · y[row]` over the visits of token t here, or `+=`; y [visits, n], out
+    /// [tokens, n].
     pub fn combine(&self, ctx: &Context, y: &Activations, out: &mut Activations, store: Store) {
         let width = y.ncols();
         by_rows(ctx, out, |token, out| {
@@ -100,15 +109,19 @@ fn by_rows(ctx: &Context, rows: &mut Activations, job: impl Fn(usize, &mut [f32]
         return;
     }
     let part = part_rows(ctx, count);
-    ctx.team.each(slice_mut(rows).chunks_mut(part * width).enumerate().collect(), |(index, rows)| {
-        for (offset, row) in rows.chunks_exact_mut(width).enumerate() {
-            job(index * part + offset, row);
-        }
-    });
+    ctx.team.each(
+        slice_mut(rows).chunks_mut(part * width).enumerate().collect(),
+        |(index, rows)| {
+            for (offset, row) in rows.chunks_exact_mut(width).enumerate() {
+                job(index * part + offset, row);
+            }
+        },
+    );
 }
 
-/// Routes `x` [tokens, hidden]: softmax over all experts, then the largest `experts_per_token`; among
-/// equals the lower expert. Of the visits, those to the experts `own` are kept. `input` and `scores` are scratch.
+/// Routes `x` [tokens, hidden]: softmax over all experts, then the largest `experts_per_token`;
+/// among equals the lower expert. Of the visits, those to the experts `own` are kept. `input` and
+/// `scores` are scratch.
 pub(crate) fn route(
     ctx: &Context,
     router: &Router,
@@ -122,7 +135,10 @@ pub(crate) fn route(
     router.weights.apply(ctx, input, scores, Store::Set);
     let mut choices = vec![Vec::new(); x.nrows()];
     let part = part_rows(ctx, x.nrows());
-    let parts = slice_mut(scores).chunks_mut(part * router.weights.rows()).zip(choices.chunks_mut(part)).collect();
+    let parts = slice_mut(scores)
+        .chunks_mut(part * router.weights.rows())
+        .zip(choices.chunks_mut(part))
+        .collect();
     ctx.team.each(parts, |(scores, choices)| {
         for (scores, choices) in scores.chunks_exact_mut(router.weights.rows()).zip(choices) {
             *choices = choose(ctx, router, scores);
@@ -170,6 +186,9 @@ mod tests {
         assert_eq!(routing.tokens, [0, 2]);
         assert_eq!((routing.visits, routing.ends), (vec![(0, 0.75), (1, 0.5)], vec![1, 1, 2]));
         let none = Routing::sorted(&choices, &(4..4));
-        assert_eq!((none.groups, none.tokens, none.visits, none.ends), (vec![], vec![], vec![], vec![0, 0, 0]));
+        assert_eq!(
+            (none.groups, none.tokens, none.visits, none.ends),
+            (vec![], vec![], vec![], vec![0, 0, 0])
+        );
     }
 }

@@ -3,8 +3,9 @@
 use std::fmt;
 use std::str::FromStr;
 
-/// The feed-forward block computes `(silu(x · Wgateᵀ) ⊙ (x · Wupᵀ)) · Wdownᵀ`; the schedules differ in what
-/// they split and what they exchange. T tokens, H hidden, I intermediate features; all give the same answer.
+/// The feed-forward block computes `(silu(x · Wgateᵀ) ⊙ (x · Wupᵀ)) · Wdownᵀ`; the schedules differ
+/// in what they split and what they exchange. T tokens, H hidden, I intermediate features; all give
+/// the same answer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum MlpSchedule {
     /// Gate, up and activation stay split; 1 Allreduce of T·H·4 bytes.
@@ -20,11 +21,13 @@ pub enum MlpSchedule {
 /// How a mixture of experts lies on the ranks that split the feed-forward block.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
 pub enum ExpertSplit {
-    /// Each rank has a part of every expert, as the schedule cuts it: equal work whatever the router chooses.
+    /// Each rank has a part of every expert, as the schedule cuts it: equal work whatever the
+    /// router chooses.
     #[default]
     Inside,
-    /// Each rank has whole experts, a contiguous share of them, and computes the visits to these. The partial sums of `Fused` are
-    /// then sums over experts instead of columns; the other schedules exchange parts of experts and have no such form.
+    /// Each rank has whole experts, a contiguous share of them, and computes the visits to these.
+    /// The partial sums of `Fused` are then sums over experts instead of columns; the other
+    /// schedules exchange parts of experts and have no such form.
     Ranks,
 }
 

@@ -11,8 +11,10 @@ use tensor::split_range;
 
 use crate::profile::Profile;
 
-/// The cores that this process may use, listed before its first team pins a thread, which then sees its own only.
-static CORES: LazyLock<Vec<CoreId>> = LazyLock::new(|| core_affinity::get_core_ids().unwrap_or_default());
+/// The cores that this process may use, listed before its first team pins a thread, which then sees
+/// its own only.
+static CORES: LazyLock<Vec<CoreId>> =
+    LazyLock::new(|| core_affinity::get_core_ids().unwrap_or_default());
 
 /// Tokens up to which each thread keeps to the weights that it touched first.
 pub(crate) const FEW_TOKENS: usize = Input::TILE;
@@ -34,11 +36,16 @@ pub enum Placement {
 }
 
 impl Placement {
-    /// The placement of rank `rank` of `ranks` on this machine with `threads` threads each: a core for each thread where together they take
-    /// all of the process's cores, otherwise free. With fewer threads nobody knows which cores are idle but the system: two jobs, or two
-    /// containers with a share of the machine, would otherwise meet on the first ones.
+    /// The placement of rank `rank` of `ranks` on this machine with `threads` threads each: a core
+    /// for each thread where together they take all of the process's cores, otherwise free. With
+    /// fewer threads nobody knows which cores are idle but the system: two jobs, or two containers
+    /// with a share of the machine, would otherwise meet on the first ones.
     pub fn for_rank(rank: usize, ranks: usize, threads: usize) -> Self {
-        if ranks * threads == CORES.len() { Self::Cores { first: rank * threads } } else { Self::Free }
+        if ranks * threads == CORES.len() {
+            Self::Cores { first: rank * threads }
+        } else {
+            Self::Free
+        }
     }
 }
 
@@ -49,12 +56,16 @@ pub struct Team {
 }
 
 impl Team {
-    /// Starts a team of `threads` (at least 1) threads; the caller is thread 0 and is placed too. Their work
-    /// is recorded in `profile`.
+    /// Starts a team of `threads` (at least 1) threads; the caller is thread 0 and is placed too.
+    /// Their work is recorded in `profile`.
     ///
     /// # Errors
     /// When the operating system refuses a thread, with its number.
-    pub fn new(threads: usize, placement: Placement, profile: Arc<Profile>) -> Result<Self, CommError> {
+    pub fn new(
+        threads: usize,
+        placement: Placement,
+        profile: Arc<Profile>,
+    ) -> Result<Self, CommError> {
         let cores = match placement {
             Placement::Free => Vec::new(),
             Placement::Cores { first } => CORES.iter().copied().skip(first).take(threads).collect(),
@@ -96,8 +107,9 @@ impl Team {
         });
     }
 
-    /// Calls `job` once for each part: `parts[i]` in their order on thread `i`, which then takes what the others have not begun,
-    /// their last parts first. For arithmetic, which a thread whose core another program slows down would else hold up.
+    /// Calls `job` once for each part: `parts[i]` in their order on thread `i`, which then takes
+    /// what the others have not begun, their last parts first. For arithmetic, which a thread whose
+    /// core another program slows down would else hold up.
     ///
     /// # Panics
     /// When there are parts of more threads than the team has.
@@ -107,13 +119,16 @@ impl Team {
         if threads == 1 {
             return self.profile.thread(0, || parts.into_iter().flatten().for_each(job));
         }
-        let slots: Vec<Vec<_>> =
-            parts.into_iter().map(|own| own.into_iter().map(|part| Mutex::new(Some(part))).collect()).collect();
+        let slots: Vec<Vec<_>> = parts
+            .into_iter()
+            .map(|own| own.into_iter().map(|part| Mutex::new(Some(part))).collect())
+            .collect();
         self.pool.run(&|thread| {
             self.profile.thread(thread, || {
                 let own = slots.get(thread).into_iter().flatten();
-                let others =
-                    (1..threads).filter_map(|i| slots.get((thread + i) % threads)).flat_map(|parts| parts.iter().rev());
+                let others = (1..threads)
+                    .filter_map(|i| slots.get((thread + i) % threads))
+                    .flat_map(|parts| parts.iter().rev());
                 own.chain(others).filter_map(take).for_each(&job);
             });
         });
@@ -121,10 +136,22 @@ impl Team {
 
     /// Calls `job(part, scratch)` once for each part, each on whichever thread is free next, with
     /// that thread's scratch; for parts of unequal cost, the most expensive first.
-    pub fn drain<P: Send, S: Send>(&self, parts: Vec<P>, scratch: &mut [S], job: impl Fn(P, &mut S) + Sync) {
-        assert!(scratch.len() >= self.threads(), "{} scratches for {} threads", scratch.len(), self.threads());
+    pub fn drain<P: Send, S: Send>(
+        &self,
+        parts: Vec<P>,
+        scratch: &mut [S],
+        job: impl Fn(P, &mut S) + Sync,
+    ) {
+        assert!(
+            scratch.len() >= self.threads(),
+            "{} scratches for {} threads",
+            scratch.len(),
+            self.threads()
+        );
         if parts.len() <= 1 || self.threads() == 1 {
-            return self.profile.thread(0, || parts.into_iter().for_each(|part| job(part, &mut scratch[0])));
+            return self
+                .profile
+                .thread(0, || parts.into_iter().for_each(|part| job(part, &mut scratch[0])));
         }
         let slots: Vec<_> = parts.into_iter().map(|part| Mutex::new(Some(part))).collect();
         let scratch: Vec<_> = scratch.iter_mut().map(|one| Mutex::new(Some(one))).collect();
@@ -132,7 +159,9 @@ impl Team {
         self.pool.run(&|thread| {
             let Some(scratch) = take(&scratch[thread]) else { return };
             self.profile.thread(thread, || {
-                while let Some(part) = slots.get(next.fetch_add(1, Ordering::Relaxed)).and_then(take) {
+                while let Some(part) =
+                    slots.get(next.fetch_add(1, Ordering::Relaxed)).and_then(take)
+                {
                     job(part, scratch);
                 }
             });
@@ -140,11 +169,19 @@ impl Team {
     }
 
     /// Splits `out` [tokens, rows] by the panels of a packed matrix with `rows` output rows: thread
-    /// `i` calls `job(panels, columns)` for its panels, always the same ones for few tokens, whose time is that of the memory.
-    pub fn panels(&self, rows: usize, out: MatMut<'_>, job: impl Fn(Range<usize>, MatMut<'_>) + Sync) {
+    /// `i` calls `job(panels, columns)` for its panels, always the same ones for few tokens, whose
+    /// time is that of the memory.
+    pub fn panels(
+        &self,
+        rows: usize,
+        out: MatMut<'_>,
+        job: impl Fn(Range<usize>, MatMut<'_>) + Sync,
+    ) {
         assert_eq!(out.cols(), rows, "output columns against matrix rows");
         if out.rows() <= FEW_TOKENS {
-            return self.each(cut_columns(out, &self.panel_ranges(rows)), |(panels, block)| job(panels, block));
+            return self.each(cut_columns(out, &self.panel_ranges(rows)), |(panels, block)| {
+                job(panels, block)
+            });
         }
         let (threads, pieces) = self.panel_pieces(rows, PIECES);
         let mut parts: Vec<_> = (0..self.threads()).map(|_| Vec::new()).collect();
@@ -154,13 +191,17 @@ impl Team {
         self.share(parts, |(panels, block)| job(panels, block));
     }
 
-    /// As [`panel_ranges`](Self::panel_ranges), each range in up to `most` pieces; and the thread of each piece.
+    /// As [`panel_ranges`](Self::panel_ranges), each range in up to `most` pieces; and the thread
+    /// of each piece.
     pub(crate) fn panel_pieces(&self, rows: usize, most: usize) -> (Vec<usize>, Vec<Range<usize>>) {
         // Nobody takes from a thread that is alone.
         let most = if self.threads() == 1 { 1 } else { most };
         let cut = |(thread, range): (usize, Range<usize>)| {
             let step = range.len().div_ceil(most).next_multiple_of(TOGETHER);
-            range.clone().step_by(step).map(move |start| (thread, start..(start + step).min(range.end)))
+            range
+                .clone()
+                .step_by(step)
+                .map(move |start| (thread, start..(start + step).min(range.end)))
         };
         self.panel_ranges(rows).into_iter().enumerate().flat_map(cut).unzip()
     }
@@ -168,7 +209,10 @@ impl Team {
     /// The panels of a matrix with `rows` output rows that each thread owns; none is empty.
     pub fn panel_ranges(&self, rows: usize) -> Vec<Range<usize>> {
         let panels = rows.div_ceil(PANEL);
-        (0..self.threads()).map(|i| split_range(panels, self.threads(), i)).filter(|r| !r.is_empty()).collect()
+        (0..self.threads())
+            .map(|i| split_range(panels, self.threads(), i))
+            .filter(|r| !r.is_empty())
+            .collect()
     }
 
     /// Cuts `0..items` into at most one range a thread, at multiples of `granule`; none is empty.
@@ -181,7 +225,10 @@ impl Team {
 }
 
 /// Cuts `out` into the column blocks of consecutive panel ranges.
-pub(crate) fn cut_columns<'a>(out: MatMut<'a>, ranges: &[Range<usize>]) -> Vec<(Range<usize>, MatMut<'a>)> {
+pub(crate) fn cut_columns<'a>(
+    out: MatMut<'a>,
+    ranges: &[Range<usize>],
+) -> Vec<(Range<usize>, MatMut<'a>)> {
     let mut rest = out;
     let mut blocks = Vec::with_capacity(ranges.len());
     for range in ranges {
@@ -203,13 +250,19 @@ mod tests {
 
     #[test]
     fn a_thread_that_is_done_takes_what_others_have_left() {
-        let team = Team::new(3, Placement::Free, Arc::new(Profile::new(std::time::Instant::now()))).unwrap();
-        // The first thread's first part ends when all others have: some thread has to take its second one.
+        let team = Team::new(3, Placement::Free, Arc::new(Profile::new(std::time::Instant::now())))
+            .unwrap();
+        // The first thread's first part ends when all others have: some thread has to take its
+        // second one.
         let done = AtomicUsize::new(0);
         team.share(vec![vec![0, 1], vec![2, 3, 4], vec![]], |part| {
             let start = std::time::Instant::now();
             while part == 0 && done.load(Ordering::SeqCst) < 4 {
-                assert!(start.elapsed().as_secs() < 60, "{} of 4 other parts are done", done.load(Ordering::SeqCst));
+                assert!(
+                    start.elapsed().as_secs() < 60,
+                    "{} of 4 other parts are done",
+                    done.load(Ordering::SeqCst)
+                );
                 std::thread::yield_now();
             }
             done.fetch_add(1, Ordering::SeqCst);
@@ -219,15 +272,26 @@ mod tests {
 
     #[test]
     fn pieces_are_the_ranges_of_the_threads() {
-        let team = Team::new(2, Placement::Free, Arc::new(Profile::new(std::time::Instant::now()))).unwrap();
+        let team = Team::new(2, Placement::Free, Arc::new(Profile::new(std::time::Instant::now())))
+            .unwrap();
         for panels in [0, 1, 2, 9, 64, 130] {
             let (threads, pieces) = team.panel_pieces(panels * PANEL, PIECES);
             assert!(pieces.iter().all(|piece| !piece.is_empty()));
             for (thread, range) in team.panel_ranges(panels * PANEL).into_iter().enumerate() {
-                let own: Vec<_> =
-                    pieces.iter().zip(&threads).filter(|(_, of)| **of == thread).map(|(p, _)| p).collect();
-                assert!(own.len() <= PIECES && own.iter().rev().skip(1).all(|piece| piece.len() % TOGETHER == 0));
-                assert_eq!(own.iter().copied().cloned().flatten().collect::<Vec<_>>(), range.collect::<Vec<_>>());
+                let own: Vec<_> = pieces
+                    .iter()
+                    .zip(&threads)
+                    .filter(|(_, of)| **of == thread)
+                    .map(|(p, _)| p)
+                    .collect();
+                assert!(
+                    own.len() <= PIECES
+                        && own.iter().rev().skip(1).all(|piece| piece.len() % TOGETHER == 0)
+                );
+                assert_eq!(
+                    own.iter().copied().cloned().flatten().collect::<Vec<_>>(),
+                    range.collect::<Vec<_>>()
+                );
             }
         }
     }
@@ -246,9 +310,13 @@ mod tests {
         let all = std::thread::available_parallelism().expect("Linux tells").get();
         let placement = std::thread::spawn(move || {
             let before = Placement::for_rank(0, 1, all);
-            let _team = Team::new(1, before, Arc::new(Profile::new(std::time::Instant::now()))).unwrap();
+            let _team =
+                Team::new(1, before, Arc::new(Profile::new(std::time::Instant::now()))).unwrap();
             (before, Placement::for_rank(0, 1, all))
         });
-        assert_eq!(placement.join().expect("no panic"), (Placement::Cores { first: 0 }, Placement::Cores { first: 0 }));
+        assert_eq!(
+            placement.join().expect("no panic"),
+            (Placement::Cores { first: 0 }, Placement::Cores { first: 0 })
+        );
     }
 }

@@ -5,8 +5,8 @@ use std::{iter, thread};
 
 use comm::{Communicator, ThreadComm, WireFormat};
 use ops::{
-    AttentionAlgorithm, AttentionScratch, AttentionShape, AttentionSpec, Context, Isa, LayerCache, Placement, QkNorm,
-    Rotary, SequenceSpan, SequenceSpec, TokenLayout, attention_sequence,
+    AttentionAlgorithm, AttentionScratch, AttentionShape, AttentionSpec, Context, Isa, LayerCache,
+    Placement, QkNorm, Rotary, SequenceSpan, SequenceSpec, TokenLayout, attention_sequence,
 };
 use simd_kernels::KvFormat;
 use tensor::Activations;
@@ -17,7 +17,8 @@ const PASSES: [usize; 2] = [400, 8];
 /// The token whose key one head looks for.
 const SOUGHT: usize = 5;
 
-/// Two heads: one sees the sought key alone, so that its softmax's sum is 1, the other sees all keys alike, with a sum of hundreds.
+/// Two heads: one sees the sought key alone, so that its softmax's sum is 1, the other sees all
+/// keys alike, with a sum of hundreds.
 #[test]
 fn the_sum_of_one_head_is_not_rounded_by_that_of_another() {
     for wire in [WireFormat::Bf16, WireFormat::Q8] {
@@ -36,9 +37,14 @@ fn value(token: usize, index: usize) -> f32 {
 
 /// A query that meets the sought key, one that meets none, the key and the value of a token.
 fn row(token: usize) -> Vec<f32> {
-    let one_hot = |place: usize| (0..HEAD_DIM).map(move |index| if index == place { 1.0 } else { 0.0 });
+    let one_hot =
+        |place: usize| (0..HEAD_DIM).map(move |index| if index == place { 1.0 } else { 0.0 });
     let key = one_hot(if token == SOUGHT { 1 } else { 0 });
-    one_hot(1).chain(one_hot(20)).chain(key).chain((0..HEAD_DIM).map(|index| value(token, index))).collect()
+    one_hot(1)
+        .chain(one_hot(20))
+        .chain(key)
+        .chain((0..HEAD_DIM).map(|index| value(token, index)))
+        .collect()
 }
 
 fn attend(comm: Arc<dyn Communicator>) {
@@ -49,13 +55,17 @@ fn attend(comm: Arc<dyn Communicator>) {
     let (mut scratch, mut start, mut held) = (AttentionScratch::default(), 0, Vec::new());
     for tokens in PASSES {
         let layout = TokenLayout::balanced(tokens, 2);
-        let own: Vec<usize> = layout.indices(ctx.positions.rank()).map(|index| start + index).collect();
+        let own: Vec<usize> =
+            layout.indices(ctx.positions.rank()).map(|index| start + index).collect();
         let mut qkv = Activations::default((own.len(), 4 * HEAD_DIM));
         for (place, token) in own.iter().enumerate() {
             qkv.row_mut(place).iter_mut().zip(row(*token)).for_each(|(to, from)| *to = from);
         }
         // No rotation.
-        let (cos, sin) = (Activations::ones((own.len(), HEAD_DIM / 2)), Activations::zeros((own.len(), HEAD_DIM / 2)));
+        let (cos, sin) = (
+            Activations::ones((own.len(), HEAD_DIM / 2)),
+            Activations::zeros((own.len(), HEAD_DIM / 2)),
+        );
         let attention = AttentionSpec {
             algorithm: AttentionAlgorithm::Streaming,
             shape: &shape,
@@ -64,14 +74,26 @@ fn attend(comm: Arc<dyn Communicator>) {
         };
         let span = SequenceSpan { layout: &layout, start, held: &held };
         let mut out = Activations::default((0, 0));
-        attention_sequence(&ctx, &SequenceSpec { attention, span }, &mut qkv, &mut cache, &mut scratch, &mut out)
-            .expect("all ranks are there");
-        for (token, out) in own.iter().zip(out.outer_iter()).filter(|(token, _)| **token >= SOUGHT) {
+        attention_sequence(
+            &ctx,
+            &SequenceSpec { attention, span },
+            &mut qkv,
+            &mut cache,
+            &mut scratch,
+            &mut out,
+        )
+        .expect("all ranks are there");
+        for (token, out) in own.iter().zip(out.outer_iter()).filter(|(token, _)| **token >= SOUGHT)
+        {
             for index in 0..HEAD_DIM {
-                let mean = (0..=*token).map(|other| value(other, index)).sum::<f32>() / (token + 1) as f32;
+                let mean =
+                    (0..=*token).map(|other| value(other, index)).sum::<f32>() / (token + 1) as f32;
                 for (head, expected) in [value(SOUGHT, index), mean].into_iter().enumerate() {
                     let found = out[head * HEAD_DIM + index];
-                    assert!((found - expected).abs() < 0.01, "token {token}, head {head}: {found}, not {expected}");
+                    assert!(
+                        (found - expected).abs() < 0.01,
+                        "token {token}, head {head}: {found}, not {expected}"
+                    );
                 }
             }
         }

@@ -20,7 +20,8 @@ pub struct Neighbours {
 impl Neighbours {
     /// Asks the other ranks; all call this together.
     ///
-    /// A launcher that binds each process to cores of its own leaves one; in-process ranks and unbound processes share.
+    /// A launcher that binds each process to cores of its own leaves one; in-process ranks and
+    /// unbound processes share.
     pub fn find(rank: &Rank) -> Result<Self, CliError> {
         let mine = digest(place(Path::new("/proc")).bytes().map(u64::from));
         let all = rank.comm().all_gather_one(mine)?;
@@ -28,7 +29,8 @@ impl Neighbours {
         Ok(Self { index: same(&all[..rank.comm().rank()]), count: same(&all) })
     }
 
-    /// The threads of this rank: those asked for, or its share of the cores. Rank 0 says so where these are suspiciously few.
+    /// The threads of this rank: those asked for, or its share of the cores. Rank 0 says so where
+    /// these are suspiciously few.
     pub fn threads(self, rank: &Rank, asked: Option<u16>) -> usize {
         if let Some(asked) = asked {
             return usize::from(asked);
@@ -41,8 +43,8 @@ impl Neighbours {
     }
 }
 
-/// What the user may not know where Open MPI has bound the ranks of this machine to fewer cores than its launcher may use: by default it
-/// binds each of two to one core.
+/// What the user may not know where Open MPI has bound the ranks of this machine to fewer cores
+/// than its launcher may use: by default it binds each of two to one core.
 fn bound_short() -> Option<String> {
     let local_ranks = env::var("OMPI_COMM_WORLD_LOCAL_SIZE").ok()?.parse().ok()?;
     let (bound, cores) = bound_cores(Path::new("/proc"), local_ranks)?;
@@ -54,7 +56,8 @@ fn bound_short() -> Option<String> {
     })
 }
 
-/// Cores of all `local_ranks` ranks of this machine, if each has as many as this one, and those of the launcher.
+/// Cores of all `local_ranks` ranks of this machine, if each has as many as this one, and those of
+/// the launcher.
 fn bound_cores(proc: &Path, local_ranks: usize) -> Option<(usize, usize)> {
     let status = |process: &str| fs::read_to_string(proc.join(process).join("status")).ok();
     let own = status("self")?;
@@ -71,20 +74,27 @@ fn count(cores: &str) -> Option<usize> {
     cores.split(',').map(range).sum()
 }
 
-/// The host, what tells it from others of the same name, and the cores; `proc` is `/proc`, or a folder with such files. Not the machines
-/// that the communicator counts: those of `COMM_NODES` or of an emulated link share the cores of one.
+/// The host, what tells it from others of the same name, and the cores; `proc` is `/proc`, or a
+/// folder with such files. Not the machines that the communicator counts: those of `COMM_NODES` or
+/// of an emulated link share the cores of one.
 ///
-/// What cannot be read counts as equal: then the ranks share, which costs speed but never more threads than cores.
+/// What cannot be read counts as equal: then the ranks share, which costs speed but never more
+/// threads than cores.
 fn place(proc: &Path) -> String {
     let read = |name: &str| fs::read_to_string(proc.join(name)).unwrap_or_default();
-    // Hosts that were never given a name are all called localhost. The kernel makes up the other one when it starts.
+    // Hosts that were never given a name are all called localhost. The kernel makes up the other
+    // one when it starts.
     let host = read("sys/kernel/hostname") + &read("sys/kernel/random/boot_id");
     host + allowed_cores(&read("self/status"))
 }
 
 /// The process's cores as `/proc/self/status` lists them, for example `0-3,8`.
 fn allowed_cores(status: &str) -> &str {
-    status.lines().find_map(|line| line.strip_prefix("Cpus_allowed_list:")).unwrap_or_default().trim()
+    status
+        .lines()
+        .find_map(|line| line.strip_prefix("Cpus_allowed_list:"))
+        .unwrap_or_default()
+        .trim()
 }
 
 #[cfg(test)]
@@ -95,16 +105,22 @@ mod tests {
 
     #[test]
     fn the_list_of_cores_is_found() {
-        let status = "Name:\tqwen3\nCpus_allowed:\tff\nCpus_allowed_list:\t0-3,8\nMems_allowed:\t1\n";
+        let status =
+            "Name:\tqwen3\nCpus_allowed:\tff\nCpus_allowed_list:\t0-3,8\nMems_allowed:\t1\n";
         assert_eq!(allowed_cores(status), "0-3,8");
         assert_eq!(allowed_cores("Name:\tqwen3\n"), "");
-        assert_eq!([count("0-3,8"), count("5"), count(""), count("3-1")], [Some(5), Some(1), None, None]);
+        assert_eq!(
+            [count("0-3,8"), count("5"), count(""), count("3-1")],
+            [Some(5), Some(1), None, None]
+        );
     }
 
     #[test]
     fn cores_are_compared_with_those_of_the_launcher() {
         let proc = tempfile::tempdir().unwrap();
-        for (process, status) in [("self", "PPid:\t7\nCpus_allowed_list:\t3\n"), ("7", "Cpus_allowed_list:\t0-15\n")] {
+        for (process, status) in
+            [("self", "PPid:\t7\nCpus_allowed_list:\t3\n"), ("7", "Cpus_allowed_list:\t0-15\n")]
+        {
             fs::create_dir(proc.path().join(process)).unwrap();
             fs::write(proc.path().join(process).join("status"), status).unwrap();
         }
@@ -139,7 +155,9 @@ mod tests {
         let found = std::thread::scope(|scope| {
             let ranks: Vec<_> = ThreadComm::group(3)
                 .into_iter()
-                .map(|comm| scope.spawn(|| Neighbours::find(&Rank::new(Arc::new(comm), None)).unwrap()))
+                .map(|comm| {
+                    scope.spawn(|| Neighbours::find(&Rank::new(Arc::new(comm), None)).unwrap())
+                })
                 .collect();
             ranks.into_iter().map(|rank| rank.join().unwrap()).collect::<Vec<_>>()
         });

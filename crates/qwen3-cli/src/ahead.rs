@@ -1,4 +1,5 @@
-//! What is looked at before a model is loaded: a mistake that is soon found is not said after minutes.
+//! What is looked at before a model is loaded: a mistake that is soon found is not said after
+//! minutes.
 
 use std::fs::{self, File};
 use std::io::Read as _;
@@ -14,7 +15,8 @@ use crate::rank::Rank;
 use crate::template::{ChatTemplate, Conversation};
 use crate::text::Text;
 
-/// Has rank 0 look at the files and values of a command, with the checkpoint's configuration; all ranks have the result.
+/// Has rank 0 look at the files and values of a command, with the checkpoint's configuration; all
+/// ranks have the result.
 pub fn look<T: Serialize + DeserializeOwned>(
     rank: &Rank,
     engine: &EngineOptions,
@@ -24,8 +26,8 @@ pub fn look<T: Serialize + DeserializeOwned>(
     rank.patiently(|| rank.share(|| work(&Config::read(&engine.model)?)))
 }
 
-/// The bytes of a file that can be read; nothing where it is a device or a pipe, which may be read only once and keep its reader
-/// waiting.
+/// The bytes of a file that can be read; nothing where it is a device or a pipe, which may be read
+/// only once and keep its reader waiting.
 pub fn input(path: &Path) -> Result<Option<u64>, CliError> {
     let bytes = || {
         let found = fs::metadata(path)?;
@@ -39,19 +41,25 @@ pub fn input(path: &Path) -> Result<Option<u64>, CliError> {
     bytes().map_err(|source| CliError::file(path, source))
 }
 
-/// Whether a checkpoint has what a conversation needs besides its weights, and takes one that begins like this.
+/// Whether a checkpoint has what a conversation needs besides its weights, and takes one that
+/// begins like this.
 pub fn conversation(model: &Path, chat: &Conversation) -> Result<(), CliError> {
     Text::find(model)?;
     let text = ChatTemplate::open(model)?.render(chat)?;
     // A model that always thinks has a template that begins the thought itself.
     if chat.enable_thinking == Some(false) && text.trim_end().ends_with("<think>") {
         let found = "the chat template begins a thought all the same";
-        return Err(misfit("--no-thinking", found, "a model that can answer at once, or no such option"));
+        return Err(misfit(
+            "--no-thinking",
+            found,
+            "a model that can answer at once, or no such option",
+        ));
     }
     Ok(())
 }
 
-/// Whether a file can be written, without touching one that is there; a device or a pipe is not opened.
+/// Whether a file can be written, without touching one that is there; a device or a pipe is not
+/// opened.
 pub fn output(path: &Path) -> Result<(), CliError> {
     let create = || match fs::metadata(path) {
         Ok(found) if !found.is_file() && !found.is_dir() => Ok(()),
@@ -71,7 +79,8 @@ mod tests {
     #[test]
     fn a_look_at_an_output_leaves_everything_as_it_was() {
         let dir = tempfile::tempdir().unwrap();
-        let (file, link, target) = (dir.path().join("file"), dir.path().join("link"), dir.path().join("target"));
+        let (file, link, target) =
+            (dir.path().join("file"), dir.path().join("link"), dir.path().join("target"));
         std::os::unix::fs::symlink(&target, &link).unwrap();
         output(&file).unwrap();
         output(&link).unwrap();

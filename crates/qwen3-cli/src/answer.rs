@@ -6,7 +6,8 @@ use std::time::{Duration, Instant};
 use std::{panic, thread};
 
 use qwen3_model::{
-    GenerateParams, Generated, KvCache, Model, Progress, SamplingParams, StopReason, eos_token_ids, generate,
+    GenerateParams, Generated, KvCache, Model, Progress, SamplingParams, StopReason, eos_token_ids,
+    generate,
 };
 
 use crate::failure::{CliError, Failure};
@@ -37,7 +38,13 @@ impl AnswerOptions {
         // Rank 0's count: the files of others may be of another day.
         let eos_token_ids = rank.share(|| Ok(eos_token_ids(&engine.model, model.config())?))?;
         let prefill_chunk = engine.chunk;
-        let params = GenerateParams { sampling, max_new_tokens, eos_token_ids, ignore_eos: false, prefill_chunk };
+        let params = GenerateParams {
+            sampling,
+            max_new_tokens,
+            eos_token_ids,
+            ignore_eos: false,
+            prefill_chunk,
+        };
         Ok(Self { params, quiet: false })
     }
 }
@@ -52,8 +59,8 @@ pub struct Answer {
 }
 
 impl Answer {
-    /// Computes and shows the answer to `tokens`, of which the first `cache.len()` are in the cache. All ranks call it; rank
-    /// 0 alone has `text`, and without it shows ids.
+    /// Computes and shows the answer to `tokens`, of which the first `cache.len()` are in the
+    /// cache. All ranks call it; rank 0 alone has `text`, and without it shows ids.
     pub fn write(
         rank: &Rank,
         model: &Model,
@@ -63,7 +70,8 @@ impl Answer {
         options: &AnswerOptions,
     ) -> Result<Self, Failure> {
         let mut screen = Screen::new(rank, text, options.quiet);
-        let generated = generate(model, cache, tokens, &options.params, &mut |progress| screen.show(progress))?;
+        let generated =
+            generate(model, cache, tokens, &options.params, &mut |progress| screen.show(progress))?;
         let text = rank.agree_after(|| screen.finish(&generated.ids))?;
         Ok(Self { generated, text })
     }
@@ -111,7 +119,11 @@ impl<'a> Screen<'a> {
             };
             self.result = words.and_then(|words| self.say(words));
         }
-        if self.result.is_err() || interrupt::pressed() { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
+        if self.result.is_err() || interrupt::pressed() {
+            ControlFlow::Break(())
+        } else {
+            ControlFlow::Continue(())
+        }
     }
 
     fn say(&mut self, words: String) -> Result<(), CliError> {
@@ -134,8 +146,9 @@ impl<'a> Screen<'a> {
     }
 }
 
-/// A thread that writes to standard output. Whoever reads may take any time (a terminal that is held, a pager), and the other ranks
-/// wait for this one's next collective no longer than they wait for any.
+/// A thread that writes to standard output. Whoever reads may take any time (a terminal that is
+/// held, a pager), and the other ranks wait for this one's next collective no longer than they wait
+/// for any.
 struct Writer {
     words: Option<mpsc::Sender<String>>,
     thread: Option<thread::JoinHandle<Result<(), CliError>>>,
@@ -145,11 +158,18 @@ impl Writer {
     fn start() -> Result<Self, CliError> {
         let (words, written) = mpsc::channel::<String>();
         // Whoever interrupts an answer wants to see no more of it.
-        let write =
-            move || written.iter().try_for_each(|words| if interrupt::pressed() { Ok(()) } else { print(&words) });
-        let thread = thread::Builder::new().name("standard output".into()).spawn(write).map_err(|source| {
-            CliError::Launch { problem: format!("cannot start the thread that writes to standard output: {source}") }
-        })?;
+        let write = move || {
+            written
+                .iter()
+                .try_for_each(|words| if interrupt::pressed() { Ok(()) } else { print(&words) })
+        };
+        let thread = thread::Builder::new().name("standard output".into()).spawn(write).map_err(
+            |source| CliError::Launch {
+                problem: format!(
+                    "cannot start the thread that writes to standard output: {source}"
+                ),
+            },
+        )?;
         Ok(Self { words: Some(words), thread: Some(thread) })
     }
 
@@ -173,11 +193,14 @@ impl Writer {
 }
 
 impl Drop for Writer {
-    /// Without `finish` the command fails: what was said before is written first, as far as that is quickly done.
+    /// Without `finish` the command fails: what was said before is written first, as far as that is
+    /// quickly done.
     fn drop(&mut self) {
         self.words = None;
         let end = Instant::now() + Duration::from_millis(500);
-        while self.thread.as_ref().is_some_and(|thread| !thread.is_finished()) && Instant::now() < end {
+        while self.thread.as_ref().is_some_and(|thread| !thread.is_finished())
+            && Instant::now() < end
+        {
             thread::sleep(Duration::from_millis(1));
         }
     }

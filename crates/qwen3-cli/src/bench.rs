@@ -7,7 +7,9 @@ use std::time::Instant;
 
 use clap::Args;
 use qwen3_model::comm::{CommunicatorExt as _, Entry, Phase};
-use qwen3_model::{Config, KvCache, KvFormat, LogitRows, MlpSchedule, Model, Sampler, SamplingParams};
+use qwen3_model::{
+    Config, KvCache, KvFormat, LogitRows, MlpSchedule, Model, Sampler, SamplingParams,
+};
 
 use crate::ahead;
 use crate::allocations::{self, Allocations};
@@ -21,7 +23,8 @@ use crate::plan::Workload;
 use crate::rank::Rank;
 use crate::session::{self, Loaded};
 
-/// Measure prefill and decode on token ids made up for the purpose: median and spread, arithmetic, memory, traffic
+/// Measure prefill and decode on token ids made up for the purpose: median and spread, arithmetic,
+/// memory, traffic
 #[derive(Args, Clone, Debug)]
 pub struct BenchArgs {
     #[command(flatten)]
@@ -39,11 +42,13 @@ pub struct BenchArgs {
     #[arg(long, value_name = "N", value_delimiter = ',', value_parser = positive)]
     depth: Vec<usize>,
 
-    /// Print a table of operations and collectives for each phase: calls, time, share, GB/s, GFLOP/s
+    /// Print a table of operations and collectives for each phase: calls, time, share, GB/s,
+    /// GFLOP/s
     #[arg(long)]
     profile: bool,
 
-    /// Write a trace for ui.perfetto.dev or chrome://tracing: a row for each rank and thread, compute and collectives
+    /// Write a trace for ui.perfetto.dev or chrome://tracing: a row for each rank and thread,
+    /// compute and collectives
     #[arg(long, value_name = "FILE")]
     trace: Option<PathBuf>,
 
@@ -51,9 +56,10 @@ pub struct BenchArgs {
     #[arg(long, value_name = "N", default_value_t = 3, value_parser = positive)]
     reps: usize,
 
-    /// Print one JSON object: {"model","weights","ranks","threads","comm","strategy","attention","mlp","results","traffic",
-    /// "limits","kv","isa","experts","wire","plan","weight_bytes"}; the plan says why the strategy was chosen if it was, the
-    /// traffic is rank 0's in one repetition of everything
+    /// Print one JSON object:
+    /// {"model","weights","ranks","threads","comm","strategy","attention","mlp","results",
+    /// "traffic","limits","kv","isa","experts","wire","plan","weight_bytes"}; the plan says why the strategy
+    /// was chosen if it was, the traffic is rank 0's in one repetition of everything
     #[arg(long)]
     json: bool,
 
@@ -70,7 +76,11 @@ impl BenchArgs {
     /// Runs the command on this rank.
     pub fn run(&self, rank: &Rank) -> Result<(), Failure> {
         if self.gen_len == 0 && !self.depth.is_empty() {
-            return Err(Failure::agreed(misfit("--depth", "nothing is generated there", "a --gen-len above 0")));
+            return Err(Failure::agreed(misfit(
+                "--depth",
+                "nothing is generated there",
+                "a --gen-len above 0",
+            )));
         }
         let depths = if self.depth.is_empty() { &self.prompt_len[..1] } else { &self.depth };
         let needed = ahead::look(rank, &self.engine, |config| {
@@ -79,7 +89,8 @@ impl BenchArgs {
         })?;
         let Loaded { model, reason } = session::load(rank, &self.engine, self.workload())?;
         // A file that cannot be written is found before the measurements, not after.
-        let create = |path: &PathBuf| File::create(path).map_err(|source| CliError::file(path, source));
+        let create =
+            |path: &PathBuf| File::create(path).map_err(|source| CliError::file(path, source));
         let mut trace = rank.first(|| self.trace.as_ref().map(create).transpose())?.flatten();
         let mut bench = Bench {
             rank,
@@ -118,16 +129,25 @@ impl BenchArgs {
         }
         let name = self.engine.model.display().to_string();
         let weight_bytes = bench.memory.held;
-        let report =
-            Report { name, model: &model, reason, weight_bytes, results, entries: bench.entries, limits, recordings };
+        let report = Report {
+            name,
+            model: &model,
+            reason,
+            weight_bytes,
+            results,
+            entries: bench.entries,
+            limits,
+            recordings,
+        };
         let text = if self.json { report.json() } else { report.table() };
         rank.agree_after(|| {
-            // What was measured is said first, whatever becomes of the file, and the file is written whoever listens.
+            // What was measured is said first, whatever becomes of the file, and the file is
+            // written whoever listens.
             let said = rank.say(&text);
             let written = match self.trace.as_deref().zip(trace.as_mut()) {
-                Some((path, file)) => {
-                    file.write_all(bench_trace::file(&spans).as_bytes()).map_err(|source| CliError::file(path, source))
-                }
+                Some((path, file)) => file
+                    .write_all(bench_trace::file(&spans).as_bytes())
+                    .map_err(|source| CliError::file(path, source)),
                 None => Ok(()),
             };
             said.and(written)
@@ -142,7 +162,8 @@ impl BenchArgs {
         if needed <= context {
             return Ok(needed);
         }
-        let option = if longest <= context && !self.depth.is_empty() { "--depth" } else { "--prompt-len" };
+        let option =
+            if longest <= context && !self.depth.is_empty() { "--depth" } else { "--prompt-len" };
         let found = format!("{needed} tokens with what is generated");
         Err(misfit(option, found, format!("at most {context}, the model's context")))
     }
@@ -152,9 +173,11 @@ impl BenchArgs {
 struct Memory {
     /// Bytes of weights that each rank holds.
     held: Vec<u64>,
-    /// Parameters of them. A tied head is read as the head; the embedding itself costs a row a token.
+    /// Parameters of them. A tied head is read as the head; the embedding itself costs a row a
+    /// token.
     parameters: u64,
-    /// Into so many parts ranks divide the tokens of a feed-forward block; a rank sees those of its part.
+    /// Into so many parts ranks divide the tokens of a feed-forward block; a rank sees those of its
+    /// part.
     parts: usize,
 }
 
@@ -164,15 +187,18 @@ impl Memory {
         let held = model.comm().all_gather_one(model.weight_bytes() as u64)?;
         let tables = if config.tie_word_embeddings { 1 } else { 2 };
         let parameters = config.parameters() - (tables - 1) * config.head_parameters();
-        // Ranks that only split positions bring their tokens together for feed-forward blocks that they split.
+        // Ranks that only split positions bring their tokens together for feed-forward blocks that
+        // they split.
         let (tp, sp) = model.options().strategy.grid(held.len());
         let together = tp == 1 && model.options().schedule() != MlpSchedule::Local;
         Ok(Self { held, parameters, parts: if together { 1 } else { sp } })
     }
 
-    /// Bytes that a pass of `tokens` tokens reads: all of a dense model, of a mixture those of the experts that the tokens visit.
+    /// Bytes that a pass of `tokens` tokens reads: all of a dense model, of a mixture those of the
+    /// experts that the tokens visit.
     fn pass(&self, config: &Config, tokens: usize) -> f64 {
-        let visited = config.visited_matrix_elements(tokens.div_ceil(self.parts)) + config.head_parameters() as f64;
+        let visited = config.visited_matrix_elements(tokens.div_ceil(self.parts))
+            + config.head_parameters() as f64;
         self.held.iter().sum::<u64>() as f64 * (visited / self.parameters as f64).min(1.0)
     }
 }
@@ -215,20 +241,32 @@ impl Bench<'_> {
     fn prefill(&mut self, tokens: usize, reps: usize) -> Result<Measured, Failure> {
         self.cache.truncate(0);
         let what = Measurement { phase: Phase::Prefill, tokens, depth: 0, reps };
-        let Repeated { seconds, limit, allocations } = self.repeat(what, |bench| bench.fill(tokens))?;
+        let Repeated { seconds, limit, allocations } =
+            self.repeat(what, |bench| bench.fill(tokens))?;
         let config = self.model.config();
         let flops = config.forward_flops(tokens, 0, 1) as f64;
         let pass = |tokens| self.memory.pass(config, tokens);
         let last = tokens % self.chunk;
-        let bytes = (tokens / self.chunk) as f64 * pass(self.chunk) + if last > 0 { pass(last) } else { 0.0 };
-        Ok(Measured { phase: what.phase, tokens, flops, bytes, depth: 0, seconds, limit, allocations })
+        let bytes = (tokens / self.chunk) as f64 * pass(self.chunk)
+            + if last > 0 { pass(last) } else { 0.0 };
+        Ok(Measured {
+            phase: what.phase,
+            tokens,
+            flops,
+            bytes,
+            depth: 0,
+            seconds,
+            limit,
+            allocations,
+        })
     }
 
     fn decode(&mut self, depth: usize, tokens: usize, reps: usize) -> Result<Measured, Failure> {
         self.cache.truncate(0);
         self.fill(depth)?;
         let what = Measurement { phase: Phase::Decode, tokens, depth, reps };
-        let Repeated { seconds, limit, allocations } = self.repeat(what, |bench| bench.generate(tokens))?;
+        let Repeated { seconds, limit, allocations } =
+            self.repeat(what, |bench| bench.generate(tokens))?;
         let config = self.model.config();
         let flops = (0..tokens).map(|step| config.forward_flops(1, depth + step, 1) as f64).sum();
         let per_position = self.cache_bytes()? / self.cache.len() as f64;
@@ -237,8 +275,9 @@ impl Bench<'_> {
         Ok(Measured { phase: what.phase, tokens, flops, bytes, depth, seconds, limit, allocations })
     }
 
-    /// Times `work` after one repetition that does not count, each from the same state of the cache, and looks at the
-    /// machine's limit before, between and after the repetitions: what slows the machine down lowers both.
+    /// Times `work` after one repetition that does not count, each from the same state of the
+    /// cache, and looks at the machine's limit before, between and after the repetitions: what
+    /// slows the machine down lowers both.
     fn repeat(
         &mut self,
         what: Measurement,
@@ -263,7 +302,8 @@ impl Bench<'_> {
             }
             looks.push(self.limits.look(what.phase)?);
         }
-        self.entries.extend(comm.ledger().entries().into_iter().filter(|entry| entry.phase == what.phase));
+        self.entries
+            .extend(comm.ledger().entries().into_iter().filter(|entry| entry.phase == what.phase));
         if let Some(mut recordings) = self.recordings.take() {
             self.cache.truncate(what.depth);
             let model = self.model;

@@ -1,17 +1,22 @@
-//! What the machine allows, measured next to the repetitions: on all ranks at once, with the model's own threads.
+//! What the machine allows, measured next to the repetitions: on all ranks at once, with the
+//! model's own threads.
 
 use std::time::Duration;
 
 use qwen3_model::comm::{CommError, CommunicatorExt as _, Phase};
 use qwen3_model::{LimitsProbe, Model};
 
-/// How long one window of a look takes. A bench takes a look before, between and after the repetitions of each measurement.
+/// How long one window of a look takes. A bench takes a look before, between and after the
+/// repetitions of each measurement.
 const WINDOW: Duration = Duration::from_millis(30);
-/// Windows of a look; the best one counts. On a machine shared with others one alone was now and then a sixth of the limit.
+/// Windows of a look; the best one counts. On a machine shared with others one alone was now and
+/// then a sixth of the limit.
 const WINDOWS: usize = 3;
-/// Bytes that all ranks read in turn: many times any last-level cache, which would otherwise serve a part of the reads.
+/// Bytes that all ranks read in turn: many times any last-level cache, which would otherwise serve
+/// a part of the reads.
 const BYTES: usize = 512 << 20;
-/// The least that a thread reads, on machines with so many that their share would fit in their caches.
+/// The least that a thread reads, on machines with so many that their share would fit in their
+/// caches.
 const THREAD_BYTES: usize = 32 << 20;
 
 /// The limits of the machine as they were seen during a bench.
@@ -34,14 +39,24 @@ impl<'a> Limits<'a> {
         let bytes = (BYTES / model.comm().size()).max(THREAD_BYTES * model.options().threads);
         let probe = LimitsProbe::new(model.context(), bytes);
         let isa = model.context().isa;
-        let wide = model.comm().all_gather_one(u64::from(isa != isa.without_avx512()))?.contains(&1);
-        Ok(Self { model, probe, wide, flops: Vec::new(), wide_flops: Vec::new(), bytes: Vec::new() })
+        let wide =
+            model.comm().all_gather_one(u64::from(isa != isa.without_avx512()))?.contains(&1);
+        Ok(Self {
+            model,
+            probe,
+            wide,
+            flops: Vec::new(),
+            wide_flops: Vec::new(),
+            bytes: Vec::new(),
+        })
     }
 
-    /// Looks at the limit of `phase`: arithmetic for prefill, reading for the others. All ranks call it together.
+    /// Looks at the limit of `phase`: arithmetic for prefill, reading for the others. All ranks
+    /// call it together.
     ///
-    /// The arithmetic is that of AVX2 also where there is AVX-512: the shares of two machines, or of one with either, are then
-    /// shares of the same, and what is faster has the larger share. The limit of AVX-512 is looked at besides.
+    /// The arithmetic is that of AVX2 also where there is AVX-512: the shares of two machines, or
+    /// of one with either, are then shares of the same, and what is faster has the larger share.
+    /// The limit of AVX-512 is looked at besides.
     pub fn look(&mut self, phase: Phase) -> Result<f64, CommError> {
         let ctx = self.model.context();
         if phase != Phase::Prefill {
@@ -64,7 +79,8 @@ impl<'a> Limits<'a> {
         let comm = self.model.comm();
         let mut best = 0.0_f64;
         for _ in 0..WINDOWS {
-            // Ranks that share a machine share its memory too: they have to measure at the same time.
+            // Ranks that share a machine share its memory too: they have to measure at the same
+            // time.
             comm.barrier()?;
             best = best.max(comm.all_gather_one(rate(&self.probe))?.iter().sum());
         }

@@ -28,7 +28,10 @@ pub struct Recording {
 
 impl Recording {
     /// Records `work` on this rank. The ranks should start together.
-    pub fn of<E>(model: &Model, work: impl FnOnce() -> Result<(), E>) -> Result<(Duration, Vec<Span>, Vec<Call>), E> {
+    pub fn of<E>(
+        model: &Model,
+        work: impl FnOnce() -> Result<(), E>,
+    ) -> Result<(Duration, Vec<Span>, Vec<Call>), E> {
         let (profile, ledger) = (model.profile(), model.comm().ledger());
         drop((profile.take(), ledger.take_traced()));
         profile.record(true);
@@ -46,15 +49,18 @@ impl Recording {
         Ok((length, spans, ledger.take_traced().into_iter().map(call).collect()))
     }
 
-    /// The rows of the table: operations by time, then collectives, then what is neither. They add up to the length: collectives
-    /// in the background are left out, since their time is that of other operations, too.
+    /// The rows of the table: operations by time, then collectives, then what is neither. They add
+    /// up to the length: collectives in the background are left out, since their time is that of
+    /// other operations, too.
     pub fn rows(&self) -> Vec<Row> {
-        let mut calls: Vec<Call> = self.calls.iter().filter(|(_, call)| !call.background).copied().collect();
+        let mut calls: Vec<Call> =
+            self.calls.iter().filter(|(_, call)| !call.background).copied().collect();
         calls.sort_by_key(|(start, _)| *start);
         let mut rows: Vec<Row> = Vec::new();
         for span in self.spans.iter().filter(|span| span.thread.is_none()) {
             let first = calls.partition_point(|(start, _)| *start < span.start);
-            let inside = calls[first..].iter().take_while(|(start, _)| *start < span.start + span.length);
+            let inside =
+                calls[first..].iter().take_while(|(start, _)| *start < span.start + span.length);
             let elsewhere: Duration = inside.map(|(_, call)| call.length).sum();
             let row = row_of(&mut rows, span.name);
             row.calls += 1;
@@ -113,7 +119,8 @@ impl Recording {
     pub fn json(&self) -> Vec<Value> {
         let total = self.length.as_secs_f64();
         let value = |row: Row| {
-            let rate = |amount: f64| if row.seconds > 0.0 { amount / row.seconds * 1e-9 } else { 0.0 };
+            let rate =
+                |amount: f64| if row.seconds > 0.0 { amount / row.seconds * 1e-9 } else { 0.0 };
             json!({
                 "phase": self.phase.name(),
                 "tokens": self.tokens,
@@ -160,7 +167,8 @@ pub mod tests {
 
     use super::*;
 
-    /// 100 us: a product of 30 us, one of 40 us with 10 us of Allreduce in it, 5 us of Broadcast after it.
+    /// 100 us: a product of 30 us, one of 40 us with 10 us of Allreduce in it, 5 us of Broadcast
+    /// after it.
     pub fn recording() -> Recording {
         let us = Duration::from_micros;
         let work = Work { flops: 3e6, bytes: 1.5e6 };
@@ -171,7 +179,10 @@ pub mod tests {
         let (zero, waited) = (Instant::now(), us(1));
         let call = |collective, start, length, payload_bytes| {
             let (background, length) = (length == 50, us(length));
-            (us(start), TracedCall { collective, start: zero, length, waited, payload_bytes, background })
+            (
+                us(start),
+                TracedCall { collective, start: zero, length, waited, payload_bytes, background },
+            )
         };
         Recording {
             phase: Phase::Decode,
@@ -195,7 +206,10 @@ pub mod tests {
     #[test]
     fn rows_add_up_and_count_no_time_twice() {
         let rows = recording().rows();
-        let found: Vec<_> = rows.iter().map(|row| (row.operation, row.calls, (row.seconds * 1e6).round())).collect();
+        let found: Vec<_> = rows
+            .iter()
+            .map(|row| (row.operation, row.calls, (row.seconds * 1e6).round()))
+            .collect();
         let expected = [
             ("down_proj", 1, 30.0),
             ("o_proj", 1, 30.0),
@@ -210,7 +224,10 @@ pub mod tests {
     fn the_table_and_the_json_have_rates_and_shares() {
         let recording = recording();
         let table = recording.table();
-        assert!(table.contains("decode of 1 tokens after 7: where rank 0 spent 0.100 ms"), "{table}");
+        assert!(
+            table.contains("decode of 1 tokens after 7: where rank 0 spent 0.100 ms"),
+            "{table}"
+        );
         let line = table.lines().find(|line| line.starts_with("down_proj")).expect("a line for it");
         let words: Vec<_> = line.split_whitespace().collect();
         assert_eq!(words, ["down_proj", "1", "0.030", "30.0%", "50.0", "100.0"]);

@@ -24,7 +24,8 @@ pub struct Measured {
     pub depth: usize,
     /// The time of each repetition.
     pub seconds: Vec<f64>,
-    /// What all ranks could do in a second, measured around the repetitions: operations in prefill, bytes in decode.
+    /// What all ranks could do in a second, measured around the repetitions: operations in prefill,
+    /// bytes in decode.
     pub limit: f64,
     /// What rank 0's process allocated in a repetition, where it is counted.
     pub allocations: Option<Allocations>,
@@ -88,7 +89,8 @@ impl Report<'_> {
                     "depth": result.depth,
                 });
                 if let Some(Allocations { count, bytes }) = result.allocations {
-                    (object["allocations"], object["allocated_bytes"]) = (count.into(), bytes.into());
+                    (object["allocations"], object["allocated_bytes"]) =
+                        (count.into(), bytes.into());
                 }
                 object
             })
@@ -193,7 +195,9 @@ impl Report<'_> {
             return out;
         }
         out.push_str("\nwhat rank 0 communicated in one repetition of each\n");
-        out.push_str("phase    collective          calls      payload bytes         ms   waiting ms\n");
+        out.push_str(
+            "phase    collective          calls      payload bytes         ms   waiting ms\n",
+        );
         for entry in traffic {
             let _ = writeln!(
                 out,
@@ -209,12 +213,16 @@ impl Report<'_> {
         out
     }
 
-    /// The entries with those of one phase and collective added up: prompts of several lengths share a line.
+    /// The entries with those of one phase and collective added up: prompts of several lengths
+    /// share a line.
     fn traffic(&self) -> Vec<Entry> {
-        let kinds = Phase::ALL.into_iter().flat_map(|phase| Collective::ALL.map(|collective| (phase, collective)));
+        let kinds = Phase::ALL
+            .into_iter()
+            .flat_map(|phase| Collective::ALL.map(|collective| (phase, collective)));
         kinds
             .filter_map(|(phase, collective)| {
-                let of_kind = |entry: &&Entry| entry.phase == phase && entry.collective == collective;
+                let of_kind =
+                    |entry: &&Entry| entry.phase == phase && entry.collective == collective;
                 self.entries.iter().filter(of_kind).copied().reduce(|sum, entry| Entry {
                     calls: sum.calls + entry.calls,
                     payload_bytes: sum.payload_bytes + entry.payload_bytes,

@@ -1,7 +1,8 @@
-//! A trace that Chrome (chrome://tracing) and Perfetto (ui.perfetto.dev) show: a process for each rank, a row for each thread.
+//! A trace that Chrome (chrome://tracing) and Perfetto (ui.perfetto.dev) show: a process for each
+//! rank, a row for each thread.
 //!
-//! The format is that of the Trace Event Format's JSON object: complete events (`"ph":"X"`) in microseconds and
-//! metadata events (`"ph":"M"`) that name the rows.
+//! The format is that of the Trace Event Format's JSON object: complete events (`"ph":"X"`) in
+//! microseconds and metadata events (`"ph":"M"`) that name the rows.
 
 use std::time::Duration;
 
@@ -10,10 +11,12 @@ use serde_json::json;
 
 use crate::bench_profile::Recording;
 
-/// The row of the operations as a whole; that of thread i is i + 1, and that of the collectives comes last.
+/// The row of the operations as a whole; that of thread i is i + 1, and that of the collectives
+/// comes last.
 const OPERATIONS: usize = 0;
 
-/// The events of this rank, separated by commas: the recordings one after the other, without what lay between them.
+/// The events of this rank, separated by commas: the recordings one after the other, without what
+/// lay between them.
 pub fn events(rank: usize, threads: usize, recordings: &[Recording]) -> String {
     let mut events = Vec::new();
     let name = |kind: &str, row: usize, name: String| json!({"ph": "M", "name": kind, "pid": rank, "tid": row, "args": {"name": name}});
@@ -61,7 +64,8 @@ pub fn file(ranks: &[String]) -> String {
 
 /// Every rank's `text`, in rank order, on all ranks.
 pub fn gather(comm: &dyn Communicator, text: &str) -> Result<Vec<String>, CommError> {
-    let counts: Vec<usize> = comm.all_gather_one(text.len() as u64)?.iter().map(|&length| length as usize).collect();
+    let counts: Vec<usize> =
+        comm.all_gather_one(text.len() as u64)?.iter().map(|&length| length as usize).collect();
     let mut all = vec![0_u8; counts.iter().sum()];
     comm.all_gather_v(text.as_bytes(), &counts, &mut all)?;
     let mut rest = &all[..];
@@ -91,13 +95,17 @@ mod tests {
         let trace: Value = serde_json::from_str(&text).expect("the trace is JSON");
         let all = trace["traceEvents"].as_array().expect("a list of events");
         let rows = |rank: u64| {
-            let names = all.iter().filter(|e| e["ph"] == "M" && e["name"] == "thread_name" && e["pid"] == rank);
+            let names = all
+                .iter()
+                .filter(|e| e["ph"] == "M" && e["name"] == "thread_name" && e["pid"] == rank);
             names.map(|e| e["args"]["name"].as_str().expect("a name")).collect::<Vec<_>>()
         };
         assert_eq!(rows(0), ["operations", "thread 0", "thread 1", "collectives"]);
         assert_eq!(rows(1), rows(0));
         let on = |rank: u64, row: u64| {
-            all.iter().filter(|e| e["ph"] == "X" && e["pid"] == rank && e["tid"] == row).collect::<Vec<_>>()
+            all.iter()
+                .filter(|e| e["ph"] == "X" && e["pid"] == rank && e["tid"] == row)
+                .collect::<Vec<_>>()
         };
         assert_eq!([0, 1, 2, 3].map(|row| on(1, row).len()), [3, 1, 1, 3]);
         // The second recording starts where the first one ends, at 100 us.
@@ -113,7 +121,11 @@ mod tests {
         let all: Vec<Vec<String>> = std::thread::scope(|scope| {
             let ranks: Vec<_> = ThreadComm::group(3)
                 .into_iter()
-                .map(|comm| scope.spawn(move || gather(&comm, &"ab".repeat(comm.rank())).expect("no rank is lost")))
+                .map(|comm| {
+                    scope.spawn(move || {
+                        gather(&comm, &"ab".repeat(comm.rank())).expect("no rank is lost")
+                    })
+                })
                 .collect();
             ranks.into_iter().map(|rank| rank.join().expect("no rank panics")).collect()
         });

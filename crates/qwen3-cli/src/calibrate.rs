@@ -1,4 +1,5 @@
-//! `qwen3 calibrate`: how fast these ranks read, multiply and add up, kept for `plan` and `--strategy auto`.
+//! `qwen3 calibrate`: how fast these ranks read, multiply and add up, kept for `plan` and
+//! `--strategy auto`.
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -6,7 +7,8 @@ use std::sync::Arc;
 use clap::Args;
 use qwen3_model::comm::Communicator;
 use qwen3_model::{
-    AttentionRate, Effort, Groups, HiddenSums, LinkFigures, Machine, Placement, Rate, measure_link, measure_speeds,
+    AttentionRate, Effort, Groups, HiddenSums, LinkFigures, Machine, Placement, Rate, measure_link,
+    measure_speeds,
 };
 use serde_json::json;
 
@@ -16,18 +18,22 @@ use crate::failure::{CliError, Failure};
 use crate::options::{Auto, LaunchOptions, isa, misfit};
 use crate::rank::Rank;
 
-/// Measure these ranks for plan and --strategy auto: latency and bandwidth of sums, memory bandwidth, arithmetic
+/// Measure these ranks for plan and --strategy auto: latency and bandwidth of sums, memory
+/// bandwidth, arithmetic
 #[derive(Args, Clone, Debug)]
 pub struct CalibrateArgs {
-    /// The file to add the figures to [default: qwen3/calibration.json in $XDG_CONFIG_HOME or ~/.config]
+    /// The file to add the figures to [default: qwen3/calibration.json in $XDG_CONFIG_HOME or
+    /// ~/.config]
     #[arg(long, value_name = "FILE")]
     output: Option<PathBuf>,
 
-    /// Threads of each rank [default: the cores this process may use, shared among the ranks that use them]
+    /// Threads of each rank [default: the cores this process may use, shared among the ranks that
+    /// use them]
     #[arg(long, value_name = "T", value_parser = clap::value_parser!(u16).range(1..=1024))]
     threads: Option<u16>,
 
-    /// Go through an eighth of the memory only: sooner done, but what a large cache holds of it looks faster than it is in a model
+    /// Go through an eighth of the memory only: sooner done, but what a large cache holds of it
+    /// looks faster than it is in a model
     #[arg(long)]
     quick: bool,
 
@@ -49,10 +55,12 @@ impl CalibrateArgs {
         let neighbours = Neighbours::find(rank)?;
         let threads = neighbours.threads(rank, self.threads);
         let placement = Placement::for_rank(neighbours.index, neighbours.count, threads);
-        // The machines of the runs that look the figures up: real ones, emulated ones, or those of COMM_NODES.
+        // The machines of the runs that look the figures up: real ones, emulated ones, or those of
+        // COMM_NODES.
         let here: Arc<dyn Communicator> = comm.split(comm.machine(), comm.rank())?.into();
         let inside = measure_link(&*here)?;
-        let leaders: Arc<dyn Communicator> = comm.split(usize::from(here.rank() > 0), comm.rank())?.into();
+        let leaders: Arc<dyn Communicator> =
+            comm.split(usize::from(here.rank() > 0), comm.rank())?.into();
         let between = if here.rank() == 0 { measure_link(&*leaders)? } else { None };
         let effort = if self.quick { Effort::Quick } else { Effort::Thorough };
         let groups = Groups { all: Arc::clone(comm), here, inside, leaders, between };
@@ -71,7 +79,8 @@ impl CalibrateArgs {
         };
         rank.agree_after(|| {
             let Some((path, mut calibration)) = file else { return Ok(()) };
-            // What was measured is said first, whatever becomes of the file, and the file is written whoever listens.
+            // What was measured is said first, whatever becomes of the file, and the file is
+            // written whoever listens.
             let said = self.tell(rank, &path, &machine);
             calibration.save(&path, machine)?;
             said?;
@@ -86,20 +95,31 @@ impl CalibrateArgs {
             None => return Err(misfit("--output", "nothing, and no HOME", "a file")),
         };
         // A device has nothing to add to, and a pipe would be waited for.
-        let calibration =
-            if path.is_file() || path.is_dir() { Calibration::read(&path)? } else { Calibration::default() };
+        let calibration = if path.is_file() || path.is_dir() {
+            Calibration::read(&path)?
+        } else {
+            Calibration::default()
+        };
         Ok((path, calibration))
     }
 
     /// Says what was measured.
     fn tell(&self, rank: &Rank, path: &Path, machine: &Machine) -> Result<(), CliError> {
         if self.json {
-            return rank.say(&format!("{}\n", json!({ "file": path.display().to_string(), "machine": machine })));
+            return rank.say(&format!(
+                "{}\n",
+                json!({ "file": path.display().to_string(), "machine": machine })
+            ));
         }
         let Machine { transport, ranks, nodes, threads, inside, between, hidden, .. } = machine;
-        let mut text = format!("{} ({transport}), {} each\n", place(*ranks, *nodes), count(*threads, "thread"));
-        let link =
-            |name: &str, link: &LinkFigures| format!("{name:<13}{:.2} µs, {:.2} GB/s\n", link.alpha_us, link.beta_gb_s);
+        let mut text = format!(
+            "{} ({transport}), {} each\n",
+            place(*ranks, *nodes),
+            count(*threads, "thread")
+        );
+        let link = |name: &str, link: &LinkFigures| {
+            format!("{name:<13}{:.2} µs, {:.2} GB/s\n", link.alpha_us, link.beta_gb_s)
+        };
         if ranks > nodes {
             text += &link("inside", inside);
         }

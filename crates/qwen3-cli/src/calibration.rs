@@ -17,7 +17,8 @@ pub struct Calibration {
     pub machines: Vec<Machine>,
 }
 
-/// `qwen3/calibration.json` in `$XDG_CONFIG_HOME` or `~/.config`; nothing where there is no home either.
+/// `qwen3/calibration.json` in `$XDG_CONFIG_HOME` or `~/.config`; nothing where there is no home
+/// either.
 pub fn default_path() -> Option<PathBuf> {
     let set = |name| std::env::var_os(name).filter(|value| !value.is_empty()).map(PathBuf::from);
     let config = set("XDG_CONFIG_HOME").or_else(|| set("HOME").map(|home| home.join(".config")))?;
@@ -44,13 +45,20 @@ impl Calibration {
 
     /// What it has measurements of.
     pub fn content(&self) -> String {
-        let each =
-            |m: &Machine| format!("{}, {} each ({})", place(m.ranks, m.nodes), count(m.threads, "thread"), m.transport);
+        let each = |m: &Machine| {
+            format!(
+                "{}, {} each ({})",
+                place(m.ranks, m.nodes),
+                count(m.threads, "thread"),
+                m.transport
+            )
+        };
         let all: Vec<_> = self.machines.iter().map(each).collect();
         if all.is_empty() { "nothing".to_owned() } else { all.join("; ") }
     }
 
-    /// Adds a measurement and writes the file. One that could not be read again is refused, and the file stays what it was.
+    /// Adds a measurement and writes the file. One that could not be read again is refused, and the
+    /// file stays what it was.
     pub fn save(&mut self, path: &Path, machine: Machine) -> Result<(), CliError> {
         if let Some(flaw) = machine.flaw() {
             let expected = "a positive number; nothing was saved, measure again while the machine is less busy";
@@ -62,7 +70,8 @@ impl Calibration {
 
     /// Adds a measurement in place of an older one of the same kind.
     fn insert(&mut self, machine: Machine) {
-        let key = |m: &Machine| (m.processor.clone(), m.transport.clone(), m.ranks, m.nodes, m.threads);
+        let key =
+            |m: &Machine| (m.processor.clone(), m.transport.clone(), m.ranks, m.nodes, m.threads);
         self.machines.retain(|other| key(other) != key(&machine));
         self.machines.push(machine);
     }
@@ -73,7 +82,9 @@ impl Calibration {
             if let Some(folder) = path.parent().filter(|folder| !folder.as_os_str().is_empty()) {
                 fs::create_dir_all(folder)?;
             }
-            let text = serde_json::to_string_pretty(self).expect("figures are finite and keys are strings") + "\n";
+            let text = serde_json::to_string_pretty(self)
+                .expect("figures are finite and keys are strings")
+                + "\n";
             let Some(part) = part_of(path) else { return fs::write(path, text) };
             fs::write(&part, text)?;
             fs::rename(part, path)
@@ -81,11 +92,13 @@ impl Calibration {
         write().map_err(|source| CliError::file(path, source))
     }
 
-    /// The measurement for these ranks, with the layout's own link; of several one on this processor, then the one with its transport.
-    /// Where the link between machines is given, a measurement on one machine will do.
+    /// The measurement for these ranks, with the layout's own link; of several one on this
+    /// processor, then the one with its transport. Where the link between machines is given, a
+    /// measurement on one machine will do.
     pub fn machine(&self, layout: &Layout<'_>) -> Option<Machine> {
         let Layout { transport, ranks, nodes, threads, link } = *layout;
-        let fits = |m: &&Machine| m.ranks == ranks && threads.is_none_or(|threads| m.threads == threads);
+        let fits =
+            |m: &&Machine| m.ranks == ranks && threads.is_none_or(|threads| m.threads == threads);
         let here = processor();
         let on = |nodes| {
             let fits = self.machines.iter().filter(fits).filter(|m| m.nodes == nodes);
@@ -96,28 +109,43 @@ impl Calibration {
         found.map(|found| layout.connect(found.clone()))
     }
 
-    /// The machine of the calibration that nobody named, or a typical one, and where its figures come from: there need not be a
-    /// calibration, or it may have come with a home folder from elsewhere.
+    /// The machine of the calibration that nobody named, or a typical one, and where its figures
+    /// come from: there need not be a calibration, or it may have come with a home folder from
+    /// elsewhere.
     pub fn by_itself(layout: &Layout<'_>) -> (Machine, String) {
-        let typical = || layout.connect(Machine::typical(layout.ranks, layout.nodes, layout.threads.unwrap_or(1)));
+        let typical = || {
+            layout.connect(Machine::typical(
+                layout.ranks,
+                layout.nodes,
+                layout.threads.unwrap_or(1),
+            ))
+        };
         let Some(path) = default_path().filter(|path| path.exists()) else {
             return (typical(), "typical, not measured (qwen3 calibrate measures them)".to_owned());
         };
         match Self::read(&path) {
             Err(error) => (typical(), format!("typical, since {}", error.line())),
             Ok(calibration) => match calibration.machine(layout) {
-                Some(Machine { processor: Some(other), .. }) if Some(&other) != processor().as_ref() => {
+                Some(Machine { processor: Some(other), .. })
+                    if Some(&other) != processor().as_ref() =>
+                {
                     let here = processor().unwrap_or_else(|| "another".to_owned());
                     (
                         typical(),
-                        format!("typical, since {} was measured on {other}, and this is {here}", path.display()),
+                        format!(
+                            "typical, since {} was measured on {other}, and this is {here}",
+                            path.display()
+                        ),
                     )
                 }
                 Some(machine) => {
                     let figures = format!("calibrated ({}, {})", machine.transport, path.display());
                     (machine, figures)
                 }
-                None => (typical(), format!("typical, since {} has only {}", path.display(), calibration.content())),
+                None => (
+                    typical(),
+                    format!("typical, since {} has only {}", path.display(), calibration.content()),
+                ),
             },
         }
     }
@@ -126,8 +154,11 @@ impl Calibration {
 /// The processor of this machine and how many logical cores it has, where the system tells.
 pub fn processor() -> Option<String> {
     let text = fs::read_to_string("/proc/cpuinfo").ok()?;
-    let fields =
-        || text.lines().filter_map(|line| line.split_once(':')).map(|(name, value)| (name.trim(), value.trim()));
+    let fields = || {
+        text.lines()
+            .filter_map(|line| line.split_once(':'))
+            .map(|(name, value)| (name.trim(), value.trim()))
+    };
     let field = |wanted: &str| fields().find(|(name, _)| *name == wanted).map(|(_, value)| value);
     let cores = fields().filter(|(name, _)| *name == "processor").count();
     let (name, family, model) = (field("model name")?, field("cpu family")?, field("model")?);
@@ -154,7 +185,8 @@ pub struct Layout<'a> {
     pub nodes: usize,
     /// Threads of a rank; any if not given.
     pub threads: Option<usize>,
-    /// The link between machines, or between ranks where there is one machine, if it is not the measured one.
+    /// The link between machines, or between ranks where there is one machine, if it is not the
+    /// measured one.
     pub link: Option<LinkFigures>,
 }
 
@@ -188,7 +220,9 @@ mod tests {
             let mut noisy = machine.clone();
             noisy.rates[0].read_gb_s = bad;
             let error = Calibration::read(&path).unwrap().save(&path, noisy).unwrap_err().line();
-            let expected = format!("calibration: measured read_gb_s of bf16 is {word}; expected a positive number; ");
+            let expected = format!(
+                "calibration: measured read_gb_s of bf16 is {word}; expected a positive number; "
+            );
             assert!(error.starts_with(&expected), "{error}");
             assert_eq!(fs::read_to_string(&path).unwrap(), old, "the file was touched for {bad}");
         }

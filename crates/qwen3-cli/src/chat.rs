@@ -21,9 +21,10 @@ use crate::world::World;
 
 /// Talk with the model: Ctrl-C stops an answer, Ctrl-D leaves
 ///
-/// Tokens are chosen as the checkpoint's generation_config.json recommends, where the options below say nothing else. The
-/// history is kept; when it outgrows the model's context, its oldest messages are forgotten. Under mpirun, Ctrl-C reaches
-/// the launcher: Open MPI's ends the whole job, MPICH's passes the first one on and ends the job at the second.
+/// Tokens are chosen as the checkpoint's generation_config.json recommends, where the options below
+/// say nothing else. The history is kept; when it outgrows the model's context, its oldest messages
+/// are forgotten. Under mpirun, Ctrl-C reaches the launcher: Open MPI's ends the whole job, MPICH's
+/// passes the first one on and ends the job at the second.
 #[derive(Args, Clone, Debug)]
 pub struct ChatArgs {
     #[command(flatten)]
@@ -52,12 +53,19 @@ impl ChatArgs {
     /// Runs the command on this rank.
     pub fn run(&self, rank: &Rank) -> Result<(), Failure> {
         let dir = self.engine.model.clone();
-        ahead::look(rank, &self.engine, |_| ahead::conversation(&dir, &self.conversation("Hello")))?;
+        ahead::look(rank, &self.engine, |_| {
+            ahead::conversation(&dir, &self.conversation("Hello"))
+        })?;
         let sampling = self.params(rank)?;
         let read = move || Ok((Text::open(&dir)?, ChatTemplate::open(&dir)?));
-        let (Loaded { model, .. }, texts) =
-            session::load_with(rank, &self.engine, Workload { kv: KvFormat::F16, prompt: 512, generate: 256 }, read)?;
-        let speaker = texts.map(|(text, template)| Speaker::new(self, text, template, &model)).transpose();
+        let (Loaded { model, .. }, texts) = session::load_with(
+            rank,
+            &self.engine,
+            Workload { kv: KvFormat::F16, prompt: 512, generate: 256 },
+            read,
+        )?;
+        let speaker =
+            texts.map(|(text, template)| Speaker::new(self, text, template, &model)).transpose();
         let mut speaker = rank.agree(speaker)?;
         interrupt::converse();
         rank.first(interrupt::watch)?;
@@ -76,7 +84,9 @@ impl ChatArgs {
             interrupt::begin();
             let answer = Answer::write(rank, &model, &mut cache, &tokens, text, &options)?;
             interrupt::end();
-            rank.agree_after(|| speaker.as_mut().map_or(Ok(()), |speaker| speaker.heard(rank, &answer)))?;
+            rank.agree_after(|| {
+                speaker.as_mut().map_or(Ok(()), |speaker| speaker.heard(rank, &answer))
+            })?;
             seen = tokens;
             seen.extend(&answer.generated.ids);
             seen.truncate(cache.len());
@@ -86,9 +96,13 @@ impl ChatArgs {
         Ok(())
     }
 
-    /// The tokens of the conversation with the user's next message; `None` when the user leaves. The user may take any time:
-    /// meanwhile the ranks wait without a deadline.
-    fn next(&self, rank: &Rank, speaker: &mut Option<Speaker>) -> Result<Option<Vec<u32>>, Failure> {
+    /// The tokens of the conversation with the user's next message; `None` when the user leaves.
+    /// The user may take any time: meanwhile the ranks wait without a deadline.
+    fn next(
+        &self,
+        rank: &Rank,
+        speaker: &mut Option<Speaker>,
+    ) -> Result<Option<Vec<u32>>, Failure> {
         rank.patiently(|| rank.share(|| speaker.as_mut().expect("rank 0 has the texts").next()))
     }
 
@@ -133,12 +147,18 @@ struct Speaker {
     fixed: usize,
     /// Tokens of a prompt that leaves room for an answer.
     room: usize,
-    /// Whether to say that it is the user's turn. A launcher passes a terminal on as a pipe, so below one it is always said.
+    /// Whether to say that it is the user's turn. A launcher passes a terminal on as a pipe, so
+    /// below one it is always said.
     prompts: bool,
 }
 
 impl Speaker {
-    fn new(args: &ChatArgs, text: Text, template: ChatTemplate, model: &Model) -> Result<Self, CliError> {
+    fn new(
+        args: &ChatArgs,
+        text: Text,
+        template: ChatTemplate,
+        model: &Model,
+    ) -> Result<Self, CliError> {
         let messages = Vec::from_iter(args.system());
         let context = model.config().context_length();
         let speaker = Self {
@@ -148,13 +168,18 @@ impl Speaker {
             fixed: messages.len(),
             messages,
             room: context - (context / 8).min(256),
-            prompts: io::stdin().is_terminal() || World::detect().is_some_and(|world| world.is_many()),
+            prompts: io::stdin().is_terminal()
+                || World::detect().is_some_and(|world| world.is_many()),
         };
         // Else every message would be too long.
         let least = speaker.encode(args.conversation("").messages)?.len();
         if least > speaker.room {
             let expected = format!("at most {}, which leaves room for an answer", speaker.room);
-            return Err(misfit("--system", format!("{least} tokens with an empty message"), expected));
+            return Err(misfit(
+                "--system",
+                format!("{least} tokens with an empty message"),
+                expected,
+            ));
         }
         Ok(speaker)
     }
@@ -171,13 +196,19 @@ impl Speaker {
                 eprint!("> ");
             }
             let mut line = Vec::new();
-            if io::stdin().lock().read_until(b'\n', &mut line).map_err(|source| CliError::Input { source })? == 0 {
+            if io::stdin()
+                .lock()
+                .read_until(b'\n', &mut line)
+                .map_err(|source| CliError::Input { source })?
+                == 0
+            {
                 if self.prompts {
                     eprintln!();
                 }
                 return Ok(None);
             }
-            // A key that is no character here, or half of one, is no reason to lose the conversation.
+            // A key that is no character here, or half of one, is no reason to lose the
+            // conversation.
             let line = String::from_utf8_lossy(&line);
             let words = line.trim();
             if words.is_empty() {
@@ -188,18 +219,25 @@ impl Speaker {
                 return Ok(Some(tokens));
             }
             self.messages.truncate(self.fixed);
-            eprintln!("(this message is longer than the model's context; it is dropped, with the history)");
+            eprintln!(
+                "(this message is longer than the model's context; it is dropped, with the history)"
+            );
         }
     }
 
-    /// The conversation's tokens, without the oldest messages where there is no room; `None` if the last one alone is too long.
+    /// The conversation's tokens, without the oldest messages where there is no room; `None` if the
+    /// last one alone is too long.
     fn fitting(&mut self) -> Result<Option<Vec<u32>>, CliError> {
         let mut forgotten = 0;
         loop {
             let tokens = self.encode(self.messages.clone())?;
             if tokens.is_empty() {
                 let expected = "at least one token (chat_template.jinja, or chat_template in tokenizer_config.json)";
-                return Err(misfit("chat template", "it makes nothing of this conversation", expected));
+                return Err(misfit(
+                    "chat template",
+                    "it makes nothing of this conversation",
+                    expected,
+                ));
             }
             if tokens.len() <= self.room {
                 if forgotten > 0 {
@@ -229,7 +267,8 @@ impl Speaker {
             StopReason::Callback => " (stopped)\n",
         })?;
         if stop == StopReason::Callback && answer.generated.ids.is_empty() {
-            // Stopped while the prompt was read: the conversation goes on as if the message had not been sent.
+            // Stopped while the prompt was read: the conversation goes on as if the message had not
+            // been sent.
             self.messages.pop();
             return Ok(());
         }

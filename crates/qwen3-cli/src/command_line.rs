@@ -24,10 +24,12 @@ use crate::synth::SynthArgs;
 use crate::tokenize::TokenizeArgs;
 use crate::world::World;
 
-/// Qwen3 models on the cores of ordinary machines: alone, on several ranks of one process, or on MPI ranks.
+/// Qwen3 models on the cores of ordinary machines: alone, on several ranks of one process, or on
+/// MPI ranks.
 ///
-/// Under mpirun or srun (built with the feature mpi) each process is a rank and finds the others itself. Rank 0 reads the
-/// input and writes the answers. A failure is one line on standard error and a non-zero status, on every rank.
+/// Under mpirun or srun (built with the feature mpi) each process is a rank and finds the others
+/// itself. Rank 0 reads the input and writes the answers. A failure is one line on standard error
+/// and a non-zero status, on every rank.
 #[derive(Parser, Debug)]
 #[command(name = "qwen3", version = VERSION, max_term_width = 100)]
 struct CommandLine {
@@ -79,7 +81,8 @@ fn alone(work: impl Fn(&Rank) -> Result<(), CliError> + Send + Sync) -> ExitCode
     launch(&LaunchOptions::alone(), |rank| rank.first(|| work(rank)).map(drop))
 }
 
-/// Prints the help where it was asked for; otherwise says in one line, once for all processes, what is wrong.
+/// Prints the help where it was asked for; otherwise says in one line, once for all processes, what
+/// is wrong.
 fn explain(error: &clap::Error) -> ExitCode {
     let alone = World { launcher: "none", rank: 0, size: Some(1) };
     let world = World::detect().unwrap_or(alone);
@@ -94,8 +97,9 @@ fn explain(error: &clap::Error) -> ExitCode {
         return if error.use_stderr() { ExitCode::FAILURE } else { ExitCode::SUCCESS };
     }
     let text = error.to_string();
-    let lines =
-        text.lines().take_while(|line| !line.starts_with("Usage:") && !line.starts_with("For more information"));
+    let lines = text.lines().take_while(|line| {
+        !line.starts_with("Usage:") && !line.starts_with("For more information")
+    });
     let text = one_line(&lines.collect::<Vec<_>>().join("\n"));
     let mut problem = text.strip_prefix("error: ").unwrap_or(&text).to_owned();
     if error.kind() == ErrorKind::InvalidUtf8 {
@@ -108,7 +112,10 @@ fn explain(error: &clap::Error) -> ExitCode {
 fn not_unicode(arguments: impl Iterator<Item = OsString>) -> String {
     let all: Vec<_> = arguments.collect();
     let pairs = all.windows(2).filter(|pair| pair[1].to_str().is_none());
-    pairs.map(|pair| format!("'{} {}'", pair[0].display(), pair[1].display())).collect::<Vec<_>>().join(" and ")
+    pairs
+        .map(|pair| format!("'{} {}'", pair[0].display(), pair[1].display()))
+        .collect::<Vec<_>>()
+        .join(" and ")
 }
 
 #[cfg(test)]
@@ -123,7 +130,12 @@ mod tests {
         for command in command.get_subcommands() {
             assert!(command.get_about().is_some(), "{}", command.get_name());
             for argument in command.get_arguments().filter(|argument| argument.get_id() != "help") {
-                assert!(argument.get_help().is_some(), "{} {}", command.get_name(), argument.get_id());
+                assert!(
+                    argument.get_help().is_some(),
+                    "{} {}",
+                    command.get_name(),
+                    argument.get_id()
+                );
             }
         }
     }

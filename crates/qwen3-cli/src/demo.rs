@@ -25,7 +25,8 @@ pub struct DemoArgs {
 }
 
 /// The bundled model was trained to add, to spell and to talk a little.
-const QUESTIONS: [&str; 3] = ["What is 17 + 15?", "Spell the word \"sister\".", "Tell me about music."];
+const QUESTIONS: [&str; 3] =
+    ["What is 17 + 15?", "Spell the word \"sister\".", "Tell me about music."];
 const SENTENCE: &str = "It is a truth universally acknowledged, that";
 const TOKENS: usize = 64;
 
@@ -36,9 +37,14 @@ impl DemoArgs {
         let any = Conversation::question(QUESTIONS[0], None);
         ahead::look(rank, &self.engine, |_| ahead::conversation(&dir, &any))?;
         let read = move || Ok((Text::open(&dir)?, ChatTemplate::open(&dir)?));
-        let (Loaded { model, reason }, texts) =
-            session::load_with(rank, &self.engine, Workload { kv: KvFormat::F16, prompt: 64, generate: TOKENS }, read)?;
-        let options = AnswerOptions::new(rank, &model, &self.engine, SamplingParams::default(), TOKENS)?;
+        let (Loaded { model, reason }, texts) = session::load_with(
+            rank,
+            &self.engine,
+            Workload { kv: KvFormat::F16, prompt: 64, generate: TOKENS },
+            read,
+        )?;
+        let options =
+            AnswerOptions::new(rank, &model, &self.engine, SamplingParams::default(), TOKENS)?;
         rank.comm().ledger().reset();
         let (mut prefill, mut decode) = (Timing::default(), Timing::default());
         for prompt in QUESTIONS.iter().chain([&SENTENCE]) {

@@ -3,7 +3,9 @@
 use std::path::{Path, PathBuf};
 
 use qwen3_model::comm::CommError;
-use qwen3_model::{ConfigError, ExportError, GenerateError, ModelError, PerplexityError, SamplingError};
+use qwen3_model::{
+    ConfigError, ExportError, GenerateError, ModelError, PerplexityError, SamplingError,
+};
 
 use crate::template::TemplateError;
 use crate::text::TextError;
@@ -119,7 +121,9 @@ impl CliError {
             Self::Generate(GenerateError::Model(ModelError::Comm(error))) => Some(error),
             Self::Generate(GenerateError::Sampling(SamplingError::Comm(error))) => Some(error),
             Self::Perplexity { source, .. } => match &**source {
-                PerplexityError::Comm(error) | PerplexityError::Model(ModelError::Comm(error)) => Some(error),
+                PerplexityError::Comm(error) | PerplexityError::Model(ModelError::Comm(error)) => {
+                    Some(error)
+                }
                 _ => None,
             },
             _ => None,
@@ -143,7 +147,8 @@ pub fn one_line(text: &str) -> String {
 pub struct Failure {
     /// Why.
     pub error: Box<CliError>,
-    /// Whether every rank ends here. If not, the others may be waiting for this one and must be told.
+    /// Whether every rank ends here. If not, the others may be waiting for this one and must be
+    /// told.
     pub agreed: bool,
 }
 
@@ -162,20 +167,24 @@ impl<E: Into<CliError>> From<E> for Failure {
     }
 }
 
-/// Whether an error of the model arises on every rank at the same time: all pass the same tokens and check them before they
-/// compute, and the sampler's exchange tells all ranks what one of them found.
+/// Whether an error of the model arises on every rank at the same time: all pass the same tokens
+/// and check them before they compute, and the sampler's exchange tells all ranks what one of them
+/// found.
 fn is_known_to_all(error: &CliError) -> bool {
-    let of_model =
-        |error: &ModelError| matches!(error, ModelError::TokenOutOfRange { .. } | ModelError::ContextFull { .. });
+    let of_model = |error: &ModelError| {
+        matches!(error, ModelError::TokenOutOfRange { .. } | ModelError::ContextFull { .. })
+    };
     let of_sampling = |error: &SamplingError| !matches!(error, SamplingError::Comm(_));
     match error {
         CliError::Model(error) | CliError::Generate(GenerateError::Model(error)) => of_model(error),
-        CliError::Sampling(error) | CliError::Generate(GenerateError::Sampling(error)) => of_sampling(error),
+        CliError::Sampling(error) | CliError::Generate(GenerateError::Sampling(error)) => {
+            of_sampling(error)
+        }
         CliError::Generate(_) => true,
         CliError::Perplexity { source, .. } => match &**source {
-            PerplexityError::Context { .. } | PerplexityError::TooShort { .. } | PerplexityError::NotFinite { .. } => {
-                true
-            }
+            PerplexityError::Context { .. }
+            | PerplexityError::TooShort { .. }
+            | PerplexityError::NotFinite { .. } => true,
             PerplexityError::Model(error) => of_model(error),
             PerplexityError::Comm(_) => false,
         },

@@ -15,8 +15,9 @@ use crate::session::{self, Loaded};
 
 /// Continue a prompt: the text comes as it is chosen
 ///
-/// The likeliest token is taken each time, so that the same prompt gives the same text. With --temperature above 0 tokens are
-/// drawn instead, and top-k, top-p, min-p and the repetition penalty default to the checkpoint's generation_config.json.
+/// The likeliest token is taken each time, so that the same prompt gives the same text. With
+/// --temperature above 0 tokens are drawn instead, and top-k, top-p, min-p and the repetition
+/// penalty default to the checkpoint's generation_config.json.
 #[derive(Args, Clone, Debug)]
 pub struct GenerateArgs {
     #[command(flatten)]
@@ -44,7 +45,8 @@ pub struct GenerateArgs {
     #[arg(long)]
     ignore_eos: bool,
 
-    /// Print one JSON object at the end: {"prompt_tokens","ids","text","prefill_tokens_per_s","decode_tokens_per_s","stop"}
+    /// Print one JSON object at the end:
+    /// {"prompt_tokens","ids","text","prefill_tokens_per_s","decode_tokens_per_s","stop"}
     #[arg(long)]
     json: bool,
 
@@ -71,8 +73,11 @@ impl GenerateArgs {
             None => (None, None),
         };
         let tokens = rank.share(|| Ok(tokens.expect("rank 0 read the prompt")))?;
-        self.prompt.check(model.config().context_length(), tokens.len()).map_err(Failure::agreed)?;
-        let mut options = AnswerOptions::new(rank, &model, &self.engine, sampling, self.max_new_tokens)?;
+        self.prompt
+            .check(model.config().context_length(), tokens.len())
+            .map_err(Failure::agreed)?;
+        let mut options =
+            AnswerOptions::new(rank, &model, &self.engine, sampling, self.max_new_tokens)?;
         options.quiet = self.json;
         options.params.ignore_eos = self.ignore_eos;
         let mut cache = model.new_cache(tokens.len().saturating_add(self.max_new_tokens));

@@ -1,4 +1,5 @@
-//! Signals: Ctrl-C ends an answer, not the conversation; a rank that is told to end says where it was.
+//! Signals: Ctrl-C ends an answer, not the conversation; a rank that is told to end says where it
+//! was.
 
 use std::io;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -16,7 +17,8 @@ static ANSWERING: AtomicBool = AtomicBool::new(false);
 /// Whether this process is in a conversation, which has its own use for Ctrl-C.
 static CONVERSATION: AtomicBool = AtomicBool::new(false);
 
-/// This process is a rank of a conversation: Ctrl-C, where a launcher passes it on to all of them, is rank 0's affair.
+/// This process is a rank of a conversation: Ctrl-C, where a launcher passes it on to all of them,
+/// is rank 0's affair.
 pub fn converse() {
     CONVERSATION.store(true, Ordering::Release);
 }
@@ -33,8 +35,9 @@ pub fn watch() -> Result<(), CliError> {
             eprint!("\n(Ctrl-D leaves)\n> ");
         }
     };
-    on_signals(&[SIGINT], handler)
-        .map_err(|source| CliError::Launch { problem: format!("cannot watch for Ctrl-C: {source}") })
+    on_signals(&[SIGINT], handler).map_err(|source| CliError::Launch {
+        problem: format!("cannot watch for Ctrl-C: {source}"),
+    })
 }
 
 /// From now on a signal that would end this process calls `end` instead, with the signal's name.
@@ -46,13 +49,16 @@ pub fn before_end(end: impl Fn(&'static str) + Send + 'static) -> Result<(), Cli
         SIGHUP => end("SIGHUP"),
         _ => end("SIGTERM"),
     };
-    on_signals(&[SIGINT, SIGTERM, SIGHUP], handler)
-        .map_err(|source| CliError::Launch { problem: format!("cannot watch for signals: {source}") })
+    on_signals(&[SIGINT, SIGTERM, SIGHUP], handler).map_err(|source| CliError::Launch {
+        problem: format!("cannot watch for signals: {source}"),
+    })
 }
 
 fn on_signals(signals: &[i32], handler: impl Fn(i32) + Send + 'static) -> io::Result<()> {
     let mut signals = Signals::new(signals)?;
-    thread::Builder::new().name("signals".into()).spawn(move || signals.forever().for_each(handler))?;
+    thread::Builder::new()
+        .name("signals".into())
+        .spawn(move || signals.forever().for_each(handler))?;
     Ok(())
 }
 

@@ -22,15 +22,18 @@ use crate::options::{LaunchOptions, misfit};
 use crate::rank::Rank;
 use crate::world::World;
 
-/// What `--version` says, and each rank of itself: the version, and the digest of the sources (`build.rs`).
-pub const VERSION: &str = concat!(env!("CARGO_PKG_VERSION"), " (sources ", env!("QWEN3_SOURCES"), ")");
+/// What `--version` says, and each rank of itself: the version, and the digest of the sources
+/// (`build.rs`).
+pub const VERSION: &str =
+    concat!(env!("CARGO_PKG_VERSION"), " (sources ", env!("QWEN3_SOURCES"), ")");
 
 /// A command as every rank runs it.
 pub trait Command: Fn(&Rank) -> Result<(), Failure> + Send + Sync {}
 
 impl<F: Fn(&Rank) -> Result<(), Failure> + Send + Sync> Command for F {}
 
-/// How long a failed rank leaves rank 0 to say why, before its own end makes a launcher end them all.
+/// How long a failed rank leaves rank 0 to say why, before its own end makes a launcher end them
+/// all.
 const GRACE: Duration = Duration::from_secs(2);
 
 /// How long a rank that is told to end has to come to a collective.
@@ -46,7 +49,8 @@ pub fn launch(options: &LaunchOptions, command: impl Command) -> ExitCode {
     panic::set_hook(Box::new(keep_panic));
     match World::detect() {
         Some(world) if world.is_many() && options.ranks > 1 => {
-            let found = format!("{} in each process that {} started", options.ranks, world.launcher);
+            let found =
+                format!("{} in each process that {} started", options.ranks, world.launcher);
             let expected = "1, since under a launcher each process is a rank";
             refuse(&world, &misfit("--ranks", found, expected))
         }
@@ -60,15 +64,16 @@ pub fn launch(options: &LaunchOptions, command: impl Command) -> ExitCode {
     }
 }
 
-/// Every rank of a process has all files of a checkpoint open: as many as may be, not as few as is usual (1024).
+/// Every rank of a process has all files of a checkpoint open: as many as may be, not as few as is
+/// usual (1024).
 fn allow_many_files() {
     let limit = getrlimit(Resource::Nofile);
     // Where it stays as it is, a file that cannot be opened says so.
     let _ = setrlimit(Resource::Nofile, Rlimit { current: limit.maximum, ..limit });
 }
 
-/// Says on the first process why there are no ranks; the others wait until it has. One that is still there afterwards is alone with
-/// its error, and the first process waits for it.
+/// Says on the first process why there are no ranks; the others wait until it has. One that is
+/// still there afterwards is alone with its error, and the first process waits for it.
 pub fn refuse(world: &World, error: &CliError) -> ExitCode {
     if world.rank == 0 {
         return report(error);
@@ -83,7 +88,8 @@ fn report(error: &CliError) -> ExitCode {
     ExitCode::FAILURE
 }
 
-/// Says why all ends, at once: `eprintln` writes word by word, between which come those of launchers and other ranks.
+/// Says why all ends, at once: `eprintln` writes word by word, between which come those of
+/// launchers and other ranks.
 fn say(line: &str) {
     // There is no better place to complain.
     let _ = io::stderr().write_all(format!("error: {line}\n").as_bytes());
@@ -110,7 +116,8 @@ fn run_threads(options: &LaunchOptions, command: impl Command) -> Result<(), Box
         let group = group.map_err(|payload| {
             // What many ranks share grows with the square of their number.
             let reason = words(&*payload);
-            let problem = format!("cannot connect {} ranks in one process: {reason}", options.ranks);
+            let problem =
+                format!("cannot connect {} ranks in one process: {reason}", options.ranks);
             Box::new(CliError::Launch { problem })
         })?;
         thread::scope(|scope| {
@@ -120,7 +127,8 @@ fn run_threads(options: &LaunchOptions, command: impl Command) -> Result<(), Box
                 let thread = thread::Builder::new().name(format!("rank {rank}"));
                 if let Err(source) = thread.spawn_scoped(scope, || run(comm)) {
                     let problem = format!("cannot start a thread for rank {rank}: {source}");
-                    // Before what the other ranks say of this one's absence. Those behind it are not started.
+                    // Before what the other ranks say of this one's absence. Those behind it are
+                    // not started.
                     lock(&failures).insert(0, (rank, CliError::Launch { problem }.into()));
                     break;
                 }
@@ -132,7 +140,8 @@ fn run_threads(options: &LaunchOptions, command: impl Command) -> Result<(), Box
         return Ok(());
     }
     // While a panic unwinds, what it drops may end the other ranks before it is told.
-    let panic = failures.iter().position(|(_, failure)| matches!(*failure.error, CliError::Panic { .. }));
+    let panic =
+        failures.iter().position(|(_, failure)| matches!(*failure.error, CliError::Panic { .. }));
     let agreed = failures.iter().position(|(rank, failure)| *rank == 0 && failure.agreed);
     let (_, failure) = failures.swap_remove(panic.or(agreed).unwrap_or(0));
     Err(failure.error)
@@ -169,14 +178,19 @@ fn run_processes(world: &World, options: &LaunchOptions, command: impl Command) 
         );
         return refuse(world, &CliError::Launch { problem });
     }
-    if comm.rank() == 0 && shared_memory && comm.machines() < comm.size() && comm.path() == "messages" {
+    if comm.rank() == 0
+        && shared_memory
+        && comm.machines() < comm.size()
+        && comm.path() == "messages"
+    {
         eprintln!(
             "warning: some ranks of one machine cannot map each other's memory (/proc/PID/fd, which containers may close to each other); \
              all collectives go by MPI's messages, which is slower"
         );
     }
     let comm: Arc<dyn Communicator> = Arc::new(comm);
-    // A launcher that loses one rank tells the others to end, at once and often with no word about it.
+    // A launcher that loses one rank tells the others to end, at once and often with no word about
+    // it.
     let to_end = Arc::downgrade(&comm);
     let end = move |signal| end_on(signal, &to_end);
     if let Err(error) = interrupt::before_end(end) {
@@ -210,7 +224,8 @@ fn run_processes(world: &World, options: &LaunchOptions, command: impl Command) 
     }
     comm.abort(&failure.error.line());
     if !speaks {
-        // Rank 0 hears of it in its next collective. When it is gone or busy for longer, this rank speaks.
+        // Rank 0 hears of it in its next collective. When it is gone or busy for longer, this rank
+        // speaks.
         thread::sleep(GRACE);
     }
     report(&failure.error);
@@ -218,16 +233,20 @@ fn run_processes(world: &World, options: &LaunchOptions, command: impl Command) 
     std::process::exit(1);
 }
 
-/// Ends every rank where one was started with other arguments than rank 0: what does not show in the collectives, such as another
-/// format of the weights, would otherwise only show in the answers.
+/// Ends every rank where one was started with other arguments than rank 0: what does not show in
+/// the collectives, such as another format of the weights, would otherwise only show in the
+/// answers.
 #[cfg(feature = "mpi")]
 fn same_arguments(rank: &Rank) -> Result<(), Failure> {
-    let own = shared_arguments(std::env::args_os().skip(1).map(|argument| argument.to_string_lossy().into_owned()));
+    let own = shared_arguments(
+        std::env::args_os().skip(1).map(|argument| argument.to_string_lossy().into_owned()),
+    );
     let of_rank_0 = rank.share(|| Ok(own.clone()))?;
     let same = if own == of_rank_0 {
         Ok(())
     } else {
-        let expected = format!("those of rank 0, {of_rank_0:?} (only {} may differ)", OWN.join(", "));
+        let expected =
+            format!("those of rank 0, {of_rank_0:?} (only {} may differ)", OWN.join(", "));
         Err(CliError::Option { option: "arguments", found: format!("{own:?}"), expected })
     };
     rank.agree(same)
@@ -254,7 +273,8 @@ fn shared_arguments(arguments: impl Iterator<Item = String>) -> String {
     kept.join(" ")
 }
 
-/// Whether this rank says why the job ends: rank 0, or the first of those that wait for it when they are told to end.
+/// Whether this rank says why the job ends: rank 0, or the first of those that wait for it when
+/// they are told to end.
 #[cfg_attr(not(feature = "mpi"), allow(dead_code))]
 fn speaks_for_all(error: &CliError, rank: usize) -> bool {
     let missing = match error.collective() {
@@ -264,8 +284,9 @@ fn speaks_for_all(error: &CliError, rank: usize) -> bool {
     (0..rank).all(|other| missing.contains(&other))
 }
 
-/// A signal wants this process to end. Its rank fails in its next collective, or in the one where it waits, and says so; one that
-/// computes for long says less, before the launcher loses its patience (Open MPI after a second).
+/// A signal wants this process to end. Its rank fails in its next collective, or in the one where
+/// it waits, and says so; one that computes for long says less, before the launcher loses its
+/// patience (Open MPI after a second).
 #[cfg(feature = "mpi")]
 fn end_on(signal: &str, comm: &Weak<dyn Communicator>) {
     let reason = format!("it was told to end ({signal})");
@@ -283,7 +304,11 @@ fn end_on(signal: &str, comm: &Weak<dyn Communicator>) {
 }
 
 /// Runs the command on this rank; a panic is a failure like any other.
-fn run_rank(comm: &Arc<dyn Communicator>, options: &LaunchOptions, command: &impl Command) -> Result<(), Failure> {
+fn run_rank(
+    comm: &Arc<dyn Communicator>,
+    options: &LaunchOptions,
+    command: &impl Command,
+) -> Result<(), Failure> {
     comm.set_timeout(options.timeout());
     let comm = &match options.emulate_link {
         Some(link) => {
@@ -300,7 +325,8 @@ fn run_rank(comm: &Arc<dyn Communicator>, options: &LaunchOptions, command: &imp
     let rank = Rank::new(Arc::clone(comm), options.emulate_link);
     let work = AssertUnwindSafe(|| {
         command(&rank)?;
-        // A rank that is done stays until all are, so that a late failure still ends every rank with an error.
+        // A rank that is done stays until all are, so that a late failure still ends every rank
+        // with an error.
         rank.comm().barrier()?;
         Ok(())
     });
@@ -324,7 +350,8 @@ fn keep_panic(info: &panic::PanicHookInfo<'_>) {
 
 fn words(payload: &(dyn Any + Send)) -> String {
     let text = payload.downcast_ref::<&str>().map(|text| (*text).to_owned());
-    text.or_else(|| payload.downcast_ref::<String>().cloned()).unwrap_or_else(|| "a panic without a message".to_owned())
+    text.or_else(|| payload.downcast_ref::<String>().cloned())
+        .unwrap_or_else(|| "a panic without a message".to_owned())
 }
 
 /// A lock that a panic elsewhere does not spoil: what it guards is valid after each statement.
@@ -381,7 +408,8 @@ mod tests {
         assert!(told.starts_with("internal error on rank 1: no such row (crates"), "{told}");
     }
 
-    /// Ends the other ranks, as a loaded model does when a panic drops it, and lets them be the first to say so.
+    /// Ends the other ranks, as a loaded model does when a panic drops it, and lets them be the
+    /// first to say so.
     struct Model<'a>(&'a Rank);
 
     impl Drop for Model<'_> {
@@ -404,9 +432,15 @@ mod tests {
 
     #[test]
     fn the_first_rank_that_is_left_speaks() {
-        let place = Place { collective: Collective::Allreduce, phase: Phase::Decode, layer: Some(3) };
+        let place =
+            Place { collective: Collective::Allreduce, phase: Phase::Decode, layer: Some(3) };
         let failed = |missing: &[usize]| {
-            CliError::from(CommError::PeerFailed { place, rank: 1, reason: "x".into(), missing: missing.to_vec() })
+            CliError::from(CommError::PeerFailed {
+                place,
+                rank: 1,
+                reason: "x".into(),
+                missing: missing.to_vec(),
+            })
         };
         assert!(speaks_for_all(&failed(&[]), 0) && speaks_for_all(&local("anything"), 0));
         assert!(speaks_for_all(&failed(&[0]), 1) && speaks_for_all(&failed(&[0, 1]), 2));

@@ -17,7 +17,8 @@ use crate::prompt::PromptOptions;
 use crate::rank::Rank;
 use crate::session::{self, Loaded};
 
-/// Write the logits of every token of a prompt: a safetensors file with `logits`, f32 [tokens, vocabulary]
+/// Write the logits of every token of a prompt: a safetensors file with `logits`, f32 [tokens,
+/// vocabulary]
 #[derive(Args, Clone, Debug)]
 pub struct LogitsArgs {
     #[command(flatten)]
@@ -46,16 +47,25 @@ impl LogitsArgs {
             prompt.look(&dir, config, None)
         })?;
         let read = move || Ok(prompt.read(&dir, None)?.tokens);
-        let (Loaded { model, .. }, tokens) =
-            session::load_with(rank, &self.engine, Workload { kv: KvFormat::F32, prompt: length, generate: 0 }, read)?;
+        let (Loaded { model, .. }, tokens) = session::load_with(
+            rank,
+            &self.engine,
+            Workload { kv: KvFormat::F32, prompt: length, generate: 0 },
+            read,
+        )?;
         let tokens = rank.share(|| Ok(tokens.expect("rank 0 read the prompt")))?;
-        self.prompt.check(model.config().context_length(), tokens.len()).map_err(Failure::agreed)?;
+        self.prompt
+            .check(model.config().context_length(), tokens.len())
+            .map_err(Failure::agreed)?;
 
         let vocab_size = model.config().vocab_size;
         // Who reads a pipe may take any time.
-        let mut output = rank.patiently(|| rank.first(|| Output::create(&self.output, tokens.len(), vocab_size)))?;
+        let mut output = rank
+            .patiently(|| rank.first(|| Output::create(&self.output, tokens.len(), vocab_size)))?;
         let mut cache = model.new_cache(tokens.len());
-        for chunk in tokens.chunks(model.pass_tokens(self.engine.chunk).min((BLOCK / vocab_size).max(1))) {
+        for chunk in
+            tokens.chunks(model.pass_tokens(self.engine.chunk).min((BLOCK / vocab_size).max(1)))
+        {
             let logits = model.forward(&mut cache, chunk, LogitRows::All)?;
             let rows = collect(rank, &model, logits)?;
             rank.agree_after(|| output.as_mut().map_or(Ok(()), |output| output.write(&rows)))?;
@@ -91,10 +101,12 @@ fn collect(rank: &Rank, model: &Model, logits: Logits) -> Result<Vec<f32>, CliEr
     Ok(all)
 }
 
-/// A safetensors file in the making: its header is known before its numbers. One that is not finished is removed.
+/// A safetensors file in the making: its header is known before its numbers. One that is not
+/// finished is removed.
 struct Output {
     path: PathBuf,
-    /// What it is called until then; nothing once it is finished, and where the name belongs to a device or a pipe.
+    /// What it is called until then; nothing once it is finished, and where the name belongs to a
+    /// device or a pipe.
     part: Option<PathBuf>,
     /// Nothing before its start and after its end.
     file: Option<CheckpointWriter>,
@@ -104,7 +116,11 @@ impl Output {
     /// Starts a file beside `path`; it takes that name when it is whole.
     fn create(path: &Path, rows: usize, cols: usize) -> Result<Self, CliError> {
         let mut output = Self { path: path.to_owned(), part: part_of(path), file: None };
-        let logits = TensorSpec { name: "logits".to_owned(), format: WeightFormat::F32, shape: vec![rows, cols] };
+        let logits = TensorSpec {
+            name: "logits".to_owned(),
+            format: WeightFormat::F32,
+            shape: vec![rows, cols],
+        };
         let file = CheckpointWriter::create(output.part.as_deref().unwrap_or(path), &[logits], &[]);
         output.file = Some(file.map_err(|error| output.failed(error))?);
         Ok(output)
@@ -119,7 +135,8 @@ impl Output {
         let file = self.file.take().expect("there is one end");
         file.finish().map_err(|error| self.failed(error))?;
         if let Some(part) = &self.part {
-            std::fs::rename(part, &self.path).map_err(|source| CliError::file(&self.path, source))?;
+            std::fs::rename(part, &self.path)
+                .map_err(|source| CliError::file(&self.path, source))?;
         }
         self.part = None;
         Ok(())

@@ -2,7 +2,8 @@
 
 #![forbid(unsafe_code)]
 
-// Modules in reading order, lowest first; a module uses only those of its group and of the groups above.
+// Modules in reading order, lowest first; a module uses only those of its group and of the groups
+// above.
 
 // Text: Python's spelling of values, chat templates, tokens.
 mod python;

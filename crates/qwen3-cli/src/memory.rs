@@ -1,4 +1,5 @@
-//! How much memory this process can still take: what its machine has, or what its control groups leave where that is less.
+//! How much memory this process can still take: what its machine has, or what its control groups
+//! leave where that is less.
 
 use std::fs;
 use std::path::Path;
@@ -7,7 +8,8 @@ use std::path::Path;
 struct Files {
     limit: &'static str,
     usage: &'static str,
-    /// The fields of `memory.stat` with the bytes of files in memory, of the group and those below it.
+    /// The fields of `memory.stat` with the bytes of files in memory, of the group and those below
+    /// it.
     files: [&'static str; 2],
 }
 
@@ -19,32 +21,43 @@ const VERSION_1: Files = Files {
 const VERSION_2: Files =
     Files { limit: "memory.max", usage: "memory.current", files: ["inactive_file", "active_file"] };
 
-/// Bytes that this process can still take, where the system tells. `root` is `/`, or a folder with such files.
+/// Bytes that this process can still take, where the system tells. `root` is `/`, or a folder with
+/// such files.
 pub fn available(root: &Path) -> Option<usize> {
     let text = fs::read_to_string(root.join("proc/meminfo")).ok()?;
     let machine = field(&text, "MemAvailable:")?.checked_mul(1024)?;
     let groups = fs::read_to_string(root.join("proc/self/cgroup")).unwrap_or_default();
-    let left = groups.lines().filter_map(|line| of_hierarchy(&root.join("sys/fs/cgroup"), line)).min();
+    let left =
+        groups.lines().filter_map(|line| of_hierarchy(&root.join("sys/fs/cgroup"), line)).min();
     Some(left.map_or(machine, |left| left.min(machine)))
 }
 
-/// What the groups of a line of `/proc/self/cgroup` (`4:memory:/a/b`, or `0::/a/b` of version 2) leave, if one of them has a limit. The limit
-/// of a group holds for those below it, too.
+/// What the groups of a line of `/proc/self/cgroup` (`4:memory:/a/b`, or `0::/a/b` of version 2)
+/// leave, if one of them has a limit. The limit of a group holds for those below it, too.
 fn of_hierarchy(mounts: &Path, line: &str) -> Option<usize> {
     let (controllers, group) = line.split_once(':')?.1.split_once(':')?;
     let (mount, files) = match controllers {
         "" => (mounts.to_owned(), VERSION_2),
-        _ if controllers.split(',').any(|name| name == "memory") => (mounts.join("memory"), VERSION_1),
+        _ if controllers.split(',').any(|name| name == "memory") => {
+            (mounts.join("memory"), VERSION_1)
+        }
         _ => return None,
     };
-    // A container may see its own group as the top of the tree and still have the path that the host knows, or one that leads out of what it
-    // sees: folders that are not there have no limit, and the top is always looked at.
-    let group = if group.split('/').any(|part| part == "..") { "" } else { group.trim_start_matches('/') };
+    // A container may see its own group as the top of the tree and still have the path that the
+    // host knows, or one that leads out of what it sees: folders that are not there have no limit,
+    // and the top is always looked at.
+    let group =
+        if group.split('/').any(|part| part == "..") { "" } else { group.trim_start_matches('/') };
     let folder = mount.join(group);
-    folder.ancestors().take_while(|folder| folder.starts_with(&mount)).filter_map(|folder| left(folder, &files)).min()
+    folder
+        .ancestors()
+        .take_while(|folder| folder.starts_with(&mount))
+        .filter_map(|folder| left(folder, &files))
+        .min()
 }
 
-/// What a group leaves of its limit. Files in memory count as used, but make room for whoever needs it.
+/// What a group leaves of its limit. Files in memory count as used, but make room for whoever needs
+/// it.
 fn left(folder: &Path, files: &Files) -> Option<usize> {
     let read = |name: &str| fs::read_to_string(folder.join(name)).ok();
     let number = |name: &str| read(name)?.trim().parse::<usize>().ok();
@@ -78,7 +91,8 @@ mod tests {
         available(root.path())
     }
 
-    const MACHINE: (&str, &str) = ("proc/meminfo", "MemTotal:  9000 kB\nMemFree:  10 kB\nMemAvailable:   8000 kB\n");
+    const MACHINE: (&str, &str) =
+        ("proc/meminfo", "MemTotal:  9000 kB\nMemFree:  10 kB\nMemAvailable:   8000 kB\n");
     const ALL: Option<usize> = Some(8000 * 1024);
 
     #[test]
@@ -89,7 +103,8 @@ mod tests {
         assert_eq!(of(&[MACHINE, ("proc/self/cgroup", "0::/a\n"), unlimited]), ALL);
         let large = ("sys/fs/cgroup/memory/a/memory.limit_in_bytes", "9223372036854771712\n");
         assert_eq!(of(&[MACHINE, ("proc/self/cgroup", "4:memory:/a\n0::/\n"), large]), ALL);
-        // The limit of a group that this process is not in, and of a hierarchy that does not control memory.
+        // The limit of a group that this process is not in, and of a hierarchy that does not
+        // control memory.
         let other = ("sys/fs/cgroup/b/memory.max", "1000\n");
         assert_eq!(of(&[MACHINE, ("proc/self/cgroup", "0::/a\n"), other]), ALL);
         let pids = ("sys/fs/cgroup/memory/a/memory.limit_in_bytes", "1000\n");
@@ -102,14 +117,23 @@ mod tests {
         let own = [
             ("sys/fs/cgroup/pod/container/memory.max", "5000000\n"),
             ("sys/fs/cgroup/pod/container/memory.current", "3000000\n"),
-            ("sys/fs/cgroup/pod/container/memory.stat", "anon 2000000\ninactive_file 400000\nactive_file 600000\n"),
+            (
+                "sys/fs/cgroup/pod/container/memory.stat",
+                "anon 2000000\ninactive_file 400000\nactive_file 600000\n",
+            ),
         ];
         let files = [&[MACHINE, group][..], &own].concat();
         assert_eq!(of(&files), Some(3_000_000));
-        let pod = [("sys/fs/cgroup/pod/memory.max", "6000000"), ("sys/fs/cgroup/pod/memory.current", "4000000")];
+        let pod = [
+            ("sys/fs/cgroup/pod/memory.max", "6000000"),
+            ("sys/fs/cgroup/pod/memory.current", "4000000"),
+        ];
         assert_eq!(of(&[&files[..], &pod].concat()), Some(2_000_000));
         // More than all is in use where a limit was lowered.
-        assert_eq!(of(&[&files[..], &[("sys/fs/cgroup/pod/memory.max", "10"), pod[1]]].concat()), Some(0));
+        assert_eq!(
+            of(&[&files[..], &[("sys/fs/cgroup/pod/memory.max", "10"), pod[1]]].concat()),
+            Some(0)
+        );
     }
 
     #[test]
@@ -129,8 +153,15 @@ mod tests {
     #[test]
     fn a_container_sees_its_own_group_at_the_top() {
         for path in ["0::/", "0::/host/knows/this", "0::/../../sibling"] {
-            let top = [("sys/fs/cgroup/memory.max", "1000000"), ("sys/fs/cgroup/memory.current", "300000")];
-            assert_eq!(of(&[&[MACHINE, ("proc/self/cgroup", path)][..], &top].concat()), Some(700_000), "{path}");
+            let top = [
+                ("sys/fs/cgroup/memory.max", "1000000"),
+                ("sys/fs/cgroup/memory.current", "300000"),
+            ];
+            assert_eq!(
+                of(&[&[MACHINE, ("proc/self/cgroup", path)][..], &top].concat()),
+                Some(700_000),
+                "{path}"
+            );
         }
     }
 }

@@ -8,8 +8,8 @@ use clap::Args;
 use clap::builder::{PossibleValuesParser, TypedValueParser};
 use qwen3_model::comm::{Link, WireFormat};
 use qwen3_model::{
-    AttentionAlgorithm, ExpertSplit, Isa, KvFormat, MlpSchedule, ModelOptions, ParallelStrategy, Placement,
-    SamplingParams, WeightFormat,
+    AttentionAlgorithm, ExpertSplit, Isa, KvFormat, MlpSchedule, ModelOptions, ParallelStrategy,
+    Placement, SamplingParams, WeightFormat,
 };
 
 use crate::affinity::Neighbours;
@@ -23,14 +23,15 @@ where
     T: FromStr + Clone + Send + Sync + 'static,
     T::Err: ToString,
 {
-    PossibleValuesParser::new(names).try_map(|name| name.parse::<T>().map_err(|error| error.to_string()))
+    PossibleValuesParser::new(names)
+        .try_map(|name| name.parse::<T>().map_err(|error| error.to_string()))
 }
 
 /// Which ranks there are.
 #[derive(Args, Clone, Debug)]
 pub struct LaunchOptions {
-    /// Ranks inside this process, each with its own threads and its share of the weights. Under mpirun or srun the ranks
-    /// are the processes, and this option has to stay 1
+    /// Ranks inside this process, each with its own threads and its share of the weights. Under
+    /// mpirun or srun the ranks are the processes, and this option has to stay 1
     #[arg(long, value_name = "R", default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..=1024), help_heading = "Ranks")]
     pub ranks: u16,
 
@@ -38,13 +39,19 @@ pub struct LaunchOptions {
     #[arg(long, value_name = "S", default_value_t = 60.0, allow_negative_numbers = true, value_parser = seconds, help_heading = "Ranks")]
     pub comm_timeout: f64,
 
-    /// How sums travel between ranks: f32 is exact, bf16 halves the bytes, q8 quarters them; auto takes bf16 between machines and
-    /// f32 within one (and for logits and perplexity)
+    /// How sums travel between ranks: f32 is exact, bf16 halves the bytes, q8 quarters them; auto
+    /// takes bf16 between machines and f32 within one (and for logits and perplexity)
     #[arg(long, default_value = "auto", value_parser = choice::<Auto<WireFormat>>(&["auto", "f32", "bf16", "q8"]), help_heading = "Ranks")]
     pub wire: Auto<WireFormat>,
 
-    /// Make calls between emulated nodes take as long as on a link of so many microseconds and GB/s: 40,0.117 is 1 GbE
-    #[arg(long, value_name = "ALPHA_US,BETA_GB_S", allow_hyphen_values = true, help_heading = "Ranks")]
+    /// Make calls between emulated nodes take as long as on a link of so many microseconds and
+    /// GB/s: 40,0.117 is 1 GbE
+    #[arg(
+        long,
+        value_name = "ALPHA_US,BETA_GB_S",
+        allow_hyphen_values = true,
+        help_heading = "Ranks"
+    )]
     pub emulate_link: Option<Link>,
 
     /// With --emulate-link: the nodes into which the ranks are divided, in contiguous blocks
@@ -53,10 +60,16 @@ pub struct LaunchOptions {
 }
 
 impl LaunchOptions {
-    /// For commands that only read and write files: one rank in this process. Under a launcher the first rank does the work, which
-    /// may take any time, while the others wait.
+    /// For commands that only read and write files: one rank in this process. Under a launcher the
+    /// first rank does the work, which may take any time, while the others wait.
     pub fn alone() -> Self {
-        Self { ranks: 1, comm_timeout: f64::from(u32::MAX), wire: Auto(None), emulate_link: None, emulate_nodes: 2 }
+        Self {
+            ranks: 1,
+            comm_timeout: f64::from(u32::MAX),
+            wire: Auto(None),
+            emulate_link: None,
+            emulate_nodes: 2,
+        }
     }
 
     /// The same ranks for a command whose figures are to be exact unless the user has it otherwise.
@@ -73,20 +86,23 @@ impl LaunchOptions {
 /// Which model, and how a rank computes.
 #[derive(Args, Clone, Debug)]
 pub struct EngineOptions {
-    /// Folder of the checkpoint, as published on Hugging Face: config.json, *.safetensors, tokenizer.json
+    /// Folder of the checkpoint, as published on Hugging Face: config.json, *.safetensors,
+    /// tokenizer.json
     #[arg(long, value_name = "DIR")]
     pub model: PathBuf,
 
-    /// Threads of each rank [default: the cores this process may use, shared among the ranks that use them]
+    /// Threads of each rank [default: the cores this process may use, shared among the ranks that
+    /// use them]
     #[arg(long, value_name = "T", value_parser = clap::value_parser!(u16).range(1..=1024), help_heading = "Computing")]
     pub threads: Option<u16>,
 
-    /// What is split over the ranks: the weights (heads), the positions of the text (sequence), or what the plan for this command
-    /// recommends (auto; see qwen3 plan)
+    /// What is split over the ranks: the weights (heads), the positions of the text (sequence), or
+    /// what the plan for this command recommends (auto; see qwen3 plan)
     #[arg(long, default_value = "auto", value_parser = choice::<Auto<ParallelStrategy>>(&["auto", "heads", "sequence"]), help_heading = "Computing")]
     pub strategy: Auto<ParallelStrategy>,
 
-    /// Split both: A ranks share the weights, B such groups share the positions; A times B is the number of ranks
+    /// Split both: A ranks share the weights, B such groups share the positions; A times B is the
+    /// number of ranks
     #[arg(long, value_name = "tp=A,sp=B", conflicts_with = "strategy", value_parser = grid, help_heading = "Computing")]
     pub grid: Option<ParallelStrategy>,
 
@@ -94,13 +110,14 @@ pub struct EngineOptions {
     #[arg(long, default_value = "streaming", value_parser = choice::<AttentionAlgorithm>(&["streaming", "materialized"]), help_heading = "Computing")]
     pub attention: AttentionAlgorithm,
 
-    /// How the feed-forward block is split and what it exchanges [default: fused with --strategy heads, local with
-    /// --strategy sequence]
+    /// How the feed-forward block is split and what it exchanges [default: fused with --strategy
+    /// heads, local with --strategy sequence]
     #[arg(long, value_parser = choice::<MlpSchedule>(&["fused", "naive", "gathered", "local"]), help_heading = "Computing")]
     pub mlp: Option<MlpSchedule>,
 
-    /// Of a mixture of experts, what each rank has: a part of every expert (inside), whole experts (ranks, with --mlp fused), or what the
-    /// plan recommends (auto; inside where --strategy is given)
+    /// Of a mixture of experts, what each rank has: a part of every expert (inside), whole experts
+    /// (ranks, with --mlp fused), or what the plan recommends (auto; inside where --strategy is
+    /// given)
     #[arg(long, default_value = "auto", value_parser = choice::<Auto<ExpertSplit>>(&["auto", "inside", "ranks"]), help_heading = "Computing")]
     pub experts: Auto<ExpertSplit>,
 
@@ -108,7 +125,8 @@ pub struct EngineOptions {
     #[arg(long, default_value = "auto", value_parser = choice::<Auto<Isa>>(&["auto", "scalar", "portable", "avx2", "avx2-vnni", "avx512"]), help_heading = "Computing")]
     pub isa: Auto<Isa>,
 
-    /// Format of the weights in memory; auto keeps what the checkpoint stores, q8 and q4 quantize at load
+    /// Format of the weights in memory; auto keeps what the checkpoint stores, q8 and q4 quantize
+    /// at load
     #[arg(long, default_value = "auto", value_parser = choice::<Auto<WeightFormat>>(&["auto", "f32", "bf16", "f16", "q8", "q4"]), help_heading = "Computing")]
     pub weights: Auto<WeightFormat>,
 
@@ -116,15 +134,19 @@ pub struct EngineOptions {
     #[arg(long, value_parser = choice::<KvFormat>(&["f32", "f16", "q8"]), help_heading = "Computing")]
     pub kv: Option<KvFormat>,
 
-    /// Prompt tokens that one pass takes at most, for each rank of those that split positions: fewer need less memory, more are faster
+    /// Prompt tokens that one pass takes at most, for each rank of those that split positions:
+    /// fewer need less memory, more are faster
     #[arg(long, value_name = "N", default_value_t = 512, value_parser = positive, help_heading = "Computing")]
     pub chunk: usize,
 }
 
-/// The instruction set of this rank. The environment decides only where the command line leaves it open.
+/// The instruction set of this rank. The environment decides only where the command line leaves it
+/// open.
 pub fn isa(rank: &Rank, chosen: Auto<Isa>) -> Result<Isa, Failure> {
     let isa = chosen.0.map_or_else(Isa::from_env, Ok);
-    rank.agree(isa.map_err(|error| misfit("SIMD_KERNELS_ISA", error, "one that is here, or nothing")))
+    rank.agree(
+        isa.map_err(|error| misfit("SIMD_KERNELS_ISA", error, "one that is here, or nothing")),
+    )
 }
 
 /// An option that may be left to the program: `None` for `auto`.
@@ -143,22 +165,29 @@ impl<T: FromStr<Err: ToString>> FromStr for Auto<T> {
 }
 
 impl Auto<WireFormat> {
-    /// The format between ranks on so many machines. On a machine's memory a shorter one costs more than it saves; between machines bf16
-    /// keeps logits within 1e-2 of the largest (docs/parallelism.md).
+    /// The format between ranks on so many machines. On a machine's memory a shorter one costs more
+    /// than it saves; between machines bf16 keeps logits within 1e-2 of the largest
+    /// (docs/parallelism.md).
     pub fn on(self, machines: usize) -> WireFormat {
         self.0.unwrap_or(if machines > 1 { WireFormat::Bf16 } else { WireFormat::F32 })
     }
 }
 
 impl EngineOptions {
-    /// What the model has to know for `work`, and why it is split as it is where the plan says so. All ranks call this together.
-    pub fn model_options(&self, rank: &Rank, work: Workload) -> Result<(ModelOptions, Option<String>), Failure> {
+    /// What the model has to know for `work`, and why it is split as it is where the plan says so.
+    /// All ranks call this together.
+    pub fn model_options(
+        &self,
+        rank: &Rank,
+        work: Workload,
+    ) -> Result<(ModelOptions, Option<String>), Failure> {
         let ranks = rank.comm().size();
         if let Some(ParallelStrategy::Grid { tp, sp }) = self.grid
             && tp.checked_mul(sp) != Some(ranks)
         {
             let found = ParallelStrategy::Grid { tp, sp };
-            let error = misfit("--grid", found, format!("a product of {ranks}, the number of ranks"));
+            let error =
+                misfit("--grid", found, format!("a product of {ranks}, the number of ranks"));
             return Err(Failure::agreed(error));
         }
         let isa = isa(rank, self.isa)?;
@@ -170,7 +199,8 @@ impl EngineOptions {
             Some(strategy) => (strategy, experts.unwrap_or_default(), None),
             None if ranks == 1 => (ParallelStrategy::Heads, experts.unwrap_or_default(), None),
             None => {
-                let (strategy, experts, reason) = choose(rank, self, threads, Workload { kv, ..work })?;
+                let (strategy, experts, reason) =
+                    choose(rank, self, threads, Workload { kv, ..work })?;
                 (strategy, experts, Some(reason))
             }
         };
@@ -208,11 +238,13 @@ pub struct SamplingOptions {
     #[arg(long, value_name = "P", allow_negative_numbers = true, value_parser = probability, help_heading = "Choosing tokens")]
     pub min_p: Option<f32>,
 
-    /// Divide the logits of tokens that were already there by this (multiply negative ones); 1 does nothing
+    /// Divide the logits of tokens that were already there by this (multiply negative ones); 1 does
+    /// nothing
     #[arg(long, value_name = "X", allow_negative_numbers = true, value_parser = above_zero::<f32>, help_heading = "Choosing tokens")]
     pub repetition_penalty: Option<f32>,
 
-    /// Seed of the random choice: the same seed gives the same tokens on any number of ranks [default: 0; the time in chat]
+    /// Seed of the random choice: the same seed gives the same tokens on any number of ranks
+    /// [default: 0; the time in chat]
     #[arg(long, value_name = "N", help_heading = "Choosing tokens")]
     pub seed: Option<u64>,
 }
@@ -229,7 +261,8 @@ impl SamplingOptions {
         given.into_iter().find_map(|(option, given)| given.then_some(option))
     }
 
-    /// `base` with what the user chose. Who asks for temperature 0 may know that then nothing is drawn; who asks for nothing may not.
+    /// `base` with what the user chose. Who asks for temperature 0 may know that then nothing is
+    /// drawn; who asks for nothing may not.
     pub fn over(&self, base: SamplingParams) -> Result<SamplingParams, CliError> {
         if self.temperature.is_none()
             && base.temperature == 0.0
@@ -250,7 +283,11 @@ impl SamplingOptions {
 }
 
 /// A number within bounds, or a message with both.
-fn number<T: FromStr + PartialOrd + Copy>(text: &str, expected: &str, fits: impl Fn(T) -> bool) -> Result<T, String> {
+fn number<T: FromStr + PartialOrd + Copy>(
+    text: &str,
+    expected: &str,
+    fits: impl Fn(T) -> bool,
+) -> Result<T, String> {
     match text.parse::<T>() {
         Ok(value) if fits(value) => Ok(value),
         _ => Err(format!("expected {expected}")),
@@ -258,7 +295,8 @@ fn number<T: FromStr + PartialOrd + Copy>(text: &str, expected: &str, fits: impl
 }
 
 fn grid(text: &str) -> Result<ParallelStrategy, String> {
-    let strategy = text.parse().ok().filter(|strategy| matches!(strategy, ParallelStrategy::Grid { .. }));
+    let strategy =
+        text.parse().ok().filter(|strategy| matches!(strategy, ParallelStrategy::Grid { .. }));
     strategy.ok_or_else(|| "expected tp=A,sp=B with numbers above 0".to_owned())
 }
 
@@ -273,12 +311,16 @@ fn seconds(text: &str) -> Result<f64, String> {
 
 /// A latency or a temperature.
 pub fn from_zero<T: FromStr + PartialOrd + Copy + From<f32>>(text: &str) -> Result<T, String> {
-    number(text, "a number from 0 to 1e6", |value: T| value >= T::from(0.0) && value <= T::from(1e6))
+    number(text, "a number from 0 to 1e6", |value: T| {
+        value >= T::from(0.0) && value <= T::from(1e6)
+    })
 }
 
 /// A bandwidth or a penalty.
 pub fn above_zero<T: FromStr + PartialOrd + Copy + From<f32>>(text: &str) -> Result<T, String> {
-    number(text, "a number above 0, at most 1e6", |value: T| value > T::from(0.0) && value <= T::from(1e6))
+    number(text, "a number above 0, at most 1e6", |value: T| {
+        value > T::from(0.0) && value <= T::from(1e6)
+    })
 }
 
 fn probability(text: &str) -> Result<f32, String> {

@@ -45,7 +45,10 @@ impl PerplexityArgs {
         ahead::look(rank, &self.engine, |config| {
             let (found, context_length) = (self.context, config.context_length());
             if !(2..=context_length).contains(&found) {
-                return Err(CliError::perplexity(&file, PerplexityError::Context { found, context_length }));
+                return Err(CliError::perplexity(
+                    &file,
+                    PerplexityError::Context { found, context_length },
+                ));
             }
             ahead::input(&file)?;
             Text::find(&dir)?;
@@ -65,7 +68,9 @@ impl PerplexityArgs {
         let bar = progress::counting(rank, "tokens");
         bar.set_length(tokens.len() as u64);
         let chunk = self.engine.chunk;
-        let found = perplexity(&model, &tokens, self.context, chunk, &mut |done| bar.set_position(done as u64));
+        let found = perplexity(&model, &tokens, self.context, chunk, &mut |done| {
+            bar.set_position(done as u64)
+        });
         bar.finish_and_clear();
         let found = found.map_err(|error| CliError::perplexity(&self.file, error))?;
         let text = if self.json {

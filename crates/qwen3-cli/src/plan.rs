@@ -1,12 +1,13 @@
-//! `qwen3 plan`: what each way to split a model over ranks costs, and the choice of `--strategy auto`.
+//! `qwen3 plan`: what each way to split a model over ranks costs, and the choice of `--strategy
+//! auto`.
 
 use std::path::{Path, PathBuf};
 
 use clap::Args;
 use qwen3_model::comm::WireFormat;
 use qwen3_model::{
-    Config, ExpertSplit, KvFormat, LinkFigures, Machine, MlpSchedule, ModelError, ParallelStrategy, Plan, PlanInput,
-    Prediction, Share, WeightFormat, WeightFormats, open_weights, plan,
+    Config, ExpertSplit, KvFormat, LinkFigures, Machine, MlpSchedule, ModelError, ParallelStrategy,
+    Plan, PlanInput, Prediction, Share, WeightFormat, WeightFormats, open_weights, plan,
 };
 use serde_json::{Value, json};
 
@@ -16,7 +17,8 @@ use crate::memory::available;
 use crate::options::{Auto, EngineOptions, above_zero, choice, from_zero, misfit, positive};
 use crate::rank::Rank;
 
-/// Predict memory, traffic and speed of each way to split a model over ranks, from its headers alone
+/// Predict memory, traffic and speed of each way to split a model over ranks, from its headers
+/// alone
 #[derive(Args, Clone, Debug)]
 pub struct PlanArgs {
     /// Folder of the checkpoint: config.json and the headers of *.safetensors are read
@@ -31,7 +33,8 @@ pub struct PlanArgs {
     #[arg(long, value_name = "M", default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..=1024))]
     nodes: u16,
 
-    /// Microseconds of any message on the slowest link: that between machines, or between ranks where there is one machine
+    /// Microseconds of any message on the slowest link: that between machines, or between ranks
+    /// where there is one machine
     #[arg(long, value_name = "A", requires = "beta_gb_s", allow_negative_numbers = true, value_parser = from_zero::<f64>)]
     alpha_us: Option<f64>,
 
@@ -80,9 +83,13 @@ pub struct PlanArgs {
     json: bool,
 }
 
-fn headers(dir: &Path, weights: Option<WeightFormat>) -> Result<(Config, WeightFormats), ModelError> {
+fn headers(
+    dir: &Path,
+    weights: Option<WeightFormat>,
+) -> Result<(Config, WeightFormats), ModelError> {
     let config = Config::read(dir)?;
-    let formats = WeightFormats::read(&config, &open_weights::<ModelError>(dir, &config)?, weights)?;
+    let formats =
+        WeightFormats::read(&config, &open_weights::<ModelError>(dir, &config)?, weights)?;
     Ok((config, formats))
 }
 
@@ -96,8 +103,15 @@ impl PlanArgs {
         let (config, weights) = headers(&self.model, self.weights.0)?;
         let context = config.context_length();
         if self.prompt.saturating_add(self.generate) > context {
-            let found = format!("{} tokens with what is generated", self.prompt.saturating_add(self.generate));
-            return Err(misfit("--prompt", found, format!("at most {context}, the model's context")));
+            let found = format!(
+                "{} tokens with what is generated",
+                self.prompt.saturating_add(self.generate)
+            );
+            return Err(misfit(
+                "--prompt",
+                found,
+                format!("at most {context}, the model's context"),
+            ));
         }
         let (machine, figures) = self.machine(ranks, nodes)?;
         let plan = plan(&PlanInput {
@@ -119,15 +133,24 @@ impl PlanArgs {
     /// The machine to plan for, and where its figures come from.
     fn machine(&self, ranks: usize, nodes: usize) -> Result<(Machine, String), CliError> {
         let threads = self.threads.map(usize::from);
-        let link = self.alpha_us.zip(self.beta_gb_s).map(|(alpha_us, beta_gb_s)| LinkFigures { alpha_us, beta_gb_s });
+        let link = self
+            .alpha_us
+            .zip(self.beta_gb_s)
+            .map(|(alpha_us, beta_gb_s)| LinkFigures { alpha_us, beta_gb_s });
         let layout = Layout { transport: None, ranks, nodes, threads, link };
         let Some(path) = &self.calibration else { return Ok(Calibration::by_itself(&layout)) };
         let calibration = Calibration::read(path)?;
         let machine = calibration.machine(&layout).ok_or_else(|| {
-            let each = threads.map_or(String::new(), |threads| format!(", {} each", count(threads, "thread")));
-            let link = if nodes > 1 && link.is_none() { ", or --alpha-us and --beta-gb-s" } else { "" };
+            let each = threads
+                .map_or(String::new(), |threads| format!(", {} each", count(threads, "thread")));
+            let link =
+                if nodes > 1 && link.is_none() { ", or --alpha-us and --beta-gb-s" } else { "" };
             let wanted = format!("{}{each}{link}", place(ranks, nodes));
-            misfit("--calibration", format!("{} with {}", path.display(), calibration.content()), wanted)
+            misfit(
+                "--calibration",
+                format!("{} with {}", path.display(), calibration.content()),
+                wanted,
+            )
         })?;
         let figures = format!("calibrated ({}, {})", machine.transport, path.display());
         Ok((machine, figures))
@@ -180,14 +203,24 @@ impl PlanArgs {
 
     fn table(&self, plan: &Plan, machine: &Machine, format: WeightFormat, figures: &str) -> String {
         let (ranks, nodes) = (usize::from(self.ranks), usize::from(self.nodes));
-        let (rate, most) =
-            (machine.rate(format), |bytes: &[usize]| bytes.iter().max().copied().unwrap_or(0) as f64 / 1e6);
-        let mut text = format!("{}; prompt {}, answer {} tokens\n", place(ranks, nodes), self.prompt, self.generate);
+        let (rate, most) = (machine.rate(format), |bytes: &[usize]| {
+            bytes.iter().max().copied().unwrap_or(0) as f64 / 1e6
+        });
+        let mut text = format!(
+            "{}; prompt {}, answer {} tokens\n",
+            place(ranks, nodes),
+            self.prompt,
+            self.generate
+        );
         text += &format!("figures: {figures}\n");
         // The links that these ranks have.
-        let links =
-            [("inside a machine", machine.inside, ranks > nodes), ("between machines", machine.between, nodes > 1)];
-        for (name, LinkFigures { alpha_us, beta_gb_s }, _) in links.into_iter().filter(|(.., there)| *there) {
+        let links = [
+            ("inside a machine", machine.inside, ranks > nodes),
+            ("between machines", machine.between, nodes > 1),
+        ];
+        for (name, LinkFigures { alpha_us, beta_gb_s }, _) in
+            links.into_iter().filter(|(.., there)| *there)
+        {
             text += &format!("  {name}: {alpha_us:.2} µs, {beta_gb_s:.3} GB/s\n");
         }
         text += &format!(
@@ -215,7 +248,12 @@ impl PlanArgs {
             );
         }
         let best = &plan.ways[plan.best];
-        text + &format!("\nrecommended: {} with feed-forward {}{}\n", best.strategy, best.schedule, whole_experts(best))
+        text + &format!(
+            "\nrecommended: {} with feed-forward {}{}\n",
+            best.strategy,
+            best.schedule,
+            whole_experts(best)
+        )
     }
 }
 
@@ -235,8 +273,9 @@ pub struct Workload {
     pub generate: usize,
 }
 
-/// How long `way` takes next to `best` for the prompt and `generate` tokens, and whether it alone of the two needs more bytes of a rank than
-/// there are: the plan passes over such a way however fast it is.
+/// How long `way` takes next to `best` for the prompt and `generate` tokens, and whether it alone
+/// of the two needs more bytes of a rank than there are: the plan passes over such a way however
+/// fast it is.
 fn beside(way: &Prediction, best: &Prediction, generate: usize, memory: Option<usize>) -> String {
     let share = way.seconds(generate) / best.seconds(generate);
     let lacks = memory.is_some_and(|most| (best.memory()..way.memory()).contains(&most));
@@ -244,8 +283,9 @@ fn beside(way: &Prediction, best: &Prediction, generate: usize, memory: Option<u
     format!("{}{} takes {share:.2} times as long{lacks}", way.strategy, whole_experts(way))
 }
 
-/// The strategy for `work` on ranks of `threads` threads, the place of experts, and why: rank 0 plans, all ranks get its choice. A checkpoint
-/// that cannot be read, or has no experts where they are to be whole, is left to loading to report.
+/// The strategy for `work` on ranks of `threads` threads, the place of experts, and why: rank 0
+/// plans, all ranks get its choice. A checkpoint that cannot be read, or has no experts where they
+/// are to be whole, is left to loading to report.
 pub fn choose(
     rank: &Rank,
     engine: &EngineOptions,
@@ -258,12 +298,20 @@ pub fn choose(
         let whole = engine.experts.0 == Some(ExpertSplit::Ranks);
         let readable = headers(&engine.model, engine.weights.0).ok();
         let fused = engine.mlp.is_none_or(|schedule| schedule == MlpSchedule::Fused);
-        let Some((config, weights)) = readable.filter(|(config, _)| !whole || fused && config.moe.is_some()) else {
+        let Some((config, weights)) =
+            readable.filter(|(config, _)| !whole || fused && config.moe.is_some())
+        else {
             let experts = engine.experts.0.unwrap_or_default();
             return Ok((ParallelStrategy::Heads.to_string(), experts.to_string(), String::new()));
         };
         let link = rank.emulated_link().map(LinkFigures::from);
-        let layout = Layout { transport: Some(comm.transport()), ranks, nodes, threads: Some(threads), link };
+        let layout = Layout {
+            transport: Some(comm.transport()),
+            ranks,
+            nodes,
+            threads: Some(threads),
+            link,
+        };
         let (machine, figures) = Calibration::by_itself(&layout);
         // Emulated machines have the memory of this one.
         let here = if rank.emulated_link().is_some() { ranks } else { ranks.div_ceil(nodes) };
@@ -311,7 +359,10 @@ mod tests {
         let [heads, sequence] = &ways[..] else { panic!("two ways: {ways:?}") };
         let told = |memory| beside(sequence, heads, 4, memory);
         let lacks = " times as long in more memory than there is";
-        assert!(told(Some(heads.memory())).ends_with(lacks) && told(Some(sequence.memory() - 1)).ends_with(lacks));
+        assert!(
+            told(Some(heads.memory())).ends_with(lacks)
+                && told(Some(sequence.memory() - 1)).ends_with(lacks)
+        );
         for memory in [None, Some(sequence.memory()), Some(heads.memory() - 1)] {
             assert!(told(memory).ends_with(" times as long"), "{memory:?}");
         }

@@ -24,6 +24,7 @@ pub fn writing(rank: &Rank) -> (ProgressBar, impl FnMut(ExportProgress) + use<>)
 fn bar(rank: &Rank, template: &str) -> ProgressBar {
     // A bar on standard error hides itself where that is no terminal.
     let bar = if rank.speaks() { ProgressBar::new(0) } else { ProgressBar::hidden() };
-    let style = ProgressStyle::with_template(template).expect("the templates are fixed and well formed");
+    let style =
+        ProgressStyle::with_template(template).expect("the templates are fixed and well formed");
     bar.with_style(style)
 }

@@ -43,9 +43,14 @@ pub struct Prompt {
 }
 
 impl PromptOptions {
-    /// Whether the model can take the prompt, as far as that is known before it is loaded, and about how many tokens it has. The options
-    /// are those of `read`.
-    pub fn look(&self, model: &Path, config: &Config, chat: Option<Option<bool>>) -> Result<usize, CliError> {
+    /// Whether the model can take the prompt, as far as that is known before it is loaded, and
+    /// about how many tokens it has. The options are those of `read`.
+    pub fn look(
+        &self,
+        model: &Path,
+        config: &Config,
+        chat: Option<Option<bool>>,
+    ) -> Result<usize, CliError> {
         let context = config.context_length();
         if let Some(tokens) = &self.tokens {
             ModelError::check_tokens(tokens, config.vocab_size)?;
@@ -54,14 +59,18 @@ impl PromptOptions {
         }
         let bytes = match (&self.prompt, &self.prompt_file) {
             (Some(words), _) => Some(words.len() as u64),
-            (None, file) => file.as_deref().and_then(|file| ahead::input(file).transpose()).transpose()?,
+            (None, file) => {
+                file.as_deref().and_then(|file| ahead::input(file).transpose()).transpose()?
+            }
         };
         match chat {
-            Some(enable_thinking) => ahead::conversation(model, &Conversation::question("Hello", enable_thinking))?,
+            Some(enable_thinking) => {
+                ahead::conversation(model, &Conversation::question("Hello", enable_thinking))?
+            }
             None => drop(Text::find(model)?),
         }
-        // To read the tokenizer takes a while, and is left to the time of loading where the text can hardly be too long: a token has
-        // a byte at least.
+        // To read the tokenizer takes a while, and is left to the time of loading where the text
+        // can hardly be too long: a token has a byte at least.
         match bytes {
             Some(bytes) if bytes == 0 || bytes > context as u64 => {
                 let tokens = self.read(model, chat)?.tokens.len();
@@ -73,7 +82,8 @@ impl PromptOptions {
         }
     }
 
-    /// Reads the prompt. With `chat` it is a user's message in the chat template, `Some(false)` being "do not think".
+    /// Reads the prompt. With `chat` it is a user's message in the chat template, `Some(false)`
+    /// being "do not think".
     pub fn read(&self, model: &Path, chat: Option<Option<bool>>) -> Result<Prompt, CliError> {
         if let Some(tokens) = &self.tokens {
             // A checkpoint of weights alone answers in ids.
@@ -83,7 +93,9 @@ impl PromptOptions {
         }
         let words = match (&self.prompt, &self.prompt_file) {
             (Some(words), _) => words.clone(),
-            (None, Some(file)) => fs::read_to_string(file).map_err(|source| CliError::file(file, source))?,
+            (None, Some(file)) => {
+                fs::read_to_string(file).map_err(|source| CliError::file(file, source))?
+            }
             (None, None) => unreachable!("clap requires one of the three"),
         };
         let text = Text::open(model)?;

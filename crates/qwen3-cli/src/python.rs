@@ -1,4 +1,5 @@
-//! Values spelled as Python spells them, because chat templates were written against Python's `str` and `json.dumps`.
+//! Values spelled as Python spells them, because chat templates were written against Python's `str`
+//! and `json.dumps`.
 
 use std::fmt::Write as _;
 use std::io;
@@ -8,7 +9,8 @@ use minijinja::{Error, ErrorKind, Output, State, Value};
 use serde::Serialize;
 use serde_json::ser::{Formatter, Serializer};
 
-/// `repr(float)`: the shortest digits that read back the same, with an exponent below 1e-4 and from 1e16 on.
+/// `repr(float)`: the shortest digits that read back the same, with an exponent below 1e-4 and from
+/// 1e16 on.
 fn float(value: f64) -> String {
     if value.is_nan() {
         return "nan".to_owned();
@@ -87,17 +89,25 @@ fn display(value: &Value) -> Result<String, Error> {
 
 /// What `{{ value }}` writes.
 pub fn print(out: &mut Output, _state: &State, value: &Value) -> Result<(), Error> {
-    if let Some(text) = value.as_str() { out.write_str(text) } else { out.write_str(&display(value)?) }
-        .map_err(Error::from)
+    if let Some(text) = value.as_str() {
+        out.write_str(text)
+    } else {
+        out.write_str(&display(value)?)
+    }
+    .map_err(Error::from)
 }
 
 /// The filter `string`: `str(value)`.
 pub fn string(value: &Value) -> Result<Value, Error> {
-    if value.kind() == ValueKind::String { Ok(value.clone()) } else { display(value).map(Value::from) }
+    if value.kind() == ValueKind::String {
+        Ok(value.clone())
+    } else {
+        display(value).map(Value::from)
+    }
 }
 
-/// The test `iterable`: none is not, although minijinja has it be an empty list in a loop. What may be absent is guarded
-/// with it (Qwen3-Coder: `tools is iterable and tools | length > 0`).
+/// The test `iterable`: none is not, although minijinja has it be an empty list in a loop. What may
+/// be absent is guarded with it (Qwen3-Coder: `tools is iterable and tools | length > 0`).
 pub fn is_iterable(value: &Value) -> bool {
     !value.is_none() && value.try_iter().is_ok()
 }
@@ -167,7 +177,11 @@ impl Formatter for PythonJson {
         self.close(out, b"]")
     }
 
-    fn begin_array_value<W: ?Sized + io::Write>(&mut self, out: &mut W, first: bool) -> io::Result<()> {
+    fn begin_array_value<W: ?Sized + io::Write>(
+        &mut self,
+        out: &mut W,
+        first: bool,
+    ) -> io::Result<()> {
         self.item(out, first)
     }
 
@@ -184,7 +198,11 @@ impl Formatter for PythonJson {
         self.close(out, b"}")
     }
 
-    fn begin_object_key<W: ?Sized + io::Write>(&mut self, out: &mut W, first: bool) -> io::Result<()> {
+    fn begin_object_key<W: ?Sized + io::Write>(
+        &mut self,
+        out: &mut W,
+        first: bool,
+    ) -> io::Result<()> {
         self.item(out, first)
     }
 
@@ -198,10 +216,11 @@ impl Formatter for PythonJson {
     }
 }
 
-/// The `tojson` filter of transformers: `json.dumps(value, ensure_ascii=False, indent, separators, sort_keys)`,
-/// without Jinja's own HTML escapes.
+/// The `tojson` filter of transformers: `json.dumps(value, ensure_ascii=False, indent, separators,
+/// sort_keys)`, without Jinja's own HTML escapes.
 pub fn tojson(value: Value, options: Kwargs) -> Result<Value, Error> {
-    let broken = |error: serde_json::Error| Error::new(ErrorKind::BadSerialization, error.to_string());
+    let broken =
+        |error: serde_json::Error| Error::new(ErrorKind::BadSerialization, error.to_string());
     let indent = options.get::<Option<usize>>("indent")?;
     let separators = options.get::<Option<Vec<String>>>("separators")?;
     let sort_keys = options.get::<Option<bool>>("sort_keys")?.unwrap_or(false);
@@ -284,6 +303,12 @@ mod tests {
         let (no, yes) = ("False False", "True True");
         assert_eq!(render(kinds, json), [no, no, no, yes, yes, yes, yes].join(","));
         assert_eq!(render("{{ x[1:] is sequence }} {{ range(3) is sequence }}", json), "True True");
-        assert_eq!(render("{% if x is iterable and x | length > 0 %}some{% else %}none{% endif %}", "null"), "none");
+        assert_eq!(
+            render(
+                "{% if x is iterable and x | length > 0 %}some{% else %}none{% endif %}",
+                "null"
+            ),
+            "none"
+        );
     }
 }

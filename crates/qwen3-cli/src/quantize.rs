@@ -10,7 +10,8 @@ use crate::options::choice;
 use crate::progress;
 use crate::rank::Rank;
 
-/// Write a copy of a checkpoint with its matrices quantized in groups of 32; it loads without the original
+/// Write a copy of a checkpoint with its matrices quantized in groups of 32; it loads without the
+/// original
 #[derive(Args, Clone, Debug)]
 pub struct QuantizeArgs {
     /// Folder of the checkpoint

@@ -27,7 +27,8 @@ pub struct Rank {
 }
 
 impl Rank {
-    /// The rank at one end of `comm`, whose machines are connected by `link` where that is emulated.
+    /// The rank at one end of `comm`, whose machines are connected by `link` where that is
+    /// emulated.
     pub fn new(comm: Arc<dyn Communicator>, link: Option<Link>) -> Self {
         Self { comm, link }
     }
@@ -52,12 +53,14 @@ impl Rank {
         if self.speaks() { print(text) } else { Ok(()) }
     }
 
-    /// Writes to standard output on rank 0. All ranks wait until it is read, and then know whether it was.
+    /// Writes to standard output on rank 0. All ranks wait until it is read, and then know whether
+    /// it was.
     pub fn tell(&self, text: &str) -> Result<(), Failure> {
         self.agree_after(|| self.say(text))
     }
 
-    /// Waits in `work` for other ranks as long as it takes: for what a person types, or a text of any length that is read.
+    /// Waits in `work` for other ranks as long as it takes: for what a person types, or a text of
+    /// any length that is read.
     pub fn patiently<R>(&self, work: impl FnOnce() -> R) -> R {
         let timeout = self.comm.timeout();
         self.comm.set_timeout(Duration::MAX);
@@ -66,17 +69,22 @@ impl Rank {
         result
     }
 
-    /// Does `work` and agrees on how it ended, however long it takes: what rank 0 writes is read by somebody who may take any time.
+    /// Does `work` and agrees on how it ended, however long it takes: what rank 0 writes is read by
+    /// somebody who may take any time.
     pub fn agree_after<T>(&self, work: impl FnOnce() -> Result<T, CliError>) -> Result<T, Failure> {
         self.patiently(|| self.agree(work()))
     }
 
     /// Does `work` on rank 0 alone, which has its value. Its error ends the command on every rank.
-    pub fn first<T>(&self, work: impl FnOnce() -> Result<T, CliError>) -> Result<Option<T>, Failure> {
+    pub fn first<T>(
+        &self,
+        work: impl FnOnce() -> Result<T, CliError>,
+    ) -> Result<Option<T>, Failure> {
         self.agree(if self.speaks() { work().map(Some) } else { Ok(None) })
     }
 
-    /// Does `work` on rank 0 and gives its value to every rank. Its error ends the command on every rank.
+    /// Does `work` on rank 0 and gives its value to every rank. Its error ends the command on every
+    /// rank.
     pub fn share<T, F>(&self, work: F) -> Result<T, Failure>
     where
         T: Serialize + DeserializeOwned,
@@ -84,7 +92,8 @@ impl Rank {
     {
         let value = self.first(work)?;
         let mut bytes = match &value {
-            Some(value) => serde_json::to_vec(value).expect("a command's input has string keys and no exotic numbers"),
+            Some(value) => serde_json::to_vec(value)
+                .expect("a command's input has string keys and no exotic numbers"),
             None => Vec::new(),
         };
         self.broadcast(0, &mut bytes)?;
@@ -94,11 +103,14 @@ impl Rank {
         }
     }
 
-    /// Ends the command on every rank if `local` is an error on one; each then has the lowest failing rank's message.
+    /// Ends the command on every rank if `local` is an error on one; each then has the lowest
+    /// failing rank's message.
     pub fn agree<T>(&self, local: Result<T, CliError>) -> Result<T, Failure> {
         let failed = self.comm.all_gather_one(u32::from(local.is_err()))?;
         let Some(first) = failed.iter().position(|&failed| failed != 0) else {
-            return Ok(local.unwrap_or_else(|_| unreachable!("this rank said that it had no error")));
+            return Ok(
+                local.unwrap_or_else(|_| unreachable!("this rank said that it had no error"))
+            );
         };
         let mut message = match &local {
             Err(error) if first == self.comm.rank() => error.line().into_bytes(),
@@ -107,7 +119,10 @@ impl Rank {
         self.broadcast(first, &mut message)?;
         let error = match local {
             Err(error) if first == self.comm.rank() => error,
-            _ => CliError::Peer { rank: first, message: String::from_utf8_lossy(&message).into_owned() },
+            _ => CliError::Peer {
+                rank: first,
+                message: String::from_utf8_lossy(&message).into_owned(),
+            },
         };
         Err(Failure::agreed(error))
     }

@@ -21,8 +21,9 @@ pub struct Loaded {
     pub reason: Option<String>,
 }
 
-/// Loads the model on all ranks while `read` runs on a thread of rank 0, which has its value afterwards. `work` is what the
-/// command is going to do. A model that cannot be loaded is an error at once, though a person may still be typing what is read.
+/// Loads the model on all ranks while `read` runs on a thread of rank 0, which has its value
+/// afterwards. `work` is what the command is going to do. A model that cannot be loaded is an error
+/// at once, though a person may still be typing what is read.
 pub fn load_with<T: Send + 'static>(
     rank: &Rank,
     engine: &EngineOptions,
@@ -31,7 +32,8 @@ pub fn load_with<T: Send + 'static>(
 ) -> Result<(Loaded, Option<T>), Failure> {
     let reading = rank.speaks().then(|| thread::spawn(read));
     let loaded = load(rank, engine, work)?;
-    let value = reading.map(|thread| thread.join().unwrap_or_else(|payload| panic::resume_unwind(payload)));
+    let value =
+        reading.map(|thread| thread.join().unwrap_or_else(|payload| panic::resume_unwind(payload)));
     Ok((loaded, rank.agree_after(|| value.transpose())?))
 }
 
@@ -62,6 +64,8 @@ pub fn load(rank: &Rank, engine: &EngineOptions, work: Workload) -> Result<Loade
         Err(error) => Err(error.into()),
     };
     let model = rank.agree(loaded)?;
-    let model = model.expect("without a model on this rank there is a failure on another, and then none gets here");
+    let model = model.expect(
+        "without a model on this rank there is a failure on another, and then none gets here",
+    );
     Ok(Loaded { model, reason })
 }

@@ -5,9 +5,16 @@ use qwen3_model::{Model, Timing};
 
 use crate::calibration::count;
 
-/// A few lines for people: the model with its ranks, why it is split as it is where the plan said so, what prompts and the tokens
-/// after the first of each answer took, and what `entries` of the ledger count for each of those.
-pub fn summary(model: &Model, reason: Option<&str>, prefill: Timing, decode: Timing, entries: &[Entry]) -> String {
+/// A few lines for people: the model with its ranks, why it is split as it is where the plan said
+/// so, what prompts and the tokens after the first of each answer took, and what `entries` of the
+/// ledger count for each of those.
+pub fn summary(
+    model: &Model,
+    reason: Option<&str>,
+    prefill: Timing,
+    decode: Timing,
+    entries: &[Entry],
+) -> String {
     let (comm, options) = (model.comm(), model.options());
     let plan = reason.map_or(String::new(), |reason| format!("plan         {reason}\n"));
     let each = |of: fn(&Entry) -> u64| {

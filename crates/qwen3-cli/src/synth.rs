@@ -10,7 +10,8 @@ use crate::options::choice;
 use crate::progress;
 use crate::rank::Rank;
 
-/// Write a random checkpoint with the shape of a published model, to measure speed without its weights
+/// Write a random checkpoint with the shape of a published model, to measure speed without its
+/// weights
 #[derive(Args, Clone, Debug)]
 pub struct SynthArgs {
     /// The published model; tiny and tiny-moe are small ones for tests
@@ -33,11 +34,19 @@ pub struct SynthArgs {
 impl SynthArgs {
     /// Runs the command on rank 0.
     pub fn run(&self, rank: &Rank) -> Result<(), CliError> {
-        let options = SynthOptions { preset: self.preset, layers: self.layers.map(usize::from), seed: self.seed };
+        let options = SynthOptions {
+            preset: self.preset,
+            layers: self.layers.map(usize::from),
+            seed: self.seed,
+        };
         let (bar, mut progress) = progress::writing(rank);
         let written = synthesize(&self.dir, &options, &mut progress);
         bar.finish_and_clear();
         written?;
-        rank.say(&format!("{}: a random checkpoint with the shape of {}\n", self.dir.display(), self.preset.name()))
+        rank.say(&format!(
+            "{}: a random checkpoint with the shape of {}\n",
+            self.dir.display(),
+            self.preset.name()
+        ))
     }
 }

@@ -65,7 +65,8 @@ pub enum TemplateError {
 /// What a template renders: messages, and what it is told about them.
 #[derive(Debug, Clone)]
 pub struct Conversation {
-    /// Objects with `role` and what else the template reads: `content`, `reasoning_content`, `tool_calls`.
+    /// Objects with `role` and what else the template reads: `content`, `reasoning_content`,
+    /// `tool_calls`.
     pub messages: Vec<Json>,
     /// Function descriptions, where there are any.
     pub tools: Option<Vec<Json>>,
@@ -94,24 +95,37 @@ impl Conversation {
             Some(Json::Object(chat)) => chat,
             Some(list @ Json::Array(_)) => Map::from_iter([("messages".to_owned(), list)]),
             Some(other) => {
-                return Err(wrong(format!("found {}, expected an object with messages", kind(&other))));
+                return Err(wrong(format!(
+                    "found {}, expected an object with messages",
+                    kind(&other)
+                )));
             }
             None => {
-                return Err(TemplateError::Read { path: path.to_owned(), source: std::io::ErrorKind::NotFound.into() });
+                return Err(TemplateError::Read {
+                    path: path.to_owned(),
+                    source: std::io::ErrorKind::NotFound.into(),
+                });
             }
         };
         let mut take = |field: &str| chat.remove(field).filter(|value| !value.is_null());
         let messages = match take("messages") {
             Some(Json::Array(messages)) if !messages.is_empty() => messages,
-            Some(Json::Array(_)) => return Err(wrong("field messages: found an empty list".to_owned())),
+            Some(Json::Array(_)) => {
+                return Err(wrong("field messages: found an empty list".to_owned()));
+            }
             Some(other) => {
-                return Err(wrong(format!("field messages: found {}, expected a list", kind(&other))));
+                return Err(wrong(format!(
+                    "field messages: found {}, expected a list",
+                    kind(&other)
+                )));
             }
             None => return Err(wrong("field messages: missing, expected a list".to_owned())),
         };
         for (i, message) in messages.iter().enumerate() {
             if !message.get("role").is_some_and(Json::is_string) {
-                return Err(wrong(format!("messages[{i}]: expected an object with a text field role")));
+                return Err(wrong(format!(
+                    "messages[{i}]: expected an object with a text field role"
+                )));
             }
         }
         let tools = match take("tools") {
@@ -123,7 +137,9 @@ impl Conversation {
         };
         let mut flag = |field: &str| match take(field) {
             Some(Json::Bool(value)) => Ok(Some(value)),
-            Some(other) => Err(wrong(format!("field {field}: found {}, expected true or false", kind(&other)))),
+            Some(other) => {
+                Err(wrong(format!("field {field}: found {}, expected true or false", kind(&other))))
+            }
             None => Ok(None),
         };
         Ok(Self {
@@ -144,8 +160,9 @@ pub struct ChatTemplate {
 }
 
 impl ChatTemplate {
-    /// Finds the templates as transformers does: `chat_template.jinja` and `additional_chat_templates/*.jinja` where
-    /// they exist, else `chat_template` of `tokenizer_config.json`, one text or a list of named ones.
+    /// Finds the templates as transformers does: `chat_template.jinja` and
+    /// `additional_chat_templates/*.jinja` where they exist, else `chat_template` of
+    /// `tokenizer_config.json`, one text or a list of named ones.
     pub fn open(dir: &Path) -> Result<Self, TemplateError> {
         let path = dir.join("tokenizer_config.json");
         let config = match read_json(&path)? {
@@ -174,11 +191,9 @@ impl ChatTemplate {
         let mut environment = environment();
         for (name, source) in sources {
             let source = without_generation_tags(&source);
-            environment.add_template_owned(name.clone(), source).map_err(|source| TemplateError::Syntax {
-                dir: dir.to_owned(),
-                name,
-                source,
-            })?;
+            environment
+                .add_template_owned(name.clone(), source)
+                .map_err(|source| TemplateError::Syntax { dir: dir.to_owned(), name, source })?;
         }
         Ok(Self { environment, special_tokens: special_tokens(&config), has_tool_use })
     }
@@ -202,7 +217,8 @@ impl ChatTemplate {
     }
 }
 
-/// Jinja as transformers sets it up: trimmed blocks, loop controls, Python's methods, texts and `json.dumps`, two functions.
+/// Jinja as transformers sets it up: trimmed blocks, loop controls, Python's methods, texts and
+/// `json.dumps`, two functions.
 fn environment() -> Environment<'static> {
     let mut environment = Environment::new();
     environment.set_trim_blocks(true);
@@ -229,8 +245,8 @@ fn environment() -> Environment<'static> {
     environment
 }
 
-/// `{% generation %}` marks the assistant's words for training. It adds nothing to the text, and minijinja takes no new
-/// tags, so it becomes a condition that holds.
+/// `{% generation %}` marks the assistant's words for training. It adds nothing to the text, and
+/// minijinja takes no new tags, so it becomes a condition that holds.
 fn without_generation_tags(source: &str) -> String {
     let mut out = String::with_capacity(source.len());
     let mut rest = source;
@@ -273,7 +289,10 @@ fn template_files(dir: &Path) -> Result<Vec<(String, String)>, TemplateError> {
 }
 
 /// `(name, source)` of the field `chat_template`.
-fn templates_of_config(path: &Path, config: &Map<String, Json>) -> Result<Vec<(String, String)>, TemplateError> {
+fn templates_of_config(
+    path: &Path,
+    config: &Map<String, Json>,
+) -> Result<Vec<(String, String)>, TemplateError> {
     let wrong = |problem: String| TemplateError::Json {
         path: path.to_owned(),
         problem: format!("field chat_template: {problem}"),
@@ -285,9 +304,9 @@ fn templates_of_config(path: &Path, config: &Map<String, Json>) -> Result<Vec<(S
             .iter()
             .map(|item| {
                 let text = |field: &str| item.get(field).and_then(Json::as_str).map(str::to_owned);
-                text("name")
-                    .zip(text("template"))
-                    .ok_or_else(|| wrong(format!("found {}, expected name and template", kind(item))))
+                text("name").zip(text("template")).ok_or_else(|| {
+                    wrong(format!("found {}, expected name and template", kind(item)))
+                })
             })
             .collect(),
         Some(other) => Err(wrong(format!("found {}, expected a text or a list", kind(other)))),
@@ -321,9 +340,10 @@ fn read_json(path: &Path) -> Result<Option<Json>, TemplateError> {
     let Some(text) = read_text(path)? else {
         return Ok(None);
     };
-    serde_json::from_str(&text)
-        .map(Some)
-        .map_err(|error| TemplateError::Json { path: path.to_owned(), problem: format!("not JSON: {error}") })
+    serde_json::from_str(&text).map(Some).map_err(|error| TemplateError::Json {
+        path: path.to_owned(),
+        problem: format!("not JSON: {error}"),
+    })
 }
 
 /// The kind of a JSON value in words, for messages.

@@ -70,7 +70,10 @@ impl Text {
     }
 
     fn ids(&self, text: &str, add_special_tokens: bool) -> Result<Vec<u32>, TextError> {
-        let encoding = self.tokenizer.encode_fast(text, add_special_tokens).map_err(|source| self.failed(source))?;
+        let encoding = self
+            .tokenizer
+            .encode_fast(text, add_special_tokens)
+            .map_err(|source| self.failed(source))?;
         Ok(encoding.get_ids().to_vec())
     }
 
@@ -91,8 +94,9 @@ impl Text {
 
 /// Turns ids into text as they come, holding back bytes that are not a whole character yet.
 ///
-/// The text of a token may depend on the one before it, so each step decodes the ids of the last two pieces and shows what
-/// the new ones add. (`DecodeStream` of `tokenizers` works alike, but it has no end: it never shows what it holds back.)
+/// The text of a token may depend on the one before it, so each step decodes the ids of the last
+/// two pieces and shows what the new ones add. (`DecodeStream` of `tokenizers` works alike, but it
+/// has no end: it never shows what it holds back.)
 #[derive(Debug)]
 pub struct TextStream<'t> {
     text: &'t Text,
@@ -146,7 +150,8 @@ mod tests {
     fn streamed_text_is_the_whole_text_and_never_a_part_of_a_character() {
         let text = austen();
         // Most of these characters are several tokens of this small vocabulary.
-        let words = "<|im_start|>你好，世界！🌍👩‍👩‍👧 naïve café, \n\n  and Elizabeth\u{301} was<|im_end|>";
+        let words =
+            "<|im_start|>你好，世界！🌍👩‍👩‍👧 naïve café, \n\n  and Elizabeth\u{301} was<|im_end|>";
         let ids = text.encode(words).unwrap();
         let mut stream = text.stream();
         let mut shown = String::new();

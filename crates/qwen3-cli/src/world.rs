@@ -1,4 +1,5 @@
-//! Who started this process: an MPI launcher leaves the number of processes and this one's rank in the environment.
+//! Who started this process: an MPI launcher leaves the number of processes and this one's rank in
+//! the environment.
 
 /// What a launcher says about this process.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -11,9 +12,11 @@ pub struct World {
     pub size: Option<usize>,
 }
 
-/// `(launcher, variable with the rank, variable with the size)`; the first whose rank is there counts.
+/// `(launcher, variable with the rank, variable with the size)`; the first whose rank is there
+/// counts.
 ///
-/// `SLURM_PROCID` alone proves nothing, a batch script has it too; `SLURM_STEP_NUM_TASKS` is there only under `srun`.
+/// `SLURM_PROCID` alone proves nothing, a batch script has it too; `SLURM_STEP_NUM_TASKS` is there
+/// only under `srun`.
 const LAUNCHERS: [(&str, &str, &str); 5] = [
     ("Open MPI", "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"),
     ("MVAPICH", "MV2_COMM_WORLD_RANK", "MV2_COMM_WORLD_SIZE"),

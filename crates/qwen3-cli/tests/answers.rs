@@ -12,7 +12,8 @@ use program::{AUSTEN, json, keys, program, read_json, run, run_read, run_while, 
 use serde_json::Value;
 
 /// What `generate --json` prints.
-const KEYS: [&str; 6] = ["prompt_tokens", "ids", "text", "prefill_tokens_per_s", "decode_tokens_per_s", "stop"];
+const KEYS: [&str; 6] =
+    ["prompt_tokens", "ids", "text", "prefill_tokens_per_s", "decode_tokens_per_s", "stop"];
 
 fn expected() -> Value {
     read_json(format!("{AUSTEN}/expected.json"))
@@ -25,7 +26,17 @@ fn ids(value: &Value) -> String {
 
 #[test]
 fn ranks_wait_for_a_prompt_as_long_as_it_takes() {
-    let args = ["generate", "--model", AUSTEN, "--ranks", "2", "--comm-timeout", "2", "--max-new-tokens", "4"];
+    let args = [
+        "generate",
+        "--model",
+        AUSTEN,
+        "--ranks",
+        "2",
+        "--comm-timeout",
+        "2",
+        "--max-new-tokens",
+        "4",
+    ];
     let mut command = program(&args);
     command.args(["--prompt-file", "/dev/stdin"]);
     let run = run_while(command, |mut stdin| {
@@ -41,8 +52,18 @@ fn greedy_answers_are_those_of_the_reference() {
     for (i, case) in expected().as_array().unwrap().iter().enumerate() {
         let length = case["greedy_ids"].as_array().unwrap().len().to_string();
         let ids = ids(&case["prompt_ids"]);
-        let mut args =
-            vec!["generate", "--json", "--model", AUSTEN, "--kv", "f32", "--max-new-tokens", &length, "--threads", "1"];
+        let mut args = vec![
+            "generate",
+            "--json",
+            "--model",
+            AUSTEN,
+            "--kv",
+            "f32",
+            "--max-new-tokens",
+            &length,
+            "--threads",
+            "1",
+        ];
         // Each case on one rank, and on more in one of several ways.
         let ways: [&[&str]; 5] = [
             &["--ranks", "4", "--grid", "tp=2,sp=2"],
@@ -78,7 +99,15 @@ fn text_is_streamed_as_it_is_and_files_are_prompts_too() {
     let dir = tempfile::tempdir().unwrap();
     let file = dir.path().join("prompt.txt");
     fs::write(&file, case["prompt"].as_str().unwrap()).unwrap();
-    let run = run(&["generate", "--model", AUSTEN, "--kv", "f32", "--prompt-file", file.to_str().unwrap()]);
+    let run = run(&[
+        "generate",
+        "--model",
+        AUSTEN,
+        "--kv",
+        "f32",
+        "--prompt-file",
+        file.to_str().unwrap(),
+    ]);
     assert!(run.success && run.stderr.is_empty(), "{run:?}");
     assert_eq!(run.stdout, format!("{}\n", case["text"].as_str().unwrap()));
 }
@@ -86,9 +115,19 @@ fn text_is_streamed_as_it_is_and_files_are_prompts_too() {
 #[test]
 fn seeds_decide_and_ends_can_be_ignored() {
     let draw = |seed: &str, ranks: &str| {
-        let sampling =
-            ["--temperature", "1.5", "--top-k", "50", "--ignore-eos", "--max-new-tokens", "24", "--seed", seed];
-        let mut args = vec!["generate", "--json", "--model", AUSTEN, "--kv", "f32", "--prompt", "Emma"];
+        let sampling = [
+            "--temperature",
+            "1.5",
+            "--top-k",
+            "50",
+            "--ignore-eos",
+            "--max-new-tokens",
+            "24",
+            "--seed",
+            seed,
+        ];
+        let mut args =
+            vec!["generate", "--json", "--model", AUSTEN, "--kv", "f32", "--prompt", "Emma"];
         args.extend(sampling);
         args.extend(["--ranks", ranks, "--threads", "1"]);
         json(&args)["ids"].clone()
@@ -103,12 +142,24 @@ fn seeds_decide_and_ends_can_be_ignored() {
 fn perplexity_is_that_of_the_reference() {
     let expected = read_json(format!("{AUSTEN}/perplexity.json"));
     let file = format!("{AUSTEN}/sample.txt");
-    let found = json(&["perplexity", "--json", "--model", AUSTEN, "--file", &file, "--ranks", "2", "--threads", "1"]);
+    let found = json(&[
+        "perplexity",
+        "--json",
+        "--model",
+        AUSTEN,
+        "--file",
+        &file,
+        "--ranks",
+        "2",
+        "--threads",
+        "1",
+    ]);
     assert_eq!(keys(&found), ["file", "context", "tokens", "scored", "perplexity"]);
     for key in ["context", "tokens", "scored"] {
         assert_eq!(found[key], expected[key]);
     }
-    let (found, expected) = (found["perplexity"].as_f64().unwrap(), expected["perplexity"].as_f64().unwrap());
+    let (found, expected) =
+        (found["perplexity"].as_f64().unwrap(), expected["perplexity"].as_f64().unwrap());
     assert!((found / expected - 1.0).abs() < 1e-3, "found {found}, expected {expected}");
 }
 
@@ -119,7 +170,9 @@ fn logits_are_the_ones_that_greedy_answers_come_from() {
     let prompt = ids(&case["prompt_ids"]);
     let tokens = case["prompt_ids"].as_array().unwrap().len();
     let mut all: Vec<Vec<f32>> = Vec::new();
-    for (ranks, strategy, chunk) in [("1", "heads", "512"), ("2", "heads", "4"), ("3", "sequence", "10")] {
+    for (ranks, strategy, chunk) in
+        [("1", "heads", "512"), ("2", "heads", "4"), ("3", "sequence", "10")]
+    {
         let file = dir.path().join(format!("{ranks}.safetensors"));
         let path = file.to_str().unwrap();
         let args = ["logits", "--model", AUSTEN, "--tokens", &prompt, "--output", path];
@@ -132,7 +185,13 @@ fn logits_are_the_ones_that_greedy_answers_come_from() {
         let logits = tensors.tensor("logits").unwrap();
         assert_eq!(logits.shape(), [tokens, 4096]);
         assert_eq!(logits.dtype(), safetensors::Dtype::F32);
-        all.push(logits.data().chunks(4).map(|bytes| f32::from_le_bytes(bytes.try_into().unwrap())).collect());
+        all.push(
+            logits
+                .data()
+                .chunks(4)
+                .map(|bytes| f32::from_le_bytes(bytes.try_into().unwrap()))
+                .collect(),
+        );
     }
     let last = &all[0][(tokens - 1) * 4096..];
     let best = (0..4096).max_by(|&a, &b| last[a].total_cmp(&last[b])).unwrap();
@@ -146,12 +205,33 @@ fn logits_are_the_ones_that_greedy_answers_come_from() {
 
 #[test]
 fn bench_reports_results_and_the_ledger() {
-    let args = ["bench", "--json", "--model", AUSTEN, "--prompt-len", "16,33", "--gen-len", "5", "--reps", "2"];
+    let args = [
+        "bench",
+        "--json",
+        "--model",
+        AUSTEN,
+        "--prompt-len",
+        "16,33",
+        "--gen-len",
+        "5",
+        "--reps",
+        "2",
+    ];
     let mut args = args.to_vec();
     args.extend(["--ranks", "2", "--threads", "1"]);
     let found = json(&args);
-    let mut expected =
-        vec!["model", "weights", "ranks", "threads", "comm", "strategy", "attention", "mlp", "results", "traffic"];
+    let mut expected = vec![
+        "model",
+        "weights",
+        "ranks",
+        "threads",
+        "comm",
+        "strategy",
+        "attention",
+        "mlp",
+        "results",
+        "traffic",
+    ];
     expected.extend(["limits", "kv", "isa", "experts", "wire", "plan", "weight_bytes"]);
     assert_eq!(keys(&found), expected);
     assert_eq!(found["weights"], "bf16");
@@ -162,8 +242,10 @@ fn bench_reports_results_and_the_ledger() {
         (&"heads".into(), &"streaming".into(), &"fused".into())
     );
     let results = found["results"].as_array().unwrap();
-    let phases: Vec<_> =
-        results.iter().map(|result| (result["phase"].as_str().unwrap(), result["tokens"].as_u64().unwrap())).collect();
+    let phases: Vec<_> = results
+        .iter()
+        .map(|result| (result["phase"].as_str().unwrap(), result["tokens"].as_u64().unwrap()))
+        .collect();
     assert_eq!(phases, [("prefill", 16), ("prefill", 33), ("decode", 5)]);
     for result in results {
         let measured = ["tokens_per_s", "ms", "gflops", "gb_per_s", "limit_share"];
@@ -174,16 +256,26 @@ fn bench_reports_results_and_the_ledger() {
     }
     let traffic = found["traffic"].as_array().unwrap();
     let reduced = |phase: &str| {
-        let entry = traffic.iter().find(|entry| entry["phase"] == phase && entry["collective"] == "Allreduce").unwrap();
-        assert_eq!(keys(entry), ["phase", "collective", "calls", "payload_bytes", "seconds", "wait_seconds"]);
+        let entry = traffic
+            .iter()
+            .find(|entry| entry["phase"] == phase && entry["collective"] == "Allreduce")
+            .unwrap();
+        assert_eq!(
+            keys(entry),
+            ["phase", "collective", "calls", "payload_bytes", "seconds", "wait_seconds"]
+        );
         (entry["calls"].as_u64().unwrap(), entry["payload_bytes"].as_u64().unwrap())
     };
     // 4 layers with 2 Allreduce each, hidden size 256; two prompts, five passes.
     assert_eq!(reduced("prefill"), (2 * 4 * 2, 2 * 4 * (16 + 33) * 256 * 4));
     assert_eq!(reduced("decode"), (5 * 4 * 2, 5 * 4 * 2 * 256 * 4));
 
-    let table = run(&["bench", "--model", AUSTEN, "--prompt-len", "8", "--gen-len", "2", "--reps", "1"]);
-    assert!(table.success && table.stdout.contains("prefill") && table.stdout.contains("GB/s"), "{table:?}");
+    let table =
+        run(&["bench", "--model", AUSTEN, "--prompt-len", "8", "--gen-len", "2", "--reps", "1"]);
+    assert!(
+        table.success && table.stdout.contains("prefill") && table.stdout.contains("GB/s"),
+        "{table:?}"
+    );
 }
 
 #[test]
@@ -217,8 +309,17 @@ fn made_up_and_quantized_checkpoints_can_be_run() {
         let made = folder(preset);
         let run = run(&["synth", "--preset", preset, &made, "--seed", "3"]);
         assert!(run.success && run.stderr.is_empty(), "{run:?}");
-        let args =
-            ["generate", "--json", "--model", &made, "--tokens", "1,2,3", "--max-new-tokens", "4", "--ignore-eos"];
+        let args = [
+            "generate",
+            "--json",
+            "--model",
+            &made,
+            "--tokens",
+            "1,2,3",
+            "--max-new-tokens",
+            "4",
+            "--ignore-eos",
+        ];
         let one = json(&args);
         assert_eq!(one["ids"].as_array().unwrap().len(), 4);
         assert_eq!(one["text"], "", "there is no tokenizer");
@@ -230,7 +331,8 @@ fn made_up_and_quantized_checkpoints_can_be_run() {
         let out = folder(format);
         let run = run(&["quantize", "--model", AUSTEN, "--weights", format, &out]);
         assert!(run.success && run.stderr.is_empty(), "{run:?}");
-        let args = ["generate", "--json", "--chat", "--no-thinking", "--prompt", "What is 17 + 15?"];
+        let args =
+            ["generate", "--json", "--chat", "--no-thinking", "--prompt", "What is 17 + 15?"];
         let mut stored = args.to_vec();
         stored.extend(["--model", &out]);
         let mut converted = args.to_vec();
@@ -258,10 +360,20 @@ fn many_ranks_open_many_files() {
     assert!(run.success && run.stderr.is_empty(), "{run:?}");
 }
 
-/// Whoever reads the answer may stop for longer than ranks wait for each other, as at a terminal that is held.
+/// Whoever reads the answer may stop for longer than ranks wait for each other, as at a terminal
+/// that is held.
 #[test]
 fn a_slow_reader_fails_no_rank() {
-    let mut command = program(&["generate", "--model", AUSTEN, "--prompt", "Emma", "--ignore-eos", "--ranks", "2"]);
+    let mut command = program(&[
+        "generate",
+        "--model",
+        AUSTEN,
+        "--prompt",
+        "Emma",
+        "--ignore-eos",
+        "--ranks",
+        "2",
+    ]);
     command.args(["--threads", "1", "--max-new-tokens", "3000", "--comm-timeout", "2"]);
     let hold = |stdout: &ChildStdout| {
         // A page is what a pipe holds at least.

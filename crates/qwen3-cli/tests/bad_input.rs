@@ -17,7 +17,8 @@ fn generate(model: &str, args: &[&str], ranks: &str) -> Run {
     run(&all)
 }
 
-/// Generates with a broken copy on 1 and on 2 ranks; both have to fail with one line that holds `words`.
+/// Generates with a broken copy on 1 and on 2 ranks; both have to fail with one line that holds
+/// `words`.
 fn copy_fails(copy: &Copy, words: &[&str]) {
     fails(copy.path(), &["--prompt", "Elizabeth was"], words);
 }
@@ -43,7 +44,15 @@ fn missing_folders_and_files() {
 fn a_model_that_is_not_there_is_no_reason_to_wait_for_the_prompt() {
     for ranks in ["1", "2"] {
         let (done, typed) = mpsc::channel::<()>();
-        let command = program(&["generate", "--model", "nowhere", "--ranks", ranks, "--prompt-file", "/dev/stdin"]);
+        let command = program(&[
+            "generate",
+            "--model",
+            "nowhere",
+            "--ranks",
+            ranks,
+            "--prompt-file",
+            "/dev/stdin",
+        ]);
         let run = run_while(command, move |_stdin| _ = typed.recv());
         assert_one_line(&run, &["nowhere"]);
         drop(done);
@@ -76,7 +85,10 @@ fn broken_configs() {
     // Fewer layers than there are weights would give answers, and wrong ones.
     let copy = Copy::new();
     copy.config(|config| drop(config.insert("num_hidden_layers".into(), json!(3))));
-    copy_fails(&copy, &["config.json", "num_hidden_layers", "3", "model.layers.3.input_layernorm.weight"]);
+    copy_fails(
+        &copy,
+        &["config.json", "num_hidden_layers", "3", "model.layers.3.input_layernorm.weight"],
+    );
     let copy = Copy::new();
     fs::write(copy.file("generation_config.json"), "[]").unwrap();
     copy_fails(&copy, &["generation_config.json"]);
@@ -164,11 +176,16 @@ fn unknown_options_and_values() {
     }
 }
 
-/// The template of a model that always thinks begins the thought; it is refused before the weights are read.
+/// The template of a model that always thinks begins the thought; it is refused before the weights
+/// are read.
 #[test]
 fn a_model_that_always_thinks_is_not_asked_to_answer_at_once() {
     let copy = Copy::new();
-    fs::write(copy.file("chat_template.jinja"), "{{ messages[0].content }}<|im_start|>assistant\n<think>\n").unwrap();
+    fs::write(
+        copy.file("chat_template.jinja"),
+        "{{ messages[0].content }}<|im_start|>assistant\n<think>\n",
+    )
+    .unwrap();
     fs::remove_file(copy.file("model.safetensors")).unwrap();
     let words = ["--no-thinking", "begins a thought"];
     fails(copy.path(), &["--chat", "--no-thinking", "--prompt", "x"], &words);
@@ -180,7 +197,10 @@ fn a_model_that_always_thinks_is_not_asked_to_answer_at_once() {
 fn options_that_would_do_nothing_are_refused() {
     let greedy = Copy::new();
     fs::write(greedy.file("generation_config.json"), r#"{"do_sample": false}"#).unwrap();
-    assert_one_line(&run(&["chat", "--model", greedy.path(), "--top-p", "0.9"]), &["--top-p", "--temperature"]);
+    assert_one_line(
+        &run(&["chat", "--model", greedy.path(), "--top-p", "0.9"]),
+        &["--top-p", "--temperature"],
+    );
     for option in ["--top-k", "--top-p", "--min-p", "--seed"] {
         fails(AUSTEN, &["--prompt", "x", option, "1"], &[option, "--temperature"]);
     }
@@ -190,13 +210,25 @@ fn options_that_would_do_nothing_are_refused() {
 
 #[test]
 fn a_variable_with_a_bad_value_is_named() {
-    for args in [&["bench", "--model", AUSTEN] as &[&str], &["calibrate", "--output", "/nowhere/c.json"]] {
+    for args in
+        [&["bench", "--model", AUSTEN] as &[&str], &["calibrate", "--output", "/nowhere/c.json"]]
+    {
         let mut command = program(args);
         command.env("SIMD_KERNELS_ISA", "avx3");
         assert_one_line(&run_with(command, ""), &["SIMD_KERNELS_ISA", "avx3"]);
     }
     // It decides only where the command line does not.
-    let args = ["generate", "--model", AUSTEN, "--prompt", "x", "--max-new-tokens", "1", "--isa", "scalar"];
+    let args = [
+        "generate",
+        "--model",
+        AUSTEN,
+        "--prompt",
+        "x",
+        "--max-new-tokens",
+        "1",
+        "--isa",
+        "scalar",
+    ];
     let mut command = program(&args);
     command.env("SIMD_KERNELS_ISA", "avx3");
     let answer = run_with(command, "");
@@ -211,14 +243,29 @@ fn other_commands_fail_alike() {
             all.extend(["--ranks", ranks, "--threads", "1"]);
             run(&all)
         };
-        assert_one_line(&with(&["perplexity", "--model", AUSTEN, "--file", "nowhere.txt"]), &["nowhere.txt"]);
-        assert_one_line(&with(&["perplexity", "--model", AUSTEN, "--file", "/dev/null"]), &["/dev/null"]);
+        assert_one_line(
+            &with(&["perplexity", "--model", AUSTEN, "--file", "nowhere.txt"]),
+            &["nowhere.txt"],
+        );
+        assert_one_line(
+            &with(&["perplexity", "--model", AUSTEN, "--file", "/dev/null"]),
+            &["/dev/null"],
+        );
         assert_one_line(&with(&["bench", "--model", "nowhere"]), &["nowhere"]);
-        assert_one_line(&with(&["bench", "--model", AUSTEN, "--prompt-len", "5000"]), &["--prompt-len", "4096"]);
+        assert_one_line(
+            &with(&["bench", "--model", AUSTEN, "--prompt-len", "5000"]),
+            &["--prompt-len", "4096"],
+        );
         assert_one_line(&with(&["chat", "--model", "nowhere"]), &["nowhere"]);
         let output = "/nowhere/logits.safetensors";
-        assert_one_line(&with(&["logits", "--model", AUSTEN, "--tokens", "1", "--output", output]), &[output]);
-        assert_one_line(&with(&["logits", "--model", AUSTEN, "--tokens", "9999", "--output", "/dev/null"]), &["9999"]);
+        assert_one_line(
+            &with(&["logits", "--model", AUSTEN, "--tokens", "1", "--output", output]),
+            &[output],
+        );
+        assert_one_line(
+            &with(&["logits", "--model", AUSTEN, "--tokens", "9999", "--output", "/dev/null"]),
+            &["9999"],
+        );
     }
 }
 
@@ -232,7 +279,8 @@ fn what_is_soon_found_is_said_before_the_model_is_loaded() {
     let (long, folder) = (long.to_str().unwrap(), copy.path());
     let says = |args: &[&str], words: &[&str]| {
         for ranks in ["1", "2"] {
-            let run = run(&[args, &["--model", folder, "--ranks", ranks, "--threads", "1"]].concat());
+            let run =
+                run(&[args, &["--model", folder, "--ranks", ranks, "--threads", "1"]].concat());
             assert_one_line(&run, words);
         }
     };
@@ -244,7 +292,10 @@ fn what_is_soon_found_is_said_before_the_model_is_loaded() {
     says(&["generate", "--tokens", "1,4096"], &["token 1 has id 4096"]);
     says(&["logits", "--output", "/nowhere/x", "--tokens", "1"], &["/nowhere/x"]);
     says(&["logits", "--output", folder, "--tokens", "1"], &[folder, "directory"]);
-    says(&["logits", "--output", "/dev/null", "--tokens", &["7"; 4097].join(",")], &["--tokens", "4097", "4096"]);
+    says(
+        &["logits", "--output", "/dev/null", "--tokens", &["7"; 4097].join(",")],
+        &["--tokens", "4097", "4096"],
+    );
     says(&["perplexity", "--file", "nowhere.txt"], &["nowhere.txt"]);
     says(&["perplexity", "--file", long, "--context", "4097"], &["4097", "expected 2 to 4096"]);
     says(&["bench", "--prompt-len", "5000"], &["--prompt-len", "at most 4096"]);
@@ -258,13 +309,25 @@ fn what_is_soon_found_is_said_before_the_model_is_loaded() {
         says(command, &["tokenizer_config.json"]);
     }
     fs::remove_file(copy.file("tokenizer.json")).unwrap();
-    for command in [&["generate", "--prompt", "x"] as &[&str], &["chat"], &["demo"], &["perplexity", "--file", long]] {
+    for command in [
+        &["generate", "--prompt", "x"] as &[&str],
+        &["chat"],
+        &["demo"],
+        &["perplexity", "--file", long],
+    ] {
         says(command, &["tokenizer.json"]);
     }
     // Nothing is left where something could have been written.
-    let mut names: Vec<_> = fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().file_name()).collect();
+    let mut names: Vec<_> =
+        fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().file_name()).collect();
     names.sort();
-    let expected = ["config.json", "generation_config.json", "long.txt", "model.safetensors", "tokenizer_config.json"];
+    let expected = [
+        "config.json",
+        "generation_config.json",
+        "long.txt",
+        "model.safetensors",
+        "tokenizer_config.json",
+    ];
     assert_eq!(names, expected);
 }
 
@@ -274,7 +337,8 @@ fn a_pipe_in_place_of_a_file_is_written_and_not_replaced() {
     let pipe = folder.path().join("logits.safetensors");
     assert!(Command::new("mkfifo").arg(&pipe).status().unwrap().success());
     let reader = Command::new("cat").arg(&pipe).stdout(Stdio::piped()).spawn().unwrap();
-    let done = run(&["logits", "--model", AUSTEN, "--tokens", "1", "--output", pipe.to_str().unwrap()]);
+    let done =
+        run(&["logits", "--model", AUSTEN, "--tokens", "1", "--output", pipe.to_str().unwrap()]);
     assert!(done.success, "{done:?}");
     let read = reader.wait_with_output().unwrap().stdout;
     let header = u64::from_le_bytes(read[..8].try_into().unwrap()) as usize;
@@ -287,7 +351,10 @@ fn a_pipe_in_place_of_a_file_is_written_and_not_replaced() {
 fn checkpoints_are_not_written_over() {
     assert_one_line(&run(&["synth", "--preset", "tiny", AUSTEN]), &["exists"]);
     assert_one_line(&run(&["quantize", "--model", AUSTEN, "--weights", "q8", AUSTEN]), &["exists"]);
-    assert_one_line(&run(&["quantize", "--model", "nowhere", "--weights", "q8", "out"]), &["nowhere"]);
+    assert_one_line(
+        &run(&["quantize", "--model", "nowhere", "--weights", "q8", "out"]),
+        &["nowhere"],
+    );
     assert_one_line(&run(&["synth", "--preset", "tiny", "/dev/null/x"]), &["/dev/null/x"]);
 }
 
@@ -296,29 +363,42 @@ fn what_an_interrupt_left_of_a_checkpoint_is_in_nobodys_way() {
     let folder = tempfile::tempdir().unwrap();
     let out = folder.path().to_str().unwrap();
     let names = || {
-        let entries = fs::read_dir(out).unwrap().map(|entry| entry.unwrap().file_name().into_string().unwrap());
+        let entries = fs::read_dir(out)
+            .unwrap()
+            .map(|entry| entry.unwrap().file_name().into_string().unwrap());
         let mut names: Vec<String> = entries.collect();
         names.sort();
         names
     };
-    for next in
-        [&["synth", "--preset", "tiny", out] as &[&str], &["quantize", "--model", AUSTEN, "--weights", "q8", out]]
-    {
+    for next in [
+        &["synth", "--preset", "tiny", out] as &[&str],
+        &["quantize", "--model", AUSTEN, "--weights", "q8", out],
+    ] {
         for name in names() {
             fs::remove_file(folder.path().join(name)).unwrap();
         }
-        // A gigabyte, of which little is written by then. (Not SIGINT: who starts the tests in the background may have had it ignored.)
+        // A gigabyte, of which little is written by then. (Not SIGINT: who starts the tests in the
+        // background may have had it ignored.)
         let mut synth = program(&["synth", "--preset", "0.6b", out]).spawn().unwrap();
         while names().is_empty() {
             assert_eq!(synth.try_wait().unwrap(), None, "it ended without a file");
             thread::sleep(Duration::from_millis(1));
         }
-        assert!(Command::new("kill").args(["-TERM", &synth.id().to_string()]).status().unwrap().success());
+        assert!(
+            Command::new("kill")
+                .args(["-TERM", &synth.id().to_string()])
+                .status()
+                .unwrap()
+                .success()
+        );
         assert!(!synth.wait().unwrap().success());
         assert_eq!(names(), ["model.safetensors.part"]);
         let done = run(next);
         assert!(done.success, "{done:?}");
-        assert!(names().contains(&"model.safetensors".to_owned()) && names().contains(&"config.json".to_owned()));
+        assert!(
+            names().contains(&"model.safetensors".to_owned())
+                && names().contains(&"config.json".to_owned())
+        );
         assert!(!names().iter().any(|name| name.ends_with(".part")), "{:?}", names());
     }
 }
@@ -328,13 +408,16 @@ fn arguments_that_are_no_text_and_a_full_disk_are_said() {
     use std::os::unix::ffi::OsStrExt as _;
 
     let args = ["generate", "--model", "x", "--prompt"].map(std::ffi::OsStr::new);
-    let run = run_with(program(&[&args[..], &[std::ffi::OsStr::from_bytes(b"a\xff")]].concat()), "");
+    let run =
+        run_with(program(&[&args[..], &[std::ffi::OsStr::from_bytes(b"a\xff")]].concat()), "");
     assert_one_line(&run, &["--prompt a\u{fffd}", "expected UTF-8"]);
     let full = fs::OpenOptions::new().write(true).open("/dev/full").unwrap();
     let help = program(&["--help"]).stdout(full).output().unwrap();
     let said = String::from_utf8(help.stderr).unwrap();
     assert!(
-        !help.status.success() && said.starts_with("error: standard output: ") && said.lines().count() == 1,
+        !help.status.success()
+            && said.starts_with("error: standard output: ")
+            && said.lines().count() == 1,
         "{said}"
     );
 }
@@ -343,7 +426,13 @@ fn arguments_that_are_no_text_and_a_full_disk_are_said() {
 fn more_threads_than_the_system_gives_are_said() {
     let mut command = std::process::Command::new("sh");
     // A gigabyte of addresses is enough for the model, and for some hundreds of stacks.
-    command.args(["-c", "ulimit -v 1000000; exec \"$0\" \"$@\"", env!("CARGO_BIN_EXE_qwen3"), "generate", "--model"]);
+    command.args([
+        "-c",
+        "ulimit -v 1000000; exec \"$0\" \"$@\"",
+        env!("CARGO_BIN_EXE_qwen3"),
+        "generate",
+        "--model",
+    ]);
     command.arg(AUSTEN).args(["--prompt", "x", "--threads", "1024"]);
     assert_one_line(&run_with(command, ""), &["cannot start thread", "of 1024"]);
 }

@@ -28,13 +28,19 @@ fn limits_and_depth_are_part_of_the_results() {
         assert!((0.1..100_000.0).contains(&limit), "{key}: {limit}");
     }
     let results = found["results"].as_array().unwrap();
-    let depths: Vec<_> = results.iter().map(|result| (result["phase"].as_str().unwrap(), &result["depth"])).collect();
+    let depths: Vec<_> = results
+        .iter()
+        .map(|result| (result["phase"].as_str().unwrap(), &result["depth"]))
+        .collect();
     assert_eq!(depths, [("prefill", &0.into()), ("decode", &16.into()), ("decode", &64.into())]);
     // The looks around the only repetition are those of the medians.
     let share = results[0]["limit_share"].as_f64().unwrap();
-    let expected = results[0]["gflops"].as_f64().unwrap() / found["limits"]["fma_gflops"].as_f64().unwrap();
+    let expected =
+        results[0]["gflops"].as_f64().unwrap() / found["limits"]["fma_gflops"].as_f64().unwrap();
     assert!((share / expected - 1.0).abs() < 1e-6, "{share}, from the limits {expected}");
-    let bytes = |index: usize| results[index]["gb_per_s"].as_f64().unwrap() * results[index]["ms"].as_f64().unwrap();
+    let bytes = |index: usize| {
+        results[index]["gb_per_s"].as_f64().unwrap() * results[index]["ms"].as_f64().unwrap()
+    };
     assert!(bytes(2) > bytes(1), "a longer context is more to read");
 }
 
@@ -46,17 +52,37 @@ fn a_prompt_reads_the_experts_of_all_its_tokens() {
     assert!(made.success, "{made:?}");
     // What prompts of these lengths read, as a share of all weights of all ranks.
     let shares = |extra: &[&str]| -> Vec<f64> {
-        let args = ["bench", "--json", "--model", model.to_str().unwrap(), "--reps", "1", "--threads", "1"];
-        let found = json(&[&args[..], &["--prompt-len", "1,2,256,257", "--gen-len", "0"], extra].concat());
-        let held: f64 = found["weight_bytes"].as_array().unwrap().iter().map(|bytes| bytes.as_f64().unwrap()).sum();
-        let bytes = |of: &Value| of["gb_per_s"].as_f64().unwrap() * of["ms"].as_f64().unwrap() * 1e6;
+        let args = [
+            "bench",
+            "--json",
+            "--model",
+            model.to_str().unwrap(),
+            "--reps",
+            "1",
+            "--threads",
+            "1",
+        ];
+        let found =
+            json(&[&args[..], &["--prompt-len", "1,2,256,257", "--gen-len", "0"], extra].concat());
+        let held: f64 = found["weight_bytes"]
+            .as_array()
+            .unwrap()
+            .iter()
+            .map(|bytes| bytes.as_f64().unwrap())
+            .sum();
+        let bytes =
+            |of: &Value| of["gb_per_s"].as_f64().unwrap() * of["ms"].as_f64().unwrap() * 1e6;
         found["results"].as_array().unwrap().iter().map(|result| bytes(result) / held).collect()
     };
     let [one, two, all, longer] = shares(&["--chunk", "256"])[..] else { panic!("four prompts") };
-    // 2 of 8 experts for the first token, 1.5 more for the second, all of them for many; the 257th comes in another pass.
+    // 2 of 8 experts for the first token, 1.5 more for the second, all of them for many; the 257th
+    // comes in another pass.
     let expert = (all - one) / 6.0;
     assert!((0.98..=1.0).contains(&all) && one < 0.6, "{one} to {all}");
-    assert!((two - one - 1.5 * expert).abs() < 1e-9 && (longer - all - one).abs() < 1e-9, "{two}, {longer}");
+    assert!(
+        (two - one - 1.5 * expert).abs() < 1e-9 && (longer - all - one).abs() < 1e-9,
+        "{two}, {longer}"
+    );
     // Each of two ranks that split positions sees half of the tokens.
     let split = shares(&["--chunk", "256", "--ranks", "2", "--strategy", "sequence"]);
     assert!((split[1] - one).abs() < 1e-9, "{split:?}");
@@ -72,22 +98,37 @@ fn a_context_that_is_too_deep_is_refused() {
 
 #[test]
 fn what_was_measured_is_said_though_its_file_cannot_be_written() {
-    let calibrate = ["calibrate", "--quick", "--json", "--ranks", "2", "--threads", "1", "--output", "/dev/null/file"];
+    let calibrate = [
+        "calibrate",
+        "--quick",
+        "--json",
+        "--ranks",
+        "2",
+        "--threads",
+        "1",
+        "--output",
+        "/dev/null/file",
+    ];
     for (args, file, key) in [
         (&bench(&["--json", "--trace", "/dev/full"])[..], "/dev/full", "results"),
         (&calibrate, "/dev/null/file", "machine"),
     ] {
         let run = run(args);
-        let found: Value = serde_json::from_str(&run.stdout).unwrap_or_else(|_| panic!("no JSON: {run:?}"));
+        let found: Value =
+            serde_json::from_str(&run.stdout).unwrap_or_else(|_| panic!("no JSON: {run:?}"));
         assert!(!run.success && !found[key].is_null(), "{run:?}");
-        assert!(run.stderr.starts_with(&format!("error: {file}: ")) && run.stderr.lines().count() == 1, "{run:?}");
+        assert!(
+            run.stderr.starts_with(&format!("error: {file}: ")) && run.stderr.lines().count() == 1,
+            "{run:?}"
+        );
     }
 }
 
 #[test]
 fn any_number_of_repetitions_can_begin() {
     let args = ["--gen-len", "0", "--threads", "1", "--prompt-len", "1"];
-    let args = [&["bench", "--model", AUSTEN, "--reps", "18446744073709551615"][..], &args].concat();
+    let args =
+        [&["bench", "--model", AUSTEN, "--reps", "18446744073709551615"][..], &args].concat();
     let mut bench = program(&args).spawn().unwrap();
     // Without room for as many times it would be over before the first one.
     thread::sleep(Duration::from_secs(3));
@@ -101,9 +142,13 @@ fn any_number_of_repetitions_can_begin() {
 fn the_profile_is_a_table_and_its_shares_add_up() {
     let table = run(&bench(&["--profile", "--ranks", "2", "--threads", "1"]));
     assert!(table.success, "{table:?}");
-    for words in
-        ["prefill of 16 tokens: where", "decode of 3 tokens after 16: where", "qkv_proj", "lm_head", "Allreduce"]
-    {
+    for words in [
+        "prefill of 16 tokens: where",
+        "decode of 3 tokens after 16: where",
+        "qkv_proj",
+        "lm_head",
+        "Allreduce",
+    ] {
         assert!(table.stdout.contains(words), "{words:?} is missing: {}", table.stdout);
     }
     let found = json(&bench(&["--profile", "--json", "--ranks", "2", "--threads", "1"]));
@@ -114,8 +159,9 @@ fn the_profile_is_a_table_and_its_shares_add_up() {
         assert!((0.999..1.05).contains(&shares), "{phase}: {shares}");
         // 4 layers; as many passes as tokens in decode.
         let passes = if phase == "decode" { 3 } else { 1 };
-        let calls =
-            |operation: &str| of_phase.iter().find(|row| row["operation"] == operation).unwrap()["calls"].as_u64();
+        let calls = |operation: &str| {
+            of_phase.iter().find(|row| row["operation"] == operation).unwrap()["calls"].as_u64()
+        };
         assert_eq!((calls("qkv_proj"), calls("Allreduce")), (Some(4 * passes), Some(8 * passes)));
     }
 }
@@ -127,18 +173,25 @@ fn the_trace_has_a_row_for_each_rank_and_thread() {
     let extra = ["--json", "--trace", file.to_str().unwrap(), "--ranks", "2", "--threads", "2"];
     let found = json(&bench(&extra));
     assert_eq!(found["profile"], Value::Null, "nobody asked for the table");
-    let trace: Value = serde_json::from_str(&fs::read_to_string(&file).unwrap()).expect("the trace is JSON");
+    let trace: Value =
+        serde_json::from_str(&fs::read_to_string(&file).unwrap()).expect("the trace is JSON");
     let events = trace["traceEvents"].as_array().unwrap();
     for rank in 0..2 {
         let of_rank = || events.iter().filter(move |event| event["pid"] == rank);
-        let rows: Vec<_> =
-            of_rank().filter(|e| e["name"] == "thread_name").map(|e| e["args"]["name"].clone()).collect();
+        let rows: Vec<_> = of_rank()
+            .filter(|e| e["name"] == "thread_name")
+            .map(|e| e["args"]["name"].clone())
+            .collect();
         assert_eq!(rows, ["operations", "thread 0", "thread 1", "collectives"]);
         for row in 0..4 {
-            let spans: Vec<_> = of_rank().filter(|event| event["ph"] == "X" && event["tid"] == row).collect();
+            let spans: Vec<_> =
+                of_rank().filter(|event| event["ph"] == "X" && event["tid"] == row).collect();
             assert!(!spans.is_empty(), "rank {rank}, row {row}");
             for span in spans {
-                assert!(span["ts"].as_f64().unwrap() >= 0.0 && span["dur"].as_f64().unwrap() >= 0.0, "{span}");
+                assert!(
+                    span["ts"].as_f64().unwrap() >= 0.0 && span["dur"].as_f64().unwrap() >= 0.0,
+                    "{span}"
+                );
                 assert_eq!(span["cat"] == "collective", row == 3, "{span}");
             }
         }

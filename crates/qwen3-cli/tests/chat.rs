@@ -11,7 +11,18 @@ use serde_json::json as value;
 
 /// The program in a conversation that answers the same each time.
 fn chat(model: &str, ranks: &str) -> Command {
-    let args = ["chat", "--model", model, "--no-thinking", "--temperature", "0", "--kv", "f32", "--threads", "1"];
+    let args = [
+        "chat",
+        "--model",
+        model,
+        "--no-thinking",
+        "--temperature",
+        "0",
+        "--kv",
+        "f32",
+        "--threads",
+        "1",
+    ];
     let mut command = program(&args);
     command.args(["--ranks", ranks]);
     command
@@ -40,7 +51,10 @@ fn a_system_text_without_room_is_refused_at_once() {
     command.args(["--system", &"sister ".repeat(5000)]);
     let run = run_with(command, "What is 17 + 15?\n");
     assert!(!run.success && run.stdout.is_empty() && run.stderr.lines().count() == 1, "{run:?}");
-    assert!(run.stderr.starts_with("error: --system: ") && run.stderr.contains("expected at most 3840"), "{run:?}");
+    assert!(
+        run.stderr.starts_with("error: --system: ") && run.stderr.contains("expected at most 3840"),
+        "{run:?}"
+    );
 }
 
 #[test]
@@ -48,7 +62,10 @@ fn a_template_that_makes_nothing_of_a_conversation_ends_it_in_one_line() {
     let copy = Copy::new();
     fs::write(copy.file("chat_template.jinja"), "{{ messages[5] }}").unwrap();
     let run = run_with(chat(copy.path(), "2"), "What is 17 + 15?\n");
-    assert_one_line(&run, &["chat template: it makes nothing of this conversation", "chat_template.jinja"]);
+    assert_one_line(
+        &run,
+        &["chat template: it makes nothing of this conversation", "chat_template.jinja"],
+    );
 }
 
 #[test]
@@ -62,10 +79,31 @@ fn what_is_reused_of_the_cache_is_what_a_whole_prompt_gives() {
     for (question, answer) in questions.into_iter().zip(answers) {
         messages.push(value!({ "role": "user", "content": question }));
         let file = tempfile::NamedTempFile::new().unwrap();
-        fs::write(file.path(), value!({ "messages": messages, "enable_thinking": false }).to_string()).unwrap();
-        let tokens = json(&["tokenize", "--json", "--model", AUSTEN, "--chat", file.path().to_str().unwrap()]);
-        let ids: Vec<String> = tokens["ids"].as_array().unwrap().iter().map(ToString::to_string).collect();
-        let whole = json(&["generate", "--json", "--model", AUSTEN, "--kv", "f32", "--tokens", &ids.join(",")]);
+        fs::write(
+            file.path(),
+            value!({ "messages": messages, "enable_thinking": false }).to_string(),
+        )
+        .unwrap();
+        let tokens = json(&[
+            "tokenize",
+            "--json",
+            "--model",
+            AUSTEN,
+            "--chat",
+            file.path().to_str().unwrap(),
+        ]);
+        let ids: Vec<String> =
+            tokens["ids"].as_array().unwrap().iter().map(ToString::to_string).collect();
+        let whole = json(&[
+            "generate",
+            "--json",
+            "--model",
+            AUSTEN,
+            "--kv",
+            "f32",
+            "--tokens",
+            &ids.join(","),
+        ]);
         assert_eq!(whole["text"], answer, "after {question}");
         messages.push(value!({ "role": "assistant", "content": answer }));
     }
@@ -76,7 +114,8 @@ fn the_oldest_messages_make_room_and_a_message_without_room_is_dropped() {
     let copy = Copy::new();
     copy.config(|config| drop(config.insert("max_position_embeddings".into(), value!(96))));
     let long = "sister ".repeat(100);
-    let input = format!("What is 17 + 15?\nWhat is 20 - 13?\nWhat is 7 x 8?\n{long}\nWhat is 17 + 15?\n");
+    let input =
+        format!("What is 17 + 15?\nWhat is 20 - 13?\nWhat is 7 x 8?\n{long}\nWhat is 17 + 15?\n");
     let run = run_with(chat(copy.path(), "2"), &input);
     assert!(run.success, "{run:?}");
     assert_eq!(run.stdout, "17 + 15 = 32\n20 - 13 = 7\n7 x 8 = 56\n17 + 15 = 32\n");
@@ -107,10 +146,21 @@ fn an_answer_that_is_cut_says_why() {
         }
     }
     let stop = |model: &str, tokens: &str| {
-        let args = ["generate", "--json", "--chat", "--no-thinking", "--prompt", "What is 17 + 15?", "--model"];
+        let args = [
+            "generate",
+            "--json",
+            "--chat",
+            "--no-thinking",
+            "--prompt",
+            "What is 17 + 15?",
+            "--model",
+        ];
         json(&[&args[..], &[model, "--max-new-tokens", tokens]].concat())["stop"].clone()
     };
-    assert_eq!([stop(AUSTEN, "64"), stop(AUSTEN, "3"), stop(copy.path(), "99")], ["end", "limit", "context"]);
+    assert_eq!(
+        [stop(AUSTEN, "64"), stop(AUSTEN, "3"), stop(copy.path(), "99")],
+        ["end", "limit", "context"]
+    );
 }
 
 #[test]

@@ -16,16 +16,23 @@ fn mpirun(args: &[&str]) -> Command {
     let program = program(args);
     let mut command = Command::new(std::env::var_os("MPIRUN").unwrap_or_else(|| "mpirun".into()));
     command.args(["-n", "2"]).arg(program.get_program()).args(args);
-    for name in ["OMPI_ALLOW_RUN_AS_ROOT", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM", "OMPI_MCA_rmaps_base_oversubscribe"] {
+    for name in [
+        "OMPI_ALLOW_RUN_AS_ROOT",
+        "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM",
+        "OMPI_MCA_rmaps_base_oversubscribe",
+    ] {
         command.env(name, "1");
     }
     command.env("PRTE_MCA_rmaps_default_mapping_policy", ":oversubscribe");
     // A rank that is bound to one core of many says so.
-    command.env("OMPI_MCA_hwloc_base_binding_policy", "none").env("PRTE_MCA_hwloc_default_binding_policy", "none");
+    command
+        .env("OMPI_MCA_hwloc_base_binding_policy", "none")
+        .env("PRTE_MCA_hwloc_default_binding_policy", "none");
     command
 }
 
-/// Asserts that the program said one line that holds each of `words`; the launcher adds its own, which start otherwise.
+/// Asserts that the program said one line that holds each of `words`; the launcher adds its own,
+/// which start otherwise.
 fn assert_one_error(run: &Run, words: &[&str]) {
     assert!(!run.success && run.stdout.is_empty(), "{run:?}");
     let lines: Vec<&str> = run.stderr.lines().filter(|line| line.starts_with("error: ")).collect();
@@ -60,37 +67,56 @@ fn a_calibration_is_found_by_the_runs_on_the_same_machines() {
         assert!(run.success, "{run:?}");
         serde_json::from_str(&run.stdout).unwrap()
     };
-    let machine = &on_two_machines(&["calibrate", "--quick", "--json", "--threads", "1"])["machine"];
+    let machine =
+        &on_two_machines(&["calibrate", "--quick", "--json", "--threads", "1"])["machine"];
     assert_eq!((&machine["ranks"], &machine["nodes"]), (&2.into(), &2.into()));
     let quick = ["--prompt-len", "16", "--gen-len", "4", "--reps", "1", "--threads", "1"];
     let found = on_two_machines(&[&["bench", "--json", "--model", AUSTEN][..], &quick].concat());
     let reason = found["plan"].as_str().unwrap();
-    assert!(reason.contains("2 ranks on 2 machines") && reason.contains("figures calibrated (mpi, "), "{reason}");
+    assert!(
+        reason.contains("2 ranks on 2 machines") && reason.contains("figures calibrated (mpi, "),
+        "{reason}"
+    );
 }
 
 #[test]
 fn a_failure_is_one_line() {
     let failed = |args: &[&str]| run_with(mpirun(args), "");
     assert_one_error(&failed(&["generate", "--model", "nowhere", "--prompt", "x"]), &["nowhere"]);
-    assert_one_error(&failed(&["generate", "--model", AUSTEN, "--prompt", ""]), &["--prompt", "empty"]);
+    assert_one_error(
+        &failed(&["generate", "--model", AUSTEN, "--prompt", ""]),
+        &["--prompt", "empty"],
+    );
     assert_one_error(&failed(&["generate", "--model", AUSTEN, "--tokens", "4096"]), &["4096"]);
-    assert_one_error(&failed(&["generate", "--model", AUSTEN, "--prompt", "x", "--strategy", "both"]), &["both"]);
-    assert_one_error(&failed(&["generate", "--model", AUSTEN, "--prompt", "x", "--ranks", "2"]), &["--ranks"]);
-    assert_one_error(&failed(&["perplexity", "--model", AUSTEN, "--file", "nowhere.txt"]), &["nowhere.txt"]);
+    assert_one_error(
+        &failed(&["generate", "--model", AUSTEN, "--prompt", "x", "--strategy", "both"]),
+        &["both"],
+    );
+    assert_one_error(
+        &failed(&["generate", "--model", AUSTEN, "--prompt", "x", "--ranks", "2"]),
+        &["--ranks"],
+    );
+    assert_one_error(
+        &failed(&["perplexity", "--model", AUSTEN, "--file", "nowhere.txt"]),
+        &["nowhere.txt"],
+    );
 }
 
-/// The processes of the two ranks, as soon as they are there. MPICH has a process of its own between launcher and ranks.
+/// The processes of the two ranks, as soon as they are there. MPICH has a process of its own
+/// between launcher and ranks.
 fn ranks(launcher: u32) -> Vec<String> {
     let children = |parent: &str| -> Vec<String> {
         let found = Command::new("pgrep").args(["-P", parent]).output().unwrap();
         String::from_utf8(found.stdout).unwrap().lines().map(str::to_owned).collect()
     };
-    let name = |process: &String| fs::read_to_string(format!("/proc/{process}/comm")).unwrap_or_default();
+    let name =
+        |process: &String| fs::read_to_string(format!("/proc/{process}/comm")).unwrap_or_default();
     let start = Instant::now();
     loop {
         let near = children(&launcher.to_string());
         let far = near.iter().flat_map(|child| children(child));
-        let found: Vec<_> = near.iter().cloned().chain(far).filter(|process| name(process) == "qwen3\n").collect();
+        let found: Vec<_> =
+            near.iter().cloned().chain(far).filter(|process| name(process) == "qwen3\n").collect();
         if found.len() == 2 {
             return found;
         }
@@ -128,9 +154,13 @@ fn a_killed_rank_ends_the_other() {
 #[test]
 fn ranks_that_are_told_to_end_say_so_once() {
     let args = ["bench", "--model", AUSTEN, "--reps", "1000000", "--threads", "1"];
-    for (memory, name, told) in
-        [("on", "TERM", 2), ("off", "TERM", 2), ("on", "INT", 2), ("on", "TERM", 1), ("on", "INT", 1)]
-    {
+    for (memory, name, told) in [
+        ("on", "TERM", 2),
+        ("off", "TERM", 2),
+        ("on", "INT", 2),
+        ("on", "TERM", 1),
+        ("on", "INT", 1),
+    ] {
         let mut launcher = mpirun(&args);
         launcher.env("COMM_SHARED_MEMORY", memory).stdout(Stdio::piped()).stderr(Stdio::piped());
         let launcher = launcher.spawn().unwrap();
@@ -140,10 +170,15 @@ fn ranks_that_are_told_to_end_say_so_once() {
         let end = launcher.wait_with_output().unwrap();
         assert!(!end.status.success());
         // MPICH's launcher has both outputs of the ranks on its own first.
-        let text = [end.stdout, end.stderr].map(|text| String::from_utf8_lossy(&text).into_owned()).concat();
+        let text = [end.stdout, end.stderr]
+            .map(|text| String::from_utf8_lossy(&text).into_owned())
+            .concat();
         let lines: Vec<_> = text.lines().filter(|line| line.starts_with("error: ")).collect();
         assert_eq!(lines.len(), 1, "{text}");
-        assert!(lines[0].contains(&format!("it was told to end (SIG{name})")), "{told} told: {text}");
+        assert!(
+            lines[0].contains(&format!("it was told to end (SIG{name})")),
+            "{told} told: {text}"
+        );
     }
 }
 
@@ -154,10 +189,25 @@ fn in_a_conversation_the_user_may_take_long_and_an_interrupt_of_all_ranks_ends_a
     copy.config(|config| drop(config.remove("eos_token_id")));
     fs::remove_file(copy.file("generation_config.json")).unwrap();
     let model = copy.path();
-    let args =
-        ["chat", "--model", model, "--no-thinking", "--temperature", "0", "--threads", "1", "--comm-timeout", "1"];
+    let args = [
+        "chat",
+        "--model",
+        model,
+        "--no-thinking",
+        "--temperature",
+        "0",
+        "--threads",
+        "1",
+        "--comm-timeout",
+        "1",
+    ];
     let mut launcher = mpirun(&args);
-    let mut launcher = launcher.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+    let mut launcher = launcher
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
     let found = ranks(launcher.id());
     // The other rank waits for longer than a late one may take.
     thread::sleep(Duration::from_secs(3));

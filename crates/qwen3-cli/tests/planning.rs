@@ -38,7 +38,10 @@ fn write(dir: &Path, name: &str, content: &str) -> String {
 #[test]
 fn a_plan_tells_memory_traffic_speed_and_imbalance_of_every_way() {
     let found = plan(&["--ranks", "3"]);
-    assert_eq!(keys(&found), ["model", "ranks", "nodes", "figures", "machine", "ways", "recommended"]);
+    assert_eq!(
+        keys(&found),
+        ["model", "ranks", "nodes", "figures", "machine", "ways", "recommended"]
+    );
     assert!(found["figures"].as_str().unwrap().starts_with("typical"), "{}", found["figures"]);
     let ways = found["ways"].as_array().unwrap();
     let strategies: Vec<_> = ways.iter().map(|way| way["strategy"].as_str().unwrap()).collect();
@@ -57,7 +60,10 @@ fn a_plan_tells_memory_traffic_speed_and_imbalance_of_every_way() {
         ];
         assert_eq!(keys(way), names, "{way}");
         for phase in ["prompt", "token"] {
-            assert_eq!(keys(&way[phase]), ["calls", "bytes", "work_ms", "collectives_ms", "tokens_per_s"]);
+            assert_eq!(
+                keys(&way[phase]),
+                ["calls", "bytes", "work_ms", "collectives_ms", "tokens_per_s"]
+            );
             assert!(way[phase]["tokens_per_s"].as_f64().unwrap() > 0.0);
         }
         let strategy = way["strategy"].as_str().unwrap();
@@ -67,9 +73,15 @@ fn a_plan_tells_memory_traffic_speed_and_imbalance_of_every_way() {
     // 8 query heads on 3 ranks are 3, 3 and 2; each rank sees the KV heads of its queries.
     let heads = &ways[0]["imbalance"];
     assert_eq!(keys(heads), ["query_heads", "kv_heads", "columns", "vocabulary"]);
-    assert_eq!(heads["query_heads"], json!({"most": 3, "least": 2, "sum": 8, "total": 8, "imbalance": 1.125}));
+    assert_eq!(
+        heads["query_heads"],
+        json!({"most": 3, "least": 2, "sum": 8, "total": 8, "imbalance": 1.125})
+    );
     assert_eq!(heads["columns"]["sum"], 768);
-    assert_eq!(ways[1]["imbalance"]["query_heads"]["imbalance"], 1.0, "positions are split, heads are not");
+    assert_eq!(
+        ways[1]["imbalance"]["query_heads"]["imbalance"], 1.0,
+        "positions are split, heads are not"
+    );
 
     let table = run(&["plan", "--model", AUSTEN, "--ranks", "4", "--nodes", "2", "--all"]);
     assert!(table.success, "{table:?}");
@@ -96,7 +108,18 @@ fn a_plan_tells_memory_traffic_speed_and_imbalance_of_every_way() {
 fn a_link_is_taken_for_the_slowest_one() {
     let token = |extra: &[&str]| plan(extra)["ways"][0]["token"].clone();
     let alone = token(&["--ranks", "2"]);
-    let far = token(&["--ranks", "2", "--nodes", "2", "--alpha-us", "1000", "--beta-gb-s", "1", "--wire", "f32"]);
+    let far = token(&[
+        "--ranks",
+        "2",
+        "--nodes",
+        "2",
+        "--alpha-us",
+        "1000",
+        "--beta-gb-s",
+        "1",
+        "--wire",
+        "f32",
+    ]);
     // 4 layers of 2 Allreduce, and the choice of the token.
     assert_eq!((&alone["calls"], &alone["bytes"]), (&9.into(), &far["bytes"]));
     let collectives = far["collectives_ms"].as_f64().unwrap();
@@ -114,9 +137,15 @@ fn what_cannot_be_planned_is_refused_in_one_line() {
     };
     fails(&["--ranks", "2", "--nodes", "3"], &["--nodes", "3", "at most 2"]);
     fails(&["--ranks", "2", "--alpha-us", "3"], &["--beta-gb-s"]);
-    fails(&["--ranks", "2", "--alpha-us", "-3", "--beta-gb-s", "1"], &["--alpha-us", "-3", "from 0"]);
+    fails(
+        &["--ranks", "2", "--alpha-us", "-3", "--beta-gb-s", "1"],
+        &["--alpha-us", "-3", "from 0"],
+    );
     for bad in ["0", "-1", "nan", "inf"] {
-        fails(&["--ranks", "2", "--alpha-us", "0", "--beta-gb-s", bad], &["--beta-gb-s", bad, "above 0"]);
+        fails(
+            &["--ranks", "2", "--alpha-us", "0", "--beta-gb-s", bad],
+            &["--beta-gb-s", bad, "above 0"],
+        );
     }
     fails(&["--ranks", "2", "--alpha-us", "nan", "--beta-gb-s", "1"], &["--alpha-us", "nan"]);
     fails(&["--ranks", "2", "--nodes", "0"], &["--nodes", "0"]);
@@ -129,7 +158,10 @@ fn what_cannot_be_planned_is_refused_in_one_line() {
     let cut = write(dir.path(), "cut.json", "{\"machines\": [");
     fails(&["--ranks", "2", "--calibration", &cut], &["cut.json"]);
     let negative = write(dir.path(), "negative.json", &calibration(2, 1, json!(-3.0)).to_string());
-    fails(&["--ranks", "2", "--calibration", &negative], &["negative.json", "read_gb_s of bf16 is -3"]);
+    fails(
+        &["--ranks", "2", "--calibration", &negative],
+        &["negative.json", "read_gb_s of bf16 is -3"],
+    );
     let other = write(dir.path(), "other.json", &calibration(3, 1, json!(9.0)).to_string());
     fails(
         &["--ranks", "2", "--calibration", &other],
@@ -142,13 +174,29 @@ fn calibrations_of_several_layouts_are_kept_in_one_file() {
     let dir = tempfile::tempdir().unwrap();
     let file = dir.path().join("folder/that/is/made/calibration.json");
     let path = file.to_str().unwrap();
-    let calibrate =
-        |ranks| json(&["calibrate", "--quick", "--json", "--threads", "1", "--ranks", ranks, "--output", path]);
+    let calibrate = |ranks| {
+        json(&[
+            "calibrate",
+            "--quick",
+            "--json",
+            "--threads",
+            "1",
+            "--ranks",
+            ranks,
+            "--output",
+            path,
+        ])
+    };
     let found = calibrate("2");
     assert_eq!((keys(&found), &found["file"]), (vec!["file", "machine"], &path.into()));
-    for (what, formats) in [("rates", &["bf16", "f32", "f16", "q8", "q4"][..]), ("attention", &["f16", "f32", "q8"])] {
+    for (what, formats) in
+        [("rates", &["bf16", "f32", "f16", "q8", "q4"][..]), ("attention", &["f16", "f32", "q8"])]
+    {
         let rates = found["machine"][what].as_array().unwrap();
-        assert_eq!(rates.iter().map(|rate| rate["format"].as_str().unwrap()).collect::<Vec<_>>(), formats);
+        assert_eq!(
+            rates.iter().map(|rate| rate["format"].as_str().unwrap()).collect::<Vec<_>>(),
+            formats
+        );
         for rate in rates {
             assert!((0.01..10_000.0).contains(&rate["read_gb_s"].as_f64().unwrap()), "{rate}");
             assert!((0.01..100_000.0).contains(&rate["gflops"].as_f64().unwrap()), "{rate}");
@@ -170,32 +218,55 @@ fn calibrations_of_several_layouts_are_kept_in_one_file() {
     assert_eq!(read(), json!({"machines": [kept, again["machine"]]}));
 
     // A pipe is written and not read.
-    let piped = run(&["calibrate", "--quick", "--json", "--threads", "1", "--output", "/dev/stdout"]);
+    let piped =
+        run(&["calibrate", "--quick", "--json", "--threads", "1", "--output", "/dev/stdout"]);
     assert!(piped.success && piped.stderr.is_empty(), "{piped:?}");
     let (said, written) = piped.stdout.split_once('\n').unwrap();
-    let [said, written]: [Value; 2] = [said, written].map(|text| serde_json::from_str(text).unwrap());
+    let [said, written]: [Value; 2] =
+        [said, written].map(|text| serde_json::from_str(text).unwrap());
     assert_eq!(written, json!({"machines": [said["machine"]]}));
 
     fs::write(&file, "[]").unwrap();
     let failed = run(&["calibrate", "--threads", "1", "--output", path]);
     assert_one_line(&failed, &["calibration.json"]);
-    assert_eq!(fs::read_to_string(&file).unwrap(), "[]", "what could not be read is not overwritten");
+    assert_eq!(
+        fs::read_to_string(&file).unwrap(),
+        "[]",
+        "what could not be read is not overwritten"
+    );
 }
 
 #[test]
 fn an_emulated_link_costs_time_and_changes_no_answer() {
     let ids = |extra: &[&str]| {
-        let args = ["generate", "--json", "--model", AUSTEN, "--prompt", "Elizabeth was", "--max-new-tokens", "6"];
+        let args = [
+            "generate",
+            "--json",
+            "--model",
+            AUSTEN,
+            "--prompt",
+            "Elizabeth was",
+            "--max-new-tokens",
+            "6",
+        ];
         json(&[&args[..], &["--ranks", "2", "--threads", "1"], extra].concat())["ids"].clone()
     };
     let link = ["--emulate-link", "2000,1"];
     let exact = [&link[..], &["--wire", "f32"]].concat();
     for strategy in ["heads", "sequence"] {
-        assert_eq!(ids(&["--strategy", strategy]), ids(&[&exact[..], &["--strategy", strategy]].concat()));
+        assert_eq!(
+            ids(&["--strategy", strategy]),
+            ids(&[&exact[..], &["--strategy", strategy]].concat())
+        );
     }
     // 4 layers of 2 Allreduce of 2 ms, and the choice of the token.
     let slow = bench(&[&link[..], &["--ranks", "2", "--strategy", "heads"]].concat());
-    let decode = slow["results"].as_array().unwrap().iter().find(|result| result["phase"] == "decode").unwrap();
+    let decode = slow["results"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .find(|result| result["phase"] == "decode")
+        .unwrap();
     assert!(decode["ms"].as_f64().unwrap() >= 4.0 * 9.0 * 2.0, "{decode}");
 
     let fails = |extra: &[&str], words: &[&str]| {
@@ -205,18 +276,28 @@ fn an_emulated_link_costs_time_and_changes_no_answer() {
     for bad in ["40", "x,1", "-1,1", "40,0", "40,inf"] {
         fails(&["--emulate-link", bad], &["--emulate-link", bad]);
     }
-    fails(&["--emulate-link", "40,1", "--emulate-nodes", "3"], &["--emulate-nodes", "3", "at most 2"]);
+    fails(
+        &["--emulate-link", "40,1", "--emulate-nodes", "3"],
+        &["--emulate-nodes", "3", "at most 2"],
+    );
     fails(&["--emulate-nodes", "2"], &["--emulate-link"]);
 }
 
 #[test]
 fn the_strategy_follows_the_plan_for_the_real_layout() {
     let one = bench(&["--ranks", "1"]);
-    assert_eq!((&one["strategy"], &one["plan"]), (&"heads".into(), &Value::Null), "one rank has nothing to choose");
+    assert_eq!(
+        (&one["strategy"], &one["plan"]),
+        (&"heads".into(), &Value::Null),
+        "one rank has nothing to choose"
+    );
     let near = bench(&["--ranks", "2"]);
     let reason = near["plan"].as_str().unwrap();
     assert_eq!(near["strategy"], "heads");
-    assert!(reason.starts_with("heads for 16 and 4 tokens with 2 ranks on 1 machine: sequence takes "), "{reason}");
+    assert!(
+        reason.starts_with("heads for 16 and 4 tokens with 2 ranks on 1 machine: sequence takes "),
+        "{reason}"
+    );
     assert!(reason.contains("figures typical"), "{reason}");
     // On a link that slow, one collective a layer is twice as fast as two.
     let far = bench(&["--ranks", "2", "--emulate-link", "5000,1"]);
@@ -238,23 +319,32 @@ fn the_strategy_follows_the_plan_for_the_real_layout() {
         serde_json::from_str::<Value>(&run.stdout).unwrap()["figures"].as_str().unwrap().to_owned()
     };
     assert!(reason(&calibration(2, 1, json!(9.0)).to_string()).starts_with("calibrated (threads"));
-    assert!(reason(&calibration(3, 1, json!(9.0)).to_string()).contains("has only 3 ranks on 1 machine"));
+    assert!(
+        reason(&calibration(3, 1, json!(9.0)).to_string())
+            .contains("has only 3 ranks on 1 machine")
+    );
     let mut foreign = calibration(2, 1, json!(9.0));
     foreign["machines"][0]["processor"] = "a Z80, 1 logical core".into();
     let elsewhere = reason(&foreign.to_string());
     assert!(
-        elsewhere.starts_with("typical, since ") && elsewhere.contains("a Z80, 1 logical core, and this"),
+        elsewhere.starts_with("typical, since ")
+            && elsewhere.contains("a Z80, 1 logical core, and this"),
         "{elsewhere}"
     );
     let broken = reason("{");
-    assert!(broken.starts_with("typical, since ") && broken.contains("calibration.json"), "{broken}");
+    assert!(
+        broken.starts_with("typical, since ") && broken.contains("calibration.json"),
+        "{broken}"
+    );
 }
 
 #[test]
 fn the_strategy_follows_the_length_of_the_prompt() {
     let dir = tempfile::tempdir().unwrap();
-    let file = write(dir.path(), "long.txt", &"It is a truth universally acknowledged. ".repeat(50));
-    // On this link positions are split for a short prompt and weights for one of hundreds of tokens. Each way rounds alike every time.
+    let file =
+        write(dir.path(), "long.txt", &"It is a truth universally acknowledged. ".repeat(50));
+    // On this link positions are split for a short prompt and weights for one of hundreds of
+    // tokens. Each way rounds alike every time.
     for (prompt, expected) in [
         (["--tokens", "1,2,3"], "sequence"),
         (["--prompt", "It is a truth"], "sequence"),
@@ -262,9 +352,23 @@ fn the_strategy_follows_the_length_of_the_prompt() {
     ] {
         let logits = |strategy: &str| {
             let path = dir.path().join(strategy);
-            let args = ["logits", "--model", AUSTEN, "--ranks", "2", "--threads", "1", "--emulate-link", "1000,1"];
-            let done =
-                run(&[&args[..], &prompt, &["--strategy", strategy, "--output", path.to_str().unwrap()]].concat());
+            let args = [
+                "logits",
+                "--model",
+                AUSTEN,
+                "--ranks",
+                "2",
+                "--threads",
+                "1",
+                "--emulate-link",
+                "1000,1",
+            ];
+            let done = run(&[
+                &args[..],
+                &prompt,
+                &["--strategy", strategy, "--output", path.to_str().unwrap()],
+            ]
+            .concat());
             assert!(done.success, "{done:?}");
             fs::read(path).unwrap()
         };
@@ -295,8 +399,19 @@ fn sums_are_short_between_machines_and_exact_elsewhere() {
     let dir = tempfile::tempdir().unwrap();
     let logits = |name: &str, extra: &[&str]| {
         let path = dir.path().join(name);
-        let args = ["logits", "--model", AUSTEN, "--prompt", "Elizabeth was", "--ranks", "2", "--threads", "1"];
-        let args = [&args[..], &["--strategy", "heads", "--output", path.to_str().unwrap()], extra].concat();
+        let args = [
+            "logits",
+            "--model",
+            AUSTEN,
+            "--prompt",
+            "Elizabeth was",
+            "--ranks",
+            "2",
+            "--threads",
+            "1",
+        ];
+        let args = [&args[..], &["--strategy", "heads", "--output", path.to_str().unwrap()], extra]
+            .concat();
         let done = run(&args);
         assert!(done.success, "{done:?}");
         fs::read(path).unwrap()

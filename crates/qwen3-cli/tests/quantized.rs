@@ -1,4 +1,5 @@
-//! What quantized weights cost in accuracy on the bundled model, quantized at load and as a checkpoint of their own.
+//! What quantized weights cost in accuracy on the bundled model, quantized at load and as a
+//! checkpoint of their own.
 
 mod program;
 
@@ -6,7 +7,8 @@ use program::{AUSTEN, json, read_json, run};
 
 fn perplexity(model: &str, extra: &[&str]) -> f64 {
     let file = format!("{AUSTEN}/sample.txt");
-    let mut args = vec!["perplexity", "--json", "--model", model, "--file", &file, "--threads", "1"];
+    let mut args =
+        vec!["perplexity", "--json", "--model", model, "--file", &file, "--threads", "1"];
     args.extend(extra);
     json(&args)["perplexity"].as_f64().unwrap()
 }
@@ -17,7 +19,10 @@ fn perplexity_stays_near_the_stored_weights() {
     let dir = tempfile::tempdir().unwrap();
     for (format, bound) in [("q8", 0.005), ("q4", 0.05)] {
         let at_load = perplexity(AUSTEN, &["--weights", format]);
-        assert!((at_load / reference - 1.0).abs() < bound, "{format}: {at_load}, stored {reference}");
+        assert!(
+            (at_load / reference - 1.0).abs() < bound,
+            "{format}: {at_load}, stored {reference}"
+        );
         assert_ne!(at_load, reference, "{format} was not used");
 
         let copy = dir.path().join(format);

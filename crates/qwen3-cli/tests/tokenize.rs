@@ -28,7 +28,14 @@ fn published() -> tempfile::TempDir {
 fn tokenize_chat(model: &Path, chat: &Value) -> Value {
     let file = tempfile::NamedTempFile::new().unwrap();
     fs::write(file.path(), chat.to_string()).unwrap();
-    json(&["tokenize", "--json", "--model", model.to_str().unwrap(), "--chat", file.path().to_str().unwrap()])
+    json(&[
+        "tokenize",
+        "--json",
+        "--model",
+        model.to_str().unwrap(),
+        "--chat",
+        file.path().to_str().unwrap(),
+    ])
 }
 
 #[test]
@@ -63,7 +70,8 @@ fn a_template_in_a_file_of_its_own_comes_first_and_named_ones_are_found() {
     assert_eq!(tokenize_chat(dir.path(), &chat)["text"], "user\n0\n1\n2\n");
 }
 
-/// Of Qwen3-Coder: how its template guards what may be absent, and how it writes a value that is no text.
+/// Of Qwen3-Coder: how its template guards what may be absent, and how it writes a value that is no
+/// text.
 #[test]
 fn what_may_be_absent_is_guarded_and_values_become_texts_as_in_jinja() {
     let dir = tempfile::tempdir().unwrap();
@@ -77,7 +85,8 @@ fn what_may_be_absent_is_guarded_and_values_become_texts_as_in_jinja() {
     let message = serde_json::json!({"role": "user", "content": "x", "tool_calls": null});
     let chat = serde_json::json!({"messages": [message]});
     assert_eq!(tokenize_chat(dir.path(), &chat)["text"], "user x");
-    let tools = serde_json::json!({"messages": [message], "tools": [{"type": ["string", null, 1e-7]}]});
+    let tools =
+        serde_json::json!({"messages": [message], "tools": [{"type": ["string", null, 1e-7]}]});
     assert_eq!(tokenize_chat(dir.path(), &tools)["text"], "['string', None, 1e-07]user x");
 }
 
@@ -85,10 +94,20 @@ fn what_may_be_absent_is_guarded_and_values_become_texts_as_in_jinja() {
 fn the_bundled_tokenizer_gives_the_expected_ids() {
     for case in read_json(format!("{AUSTEN}/expected.json")).as_array().unwrap() {
         let found = if case["kind"] == "text" {
-            json(&["tokenize", "--json", "--model", AUSTEN, "--text", case["prompt"].as_str().unwrap()])
+            json(&[
+                "tokenize",
+                "--json",
+                "--model",
+                AUSTEN,
+                "--text",
+                case["prompt"].as_str().unwrap(),
+            ])
         } else {
             let message = serde_json::json!({"role": "user", "content": case["prompt"]});
-            tokenize_chat(Path::new(AUSTEN), &serde_json::json!({"messages": [message], "enable_thinking": false}))
+            tokenize_chat(
+                Path::new(AUSTEN),
+                &serde_json::json!({"messages": [message], "enable_thinking": false}),
+            )
         };
         assert_eq!(found["text"], case["rendered"]);
         assert_eq!(found["ids"], case["prompt_ids"]);
@@ -108,10 +127,19 @@ fn what_cannot_be_tokenized_is_one_line() {
     assert_one_line(&chat("[]"), &["chat.json", "messages", "empty"]);
     assert_one_line(&chat(r#"{"messages": 3}"#), &["chat.json", "messages", "a number", "a list"]);
     assert_one_line(&chat(r#"[{"content": "x"}]"#), &["messages[0]", "role"]);
-    assert_one_line(&chat(r#"{"messages": [{"role": "user", "content": "x"}], "tools": 1}"#), &["tools"]);
+    assert_one_line(
+        &chat(r#"{"messages": [{"role": "user", "content": "x"}], "tools": 1}"#),
+        &["tools"],
+    );
     assert_one_line(&chat(r#"[{"role": "user", "content": 5}]"#), &["chat template"]);
-    assert_one_line(&run(&["tokenize", "--model", AUSTEN, "--chat", "nowhere.json"]), &["nowhere.json"]);
-    assert_one_line(&run(&["tokenize", "--model", "nowhere", "--text", "x"]), &["nowhere/tokenizer.json"]);
+    assert_one_line(
+        &run(&["tokenize", "--model", AUSTEN, "--chat", "nowhere.json"]),
+        &["nowhere.json"],
+    );
+    assert_one_line(
+        &run(&["tokenize", "--model", "nowhere", "--text", "x"]),
+        &["nowhere/tokenizer.json"],
+    );
     assert_one_line(&run(&["tokenize", "--model", AUSTEN]), &["--text", "--chat"]);
 
     let empty = dir.path().to_str().unwrap();
@@ -122,5 +150,8 @@ fn what_cannot_be_tokenized_is_one_line() {
     assert_one_line(&run(&["tokenize", "--model", empty, "--text", "x"]), &["tokenizer.json"]);
     let broken = r#"{"chat_template": "{% if %}"}"#;
     fs::write(dir.path().join("tokenizer_config.json"), broken).unwrap();
-    assert_one_line(&run(&["tokenize", "--model", empty, "--chat", file]), &["chat template", "syntax"]);
+    assert_one_line(
+        &run(&["tokenize", "--model", empty, "--chat", file]),
+        &["chat template", "syntax"],
+    );
 }

@@ -1,4 +1,5 @@
-//! Candidates for the next token: the best of a rank's slice of the vocabulary, and their form on the wire.
+//! Candidates for the next token: the best of a rank's slice of the vocabulary, and their form on
+//! the wire.
 
 use std::cmp::Ordering;
 use std::ops::Range;
@@ -23,7 +24,11 @@ impl Candidate {
 
     /// Higher scores first, lower ids first among equals.
     pub fn rank(&self, other: &Self) -> Ordering {
-        other.score.partial_cmp(&self.score).expect("scores are not NaN").then(self.id.cmp(&other.id))
+        other
+            .score
+            .partial_cmp(&self.score)
+            .expect("scores are not NaN")
+            .then(self.id.cmp(&other.id))
     }
 
     /// Whether this one comes before `other`.
@@ -69,7 +74,10 @@ fn largest(scores: &[f32]) -> f32 {
             *lane = if score > *lane { score } else { *lane };
         }
     }
-    lanes.iter().chain(rest).fold(f32::NEG_INFINITY, |most, &score| if score > most { score } else { most })
+    lanes
+        .iter()
+        .chain(rest)
+        .fold(f32::NEG_INFINITY, |most, &score| if score > most { score } else { most })
 }
 
 /// The best token of a slice of the vocabulary that starts at `first`.
@@ -101,7 +109,8 @@ pub(crate) fn select(scores: &[f32], first: usize, count: usize, out: &mut Vec<C
         }
         if out.len() >= room {
             keep(out, count);
-            threshold = out.iter().fold(f32::INFINITY, |least, candidate| least.min(candidate.score));
+            threshold =
+                out.iter().fold(f32::INFINITY, |least, candidate| least.min(candidate.score));
         }
     }
     keep(out, count);
@@ -124,14 +133,20 @@ pub(crate) fn perturb(candidate: &Candidate, noise: Noise) -> Candidate {
 }
 
 /// The best perturbed token of a slice among those with a score of at least `least`.
-pub(crate) fn best_perturbed(scores: &[f32], vocab: Range<usize>, least: f32, noise: Noise) -> Candidate {
+pub(crate) fn best_perturbed(
+    scores: &[f32],
+    vocab: Range<usize>,
+    least: f32,
+    noise: Noise,
+) -> Candidate {
     let mut found = Candidate::NONE;
     for (&score, id) in scores.iter().zip(vocab) {
         let candidate = Candidate { score, id: id as u32 };
         if score < least || candidate.is_none() {
             continue;
         }
-        // Few tokens can beat the best so far, and two logarithms a token would cost more than the rest of the step.
+        // Few tokens can beat the best so far, and two logarithms a token would cost more than the
+        // rest of the step.
         if ((f64::from(score) + noise.gumbel_bound(candidate.id)) as f32) < found.score {
             continue;
         }
@@ -154,18 +169,26 @@ mod tests {
 
     #[test]
     fn words_keep_their_parts() {
-        for (score, id, flag) in [(1.5, 0, true), (-0.0, FLAG - 1, false), (f32::NEG_INFINITY, 77, true)] {
+        for (score, id, flag) in
+            [(1.5, 0, true), (-0.0, FLAG - 1, false), (f32::NEG_INFINITY, 77, true)]
+        {
             let (candidate, found) = Candidate::unpack(Candidate { score, id }.pack(flag));
-            assert_eq!((candidate.score.to_bits(), candidate.id, found), (score.to_bits(), id, flag));
+            assert_eq!(
+                (candidate.score.to_bits(), candidate.id, found),
+                (score.to_bits(), id, flag)
+            );
         }
-        assert!(Candidate::unpack(Candidate { score: f32::NAN, id: 1 }.pack(false)).0.score.is_nan());
+        assert!(
+            Candidate::unpack(Candidate { score: f32::NAN, id: 1 }.pack(false)).0.score.is_nan()
+        );
     }
 
     #[test]
     fn selection_agrees_with_sorting() {
         for length in [0, 1, 7, 63, 64, 65, 130, 1000] {
             let scores = scores(length, length as u64);
-            let mut sorted: Vec<_> = scores.iter().zip(500..).map(|(&score, id)| Candidate { score, id }).collect();
+            let mut sorted: Vec<_> =
+                scores.iter().zip(500..).map(|(&score, id)| Candidate { score, id }).collect();
             sorted.sort_by(Candidate::rank);
             for count in [0, 1, 2, 20, 64, 500, 2000] {
                 let mut found = Vec::new();
@@ -184,7 +207,10 @@ mod tests {
         select(&scores, 0, 3, &mut found);
         assert_eq!(found, [Candidate { score: 1.0, id: 1 }]);
         assert!(best(Isa::detect(), &[f32::NEG_INFINITY; 9], 0).is_none());
-        assert!(best_perturbed(&[f32::NEG_INFINITY; 9], 0..9, f32::NEG_INFINITY, Noise::new(1, 1)).is_none());
+        assert!(
+            best_perturbed(&[f32::NEG_INFINITY; 9], 0..9, f32::NEG_INFINITY, Noise::new(1, 1))
+                .is_none()
+        );
     }
 
     #[test]
@@ -198,7 +224,11 @@ mod tests {
                 .map(|(&score, id)| perturb(&Candidate { score, id }, noise))
                 .min_by(Candidate::rank)
                 .expect("scores");
-            assert_eq!(best_perturbed(&scores, 100..800, f32::NEG_INFINITY, noise), naive, "seed {seed}");
+            assert_eq!(
+                best_perturbed(&scores, 100..800, f32::NEG_INFINITY, noise),
+                naive,
+                "seed {seed}"
+            );
         }
     }
 

@@ -1,4 +1,5 @@
-//! `config.json` of a Qwen3 checkpoint, dense or mixture-of-experts, read once and validated as a whole.
+//! `config.json` of a Qwen3 checkpoint, dense or mixture-of-experts, read once and validated as a
+//! whole.
 
 use std::path::Path;
 
@@ -9,8 +10,8 @@ use crate::rope_config::{RopeConfig, RopeScaling};
 
 /// What a Qwen3 checkpoint's `config.json` says; the names are that file's.
 ///
-/// Every size is at least 1 and at most 2³¹ − 1, `num_attention_heads` is a multiple of `num_key_value_heads`, `head_dim` is even,
-/// and the parameters in f32 fit in 63 bits of bytes.
+/// Every size is at least 1 and at most 2³¹ − 1, `num_attention_heads` is a multiple of
+/// `num_key_value_heads`, `head_dim` is even, and the parameters in f32 fit in 63 bits of bytes.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Config {
     /// Width of the residual stream.
@@ -43,7 +44,8 @@ pub struct Config {
     pub bos_token_id: Option<u32>,
     /// `dtype` or `torch_dtype`; the weights' own headers decide, this is what the file claims.
     pub dtype: Option<String>,
-    /// Bits of the weights (8 or 4) where the checkpoint was quantized in groups of 32 by this project.
+    /// Bits of the weights (8 or 4) where the checkpoint was quantized in groups of 32 by this
+    /// project.
     pub quantization_bits: Option<u32>,
 }
 
@@ -111,14 +113,16 @@ impl Config {
             dtype: dtype(&fields)?,
             quantization_bits: quantization_bits(&fields)?,
         };
-        // A model whose layers are all sparse may leave the dense size out, or state it without using it.
+        // A model whose layers are all sparse may leave the dense size out, or state it without
+        // using it.
         config.intermediate_size = if config.any_dense() {
             fields.size("intermediate_size")?
         } else {
             fields.count("intermediate_size", 0)?.unwrap_or(0)
         };
         // An answer would go on past its end.
-        if let Some(id) = config.eos_token_ids.iter().find(|&&id| id as usize >= config.vocab_size) {
+        if let Some(id) = config.eos_token_ids.iter().find(|&&id| id as usize >= config.vocab_size)
+        {
             let vocab_size = ("vocab_size", config.vocab_size);
             return Err(fields.contradiction(("eos_token_id", id), vocab_size, "ids below it"));
         }
@@ -135,12 +139,14 @@ impl Config {
 
     /// The mixture of experts of `layer`; `None` where its feed-forward block is dense.
     pub(crate) fn moe_of(&self, layer: usize) -> Option<&MoeConfig> {
-        self.moe
-            .as_ref()
-            .filter(|moe| (layer + 1).is_multiple_of(moe.decoder_sparse_step) && !moe.mlp_only_layers.contains(&layer))
+        self.moe.as_ref().filter(|moe| {
+            (layer + 1).is_multiple_of(moe.decoder_sparse_step)
+                && !moe.mlp_only_layers.contains(&layer)
+        })
     }
 
-    /// Positions that a cache may hold: the stated ones, or more where YaRN extends the original window further.
+    /// Positions that a cache may hold: the stated ones, or more where YaRN extends the original
+    /// window further.
     pub fn context_length(&self) -> usize {
         match &self.rope.scaling {
             RopeScaling::Default => self.max_position_embeddings,
@@ -178,7 +184,9 @@ impl Config {
     fn check_sliding_window(&self, fields: &Fields<'_>, sparse: bool) -> Result<(), ConfigError> {
         let supported = "full attention in every layer";
         if let Some(value) = fields.value("layer_types") {
-            let kinds = value.as_array().ok_or_else(|| fields.mistyped("layer_types", value, "a list of strings"))?;
+            let kinds = value
+                .as_array()
+                .ok_or_else(|| fields.mistyped("layer_types", value, "a list of strings"))?;
             if kinds.len() != self.num_hidden_layers {
                 return Err(fields.contradiction(
                     ("layer_types", format!("a list of {}", kinds.len())),
@@ -198,17 +206,27 @@ impl Config {
             return Ok(());
         }
         // As transformers have it: `null` is no window, and what is not there at all has a default.
-        let window = if fields.has("sliding_window") { fields.count("sliding_window", 0)? } else { Some(4096) };
+        let window = if fields.has("sliding_window") {
+            fields.count("sliding_window", 0)?
+        } else {
+            Some(4096)
+        };
         let Some(window) = window else { return Ok(()) };
-        // Dense Qwen3 slides from layer `max_window_layers` on; the mixture of experts slides everywhere.
+        // Dense Qwen3 slides from layer `max_window_layers` on; the mixture of experts slides
+        // everywhere.
         let first = if sparse { 0 } else { fields.count("max_window_layers", 0)?.unwrap_or(28) };
         if window < self.context_length() && first < self.num_hidden_layers {
-            return Err(fields.unsupported("use_sliding_window", format!("true (a window of {window})"), supported));
+            return Err(fields.unsupported(
+                "use_sliding_window",
+                format!("true (a window of {window})"),
+                supported,
+            ));
         }
         Ok(())
     }
 
-    /// Beyond a chunk such a model rotates positions otherwise: refused where the context reaches there.
+    /// Beyond a chunk such a model rotates positions otherwise: refused where the context reaches
+    /// there.
     fn check_dual_chunk(&self, fields: &Fields<'_>) -> Result<(), ConfigError> {
         let field = "dual_chunk_attention_config";
         let Some(dual) = fields.object(field)? else { return Ok(()) };
@@ -225,10 +243,12 @@ impl Config {
     fn check_total(&self, fields: &Fields<'_>) -> Result<(), ConfigError> {
         let product = |a: usize, b: usize| (a as u128).saturating_mul(b as u128);
         let hidden = self.hidden_size as u128;
-        let heads =
-            product(self.num_attention_heads + self.num_key_value_heads, self.head_dim).saturating_mul(2 * hidden);
-        let experts = self.moe.as_ref().map_or(0, |moe| product(moe.num_experts, moe.moe_intermediate_size));
-        let columns = experts.saturating_add(self.intermediate_size as u128).saturating_mul(3 * hidden);
+        let heads = product(self.num_attention_heads + self.num_key_value_heads, self.head_dim)
+            .saturating_mul(2 * hidden);
+        let experts =
+            self.moe.as_ref().map_or(0, |moe| product(moe.num_experts, moe.moe_intermediate_size));
+        let columns =
+            experts.saturating_add(self.intermediate_size as u128).saturating_mul(3 * hidden);
         let layers = heads.saturating_add(columns).saturating_mul(self.num_hidden_layers as u128);
         let total = layers.saturating_add(2 * product(self.vocab_size, self.hidden_size));
         if total.saturating_mul(4) > i64::MAX as u128 {
@@ -244,18 +264,19 @@ impl Config {
 
 impl MoeConfig {
     fn parse(fields: &Fields<'_>) -> Result<Self, ConfigError> {
-        let num_experts = match (fields.count("num_experts", 1)?, fields.count("num_local_experts", 1)?) {
-            (Some(older), Some(newer)) if older != newer => {
-                return Err(fields.contradiction(
-                    ("num_experts", older),
-                    ("num_local_experts", newer),
-                    "the same value in both",
-                ));
-            }
-            (older, newer) => {
-                older.or(newer).ok_or_else(|| fields.missing("num_experts", "a whole number, at least 1"))?
-            }
-        };
+        let num_experts =
+            match (fields.count("num_experts", 1)?, fields.count("num_local_experts", 1)?) {
+                (Some(older), Some(newer)) if older != newer => {
+                    return Err(fields.contradiction(
+                        ("num_experts", older),
+                        ("num_local_experts", newer),
+                        "the same value in both",
+                    ));
+                }
+                (older, newer) => older
+                    .or(newer)
+                    .ok_or_else(|| fields.missing("num_experts", "a whole number, at least 1"))?,
+            };
         let num_experts_per_tok = fields.size("num_experts_per_tok")?;
         if num_experts_per_tok > num_experts {
             return Err(fields.contradiction(
@@ -268,7 +289,9 @@ impl MoeConfig {
             None => Vec::new(),
             Some(value) => {
                 let expected = "a list of layer numbers";
-                let list = value.as_array().ok_or_else(|| fields.mistyped("mlp_only_layers", value, expected))?;
+                let list = value
+                    .as_array()
+                    .ok_or_else(|| fields.mistyped("mlp_only_layers", value, expected))?;
                 let layer = |value: &Value| {
                     let number = value.as_u64().and_then(|layer| usize::try_from(layer).ok());
                     number.ok_or_else(|| fields.mistyped("mlp_only_layers", value, expected))
@@ -309,14 +332,23 @@ fn reject_variants(fields: &Fields<'_>) -> Result<(), ConfigError> {
     }
 }
 
-/// Where it is not stated, what transformers take: a fixed size for dense models, an equal share of the width for mixtures of experts.
-fn head_dim(fields: &Fields<'_>, sparse: bool, hidden_size: usize, heads: usize) -> Result<usize, ConfigError> {
+/// Where it is not stated, what transformers take: a fixed size for dense models, an equal share of
+/// the width for mixtures of experts.
+fn head_dim(
+    fields: &Fields<'_>,
+    sparse: bool,
+    hidden_size: usize,
+    heads: usize,
+) -> Result<usize, ConfigError> {
     let head_dim = match fields.count("head_dim", 1)? {
         Some(head_dim) => head_dim,
         None if !sparse => 128,
         None if hidden_size.is_multiple_of(heads) => hidden_size / heads,
         None => {
-            return Err(fields.missing("head_dim", "an even number, as hidden_size does not divide by the heads"));
+            return Err(fields.missing(
+                "head_dim",
+                "an even number, as hidden_size does not divide by the heads",
+            ));
         }
     };
     // Rotary positions turn pairs of elements.
@@ -348,7 +380,11 @@ fn quantization_bits(fields: &Fields<'_>) -> Result<Option<u32>, ConfigError> {
     match quantization.string("quant_method")? {
         Some("group32") => {}
         Some(other) => {
-            return Err(quantization.unsupported("quant_method", format!("{other:?}"), "\"group32\""));
+            return Err(quantization.unsupported(
+                "quant_method",
+                format!("{other:?}"),
+                "\"group32\"",
+            ));
         }
         None => return Err(quantization.missing("quant_method", "\"group32\"")),
     }

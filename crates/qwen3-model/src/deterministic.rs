@@ -1,16 +1,18 @@
 //! Logarithm, exponential and noise that give the same bits on every machine.
 //!
-//! Ranks agree on a token without sending it when they compute the same from the same candidates. The system's `exp` and `ln`
-//! differ between versions of its library, and with them two nodes of a cluster; these use only operations that IEEE 754 rounds
-//! correctly.
+//! Ranks agree on a token without sending it when they compute the same from the same candidates.
+//! The system's `exp` and `ln` differ between versions of its library, and with them two nodes of a
+//! cluster; these use only operations that IEEE 754 rounds correctly.
 
 use std::f64::consts::{LOG2_E, SQRT_2};
 
-/// ln 2 in two parts: the first has 32 trailing zero bits, so that its product with a small integer is exact.
+/// ln 2 in two parts: the first has 32 trailing zero bits, so that its product with a small integer
+/// is exact.
 const LN2_HIGH: f64 = 0.693_147_180_369_123_8;
 const LN2_LOW: f64 = 1.908_214_929_270_587_7e-10;
 
-/// 1 / n! for n = 13 down to 0. The first term left out of e^x, x^14 / 14!, is below 1e-17 for |x| ≤ ln 2 / 2.
+/// 1 / n! for n = 13 down to 0. The first term left out of e^x, x^14 / 14!, is below 1e-17 for |x|
+/// ≤ ln 2 / 2.
 const EXP_TERMS: [f64; 14] = {
     let mut terms = [1.0; 14];
     let mut n = 1;
@@ -21,7 +23,8 @@ const EXP_TERMS: [f64; 14] = {
     terms
 };
 
-/// 1 / n for odd n from 21 down to 1. The first term left out of artanh f is below 1e-17 of the sum for |f| ≤ 0.172.
+/// 1 / n for odd n from 21 down to 1. The first term left out of artanh f is below 1e-17 of the sum
+/// for |f| ≤ 0.172.
 const LN_TERMS: [f64; 11] = {
     let mut terms = [1.0; 11];
     let mut n = 0;
@@ -62,7 +65,8 @@ pub(crate) fn ln(x: f64) -> f64 {
     exponent * LN2_HIGH + (2.0 * f * sum + exponent * LN2_LOW)
 }
 
-/// The random numbers of one step: a function of the token's id, so that they do not depend on who draws them.
+/// The random numbers of one step: a function of the token's id, so that they do not depend on who
+/// draws them.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Noise {
     key: u64,
@@ -112,10 +116,16 @@ mod tests {
         for i in 0..200_000 {
             let x = -f64::from(i) * 0.0035;
             let (found, expected) = (exp(x), x.exp());
-            assert!((found - expected).abs() <= 3.0 * f64::EPSILON * expected, "exp({x}): {found} against {expected}");
+            assert!(
+                (found - expected).abs() <= 3.0 * f64::EPSILON * expected,
+                "exp({x}): {found} against {expected}"
+            );
             let y = 1e-9 * 1.0002f64.powi(i);
             let (found, expected) = (ln(y), y.ln());
-            assert!((found - expected).abs() <= 3.0 * f64::EPSILON * expected.abs(), "ln({y}): {found}, {expected}");
+            assert!(
+                (found - expected).abs() <= 3.0 * f64::EPSILON * expected.abs(),
+                "ln({y}): {found}, {expected}"
+            );
         }
         assert_eq!((exp(0.0), exp(-701.0), ln(1.0)), (1.0, 0.0, 0.0));
         for step in 1..1000 {
@@ -138,7 +148,10 @@ mod tests {
         let mean = sum / f64::from(count);
         let variance = squares / f64::from(count) - mean * mean;
         // Euler's constant and π²/6; five standard errors of each.
-        assert!((mean - 0.577_215_664_9).abs() < 5.0 * 1.2825 / f64::from(count).sqrt(), "mean {mean}");
+        assert!(
+            (mean - 0.577_215_664_9).abs() < 5.0 * 1.2825 / f64::from(count).sqrt(),
+            "mean {mean}"
+        );
         assert!((variance - 1.644_934).abs() < 0.05, "variance {variance}");
     }
 

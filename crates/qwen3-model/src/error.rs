@@ -27,7 +27,9 @@ pub enum ModelError {
         rank: usize,
     },
     /// A rank works with another `config.json`, and would compute something else.
-    #[error("rank {rank} has another configuration than rank 0, expected the same checkpoint on all ranks")]
+    #[error(
+        "rank {rank} has another configuration than rank 0, expected the same checkpoint on all ranks"
+    )]
     OtherConfig {
         /// The lowest such rank.
         rank: usize,
@@ -93,7 +95,8 @@ pub enum ModelError {
 }
 
 impl ModelError {
-    /// Whether every id is in a vocabulary of `vocab_size` tokens; the error is [`TokenOutOfRange`](Self::TokenOutOfRange).
+    /// Whether every id is in a vocabulary of `vocab_size` tokens; the error is
+    /// [`TokenOutOfRange`](Self::TokenOutOfRange).
     pub fn check_tokens(tokens: &[u32], vocab_size: usize) -> Result<(), Self> {
         match tokens.iter().enumerate().find(|(_, id)| **id as usize >= vocab_size) {
             Some((index, &id)) => Err(Self::TokenOutOfRange { index, id, vocab_size }),

@@ -1,11 +1,13 @@
-//! The fields of a JSON configuration file, read one by one, with errors that name the file and the field.
+//! The fields of a JSON configuration file, read one by one, with errors that name the file and the
+//! field.
 
 use std::fmt::Display;
 use std::path::{Path, PathBuf};
 
 use serde_json::{Map, Value};
 
-/// The largest size or count that a configuration may state: 2³¹ − 1, so that the product of two of them fits in 64 bits.
+/// The largest size or count that a configuration may state: 2³¹ − 1, so that the product of two of
+/// them fits in 64 bits.
 pub(crate) const MAX_SIZE: usize = i32::MAX as usize;
 
 /// Why a configuration file cannot be used.
@@ -91,11 +93,14 @@ pub enum ConfigError {
 
 /// Reads `file` as JSON.
 pub(crate) fn read_json(file: &Path) -> Result<Value, ConfigError> {
-    let bytes = std::fs::read(file).map_err(|source| ConfigError::Read { file: file.to_owned(), source })?;
-    serde_json::from_slice(&bytes).map_err(|source| ConfigError::Json { file: file.to_owned(), source })
+    let bytes = std::fs::read(file)
+        .map_err(|source| ConfigError::Read { file: file.to_owned(), source })?;
+    serde_json::from_slice(&bytes)
+        .map_err(|source| ConfigError::Json { file: file.to_owned(), source })
 }
 
-/// One JSON object of a file. An absent field and a `null` are the same, as in the configurations that Hugging Face writes.
+/// One JSON object of a file. An absent field and a `null` are the same, as in the configurations
+/// that Hugging Face writes.
 pub(crate) struct Fields<'a> {
     file: &'a Path,
     /// Names of the objects around this one, each followed by a dot.
@@ -131,9 +136,11 @@ impl<'a> Fields<'a> {
     pub fn object(&self, field: &str) -> Result<Option<Fields<'a>>, ConfigError> {
         match self.value(field) {
             None => Ok(None),
-            Some(Value::Object(object)) => {
-                Ok(Some(Fields { file: self.file, prefix: format!("{}{field}.", self.prefix), object }))
-            }
+            Some(Value::Object(object)) => Ok(Some(Fields {
+                file: self.file,
+                prefix: format!("{}{field}.", self.prefix),
+                object,
+            })),
             Some(other) => Err(self.mistyped(field, other, "an object")),
         }
     }
@@ -195,7 +202,10 @@ impl<'a> Fields<'a> {
         };
         let expected = "a token id or a list of token ids";
         let id = |value: &Value| {
-            value.as_u64().and_then(|id| u32::try_from(id).ok()).ok_or_else(|| self.mistyped(field, value, expected))
+            value
+                .as_u64()
+                .and_then(|id| u32::try_from(id).ok())
+                .ok_or_else(|| self.mistyped(field, value, expected))
         };
         match value {
             Value::Array(list) => list.iter().map(id).collect(),
@@ -204,7 +214,11 @@ impl<'a> Fields<'a> {
     }
 
     pub fn missing(&self, field: &str, expected: &str) -> ConfigError {
-        ConfigError::Missing { file: self.file.to_owned(), field: self.name(field), expected: expected.into() }
+        ConfigError::Missing {
+            file: self.file.to_owned(),
+            field: self.name(field),
+            expected: expected.into(),
+        }
     }
 
     pub fn mistyped(&self, field: &str, found: &Value, expected: &str) -> ConfigError {

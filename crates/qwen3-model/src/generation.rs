@@ -22,8 +22,9 @@ pub struct GenerateParams {
     pub eos_token_ids: Vec<u32>,
     /// Whether to go on past them.
     pub ignore_eos: bool,
-    /// Tokens of the prompt that run through the model at once, at least 1, for each rank of those that split positions: longer chunks
-    /// make better use of the processor and of a ring of keys and values, and take more memory.
+    /// Tokens of the prompt that run through the model at once, at least 1, for each rank of those
+    /// that split positions: longer chunks make better use of the processor and of a ring of keys
+    /// and values, and take more memory.
     pub prefill_chunk: usize,
 }
 
@@ -86,7 +87,8 @@ pub struct Generated {
     pub ids: Vec<u32>,
     /// Why there are no more.
     pub stop: StopReason,
-    /// Tokens of the prompt that ran through the model, and the time until the first new token was chosen.
+    /// Tokens of the prompt that ran through the model, and the time until the first new token was
+    /// chosen.
     pub prefill: Timing,
     /// New tokens after the first, and their time.
     pub decode: Timing,
@@ -99,7 +101,9 @@ pub enum GenerateError {
     #[error("the prompt is empty, expected at least one token")]
     EmptyPrompt,
     /// All of the prompt is in the cache already, so that no logits follow it.
-    #[error("the prompt has {tokens} tokens and the cache already holds {cached}, expected at least one new token")]
+    #[error(
+        "the prompt has {tokens} tokens and the cache already holds {cached}, expected at least one new token"
+    )]
     NothingNew {
         /// Tokens of the prompt.
         tokens: usize,
@@ -107,7 +111,9 @@ pub enum GenerateError {
         cached: usize,
     },
     /// A prompt that the cache has no room for.
-    #[error("the prompt has {tokens} tokens, expected at most {capacity}, the length of the context")]
+    #[error(
+        "the prompt has {tokens} tokens, expected at most {capacity}, the length of the context"
+    )]
     PromptTooLong {
         /// Tokens of the prompt.
         tokens: usize,
@@ -122,15 +128,17 @@ pub enum GenerateError {
     Model(#[from] ModelError),
 }
 
-/// Continues `prompt`, the whole sequence so far, of which the first `cache.len()` tokens are in `cache` already (none for a new
-/// sequence, all but the latest message in a conversation). All ranks call it with the same arguments.
+/// Continues `prompt`, the whole sequence so far, of which the first `cache.len()` tokens are in
+/// `cache` already (none for a new sequence, all but the latest message in a conversation). All
+/// ranks call it with the same arguments.
 ///
-/// `on_progress` sees each new token as it is chosen, on every rank, and is asked now and then while the prompt runs. Where it breaks
-/// on any rank, all ranks stop before the next token, or together within the prompt: the wish travels with the exchange that chooses
-/// tokens, and in the prompt by an Allreduce of four bytes every few layers, so that no rank is left waiting.
+/// `on_progress` sees each new token as it is chosen, on every rank, and is asked now and then
+/// while the prompt runs. Where it breaks on any rank, all ranks stop before the next token, or
+/// together within the prompt: the wish travels with the exchange that chooses tokens, and in the
+/// prompt by an Allreduce of four bytes every few layers, so that no rank is left waiting.
 ///
-/// Afterwards `cache` holds the prompt and the new tokens except the last one, which has not been run; of a prompt that was stopped, the
-/// chunks that are complete.
+/// Afterwards `cache` holds the prompt and the new tokens except the last one, which has not been
+/// run; of a prompt that was stopped, the chunks that are complete.
 pub fn generate(
     model: &Model,
     cache: &mut KvCache,
@@ -139,8 +147,12 @@ pub fn generate(
     on_progress: &mut dyn FnMut(Progress) -> ControlFlow<()>,
 ) -> Result<Generated, GenerateError> {
     check_prompt(prompt, cache.len(), cache.capacity(), model.config().vocab_size)?;
-    let mut sampler =
-        Sampler::new(params.sampling, model.config().vocab_size, model.comm().clone(), model.options().isa)?;
+    let mut sampler = Sampler::new(
+        params.sampling,
+        model.config().vocab_size,
+        model.comm().clone(),
+        model.options().isa,
+    )?;
     let result = run(model, cache, prompt, params, &mut sampler, on_progress);
     model.comm().ledger().set_phase(Phase::Other);
     result
@@ -162,7 +174,12 @@ fn run(
     let mut stop = || on_progress(Progress::Prompt).is_break();
     let Some(mut logits) = prefill(model, cache, new, params.prefill_chunk, &mut stop)? else {
         let prefill = Timing { tokens: cache.len() - cached, elapsed: start.elapsed() };
-        return Ok(Generated { ids: Vec::new(), stop: StopReason::Callback, prefill, decode: Timing::default() });
+        return Ok(Generated {
+            ids: Vec::new(),
+            stop: StopReason::Callback,
+            prefill,
+            decode: Timing::default(),
+        });
     };
     let mut prefill = Timing { tokens: new.len(), elapsed: start.elapsed() };
     let mut decode = Timing::default();
@@ -183,10 +200,16 @@ fn run(
         }
         let row = logits.values.row(0);
         let row = row.as_slice().expect("a row of row-major logits is contiguous");
-        let sample = sampler.sample(logits.vocab.clone(), row, history.len() as u64, &history, wishes_to_stop)?;
+        let sample = sampler.sample(
+            logits.vocab.clone(),
+            row,
+            history.len() as u64,
+            &history,
+            wishes_to_stop,
+        )?;
         if sample.stop {
-            // The wish travelled with this choice, for which the last token was run. On one rank it is not: without it the cache is the
-            // same on any number of ranks.
+            // The wish travelled with this choice, for which the last token was run. On one rank it
+            // is not: without it the cache is the same on any number of ranks.
             cache.truncate(history.len() - 1);
             break StopReason::Callback;
         }
@@ -207,7 +230,8 @@ fn run(
     Ok(Generated { ids: history.split_off(prompt.len()), stop, prefill, decode })
 }
 
-/// Runs the tokens in chunks and returns the last one's logits; nothing where a rank wants to stop before.
+/// Runs the tokens in chunks and returns the last one's logits; nothing where a rank wants to stop
+/// before.
 fn prefill(
     model: &Model,
     cache: &mut KvCache,
@@ -226,7 +250,12 @@ fn prefill(
     }
 }
 
-fn check_prompt(prompt: &[u32], cached: usize, capacity: usize, vocab_size: usize) -> Result<(), GenerateError> {
+fn check_prompt(
+    prompt: &[u32],
+    cached: usize,
+    capacity: usize,
+    vocab_size: usize,
+) -> Result<(), GenerateError> {
     let tokens = prompt.len();
     if prompt.is_empty() {
         return Err(GenerateError::EmptyPrompt);

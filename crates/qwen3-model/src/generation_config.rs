@@ -38,11 +38,12 @@ impl GenerationConfig {
     /// Reads a parsed `generation_config.json`; errors name `file`.
     pub fn from_json(file: &Path, value: &Value) -> Result<Self, ConfigError> {
         let fields = Fields::top(file, value)?;
-        let number = |field: &str, valid: fn(f64) -> bool, expected: &str| match fields.number(field)? {
-            None => Ok(None),
-            Some(number) if valid(number) => Ok(Some(number as f32)),
-            Some(number) => Err(fields.range(field, number, expected)),
-        };
+        let number =
+            |field: &str, valid: fn(f64) -> bool, expected: &str| match fields.number(field)? {
+                None => Ok(None),
+                Some(number) if valid(number) => Ok(Some(number as f32)),
+                Some(number) => Err(fields.range(field, number, expected)),
+            };
         let do_sample = match fields.value("do_sample") {
             None => None,
             Some(_) => Some(fields.boolean("do_sample", false)?),
@@ -50,11 +51,19 @@ impl GenerationConfig {
         Ok(Self {
             eos_token_ids: fields.token_ids("eos_token_id")?,
             do_sample,
-            temperature: number("temperature", |t| (0.0..=1e6).contains(&t), "a number in 0..=1e6")?,
+            temperature: number(
+                "temperature",
+                |t| (0.0..=1e6).contains(&t),
+                "a number in 0..=1e6",
+            )?,
             top_k: fields.count("top_k", 0)?,
             top_p: number("top_p", |p| p > 0.0 && p <= 1.0, "a number above 0, at most 1")?,
             min_p: number("min_p", |p| (0.0..=1.0).contains(&p), "a number in 0..=1")?,
-            repetition_penalty: number("repetition_penalty", |r| r > 0.0 && r <= 1e6, "a number above 0, at most 1e6")?,
+            repetition_penalty: number(
+                "repetition_penalty",
+                |r| r > 0.0 && r <= 1e6,
+                "a number above 0, at most 1e6",
+            )?,
         })
     }
 }
@@ -67,18 +76,22 @@ fn read_if_there<T: Default>(
     let file = dir.join(FILE);
     match read_json(&file) {
         Ok(value) => parse(&file, &value),
-        Err(ConfigError::Read { source, .. }) if source.kind() == std::io::ErrorKind::NotFound => Ok(T::default()),
+        Err(ConfigError::Read { source, .. }) if source.kind() == std::io::ErrorKind::NotFound => {
+            Ok(T::default())
+        }
         Err(error) => Err(error),
     }
 }
 
-/// Ids that end an answer of the model in the folder `dir`: those of `generation_config.json`, else of its `config`.
+/// Ids that end an answer of the model in the folder `dir`: those of `generation_config.json`, else
+/// of its `config`.
 ///
 /// # Errors
-/// When the file is there and its ids cannot be read, or an id is beyond the vocabulary: an answer would go on past its end. Its other
-/// fields are for those who sample.
+/// When the file is there and its ids cannot be read, or an id is beyond the vocabulary: an answer
+/// would go on past its end. Its other fields are for those who sample.
 pub fn eos_token_ids(dir: &Path, config: &Config) -> Result<Vec<u32>, ConfigError> {
-    let ids = read_if_there(dir, |file, value| Fields::top(file, value)?.token_ids("eos_token_id"))?;
+    let ids =
+        read_if_there(dir, |file, value| Fields::top(file, value)?.token_ids("eos_token_id"))?;
     if let Some(id) = ids.iter().max().filter(|&&id| id as usize >= config.vocab_size) {
         return Err(ConfigError::Contradiction {
             file: dir.join(FILE),

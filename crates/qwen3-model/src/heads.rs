@@ -10,21 +10,24 @@ use crate::options::Division;
 
 /// The attention heads of one rank.
 ///
-/// Query heads are split contiguously and evenly, one head at a time; the KV heads are those that they look at. Where a KV head's
-/// query heads lie on several ranks, each of them holds a copy of that KV head: keys and values are few, and the alternative, whole
-/// groups only, would leave ranks beyond the number of KV heads without work.
+/// Query heads are split contiguously and evenly, one head at a time; the KV heads are those that
+/// they look at. Where a KV head's query heads lie on several ranks, each of them holds a copy of
+/// that KV head: keys and values are few, and the alternative, whole groups only, would leave ranks
+/// beyond the number of KV heads without work.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct HeadPlan {
     /// Query heads.
     pub query_heads: Range<usize>,
     /// KV heads, some of them perhaps also on neighbouring ranks.
     pub kv_heads: Range<usize>,
-    /// For each of these KV heads its query heads here, counted from the first one here; consecutive and ascending.
+    /// For each of these KV heads its query heads here, counted from the first one here;
+    /// consecutive and ascending.
     pub groups: Vec<Range<usize>>,
 }
 
 impl HeadPlan {
-    /// The heads of `rank` among `ranks`; none where there are more ranks than query heads and this is one of the last.
+    /// The heads of `rank` among `ranks`; none where there are more ranks than query heads and this
+    /// is one of the last.
     ///
     /// # Panics
     ///
@@ -55,7 +58,8 @@ pub(crate) struct BlockShape {
     pub columns: usize,
     /// Width of the residual stream.
     pub hidden: usize,
-    /// Columns that are never cut apart: 1, or the group of a quantized format, so that no scale straddles ranks.
+    /// Columns that are never cut apart: 1, or the group of a quantized format, so that no scale
+    /// straddles ranks.
     pub granularity: usize,
 }
 
@@ -64,7 +68,12 @@ impl BlockShape {
     pub fn new(config: &Config, layer: usize, granularity: usize) -> Self {
         let moe = config.moe_of(layer);
         let columns = moe.map_or(config.intermediate_size, |moe| moe.moe_intermediate_size);
-        Self { experts: moe.map(|moe| moe.num_experts), columns, hidden: config.hidden_size, granularity }
+        Self {
+            experts: moe.map(|moe| moe.num_experts),
+            columns,
+            hidden: config.hidden_size,
+            granularity,
+        }
     }
 }
 
@@ -81,7 +90,13 @@ pub(crate) struct BlockShare {
 
 impl BlockShare {
     /// The share of `rank` among the `ranks` that split the block.
-    pub fn new(shape: BlockShape, schedule: MlpSchedule, split: ExpertSplit, ranks: usize, rank: usize) -> Self {
+    pub fn new(
+        shape: BlockShape,
+        schedule: MlpSchedule,
+        split: ExpertSplit,
+        ranks: usize,
+        rank: usize,
+    ) -> Self {
         let (columns, hidden) = (0..shape.columns, 0..shape.hidden);
         if let (Some(experts), ExpertSplit::Ranks) = (shape.experts, split) {
             return Self {
@@ -126,8 +141,8 @@ impl Share {
         })
     }
 
-    /// The time lost to it: the largest part relative to an equal share of the total, 1 where all are equal and nothing is
-    /// replicated.
+    /// The time lost to it: the largest part relative to an equal share of the total, 1 where all
+    /// are equal and nothing is replicated.
     pub fn imbalance(&self) -> f64 {
         if self.total == 0 { 1.0 } else { self.most as f64 * self.ranks as f64 / self.total as f64 }
     }
@@ -140,8 +155,8 @@ pub struct Imbalance {
     pub query_heads: Share,
     /// KV heads; replication shows as a sum above the total.
     pub kv_heads: Share,
-    /// Columns of dense feed-forward blocks, or in a model that has only sparse ones those of all experts together; of one rank
-    /// where each works through all of them for its own positions.
+    /// Columns of dense feed-forward blocks, or in a model that has only sparse ones those of all
+    /// experts together; of one rank where each works through all of them for its own positions.
     pub columns: Share,
     /// Rows of the vocabulary.
     pub vocabulary: Share,
@@ -151,7 +166,9 @@ impl Imbalance {
     /// The shares of `ranks` ranks, with feed-forward columns cut at multiples of `granularity`.
     pub fn new(config: &Config, division: Division, ranks: usize, granularity: usize) -> Self {
         let (tp, _) = division.strategy.grid(ranks);
-        let heads = |count: fn(&HeadPlan) -> usize| (0..tp).map(move |rank| count(&HeadPlan::new(config, tp, rank)));
+        let heads = |count: fn(&HeadPlan) -> usize| {
+            (0..tp).map(move |rank| count(&HeadPlan::new(config, tp, rank)))
+        };
         let dense = (0..config.num_hidden_layers).find(|layer| !config.is_sparse(*layer));
         let shape = BlockShape::new(config, dense.unwrap_or(0), granularity);
         let blocks = match division.schedule {
@@ -164,7 +181,10 @@ impl Imbalance {
         });
         let vocabulary = (0..ranks).map(|rank| split_range(config.vocab_size, ranks, rank).len());
         Self {
-            query_heads: Share::of(config.num_attention_heads, heads(|plan| plan.query_heads.len())),
+            query_heads: Share::of(
+                config.num_attention_heads,
+                heads(|plan| plan.query_heads.len()),
+            ),
             kv_heads: Share::of(config.num_key_value_heads, heads(|plan| plan.kv_heads.len())),
             columns: Share::of(shape.experts.unwrap_or(1) * shape.columns, columns),
             vocabulary: Share::of(config.vocab_size, vocabulary),
@@ -181,7 +201,8 @@ mod tests {
     fn every_weight_of_a_block_is_on_one_rank() {
         use MlpSchedule::{Fused, Gathered, Local, Naive};
         let hidden = 10;
-        let inside = [Fused, Naive, Gathered, Local].map(|schedule| (schedule, ExpertSplit::Inside));
+        let inside =
+            [Fused, Naive, Gathered, Local].map(|schedule| (schedule, ExpertSplit::Inside));
         let ways: Vec<_> = inside.into_iter().chain([(Fused, ExpertSplit::Ranks)]).collect();
         for (experts, columns, granularity) in [(None, 200, 32), (None, 11, 1), (Some(5), 40, 32)] {
             let shape = BlockShape { experts, columns, hidden, granularity };
@@ -195,7 +216,10 @@ mod tests {
                         let end = share.inner.end;
                         assert!(end.is_multiple_of(granularity) || end == columns, "{share:?}");
                         for expert in share.experts {
-                            share.inner.clone().for_each(|column| inner[expert * columns + column] += 1);
+                            share
+                                .inner
+                                .clone()
+                                .for_each(|column| inner[expert * columns + column] += 1);
                             for row in share.down.0.clone() {
                                 let start = (expert * hidden + row) * columns;
                                 share.down.1.clone().for_each(|column| down[start + column] += 1);

@@ -2,9 +2,9 @@
 
 use comm::CommError;
 use ops::{
-    AttentionAlgorithm, AttentionScratch, AttentionShape, AttentionSpec, Context, Input, LayerCache, Linear, Mlp,
-    MlpScratch, QkNorm, Residual, Rotary, SequenceSpan, SequenceSpec, Store, attention_sequence, linear_mpi, mlp,
-    prepare, reshape, rms_norm,
+    AttentionAlgorithm, AttentionScratch, AttentionShape, AttentionSpec, Context, Input,
+    LayerCache, Linear, Mlp, MlpScratch, QkNorm, Residual, Rotary, SequenceSpan, SequenceSpec,
+    Store, attention_sequence, linear_mpi, mlp, prepare, reshape, rms_norm,
 };
 use tensor::Activations;
 
@@ -30,7 +30,8 @@ pub(crate) struct Pass<'a> {
     pub eps: f32,
 }
 
-/// Tokens that go through the layers together: all of this rank's, or half of them. Kept from pass to pass for its memory.
+/// Tokens that go through the layers together: all of this rank's, or half of them. Kept from pass
+/// to pass for its memory.
 #[derive(Default)]
 pub(crate) struct Part {
     /// [tokens, hidden]
@@ -54,22 +55,39 @@ impl DecoderLayer {
         self.qkv_proj.bytes() + self.o_proj.bytes() + self.mlp.bytes()
     }
 
-    /// Adds the attention and the feed-forward block to the residual stream of each part. Where there are two, the sums of one are on
-    /// their way while the other is computed; those of the feed-forward block still are at the end.
-    pub fn forward(&self, pass: &Pass<'_>, cache: &mut LayerCache, parts: &mut [Part]) -> Result<(), CommError> {
+    /// Adds the attention and the feed-forward block to the residual stream of each part. Where
+    /// there are two, the sums of one are on their way while the other is computed; those of the
+    /// feed-forward block still are at the end.
+    pub fn forward(
+        &self,
+        pass: &Pass<'_>,
+        cache: &mut LayerCache,
+        parts: &mut [Part],
+    ) -> Result<(), CommError> {
         for part in &mut *parts {
             part.x.settle(pass.ctx)?;
             self.attention(pass, cache, part)?;
         }
         for part in parts {
             part.x.settle(pass.ctx)?;
-            rms_norm(pass.ctx, part.x.tokens(), &self.post_attention_norm, pass.eps, &mut part.normed);
+            rms_norm(
+                pass.ctx,
+                part.x.tokens(),
+                &self.post_attention_norm,
+                pass.eps,
+                &mut part.normed,
+            );
             mlp(pass.ctx, &self.mlp, &part.normed, pass.span.layout, &mut part.mlp, &mut part.x)?;
         }
         Ok(())
     }
 
-    fn attention(&self, pass: &Pass<'_>, cache: &mut LayerCache, part: &mut Part) -> Result<(), CommError> {
+    fn attention(
+        &self,
+        pass: &Pass<'_>,
+        cache: &mut LayerCache,
+        part: &mut Part,
+    ) -> Result<(), CommError> {
         let Pass { ctx, eps, .. } = *pass;
         let Part { x, cos, sin, normed, input, qkv, attended, partial, attention, .. } = part;
         let tokens = x.tokens().nrows();

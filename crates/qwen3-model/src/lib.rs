@@ -44,17 +44,20 @@ pub use comm;
 pub use config::{Config, MoeConfig};
 pub use error::ModelError;
 pub use fields::ConfigError;
-pub use generation::{GenerateError, GenerateParams, Generated, Progress, StopReason, Timing, generate};
+pub use generation::{
+    GenerateError, GenerateParams, Generated, Progress, StopReason, Timing, generate,
+};
 pub use generation_config::{GenerationConfig, eos_token_ids};
 pub use heads::{HeadPlan, Imbalance, Share};
 pub use load::LoadProgress;
 pub use model::{Logits, Model};
 pub use names::{
-    EMBEDDING, FINAL_NORM, LM_HEAD, LayerNames, MlpNames, TensorRole, TensorSpec, open_weights, tensor_specs,
+    EMBEDDING, FINAL_NORM, LM_HEAD, LayerNames, MlpNames, TensorRole, TensorSpec, open_weights,
+    tensor_specs,
 };
 pub use ops::{
-    AttentionAlgorithm, ExpertSplit, Isa, IsaError, KvFormat, LimitsProbe, LogitRows, MlpSchedule, Placement, Profile,
-    Span, Work,
+    AttentionAlgorithm, ExpertSplit, Isa, IsaError, KvFormat, LimitsProbe, LogitRows, MlpSchedule,
+    Placement, Profile, Span, Work,
 };
 pub use options::{Division, ModelOptions, ParallelStrategy};
 pub use perplexity::{Perplexity, PerplexityError, perplexity};

@@ -5,7 +5,9 @@ use std::path::Path;
 use std::sync::{Arc, Mutex};
 
 use comm::{Communicator, CommunicatorExt, Phase, digest};
-use ops::{AttentionShape, Context, Embedding, Expert, ExpertSplit, Linear, Mlp, MlpSchedule, Router};
+use ops::{
+    AttentionShape, Context, Embedding, Expert, ExpertSplit, Linear, Mlp, MlpSchedule, Router,
+};
 use tensor::{Checkpoint, CheckpointError, GROUP, Matrix, WeightFormat, split_range};
 
 use crate::config::Config;
@@ -14,12 +16,14 @@ use crate::heads::{BlockShape, BlockShare, HeadPlan};
 use crate::layer::DecoderLayer;
 use crate::model::Model;
 use crate::names::{
-    EMBEDDING, FINAL_NORM, LayerNames, MlpNames, TensorRole, TensorSpec, head, head_spec, open_weights, tensor_specs,
+    EMBEDDING, FINAL_NORM, LayerNames, MlpNames, TensorRole, TensorSpec, head, head_spec,
+    open_weights, tensor_specs,
 };
 use crate::options::ModelOptions;
 use crate::rotary::RotaryTable;
 
-/// By so many times the deadline of collectives is longer while the others load: one may have the files in memory, and another a slow disk.
+/// By so many times the deadline of collectives is longer while the others load: one may have the
+/// files in memory, and another a slow disk.
 const LOADING: u32 = 15;
 
 /// How far loading has come.
@@ -32,11 +36,12 @@ pub struct LoadProgress {
 }
 
 impl Model {
-    /// Loads this rank's share of the checkpoint in the folder `dir`. All ranks call it; if one fails,
-    /// all fail, and each says why.
+    /// Loads this rank's share of the checkpoint in the folder `dir`. All ranks call it; if one
+    /// fails, all fail, and each says why.
     ///
     /// # Errors
-    /// When the config or the weights cannot be read, contradict each other or those of another rank, or a rank is lost.
+    /// When the config or the weights cannot be read, contradict each other or those of another
+    /// rank, or a rank is lost.
     pub fn load(
         dir: &Path,
         comm: Arc<dyn Communicator>,
@@ -57,8 +62,9 @@ impl Model {
         let own = match &loaded {
             Err(_) => [1, 0, 0, 0],
             Ok((model, weights)) => {
-                // Experts are chosen on each rank, by sums that other kernels round otherwise. AVX-VNNI and AVX-512 round as AVX2 does, unless a
-                // router is quantized, which this project does to none.
+                // Experts are chosen on each rank, by sums that other kernels round otherwise.
+                // AVX-VNNI and AVX-512 round as AVX2 does, unless a router is quantized, which this
+                // project does to none.
                 let chooses = model.config.moe.is_some() && schedule != MlpSchedule::Local;
                 let isa = options.isa.without_avx512().to_string();
                 let isa = if chooses { isa.trim_end_matches("-vnni") } else { "" };
@@ -93,8 +99,8 @@ impl Model {
     }
 }
 
-/// A digest of the first rows of the head and of each layer's matrices (of the first expert), as numbers: what tells one fine-tune or
-/// revision of a model from another.
+/// A digest of the first rows of the head and of each layer's matrices (of the first expert), as
+/// numbers: what tells one fine-tune or revision of a model from another.
 fn first_rows(config: &Config, checkpoint: &Checkpoint) -> Result<u64, CheckpointError> {
     let head = TensorSpec { name: head(config, checkpoint).to_owned(), ..head_spec(config) };
     let wanted = |spec: &TensorSpec| {
@@ -129,7 +135,8 @@ fn load_share(
         layers.push(share.layer(index)?);
         progress(LoadProgress { layers: index + 1, of: config.num_hidden_layers });
     }
-    let head = checkpoint.matrix(head(&config, &checkpoint), config.vocab_size, config.hidden_size)?;
+    let head =
+        checkpoint.matrix(head(&config, &checkpoint), config.vocab_size, config.hidden_size)?;
     let vocab = split_range(config.vocab_size, ctx.comm.size(), ctx.comm.rank());
     let lm_head = share.linear(&[head.slice(vocab.clone(), 0..config.hidden_size)])?;
     let norm = checkpoint.vector(FINAL_NORM, config.hidden_size)?;
@@ -166,7 +173,12 @@ struct Share<'a> {
 }
 
 impl<'a> Share<'a> {
-    fn new(ctx: &'a Context, config: &'a Config, checkpoint: &'a Checkpoint, options: &ModelOptions) -> Self {
+    fn new(
+        ctx: &'a Context,
+        config: &'a Config,
+        checkpoint: &'a Checkpoint,
+        options: &ModelOptions,
+    ) -> Self {
         let plan = HeadPlan::new(config, ctx.heads.size(), ctx.heads.rank());
         Self {
             ctx,
@@ -195,14 +207,19 @@ impl<'a> Share<'a> {
             rows(&names.k_proj, kv_size, &keys)?,
             rows(&names.v_proj, kv_size, &keys)?,
         ];
-        let o_proj = self.checkpoint.matrix(&names.o_proj, hidden_size, query_size)?.slice(0..hidden_size, queries);
+        let o_proj = self
+            .checkpoint
+            .matrix(&names.o_proj, hidden_size, query_size)?
+            .slice(0..hidden_size, queries);
         Ok(DecoderLayer {
             input_norm: self.checkpoint.vector(&names.input_layernorm, hidden_size)?,
             qkv_proj: self.linear(&qkv)?,
             q_norm: self.checkpoint.vector(&names.q_norm, head_dim)?,
             k_norm: self.checkpoint.vector(&names.k_norm, head_dim)?,
             o_proj: self.linear(&[o_proj])?,
-            post_attention_norm: self.checkpoint.vector(&names.post_attention_layernorm, hidden_size)?,
+            post_attention_norm: self
+                .checkpoint
+                .vector(&names.post_attention_layernorm, hidden_size)?,
             mlp: self.mlp(index, &names)?,
         })
     }
@@ -214,7 +231,8 @@ impl<'a> Share<'a> {
         let router = match moe {
             Some(moe) => {
                 // The router decides which weights count at all: it keeps its stored precision.
-                let weights = self.checkpoint.matrix(&names.router(), moe.num_experts, hidden_size)?;
+                let weights =
+                    self.checkpoint.matrix(&names.router(), moe.num_experts, hidden_size)?;
                 Some(Router {
                     weights: Linear::load(self.ctx, weights.format(), &[weights])?,
                     experts_per_token: moe.num_experts_per_tok,
@@ -225,7 +243,8 @@ impl<'a> Share<'a> {
         };
         let stored = || self.checkpoint.stored_format(&expert_names(0).down_proj);
         let format = self.weights.map_or_else(stored, Ok)?;
-        let shape = BlockShape::new(self.config, layer, if format.is_quantized() { GROUP } else { 1 });
+        let shape =
+            BlockShape::new(self.config, layer, if format.is_quantized() { GROUP } else { 1 });
         let ranks = self.ctx.mlp_ranks().size();
         let share = |rank| BlockShare::new(shape, self.schedule, self.experts, ranks, rank);
         let shares: Vec<_> = (0..ranks).map(share).collect();
@@ -247,7 +266,11 @@ impl<'a> Share<'a> {
         };
         Ok(Mlp {
             schedule: self.schedule,
-            experts: own.experts.clone().map(|index| expert(expert_names(index))).collect::<Result<_, _>>()?,
+            experts: own
+                .experts
+                .clone()
+                .map(|index| expert(expert_names(index)))
+                .collect::<Result<_, _>>()?,
             own: own.experts.clone(),
             router,
             intermediate: shares.iter().map(|share| share.inner.len()).collect(),

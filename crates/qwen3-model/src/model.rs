@@ -6,8 +6,8 @@ use std::sync::{Arc, Mutex};
 use comm::{CommError, Communicator, ReduceOp};
 use ndarray::Axis;
 use ops::{
-    AttentionShape, Context, Embedding, LayerCache, Linear, LogitRows, Profile, SequenceSpan, TokenLayout,
-    gather_columns, lm_head, rms_norm, wanted_rows,
+    AttentionShape, Context, Embedding, LayerCache, Linear, LogitRows, Profile, SequenceSpan,
+    TokenLayout, gather_columns, lm_head, rms_norm, wanted_rows,
 };
 use tensor::{Activations, split_range};
 
@@ -19,8 +19,8 @@ use crate::options::{ModelOptions, pass_tokens};
 use crate::overlap::Overlap;
 use crate::rotary::RotaryTable;
 
-/// Floating-point operations of a rank between two looks at whether to stop: some tenths of a second, in which the look's few
-/// microseconds are lost.
+/// Floating-point operations of a rank between two looks at whether to stop: some tenths of a
+/// second, in which the look's few microseconds are lost.
 const LOOK: f64 = 2e10;
 
 /// A Qwen3 model, as far as this rank holds it.
@@ -48,7 +48,8 @@ pub struct Logits {
     pub values: Activations,
 }
 
-/// Positions for which a cache makes room at once, of which a config may claim more than any memory has: what Qwen3 with YaRN reaches.
+/// Positions for which a cache makes room at once, of which a config may claim more than any memory
+/// has: what Qwen3 with YaRN reaches.
 const RESERVED: usize = 1 << 17;
 
 impl Model {
@@ -87,7 +88,8 @@ impl Model {
         Overlap { machines: self.ctx.heads.machines(), tokens: self.options.overlap }
     }
 
-    /// Tokens of a pass that gives each rank at most `chunk` of them: that many for each rank of those that split positions.
+    /// Tokens of a pass that gives each rank at most `chunk` of them: that many for each rank of
+    /// those that split positions.
     pub fn pass_tokens(&self, chunk: usize) -> usize {
         pass_tokens(chunk, self.ctx.positions.size())
     }
@@ -97,31 +99,45 @@ impl Model {
         self.layers.iter().map(DecoderLayer::bytes).sum::<usize>() + self.lm_head.bytes()
     }
 
-    /// An empty cache for a sequence of at most `capacity` tokens (and never more than the context).
+    /// An empty cache for a sequence of at most `capacity` tokens (and never more than the
+    /// context).
     pub fn new_cache(&self, capacity: usize) -> KvCache {
         let capacity = capacity.min(self.config.context_length());
-        // Positions are balanced to within a few tokens a pass; a cache that grows beyond this does so by itself.
+        // Positions are balanced to within a few tokens a pass; a cache that grows beyond this does
+        // so by itself.
         let here = (capacity.div_ceil(self.ctx.positions.size()) + 2).min(capacity).min(RESERVED);
         let layer = || {
-            let mut cache = LayerCache::new(self.options.kv, self.shape.groups.len(), self.shape.head_dim);
+            let mut cache =
+                LayerCache::new(self.options.kv, self.shape.groups.len(), self.shape.head_dim);
             cache.reserve(here);
             cache
         };
-        KvCache { layers: (0..self.layers.len()).map(|_| layer()).collect(), len: 0, held: Vec::new(), capacity }
+        KvCache {
+            layers: (0..self.layers.len()).map(|_| layer()).collect(),
+            len: 0,
+            held: Vec::new(),
+            capacity,
+        }
     }
 
-    /// Runs `tokens`, which follow those in `cache`, through the model. All ranks call it with the same
-    /// tokens; each gets the wanted logits of its part of the vocabulary.
+    /// Runs `tokens`, which follow those in `cache`, through the model. All ranks call it with the
+    /// same tokens; each gets the wanted logits of its part of the vocabulary.
     ///
     /// # Errors
-    /// When a token is outside the vocabulary, the cache has no room, the embedding cannot be read, or a
-    /// rank is lost; after the last two the cache is of no further use.
-    pub fn forward(&self, cache: &mut KvCache, tokens: &[u32], rows: LogitRows) -> Result<Logits, ModelError> {
+    /// When a token is outside the vocabulary, the cache has no room, the embedding cannot be read,
+    /// or a rank is lost; after the last two the cache is of no further use.
+    pub fn forward(
+        &self,
+        cache: &mut KvCache,
+        tokens: &[u32],
+        rows: LogitRows,
+    ) -> Result<Logits, ModelError> {
         Ok(self.run(cache, tokens, rows, None)?.expect("nobody may stop it"))
     }
 
-    /// Like [`forward`](Self::forward), unless `stop` is true on any rank when it is asked, before the first layer and
-    /// then after every [`LOOK`] of work: then nothing is returned on any rank, and the cache is as it was.
+    /// Like [`forward`](Self::forward), unless `stop` is true on any rank when it is asked, before
+    /// the first layer and then after every [`LOOK`] of work: then nothing is returned on any rank,
+    /// and the cache is as it was.
     pub(crate) fn forward_unless(
         &self,
         cache: &mut KvCache,
@@ -150,8 +166,10 @@ impl Model {
         let parts = &mut parts[..ranges.len()];
         for (part, range) in parts.iter_mut().zip(&ranges) {
             let own = &own[range.clone()];
-            (part.cos, part.sin) = self.rotary.rows(&own.iter().map(|index| cache.len + index).collect::<Vec<_>>());
-            self.embedding.lookup(own.iter().map(|index| tokens[*index]), part.x.start(ranges.len() > 1))?;
+            (part.cos, part.sin) =
+                self.rotary.rows(&own.iter().map(|index| cache.len + index).collect::<Vec<_>>());
+            self.embedding
+                .lookup(own.iter().map(|index| tokens[*index]), part.x.start(ranges.len() > 1))?;
         }
 
         let pass = Pass {
@@ -187,7 +205,8 @@ impl Model {
         Ok(Some(Logits { vocab: self.vocab.clone(), values: self.logits(&layout, rows, parts)? }))
     }
 
-    /// Layers that take a rank about [`LOOK`] for so many tokens after `past`; the same number on every rank.
+    /// Layers that take a rank about [`LOOK`] for so many tokens after `past`; the same number on
+    /// every rank.
     fn layers_between_looks(&self, tokens: usize, past: usize) -> usize {
         let layers = self.layers.len().max(1);
         let pass = self.config.forward_flops(tokens, past, 0) as f64;
@@ -205,20 +224,26 @@ impl Model {
         Ok(wishes[0] > 0.0)
     }
 
-    /// The logits of all the vocabulary, [rows, vocab_size], on every rank: rows · vocab_size · 4 bytes
-    /// of Allgather(v). For inspection; sampling exchanges candidates instead.
+    /// The logits of all the vocabulary, [rows, vocab_size], on every rank: rows · vocab_size · 4
+    /// bytes of Allgather(v). For inspection; sampling exchanges candidates instead.
     ///
     /// # Errors
     /// When a rank is lost.
     pub fn gather_logits(&self, logits: &Logits) -> Result<Activations, ModelError> {
         let ranks = self.ctx.comm.size();
-        let counts: Vec<_> = (0..ranks).map(|rank| split_range(self.config.vocab_size, ranks, rank).len()).collect();
+        let counts: Vec<_> =
+            (0..ranks).map(|rank| split_range(self.config.vocab_size, ranks, rank).len()).collect();
         let mut whole = Activations::default((0, 0));
         gather_columns(&*self.ctx.comm, &logits.values, &counts, false, &mut whole)?;
         Ok(whole)
     }
 
-    fn logits(&self, layout: &TokenLayout, rows: LogitRows, parts: &mut [Part]) -> Result<Activations, CommError> {
+    fn logits(
+        &self,
+        layout: &TokenLayout,
+        rows: LogitRows,
+        parts: &mut [Part],
+    ) -> Result<Activations, CommError> {
         let (first, others) = parts.split_first_mut().expect("a pass has a part");
         let Part { x, normed, wanted, input, .. } = first;
         for other in others {
@@ -233,7 +258,11 @@ impl Model {
     fn check(&self, cache: &KvCache, tokens: &[u32]) -> Result<(), ModelError> {
         ModelError::check_tokens(tokens, self.config.vocab_size)?;
         if cache.len + tokens.len() > cache.capacity {
-            return Err(ModelError::ContextFull { tokens: tokens.len(), cached: cache.len, capacity: cache.capacity });
+            return Err(ModelError::ContextFull {
+                tokens: tokens.len(),
+                cached: cache.len,
+                capacity: cache.capacity,
+            });
         }
         Ok(())
     }
@@ -256,22 +285,29 @@ mod tests {
     #[test]
     fn a_pass_that_is_stopped_between_layers_leaves_the_cache_as_it_was() {
         let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../models/austen");
-        for (ranks, strategy) in
-            [(1, ParallelStrategy::Heads), (2, ParallelStrategy::Heads), (3, ParallelStrategy::Sequence)]
-        {
+        for (ranks, strategy) in [
+            (1, ParallelStrategy::Heads),
+            (2, ParallelStrategy::Heads),
+            (3, ParallelStrategy::Sequence),
+        ] {
             std::thread::scope(|scope| {
                 for comm in ThreadComm::group(ranks) {
                     let dir = &dir;
                     scope.spawn(move || {
                         let last = comm.rank() + 1 == ranks;
-                        let options = ModelOptions { strategy, ..ModelOptions::new(ops::Isa::detect()) };
-                        let model = Model::load(dir, Arc::new(comm), &options, &|_| {}).expect("the bundled model");
-                        // The second pass has earlier tokens, of which under Sequence some ranks hold none.
+                        let options =
+                            ModelOptions { strategy, ..ModelOptions::new(ops::Isa::detect()) };
+                        let model = Model::load(dir, Arc::new(comm), &options, &|_| {})
+                            .expect("the bundled model");
+                        // The second pass has earlier tokens, of which under Sequence some ranks
+                        // hold none.
                         for first in [0, 1] {
                             let mut cache = model.new_cache(64);
                             let begin = |cache: &mut KvCache| {
                                 if first > 0 {
-                                    model.forward(cache, &[7], LogitRows::None).expect("a first pass");
+                                    model
+                                        .forward(cache, &[7], LogitRows::None)
+                                        .expect("a first pass");
                                 }
                             };
                             begin(&mut cache);
@@ -282,13 +318,25 @@ mod tests {
                                 looks += 1;
                                 looks == 3 && last
                             };
-                            let stopped = model.run(&mut cache, &tokens, LogitRows::Last, Some((1, &mut stop)));
-                            assert!(stopped.expect("no rank is lost").is_none(), "one rank's wish is all ranks' end");
+                            let stopped = model.run(
+                                &mut cache,
+                                &tokens,
+                                LogitRows::Last,
+                                Some((1, &mut stop)),
+                            );
+                            assert!(
+                                stopped.expect("no rank is lost").is_none(),
+                                "one rank's wish is all ranks' end"
+                            );
                             assert_eq!((looks, cache.len(), cache.bytes()), (3, first, bytes));
-                            let again = model.forward(&mut cache, &tokens, LogitRows::Last).expect("a whole pass");
+                            let again = model
+                                .forward(&mut cache, &tokens, LogitRows::Last)
+                                .expect("a whole pass");
                             let mut fresh = model.new_cache(64);
                             begin(&mut fresh);
-                            let expected = model.forward(&mut fresh, &tokens, LogitRows::Last).expect("a whole pass");
+                            let expected = model
+                                .forward(&mut fresh, &tokens, LogitRows::Last)
+                                .expect("a whole pass");
                             assert_eq!(again.values, expected.values);
                         }
                     });

@@ -83,7 +83,11 @@ impl LayerNames {
 impl MlpNames {
     fn new(block: &str) -> Self {
         let name = |part: &str| format!("{block}.{part}.weight");
-        Self { gate_proj: name("gate_proj"), up_proj: name("up_proj"), down_proj: name("down_proj") }
+        Self {
+            gate_proj: name("gate_proj"),
+            up_proj: name("up_proj"),
+            down_proj: name("down_proj"),
+        }
     }
 }
 
@@ -92,7 +96,8 @@ impl MlpNames {
 pub enum TensorRole {
     /// A weight of a norm: a vector, never quantized.
     Norm,
-    /// The router of a sparse layer: small, and its rounding would change which experts are visited.
+    /// The router of a sparse layer: small, and its rounding would change which experts are
+    /// visited.
     Router,
     /// Any other matrix.
     Matrix,
@@ -116,9 +121,10 @@ impl TensorSpec {
     }
 }
 
-/// The weights in the folder `dir`, if they are those of its configuration: all tensors are there in their shapes, so that whatever
-/// is sized by the configuration afterwards is no larger than the files, and there are no more layers, since the answers of the
-/// first few would look like answers. Only headers are read.
+/// The weights in the folder `dir`, if they are those of its configuration: all tensors are there
+/// in their shapes, so that whatever is sized by the configuration afterwards is no larger than the
+/// files, and there are no more layers, since the answers of the first few would look like answers.
+/// Only headers are read.
 pub fn open_weights<E: From<ConfigError> + From<CheckpointError>>(
     dir: &Path,
     config: &Config,
@@ -140,8 +146,8 @@ pub fn open_weights<E: From<ConfigError> + From<CheckpointError>>(
     Ok(checkpoint)
 }
 
-/// The tensor that is the head. A tied model may have a head that was trained apart all the same; transformers, from version 5 on,
-/// uses it, and where the two are equal it is all one.
+/// The tensor that is the head. A tied model may have a head that was trained apart all the same;
+/// transformers, from version 5 on, uses it, and where the two are equal it is all one.
 pub(crate) fn head(config: &Config, checkpoint: &Checkpoint) -> &'static str {
     if config.tie_word_embeddings && !checkpoint.contains(LM_HEAD) { EMBEDDING } else { LM_HEAD }
 }
@@ -158,7 +164,8 @@ pub fn tensor_specs(config: &Config) -> impl Iterator<Item = TensorSpec> + '_ {
 
 fn layer_specs(config: &Config, layer: usize) -> impl Iterator<Item = TensorSpec> + use<> {
     let names = LayerNames::new(layer);
-    let (hidden, queries, keys) = (config.hidden_size, config.query_size(), config.key_value_size());
+    let (hidden, queries, keys) =
+        (config.hidden_size, config.query_size(), config.key_value_size());
     let attention = [
         norm(names.input_layernorm.clone(), hidden),
         matrix(names.q_proj.clone(), queries, hidden),
@@ -170,8 +177,9 @@ fn layer_specs(config: &Config, layer: usize) -> impl Iterator<Item = TensorSpec
         norm(names.post_attention_layernorm.clone(), hidden),
     ];
     let moe = config.moe_of(layer);
-    let (experts, columns) =
-        moe.map_or((None, config.intermediate_size), |moe| (Some(moe.num_experts), moe.moe_intermediate_size));
+    let (experts, columns) = moe.map_or((None, config.intermediate_size), |moe| {
+        (Some(moe.num_experts), moe.moe_intermediate_size)
+    });
     let router = experts.map(|experts| TensorSpec {
         name: names.router(),
         shape: vec![experts, hidden],

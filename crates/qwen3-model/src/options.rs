@@ -56,7 +56,8 @@ impl FromStr for ParallelStrategy {
         match text {
             "heads" => Ok(Self::Heads),
             "sequence" => Ok(Self::Sequence),
-            _ => grid().ok_or_else(|| format!("found `{text}`, expected heads, sequence or tp=A,sp=B")),
+            _ => grid()
+                .ok_or_else(|| format!("found `{text}`, expected heads, sequence or tp=A,sp=B")),
         }
     }
 }
@@ -73,7 +74,8 @@ pub struct Division {
 }
 
 impl Division {
-    /// How many of `ranks` ranks divide a feed-forward block: those that split weights, or where none do those that split positions.
+    /// How many of `ranks` ranks divide a feed-forward block: those that split weights, or where
+    /// none do those that split positions.
     pub fn block_ranks(self, ranks: usize) -> usize {
         let (tp, _) = self.strategy.grid(ranks);
         if tp > 1 { tp } else { ranks }
@@ -82,7 +84,8 @@ impl Division {
 
 impl fmt::Display for Division {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let experts = if self.experts == ExpertSplit::Ranks { ", whole experts on ranks" } else { "" };
+        let experts =
+            if self.experts == ExpertSplit::Ranks { ", whole experts on ranks" } else { "" };
         write!(f, "{}, feed-forward {}{experts}", self.strategy, self.schedule)
     }
 }
@@ -90,7 +93,8 @@ impl fmt::Display for Division {
 /// From this many tokens on, the products of half of them run at the speed of all.
 pub(crate) const OVERLAP_TOKENS: usize = 128;
 
-/// Tokens of a pass that gives each of the ranks that split positions at most `chunk` of them, and at least one.
+/// Tokens of a pass that gives each of the ranks that split positions at most `chunk` of them, and
+/// at least one.
 pub(crate) fn pass_tokens(chunk: usize, positions: usize) -> usize {
     chunk.max(1).saturating_mul(positions)
 }
@@ -110,8 +114,9 @@ pub struct ModelOptions {
     pub weights: Option<WeightFormat>,
     /// The format of cached keys and values.
     pub kv: KvFormat,
-    /// The least tokens of a pass (in a mixture of experts, of an expert on average) that goes through the layers in halves,
-    /// so that between machines the sums of one half travel while the other computes.
+    /// The least tokens of a pass (in a mixture of experts, of an expert on average) that goes
+    /// through the layers in halves, so that between machines the sums of one half travel while the
+    /// other computes.
     pub overlap: usize,
     /// The kernels' instruction set.
     pub isa: Isa,
@@ -122,8 +127,8 @@ pub struct ModelOptions {
 }
 
 impl ModelOptions {
-    /// The defaults with the given instruction set: `Heads`, `Streaming`, experts split `Inside`, the checkpoint's
-    /// weights, an f32 cache, one thread.
+    /// The defaults with the given instruction set: `Heads`, `Streaming`, experts split `Inside`,
+    /// the checkpoint's weights, an f32 cache, one thread.
     pub fn new(isa: Isa) -> Self {
         Self {
             strategy: ParallelStrategy::default(),
@@ -144,8 +149,8 @@ impl ModelOptions {
         Division { strategy: self.strategy, schedule: self.schedule(), experts: self.experts }
     }
 
-    /// The feed-forward schedule: the chosen one, or `Fused` where weights are split and `Local` where only
-    /// positions are.
+    /// The feed-forward schedule: the chosen one, or `Fused` where weights are split and `Local`
+    /// where only positions are.
     pub fn schedule(&self) -> MlpSchedule {
         self.mlp.unwrap_or(match self.strategy {
             ParallelStrategy::Sequence | ParallelStrategy::Grid { tp: 1, .. } => MlpSchedule::Local,

@@ -1,8 +1,9 @@
 //! How well a model predicts a text.
 //!
-//! The text is cut into windows of `context` tokens that do not see each other; each window's tokens are scored from the second
-//! one on, and the perplexity is the exponential of the mean negative log-likelihood. A last window may be shorter; one of a
-//! single token scores nothing and is left out.
+//! The text is cut into windows of `context` tokens that do not see each other; each window's
+//! tokens are scored from the second one on, and the perplexity is the exponential of the mean
+//! negative log-likelihood. A last window may be shorter; one of a single token scores nothing and
+//! is left out.
 
 use comm::{CommError, Communicator, CommunicatorExt, Phase};
 use ops::LogitRows;
@@ -30,7 +31,9 @@ pub struct Perplexity {
 #[derive(Debug, thiserror::Error)]
 pub enum PerplexityError {
     /// A window in which nothing can be scored, or that the model cannot reach.
-    #[error("the windows have {found} tokens, expected 2 to {context_length}, the length of the context")]
+    #[error(
+        "the windows have {found} tokens, expected 2 to {context_length}, the length of the context"
+    )]
     Context {
         /// The window.
         found: usize,
@@ -43,7 +46,8 @@ pub enum PerplexityError {
         /// Tokens of the text.
         found: usize,
     },
-    /// The model gives a token of the text no probability: its weights are damaged, or a value overflowed.
+    /// The model gives a token of the text no probability: its weights are damaged, or a value
+    /// overflowed.
     #[error("the mean negative log-likelihood is {found}, expected a finite number")]
     NotFinite {
         /// What was computed.
@@ -57,8 +61,9 @@ pub enum PerplexityError {
     Comm(#[from] CommError),
 }
 
-/// Scores `tokens` in windows of `context`, in passes of at most `chunk` tokens for each rank that splits positions. All ranks call it
-/// with the same arguments and get the same result; `progress` is told how many tokens are done.
+/// Scores `tokens` in windows of `context`, in passes of at most `chunk` tokens for each rank that
+/// splits positions. All ranks call it with the same arguments and get the same result; `progress`
+/// is told how many tokens are done.
 pub fn perplexity(
     model: &Model,
     tokens: &[u32],
@@ -79,7 +84,11 @@ pub fn perplexity(
     let result = score(model, tokens, context, chunk, progress);
     model.comm().ledger().set_phase(Phase::Other);
     let result = result?;
-    if result.mean_nll.is_finite() { Ok(result) } else { Err(PerplexityError::NotFinite { found: result.mean_nll }) }
+    if result.mean_nll.is_finite() {
+        Ok(result)
+    } else {
+        Err(PerplexityError::NotFinite { found: result.mean_nll })
+    }
 }
 
 fn score(
@@ -112,13 +121,20 @@ fn score(
     Ok(Perplexity { tokens: tokens.len(), scored, mean_nll, perplexity: mean_nll.exp() })
 }
 
-/// `Σ ln Σ eˣ − x_target` over the rows, with the vocabulary split over the ranks: one Allgather of each rank's log-sum-exp and, on
-/// the rank that has it, the target's logit. (Gathered rather than reduced, so that a narrow wire format does not blur the result.)
-fn negative_log_likelihood(comm: &dyn Communicator, logits: &Logits, targets: &[u32]) -> Result<f64, CommError> {
+/// `Σ ln Σ eˣ − x_target` over the rows, with the vocabulary split over the ranks: one Allgather of
+/// each rank's log-sum-exp and, on the rank that has it, the target's logit. (Gathered rather than
+/// reduced, so that a narrow wire format does not blur the result.)
+fn negative_log_likelihood(
+    comm: &dyn Communicator,
+    logits: &Logits,
+    targets: &[u32],
+) -> Result<f64, CommError> {
     let rows = targets.len();
     assert_eq!(logits.values.nrows(), rows, "rows of logits against targets");
     let mut own = vec![f64::NEG_INFINITY; 2 * rows];
-    for ((own, row), &target) in own.chunks_exact_mut(2).zip(logits.values.outer_iter()).zip(targets) {
+    for ((own, row), &target) in
+        own.chunks_exact_mut(2).zip(logits.values.outer_iter()).zip(targets)
+    {
         own[0] = log_sum_exp(row.iter().copied());
         let local = (target as usize).checked_sub(logits.vocab.start);
         if let Some(&logit) = local.and_then(|local| row.get(local)) {
@@ -127,7 +143,8 @@ fn negative_log_likelihood(comm: &dyn Communicator, logits: &Logits, targets: &[
     }
     let mut all = vec![0.0; own.len() * comm.size()];
     comm.all_gather(&own, &mut all)?;
-    let of_row = |row: usize, part: usize| all.chunks_exact(2 * rows).map(move |rank| rank[2 * row + part]);
+    let of_row =
+        |row: usize, part: usize| all.chunks_exact(2 * rows).map(move |rank| rank[2 * row + part]);
     let loss = |row| {
         let max = of_row(row, 0).fold(f64::NEG_INFINITY, f64::max);
         let sum: f64 = of_row(row, 0).map(|part| (part - max).exp()).sum();

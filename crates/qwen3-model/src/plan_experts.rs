@@ -2,13 +2,15 @@
 
 use std::collections::BTreeMap;
 
-/// Expected visits of the rank that has most, where rank r has `experts[r]` experts and `visits` different ones are chosen, any set of
-/// them as likely as another.
+/// Expected visits of the rank that has most, where rank r has `experts[r]` experts and `visits`
+/// different ones are chosen, any set of them as likely as another.
 ///
-/// Given their sum, the numbers on the ranks are those of independent binomial draws, b(n, j) for j of n experts. So, with the coefficient
-/// of x^visits in brackets, P(most ≤ m) = \[∏ Σ_{j ≤ m} b(n_r, j) xʲ\] / \[∏ Σ_j b(n_r, j) xʲ\], and the expectation is Σ P(most > m) over m ≥ 0.
+/// Given their sum, the numbers on the ranks are those of independent binomial draws, b(n, j) for j
+/// of n experts. So, with the coefficient of x^visits in brackets, P(most ≤ m) = \[∏ Σ_{j ≤ m}
+/// b(n_r, j) xʲ\] / \[∏ Σ_j b(n_r, j) xʲ\], and the expectation is Σ P(most > m) over m ≥ 0.
 pub(crate) fn expected_most(experts: &[usize], visits: usize) -> f64 {
-    let (total, fullest) = (experts.iter().sum::<usize>(), experts.iter().max().copied().unwrap_or(0));
+    let (total, fullest) =
+        (experts.iter().sum::<usize>(), experts.iter().max().copied().unwrap_or(0));
     if visits >= total {
         return fullest as f64;
     }
@@ -28,7 +30,8 @@ pub(crate) fn expected_most(experts: &[usize], visits: usize) -> f64 {
     experts.iter().for_each(|n| *sizes.entry(*n).or_insert(0) += 1);
     let at_most = |most: usize| {
         let factors = sizes.iter().map(|(n, ranks)| power(binomial(*n, most), *ranks, visits));
-        let product = factors.fold(vec![1.0], |product, factor| multiply(&product, &factor, visits));
+        let product =
+            factors.fold(vec![1.0], |product, factor| multiply(&product, &factor, visits));
         product.get(visits).copied().unwrap_or(0.0)
     };
     let all = at_most(fullest);
@@ -65,7 +68,8 @@ mod tests {
 
     /// The mean over all sets of experts, one by one.
     fn counted(experts: &[usize], visits: usize) -> f64 {
-        let rank_of: Vec<usize> = experts.iter().enumerate().flat_map(|(rank, n)| vec![rank; *n]).collect();
+        let rank_of: Vec<usize> =
+            experts.iter().enumerate().flat_map(|(rank, n)| vec![rank; *n]).collect();
         let (mut sets, mut sum) = (0usize, 0usize);
         for set in 0u32..1 << rank_of.len() {
             if set.count_ones() as usize == visits {
@@ -81,10 +85,15 @@ mod tests {
 
     #[test]
     fn the_mean_over_all_choices() {
-        for experts in [&[4, 4][..], &[5], &[3, 2, 2], &[1, 1, 1, 1, 1, 0, 0], &[6, 5], &[4, 3, 3, 3]] {
+        for experts in
+            [&[4, 4][..], &[5], &[3, 2, 2], &[1, 1, 1, 1, 1, 0, 0], &[6, 5], &[4, 3, 3, 3]]
+        {
             for visits in 0..=experts.iter().sum::<usize>() {
                 let (found, expected) = (expected_most(experts, visits), counted(experts, visits));
-                assert!((found - expected).abs() < 1e-9, "{visits} of {experts:?}: {found}, expected {expected}");
+                assert!(
+                    (found - expected).abs() < 1e-9,
+                    "{visits} of {experts:?}: {found}, expected {expected}"
+                );
             }
         }
         // The published mixture on many ranks: as many as experts, and none that overflows.

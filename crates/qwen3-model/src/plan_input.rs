@@ -18,7 +18,8 @@ pub struct PlanInput<'a> {
     pub kv: KvFormat,
     /// How sums travel.
     pub wire: WireFormat,
-    /// The ranks that share the model, on their machines in contiguous blocks, and what they and their links can do.
+    /// The ranks that share the model, on their machines in contiguous blocks, and what they and
+    /// their links can do.
     pub machine: &'a Machine,
     /// Tokens of the prompt.
     pub prompt: usize,
@@ -30,15 +31,16 @@ pub struct PlanInput<'a> {
     pub schedule: Option<MlpSchedule>,
     /// How a mixture of experts lies on the ranks, where it is given.
     pub experts: Option<ExpertSplit>,
-    /// Bytes that a rank may take, where it is known: ways that need more are not recommended if there are others.
+    /// Bytes that a rank may take, where it is known: ways that need more are not recommended if
+    /// there are others.
     pub memory: Option<usize>,
     /// Whether schedules that exchange more than they have to are listed too.
     pub all_schedules: bool,
 }
 
 impl<'a> PlanInput<'a> {
-    /// A prompt of 512 tokens in one pass and an answer of 256, a cache in f16 and sums in f32. Neither a schedule nor a place of experts is
-    /// given, nor is the memory known.
+    /// A prompt of 512 tokens in one pass and an answer of 256, a cache in f16 and sums in f32.
+    /// Neither a schedule nor a place of experts is given, nor is the memory known.
     pub fn new(config: &'a Config, weights: &'a WeightFormats, machine: &'a Machine) -> Self {
         Self {
             config,

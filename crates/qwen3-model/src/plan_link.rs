@@ -1,4 +1,5 @@
-//! Measuring the links between ranks: sums that are waited for, and sums that travel while the ranks compute.
+//! Measuring the links between ranks: sums that are waited for, and sums that travel while the
+//! ranks compute.
 
 use std::sync::Arc;
 use std::time::Instant;
@@ -11,7 +12,8 @@ use crate::plan_machine::{HiddenSums, LinkFigures};
 
 /// Payloads of the sums that are timed, in f32: 256 B to 4 MiB.
 const SIZES: [usize; 8] = [64, 256, 1024, 4096, 16_384, 65_536, 262_144, 1 << 20];
-/// Payloads of the sums behind which work is timed: those of half a short prompt's tokens and of a long one's, as f32.
+/// Payloads of the sums behind which work is timed: those of half a short prompt's tokens and of a
+/// long one's, as f32.
 const HIDDEN_SIZES: [usize; 2] = [1 << 15, 1 << 18];
 /// Seconds of sums of each size.
 const HIDDEN_TIME: f64 = 0.3;
@@ -19,7 +21,8 @@ const HIDDEN_TIME: f64 = 0.3;
 const NOISE: f64 = 0.02;
 /// Rounds of work that are timed without them.
 const ALONE: u32 = 100;
-/// The work behind which they travel: rows of a product with a matrix of so many rows and columns, a millisecond of a core.
+/// The work behind which they travel: rows of a product with a matrix of so many rows and columns,
+/// a millisecond of a core.
 const ROWS: usize = 32;
 const WIDTH: usize = 1024;
 
@@ -37,8 +40,8 @@ pub struct Groups {
     pub between: Option<Link>,
 }
 
-/// Times Allreduces of several sizes and fits the link between the ranks of `comm`; `None` where there is one rank. All ranks call it
-/// and get the same figures: the medians of the slowest rank.
+/// Times Allreduces of several sizes and fits the link between the ranks of `comm`; `None` where
+/// there is one rank. All ranks call it and get the same figures: the medians of the slowest rank.
 ///
 /// # Errors
 /// When a rank is lost.
@@ -56,9 +59,13 @@ pub fn measure_link(comm: &dyn Communicator) -> Result<Option<Link>, CommError> 
     Ok(Link::fit(comm.size(), &measured))
 }
 
-/// Times work while the ranks of `comm`, over `link`, add up in the background, as a prompt's halves do. All its ranks call it and get the
-/// same figures.
-pub(crate) fn measure_hidden(ctx: &Context, comm: &Arc<dyn Communicator>, link: Link) -> Result<HiddenSums, CommError> {
+/// Times work while the ranks of `comm`, over `link`, add up in the background, as a prompt's
+/// halves do. All its ranks call it and get the same figures.
+pub(crate) fn measure_hidden(
+    ctx: &Context,
+    comm: &Arc<dyn Communicator>,
+    link: Link,
+) -> Result<HiddenSums, CommError> {
     let weights = Linear::sample(ctx, WeightFormat::Bf16, WIDTH, WIDTH);
     let (mut input, mut out) = (Input::default(), Activations::zeros((ROWS, WIDTH)));
     prepare(ctx, &weights, &Activations::ones((ROWS, WIDTH)), &mut input);
@@ -66,7 +73,8 @@ pub(crate) fn measure_hidden(ctx: &Context, comm: &Arc<dyn Communicator>, link: 
     let (mut busy, mut taken) = (Vec::new(), Vec::new());
     for len in HIDDEN_SIZES {
         let bytes = comm.wire().encoded_bytes(len) as f64;
-        let calls = (HIDDEN_TIME / link.seconds(Collective::Allreduce, comm.size(), bytes)).clamp(3.0, 100.0) as usize;
+        let calls = (HIDDEN_TIME / link.seconds(Collective::Allreduce, comm.size(), bytes))
+            .clamp(3.0, 100.0) as usize;
         let alone = each(&**comm, ALONE, &mut work)?;
         // Whoever holds the other end is still adding up.
         let running = Arc::new(());
@@ -90,12 +98,15 @@ pub(crate) fn measure_hidden(ctx: &Context, comm: &Arc<dyn Communicator>, link: 
         busy.push((bytes, elapsed));
         taken.push((bytes, all.iter().sum::<f64>() / comm.size() as f64));
     }
-    let fit = |measured: &[(f64, f64)]| LinkFigures::from(Link::fit(comm.size(), measured).unwrap_or(link));
+    let fit = |measured: &[(f64, f64)]| {
+        LinkFigures::from(Link::fit(comm.size(), measured).unwrap_or(link))
+    };
     Ok(HiddenSums { link: fit(&busy), taken: fit(&taken) })
 }
 
-/// The mean time of a round of this rank's work while all ranks work. Not the median: ranks that share a core take turns of several rounds
-/// each, so that most rounds take as long as if the core were theirs alone.
+/// The mean time of a round of this rank's work while all ranks work. Not the median: ranks that
+/// share a core take turns of several rounds each, so that most rounds take as long as if the core
+/// were theirs alone.
 fn each(comm: &dyn Communicator, rounds: u32, mut work: impl FnMut()) -> Result<f64, CommError> {
     work();
     comm.barrier()?;

@@ -1,4 +1,5 @@
-//! What ranks can do: how fast they read and multiply weights, and the links between them, measured or typical.
+//! What ranks can do: how fast they read and multiply weights, and the links between them, measured
+//! or typical.
 
 use comm::{Cluster, Link};
 use ops::KvFormat;
@@ -32,12 +33,13 @@ impl From<Link> for LinkFigures {
 pub struct HiddenSums {
     /// The link as it is then: a rank that computes looks after its messages late.
     pub link: LinkFigures,
-    /// What a sum takes from the work, as if that were a link: cores that compute move the packets, too.
+    /// What a sum takes from the work, as if that were a link: cores that compute move the packets,
+    /// too.
     pub taken: LinkFigures,
 }
 
-/// Rows of a product that count as few: what an expert of a mixture sees of a short prompt. Arithmetic on so many is slower for each than on
-/// those that follow.
+/// Rows of a product that count as few: what an expert of a mixture sees of a short prompt.
+/// Arithmetic on so many is slower for each than on those that follow.
 pub(crate) const FEW: usize = 8;
 
 /// How fast a rank's kernels multiply weights of one format while all ranks are at work.
@@ -56,8 +58,8 @@ pub struct Rate {
 }
 
 impl Rate {
-    /// Seconds of products of `rows` rows with `elements` weights that take `bytes`: all of them are read, and rows are multiplied
-    /// meanwhile.
+    /// Seconds of products of `rows` rows with `elements` weights that take `bytes`: all of them
+    /// are read, and rows are multiplied meanwhile.
     pub(crate) fn seconds(&self, bytes: f64, elements: f64, rows: f64) -> f64 {
         let (one, few) = (bytes / self.read_gb_s, bytes / self.few_gb_s);
         let rows_of_few = rows / FEW as f64;
@@ -84,7 +86,8 @@ pub struct AttentionRate {
 pub struct Machine {
     /// The communicator's: `threads`, `mpi`, `solo`.
     pub transport: String,
-    /// The processor it was measured on, that of rank 0; nothing where the system does not tell, or nothing was measured.
+    /// The processor it was measured on, that of rank 0; nothing where the system does not tell, or
+    /// nothing was measured.
     pub processor: Option<String>,
     /// Ranks of the group.
     pub ranks: usize,
@@ -110,16 +113,19 @@ const SHARED_MEMORY: LinkFigures = LinkFigures { alpha_us: 0.5, beta_gb_s: 8.0 }
 const ETHERNET: LinkFigures = LinkFigures { alpha_us: 15.0, beta_gb_s: 1.15 };
 /// What sums over TCP take from the work of a core.
 const PACKETS: LinkFigures = LinkFigures { alpha_us: 50.0, beta_gb_s: 1.0 };
-/// GB/s, with one token and with eight, and GFLOP/s that the kernels reach on a core of an ordinary server.
+/// GB/s, with one token and with eight, and GFLOP/s that the kernels reach on a core of an ordinary
+/// server.
 const CORE_READ: f64 = 10.0;
 const CORE_FEW: f64 = 6.0;
 const CORE_GFLOPS: f64 = 60.0;
-/// The part of the rate of products that attention reaches: its tiles are small and its exponentials count for nothing.
+/// The part of the rate of products that attention reaches: its tiles are small and its
+/// exponentials count for nothing.
 const ATTENTION_SHARE: f64 = 0.6;
 
 impl Machine {
-    /// Round figures for machines that nobody measured: shared memory of 0.5 µs and 8 GB/s within a machine, 10 Gbit/s Ethernet of 15 µs and
-    /// 1.15 GB/s between machines, 10 GB/s and 60 GFLOP/s for each thread.
+    /// Round figures for machines that nobody measured: shared memory of 0.5 µs and 8 GB/s within a
+    /// machine, 10 Gbit/s Ethernet of 15 µs and 1.15 GB/s between machines, 10 GB/s and 60 GFLOP/s
+    /// for each thread.
     pub fn typical(ranks: usize, nodes: usize, threads: usize) -> Self {
         let cores = threads as f64;
         let (read_gb_s, gflops) = (CORE_READ * cores, CORE_GFLOPS * cores);
@@ -134,7 +140,13 @@ impl Machine {
             inside: SHARED_MEMORY,
             between: if nodes > 1 { ETHERNET } else { SHARED_MEMORY },
             hidden: HiddenSums { link: ETHERNET, taken: PACKETS },
-            rates: vec![Rate { format: weights, start_us: 10.0, read_gb_s, few_gb_s: CORE_FEW * cores, gflops }],
+            rates: vec![Rate {
+                format: weights,
+                start_us: 10.0,
+                read_gb_s,
+                few_gb_s: CORE_FEW * cores,
+                gflops,
+            }],
             attention: vec![AttentionRate {
                 format: cache,
                 start_us: 1.0,
@@ -166,8 +178,8 @@ impl Machine {
         self.attention.iter().find(|rate| rate.format == name).unwrap_or(&self.attention[0])
     }
 
-    /// The first figure that is no positive number (a latency may be zero), with its name, or what is missing: [`plan`](crate::plan) needs
-    /// all of them, and JSON cannot hold infinite ones.
+    /// The first figure that is no positive number (a latency may be zero), with its name, or what
+    /// is missing: [`plan`](crate::plan) needs all of them, and JSON cannot hold infinite ones.
     pub fn flaw(&self) -> Option<String> {
         let links = [
             ("inside", self.inside),
@@ -178,24 +190,34 @@ impl Machine {
         let links = links.iter().flat_map(|(of, LinkFigures { alpha_us, beta_gb_s })| {
             [(*of, "alpha_us", *alpha_us), (*of, "beta_gb_s", *beta_gb_s)]
         });
-        let products = self.rates.iter().flat_map(|Rate { format, start_us, read_gb_s, few_gb_s, gflops }| {
-            let figures =
-                [("start_us", start_us), ("read_gb_s", read_gb_s), ("few_gb_s", few_gb_s), ("gflops", gflops)];
-            figures.map(|(name, figure)| (&**format, name, *figure))
-        });
-        let attends = self.attention.iter().flat_map(|AttentionRate { format, start_us, read_gb_s, gflops }| {
-            let figures = [("start_us", start_us), ("read_gb_s", read_gb_s), ("gflops", gflops)];
-            figures.map(|(name, figure)| (&**format, name, *figure))
-        });
+        let products =
+            self.rates.iter().flat_map(|Rate { format, start_us, read_gb_s, few_gb_s, gflops }| {
+                let figures = [
+                    ("start_us", start_us),
+                    ("read_gb_s", read_gb_s),
+                    ("few_gb_s", few_gb_s),
+                    ("gflops", gflops),
+                ];
+                figures.map(|(name, figure)| (&**format, name, *figure))
+            });
+        let attends = self.attention.iter().flat_map(
+            |AttentionRate { format, start_us, read_gb_s, gflops }| {
+                let figures =
+                    [("start_us", start_us), ("read_gb_s", read_gb_s), ("gflops", gflops)];
+                figures.map(|(name, figure)| (&**format, name, *figure))
+            },
+        );
         let sound = |name: &str, figure: f64| {
-            figure.is_finite() && (figure > 0.0 || figure == 0.0 && matches!(name, "alpha_us" | "start_us"))
+            figure.is_finite()
+                && (figure > 0.0 || figure == 0.0 && matches!(name, "alpha_us" | "start_us"))
         };
         let lists = [("rates", self.rates.len()), ("attention", self.attention.len())];
         let counts = [("ranks", self.ranks), ("nodes", self.nodes), ("threads", self.threads)];
         let mut figures = links.chain(products).chain(attends);
         let flaw = figures.find(|(_, name, figure)| !sound(name, *figure));
         let flaw = flaw.map(|(of, name, figure)| format!("{name} of {of} is {figure}"));
-        let missing = || lists.iter().find(|(_, len)| *len == 0).map(|(name, _)| format!("no {name}"));
+        let missing =
+            || lists.iter().find(|(_, len)| *len == 0).map(|(name, _)| format!("no {name}"));
         let count = || counts.iter().find(|(_, count)| !(1..=1 << 20).contains(count));
         flaw.or_else(missing).or_else(|| count().map(|(name, count)| format!("{name} is {count}")))
     }
@@ -207,10 +229,19 @@ mod tests {
 
     #[test]
     fn products_read_everything_once_and_multiply_each_row() {
-        let rate = Rate { format: String::new(), start_us: 0.0, read_gb_s: 10.0, few_gb_s: 4.0, gflops: 50.0 };
+        let rate = Rate {
+            format: String::new(),
+            start_us: 0.0,
+            read_gb_s: 10.0,
+            few_gb_s: 4.0,
+            gflops: 50.0,
+        };
         // 20 GB of 10 G elements: 2 s to read, 5 s for eight rows, 0.4 s for each further one.
         let seconds = |rows| (rate.seconds(20e9, 10e9, rows) * 1e6).round() / 1e6;
-        assert_eq!([0.0, 1.0, 3.2, 4.0, 8.0, 9.0, 108.0].map(seconds), [2.0, 2.0, 2.0, 2.5, 5.0, 5.4, 45.0]);
+        assert_eq!(
+            [0.0, 1.0, 3.2, 4.0, 8.0, 9.0, 108.0].map(seconds),
+            [2.0, 2.0, 2.0, 2.5, 5.0, 5.4, 45.0]
+        );
     }
 
     #[test]
@@ -221,7 +252,11 @@ mod tests {
             machine.flaw()
         };
         assert_eq!(flaw(|_| ()), None);
-        assert_eq!(flaw(|m| (m.inside.alpha_us, m.rates[0].start_us, m.attention[0].start_us) = (0.0, 0.0, 0.0)), None);
+        assert_eq!(
+            flaw(|m| (m.inside.alpha_us, m.rates[0].start_us, m.attention[0].start_us) =
+                (0.0, 0.0, 0.0)),
+            None
+        );
         let named = |change, words: &str| assert_eq!(flaw(change), Some(words.to_owned()));
         named(|m| m.rates[0].read_gb_s = f64::INFINITY, "read_gb_s of bf16 is inf");
         named(|m| m.rates[0].few_gb_s = 0.0, "few_gb_s of bf16 is 0");

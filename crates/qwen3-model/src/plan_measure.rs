@@ -1,12 +1,13 @@
-//! Measuring how fast ranks work: the model's own kernels on weights that mean nothing, with all ranks at work at once.
+//! Measuring how fast ranks work: the model's own kernels on weights that mean nothing, with all
+//! ranks at work at once.
 
 use std::sync::Arc;
 
 use comm::{Collective, CommError, Communicator, Link, SoloComm};
 use ops::{
-    AttentionAlgorithm, AttentionScratch, AttentionShape, AttentionSpec, Context, Expert, Isa, KvFormat, LayerCache,
-    Linear, Mlp, MlpSchedule, MlpScratch, Placement, QkNorm, Residual, Rotary, SequenceSpan, TokenLayout,
-    attention_headwise, mlp,
+    AttentionAlgorithm, AttentionScratch, AttentionShape, AttentionSpec, Context, Expert, Isa,
+    KvFormat, LayerCache, Linear, Mlp, MlpSchedule, MlpScratch, Placement, QkNorm, Residual,
+    Rotary, SequenceSpan, TokenLayout, attention_headwise, mlp,
 };
 use tensor::{Activations, WeightFormat};
 
@@ -19,13 +20,15 @@ use crate::plan_machine::{AttentionRate, FEW, HiddenSums, Rate};
 pub enum Effort {
     /// A few seconds: through more weights, keys and values than caches hold.
     Thorough,
-    /// An eighth of the memory and a third of the rounds. Where a cache holds most of that, memory looks faster than it is.
+    /// An eighth of the memory and a third of the rounds. Where a cache holds most of that, memory
+    /// looks faster than it is.
     Quick,
 }
 
 impl Effort {
-    /// Bytes of weights, and of keys and values, through which ranks that share a memory go in turn. (Of 128 MiB of keys and values the
-    /// last cache of a Xeon with 480 MiB kept so much that attention read them at 49 GB/s, in a model at 34.)
+    /// Bytes of weights, and of keys and values, through which ranks that share a memory go in
+    /// turn. (Of 128 MiB of keys and values the last cache of a Xeon with 480 MiB kept so much that
+    /// attention read them at 49 GB/s, in a model at 34.)
     fn bytes(self) -> [usize; 2] {
         let all = [320 << 20, 448 << 20];
         if self == Self::Quick { all.map(|bytes| bytes / 8) } else { all }
@@ -41,9 +44,10 @@ impl Effort {
 fn tokens(isa: Isa) -> usize {
     if isa.has_avx2() { 256 } else { 16 }
 }
-/// Tokens in caches: few, where starting costs most, a chunk's past, and many, with the one that joins them a power of two. Of few one begins
-/// a span, which has it filled with zeros: these few keys are read from a cache of the processor here, in a model from memory, and that makes
-/// up for it. (A layer of 0.6B on two threads: 25 us without, 37 us with it, 36 us in a model.)
+/// Tokens in caches: few, where starting costs most, a chunk's past, and many, with the one that
+/// joins them a power of two. Of few one begins a span, which has it filled with zeros: these few
+/// keys are read from a cache of the processor here, in a model from memory, and that makes up for
+/// it. (A layer of 0.6B on two threads: 25 us without, 37 us with it, 36 us in a model.)
 const DEPTHS: [usize; 3] = [128, 2048, 4095];
 /// The heads of Qwen3-0.6B.
 const KV_HEADS: usize = 8;
@@ -61,8 +65,8 @@ pub struct Speeds {
     pub hidden: Option<HiddenSums>,
 }
 
-/// Runs decoder layers on all ranks at once, a few seconds in all. The ranks of a machine share the layers, since what they wait for each
-/// other counts. All ranks call it and get the same rates.
+/// Runs decoder layers on all ranks at once, a few seconds in all. The ranks of a machine share the
+/// layers, since what they wait for each other counts. All ranks call it and get the same rates.
 ///
 /// # Errors
 /// When a rank is lost.
@@ -74,24 +78,35 @@ pub fn measure_speeds(
     effort: Effort,
 ) -> Result<Speeds, CommError> {
     let Groups { all, here, inside, leaders, between } = groups;
-    let formats = [WeightFormat::Bf16, WeightFormat::F32, WeightFormat::F16, WeightFormat::Q8, WeightFormat::Q4];
-    // The thread that makes sums in the background is there before this one is bound to a core; the ranks themselves work apart at first.
+    let formats = [
+        WeightFormat::Bf16,
+        WeightFormat::F32,
+        WeightFormat::F16,
+        WeightFormat::Q8,
+        WeightFormat::Q4,
+    ];
+    // The thread that makes sums in the background is there before this one is bound to a core; the
+    // ranks themselves work apart at first.
     let mut ctx = Context::new(isa, Arc::clone(all), 1, threads, placement)?;
     ctx.positions = Arc::new(SoloComm::new());
     let mut lab = Lab { comm: &**all, ctx, ranks: here.size(), effort };
     let starts = formats.map(|format| lab.start(format));
-    let attention = [KvFormat::F16, KvFormat::F32, KvFormat::Q8].map(|format| lab.attention(format));
+    let attention =
+        [KvFormat::F16, KvFormat::F32, KvFormat::Q8].map(|format| lab.attention(format));
     let attention = attention.into_iter().collect::<Result<Vec<_>, _>>()?;
-    // The same team goes on: this thread is bound to its core by now, and the threads of another team would be bound to no other.
+    // The same team goes on: this thread is bound to its core by now, and the threads of another
+    // team would be bound to no other.
     lab.ctx.heads = Arc::clone(here);
-    let products = |(format, start): (_, Result<_, _>)| lab.products(format, start?, *inside, &attention[0]);
+    let products =
+        |(format, start): (_, Result<_, _>)| lab.products(format, start?, *inside, &attention[0]);
     let rates = formats.into_iter().zip(starts).map(products).collect::<Result<_, _>>()?;
     let hidden = between.map(|link| measure_hidden(&lab.ctx, leaders, link)).transpose()?;
     Ok(Speeds { rates, attention, hidden })
 }
 
-/// What is left of `seconds` without those of `other` work, which were measured apart from it: at least one half. Noise may have it that the
-/// other work took as long or longer; a rate of what is then left would be infinite or negative, and no plan could use it.
+/// What is left of `seconds` without those of `other` work, which were measured apart from it: at
+/// least one half. Noise may have it that the other work took as long or longer; a rate of what is
+/// then left would be infinite or negative, and no plan could use it.
 fn without(seconds: f64, other: f64) -> f64 {
     (seconds - other).max(seconds / 2.0)
 }
@@ -163,11 +178,18 @@ const SMALL: Sizes = Sizes { hidden: 64, columns: 64, kv_heads: 1, head_dim: 32 
 /// A layer of Qwen3-0.6B.
 const USUAL: Sizes = Sizes { hidden: 1024, columns: 3072, kv_heads: KV_HEADS, head_dim: HEAD_DIM };
 /// Half of it: what several ranks have each.
-const HALF: Sizes = Sizes { hidden: 1024, columns: 1536, kv_heads: KV_HEADS / 2, head_dim: HEAD_DIM };
+const HALF: Sizes =
+    Sizes { hidden: 1024, columns: 1536, kv_heads: KV_HEADS / 2, head_dim: HEAD_DIM };
 
 impl Lab<'_> {
     /// Seconds of a pass of `tokens` tokens through `layers` with empty caches, sums included.
-    fn pass(&self, sizes: Sizes, layers: &[DecoderLayer], tokens: usize, rounds: usize) -> Result<f64, CommError> {
+    fn pass(
+        &self,
+        sizes: Sizes,
+        layers: &[DecoderLayer],
+        tokens: usize,
+        rounds: usize,
+    ) -> Result<f64, CommError> {
         let (shape, layout) = (sizes.shape(), TokenLayout::balanced(tokens, 1));
         let angles = Activations::zeros((tokens, sizes.head_dim / 2));
         let pass = Pass {
@@ -238,20 +260,35 @@ impl Lab<'_> {
         })
     }
 
-    /// Seconds of the feed-forward block of a layer for a few tokens, its sum included: what an expert does. With the rest of a layer, of which
-    /// experts have nothing, the rate of Q8 and Q4 came out an eighth lower.
-    fn feed_forward(&self, hidden: usize, layers: &[DecoderLayer], rounds: usize) -> Result<f64, CommError> {
+    /// Seconds of the feed-forward block of a layer for a few tokens, its sum included: what an
+    /// expert does. With the rest of a layer, of which experts have nothing, the rate of Q8 and Q4
+    /// came out an eighth lower.
+    fn feed_forward(
+        &self,
+        hidden: usize,
+        layers: &[DecoderLayer],
+        rounds: usize,
+    ) -> Result<f64, CommError> {
         let (x, layout) = (Activations::ones((FEW, hidden)), TokenLayout::balanced(FEW, 1));
         let (mut scratch, mut residual) = (MlpScratch::default(), Residual::default());
         *residual.start(false) = x.clone();
         let seconds = median(self.comm, rounds, || {
-            layers.iter().try_for_each(|layer| mlp(&self.ctx, &layer.mlp, &x, &layout, &mut scratch, &mut residual))
+            layers.iter().try_for_each(|layer| {
+                mlp(&self.ctx, &layer.mlp, &x, &layout, &mut scratch, &mut residual)
+            })
         })?;
         Ok(seconds / layers.len() as f64)
     }
 
-    /// Median seconds of attention of `tokens` tokens after `depth` others, for each of `caches`, which hold at least as many.
-    fn attend(&self, caches: &mut [LayerCache], depth: usize, tokens: usize, rounds: usize) -> Result<f64, CommError> {
+    /// Median seconds of attention of `tokens` tokens after `depth` others, for each of `caches`,
+    /// which hold at least as many.
+    fn attend(
+        &self,
+        caches: &mut [LayerCache],
+        depth: usize,
+        tokens: usize,
+        rounds: usize,
+    ) -> Result<f64, CommError> {
         let shape = USUAL.shape();
         let (ones, angles) = (vec![1.0; HEAD_DIM], Activations::zeros((tokens, HEAD_DIM / 2)));
         let spec = AttentionSpec {
@@ -274,7 +311,8 @@ impl Lab<'_> {
     }
 
     fn attention(&self, format: KvFormat) -> Result<AttentionRate, CommError> {
-        let ([shallow, middle, deep], tokens, shape) = (DEPTHS, tokens(self.ctx.isa), USUAL.shape());
+        let ([shallow, middle, deep], tokens, shape) =
+            (DEPTHS, tokens(self.ctx.isa), USUAL.shape());
         let past = Activations::ones((deep, shape.qkv_width()));
         // Each by the team, whose threads first touch it, as in a model.
         let cache = || {

@@ -1,6 +1,10 @@
-//! The memory that a rank works with in a pass: the buffers of a [`Part`](crate::layer) and of the operations, by their shapes.
+//! The memory that a rank works with in a pass: the buffers of a [`Part`](crate::layer) and of the
+//! operations, by their shapes.
 
-use ops::{AttentionMemory, AttentionShape, Bytes, ExpertsMemory, InputMemory, MlpMemory, MlpSchedule, TokenLayout};
+use ops::{
+    AttentionMemory, AttentionShape, Bytes, ExpertsMemory, InputMemory, MlpMemory, MlpSchedule,
+    TokenLayout,
+};
 use tensor::split_range;
 
 use crate::heads::{BlockShape, BlockShare, HeadPlan};
@@ -12,10 +16,12 @@ use crate::traffic::column_machines;
 
 /// Bytes of an f32.
 const F32: usize = size_of::<f32>();
-/// Bytes that the kernels of a thread keep for sums and widened weights (`simd-kernels/src/matmul/avx2.rs`).
+/// Bytes that the kernels of a thread keep for sums and widened weights
+/// (`simd-kernels/src/matmul/avx2.rs`).
 const KERNELS: usize = 324 << 10;
 
-/// Bytes that `rank` allocates for the prompt's longest pass, beside weights and cache, without what MPI keeps of messages.
+/// Bytes that `rank` allocates for the prompt's longest pass, beside weights and cache, without
+/// what MPI keeps of messages.
 pub(crate) fn activation_bytes(input: &PlanInput<'_>, division: Division, rank: usize) -> usize {
     let PlanInput { config, weights, machine, prompt, chunk, kv, .. } = *input;
     let Machine { ranks, nodes, threads, .. } = *machine;
@@ -40,13 +46,15 @@ pub(crate) fn activation_bytes(input: &PlanInput<'_>, division: Division, rank: 
     };
     let attention = attention.bytes();
     let part = |own: usize| {
-        // The residual stream, its norm, what joins it, and the memory that sums in the background bring back.
+        // The residual stream, its norm, what joins it, and the memory that sums in the background
+        // bring back.
         let streams = 2 + usize::from(tp > 1) + usize::from(parts.len() > 1);
         let row = streams * hidden + shape.head_dim + shape.qkv_width() + shape.query_width();
         let inputs = weights.layers().iter().fold(InputMemory::default(), |input, layer| {
             input.prepare(layer.qkv, own, hidden).prepare(layer.output, own, shape.query_width())
         });
-        let mlps = (0..config.num_hidden_layers).map(|layer| mlp(input, division, rank, layer, own, &layout));
+        let mlps = (0..config.num_hidden_layers)
+            .map(|layer| mlp(input, division, rank, layer, own, &layout));
         let mlp = mlps.max_by_key(|mlp| mlp.kept).unwrap_or_default();
         let kept = F32 * own * row + inputs.bytes() + attention.kept + mlp.kept;
         Bytes { kept, passing: attention.passing.max(mlp.passing) }
@@ -55,7 +63,8 @@ pub(crate) fn activation_bytes(input: &PlanInput<'_>, division: Division, rank: 
     let joined = (own - parts[0].len()) * hidden;
     let logits = split_range(config.vocab_size, ranks, rank).len();
     let parts: Vec<Bytes> = parts.iter().map(|range| part(range.len())).collect();
-    let passing = parts.iter().map(|part| part.passing).max().unwrap_or(0).max(F32 * (joined + logits));
+    let passing =
+        parts.iter().map(|part| part.passing).max().unwrap_or(0).max(F32 * (joined + logits));
     threads * KERNELS + parts.iter().map(|part| part.kept).sum::<usize>() + passing
 }
 

@@ -1,7 +1,8 @@
 //! What a pass over tokens costs: the work of the slowest rank and what the ranks exchange.
 //!
-//! Collectives are those of [`TrafficModel`], by the α–β model of [`comm::Link`]. Work is that of the layers' products, of attention and of
-//! the head, at the rates of [`Machine`], after a constant for each layer and KV head.
+//! Collectives are those of [`TrafficModel`], by the α–β model of [`comm::Link`]. Work is that of
+//! the layers' products, of attention and of the head, at the rates of [`Machine`], after a
+//! constant for each layer and KV head.
 
 use comm::{Cluster, Collective, node_of};
 use ops::{ExpertSplit, LayerCache, LogitRows, MlpSchedule, TokenLayout};
@@ -19,8 +20,9 @@ use crate::traffic::TrafficModel;
 
 /// Passes over the row of a visit to an expert: it is gathered, prepared, written and added up.
 const ROW_PASSES: f64 = 5.0;
-/// How many more visits than an equal share the fullest rank with whole experts has in a prompt. Routers are trained to spread the visits
-/// of many texts, those of one are less even: 1.1 was measured on 2 ranks with random weights.
+/// How many more visits than an equal share the fullest rank with whole experts has in a prompt.
+/// Routers are trained to spread the visits of many texts, those of one are less even: 1.1 was
+/// measured on 2 ranks with random weights.
 const SKEW: f64 = 1.1;
 
 /// Passes over the prompt, or one pass for a token.
@@ -62,14 +64,15 @@ struct Exchange {
 struct Behind {
     /// If they are waited for all the same.
     waited: f64,
-    /// If there is work all the while, and what they take from it: cores that compute move the packets, too.
+    /// If there is work all the while, and what they take from it: cores that compute move the
+    /// packets, too.
     travel: f64,
     taken: f64,
 }
 
 impl Behind {
-    /// What they take from `work` seconds of work, and how long the rest of them is waited for: as many travel behind the work, slowed
-    /// down by them, as it lasts for.
+    /// What they take from `work` seconds of work, and how long the rest of them is waited for: as
+    /// many travel behind the work, slowed down by them, as it lasts for.
     fn work(self, work: f64) -> (f64, f64) {
         let Self { waited, travel, taken } = self;
         let hidden = if travel > taken { (work / (travel - taken)).min(1.0) } else { 1.0 };
@@ -103,7 +106,15 @@ impl<'a> Way<'a> {
         let (tp, sp) = division.strategy.grid(machine.ranks);
         let share = |rank| weights.of_rank(config, division, machine.ranks, rank);
         let shares = (0..machine.ranks).map(share).collect();
-        Self { input, division, tp, sp, shares, cluster: machine.cluster(), hidden: machine.hidden() }
+        Self {
+            input,
+            division,
+            tp,
+            sp,
+            shares,
+            cluster: machine.cluster(),
+            hidden: machine.hidden(),
+        }
     }
 
     /// The whole prompt, in chunks.
@@ -133,27 +144,34 @@ impl<'a> Way<'a> {
     pub fn kv_bytes(&self, rank: usize, positions: usize) -> usize {
         let config = self.input.config;
         let heads = HeadPlan::new(config, self.tp, rank % self.tp).kv_heads.len();
-        let position = LayerCache::position_bytes(self.input.kv, heads, config.head_dim) * config.num_hidden_layers;
+        let position = LayerCache::position_bytes(self.input.kv, heads, config.head_dim)
+            * config.num_hidden_layers;
         position * positions.div_ceil(self.sp)
     }
 
     fn pass(&self, tokens: usize, past: usize, rows: LogitRows) -> PassCost {
         let mut cost = PassCost::default();
-        let halves = self.overlap().parts(self.input.config, self.sp, self.division.schedule, tokens).len() > 1;
+        let halves =
+            self.overlap().parts(self.input.config, self.sp, self.division.schedule, tokens).len()
+                > 1;
         let mut most = Behind::default();
         for rank in 0..self.input.machine.ranks {
-            let Exchange { calls, bytes, seconds, ring, sums } = self.collectives(rank, tokens, past, rows, halves);
+            let Exchange { calls, bytes, seconds, ring, sums } =
+                self.collectives(rank, tokens, past, rows, halves);
             let attention = self.attention(rank, tokens, past);
-            // Blocks of keys travel while a rank attends to those that it has; behind the last one nothing travels.
+            // Blocks of keys travel while a rank attends to those that it has; behind the last one
+            // nothing travels.
             let (taken, waited) = ring.work(attention * (self.sp - 1) as f64 / self.sp as f64);
             cost.calls = cost.calls.max(calls);
             cost.bytes = cost.bytes.max(bytes);
             cost.collective_seconds = cost.collective_seconds.max(seconds + waited);
-            cost.work_seconds = cost.work_seconds.max(self.products(rank, tokens, rows) + attention + taken);
+            cost.work_seconds =
+                cost.work_seconds.max(self.products(rank, tokens, rows) + attention + taken);
             most = most.and(sums, f64::max);
         }
         if halves {
-            // Each half's sum travels while the other half computes; the last one has nothing to hide behind.
+            // Each half's sum travels while the other half computes; the last one has nothing to
+            // hide behind.
             let (taken, waited) = most.work(cost.work_seconds);
             cost.work_seconds += taken;
             cost.collective_seconds += waited + most.travel / cost.calls as f64;
@@ -172,11 +190,14 @@ impl<'a> Way<'a> {
         let share = &self.shares[rank];
         let layout = TokenLayout::balanced(tokens, self.sp);
         let own = layout.count(rank / self.tp) as f64;
-        // Ranks that only split positions bring their tokens together for feed-forward blocks that they split.
+        // Ranks that only split positions bring their tokens together for feed-forward blocks that
+        // they split.
         let together = self.tp == 1 && self.division.schedule != MlpSchedule::Local;
         let mlp_tokens = if together { tokens as f64 } else { own };
-        let skew = if self.division.experts == ExpertSplit::Ranks && tokens > 1 { SKEW } else { 1.0 };
-        let (visited, rows_each) = config.moe.as_ref().map_or((0.0, 0.0), |moe| self.visited(moe, mlp_tokens));
+        let skew =
+            if self.division.experts == ExpertSplit::Ranks && tokens > 1 { SKEW } else { 1.0 };
+        let (visited, rows_each) =
+            config.moe.as_ref().map_or((0.0, 0.0), |moe| self.visited(moe, mlp_tokens));
         let layers = config.num_hidden_layers as f64;
         let mut seconds = layers * machine.rate(self.input.weights.main()).start_us * 1e-6;
         for (index, format) in WeightFormat::ALL.into_iter().enumerate() {
@@ -205,11 +226,13 @@ impl<'a> Way<'a> {
         let rate = machine.attention_rate(self.input.kv);
         let flops = if tokens == 1 { 0.0 } else { flops / self.sp as f64 };
         let starts = (config.num_hidden_layers * heads.kv_heads.len()) as f64;
-        let work = (self.kv_bytes(rank, past + tokens) as f64 / rate.read_gb_s).max(flops / rate.gflops);
+        let work =
+            (self.kv_bytes(rank, past + tokens) as f64 / rate.read_gb_s).max(flops / rate.gflops);
         starts * rate.start_us * 1e-6 + work * 1e-9
     }
 
-    /// The part of its experts that the rank with most visits has visited in a pass, and the rows of each of these.
+    /// The part of its experts that the rank with most visits has visited in a pass, and the rows
+    /// of each of these.
     fn visited(&self, moe: &MoeConfig, tokens: f64) -> (f64, f64) {
         let (experts, visits) = (moe.num_experts as f64, moe.num_experts_per_tok as f64);
         let different = moe.visited_experts(tokens);
@@ -218,17 +241,36 @@ impl<'a> Way<'a> {
             return (different / experts, rows);
         }
         let ranks = self.division.block_ranks(self.input.machine.ranks);
-        let shares: Vec<_> = (0..ranks).map(|rank| split_range(moe.num_experts, ranks, rank).len()).collect();
+        let shares: Vec<_> =
+            (0..ranks).map(|rank| split_range(moe.num_experts, ranks, rank).len()).collect();
         (expected_most(&shares, different.round() as usize) / shares[0] as f64, rows)
     }
 
     /// A rank's collectives; the choice of the next token is one of them.
-    fn collectives(&self, rank: usize, tokens: usize, past: usize, rows: LogitRows, halves: bool) -> Exchange {
-        let PlanInput { config, machine: &Machine { ranks, nodes, .. }, wire, kv, .. } = *self.input;
+    fn collectives(
+        &self,
+        rank: usize,
+        tokens: usize,
+        past: usize,
+        rows: LogitRows,
+        halves: bool,
+    ) -> Exchange {
+        let PlanInput { config, machine: &Machine { ranks, nodes, .. }, wire, kv, .. } =
+            *self.input;
         let Division { strategy, schedule, .. } = self.division;
         let granularity = self.input.weights.granularity();
         let overlap = OVERLAP_TOKENS;
-        let model = TrafficModel { config, ranks, nodes, rank, strategy, schedule, granularity, kv, overlap };
+        let model = TrafficModel {
+            config,
+            ranks,
+            nodes,
+            rank,
+            strategy,
+            schedule,
+            granularity,
+            kv,
+            overlap,
+        };
         let node = |rank| node_of(rank, ranks, nodes);
         let row: Vec<usize> = (0..self.tp).map(|i| node(rank / self.tp * self.tp + i)).collect();
         let column: Vec<usize> = (0..self.sp).map(|i| node(rank % self.tp + i * self.tp)).collect();
@@ -242,11 +284,14 @@ impl<'a> Way<'a> {
         }
         let entries = entries.into_iter().map(|entry| (entry, false)).chain([(exact, true)]);
         for (entry, exact) in entries.filter(|(entry, _)| entry.calls > 0) {
-            let sums = !exact && matches!(entry.collective, Collective::Allreduce | Collective::ReduceScatter);
+            let sums = !exact
+                && matches!(entry.collective, Collective::Allreduce | Collective::ReduceScatter);
             let payload = entry.payload_bytes;
-            let payload = if sums { wire.encoded_bytes(payload as usize / 4) as u64 } else { payload };
+            let payload =
+                if sums { wire.encoded_bytes(payload as usize / 4) as u64 } else { payload };
             let each = payload as f64 / entry.calls as f64;
-            // In a grid, sums are those of a row of ranks that split weights, all else is exchanged along columns.
+            // In a grid, sums are those of a row of ranks that split weights, all else is exchanged
+            // along columns.
             let group = match (self.tp, self.sp) {
                 (1, _) | (_, 1) => &everyone,
                 _ if sums && entry.collective == Collective::Allreduce
@@ -258,7 +303,9 @@ impl<'a> Way<'a> {
             };
             all.calls += entry.calls;
             all.bytes += payload;
-            let on = |cluster: &Cluster| entry.calls as f64 * cluster.seconds(entry.collective, group, each);
+            let on = |cluster: &Cluster| {
+                entry.calls as f64 * cluster.seconds(entry.collective, group, each)
+            };
             let [link, taken] = &self.hidden;
             let behind = Behind { waited: on(&self.cluster), travel: on(link), taken: on(taken) };
             match entry.collective {
@@ -273,7 +320,8 @@ impl<'a> Way<'a> {
             let candidates = 8 * ranks as u64;
             all.calls += 1;
             all.bytes += candidates;
-            all.seconds += self.cluster.seconds(Collective::Allgather, &everyone, candidates as f64);
+            all.seconds +=
+                self.cluster.seconds(Collective::Allgather, &everyone, candidates as f64);
         }
         all
     }

@@ -42,7 +42,8 @@ pub(crate) struct Matrices {
 pub(crate) struct RankWeights {
     /// Bytes held.
     pub bytes: usize,
-    /// What every token visits: of attention, and of the feed-forward blocks (dense ones and routers).
+    /// What every token visits: of attention, and of the feed-forward blocks (dense ones and
+    /// routers).
     pub attention: Matrices,
     pub mlp: Matrices,
     /// All experts; their elements are counted with what narrow matrices take longer.
@@ -94,7 +95,10 @@ impl WeightFormats {
             })
         };
         let head = format(head(config, checkpoint))?;
-        Ok(Self { layers: (0..config.num_hidden_layers).map(layer).collect::<Result<_, _>>()?, head })
+        Ok(Self {
+            layers: (0..config.num_hidden_layers).map(layer).collect::<Result<_, _>>()?,
+            head,
+        })
     }
 
     /// The format of the head, which reports name as that of the weights.
@@ -111,13 +115,19 @@ impl WeightFormats {
         self.layers.first().map_or(1, |layer| layer.granule)
     }
 
-    /// Bytes of packed weights of `rank` among `ranks`, replicated KV heads and routers included: what
-    /// [`Model::weight_bytes`](crate::Model::weight_bytes) is after loading.
+    /// Bytes of packed weights of `rank` among `ranks`, replicated KV heads and routers included:
+    /// what [`Model::weight_bytes`](crate::Model::weight_bytes) is after loading.
     pub fn bytes(&self, config: &Config, division: Division, ranks: usize, rank: usize) -> usize {
         self.of_rank(config, division, ranks, rank).bytes
     }
 
-    pub(crate) fn of_rank(&self, config: &Config, division: Division, ranks: usize, rank: usize) -> RankWeights {
+    pub(crate) fn of_rank(
+        &self,
+        config: &Config,
+        division: Division,
+        ranks: usize,
+        rank: usize,
+    ) -> RankWeights {
         let (tp, _) = division.strategy.grid(ranks);
         let heads = HeadPlan::new(config, tp, rank % tp);
         let (hidden, head_dim) = (config.hidden_size, config.head_dim);
@@ -127,43 +137,69 @@ impl WeightFormats {
 
         let mut share = RankWeights::default();
         for (index, layer) in self.layers.iter().enumerate() {
-            for (format, rows, cols) in [(layer.qkv, qkv_rows, hidden), (layer.output, hidden, queries)] {
+            for (format, rows, cols) in
+                [(layer.qkv, qkv_rows, hidden), (layer.output, hidden, queries)]
+            {
                 share.bytes += share.attention.add(format, 1, rows, cols, 1.0);
             }
             let moe = config.moe_of(index);
-            let (experts, visited) = moe.map_or((1, 1), |moe| (moe.num_experts, moe.num_experts_per_tok));
+            let (experts, visited) =
+                moe.map_or((1, 1), |moe| (moe.num_experts, moe.num_experts_per_tok));
             if let Some(format) = layer.router {
                 share.bytes += share.mlp.add(format, 1, experts, hidden, 1.0);
             }
             let shape = BlockShape::new(config, index, layer.granule);
-            let own = BlockShare::new(shape, division.schedule, division.experts, parts, rank % parts);
-            let (inner, (down_rows, down_cols)) = (own.inner.len(), (own.down.0.len(), own.down.1.len()));
-            // A product with few columns, or few of a sum, spends more on its edges: as much as with so many columns more.
+            let own =
+                BlockShare::new(shape, division.schedule, division.experts, parts, rank % parts);
+            let (inner, (down_rows, down_cols)) =
+                (own.inner.len(), (own.down.0.len(), own.down.1.len()));
+            // A product with few columns, or few of a sum, spends more on its edges: as much as
+            // with so many columns more.
             let edge = if layer.granule > 1 { 32.0 } else { 16.0 };
             let narrow = 1.0 + edge / inner.max(1) as f64;
             if moe.is_some() {
                 share.expert_rows += (own.experts.len() * visited * hidden) as f64 / experts as f64;
             }
             for ([gate, up, down], run) in &layer.experts {
-                let count = run.end.min(own.experts.end).saturating_sub(run.start.max(own.experts.start));
+                let count =
+                    run.end.min(own.experts.end).saturating_sub(run.start.max(own.experts.start));
                 for (format, rows, cols) in
                     [(*gate, inner, hidden), (*up, inner, hidden), (*down, down_rows, down_cols)]
                 {
-                    let (kind, longer) =
-                        if moe.is_some() { (&mut share.experts, narrow) } else { (&mut share.mlp, 1.0) };
+                    let (kind, longer) = if moe.is_some() {
+                        (&mut share.experts, narrow)
+                    } else {
+                        (&mut share.mlp, 1.0)
+                    };
                     share.bytes += kind.add(format, count, rows, cols, longer);
                 }
             }
         }
-        share.bytes += share.head.add(self.head, 1, split_range(config.vocab_size, ranks, rank).len(), hidden, 1.0);
+        share.bytes += share.head.add(
+            self.head,
+            1,
+            split_range(config.vocab_size, ranks, rank).len(),
+            hidden,
+            1.0,
+        );
         share
     }
 }
 
 impl Matrices {
     /// Adds `count` matrices, whose products take `longer` than others, and returns their bytes.
-    fn add(&mut self, format: WeightFormat, count: usize, rows: usize, cols: usize, longer: f64) -> usize {
-        let index = WeightFormat::ALL.iter().position(|other| *other == format).expect("ALL lists every format");
+    fn add(
+        &mut self,
+        format: WeightFormat,
+        count: usize,
+        rows: usize,
+        cols: usize,
+        longer: f64,
+    ) -> usize {
+        let index = WeightFormat::ALL
+            .iter()
+            .position(|other| *other == format)
+            .expect("ALL lists every format");
         let bytes = count * format.packed_bytes(rows, cols);
         self.bytes[index] += bytes as f64;
         self.elements[index] += (count * rows * cols) as f64 * longer;

@@ -60,7 +60,8 @@ impl Preset {
         }
     }
 
-    /// The `config.json` of the model, with the published fields and values; `layers` replaces the number of layers.
+    /// The `config.json` of the model, with the published fields and values; `layers` replaces the
+    /// number of layers.
     pub fn config(self, layers: Option<usize>) -> Value {
         let (published, hidden, intermediate, heads, kv_heads, tied) = self.shape();
         let layers = layers.unwrap_or(published);
@@ -120,7 +121,8 @@ impl Preset {
 
     /// The `generation_config.json` of the model.
     pub fn generation_config(self) -> Value {
-        let (bos, eos) = if self.is_tiny() { (0, json!([1, 0])) } else { (151_643, json!([151_645, 151_643])) };
+        let (bos, eos) =
+            if self.is_tiny() { (0, json!([1, 0])) } else { (151_643, json!([151_645, 151_643])) };
         json!({
             "bos_token_id": bos, "do_sample": true, "eos_token_id": eos, "pad_token_id": bos, "temperature": 0.6,
             "top_k": 20, "top_p": 0.95, "transformers_version": "4.51.0"

@@ -1,14 +1,20 @@
-//! Quantizing a checkpoint once, so that it need not be done at each load and a quarter of the bytes are read.
+//! Quantizing a checkpoint once, so that it need not be done at each load and a quarter of the
+//! bytes are read.
 
 use std::path::{Path, PathBuf};
 use std::thread;
 
 use serde_json::json;
-use tensor::{Checkpoint, EncodeError, Matrix, TensorSpec as StoredSpec, WeightFormat, WriteError, encode_rows};
+use tensor::{
+    Checkpoint, EncodeError, Matrix, TensorSpec as StoredSpec, WeightFormat, WriteError,
+    encode_rows,
+};
 
 use crate::config::Config;
 use crate::fields::{ConfigError, read_json};
-use crate::names::{EMBEDDING, LM_HEAD, TensorRole, TensorSpec, head_spec, open_weights, tensor_specs};
+use crate::names::{
+    EMBEDDING, LM_HEAD, TensorRole, TensorSpec, head_spec, open_weights, tensor_specs,
+};
 use crate::shards::{ExportError, ExportProgress, SHARD_BYTES, ShardWriter, create_folder};
 
 /// Weights that one thread converts at once.
@@ -29,9 +35,10 @@ const COMPANIONS: [&str; 9] = [
 /// The folder of more such files.
 const TEMPLATES: &str = "additional_chat_templates";
 
-/// Writes the checkpoint in the folder `source` into the folder `target` with its matrices quantized to `format`, `Q8` or `Q4`.
-/// Norms and routers keep their stored precision. The tokenizer's files are copied, and `config.json` gains
-/// `"quantization_config": {"quant_method": "group32", "bits": 8 or 4}`. `target` is created and must not hold a checkpoint.
+/// Writes the checkpoint in the folder `source` into the folder `target` with its matrices
+/// quantized to `format`, `Q8` or `Q4`. Norms and routers keep their stored precision. The
+/// tokenizer's files are copied, and `config.json` gains `"quantization_config": {"quant_method":
+/// "group32", "bits": 8 or 4}`. `target` is created and must not hold a checkpoint.
 pub fn quantize(
     source: &Path,
     target: &Path,
@@ -104,9 +111,12 @@ fn copy_companions(source: &Path, target: &Path) -> Result<(), ExportError> {
     let templates = source.join(TEMPLATES);
     if templates.is_dir() {
         let folder = target.join(TEMPLATES);
-        std::fs::create_dir_all(&folder).map_err(|source| ExportError::Io { file: folder, source })?;
+        std::fs::create_dir_all(&folder)
+            .map_err(|source| ExportError::Io { file: folder, source })?;
         for entry in std::fs::read_dir(&templates).map_err(read_error(&templates))? {
-            names.push(Path::new(TEMPLATES).join(entry.map_err(read_error(&templates))?.file_name()));
+            names.push(
+                Path::new(TEMPLATES).join(entry.map_err(read_error(&templates))?.file_name()),
+            );
         }
     }
     for name in names {
@@ -159,8 +169,12 @@ fn convert(
     let starts: Vec<usize> = (0..matrix.rows()).step_by(rows).collect();
     for starts in starts.chunks(threads) {
         let pieces: Vec<_> = thread::scope(|scope| {
-            let running: Vec<_> = starts.iter().map(|&first| scope.spawn(move || piece(first))).collect();
-            running.into_iter().map(|thread| thread.join().expect("a conversion does not panic")).collect()
+            let running: Vec<_> =
+                starts.iter().map(|&first| scope.spawn(move || piece(first))).collect();
+            running
+                .into_iter()
+                .map(|thread| thread.join().expect("a conversion does not panic"))
+                .collect()
         });
         for piece in pieces {
             write(&piece?)?;

@@ -1,4 +1,5 @@
-//! Rotary position parameters of a configuration: `rope_theta` and `rope_scaling`, or the newer `rope_parameters`.
+//! Rotary position parameters of a configuration: `rope_theta` and `rope_scaling`, or the newer
+//! `rope_parameters`.
 
 use crate::fields::{ConfigError, Fields};
 
@@ -38,17 +39,25 @@ pub struct Yarn {
 }
 
 impl RopeConfig {
-    /// Reads either form. Where both are present they must agree on theta, and on the scaling if both have one: who follows older
-    /// instructions adds `rope_scaling` to a file that has `rope_parameters` without any.
-    pub(crate) fn parse(fields: &Fields<'_>, max_position_embeddings: usize) -> Result<Self, ConfigError> {
+    /// Reads either form. Where both are present they must agree on theta, and on the scaling if
+    /// both have one: who follows older instructions adds `rope_scaling` to a file that has
+    /// `rope_parameters` without any.
+    pub(crate) fn parse(
+        fields: &Fields<'_>,
+        max_position_embeddings: usize,
+    ) -> Result<Self, ConfigError> {
         let newer = fields.object("rope_parameters")?;
         let older = fields.object("rope_scaling")?;
         let theta = read_theta(fields, [newer.as_ref(), older.as_ref()])?;
         let scaling = |parameters: Option<&Fields<'_>>| {
-            parameters.map_or(Ok(RopeScaling::Default), |part| parse_scaling(part, max_position_embeddings))
+            parameters.map_or(Ok(RopeScaling::Default), |part| {
+                parse_scaling(part, max_position_embeddings)
+            })
         };
         match (scaling(newer.as_ref())?, scaling(older.as_ref())?) {
-            (scaling, RopeScaling::Default) | (RopeScaling::Default, scaling) => Ok(Self { theta, scaling }),
+            (scaling, RopeScaling::Default) | (RopeScaling::Default, scaling) => {
+                Ok(Self { theta, scaling })
+            }
             (newer, older) if newer == older => Ok(Self { theta, scaling: newer }),
             (newer, older) => Err(fields.contradiction(
                 ("rope_scaling", format!("{older:?}")),
@@ -66,19 +75,28 @@ fn read_theta(fields: &Fields<'_>, inner: [Option<&Fields<'_>>; 2]) -> Result<f6
         let Some(own) = parameters.number("rope_theta")? else { continue };
         if let Some(other) = theta.filter(|other| *other != own) {
             let name = parameters.name("rope_theta");
-            return Err(fields.contradiction(("rope_theta", other), (&name, own), "the same value in both"));
+            return Err(fields.contradiction(
+                ("rope_theta", other),
+                (&name, own),
+                "the same value in both",
+            ));
         }
         theta = Some(own);
     }
     match theta {
         None => Err(fields.missing("rope_theta", expected)),
         // A base of 1 has no wavelengths and divides by its logarithm, which is 0.
-        Some(theta) if theta <= 1.0 || theta > f64::from(f32::MAX) => Err(fields.range("rope_theta", theta, expected)),
+        Some(theta) if theta <= 1.0 || theta > f64::from(f32::MAX) => {
+            Err(fields.range("rope_theta", theta, expected))
+        }
         Some(theta) => Ok(theta),
     }
 }
 
-fn parse_scaling(parameters: &Fields<'_>, max_position_embeddings: usize) -> Result<RopeScaling, ConfigError> {
+fn parse_scaling(
+    parameters: &Fields<'_>,
+    max_position_embeddings: usize,
+) -> Result<RopeScaling, ConfigError> {
     if let Some(part) = parameters.number("partial_rotary_factor")?
         && part != 1.0
     {
@@ -95,9 +113,15 @@ fn parse_scaling(parameters: &Fields<'_>, max_position_embeddings: usize) -> Res
     }
 }
 
-fn parse_yarn(parameters: &Fields<'_>, max_position_embeddings: usize) -> Result<Yarn, ConfigError> {
-    let original = parameters.count("original_max_position_embeddings", 1)?.unwrap_or(max_position_embeddings);
-    let factor = parameters.number("factor")?.ok_or_else(|| parameters.missing("factor", "a number, at least 1"))?;
+fn parse_yarn(
+    parameters: &Fields<'_>,
+    max_position_embeddings: usize,
+) -> Result<Yarn, ConfigError> {
+    let original =
+        parameters.count("original_max_position_embeddings", 1)?.unwrap_or(max_position_embeddings);
+    let factor = parameters
+        .number("factor")?
+        .ok_or_else(|| parameters.missing("factor", "a number, at least 1"))?;
     if !(1.0..=1e6).contains(&factor) {
         return Err(parameters.range("factor", factor, "a number in 1..=1e6"));
     }
@@ -119,14 +143,27 @@ fn parse_yarn(parameters: &Fields<'_>, max_position_embeddings: usize) -> Result
     let mscale_all_dim = parameters.number("mscale_all_dim")?.filter(|&scale| scale != 0.0);
     let attention_factor = match (parameters.number("attention_factor")?, mscale, mscale_all_dim) {
         (Some(given), _, _) => given,
-        (None, Some(mscale), Some(all_dim)) => attention_scale(factor, mscale) / attention_scale(factor, all_dim),
+        (None, Some(mscale), Some(all_dim)) => {
+            attention_scale(factor, mscale) / attention_scale(factor, all_dim)
+        }
         (None, _, _) => attention_scale(factor, 1.0),
     };
     if !(attention_factor > 0.0 && attention_factor.is_finite()) {
-        return Err(parameters.range("attention_factor", attention_factor, "a finite number above 0"));
+        return Err(parameters.range(
+            "attention_factor",
+            attention_factor,
+            "a finite number above 0",
+        ));
     }
     let truncate = parameters.boolean("truncate", true)?;
-    Ok(Yarn { factor, original_max_position_embeddings: original, attention_factor, beta_fast, beta_slow, truncate })
+    Ok(Yarn {
+        factor,
+        original_max_position_embeddings: original,
+        attention_factor,
+        beta_fast,
+        beta_slow,
+        truncate,
+    })
 }
 
 /// `get_mscale` of transformers' `_compute_yarn_parameters`.

@@ -6,9 +6,10 @@ use crate::rope_config::{RopeConfig, RopeScaling, Yarn};
 
 /// The frequencies of a model's rotary positions.
 ///
-/// The formulas are those of `_compute_default_rope_parameters` and `_compute_yarn_parameters` in transformers'
-/// `modeling_rope_utils.py`, in the same order and precision (f32 tensors, f64 scalars): an angle at position 40,000 has an f32
-/// error of 0.002, so a more precise frequency would be a different model.
+/// The formulas are those of `_compute_default_rope_parameters` and `_compute_yarn_parameters` in
+/// transformers' `modeling_rope_utils.py`, in the same order and precision (f32 tensors, f64
+/// scalars): an angle at position 40,000 has an f32 error of 0.002, so a more precise frequency
+/// would be a different model.
 #[derive(Clone, Debug, PartialEq)]
 pub struct RotaryTable {
     /// `[head_dim / 2]`
@@ -27,7 +28,8 @@ impl RotaryTable {
         assert!(head_dim.is_multiple_of(2), "head_dim is {head_dim}, expected an even number");
         match &config.scaling {
             RopeScaling::Default => {
-                let inv_freq = wavelengths(config.theta, head_dim).map(|length| 1.0 / length).collect();
+                let inv_freq =
+                    wavelengths(config.theta, head_dim).map(|length| 1.0 / length).collect();
                 Self { inv_freq, attention_factor: 1.0 }
             }
             RopeScaling::Yarn(yarn) => Self {
@@ -57,8 +59,14 @@ impl RotaryTable {
     /// If their shape is not `[positions, head_dim / 2]`.
     pub fn fill(&self, positions: &[usize], cos: &mut Activations, sin: &mut Activations) {
         let shape = (positions.len(), self.inv_freq.len());
-        assert_eq!((cos.dim(), sin.dim()), (shape, shape), "shapes of cos and sin, expected {shape:?}");
-        for ((&position, mut cos), mut sin) in positions.iter().zip(cos.rows_mut()).zip(sin.rows_mut()) {
+        assert_eq!(
+            (cos.dim(), sin.dim()),
+            (shape, shape),
+            "shapes of cos and sin, expected {shape:?}"
+        );
+        for ((&position, mut cos), mut sin) in
+            positions.iter().zip(cos.rows_mut()).zip(sin.rows_mut())
+        {
             for ((&frequency, cos), sin) in self.inv_freq.iter().zip(&mut cos).zip(&mut sin) {
                 let (sine, cosine) = (position as f32 * frequency).sin_cos();
                 *cos = cosine * self.attention_factor;
@@ -71,10 +79,12 @@ impl RotaryTable {
 /// `theta ** (arange(0, head_dim, 2) / head_dim)` in f32, correctly rounded.
 fn wavelengths(theta: f64, head_dim: usize) -> impl Iterator<Item = f32> {
     let base = f64::from(theta as f32);
-    (0..head_dim / 2).map(move |pair| base.powf(f64::from((2 * pair) as f32 / head_dim as f32)) as f32)
+    (0..head_dim / 2)
+        .map(move |pair| base.powf(f64::from((2 * pair) as f32 / head_dim as f32)) as f32)
 }
 
-/// Fast dimensions keep their frequency, slow ones are divided by the factor, and a ramp lies between them.
+/// Fast dimensions keep their frequency, slow ones are divided by the factor, and a ramp lies
+/// between them.
 fn yarn_frequencies(theta: f64, yarn: &Yarn, head_dim: usize) -> Vec<f32> {
     let (low, high) = correction_range(theta, yarn, head_dim);
     let (low, span) = (low as f32, (high - low) as f32);
@@ -90,11 +100,13 @@ fn yarn_frequencies(theta: f64, yarn: &Yarn, head_dim: usize) -> Vec<f32> {
         .collect()
 }
 
-/// The pairs between which the ramp lies: those that turn `beta_fast` and `beta_slow` times within the original window.
+/// The pairs between which the ramp lies: those that turn `beta_fast` and `beta_slow` times within
+/// the original window.
 fn correction_range(theta: f64, yarn: &Yarn, head_dim: usize) -> (f64, f64) {
     let dimension = |rotations: f64| {
         let window = yarn.original_max_position_embeddings as f64;
-        head_dim as f64 * (window / (rotations * 2.0 * std::f64::consts::PI)).ln() / (2.0 * theta.ln())
+        head_dim as f64 * (window / (rotations * 2.0 * std::f64::consts::PI)).ln()
+            / (2.0 * theta.ln())
     };
     let (mut low, mut high) = (dimension(yarn.beta_fast), dimension(yarn.beta_slow));
     if yarn.truncate {
@@ -122,10 +134,14 @@ mod tests {
 
     #[test]
     fn default_frequencies_are_a_geometric_series() {
-        let table = RotaryTable::new(&RopeConfig { theta: 10_000.0, scaling: RopeScaling::Default }, 8);
+        let table =
+            RotaryTable::new(&RopeConfig { theta: 10_000.0, scaling: RopeScaling::Default }, 8);
         let expected = [1.0, 0.1, 0.01, 0.001];
         for (found, expected) in table.frequencies().iter().zip(expected) {
-            assert!((found / expected - 1.0f32).abs() <= 2.0 * f32::EPSILON, "{found} against {expected}");
+            assert!(
+                (found / expected - 1.0f32).abs() <= 2.0 * f32::EPSILON,
+                "{found} against {expected}"
+            );
         }
         let (cos, sin) = table.rows(&[0, 3, 70_000]);
         assert_eq!((cos.dim(), sin.dim()), ((3, 4), (3, 4)));
@@ -138,17 +154,27 @@ mod tests {
 
     #[test]
     fn yarn_keeps_fast_dimensions_and_divides_slow_ones() {
-        // low = floor(32 ln(64 / 64π) / 2 ln 1e6) = -2, cut to 0; high = ceil(32 ln(64 / 2π) / 2 ln 1e6) = ceil(2.688) = 3.
+        // low = floor(32 ln(64 / 64π) / 2 ln 1e6) = -2, cut to 0; high = ceil(32 ln(64 / 2π) / 2 ln
+        // 1e6) = ceil(2.688) = 3.
         let config = RopeConfig { theta: 1e6, scaling: RopeScaling::Yarn(yarn()) };
         let table = RotaryTable::new(&config, 32);
         let plain = RotaryTable::new(&RopeConfig { theta: 1e6, scaling: RopeScaling::Default }, 32);
-        for (pair, (&scaled, &plain)) in table.frequencies().iter().zip(plain.frequencies()).enumerate() {
+        for (pair, (&scaled, &plain)) in
+            table.frequencies().iter().zip(plain.frequencies()).enumerate()
+        {
             let ramp = (pair as f32 / 3.0).min(1.0);
             let expected = plain / 4.0 * ramp + plain * (1.0 - ramp);
-            assert!((scaled / expected - 1.0).abs() <= 4.0 * f32::EPSILON, "pair {pair}: {scaled} against {expected}");
+            assert!(
+                (scaled / expected - 1.0).abs() <= 4.0 * f32::EPSILON,
+                "pair {pair}: {scaled} against {expected}"
+            );
         }
         let (cos, _) = table.rows(&[0]);
-        assert!((cos[(0, 5)] - 1.138_629_4).abs() < 1e-6, "attention factor, found {}", cos[(0, 5)]);
+        assert!(
+            (cos[(0, 5)] - 1.138_629_4).abs() < 1e-6,
+            "attention factor, found {}",
+            cos[(0, 5)]
+        );
     }
 
     #[test]
@@ -162,6 +188,8 @@ mod tests {
         let (low, high) = correction_range(theta, &steep, 32);
         assert!(high > low, "a ramp from {low} to {high}");
         let table = RotaryTable::new(&RopeConfig { theta, scaling: RopeScaling::Yarn(steep) }, 32);
-        assert!(table.frequencies().iter().all(|frequency| frequency.is_finite() && *frequency > 0.0));
+        assert!(
+            table.frequencies().iter().all(|frequency| frequency.is_finite() && *frequency > 0.0)
+        );
     }
 }

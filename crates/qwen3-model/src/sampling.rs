@@ -1,9 +1,10 @@
 //! Choosing the next token from logits whose vocabulary is split over the ranks.
 //!
-//! Each rank offers the best candidates of its slice; all gather them and reach the same choice, so no rank ever sees another's
-//! logits and the token itself is never sent. The filters are those of Hugging Face transformers, in its order: repetition penalty,
-//! temperature, top-k, top-p, min-p. The draw is the largest score after Gumbel noise has been added (the Gumbel-max trick), and
-//! the noise is a hash of seed, step and token id: the same token comes out on any number of ranks.
+//! Each rank offers the best candidates of its slice; all gather them and reach the same choice, so
+//! no rank ever sees another's logits and the token itself is never sent. The filters are those of
+//! Hugging Face transformers, in its order: repetition penalty, temperature, top-k, top-p, min-p.
+//! The draw is the largest score after Gumbel noise has been added (the Gumbel-max trick), and the
+//! noise is a hash of seed, step and token id: the same token comes out on any number of ranks.
 //!
 //! | filters | what a rank sends |
 //! |---|---|
@@ -26,15 +27,18 @@ use crate::generation_config::GenerationConfig;
 
 /// Candidates of the first round of top-p.
 const FIRST_ROUND: usize = 128;
-/// Probability masses travel as multiples of 2⁻⁴⁰ of the largest: sums of integers do not depend on their order.
+/// Probability masses travel as multiples of 2⁻⁴⁰ of the largest: sums of integers do not depend on
+/// their order.
 const MASS_SCALE: f64 = (1u64 << 40) as f64;
-/// Below this a temperature means greedy: the distribution is a point to f32 precision, and logits must not overflow.
+/// Below this a temperature means greedy: the distribution is a point to f32 precision, and logits
+/// must not overflow.
 const LEAST_TEMPERATURE: f32 = 1e-5;
 
 /// How the next token is chosen.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct SamplingParams {
-    /// Divides the logits; 0 (or less than 1e-5) takes the largest logit and ignores the filters after it.
+    /// Divides the logits; 0 (or less than 1e-5) takes the largest logit and ignores the filters
+    /// after it.
     pub temperature: f32,
     /// Keeps the k most probable tokens; 0 keeps all.
     pub top_k: usize,
@@ -42,7 +46,8 @@ pub struct SamplingParams {
     pub top_p: f32,
     /// Keeps tokens at least this probable relative to the most probable one; 0 keeps all.
     pub min_p: f32,
-    /// Divides the positive logits of tokens that occurred and multiplies the negative ones; 1 changes nothing.
+    /// Divides the positive logits of tokens that occurred and multiplies the negative ones; 1
+    /// changes nothing.
     pub repetition_penalty: f32,
     /// Of the random draws.
     pub seed: u64,
@@ -51,13 +56,21 @@ pub struct SamplingParams {
 impl Default for SamplingParams {
     /// Greedy.
     fn default() -> Self {
-        Self { temperature: 0.0, top_k: 0, top_p: 1.0, min_p: 0.0, repetition_penalty: 1.0, seed: 0 }
+        Self {
+            temperature: 0.0,
+            top_k: 0,
+            top_p: 1.0,
+            min_p: 0.0,
+            repetition_penalty: 1.0,
+            seed: 0,
+        }
     }
 }
 
 impl SamplingParams {
-    /// What the checkpoint's publisher recommends at `temperature`, or at the publisher's own where that is `None`: greedy where the
-    /// file says not to sample, or says nothing. Who samples and does not say from how many candidates means 50, as transformers do.
+    /// What the checkpoint's publisher recommends at `temperature`, or at the publisher's own where
+    /// that is `None`: greedy where the file says not to sample, or says nothing. Who samples and
+    /// does not say from how many candidates means 50, as transformers do.
     pub fn recommended(config: &GenerationConfig, temperature: Option<f32>, seed: u64) -> Self {
         let temperature = temperature.unwrap_or_else(|| {
             let samples = config.do_sample.unwrap_or(config.temperature.is_some());
@@ -81,10 +94,25 @@ impl SamplingParams {
             false => Err(SamplingError::Parameter { name, found, expected }),
         };
         let (penalty, limit) = (self.repetition_penalty, 1e6);
-        check((0.0..=limit).contains(&self.temperature), "temperature", self.temperature, "a number in 0..=1e6")?;
-        check(self.top_p > 0.0 && self.top_p <= 1.0, "top_p", self.top_p, "a number above 0, at most 1")?;
+        check(
+            (0.0..=limit).contains(&self.temperature),
+            "temperature",
+            self.temperature,
+            "a number in 0..=1e6",
+        )?;
+        check(
+            self.top_p > 0.0 && self.top_p <= 1.0,
+            "top_p",
+            self.top_p,
+            "a number above 0, at most 1",
+        )?;
         check((0.0..=1.0).contains(&self.min_p), "min_p", self.min_p, "a number in 0..=1")?;
-        check(penalty > 0.0 && penalty <= limit, "repetition_penalty", penalty, "a number above 0, at most 1e6")
+        check(
+            penalty > 0.0 && penalty <= limit,
+            "repetition_penalty",
+            penalty,
+            "a number above 0, at most 1e6",
+        )
     }
 }
 
@@ -101,7 +129,8 @@ pub enum SamplingError {
         /// Its range.
         expected: &'static str,
     },
-    /// The model computed a logit that is not a number: its weights are damaged, or a value overflowed.
+    /// The model computed a logit that is not a number: its weights are damaged, or a value
+    /// overflowed.
     #[error("a logit of rank {rank} is NaN or infinite at step {step}, expected finite numbers")]
     NotFinite {
         /// The first such rank.
@@ -161,8 +190,9 @@ impl Sampler {
         &self.params
     }
 
-    /// Chooses the token after `history` from `logits` `[vocab.len()]`, this rank's slice `vocab` of the vocabulary. The slices of
-    /// the ranks do not overlap and may be empty. All ranks call it with the same `step` and `history`; `stop` may differ.
+    /// Chooses the token after `history` from `logits` `[vocab.len()]`, this rank's slice `vocab`
+    /// of the vocabulary. The slices of the ranks do not overlap and may be empty. All ranks call
+    /// it with the same `step` and `history`; `stop` may differ.
     ///
     /// `step` numbers the draws: two calls with the same seed, step and logits give the same token.
     ///
@@ -177,7 +207,11 @@ impl Sampler {
         history: &[u32],
         stop: bool,
     ) -> Result<Sample, SamplingError> {
-        assert_eq!(logits.len(), vocab.len(), "logits against the slice {vocab:?} of the vocabulary");
+        assert_eq!(
+            logits.len(),
+            vocab.len(),
+            "logits against the slice {vocab:?} of the vocabulary"
+        );
         let changed = self.prepare(&vocab, logits, history);
         let own = std::mem::take(&mut self.scores);
         let scores = if changed { &own } else { logits };
@@ -188,7 +222,8 @@ impl Sampler {
         Ok(Sample { id: chosen?.id, stop })
     }
 
-    /// Fills `self.scores` with the logits after repetition penalty and temperature, if these change any.
+    /// Fills `self.scores` with the logits after repetition penalty and temperature, if these
+    /// change any.
     fn prepare(&mut self, vocab: &Range<usize>, logits: &[f32], history: &[u32]) -> bool {
         let (penalty, temperature) = (self.params.repetition_penalty, self.params.temperature);
         let scaled = temperature >= LEAST_TEMPERATURE && temperature != 1.0;
@@ -201,7 +236,9 @@ impl Sampler {
         if penalty != 1.0 {
             self.penalized.resize(logits.len(), 0);
             for &id in history {
-                let Some(index) = (id as usize).checked_sub(vocab.start).filter(|&index| index < logits.len()) else {
+                let Some(index) =
+                    (id as usize).checked_sub(vocab.start).filter(|&index| index < logits.len())
+                else {
                     continue;
                 };
                 // Once, however often the token occurred.
@@ -224,7 +261,8 @@ struct Round<'a> {
     step: u64,
     /// This rank's wish, and after the first exchange whether any rank has it.
     stop: bool,
-    /// Whether this rank's logits are unusable; the others learn it from the exchange, as they could not from an early return.
+    /// Whether this rank's logits are unusable; the others learn it from the exchange, as they
+    /// could not from an early return.
     invalid: bool,
 }
 
@@ -253,13 +291,21 @@ impl Round<'_> {
         }
         let mut least = f32::NEG_INFINITY;
         if params.min_p > 0.0 {
-            least = least_score(self.best_of_all(best(self.sampler.isa, scores, vocab.start))?.score, params.min_p);
+            least = least_score(
+                self.best_of_all(best(self.sampler.isa, scores, vocab.start))?.score,
+                params.min_p,
+            );
         }
         self.best_of_all(best_perturbed(scores, vocab, least, noise))
     }
 
     /// Top-p over the whole vocabulary: gathers candidates until they hold the mass that is kept.
-    fn nucleus(&mut self, scores: &[f32], first: usize, noise: Noise) -> Result<Candidate, SamplingError> {
+    fn nucleus(
+        &mut self,
+        scores: &[f32],
+        first: usize,
+        noise: Noise,
+    ) -> Result<Candidate, SamplingError> {
         let params = self.sampler.params;
         let mut known: Vec<Candidate> = Vec::new();
         let (mut sent, mut count) = (0, FIRST_ROUND);
@@ -270,8 +316,8 @@ impl Round<'_> {
                 select(scores, first, count, own);
                 own.drain(..sent.min(own.len()));
             })?;
-            // A rank that filled its block may have more, all of them behind the last one that it sent. What comes before the
-            // best of these last ones is therefore complete.
+            // A rank that filled its block may have more, all of them behind the last one that it
+            // sent. What comes before the best of these last ones is therefore complete.
             let last = self.last_of_full_blocks(block);
             known.extend(gathered);
             known.sort_unstable_by(Candidate::rank);
@@ -280,7 +326,11 @@ impl Round<'_> {
             }
             let limit = match &limit {
                 Some(limit) => limit,
-                None => limit.insert(Limit::new(&params, known[0].score, self.total_mass(scores, known[0].score)?)),
+                None => limit.insert(Limit::new(
+                    &params,
+                    known[0].score,
+                    self.total_mass(scores, known[0].score)?,
+                )),
             };
             let complete = match last {
                 Some(last) => known.partition_point(|candidate| !last.beats(candidate)),
@@ -297,11 +347,14 @@ impl Round<'_> {
     /// The best candidate of all ranks.
     fn best_of_all(&mut self, own: Candidate) -> Result<Candidate, SamplingError> {
         let all = self.exchange(1, |list| list.push(own))?;
-        all.into_iter().min_by(Candidate::rank).ok_or(SamplingError::NoCandidate { step: self.step })
+        all.into_iter()
+            .min_by(Candidate::rank)
+            .ok_or(SamplingError::NoCandidate { step: self.step })
     }
 
-    /// The candidates of all ranks, in rank order, where each offers at most `count`. Missing ones are filled up on the wire: blocks of
-    /// one size need no agreement on sizes. Fails on all ranks alike where one has an invalid logit.
+    /// The candidates of all ranks, in rank order, where each offers at most `count`. Missing ones
+    /// are filled up on the wire: blocks of one size need no agreement on sizes. Fails on all ranks
+    /// alike where one has an invalid logit.
     fn exchange(
         &mut self,
         count: usize,
@@ -332,9 +385,14 @@ impl Round<'_> {
         Ok(all)
     }
 
-    /// The best among the last candidates of those ranks that filled their block in the exchange just made.
+    /// The best among the last candidates of those ranks that filled their block in the exchange
+    /// just made.
     fn last_of_full_blocks(&self, block: usize) -> Option<Candidate> {
-        let lasts = self.sampler.words.chunks_exact(block).map(|words| Candidate::unpack(words[block - 1]).0);
+        let lasts = self
+            .sampler
+            .words
+            .chunks_exact(block)
+            .map(|words| Candidate::unpack(words[block - 1]).0);
         lasts.filter(|last| !last.is_none()).min_by(Candidate::rank)
     }
 
@@ -356,8 +414,10 @@ struct Limit {
 
 impl Limit {
     fn new(params: &SamplingParams, max: f32, total: u64) -> Self {
-        let mass = if params.top_p < 1.0 { f64::from(params.top_p) * total as f64 } else { f64::INFINITY };
-        let least = if params.min_p > 0.0 { least_score(max, params.min_p) } else { f32::NEG_INFINITY };
+        let mass =
+            if params.top_p < 1.0 { f64::from(params.top_p) * total as f64 } else { f64::INFINITY };
+        let least =
+            if params.min_p > 0.0 { least_score(max, params.min_p) } else { f32::NEG_INFINITY };
         Self { max, mass, least }
     }
 

@@ -1,4 +1,5 @@
-//! Writing a checkpoint folder: weights in one file or in several with an index, and the small files beside them.
+//! Writing a checkpoint folder: weights in one file or in several with an index, and the small
+//! files beside them.
 
 use std::fs::{File, TryLockError};
 use std::io;
@@ -94,7 +95,10 @@ pub(crate) fn create_folder(dir: &Path) -> Result<Folder, ExportError> {
     for entry in std::fs::read_dir(dir).map_err(io_error)? {
         let file = entry.map_err(io_error)?.path();
         let name = file.file_name().unwrap_or_default().to_string_lossy();
-        if name == CONFIG || name.ends_with(".safetensors") || name.ends_with(".safetensors.index.json") {
+        if name == CONFIG
+            || name.ends_with(".safetensors")
+            || name.ends_with(".safetensors.index.json")
+        {
             return Err(ExportError::Exists { file });
         }
     }
@@ -104,12 +108,14 @@ pub(crate) fn create_folder(dir: &Path) -> Result<Folder, ExportError> {
 /// Writes `value` with the indentation of the published files.
 pub(crate) fn write_json(file: &Path, value: &Value) -> Result<(), ExportError> {
     let text = serde_json::to_string_pretty(value).expect("a JSON value has a text");
-    std::fs::write(file, text + "\n").map_err(|source| ExportError::Io { file: file.to_owned(), source })
+    std::fs::write(file, text + "\n")
+        .map_err(|source| ExportError::Io { file: file.to_owned(), source })
 }
 
-/// A checkpoint, its weights written tensor by tensor. Files of one that is not finished are removed, as on a disk that is full. Those of a
-/// program that was ended cannot be: so weights have names that end in `.part` until all are written, which neither look like a checkpoint
-/// nor stand in the way of the next try, which overwrites those of the same names.
+/// A checkpoint, its weights written tensor by tensor. Files of one that is not finished are
+/// removed, as on a disk that is full. Those of a program that was ended cannot be: so weights have
+/// names that end in `.part` until all are written, which neither look like a checkpoint nor stand
+/// in the way of the next try, which overwrites those of the same names.
 pub(crate) struct ShardWriter {
     folder: Folder,
     /// The tensors of each file.
@@ -122,7 +128,8 @@ pub(crate) struct ShardWriter {
 }
 
 impl ShardWriter {
-    /// A writer of `tensors` into files of at most `limit` bytes of weights (a larger tensor has a file of its own).
+    /// A writer of `tensors` into files of at most `limit` bytes of weights (a larger tensor has a
+    /// file of its own).
     pub fn new(folder: Folder, tensors: Vec<StoredSpec>, limit: u64) -> Self {
         let mut shards: Vec<Vec<StoredSpec>> = Vec::new();
         let (mut filled, mut total) = (0, 0);
@@ -169,13 +176,15 @@ impl ShardWriter {
         Ok(writer.write_encoded(tensor, encoded)?)
     }
 
-    /// Completes the last file, gives all their names, writes the index where there are several, and `config.json`: last, so that a folder
-    /// whose writing was interrupted is not taken for a checkpoint.
+    /// Completes the last file, gives all their names, writes the index where there are several,
+    /// and `config.json`: last, so that a folder whose writing was interrupted is not taken for a
+    /// checkpoint.
     pub fn finish(mut self, config: &Value) -> Result<(), ExportError> {
         self.close()?;
         for index in 0..self.next {
             let file = self.file(index);
-            std::fs::rename(self.part(index), &file).map_err(|source| ExportError::Io { file, source })?;
+            std::fs::rename(self.part(index), &file)
+                .map_err(|source| ExportError::Io { file, source })?;
         }
         if self.shards.len() > 1 {
             self.write_index()?;
@@ -228,8 +237,9 @@ impl Drop for ShardWriter {
         }
         let begun = (0..self.next).flat_map(|index| [self.part(index), self.file(index)]);
         for file in begun.chain([INDEX, CONFIG].map(|name| self.folder.path.join(name))) {
-            // None of them was there before, but for parts that were overwritten, and nobody else writes here. Whoever hears of the failure has
-            // more use for the space than for a part of a checkpoint.
+            // None of them was there before, but for parts that were overwritten, and nobody else
+            // writes here. Whoever hears of the failure has more use for the space than for a part
+            // of a checkpoint.
             std::fs::remove_file(file).ok();
         }
     }

@@ -1,4 +1,5 @@
-//! Random checkpoints of published shapes: for measurements, where only the shape matters, and for tests.
+//! Random checkpoints of published shapes: for measurements, where only the shape matters, and for
+//! tests.
 
 use std::path::Path;
 use std::thread;
@@ -9,11 +10,14 @@ use crate::config::Config;
 use crate::deterministic::mix;
 use crate::names::{TensorRole, TensorSpec, tensor_specs};
 use crate::presets::Preset;
-use crate::shards::{ExportError, ExportProgress, SHARD_BYTES, ShardWriter, create_folder, write_json};
+use crate::shards::{
+    ExportError, ExportProgress, SHARD_BYTES, ShardWriter, create_folder, write_json,
+};
 
 /// Standard deviation of the matrices, the `initializer_range` of the published configurations.
 const DEVIATION: f64 = 0.02;
-/// Values that one thread makes at once; also what a random stream is for, so that the number of threads changes nothing.
+/// Values that one thread makes at once; also what a random stream is for, so that the number of
+/// threads changes nothing.
 const PIECE: usize = 1 << 20;
 /// Entries of the table of quantiles.
 const QUANTILES: usize = 1 << 16;
@@ -29,9 +33,10 @@ pub struct SynthOptions {
     pub seed: u64,
 }
 
-/// Writes `config.json`, `generation_config.json` and bf16 weights into the folder `dir`, which is created and must not hold a
-/// checkpoint. Matrices are normally distributed with a standard deviation of 0.02, norms are 1. The same options give the same
-/// bytes everywhere. Weights above 5 GB are written as several files with an index.
+/// Writes `config.json`, `generation_config.json` and bf16 weights into the folder `dir`, which is
+/// created and must not hold a checkpoint. Matrices are normally distributed with a standard
+/// deviation of 0.02, norms are 1. The same options give the same bytes everywhere. Weights above 5
+/// GB are written as several files with an index.
 pub fn synthesize(
     dir: &Path,
     options: &SynthOptions,
@@ -95,8 +100,8 @@ fn fill_constant(value: f32, count: usize, out: &mut Vec<u8>) {
     out.extend(std::iter::repeat_n(bits.to_le_bytes(), count).flatten());
 }
 
-/// Each 64 random bits choose four quantiles of the normal distribution: a few nanoseconds a weight, where Box and Muller's logarithm
-/// and cosine would make a large checkpoint take minutes.
+/// Each 64 random bits choose four quantiles of the normal distribution: a few nanoseconds a
+/// weight, where Box and Muller's logarithm and cosine would make a large checkpoint take minutes.
 fn fill_random(mut state: u64, quantiles: &[u16; QUANTILES], count: usize, out: &mut Vec<u8>) {
     out.clear();
     out.resize(count.next_multiple_of(4) * 2, 0);
@@ -114,19 +119,23 @@ fn fill_random(mut state: u64, quantiles: &[u16; QUANTILES], count: usize, out: 
 /// The bf16 bits of the quantiles of 0.02 · N(0, 1) at the middles of equal parts.
 fn quantile_table() -> Box<[u16; QUANTILES]> {
     let middle = |index: usize| (index as f64 + 0.5) / QUANTILES as f64;
-    let values: Vec<f32> = (0..QUANTILES).map(|index| (DEVIATION * normal_quantile(middle(index))) as f32).collect();
+    let values: Vec<f32> =
+        (0..QUANTILES).map(|index| (DEVIATION * normal_quantile(middle(index))) as f32).collect();
     let mut bytes = Vec::with_capacity(2 * QUANTILES);
     encode_rows(WeightFormat::Bf16, 1, &values, &mut bytes).expect("finite values have bf16 forms");
-    let bits: Vec<u16> = bytes.chunks_exact(2).map(|pair| u16::from_le_bytes([pair[0], pair[1]])).collect();
+    let bits: Vec<u16> =
+        bytes.chunks_exact(2).map(|pair| u16::from_le_bytes([pair[0], pair[1]])).collect();
     bits.try_into().expect("one entry for each quantile")
 }
 
-/// The inverse of the standard normal distribution function for 0 < p < 1, to within 4.5e-4 (Abramowitz & Stegun 26.2.23).
+/// The inverse of the standard normal distribution function for 0 < p < 1, to within 4.5e-4
+/// (Abramowitz & Stegun 26.2.23).
 fn normal_quantile(p: f64) -> f64 {
     let tail = p.min(1.0 - p);
     let t = (-2.0 * tail.ln()).sqrt();
-    let upper =
-        t - (2.515_517 + t * (0.802_853 + t * 0.010_328)) / (1.0 + t * (1.432_788 + t * (0.189_269 + t * 0.001_308)));
+    let upper = t
+        - (2.515_517 + t * (0.802_853 + t * 0.010_328))
+            / (1.0 + t * (1.432_788 + t * (0.189_269 + t * 0.001_308)));
     if p < 0.5 { -upper } else { upper }
 }
 
@@ -137,8 +146,10 @@ mod tests {
 
     #[test]
     fn the_table_has_the_moments_of_the_distribution() {
-        let values = quantile_table().map(|bits| f64::from(f32::from_bits(u32::from(bits) << 16)) / DEVIATION);
-        let moment = |power| values.iter().map(|value| value.powi(power)).sum::<f64>() / QUANTILES as f64;
+        let values = quantile_table()
+            .map(|bits| f64::from(f32::from_bits(u32::from(bits) << 16)) / DEVIATION);
+        let moment =
+            |power| values.iter().map(|value| value.powi(power)).sum::<f64>() / QUANTILES as f64;
         assert!(moment(1).abs() < 1e-6, "mean {}", moment(1));
         assert!((moment(2) - 1.0).abs() < 2e-3, "variance {}", moment(2));
         assert!((moment(4) - 3.0).abs() < 2e-2, "kurtosis {}", moment(4));
@@ -152,16 +163,26 @@ mod tests {
         let (one, many) = (folder.path().join("one"), folder.path().join("many"));
         write_checkpoint(&one, &options, u64::MAX, &mut |_| ()).expect("one file");
         write_checkpoint(&many, &options, 200_000, &mut |_| ()).expect("many files");
-        assert!(one.join("model.safetensors").exists() && !one.join("model.safetensors.index.json").exists());
-        assert!(many.join("model.safetensors.index.json").exists() && !many.join("model.safetensors").exists());
+        assert!(
+            one.join("model.safetensors").exists()
+                && !one.join("model.safetensors.index.json").exists()
+        );
+        assert!(
+            many.join("model.safetensors.index.json").exists()
+                && !many.join("model.safetensors").exists()
+        );
 
-        let (one, many) = (Checkpoint::open(&one).expect("valid"), Checkpoint::open(&many).expect("valid"));
+        let (one, many) =
+            (Checkpoint::open(&one).expect("valid"), Checkpoint::open(&many).expect("valid"));
         let mut names = [one.names(), many.names()];
         names.iter_mut().for_each(|names| names.sort_unstable());
         assert_eq!(names[0], names[1]);
-        let files: std::collections::BTreeSet<_> = names[0].iter().map(|name| many.file(name)).collect();
+        let files: std::collections::BTreeSet<_> =
+            names[0].iter().map(|name| many.file(name)).collect();
         assert!(files.len() > 3, "{files:?}");
-        for name in names[0].iter().filter(|name| one.shape(name).is_some_and(|shape| shape.len() == 2)) {
+        for name in
+            names[0].iter().filter(|name| one.shape(name).is_some_and(|shape| shape.len() == 2))
+        {
             let shape = one.shape(name).expect("present").to_vec();
             let read = |checkpoint: &Checkpoint| {
                 let mut values = vec![0.0; shape[0] * shape[1]];

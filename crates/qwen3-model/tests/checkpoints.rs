@@ -6,8 +6,8 @@ use std::thread;
 
 use comm::{SoloComm, ThreadComm};
 use qwen3_model::{
-    Config, ConfigError, ExportError, GenerationConfig, Isa, LogitRows, Model, ModelOptions, Preset, SynthOptions,
-    TensorSpec, WeightFormat, quantize, synthesize, tensor_specs,
+    Config, ConfigError, ExportError, GenerationConfig, Isa, LogitRows, Model, ModelOptions,
+    Preset, SynthOptions, TensorSpec, WeightFormat, quantize, synthesize, tensor_specs,
 };
 use tensor::{Checkpoint, CheckpointWriter};
 
@@ -20,7 +20,8 @@ fn synth(dir: &Path, options: &SynthOptions) {
 }
 
 fn logits(dir: &Path) -> Vec<f32> {
-    let model = Model::load(dir, Arc::new(SoloComm::new()), &ModelOptions::new(Isa::scalar()), &|_| ());
+    let model =
+        Model::load(dir, Arc::new(SoloComm::new()), &ModelOptions::new(Isa::scalar()), &|_| ());
     let model = model.expect("the checkpoint loads");
     let mut cache = model.new_cache(16);
     let logits = model.forward(&mut cache, &[1, 7, 42, 300, 511], LogitRows::All).expect("logits");
@@ -37,7 +38,8 @@ fn matrix(dir: &Path, name: &str, rows: usize, cols: usize) -> Vec<f32> {
 /// The root of the summed squares of the differences, relative to that of the reference.
 fn distance(found: &[f32], reference: &[f32]) -> f64 {
     let square = |value: f32| f64::from(value).powi(2);
-    let differences: f64 = found.iter().zip(reference).map(|(found, reference)| square(found - reference)).sum();
+    let differences: f64 =
+        found.iter().zip(reference).map(|(found, reference)| square(found - reference)).sum();
     (differences / reference.iter().map(|&value| square(value)).sum::<f64>()).sqrt()
 }
 
@@ -52,11 +54,15 @@ fn presets_have_the_published_numbers_of_parameters() {
         (Preset::Dense32B, 32_762_123_264),
         (Preset::Moe30B, 30_532_122_624),
     ] {
-        let config = Config::from_json(Path::new("config.json"), &preset.config(None)).expect("valid");
+        let config =
+            Config::from_json(Path::new("config.json"), &preset.config(None)).expect("valid");
         assert_eq!(config.parameters(), parameters, "{preset}");
         let listed: u64 = tensor_specs(&config).map(|spec| spec.elements() as u64).sum();
         assert_eq!(listed, parameters, "{preset}");
-        assert_eq!((config.vocab_size, config.head_dim, config.context_length()), (151_936, 128, 40_960));
+        assert_eq!(
+            (config.vocab_size, config.head_dim, config.context_length()),
+            (151_936, 128, 40_960)
+        );
         assert_eq!(config.eos_token_ids, [151_645]);
     }
 }
@@ -67,7 +73,10 @@ fn presets_have_names() {
         assert_eq!(preset.to_string().parse(), Ok(preset));
     }
     let error = "0.5b".parse::<Preset>().expect_err("no such preset");
-    assert_eq!(error.to_string(), "found `0.5b`, expected 0.6b, 1.7b, 4b, 8b, 14b, 32b, 30b-a3b, tiny, tiny-moe");
+    assert_eq!(
+        error.to_string(),
+        "found `0.5b`, expected 0.6b, 1.7b, 4b, 8b, 14b, 32b, 30b-a3b, tiny, tiny-moe"
+    );
 }
 
 #[test]
@@ -76,7 +85,8 @@ fn a_made_up_checkpoint_is_complete() {
     for (preset, layers) in [(Preset::Tiny, None), (Preset::TinyMoe, Some(2))] {
         let dir = folder.path().join(preset.name());
         let mut progress = Vec::new();
-        synthesize(&dir, &SynthOptions { preset, layers, seed: 1 }, &mut |now| progress.push(now)).expect("written");
+        synthesize(&dir, &SynthOptions { preset, layers, seed: 1 }, &mut |now| progress.push(now))
+            .expect("written");
         let last = progress.last().expect("progress");
         assert_eq!(last.written, last.total);
         assert!(progress.is_sorted_by_key(|now| now.written));
@@ -90,10 +100,16 @@ fn a_made_up_checkpoint_is_complete() {
             assert_eq!(checkpoint.shape(&spec.name), Some(&spec.shape[..]), "{}", spec.name);
             assert_eq!(checkpoint.stored_format(&spec.name).expect("present"), WeightFormat::Bf16);
         }
-        assert_eq!(checkpoint.vector("model.norm.weight", config.hidden_size).expect("present"), vec![1.0; 96]);
+        assert_eq!(
+            checkpoint.vector("model.norm.weight", config.hidden_size).expect("present"),
+            vec![1.0; 96]
+        );
         let logits = logits(&dir);
         assert_eq!(logits.len(), 5 * 512);
-        assert!(logits.iter().all(|logit| logit.is_finite()) && logits.iter().any(|logit| *logit != logits[0]));
+        assert!(
+            logits.iter().all(|logit| logit.is_finite())
+                && logits.iter().any(|logit| *logit != logits[0])
+        );
     }
 }
 
@@ -114,7 +130,9 @@ fn the_seed_decides() {
 fn weights_are_normally_distributed_and_independent() {
     let folder = tempfile::tempdir().expect("a folder");
     synth(folder.path(), &tiny(Preset::Tiny, 5));
-    let read = |name: &str| -> Vec<f64> { matrix(folder.path(), name, 224, 96).into_iter().map(f64::from).collect() };
+    let read = |name: &str| -> Vec<f64> {
+        matrix(folder.path(), name, 224, 96).into_iter().map(f64::from).collect()
+    };
     let gate = read("model.layers.0.mlp.gate_proj.weight");
     let up = read("model.layers.0.mlp.up_proj.weight");
     let count = gate.len() as f64;
@@ -138,10 +156,11 @@ fn quantized_checkpoints() {
         std::fs::write(source.join("tokenizer.json"), "{}").expect("writable");
         std::fs::write(source.join("notes.txt"), "mine").expect("writable");
         std::fs::create_dir(source.join("additional_chat_templates")).expect("a folder");
-        std::fs::write(source.join("additional_chat_templates/tool_use.jinja"), "tools").expect("writable");
+        std::fs::write(source.join("additional_chat_templates/tool_use.jinja"), "tools")
+            .expect("writable");
         let exact = logits(&source);
-        // The largest of 32 normal weights is about 2.4 deviations: steps of 2.4 / 127, or of 2 * 2.4 / 16, and an error of a step
-        // over the root of 12.
+        // The largest of 32 normal weights is about 2.4 deviations: steps of 2.4 / 127, or of 2 *
+        // 2.4 / 16, and an error of a step over the root of 12.
         for (format, bits, bound) in [(WeightFormat::Q8, 8, 0.008), (WeightFormat::Q4, 4, 0.1)] {
             let target = folder.path().join(format!("{preset}-{format}"));
             let mut last = None;
@@ -150,8 +169,14 @@ fn quantized_checkpoints() {
             assert_eq!(last.written, last.total);
             let config = Config::read(&target).expect("a valid configuration");
             assert_eq!(config.quantization_bits, Some(bits));
-            assert_eq!(Config { quantization_bits: None, ..config.clone() }, Config::read(&source).expect("valid"));
-            assert!(target.join("tokenizer.json").exists() && target.join("generation_config.json").exists());
+            assert_eq!(
+                Config { quantization_bits: None, ..config.clone() },
+                Config::read(&source).expect("valid")
+            );
+            assert!(
+                target.join("tokenizer.json").exists()
+                    && target.join("generation_config.json").exists()
+            );
             assert!(target.join("additional_chat_templates/tool_use.jinja").exists());
             assert!(!target.join("notes.txt").exists());
 
@@ -166,11 +191,19 @@ fn quantized_checkpoints() {
             }
             let name = "model.layers.1.self_attn.o_proj.weight";
             let (rows, cols) = (config.hidden_size, config.query_size());
-            let distance = distance(&matrix(&target, name, rows, cols), &matrix(&source, name, rows, cols));
-            assert!(distance > bound / 3.0 && distance < bound, "{name} as {format}: relative distance {distance}");
-            // Errors of the layers add up, and in a mixture they may choose another expert, but the answer stays recognizable.
+            let distance =
+                distance(&matrix(&target, name, rows, cols), &matrix(&source, name, rows, cols));
+            assert!(
+                distance > bound / 3.0 && distance < bound,
+                "{name} as {format}: relative distance {distance}"
+            );
+            // Errors of the layers add up, and in a mixture they may choose another expert, but the
+            // answer stays recognizable.
             let distance = self::distance(&logits(&target), &exact);
-            assert!(distance > 0.0 && distance < 5.0 * bound, "{preset} {format}: relative distance {distance}");
+            assert!(
+                distance > 0.0 && distance < 5.0 * bound,
+                "{preset} {format}: relative distance {distance}"
+            );
         }
         let again = quantize(
             &folder.path().join(format!("{preset}-q8")),
@@ -184,7 +217,8 @@ fn quantized_checkpoints() {
 
 fn edit_config(dir: &Path, field: &str, value: serde_json::Value) {
     let file = dir.join("config.json");
-    let mut config: serde_json::Value = serde_json::from_slice(&std::fs::read(&file).expect("readable")).expect("JSON");
+    let mut config: serde_json::Value =
+        serde_json::from_slice(&std::fs::read(&file).expect("readable")).expect("JSON");
     config[field] = value;
     std::fs::write(file, config.to_string()).expect("writable");
 }
@@ -205,7 +239,8 @@ fn a_tied_model_may_have_a_head_of_its_own() {
     let twice = folder.path().join("twice");
     std::fs::create_dir(&twice).expect("a folder");
     std::fs::copy(source.join("config.json"), twice.join("config.json")).expect("copied");
-    let (config, checkpoint) = (Config::read(&source).expect("valid"), Checkpoint::open(&source).expect("valid"));
+    let (config, checkpoint) =
+        (Config::read(&source).expect("valid"), Checkpoint::open(&source).expect("valid"));
     let mut specs: Vec<_> = tensor_specs(&config).map(|spec| (spec.name.clone(), spec)).collect();
     specs.push(("lm_head.weight".to_owned(), specs[0].1.clone()));
     let stored = |(name, spec): &(String, TensorSpec)| tensor::TensorSpec {
@@ -214,7 +249,8 @@ fn a_tied_model_may_have_a_head_of_its_own() {
         shape: spec.shape.clone(),
     };
     let stored: Vec<_> = specs.iter().map(stored).collect();
-    let mut writer = CheckpointWriter::create(twice.join("model.safetensors"), &stored, &[]).expect("writable");
+    let mut writer =
+        CheckpointWriter::create(twice.join("model.safetensors"), &stored, &[]).expect("writable");
     for (name, spec) in &specs {
         let values = match spec.shape[..] {
             [rows, cols] => matrix(&source, &spec.name, rows, cols),
@@ -223,9 +259,13 @@ fn a_tied_model_may_have_a_head_of_its_own() {
         writer.write(name, &values).expect("writable");
     }
     writer.finish().expect("complete");
-    quantize(&twice, &folder.path().join("once"), WeightFormat::Q8, &mut |_| ()).expect("quantized");
+    quantize(&twice, &folder.path().join("once"), WeightFormat::Q8, &mut |_| ())
+        .expect("quantized");
     let once = Checkpoint::open(folder.path().join("once")).expect("valid");
-    assert!(Checkpoint::open(&twice).expect("valid").contains("lm_head.weight") && !once.contains("lm_head.weight"));
+    assert!(
+        Checkpoint::open(&twice).expect("valid").contains("lm_head.weight")
+            && !once.contains("lm_head.weight")
+    );
 }
 
 #[test]
@@ -235,15 +275,22 @@ fn sizes_beyond_the_weights_are_refused_before_anything_is_sized_by_them() {
     for (preset, fields, tensor) in [
         (Preset::Tiny, &["num_hidden_layers"][..], "model.layers.3.input_layernorm.weight"),
         (Preset::TinyMoe, &["num_experts"], "model.layers.0.mlp.experts.8.gate_proj.weight"),
-        (Preset::Tiny, &["num_attention_heads", "num_key_value_heads"], "model.layers.0.self_attn.q_proj.weight"),
+        (
+            Preset::Tiny,
+            &["num_attention_heads", "num_key_value_heads"],
+            "model.layers.0.self_attn.q_proj.weight",
+        ),
     ] {
         let dir = folder.path().join(fields[0]);
         synth(&dir, &tiny(preset, 1));
         fields.iter().for_each(|field| edit_config(&dir, field, huge.into()));
         let options = ModelOptions::new(Isa::scalar());
-        let error = Model::load(&dir, Arc::new(SoloComm::new()), &options, &|_| ()).err().expect("too few weights");
+        let error = Model::load(&dir, Arc::new(SoloComm::new()), &options, &|_| ())
+            .err()
+            .expect("too few weights");
         assert!(error.to_string().contains(tensor), "{error}");
-        let error = quantize(&dir, &folder.path().join("x"), WeightFormat::Q8, &mut |_| ()).expect_err("too few");
+        let error = quantize(&dir, &folder.path().join("x"), WeightFormat::Q8, &mut |_| ())
+            .expect_err("too few");
         assert!(error.to_string().contains(tensor), "{error}");
     }
 }
@@ -251,10 +298,13 @@ fn sizes_beyond_the_weights_are_refused_before_anything_is_sized_by_them() {
 /// What two ranks say that load what is in these folders with these instruction sets.
 fn load_pair(dirs: [&Path; 2], isas: [Isa; 2]) -> Vec<Option<String>> {
     thread::scope(|scope| {
-        let ranks = ThreadComm::group(2).into_iter().zip(dirs.into_iter().zip(isas)).map(|(comm, (dir, isa))| {
-            let load = move || Model::load(dir, Arc::new(comm), &ModelOptions::new(isa), &|_| ());
-            scope.spawn(move || load().err().map(|error| error.to_string()))
-        });
+        let ranks = ThreadComm::group(2).into_iter().zip(dirs.into_iter().zip(isas)).map(
+            |(comm, (dir, isa))| {
+                let load =
+                    move || Model::load(dir, Arc::new(comm), &ModelOptions::new(isa), &|_| ());
+                scope.spawn(move || load().err().map(|error| error.to_string()))
+            },
+        );
         let ranks: Vec<_> = ranks.collect();
         ranks.into_iter().map(|rank| rank.join().expect("no panic")).collect()
     })
@@ -264,13 +314,15 @@ fn load_pair(dirs: [&Path; 2], isas: [Isa; 2]) -> Vec<Option<String>> {
 fn ranks_that_would_compute_something_else_are_found_at_the_start() {
     let folder = tempfile::tempdir().expect("a folder");
     for preset in [Preset::Tiny, Preset::TinyMoe] {
-        let [first, second] = ["first", "second"].map(|name| folder.path().join(format!("{name}-{preset}")));
+        let [first, second] =
+            ["first", "second"].map(|name| folder.path().join(format!("{name}-{preset}")));
         let dirs = [&*first, &*second];
         dirs.iter().for_each(|dir| synth(dir, &tiny(preset, 1)));
         let (scalar, portable) = (Isa::scalar(), Isa::portable());
         assert_eq!(load_pair(dirs, [scalar; 2]), [None, None]);
         let other_isa = load_pair(dirs, [scalar, portable]);
-        let expected = (preset == Preset::TinyMoe).then_some("rank 1 computes with other instructions than rank 0, ");
+        let expected = (preset == Preset::TinyMoe)
+            .then_some("rank 1 computes with other instructions than rank 0, ");
         for said in other_isa {
             assert_eq!(said.is_some(), expected.is_some(), "{said:?}");
             assert!(said.is_none_or(|said| said.starts_with(expected.unwrap_or_default())));
@@ -283,12 +335,17 @@ fn ranks_that_would_compute_something_else_are_found_at_the_start() {
         let third = folder.path().join(format!("third-{preset}"));
         synth(&third, &tiny(preset, 8));
         for said in load_pair([&first, &third], [scalar; 2]) {
-            assert!(said.as_ref().is_some_and(|s| s.starts_with("rank 1 has other weights than rank 0")), "{said:?}");
+            assert!(
+                said.as_ref()
+                    .is_some_and(|s| s.starts_with("rank 1 has other weights than rank 0")),
+                "{said:?}"
+            );
         }
         edit_config(&second, "rms_norm_eps", 1e-5.into());
         for said in load_pair(dirs, [scalar; 2]) {
             assert!(
-                said.as_ref().is_some_and(|s| s.starts_with("rank 1 has another configuration than rank 0")),
+                said.as_ref()
+                    .is_some_and(|s| s.starts_with("rank 1 has another configuration than rank 0")),
                 "{said:?}"
             );
         }
@@ -300,7 +357,8 @@ fn a_folder_in_which_another_program_writes_is_left_alone() {
     let folder = tempfile::tempdir().expect("a folder");
     let other = std::fs::File::open(folder.path()).expect("a folder opens");
     other.lock().expect("the folder is free");
-    let error = synthesize(folder.path(), &tiny(Preset::Tiny, 1), &mut |_| ()).expect_err("the folder is in use");
+    let error = synthesize(folder.path(), &tiny(Preset::Tiny, 1), &mut |_| ())
+        .expect_err("the folder is in use");
     assert!(error.to_string().contains("is being written there"), "{error}");
     drop(other);
     synth(folder.path(), &tiny(Preset::Tiny, 1));
@@ -329,10 +387,16 @@ fn what_cannot_be_written() {
 
     let file = folder.path().join("file");
     std::fs::write(&file, "").expect("writable");
-    let error = synthesize(&file.join("inside"), &tiny(Preset::Tiny, 1), &mut |_| ()).expect_err("a file in the way");
+    let error = synthesize(&file.join("inside"), &tiny(Preset::Tiny, 1), &mut |_| ())
+        .expect_err("a file in the way");
     assert!(matches!(error, ExportError::Io { .. }), "{error}");
 
-    let error = quantize(&folder.path().join("absent"), &folder.path().join("x"), WeightFormat::Q8, &mut |_| ());
+    let error = quantize(
+        &folder.path().join("absent"),
+        &folder.path().join("x"),
+        WeightFormat::Q8,
+        &mut |_| (),
+    );
     assert!(matches!(error, Err(ExportError::Config(ConfigError::Read { .. }))));
     let error = quantize(folder.path(), &folder.path().join("x"), WeightFormat::Bf16, &mut |_| ());
     assert!(matches!(error, Err(ExportError::Format { found: WeightFormat::Bf16 })));
@@ -342,9 +406,16 @@ fn what_cannot_be_written() {
     synth(&source, &tiny(Preset::Tiny, 1));
     std::fs::create_dir_all(folder.path().join("way/tokenizer.json")).expect("a folder");
     std::fs::write(source.join("tokenizer.json"), "{}").expect("writable");
-    let error = quantize(&source, &folder.path().join("way"), WeightFormat::Q8, &mut |_| ()).expect_err("in the way");
-    assert!(matches!(&error, ExportError::Io { file, .. } if file.ends_with("way/tokenizer.json")), "{error}");
-    assert!(!folder.path().join("way/model.safetensors").exists(), "nor do weights without the rest");
+    let error = quantize(&source, &folder.path().join("way"), WeightFormat::Q8, &mut |_| ())
+        .expect_err("in the way");
+    assert!(
+        matches!(&error, ExportError::Io { file, .. } if file.ends_with("way/tokenizer.json")),
+        "{error}"
+    );
+    assert!(
+        !folder.path().join("way/model.safetensors").exists(),
+        "nor do weights without the rest"
+    );
     let weights = source.join("model.safetensors");
     let mut bytes = std::fs::read(&weights).expect("readable");
     let end = bytes.len();
@@ -353,24 +424,34 @@ fn what_cannot_be_written() {
     for (low, read, found) in [(0xc0, false, "NaN"), (0x00, true, "17014118")] {
         bytes[end - 2 * 96 - 2] = low;
         std::fs::write(&weights, &bytes).expect("writable");
-        let error = quantize(&source, &folder.path().join("nan"), WeightFormat::Q8, &mut |_| ()).expect_err(found);
+        let error = quantize(&source, &folder.path().join("nan"), WeightFormat::Q8, &mut |_| ())
+            .expect_err(found);
         let message = error.to_string();
-        let expected =
-            if read { matches!(error, ExportError::Write(_)) } else { matches!(error, ExportError::Checkpoint(_)) };
+        let expected = if read {
+            matches!(error, ExportError::Write(_))
+        } else {
+            matches!(error, ExportError::Checkpoint(_))
+        };
         assert!(expected && message.contains(found), "{message}");
-        assert!(message.contains("model.layers.2.mlp.down_proj.weight") && message.contains("row 95"), "{message}");
+        assert!(
+            message.contains("model.layers.2.mlp.down_proj.weight") && message.contains("row 95"),
+            "{message}"
+        );
     }
     let left = std::fs::read_dir(folder.path().join("nan")).expect("a folder").count();
     assert_eq!(left, 0, "what is not finished does not stay");
-    let error = quantize(&source, &file, WeightFormat::Q8, &mut |_| ()).expect_err("a file in the way");
+    let error =
+        quantize(&source, &file, WeightFormat::Q8, &mut |_| ()).expect_err("a file in the way");
     assert!(matches!(error, ExportError::Exists { .. }), "{error}");
 
     // Weights of more layers than the configuration has.
     edit_config(&source, "num_hidden_layers", 2.into());
-    let error = quantize(&source, &folder.path().join("y"), WeightFormat::Q8, &mut |_| ()).expect_err("a third layer");
+    let error = quantize(&source, &folder.path().join("y"), WeightFormat::Q8, &mut |_| ())
+        .expect_err("a third layer");
     assert!(matches!(error, ExportError::Config(ConfigError::Contradiction { .. })), "{error}");
 
     std::fs::remove_file(&weights).expect("removable");
-    let error = quantize(&source, &folder.path().join("y"), WeightFormat::Q8, &mut |_| ()).expect_err("no weights");
+    let error = quantize(&source, &folder.path().join("y"), WeightFormat::Q8, &mut |_| ())
+        .expect_err("no weights");
     assert!(matches!(error, ExportError::Checkpoint(_)), "{error}");
 }

@@ -61,7 +61,10 @@ fn counts_of_the_published_sizes() {
     let dense = parse(&dense()).expect("dense");
     // 596,049,920 is the size of the published 0.6B file.
     assert_eq!(dense.parameters(), 596_049_920);
-    assert_eq!(dense.layer_flops_per_token(), 2 * 28 * (1024 * 2 * (2048 + 1024) + 3 * 1024 * 3072));
+    assert_eq!(
+        dense.layer_flops_per_token(),
+        2 * 28 * (1024 * 2 * (2048 + 1024) + 3 * 1024 * 3072)
+    );
     assert_eq!(dense.head_flops_per_row(), 2 * 151_936 * 1024);
     let moe = parse(&sparse()).expect("sparse");
     assert_eq!(moe.parameters(), 30_532_122_624);
@@ -71,7 +74,11 @@ fn counts_of_the_published_sizes() {
     // The second token finds 1 of 16 experts visited; a dense model has none to choose.
     let expert = (48 * 2048 * 3 * 768) as f64;
     for (tokens, further) in [(1, 0.0), (2, 7.5), (100_000, 120.0)] {
-        assert_eq!(moe.visited_matrix_elements(tokens), (48 * layer) as f64 + further * expert, "{tokens} tokens");
+        assert_eq!(
+            moe.visited_matrix_elements(tokens),
+            (48 * layer) as f64 + further * expert,
+            "{tokens} tokens"
+        );
         assert_eq!(dense.visited_matrix_elements(tokens), dense.active_matrix_elements() as f64);
     }
 }
@@ -81,7 +88,9 @@ fn attention_flops_count_each_key_that_is_seen() {
     let config = with(dense(), json!({"num_hidden_layers": 1})).expect("one layer");
     // Three tokens after five others see 6, 7 and 8 keys.
     assert_eq!(config.attention_flops(3, 5), (6 + 7 + 8) * 4 * 2048);
-    let total = 3 * config.layer_flops_per_token() + config.attention_flops(3, 5) + config.head_flops_per_row();
+    let total = 3 * config.layer_flops_per_token()
+        + config.attention_flops(3, 5)
+        + config.head_flops_per_row();
     assert_eq!(config.forward_flops(3, 5, 1), total);
 }
 
@@ -104,25 +113,36 @@ fn newer_fields_mean_the_same() {
 
 #[test]
 fn yarn_in_both_forms() {
-    let scaling = json!({"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768});
+    let scaling =
+        json!({"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768});
     let older = with(dense(), json!({"rope_scaling": scaling})).expect("older");
-    let RopeScaling::Yarn(yarn) = &older.rope.scaling else { panic!("found {:?}", older.rope.scaling) };
-    assert_eq!((yarn.factor, yarn.original_max_position_embeddings, yarn.truncate), (4.0, 32768, true));
+    let RopeScaling::Yarn(yarn) = &older.rope.scaling else {
+        panic!("found {:?}", older.rope.scaling)
+    };
+    assert_eq!(
+        (yarn.factor, yarn.original_max_position_embeddings, yarn.truncate),
+        (4.0, 32768, true)
+    );
     assert_eq!((yarn.beta_fast, yarn.beta_slow), (32.0, 1.0));
     assert_eq!(yarn.attention_factor, 0.1 * 4f64.ln() + 1.0);
     assert_eq!(older.context_length(), 131_072);
 
     let mut parameters = scaling.clone();
     parameters["rope_theta"] = json!(1e6);
-    let newer = with(dense(), json!({"rope_theta": null, "rope_parameters": parameters})).expect("newer");
+    let newer =
+        with(dense(), json!({"rope_theta": null, "rope_parameters": parameters})).expect("newer");
     assert_eq!(newer, older);
     // Who adds the older field to a newer file means it, wherever theta is.
     let plain = json!({"rope_theta": 1e6, "rope_type": "default"});
     let both = json!({"rope_theta": null, "rope_scaling": scaling, "rope_parameters": plain});
     assert_eq!(with(dense(), both).expect("added"), older);
-    let both = json!({"rope_theta": null, "rope_scaling": parameters, "rope_parameters": parameters});
+    let both =
+        json!({"rope_theta": null, "rope_scaling": parameters, "rope_parameters": parameters});
     assert_eq!(with(dense(), both).expect("the same twice"), older);
-    assert_eq!(with(dense(), json!({"rope_theta": null, "rope_scaling": parameters})).expect("inside"), older);
+    assert_eq!(
+        with(dense(), json!({"rope_theta": null, "rope_scaling": parameters})).expect("inside"),
+        older
+    );
     let mut oldest = scaling;
     oldest["type"] = oldest["rope_type"].take();
     assert_eq!(with(dense(), json!({"rope_scaling": oldest})).expect("oldest"), older);
@@ -142,7 +162,10 @@ fn yarn_attention_factor_variants() {
     };
     let scale = |mscale: f64| 0.1 * mscale * 8f64.ln() + 1.0;
     assert_eq!(factor(json!({})), scale(1.0));
-    assert_eq!(factor(json!({"attention_factor": 0.75, "mscale": 2.0, "mscale_all_dim": 1.0})), 0.75);
+    assert_eq!(
+        factor(json!({"attention_factor": 0.75, "mscale": 2.0, "mscale_all_dim": 1.0})),
+        0.75
+    );
     assert_eq!(factor(json!({"mscale": 2.0, "mscale_all_dim": 0.5})), scale(2.0) / scale(0.5));
     assert_eq!(factor(json!({"mscale": 2.0})), scale(1.0));
     assert_eq!(factor(json!({"factor": 1.0})), 1.0);
@@ -161,7 +184,9 @@ fn defaults() {
     assert_eq!(config.head_dim, 128);
     let absent = json!({"head_dim": null, "hidden_size": 1024, "num_attention_heads": 16});
     assert_eq!(with(sparse(), absent).expect("a share of the width").head_dim, 64);
-    assert!(!config.tie_word_embeddings && config.eos_token_ids.is_empty() && config.dtype.is_none());
+    assert!(
+        !config.tie_word_embeddings && config.eos_token_ids.is_empty() && config.dtype.is_none()
+    );
     let list = with(dense(), json!({"eos_token_id": [151645, 151643]})).expect("a list");
     assert_eq!(list.eos_token_ids, [151645, 151643]);
 }
@@ -182,7 +207,10 @@ fn which_layers_are_sparse() {
     };
     let error = with(sparse(), json!({"decoder_sparse_step": 2, "intermediate_size": null}));
     assert_eq!(field(error.expect_err("dense layers without a size")), "intermediate_size");
-    assert_eq!(with(sparse(), json!({"intermediate_size": null})).expect("all sparse").intermediate_size, 0);
+    assert_eq!(
+        with(sparse(), json!({"intermediate_size": null})).expect("all sparse").intermediate_size,
+        0
+    );
 }
 
 #[test]
@@ -210,8 +238,10 @@ fn windows_and_chunks_without_effect() {
     unstated["use_sliding_window"] = json!(true);
     unstated.as_object_mut().expect("an object").remove("sliding_window");
     assert!(matches!(parse(&unstated), Err(ConfigError::Unsupported { .. })));
-    // The mixture of experts slides in every layer, whatever max_window_layers says, or the types of the layers, which decide in a dense model.
-    let fields = json!({"use_sliding_window": true, "sliding_window": 128, "max_window_layers": 48});
+    // The mixture of experts slides in every layer, whatever max_window_layers says, or the types
+    // of the layers, which decide in a dense model.
+    let fields =
+        json!({"use_sliding_window": true, "sliding_window": 128, "max_window_layers": 48});
     assert!(matches!(with(sparse(), fields), Err(ConfigError::Unsupported { .. })));
     let types = |layers| json!({"use_sliding_window": true, "sliding_window": 128, "layer_types": vec!["full_attention"; layers]});
     assert!(with(dense(), types(28)).is_ok());
@@ -270,8 +300,16 @@ fn missing_fields() {
         dense,
         &[
             (json!({"rope_scaling": {"rope_type": "yarn"}}), "missing", "rope_scaling.factor"),
-            (json!({"quantization_config": {"bits": 4}}), "missing", "quantization_config.quant_method"),
-            (json!({"quantization_config": {"quant_method": "group32"}}), "missing", "quantization_config.bits"),
+            (
+                json!({"quantization_config": {"bits": 4}}),
+                "missing",
+                "quantization_config.quant_method",
+            ),
+            (
+                json!({"quantization_config": {"quant_method": "group32"}}),
+                "missing",
+                "quantization_config.bits",
+            ),
         ],
     );
 }
@@ -308,7 +346,10 @@ fn mistyped_fields() {
         ],
     );
     let error = parse(&json!([1, 2])).expect_err("a list is no configuration");
-    assert_eq!(error.to_string(), "models/x/config.json: field (the whole file) is [1,2], expected an object");
+    assert_eq!(
+        error.to_string(),
+        "models/x/config.json: field (the whole file) is [1,2], expected an object"
+    );
 }
 
 #[test]
@@ -336,7 +377,11 @@ fn fields_out_of_range() {
             (json!({"rope_theta": 1.0}), "range", "rope_theta"),
             (json!({"rope_theta": -5.0}), "range", "rope_theta"),
             (json!({"rope_theta": 1e300}), "range", "rope_theta"),
-            (json!({"rope_scaling": {"rope_type": "yarn", "factor": 0.5}}), "range", "rope_scaling.factor"),
+            (
+                json!({"rope_scaling": {"rope_type": "yarn", "factor": 0.5}}),
+                "range",
+                "rope_scaling.factor",
+            ),
             (
                 json!({"rope_scaling": {"rope_type": "yarn", "factor": 4, "beta_slow": -1}}),
                 "range",
@@ -410,9 +455,17 @@ fn unsupported_variants() {
         &[
             (json!({"model_type": "llama"}), "unsupported", "model_type"),
             (json!({"attention_bias": true}), "unsupported", "attention_bias"),
-            (json!({"dual_chunk_attention_config": {"chunk_size": 9}}), "unsupported", "dual_chunk_attention_config"),
+            (
+                json!({"dual_chunk_attention_config": {"chunk_size": 9}}),
+                "unsupported",
+                "dual_chunk_attention_config",
+            ),
             (json!({"hidden_act": "gelu"}), "unsupported", "hidden_act"),
-            (json!({"rope_scaling": {"rope_type": "llama3", "factor": 8}}), "unsupported", "rope_scaling.rope_type"),
+            (
+                json!({"rope_scaling": {"rope_type": "llama3", "factor": 8}}),
+                "unsupported",
+                "rope_scaling.rope_type",
+            ),
             (
                 json!({"rope_scaling": {"partial_rotary_factor": 0.5}}),
                 "unsupported",
@@ -436,7 +489,10 @@ fn unsupported_variants() {
 fn files_that_cannot_be_read() {
     let folder = tempfile::tempdir().expect("a folder");
     let error = Config::read(folder.path()).expect_err("no file");
-    assert!(matches!(&error, ConfigError::Read { file, .. } if file.ends_with("config.json")), "{error}");
+    assert!(
+        matches!(&error, ConfigError::Read { file, .. } if file.ends_with("config.json")),
+        "{error}"
+    );
     for text in ["{\"hidden_size\": ", "", "\u{feff}{}", "not json", "{\"a\": NaN}"] {
         std::fs::write(folder.path().join("config.json"), text).expect("writable");
         let error = Config::read(folder.path()).expect_err("not JSON");

@@ -6,8 +6,8 @@ use std::sync::Arc;
 
 use comm::{Communicator, Phase, SoloComm, ThreadComm};
 use qwen3_model::{
-    GenerateError, GenerateParams, Generated, Isa, LogitRows, Model, ModelError, ModelOptions, ParallelStrategy,
-    PerplexityError, Progress, SamplingParams, StopReason, generate, perplexity,
+    GenerateError, GenerateParams, Generated, Isa, LogitRows, Model, ModelError, ModelOptions,
+    ParallelStrategy, PerplexityError, Progress, SamplingParams, StopReason, generate, perplexity,
 };
 use serde_json::Value;
 
@@ -26,15 +26,21 @@ fn solo() -> Model {
     load(Arc::new(SoloComm::new()), ParallelStrategy::Heads)
 }
 
-/// Runs `job` with the model, split by heads, on each of `ranks` threads and returns what each rank returned.
+/// Runs `job` with the model, split by heads, on each of `ranks` threads and returns what each rank
+/// returned.
 fn on_ranks<T: Send>(ranks: usize, job: impl Fn(&Model) -> T + Sync) -> Vec<T> {
     on_split(ranks, ParallelStrategy::Heads, job)
 }
 
-fn on_split<T: Send>(ranks: usize, strategy: ParallelStrategy, job: impl Fn(&Model) -> T + Sync) -> Vec<T> {
+fn on_split<T: Send>(
+    ranks: usize,
+    strategy: ParallelStrategy,
+    job: impl Fn(&Model) -> T + Sync,
+) -> Vec<T> {
     std::thread::scope(|scope| {
         let group = ThreadComm::group(ranks).into_iter();
-        let threads: Vec<_> = group.map(|comm| scope.spawn(|| job(&load(Arc::new(comm), strategy)))).collect();
+        let threads: Vec<_> =
+            group.map(|comm| scope.spawn(|| job(&load(Arc::new(comm), strategy)))).collect();
         threads.into_iter().map(|thread| thread.join().expect("no rank panics")).collect()
     })
 }
@@ -44,9 +50,19 @@ fn expected() -> Vec<(Vec<u32>, Vec<u32>)> {
     let text = std::fs::read_to_string(folder().join("expected.json")).expect("expected.json");
     let cases: Value = serde_json::from_str(&text).expect("JSON");
     let ids = |case: &Value, field: &str| -> Vec<u32> {
-        case[field].as_array().expect(field).iter().map(|id| id.as_u64().expect("an id") as u32).collect()
+        case[field]
+            .as_array()
+            .expect(field)
+            .iter()
+            .map(|id| id.as_u64().expect("an id") as u32)
+            .collect()
     };
-    cases.as_array().expect("cases").iter().map(|case| (ids(case, "prompt_ids"), ids(case, "greedy_ids"))).collect()
+    cases
+        .as_array()
+        .expect("cases")
+        .iter()
+        .map(|case| (ids(case, "prompt_ids"), ids(case, "greedy_ids")))
+        .collect()
 }
 
 fn greedy(max_new_tokens: usize) -> GenerateParams {
@@ -64,7 +80,11 @@ fn run(model: &Model, prompt: &[u32], params: &GenerateParams) -> Generated {
     });
     let result = result.expect("a continuation");
     assert_eq!(seen, result.ids, "the callback sees every token once");
-    assert_eq!(cache.len(), prompt.len() + result.ids.len().saturating_sub(1), "all but the last token are cached");
+    assert_eq!(
+        cache.len(),
+        prompt.len() + result.ids.len().saturating_sub(1),
+        "all but the last token are cached"
+    );
     result
 }
 
@@ -75,7 +95,10 @@ fn the_reference_implementation_continues_alike() {
         let result = run(&model, &prompt, &greedy(48));
         assert_eq!(result.ids, ids);
         let ends = ids.last().is_some_and(|id| [4089, 4087].contains(id));
-        assert_eq!(result.stop, if ends { StopReason::EndOfSequence } else { StopReason::MaxNewTokens });
+        assert_eq!(
+            result.stop,
+            if ends { StopReason::EndOfSequence } else { StopReason::MaxNewTokens }
+        );
         assert_eq!((result.prefill.tokens, result.decode.tokens), (prompt.len(), ids.len() - 1));
         assert!(result.prefill.tokens_per_s() > 0.0 && result.decode.tokens_per_s() > 0.0);
     }
@@ -92,7 +115,8 @@ fn ranks_and_chunks_do_not_change_the_tokens() {
             }
         }
     }
-    let sampling = SamplingParams { temperature: 1.0, top_k: 20, seed: 3, ..SamplingParams::default() };
+    let sampling =
+        SamplingParams { temperature: 1.0, top_k: 20, seed: 3, ..SamplingParams::default() };
     let params = GenerateParams { sampling, ignore_eos: true, ..greedy(20) };
     let alone = run(&solo(), &prompt, &params).ids;
     assert_eq!(alone.len(), 20);
@@ -108,11 +132,13 @@ fn a_conversation_goes_on_in_its_cache() {
     let model = solo();
     let (prompt, ids) = expected().swap_remove(1);
     let mut cache = model.new_cache(256);
-    let first = generate(&model, &mut cache, &prompt, &greedy(4), &mut |_| ControlFlow::Continue(()));
+    let first =
+        generate(&model, &mut cache, &prompt, &greedy(4), &mut |_| ControlFlow::Continue(()));
     let mut sequence = prompt.clone();
     sequence.extend(first.expect("four tokens").ids);
     let rest =
-        generate(&model, &mut cache, &sequence, &greedy(48), &mut |_| ControlFlow::Continue(())).expect("the rest");
+        generate(&model, &mut cache, &sequence, &greedy(48), &mut |_| ControlFlow::Continue(()))
+            .expect("the rest");
     // Only the fourth token had not been run yet.
     assert_eq!(rest.prefill.tokens, 1);
     sequence.extend(rest.ids);
@@ -133,7 +159,8 @@ fn reasons_to_stop() {
     // A cache with room for two more tokens: the third is chosen but cannot be run.
     let mut cache = model.new_cache(prompt.len() + 2);
     let full =
-        generate(&model, &mut cache, &prompt, &greedy(48), &mut |_| ControlFlow::Continue(())).expect("some tokens");
+        generate(&model, &mut cache, &prompt, &greedy(48), &mut |_| ControlFlow::Continue(()))
+            .expect("some tokens");
     assert_eq!((full.ids.len(), full.stop), (3, StopReason::ContextFull));
     assert_eq!(full.ids, ids[..3]);
 }
@@ -141,10 +168,13 @@ fn reasons_to_stop() {
 #[test]
 fn a_callback_stops_all_ranks() {
     let (prompt, ids) = expected().swap_remove(0);
-    for (ranks, strategy) in [1, 2, 3].into_iter().flat_map(|ranks| STRATEGIES.map(|strategy| (ranks, strategy))) {
+    for (ranks, strategy) in
+        [1, 2, 3].into_iter().flat_map(|ranks| STRATEGIES.map(|strategy| (ranks, strategy)))
+    {
         on_split(ranks, strategy, |model| {
             let mut cache = model.new_cache(256);
-            // One stop after the other, so that of split positions the last one is on another rank each time.
+            // One stop after the other, so that of split positions the last one is on another rank
+            // each time.
             for (so_far, stop) in [(0, 4), (4, 5), (5, 7)] {
                 let mut count = so_far;
                 let longer = [&prompt[..], &ids[..so_far]].concat();
@@ -162,7 +192,9 @@ fn a_callback_stops_all_ranks() {
                 assert_eq!(cache.len(), prompt.len() + stop - 1, "{ranks} {strategy}");
             }
             let longer = [&prompt[..], &ids[..7]].concat();
-            let rest = generate(model, &mut cache, &longer, &greedy(48 - 7), &mut |_| ControlFlow::Continue(()));
+            let rest = generate(model, &mut cache, &longer, &greedy(48 - 7), &mut |_| {
+                ControlFlow::Continue(())
+            });
             assert_eq!(rest.expect("the rest").ids, ids[7..], "{ranks} {strategy}");
         });
     }
@@ -186,9 +218,13 @@ fn a_callback_stops_all_ranks_within_the_prompt() {
                 }
             });
             let stopped = stopped.expect("no error");
-            assert_eq!((stopped.ids.len(), stopped.stop, stopped.prefill.tokens), (0, StopReason::Callback, 8));
+            assert_eq!(
+                (stopped.ids.len(), stopped.stop, stopped.prefill.tokens),
+                (0, StopReason::Callback, 8)
+            );
             assert_eq!((asked, cache.len()), (3, 8));
-            let rest = generate(model, &mut cache, &prompt, &params, &mut |_| ControlFlow::Continue(()));
+            let rest =
+                generate(model, &mut cache, &prompt, &params, &mut |_| ControlFlow::Continue(()));
             assert_eq!(rest.expect("the rest").ids, ids, "{ranks} ranks");
         });
     }
@@ -203,10 +239,20 @@ fn the_ledger_tells_phases_apart() {
         assert_eq!(model.comm().ledger().phase(), Phase::Other);
         model.comm().ledger().entries()
     }) {
-        let calls = |phase| entries.iter().filter(|entry| entry.phase == phase).map(|entry| entry.calls).sum::<u64>();
-        // 4 layers of two Allreduce and the exchange of candidates, for one prefill and two decoded tokens; and one look at
-        // whether to stop, in the prompt.
-        assert_eq!((calls(Phase::Prefill), calls(Phase::Decode), calls(Phase::Other)), (10, 18, 0), "{entries:?}");
+        let calls = |phase| {
+            entries
+                .iter()
+                .filter(|entry| entry.phase == phase)
+                .map(|entry| entry.calls)
+                .sum::<u64>()
+        };
+        // 4 layers of two Allreduce and the exchange of candidates, for one prefill and two decoded
+        // tokens; and one look at whether to stop, in the prompt.
+        assert_eq!(
+            (calls(Phase::Prefill), calls(Phase::Decode), calls(Phase::Other)),
+            (10, 18, 0),
+            "{entries:?}"
+        );
     }
 }
 
@@ -218,20 +264,30 @@ fn prompts_are_checked() {
         if !cached.is_empty() {
             model.forward(&mut cache, cached, LogitRows::None).expect("room");
         }
-        generate(&model, &mut cache, prompt, &greedy(1), &mut |_| ControlFlow::Continue(())).expect_err("a bad prompt")
+        generate(&model, &mut cache, prompt, &greedy(1), &mut |_| ControlFlow::Continue(()))
+            .expect_err("a bad prompt")
     };
     assert!(matches!(fails(&[], 8, &[]), GenerateError::EmptyPrompt));
     let error = fails(&[1, 2, 4096], 8, &[]);
     assert!(
-        matches!(error, GenerateError::Model(ModelError::TokenOutOfRange { index: 2, id: 4096, vocab_size: 4096 })),
+        matches!(
+            error,
+            GenerateError::Model(ModelError::TokenOutOfRange {
+                index: 2,
+                id: 4096,
+                vocab_size: 4096
+            })
+        ),
         "{error}"
     );
     let error = fails(&[1; 9], 8, &[]);
     assert!(matches!(error, GenerateError::PromptTooLong { tokens: 9, capacity: 8 }), "{error}");
     let error = fails(&[1, 2], 8, &[1, 2]);
     assert!(matches!(error, GenerateError::NothingNew { tokens: 2, cached: 2 }), "{error}");
-    let hot =
-        GenerateParams { sampling: SamplingParams { temperature: -1.0, ..SamplingParams::default() }, ..greedy(1) };
+    let hot = GenerateParams {
+        sampling: SamplingParams { temperature: -1.0, ..SamplingParams::default() },
+        ..greedy(1)
+    };
     let mut cache = model.new_cache(8);
     let error = generate(&model, &mut cache, &[1], &hot, &mut |_| ControlFlow::Continue(()));
     assert!(matches!(error, Err(GenerateError::Sampling(_))));
@@ -240,9 +296,11 @@ fn prompts_are_checked() {
 #[test]
 fn perplexity_is_the_mean_over_windows() {
     let model = solo();
-    let tokens: Vec<u32> = expected().into_iter().flat_map(|(prompt, ids)| [prompt, ids].concat()).take(131).collect();
+    let tokens: Vec<u32> =
+        expected().into_iter().flat_map(|(prompt, ids)| [prompt, ids].concat()).take(131).collect();
     let mut done = Vec::new();
-    let found = perplexity(&model, &tokens, 50, 512, &mut |tokens| done.push(tokens)).expect("a score");
+    let found =
+        perplexity(&model, &tokens, 50, 512, &mut |tokens| done.push(tokens)).expect("a score");
     // 50, 50 and 31 tokens.
     assert_eq!((found.tokens, found.scored), (131, 49 + 49 + 30));
     assert_eq!(done.last(), Some(&131));
@@ -258,20 +316,34 @@ fn perplexity_is_the_mean_over_windows() {
         }
     }
     let expected = (sum / f64::from(scored)).exp();
-    assert!((found.perplexity / expected - 1.0).abs() < 1e-5, "{} against {expected}", found.perplexity);
+    assert!(
+        (found.perplexity / expected - 1.0).abs() < 1e-5,
+        "{} against {expected}",
+        found.perplexity
+    );
     assert!((found.mean_nll.exp() - found.perplexity).abs() < 1e-9);
 
     for ranks in [2, 3] {
-        for result in on_ranks(ranks, |model| perplexity(model, &tokens, 50, 512, &mut |_| ()).expect("a score")) {
+        for result in on_ranks(ranks, |model| {
+            perplexity(model, &tokens, 50, 512, &mut |_| ()).expect("a score")
+        }) {
             assert_eq!(result.scored, found.scored);
-            assert!((result.perplexity / found.perplexity - 1.0).abs() < 1e-4, "{ranks} ranks: {}", result.perplexity);
+            assert!(
+                (result.perplexity / found.perplexity - 1.0).abs() < 1e-4,
+                "{ranks} ranks: {}",
+                result.perplexity
+            );
         }
     }
     // Shorter passes say the same of the same text, and there are more of them.
     let passes = done.len();
     done.clear();
-    let again = perplexity(&model, &tokens, 50, 7, &mut |tokens| done.push(tokens)).expect("a score");
-    assert!((again.perplexity / found.perplexity - 1.0).abs() < 1e-4 && done.len() > passes, "{again:?} {done:?}");
+    let again =
+        perplexity(&model, &tokens, 50, 7, &mut |tokens| done.push(tokens)).expect("a score");
+    assert!(
+        (again.perplexity / found.perplexity - 1.0).abs() < 1e-4 && done.len() > passes,
+        "{again:?} {done:?}"
+    );
     // A last window of one token scores nothing.
     let short = perplexity(&model, &tokens[..51], 50, 512, &mut |_| ()).expect("a score");
     assert_eq!((short.tokens, short.scored), (51, 49));
@@ -280,8 +352,13 @@ fn perplexity_is_the_mean_over_windows() {
 #[test]
 fn texts_and_windows_are_checked() {
     let model = solo();
-    let fails = |tokens: &[u32], context| perplexity(&model, tokens, context, 512, &mut |_| ()).expect_err("unusable");
-    assert!(matches!(fails(&[1, 2, 3], 1), PerplexityError::Context { found: 1, context_length: 4096 }));
+    let fails = |tokens: &[u32], context| {
+        perplexity(&model, tokens, context, 512, &mut |_| ()).expect_err("unusable")
+    };
+    assert!(matches!(
+        fails(&[1, 2, 3], 1),
+        PerplexityError::Context { found: 1, context_length: 4096 }
+    ));
     assert!(matches!(fails(&[1, 2, 3], 4097), PerplexityError::Context { found: 4097, .. }));
     assert!(matches!(fails(&[1], 16), PerplexityError::TooShort { found: 1 }));
     assert!(matches!(fails(&[1, 9999, 1], 16), PerplexityError::Model(_)));

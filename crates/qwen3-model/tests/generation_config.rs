@@ -8,12 +8,16 @@ use serde_json::json;
 #[test]
 fn generation_config() {
     let folder = tempfile::tempdir().expect("a folder");
-    assert_eq!(GenerationConfig::read(folder.path()).expect("absent is fine"), GenerationConfig::default());
+    assert_eq!(
+        GenerationConfig::read(folder.path()).expect("absent is fine"),
+        GenerationConfig::default()
+    );
     let published = json!({
         "bos_token_id": 151643, "do_sample": true, "eos_token_id": [151645, 151643], "pad_token_id": 151643,
         "temperature": 0.6, "top_k": 20, "top_p": 0.95, "transformers_version": "4.51.0"
     });
-    std::fs::write(folder.path().join("generation_config.json"), published.to_string()).expect("writable");
+    std::fs::write(folder.path().join("generation_config.json"), published.to_string())
+        .expect("writable");
     let config = GenerationConfig::read(folder.path()).expect("published");
     assert_eq!(config.eos_token_ids, [151645, 151643]);
     assert_eq!((config.do_sample, config.temperature), (Some(true), Some(0.6)));
@@ -40,7 +44,8 @@ fn generation_config() {
         serde_json::from_str(include_str!("data/dense-tied-bf16/config.json")).expect("JSON");
     let model = Config::from_json(Path::new("config.json"), &model).expect("valid");
     let broken = json!({"top_p": 0.0, "eos_token_id": 3});
-    std::fs::write(folder.path().join("generation_config.json"), broken.to_string()).expect("writable");
+    std::fs::write(folder.path().join("generation_config.json"), broken.to_string())
+        .expect("writable");
     assert_eq!(eos_token_ids(folder.path(), &model).expect("ids"), [3]);
     std::fs::write(folder.path().join("generation_config.json"), "{").expect("writable");
     assert!(matches!(eos_token_ids(folder.path(), &model), Err(ConfigError::Json { .. })));

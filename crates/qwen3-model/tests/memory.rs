@@ -6,8 +6,8 @@ use std::sync::{Arc, Barrier};
 use comm::{Communicator, EmulatedComm, Link, ThreadComm};
 use peak_alloc::PeakAlloc;
 use qwen3_model::{
-    Checkpoint, Config, Division, Isa, KvFormat, LogitRows, Machine, Model, ModelOptions, PlanInput, Preset,
-    SynthOptions, WeightFormat, WeightFormats, plan, synthesize,
+    Checkpoint, Config, Division, Isa, KvFormat, LogitRows, Machine, Model, ModelOptions,
+    PlanInput, Preset, SynthOptions, WeightFormat, WeightFormats, plan, synthesize,
 };
 
 #[global_allocator]
@@ -16,14 +16,22 @@ static ALLOCATED: PeakAlloc = PeakAlloc;
 /// Tokens of the prompt.
 const PROMPT: usize = 1024;
 
-/// Bytes that all ranks together allocate at most while they take the prompt in passes of `tokens` and decode one token.
-fn allocated(dir: &Path, options: ModelOptions, ranks: usize, nodes: usize, tokens: usize) -> usize {
+/// Bytes that all ranks together allocate at most while they take the prompt in passes of `tokens`
+/// and decode one token.
+fn allocated(
+    dir: &Path,
+    options: ModelOptions,
+    ranks: usize,
+    nodes: usize,
+    tokens: usize,
+) -> usize {
     let ready = Barrier::new(ranks);
     let run = |comm: ThreadComm| {
         let first = comm.rank() == 0;
         let comm: Arc<dyn Communicator> = Arc::new(comm);
         let link = Link::from_us_gb_s(0.0, 1e6);
-        let comm = if nodes > 1 { Arc::new(EmulatedComm::new(comm, link, nodes).unwrap()) } else { comm };
+        let comm =
+            if nodes > 1 { Arc::new(EmulatedComm::new(comm, link, nodes).unwrap()) } else { comm };
         let model = Model::load(dir, comm, &options, &|_| ()).unwrap();
         let mut caches = [model.new_cache(PROMPT + 1), model.new_cache(PROMPT + 1)];
         let prompt: Vec<u32> = (0..PROMPT as u32).map(|index| index * 7 % 500).collect();
@@ -36,7 +44,8 @@ fn allocated(dir: &Path, options: ModelOptions, ranks: usize, nodes: usize, toke
         ready.wait();
         let before = ALLOCATED.current_usage();
         ready.wait();
-        // What grows is there twice for a moment, which is the measuring allocator's doing: large memory grows in place otherwise.
+        // What grows is there twice for a moment, which is the measuring allocator's doing: large
+        // memory grows in place otherwise.
         forward(0);
         ready.wait();
         if first {
@@ -48,7 +57,8 @@ fn allocated(dir: &Path, options: ModelOptions, ranks: usize, nodes: usize, toke
         ALLOCATED.peak_usage() - before
     };
     std::thread::scope(|scope| {
-        let ranks: Vec<_> = ThreadComm::group(ranks).into_iter().map(|comm| scope.spawn(|| run(comm))).collect();
+        let ranks: Vec<_> =
+            ThreadComm::group(ranks).into_iter().map(|comm| scope.spawn(|| run(comm))).collect();
         ranks.into_iter().map(|rank| rank.join().unwrap()).max().unwrap()
     })
 }
@@ -61,9 +71,15 @@ fn a_pass_allocates_what_is_planned() {
         synthesize(&dir, &SynthOptions { preset, layers: None, seed: 1 }, &mut |_| ()).unwrap();
         let config = Config::read(&dir).unwrap();
         let checkpoint = Checkpoint::open(&dir).unwrap();
-        for (ranks, nodes, chunk) in
-            [(1, 1, 1024), (1, 1, 256), (2, 1, 1024), (2, 2, 512), (2, 2, 128), (3, 1, 128), (4, 2, 256)]
-        {
+        for (ranks, nodes, chunk) in [
+            (1, 1, 1024),
+            (1, 1, 256),
+            (2, 1, 1024),
+            (2, 2, 512),
+            (2, 2, 128),
+            (3, 1, 128),
+            (4, 2, 256),
+        ] {
             for weights in [None, Some(WeightFormat::Q8), Some(WeightFormat::Q4)] {
                 let formats = WeightFormats::read(&config, &checkpoint, weights).unwrap();
                 let machine = Machine::typical(ranks, nodes, 1);
@@ -86,7 +102,8 @@ fn a_pass_allocates_what_is_planned() {
                     };
                     let (_, sp) = strategy.grid(ranks);
                     let planned: usize = way.activation_bytes.iter().sum();
-                    // Ranks that share a core do not all have their most at once; where others compute too, not in each of their passes.
+                    // Ranks that share a core do not all have their most at once; where others
+                    // compute too, not in each of their passes.
                     let mut found = 0;
                     for _ in 0..3 {
                         found = allocated(&dir, options, ranks, nodes, chunk * sp).max(found);
@@ -99,7 +116,10 @@ fn a_pass_allocates_what_is_planned() {
                         "{}: {ranks} ranks on {nodes} machines, chunks of {chunk}, {weights:?} {strategy} {schedule} {experts}",
                         preset.name()
                     );
-                    assert!((0.8..1.1).contains(&share), "{label}: {found} bytes, planned {planned}");
+                    assert!(
+                        (0.8..1.1).contains(&share),
+                        "{label}: {found} bytes, planned {planned}"
+                    );
                 }
             }
         }

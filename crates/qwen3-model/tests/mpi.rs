@@ -11,7 +11,8 @@ fn main() {
     let world = MpiComm::init().expect("MPI starts");
     let mut options = MpiOptions::default();
     options.nodes = Some(2);
-    let machines: Arc<dyn Communicator> = Arc::new(world.with_options(&options).expect("the same ranks, far apart"));
+    let machines: Arc<dyn Communicator> =
+        Arc::new(world.with_options(&options).expect("the same ranks, far apart"));
     let comm: Arc<dyn Communicator> = Arc::new(world);
     // A failed check ends the other ranks too: dropped in a panic, this end fails them all.
     let mut passed = 0;

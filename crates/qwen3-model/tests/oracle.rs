@@ -1,4 +1,5 @@
-//! Every reference case on every strategy, attention algorithm, schedule and instruction set, on 1 to 5 ranks as threads.
+//! Every reference case on every strategy, attention algorithm, schedule and instruction set, on 1
+//! to 5 ranks as threads.
 
 mod cases;
 mod suite;
@@ -27,12 +28,17 @@ fn check_all(case: &str) {
     for ranks in 1..=5 {
         for isa in suite::isas() {
             for weights in [None, Some(WeightFormat::F32)] {
-                for what in suite::combinations(reference.mixture, ranks, isa, weights, 1 + ranks % 2) {
+                for what in
+                    suite::combinations(reference.mixture, ranks, isa, weights, 1 + ranks % 2)
+                {
                     check_ranks(&reference, ranks, &what, |comm| Arc::new(comm));
                     if what.goes_in_halves() && ranks > 1 {
                         check_ranks(&reference, ranks, &what, |comm| {
                             let free = Link::from_us_gb_s(0.0, 1e6);
-                            Arc::new(EmulatedComm::new(Arc::new(comm), free, 2).expect("two nodes of ranks"))
+                            Arc::new(
+                                EmulatedComm::new(Arc::new(comm), free, 2)
+                                    .expect("two nodes of ranks"),
+                            )
                         });
                     }
                 }
@@ -71,11 +77,14 @@ fn moe_bf16() {
     check_all("moe-bf16");
 }
 
-/// What shorter sums cost: the contract for ranks on several machines, whose default is bf16, is 1e-2 of the largest logit. Q8 does not
-/// keep it, and where experts are chosen it may choose others; it is there for those who ask for it.
+/// What shorter sums cost: the contract for ranks on several machines, whose default is bf16, is
+/// 1e-2 of the largest logit. Q8 does not keep it, and where experts are chosen it may choose
+/// others; it is there for those who ask for it.
 #[test]
 fn sums_in_bf16_keep_logits_within_a_hundredth() {
-    for (wire, cases, most) in [(WireFormat::Bf16, &CASES[..], 1e-2), (WireFormat::Q8, &CASES[..5], 5e-2)] {
+    for (wire, cases, most) in
+        [(WireFormat::Bf16, &CASES[..], 1e-2), (WireFormat::Q8, &CASES[..5], 5e-2)]
+    {
         let mut worst = 0.0f32;
         for case in cases {
             let reference = suite::Reference::read(case);
@@ -86,13 +95,26 @@ fn sums_in_bf16_keep_logits_within_a_hundredth() {
                         let ranks = ThreadComm::group(ranks).into_iter().map(|comm| {
                             comm.set_wire(wire);
                             scope.spawn(|| {
-                                let model = Model::load(&reference.folder, Arc::new(comm), &options, &|_| ()).unwrap();
+                                let model = Model::load(
+                                    &reference.folder,
+                                    Arc::new(comm),
+                                    &options,
+                                    &|_| (),
+                                )
+                                .unwrap();
                                 let mut cache = model.new_cache(reference.input_ids.len());
                                 let mut rows = Vec::new();
-                                // Two passes: of split positions, those of the second meet keys on all ranks.
-                                for part in reference.input_ids.chunks(reference.input_ids.len().div_ceil(2)) {
-                                    let logits = model.forward(&mut cache, part, LogitRows::All).unwrap();
-                                    rows.extend_from_slice(model.gather_logits(&logits).unwrap().as_slice().unwrap());
+                                // Two passes: of split positions, those of the second meet keys on
+                                // all ranks.
+                                for part in reference
+                                    .input_ids
+                                    .chunks(reference.input_ids.len().div_ceil(2))
+                                {
+                                    let logits =
+                                        model.forward(&mut cache, part, LogitRows::All).unwrap();
+                                    rows.extend_from_slice(
+                                        model.gather_logits(&logits).unwrap().as_slice().unwrap(),
+                                    );
                                 }
                                 reference.distance(&rows)
                             })
@@ -100,15 +122,25 @@ fn sums_in_bf16_keep_logits_within_a_hundredth() {
                         let ranks: Vec<_> = ranks.collect();
                         ranks.into_iter().map(|rank| rank.join().unwrap()).collect::<Vec<_>>()
                     });
-                    println!("{case} {strategy} {ranks} ranks, wire {}: {:.1e}", wire.name(), distances[0]);
+                    println!(
+                        "{case} {strategy} {ranks} ranks, wire {}: {:.1e}",
+                        wire.name(),
+                        distances[0]
+                    );
                     for distance in distances {
-                        assert!(distance <= most, "{case} {strategy} {ranks} ranks, {wire:?}: {distance}");
+                        assert!(
+                            distance <= most,
+                            "{case} {strategy} {ranks} ranks, {wire:?}: {distance}"
+                        );
                         worst = worst.max(distance);
                     }
                 }
             }
         }
         println!("worst with wire {}: {worst:.1e}", wire.name());
-        assert!(worst > 1e-4, "{wire:?}: {worst} is no more than rounding of f32: nothing was shortened");
+        assert!(
+            worst > 1e-4,
+            "{wire:?}: {worst} is no more than rounding of f32: nothing was shortened"
+        );
     }
 }

@@ -3,13 +3,17 @@
 use std::path::Path;
 
 use qwen3_model::{
-    Config, Division, ExpertSplit, HeadPlan, Imbalance, MlpSchedule, ParallelStrategy, TensorRole, tensor_specs,
+    Config, Division, ExpertSplit, HeadPlan, Imbalance, MlpSchedule, ParallelStrategy, TensorRole,
+    tensor_specs,
 };
 use serde_json::json;
 
 const INSIDE: ExpertSplit = ExpertSplit::Inside;
-const FUSED: Division =
-    Division { strategy: ParallelStrategy::Heads, schedule: MlpSchedule::Fused, experts: ExpertSplit::Inside };
+const FUSED: Division = Division {
+    strategy: ParallelStrategy::Heads,
+    schedule: MlpSchedule::Fused,
+    experts: ExpertSplit::Inside,
+};
 
 fn config(heads: usize, kv_heads: usize, columns: usize, vocabulary: usize) -> Config {
     let value = json!({
@@ -41,14 +45,20 @@ fn mixture(dense: &[usize]) -> Config {
 
 #[test]
 fn every_query_head_is_on_one_rank_beside_its_kv_head() {
-    for (heads, kv_heads) in [(1, 1), (2, 1), (6, 3), (8, 2), (8, 8), (16, 8), (40, 8), (12, 4), (64, 4)] {
+    for (heads, kv_heads) in
+        [(1, 1), (2, 1), (6, 3), (8, 2), (8, 8), (16, 8), (40, 8), (12, 4), (64, 4)]
+    {
         let config = config(heads, kv_heads, 32, 32);
         for ranks in 1..=heads + 3 {
             let mut next = 0;
             for rank in 0..ranks {
                 let plan = HeadPlan::new(&config, ranks, rank);
                 let label = format!("{heads}/{kv_heads} heads, rank {rank} of {ranks}: {plan:?}");
-                assert_eq!(plan.query_heads.start, if plan.query_heads.is_empty() { heads } else { next }, "{label}");
+                assert_eq!(
+                    plan.query_heads.start,
+                    if plan.query_heads.is_empty() { heads } else { next },
+                    "{label}"
+                );
                 next = plan.query_heads.end;
                 assert!(plan.query_heads.len().abs_diff(heads / ranks) <= 1, "{label}");
                 assert_eq!(plan.groups.len(), plan.kv_heads.len(), "{label}");
@@ -80,14 +90,21 @@ fn kv_heads_are_replicated_where_ranks_share_one() {
     // 8 heads in groups of 4 on 3 ranks: the middle rank sees both KV heads.
     let config = self::config(8, 2, 32, 32);
     let middle = HeadPlan::new(&config, 3, 1);
-    assert_eq!((middle.query_heads, middle.kv_heads, middle.groups), (3..6, 0..2, vec![0..1, 1..3]));
+    assert_eq!(
+        (middle.query_heads, middle.kv_heads, middle.groups),
+        (3..6, 0..2, vec![0..1, 1..3])
+    );
 }
 
 #[test]
 fn whole_experts_on_ranks() {
-    let split = |experts| Imbalance::new(&all_sparse(), Division { experts, ..FUSED }, 2, 32).columns;
+    let split =
+        |experts| Imbalance::new(&all_sparse(), Division { experts, ..FUSED }, 2, 32).columns;
     // 40 columns are a group of 32 and a short one; 5 experts are 3 and 2.
-    assert_eq!((split(INSIDE).most, split(INSIDE).least, split(INSIDE).total), (5 * 32, 5 * 8, 5 * 40));
+    assert_eq!(
+        (split(INSIDE).most, split(INSIDE).least, split(INSIDE).total),
+        (5 * 32, 5 * 8, 5 * 40)
+    );
     assert_eq!((split(ExpertSplit::Ranks).most, split(ExpertSplit::Ranks).least), (3 * 40, 2 * 40));
 }
 
@@ -95,7 +112,10 @@ fn whole_experts_on_ranks() {
 fn imbalance_is_the_largest_share_over_an_equal_one() {
     let config = config(16, 8, 200, 331);
     let even = Imbalance::new(&config, FUSED, 4, 1);
-    assert_eq!((even.query_heads.imbalance(), even.kv_heads.imbalance(), even.columns.imbalance()), (1.0, 1.0, 1.0));
+    assert_eq!(
+        (even.query_heads.imbalance(), even.kv_heads.imbalance(), even.columns.imbalance()),
+        (1.0, 1.0, 1.0)
+    );
     assert_eq!((even.vocabulary.most, even.vocabulary.least), (83, 82));
     let uneven = Imbalance::new(&config, FUSED, 12, 32);
     assert_eq!((uneven.query_heads.most, uneven.query_heads.least), (2, 1));
@@ -105,10 +125,13 @@ fn imbalance_is_the_largest_share_over_an_equal_one() {
     // 7 granules of 32 columns: one each for 7 ranks, none for 5.
     assert_eq!((uneven.columns.most, uneven.columns.least), (32, 0));
 
-    // Ranks that split positions divide the feed-forward blocks as well, or each goes through the whole of them for its positions. Where
-    // ranks split heads alone, all of them do so for the same ones.
+    // Ranks that split positions divide the feed-forward blocks as well, or each goes through the
+    // whole of them for its positions. Where ranks split heads alone, all of them do so for the
+    // same ones.
     let columns = |strategy, schedule| {
-        let columns = Imbalance::new(&config, Division { strategy, schedule, experts: INSIDE }, 4, 32).columns;
+        let columns =
+            Imbalance::new(&config, Division { strategy, schedule, experts: INSIDE }, 4, 32)
+                .columns;
         (columns.most, columns.least, columns.sum, columns.imbalance())
     };
     let (sequence, grid) = (ParallelStrategy::Sequence, ParallelStrategy::Grid { tp: 2, sp: 2 });
@@ -122,13 +145,19 @@ fn imbalance_is_the_largest_share_over_an_equal_one() {
 fn tensors_of_a_published_checkpoint() {
     let specs: Vec<_> = tensor_specs(&sparse()).collect();
     let shape = |name: &str| {
-        let spec = specs.iter().find(|spec| spec.name == name).unwrap_or_else(|| panic!("{name} is missing"));
+        let spec = specs
+            .iter()
+            .find(|spec| spec.name == name)
+            .unwrap_or_else(|| panic!("{name} is missing"));
         (spec.shape.clone(), spec.role)
     };
     assert_eq!(shape("model.embed_tokens.weight"), (vec![100, 64], TensorRole::Matrix));
     assert_eq!(shape("model.layers.0.self_attn.q_norm.weight"), (vec![16], TensorRole::Norm));
     assert_eq!(shape("model.layers.2.self_attn.k_proj.weight"), (vec![32, 64], TensorRole::Matrix));
-    assert_eq!(shape("model.layers.0.mlp.experts.4.down_proj.weight"), (vec![64, 40], TensorRole::Matrix));
+    assert_eq!(
+        shape("model.layers.0.mlp.experts.4.down_proj.weight"),
+        (vec![64, 40], TensorRole::Matrix)
+    );
     assert_eq!(shape("model.layers.0.mlp.gate.weight"), (vec![5, 64], TensorRole::Router));
     assert_eq!(shape("model.layers.1.mlp.gate_proj.weight"), (vec![96, 64], TensorRole::Matrix));
     assert_eq!(shape("lm_head.weight"), (vec![100, 64], TensorRole::Matrix));

@@ -6,9 +6,10 @@ use std::sync::Arc;
 
 use qwen3_model::comm::{Communicator as _, ThreadComm, WireFormat};
 use qwen3_model::{
-    Checkpoint, Config, Division, ExpertSplit, HiddenSums, Isa, KvFormat, LinkFigures, LogitRows, Machine, MlpSchedule,
-    Model, ModelOptions, ParallelStrategy, Plan, PlanInput, Preset, Rate, SynthOptions, TensorRole, TensorSpec,
-    TrafficModel, WeightFormat, WeightFormats, plan, synthesize, tensor_specs,
+    Checkpoint, Config, Division, ExpertSplit, HiddenSums, Isa, KvFormat, LinkFigures, LogitRows,
+    Machine, MlpSchedule, Model, ModelOptions, ParallelStrategy, Plan, PlanInput, Preset, Rate,
+    SynthOptions, TensorRole, TensorSpec, TrafficModel, WeightFormat, WeightFormats, plan,
+    synthesize, tensor_specs,
 };
 
 #[test]
@@ -17,16 +18,33 @@ fn memory_is_what_loading_takes() {
         let dir = cases::folder(case);
         let config = Config::read(&dir).unwrap();
         let checkpoint = Checkpoint::open(&dir).unwrap();
-        for (weights, ranks) in [None, Some(WeightFormat::Q8)].into_iter().flat_map(|w| (1..=5).map(move |r| (w, r))) {
+        for (weights, ranks) in
+            [None, Some(WeightFormat::Q8)].into_iter().flat_map(|w| (1..=5).map(move |r| (w, r)))
+        {
             let formats = WeightFormats::read(&config, &checkpoint, weights).unwrap();
-            let grids = (2..ranks).filter(|tp| ranks % tp == 0).map(|tp| ParallelStrategy::Grid { tp, sp: ranks / tp });
-            for strategy in [ParallelStrategy::Heads, ParallelStrategy::Sequence].into_iter().chain(grids) {
-                let whole = config.moe.is_some().then_some((MlpSchedule::Fused, ExpertSplit::Ranks));
-                let inside = [MlpSchedule::Fused, MlpSchedule::Naive, MlpSchedule::Gathered, MlpSchedule::Local]
-                    .map(|mlp| (mlp, ExpertSplit::Inside));
+            let grids = (2..ranks)
+                .filter(|tp| ranks % tp == 0)
+                .map(|tp| ParallelStrategy::Grid { tp, sp: ranks / tp });
+            for strategy in
+                [ParallelStrategy::Heads, ParallelStrategy::Sequence].into_iter().chain(grids)
+            {
+                let whole =
+                    config.moe.is_some().then_some((MlpSchedule::Fused, ExpertSplit::Ranks));
+                let inside = [
+                    MlpSchedule::Fused,
+                    MlpSchedule::Naive,
+                    MlpSchedule::Gathered,
+                    MlpSchedule::Local,
+                ]
+                .map(|mlp| (mlp, ExpertSplit::Inside));
                 for (mlp, experts) in inside.into_iter().chain(whole) {
-                    let options =
-                        ModelOptions { strategy, mlp: Some(mlp), experts, weights, ..ModelOptions::new(Isa::scalar()) };
+                    let options = ModelOptions {
+                        strategy,
+                        mlp: Some(mlp),
+                        experts,
+                        weights,
+                        ..ModelOptions::new(Isa::scalar())
+                    };
                     std::thread::scope(|scope| {
                         for (rank, comm) in ThreadComm::group(ranks).into_iter().enumerate() {
                             let (dir, formats, config) = (&dir, &formats, &config);
@@ -49,13 +67,19 @@ fn memory_is_what_loading_takes() {
 fn shape() -> (tempfile::TempDir, Config, WeightFormats) {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("model");
-    synthesize(&path, &SynthOptions { preset: Preset::Tiny, layers: None, seed: 1 }, &mut |_| ()).unwrap();
+    synthesize(&path, &SynthOptions { preset: Preset::Tiny, layers: None, seed: 1 }, &mut |_| ())
+        .unwrap();
     let tiny = Config::read(&path).unwrap();
     let formats = WeightFormats::read(&tiny, &Checkpoint::open(&path).unwrap(), None).unwrap();
     (dir, tiny, formats)
 }
 
-fn run(config: &Config, weights: &WeightFormats, machine: &Machine, change: impl FnOnce(&mut PlanInput<'_>)) -> Plan {
+fn run(
+    config: &Config,
+    weights: &WeightFormats,
+    machine: &Machine,
+    change: impl FnOnce(&mut PlanInput<'_>),
+) -> Plan {
     let base = PlanInput::new(config, weights, machine);
     let mut input = PlanInput { prompt: 64, generate: 64, all_schedules: true, ..base };
     change(&mut input);
@@ -72,11 +96,19 @@ fn two_ranks_have_the_matrices_once_and_the_routers_twice() {
         // Every share of a matrix is whole panels here, in bf16.
         let matrices: usize = layers(TensorRole::Matrix).map(|spec| 2 * spec.elements()).sum();
         let head = 2 * config.head_parameters() as usize;
-        let packed = |spec: TensorSpec| WeightFormat::Bf16.packed_bytes(spec.shape[0], spec.shape[1]);
+        let packed =
+            |spec: TensorSpec| WeightFormat::Bf16.packed_bytes(spec.shape[0], spec.shape[1]);
         let routers: usize = layers(TensorRole::Router).map(packed).sum();
-        for (ranks, experts) in [(1, ExpertSplit::Inside), (2, ExpertSplit::Inside), (2, ExpertSplit::Ranks)] {
-            let division = Division { strategy: ParallelStrategy::Heads, schedule: MlpSchedule::Fused, experts };
-            let held: usize = (0..ranks).map(|rank| weights.bytes(&config, division, ranks, rank)).sum();
+        for (ranks, experts) in
+            [(1, ExpertSplit::Inside), (2, ExpertSplit::Inside), (2, ExpertSplit::Ranks)]
+        {
+            let division = Division {
+                strategy: ParallelStrategy::Heads,
+                schedule: MlpSchedule::Fused,
+                experts,
+            };
+            let held: usize =
+                (0..ranks).map(|rank| weights.bytes(&config, division, ranks, rank)).sum();
             assert_eq!(held, matrices + head + ranks * routers, "{ranks} ranks, experts {experts}");
         }
     }
@@ -124,8 +156,9 @@ fn bytes_of_chunks_on_a_shorter_wire_are_those_of_the_ledger() {
     let (prompt, chunk) = (64, 12);
     for ranks in 2..=4 {
         let machine = Machine::typical(ranks, 1, 1);
-        let change =
-            |input: &mut PlanInput<'_>| (input.wire, input.prompt, input.chunk) = (WireFormat::Bf16, prompt, chunk);
+        let change = |input: &mut PlanInput<'_>| {
+            (input.wire, input.prompt, input.chunk) = (WireFormat::Bf16, prompt, chunk)
+        };
         for way in run(&config, &weights, &machine, change).ways {
             let options = ModelOptions {
                 strategy: way.strategy,
@@ -141,22 +174,31 @@ fn bytes_of_chunks_on_a_shorter_wire_are_those_of_the_ledger() {
                 ledger.reset();
                 let passes: Vec<_> = [3; 64].chunks(model.pass_tokens(chunk)).collect();
                 for (i, tokens) in passes.iter().enumerate() {
-                    let rows = if i + 1 == passes.len() { LogitRows::Last } else { LogitRows::None };
+                    let rows =
+                        if i + 1 == passes.len() { LogitRows::Last } else { LogitRows::None };
                     model.forward(&mut cache, tokens, rows).unwrap();
                 }
                 let entries = ledger.entries();
-                entries.iter().fold((0, 0), |(calls, bytes), entry| (calls + entry.calls, bytes + entry.payload_bytes))
+                entries.iter().fold((0, 0), |(calls, bytes), entry| {
+                    (calls + entry.calls, bytes + entry.payload_bytes)
+                })
             };
             let (calls, bytes) = std::thread::scope(|scope| {
-                let ranks: Vec<_> =
-                    ThreadComm::group(ranks).into_iter().map(|comm| scope.spawn(|| counted(comm))).collect();
+                let ranks: Vec<_> = ThreadComm::group(ranks)
+                    .into_iter()
+                    .map(|comm| scope.spawn(|| counted(comm)))
+                    .collect();
                 let counted = ranks.into_iter().map(|rank| rank.join().unwrap());
                 counted.fold((0, 0), |most, (calls, bytes)| (most.0.max(calls), most.1.max(bytes)))
             });
             // The candidates for the next token come on top.
             let candidates = 8 * ranks as u64;
             let label = format!("{ranks} ranks, {} {}", way.strategy, way.schedule);
-            assert_eq!((way.prompt.calls, way.prompt.bytes), (calls + 1, bytes + candidates), "{label}");
+            assert_eq!(
+                (way.prompt.calls, way.prompt.bytes),
+                (calls + 1, bytes + candidates),
+                "{label}"
+            );
         }
     }
 }
@@ -164,7 +206,8 @@ fn bytes_of_chunks_on_a_shorter_wire_are_those_of_the_ledger() {
 #[test]
 fn chunks_beyond_any_prompt_take_it_in_one_pass() {
     let (_dir, config, weights) = shape();
-    // Twice or four times as many are 0 to whoever multiplies without care, and of passes of nothing there is no end.
+    // Twice or four times as many are 0 to whoever multiplies without care, and of passes of
+    // nothing there is no end.
     let machine = Machine::typical(4, 1, 1);
     let calls = |chunk| {
         let ways = run(&config, &weights, &machine, |input| input.chunk = chunk).ways;
@@ -180,7 +223,8 @@ fn recommendations_follow_the_machine() {
     let (_dir, config, weights) = shape();
     let mut machine = Machine::typical(4, 4, 1);
     let best = |plan: Plan| plan.ways[plan.best].clone();
-    // Reading a few hundred kilobytes is nothing against 2 collectives a layer of 2 * 40 us: one a layer is better.
+    // Reading a few hundred kilobytes is nothing against 2 collectives a layer of 2 * 40 us: one a
+    // layer is better.
     machine.between = LinkFigures { alpha_us: 40.0, beta_gb_s: 0.117 };
     assert_eq!(best(run(&config, &weights, &machine, |_| ())).strategy, ParallelStrategy::Sequence);
     // Memory that slow makes the split of the weights worth any collective.
@@ -193,7 +237,9 @@ fn recommendations_follow_the_machine() {
         assert!(plan.ways.iter().all(|way| way.schedule == schedule));
     }
     // A shorter wire costs less on such a link, and one rank nothing.
-    let seconds = |wire| best(run(&config, &weights, &machine, |input| input.wire = wire)).token.collective_seconds;
+    let seconds = |wire| {
+        best(run(&config, &weights, &machine, |input| input.wire = wire)).token.collective_seconds
+    };
     assert!(seconds(WireFormat::Bf16) < seconds(WireFormat::F32));
     let alone = run(&config, &weights, &Machine::typical(1, 1, 2), |_| ());
     assert_eq!(best(alone).token.collective_seconds, 0.0);
@@ -203,13 +249,18 @@ fn recommendations_follow_the_machine() {
 fn sums_behind_work_take_from_it_and_the_rest_is_waited_for() {
     let (_dir, config, weights) = shape();
     let link = |ms: f64| LinkFigures { alpha_us: ms * 1e3, beta_gb_s: 1e6 };
-    // A prompt of 256 goes in halves: each layer has 4 sums of one message each way, of any size 1, 2 and 0.5 ms.
+    // A prompt of 256 goes in halves: each layer has 4 sums of one message each way, of any size 1,
+    // 2 and 0.5 ms.
     let mut machine = Machine::typical(2, 2, 1);
     machine.between = link(1.0);
     machine.hidden = HiddenSums { link: link(2.0), taken: link(0.5) };
-    let prompt = |machine: &Machine| run(&config, &weights, machine, |input| input.prompt = 256).ways[0].prompt;
+    let prompt = |machine: &Machine| {
+        run(&config, &weights, machine, |input| input.prompt = 256).ways[0].prompt
+    };
     let sums = 4.0 * config.num_hidden_layers as f64 * 1e-3;
-    let near = |found: f64, expected: f64| assert!((found / expected - 1.0).abs() < 1e-3, "{found}, not {expected}");
+    let near = |found: f64, expected: f64| {
+        assert!((found / expected - 1.0).abs() < 1e-3, "{found}, not {expected}")
+    };
     // Work without end hides all of them but the last.
     machine.rates[0].gflops = 1e-3;
     let long = prompt(&machine);
@@ -241,15 +292,21 @@ fn keys_that_go_round_take_from_attention_and_the_rest_is_waited_for() {
     machine.hidden = HiddenSums { link: link(2.0), taken: link(1e-6) };
     let prompt = |machine: &Machine| {
         let ways = run(&config, &weights, machine, |input| input.prompt = 1024).ways;
-        ways.into_iter().find(|way| way.strategy == ParallelStrategy::Sequence).expect("it is listed").prompt
+        ways.into_iter()
+            .find(|way| way.strategy == ParallelStrategy::Sequence)
+            .expect("it is listed")
+            .prompt
     };
     let blocks = config.num_hidden_layers as f64 * 1e-3;
-    // Attention without end hides them all: they cost what they take from it, and nothing is waited for but the last row and the token.
+    // Attention without end hides them all: they cost what they take from it, and nothing is waited
+    // for but the last row and the token.
     machine.attention[0].gflops = 1e-3;
     let long = prompt(&machine);
     machine.hidden.taken = link(0.5);
     let more = prompt(&machine);
-    let near = |found: f64, expected: f64| assert!((found / expected - 1.0).abs() < 1e-3, "{found}, not {expected}");
+    let near = |found: f64, expected: f64| {
+        assert!((found / expected - 1.0).abs() < 1e-3, "{found}, not {expected}")
+    };
     near(more.work_seconds - long.work_seconds, 0.5 * blocks);
     assert_eq!(more.collective_seconds, long.collective_seconds);
     // Attention in no time hides none.
@@ -275,7 +332,12 @@ fn scaled(rate: &Rate, times: f64) -> Rate {
 fn mixture() -> (tempfile::TempDir, Config, WeightFormats) {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("model");
-    synthesize(&path, &SynthOptions { preset: Preset::TinyMoe, layers: None, seed: 1 }, &mut |_| ()).unwrap();
+    synthesize(
+        &path,
+        &SynthOptions { preset: Preset::TinyMoe, layers: None, seed: 1 },
+        &mut |_| (),
+    )
+    .unwrap();
     let config = Config::read(&path).unwrap();
     let formats = WeightFormats::read(&config, &Checkpoint::open(&path).unwrap(), None).unwrap();
     (dir, config, formats)
@@ -291,12 +353,14 @@ fn whole_experts_cost_tokens_and_save_prompts() {
     machine.rates[0].start_us = 0.0;
     let plan = run(&config, &weights, &machine, |input| input.prompt = 512);
     let way = |experts| {
-        let division = Division { strategy: ParallelStrategy::Heads, schedule: MlpSchedule::Fused, experts };
+        let division =
+            Division { strategy: ParallelStrategy::Heads, schedule: MlpSchedule::Fused, experts };
         plan.ways.iter().find(|way| way.division() == division).expect("it is listed")
     };
     let (inside, whole) = (way(ExpertSplit::Inside), way(ExpertSplit::Ranks));
-    // 8 experts of 64 columns: 4 ranks have 16 columns of each or 2 of them, and a token visits 2. Of the 28 sets of 2
-    // experts 4 are on one rank: 2 · 4/28 + 1 · 24/28 experts of 64 columns instead of 2 of 16.
+    // 8 experts of 64 columns: 4 ranks have 16 columns of each or 2 of them, and a token visits 2.
+    // Of the 28 sets of 2 experts 4 are on one rank: 2 · 4/28 + 1 · 24/28 experts of 64 columns
+    // instead of 2 of 16.
     assert_eq!(inside.weight_bytes, whole.weight_bytes);
     let (own, share) = (whole.token.work_seconds, inside.token.work_seconds);
     assert!(own > 1.1 * share && own < 2.3 * share, "{own} against {share} seconds");

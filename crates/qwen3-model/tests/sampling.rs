@@ -1,4 +1,5 @@
-//! The sampler: the same tokens on any number of ranks, the right distribution, each filter against a naive reference.
+//! The sampler: the same tokens on any number of ranks, the right distribution, each filter against
+//! a naive reference.
 
 use std::sync::Arc;
 
@@ -14,7 +15,8 @@ fn params(temperature: f32) -> SamplingParams {
 fn logits(count: usize, seed: u32) -> Vec<f32> {
     let mut state = u64::from(seed) * 2 + 1;
     let mut uniform = || {
-        state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        state =
+            state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
         (state >> 40) as f32 / (1u64 << 24) as f32
     };
     (0..count).map(|_| (uniform() + uniform() + uniform() - 1.5) * 8.0).collect()
@@ -44,15 +46,18 @@ fn sample_part(
 
 /// Samples `steps` times on one rank.
 fn tokens(params: SamplingParams, logits: &[f32], steps: u64, history: &[u32]) -> Vec<u32> {
-    let mut sampler =
-        Sampler::new(params, logits.len(), Arc::new(SoloComm::new()), Isa::detect()).expect("valid parameters");
+    let mut sampler = Sampler::new(params, logits.len(), Arc::new(SoloComm::new()), Isa::detect())
+        .expect("valid parameters");
     let all = 0..logits.len();
-    (0..steps).map(|step| sampler.sample(all.clone(), logits, step, history, false).expect("a token").id).collect()
+    (0..steps)
+        .map(|step| sampler.sample(all.clone(), logits, step, history, false).expect("a token").id)
+        .collect()
 }
 
 /// The tokens that the filters keep and their probabilities, computed naively in f64.
 fn reference(params: &SamplingParams, logits: &[f32], history: &[u32]) -> Vec<(u32, f64)> {
-    let mut scores: Vec<(u32, f64)> = (0..).zip(logits.iter().map(|&logit| f64::from(logit))).collect();
+    let mut scores: Vec<(u32, f64)> =
+        (0..).zip(logits.iter().map(|&logit| f64::from(logit))).collect();
     for (id, score) in &mut scores {
         if history.contains(id) {
             let penalty = f64::from(params.repetition_penalty);
@@ -86,10 +91,14 @@ fn reference(params: &SamplingParams, logits: &[f32], history: &[u32]) -> Vec<(u
     softmax(&scores)
 }
 
-/// Pearson's statistic against its 99.99 % quantile (Wilson & Hilferty's approximation); rare tokens are pooled.
+/// Pearson's statistic against its 99.99 % quantile (Wilson & Hilferty's approximation); rare
+/// tokens are pooled.
 fn assert_distribution(label: &str, drawn: &[u32], expected: &[(u32, f64)]) {
     for id in drawn {
-        assert!(expected.iter().any(|(kept, _)| kept == id), "{label}: token {id} should have been filtered");
+        assert!(
+            expected.iter().any(|(kept, _)| kept == id),
+            "{label}: token {id} should have been filtered"
+        );
     }
     let total = drawn.len() as f64;
     let (mut statistic, mut cells) = (0.0, 0);
@@ -115,7 +124,10 @@ fn assert_distribution(label: &str, drawn: &[u32], expected: &[(u32, f64)]) {
     let freedom = f64::from(cells - 1);
     let spread = 2.0 / (9.0 * freedom);
     let limit = freedom * (1.0 - spread + 3.719 * spread.sqrt()).powi(3);
-    assert!(statistic < limit, "{label}: chi-square {statistic:.1}, expected below {limit:.1} for {freedom} degrees");
+    assert!(
+        statistic < limit,
+        "{label}: chi-square {statistic:.1}, expected below {limit:.1} for {freedom} degrees"
+    );
 }
 
 #[test]
@@ -137,16 +149,23 @@ fn draws_follow_the_filtered_distribution() {
         ("penalty below one", SamplingParams { repetition_penalty: 0.6, ..base }),
         ("top-k and top-p", SamplingParams { top_k: 20, top_p: 0.9, ..base }),
         ("top-p and min-p", SamplingParams { top_p: 0.95, min_p: 0.1, ..base }),
-        ("all", SamplingParams { top_k: 30, top_p: 0.95, min_p: 0.02, repetition_penalty: 1.3, ..base }),
+        (
+            "all",
+            SamplingParams { top_k: 30, top_p: 0.95, min_p: 0.02, repetition_penalty: 1.3, ..base },
+        ),
     ];
     for (index, (label, params)) in cases.into_iter().enumerate() {
         let logits = logits(300, index as u32);
         let expected = reference(&params, &logits, &history);
         let drawn = tokens(params, &logits, 20_000, &history);
         assert_distribution(label, &drawn, &expected);
-        // Where only a few are kept, all of them turn up: the filter keeps no fewer than the reference.
+        // Where only a few are kept, all of them turn up: the filter keeps no fewer than the
+        // reference.
         for (id, probability) in expected.iter().filter(|(_, probability)| *probability > 1e-3) {
-            assert!(drawn.contains(id), "{label}: token {id} of probability {probability} was never drawn");
+            assert!(
+                drawn.contains(id),
+                "{label}: token {id} of probability {probability} was never drawn"
+            );
         }
     }
 }
@@ -156,8 +175,9 @@ fn different_seeds_and_steps_draw_independently() {
     let logits = vec![0.0; 16];
     let uniform: Vec<_> = (0..16).map(|id| (id, 1.0 / 16.0)).collect();
     // One step under many seeds is as random as many steps under one seed.
-    let drawn: Vec<_> =
-        (0..8000).map(|seed| tokens(SamplingParams { seed, ..params(1.0) }, &logits, 1, &[])[0]).collect();
+    let drawn: Vec<_> = (0..8000)
+        .map(|seed| tokens(SamplingParams { seed, ..params(1.0) }, &logits, 1, &[])[0])
+        .collect();
     assert_distribution("seeds", &drawn, &uniform);
     // Pairs of consecutive draws, as one token of 256.
     let drawn = tokens(params(1.0), &logits, 40_000, &[]);
@@ -177,16 +197,24 @@ fn the_same_tokens_on_every_number_of_ranks() {
         SamplingParams { top_p: 0.98, ..params(20.0) },
         SamplingParams { top_p: 0.999, min_p: 0.01, ..params(9.0) },
         SamplingParams { min_p: 0.02, ..params(1.4) },
-        SamplingParams { top_k: 20, top_p: 0.95, min_p: 0.01, repetition_penalty: 1.2, ..params(0.8) },
+        SamplingParams {
+            top_k: 20,
+            top_p: 0.95,
+            min_p: 0.01,
+            repetition_penalty: 1.2,
+            ..params(0.8)
+        },
     ];
     let logits: Vec<_> = (0..12).map(|step| logits(2003, 100 + step)).collect();
     for params in variants {
         let run = |ranks| {
             on_ranks(ranks, |comm| {
-                let mut sampler = Sampler::new(params, 2003, comm.clone(), Isa::detect()).expect("valid parameters");
+                let mut sampler = Sampler::new(params, 2003, comm.clone(), Isa::detect())
+                    .expect("valid parameters");
                 let mut history = vec![5];
                 for (step, logits) in logits.iter().enumerate() {
-                    let found = sample_part(&mut sampler, &*comm, logits, step as u64, &history, false);
+                    let found =
+                        sample_part(&mut sampler, &*comm, logits, step as u64, &history, false);
                     history.push(found.expect("a token").id);
                 }
                 history
@@ -209,7 +237,8 @@ fn greedy_takes_the_lowest_of_equal_ids() {
     }
     for ranks in [1, 2, 3, 5, 50] {
         let found = on_ranks(ranks, |comm| {
-            let mut sampler = Sampler::new(params(0.0), 40, comm.clone(), Isa::detect()).expect("valid parameters");
+            let mut sampler = Sampler::new(params(0.0), 40, comm.clone(), Isa::detect())
+                .expect("valid parameters");
             sample_part(&mut sampler, &*comm, &logits, 0, &[], false).expect("a token").id
         });
         assert_eq!(found, vec![12; ranks]);
@@ -236,7 +265,8 @@ fn candidates_are_all_that_travels() {
         (SamplingParams { top_p: 0.9, ..params(0.5) }, 2, 2 * 8 * (512 + 1)),
     ] {
         let bytes = on_ranks(ranks, |comm| {
-            let mut sampler = Sampler::new(params, vocabulary, comm.clone(), Isa::detect()).expect("valid parameters");
+            let mut sampler = Sampler::new(params, vocabulary, comm.clone(), Isa::detect())
+                .expect("valid parameters");
             sample_part(&mut sampler, &*comm, &logits, 3, &[], false).expect("a token");
             comm.ledger().entries().iter().map(|entry| entry.payload_bytes).sum::<u64>()
         });
@@ -247,14 +277,20 @@ fn candidates_are_all_that_travels() {
 #[test]
 fn one_rank_stops_all_in_the_same_step() {
     let logits = logits(100, 1);
-    for params in
-        [params(0.0), SamplingParams { top_k: 5, ..params(1.0) }, SamplingParams { top_p: 0.9, ..params(1.0) }]
-    {
+    for params in [
+        params(0.0),
+        SamplingParams { top_k: 5, ..params(1.0) },
+        SamplingParams { top_p: 0.9, ..params(1.0) },
+    ] {
         let found = on_ranks(3, |comm| {
-            let mut sampler = Sampler::new(params, 100, comm.clone(), Isa::detect()).expect("valid parameters");
+            let mut sampler =
+                Sampler::new(params, 100, comm.clone(), Isa::detect()).expect("valid parameters");
             let stops = |step| step == 2 && comm.rank() == 0;
-            let mut sample =
-                |step| sample_part(&mut sampler, &*comm, &logits, step, &[], stops(step)).expect("a token").stop;
+            let mut sample = |step| {
+                sample_part(&mut sampler, &*comm, &logits, step, &[], stops(step))
+                    .expect("a token")
+                    .stop
+            };
             [sample(1), sample(2), sample(3)]
         });
         assert_eq!(found, vec![[false, true, false]; 3]);
@@ -273,7 +309,8 @@ fn invalid_logits_fail_on_every_rank() {
             SamplingParams { top_p: 0.9, ..params(1.0) },
         ] {
             let found = on_ranks(3, |comm| {
-                let mut sampler = Sampler::new(params, 100, comm.clone(), Isa::detect()).expect("valid parameters");
+                let mut sampler = Sampler::new(params, 100, comm.clone(), Isa::detect())
+                    .expect("valid parameters");
                 sample_part(&mut sampler, &*comm, &logits, 8, &[], false)
             });
             for result in found {
@@ -298,11 +335,16 @@ fn excluded_tokens() {
         SamplingParams { top_p: 0.9, ..params(1.0) },
         SamplingParams { min_p: 0.5, ..params(1.0) },
     ] {
-        let mut sampler = Sampler::new(params, 30, Arc::new(SoloComm::new()), Isa::detect()).expect("valid parameters");
+        let mut sampler = Sampler::new(params, 30, Arc::new(SoloComm::new()), Isa::detect())
+            .expect("valid parameters");
         let error = sampler.sample(0..30, &logits, 5, &[], false).expect_err("nothing is possible");
         assert!(matches!(error, SamplingError::NoCandidate { step: 5 }), "{params:?}: {error}");
         logits[21] = -3.0;
-        assert_eq!(sampler.sample(0..30, &logits, 5, &[21], false).expect("one is").id, 21, "{params:?}");
+        assert_eq!(
+            sampler.sample(0..30, &logits, 5, &[21], false).expect("one is").id,
+            21,
+            "{params:?}"
+        );
         logits[21] = f32::NEG_INFINITY;
     }
 }
@@ -312,7 +354,8 @@ fn a_lost_rank_is_an_error() {
     let mut group = ThreadComm::group(2);
     let (second, first) = (group.remove(1), group.remove(0));
     second.abort("gone");
-    let mut sampler = Sampler::new(params(0.0), 4, Arc::new(first), Isa::detect()).expect("valid parameters");
+    let mut sampler =
+        Sampler::new(params(0.0), 4, Arc::new(first), Isa::detect()).expect("valid parameters");
     let error = sampler.sample(0..4, &[1.0; 4], 0, &[], false).expect_err("the other rank is gone");
     assert!(matches!(error, SamplingError::Comm(CommError::PeerFailed { .. })), "{error}");
 }
@@ -332,9 +375,17 @@ fn parameters_are_checked() {
         ("repetition_penalty", SamplingParams { repetition_penalty: 0.0, ..base }),
         ("repetition_penalty", SamplingParams { repetition_penalty: f32::INFINITY, ..base }),
     ] {
-        let error = Sampler::new(params, 10, Arc::new(SoloComm::new()), Isa::detect()).err().expect("out of range");
-        assert!(matches!(&error, SamplingError::Parameter { name: found, .. } if *found == name), "{error}");
-        assert!(error.to_string().starts_with(&format!("sampling parameter {name} is ")), "{error}");
+        let error = Sampler::new(params, 10, Arc::new(SoloComm::new()), Isa::detect())
+            .err()
+            .expect("out of range");
+        assert!(
+            matches!(&error, SamplingError::Parameter { name: found, .. } if *found == name),
+            "{error}"
+        );
+        assert!(
+            error.to_string().starts_with(&format!("sampling parameter {name} is ")),
+            "{error}"
+        );
     }
 }
 
@@ -350,7 +401,11 @@ fn recommended_parameters() {
     let found = SamplingParams::recommended(&config, None, 9);
     assert_eq!((found.temperature, found.top_k, found.top_p, found.seed), (0.6, 20, 0.95, 9));
     // Hugging Face's default; of its own accord nobody samples.
-    assert_eq!(SamplingParams::recommended(&GenerationConfig { top_k: None, ..config.clone() }, None, 9).top_k, 50);
+    assert_eq!(
+        SamplingParams::recommended(&GenerationConfig { top_k: None, ..config.clone() }, None, 9)
+            .top_k,
+        50
+    );
     let greedy = GenerationConfig { do_sample: Some(false), top_k: None, ..config };
     assert_eq!(SamplingParams::recommended(&greedy, None, 0).temperature, 0.0);
     let nothing = GenerationConfig::default();

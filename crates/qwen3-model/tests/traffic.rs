@@ -1,12 +1,13 @@
-//! The predicted collectives, against figures worked out by hand and against what the ledger counts.
+//! The predicted collectives, against figures worked out by hand and against what the ledger
+//! counts.
 
 use std::path::Path;
 use std::sync::Arc;
 
 use comm::{Collective, EmulatedComm, Link, ThreadComm};
 use qwen3_model::{
-    Config, Isa, KvFormat, LogitRows, MlpSchedule, Model, ModelOptions, ParallelStrategy, Preset, SynthOptions,
-    Traffic, TrafficModel, WeightFormat, synthesize,
+    Config, Isa, KvFormat, LogitRows, MlpSchedule, Model, ModelOptions, ParallelStrategy, Preset,
+    SynthOptions, Traffic, TrafficModel, WeightFormat, synthesize,
 };
 use serde_json::json;
 
@@ -29,9 +30,24 @@ fn sparse() -> Config {
     Config::from_json(Path::new("config.json"), &value).expect("a valid configuration")
 }
 
-fn model(config: &Config, ranks: usize, strategy: ParallelStrategy, schedule: MlpSchedule) -> TrafficModel<'_> {
+fn model(
+    config: &Config,
+    ranks: usize,
+    strategy: ParallelStrategy,
+    schedule: MlpSchedule,
+) -> TrafficModel<'_> {
     let kv = KvFormat::F32;
-    TrafficModel { config, ranks, nodes: 1, rank: 0, strategy, schedule, granularity: 1, kv, overlap: 0 }
+    TrafficModel {
+        config,
+        ranks,
+        nodes: 1,
+        rank: 0,
+        strategy,
+        schedule,
+        granularity: 1,
+        kv,
+        overlap: 0,
+    }
 }
 
 fn entry(collective: Collective, calls: u64, payload_bytes: u64) -> Traffic {
@@ -42,17 +58,20 @@ fn entry(collective: Collective, calls: u64, payload_bytes: u64) -> Traffic {
 fn heads() {
     use Collective::{Allgather, Allgatherv, Allreduce};
     let config = config(1024, 2048, 28);
-    let forward =
-        |ranks, schedule| model(&config, ranks, ParallelStrategy::Heads, schedule).forward(128, 9, LogitRows::All);
+    let forward = |ranks, schedule| {
+        model(&config, ranks, ParallelStrategy::Heads, schedule).forward(128, 9, LogitRows::All)
+    };
     let (hidden, inner) = (128 * 1024 * 4, 128 * 2048 * 4);
     assert_eq!(forward(2, MlpSchedule::Fused), [entry(Allreduce, 56, 56 * hidden)]);
     assert_eq!(forward(2, MlpSchedule::Local), [entry(Allreduce, 28, 28 * hidden)]);
     let naive = [entry(Allreduce, 56, 56 * hidden), entry(Allgatherv, 56, 56 * inner)];
     assert_eq!(forward(2, MlpSchedule::Naive), naive);
-    let gathered = [entry(Allreduce, 28, 28 * hidden), entry(Allgather, 112, 28 * (3 * inner + hidden))];
+    let gathered =
+        [entry(Allreduce, 28, 28 * hidden), entry(Allgather, 112, 28 * (3 * inner + hidden))];
     assert_eq!(forward(2, MlpSchedule::Gathered), gathered);
     // 2048 and 1024 columns do not divide by 3.
-    let uneven = [entry(Allreduce, 28, 28 * hidden), entry(Allgatherv, 112, 28 * (3 * inner + hidden))];
+    let uneven =
+        [entry(Allreduce, 28, 28 * hidden), entry(Allgatherv, 112, 28 * (3 * inner + hidden))];
     assert_eq!(forward(3, MlpSchedule::Gathered), uneven);
     assert_eq!(forward(1, MlpSchedule::Fused), []);
 }
@@ -86,7 +105,11 @@ fn halves() {
 #[test]
 fn one_decoded_token_of_the_smallest_published_model() {
     let config = config(1024, 3072, 28);
-    let found = model(&config, 2, ParallelStrategy::Heads, MlpSchedule::Fused).forward(1, 500, LogitRows::Last);
+    let found = model(&config, 2, ParallelStrategy::Heads, MlpSchedule::Fused).forward(
+        1,
+        500,
+        LogitRows::Last,
+    );
     assert_eq!(found, [entry(Collective::Allreduce, 56, 2 * 28 * 4096)]);
 }
 
@@ -97,7 +120,8 @@ fn groups_are_not_cut() {
     let config = config(64, 96, 1);
     let base = model(&config, 2, ParallelStrategy::Heads, MlpSchedule::Gathered);
     let found = TrafficModel { granularity: 32, ..base }.forward(1, 0, LogitRows::Last);
-    let expected = [entry(Allreduce, 1, 256), entry(Allgather, 1, 256), entry(Allgatherv, 3, 3 * 96 * 4)];
+    let expected =
+        [entry(Allreduce, 1, 256), entry(Allgather, 1, 256), entry(Allgatherv, 3, 3 * 96 * 4)];
     assert_eq!(found, expected);
 }
 
@@ -105,7 +129,9 @@ fn groups_are_not_cut() {
 fn a_row_for_each_visit_to_an_expert() {
     use Collective::{Allgather, Allgatherv, Allreduce};
     let config = sparse();
-    let forward = |schedule| model(&config, 2, ParallelStrategy::Heads, schedule).forward(7, 0, LogitRows::None);
+    let forward = |schedule| {
+        model(&config, 2, ParallelStrategy::Heads, schedule).forward(7, 0, LogitRows::None)
+    };
     let hidden = 7 * 64 * 4;
     // Two sparse layers, each token in 2 experts of 40 columns; one dense layer of 96 columns.
     let inner = (2 * 7 * 2 * 40 + 7 * 96) * 4;
@@ -132,28 +158,42 @@ fn sequence() {
         entry(ReduceScatter, 2, 2 * 64 * 2048 * 4),
     ];
     assert_eq!(found, expected);
-    // Between machines keys and values of a long pass go round: 3 of 4 blocks leave a rank, and 3 arrive.
+    // Between machines keys and values of a long pass go round: 3 of 4 blocks leave a rank, and 3
+    // arrive.
     use Collective::{Recv, Send};
     let apart = TrafficModel { nodes: 2, ..base };
     let bytes = |tokens: u64| 2 * tokens * 2048 * 4;
     let three = bytes(3 * 512);
-    assert_eq!(apart.forward(2048, 0, LogitRows::None), [entry(Send, 6, three), entry(Recv, 6, three)]);
+    assert_eq!(
+        apart.forward(2048, 0, LogitRows::None),
+        [entry(Send, 6, three), entry(Recv, 6, three)]
+    );
     assert_eq!(apart.forward(2047, 0, LogitRows::None), [entry(Allgatherv, 2, bytes(2047))]);
-    // 2049 tokens are 8 chunks, of which rank 0's first is one longer: that one does not come to rank 0 and does not leave rank 3.
+    // 2049 tokens are 8 chunks, of which rank 0's first is one longer: that one does not come to
+    // rank 0 and does not leave rank 3.
     let of = |rank| TrafficModel { rank, ..apart }.forward(2049, 0, LogitRows::None);
     assert_eq!(of(0), [entry(Send, 6, three + bytes(1)), entry(Recv, 6, three)]);
     assert_eq!(of(3), [entry(Send, 6, three), entry(Recv, 6, three + bytes(1))]);
     // A cache in half precision: half the bytes, but not within a machine.
-    let halves = |nodes, tokens| TrafficModel { kv: KvFormat::F16, nodes, ..base }.forward(tokens, 0, LogitRows::None);
+    let halves = |nodes, tokens| {
+        TrafficModel { kv: KvFormat::F16, nodes, ..base }.forward(tokens, 0, LogitRows::None)
+    };
     assert_eq!(halves(2, 2048), [entry(Send, 6, three / 2), entry(Recv, 6, three / 2)]);
     assert_eq!(halves(2, 2047), [entry(Allgatherv, 2, bytes(2047) / 2)]);
     assert_eq!(halves(1, 2047), [entry(Allgatherv, 2, bytes(2047))]);
     // Decode: every rank has the token and its own keys.
-    assert_eq!(base.forward(1, 64, LogitRows::Last), [entry(Allgather, 2, 2 * 4 * (32 + 2048) * 4)]);
+    assert_eq!(
+        base.forward(1, 64, LogitRows::Last),
+        [entry(Allgather, 2, 2 * 4 * (32 + 2048) * 4)]
+    );
     // Split weights: tokens are gathered, results scattered.
-    let found = TrafficModel { schedule: MlpSchedule::Fused, ..base }.forward(64, 0, LogitRows::All);
+    let found =
+        TrafficModel { schedule: MlpSchedule::Fused, ..base }.forward(64, 0, LogitRows::All);
     let (hidden, keys) = (64 * 1024 * 4, 64 * 2048 * 4);
-    assert_eq!(found, [entry(Allgatherv, 5, 2 * keys + 3 * hidden), entry(ReduceScatter, 2, 2 * hidden)]);
+    assert_eq!(
+        found,
+        [entry(Allgatherv, 5, 2 * keys + 3 * hidden), entry(ReduceScatter, 2, 2 * hidden)]
+    );
 }
 
 /// What each rank makes of its part of the model.
@@ -166,11 +206,13 @@ fn on_ranks<T: Send>(
     // A link that costs nothing, but is one between machines.
     let link = Link { latency: 0.0, bandwidth: f64::INFINITY };
     let run = |comm: ThreadComm| {
-        let comm = EmulatedComm::new(Arc::new(comm), link, nodes).expect("no more nodes than ranks");
+        let comm =
+            EmulatedComm::new(Arc::new(comm), link, nodes).expect("no more nodes than ranks");
         work(&Model::load(dir, Arc::new(comm), &options, &|_| ()).expect("the model loads"))
     };
     std::thread::scope(|scope| {
-        let threads: Vec<_> = ThreadComm::group(ranks).into_iter().map(|comm| scope.spawn(|| run(comm))).collect();
+        let threads: Vec<_> =
+            ThreadComm::group(ranks).into_iter().map(|comm| scope.spawn(|| run(comm))).collect();
         threads.into_iter().map(|thread| thread.join().expect("no rank panics")).collect()
     })
 }
@@ -189,33 +231,56 @@ fn counted(
             model.forward(&mut cache, &vec![3; tokens], rows).expect("a pass");
             let entries = model.comm().ledger().entries();
             let entries = entries.iter().filter(|entry| entry.calls > 0);
-            entries.map(|entry| self::entry(entry.collective, entry.calls, entry.payload_bytes)).collect()
+            entries
+                .map(|entry| self::entry(entry.collective, entry.calls, entry.payload_bytes))
+                .collect()
         };
         passes.iter().map(count).collect()
     })
 }
 
-/// Half precision on the way between machines is what the cache would have made of the numbers anyway.
+/// Half precision on the way between machines is what the cache would have made of the numbers
+/// anyway.
 #[test]
 fn keys_travel_as_they_are_kept() {
     let folder = tempfile::tempdir().expect("a folder");
     let dir = folder.path().join("tiny");
-    synthesize(&dir, &SynthOptions { preset: Preset::Tiny, layers: Some(2), seed: 1 }, &mut |_| ()).expect("written");
+    synthesize(&dir, &SynthOptions { preset: Preset::Tiny, layers: Some(2), seed: 1 }, &mut |_| ())
+        .expect("written");
     for isa in Isa::all() {
-        let options =
-            ModelOptions { strategy: ParallelStrategy::Sequence, kv: KvFormat::F16, ..ModelOptions::new(isa) };
+        let options = ModelOptions {
+            strategy: ParallelStrategy::Sequence,
+            kv: KvFormat::F16,
+            ..ModelOptions::new(isa)
+        };
         let logits = |nodes| {
             on_ranks(&dir, (3, nodes), options, |model| {
                 let mut cache = model.new_cache(50);
                 let tokens: Vec<u32> = (0..50).collect();
-                let [first, second] = [&tokens[..31], &tokens[31..]]
-                    .map(|tokens| model.forward(&mut cache, tokens, LogitRows::All).expect("a pass").values);
-                (first, second, model.comm().ledger().entries().iter().map(|entry| entry.payload_bytes).sum::<u64>())
+                let [first, second] = [&tokens[..31], &tokens[31..]].map(|tokens| {
+                    model.forward(&mut cache, tokens, LogitRows::All).expect("a pass").values
+                });
+                (
+                    first,
+                    second,
+                    model
+                        .comm()
+                        .ledger()
+                        .entries()
+                        .iter()
+                        .map(|entry| entry.payload_bytes)
+                        .sum::<u64>(),
+                )
             })
         };
         for (here, apart) in logits(1).into_iter().zip(logits(3)) {
             assert_eq!((here.0, here.1), (apart.0, apart.1), "{isa}");
-            assert!(apart.2 < here.2, "{isa}: {} bytes between machines, {} within one", apart.2, here.2);
+            assert!(
+                apart.2 < here.2,
+                "{isa}: {} bytes between machines, {} within one",
+                apart.2,
+                here.2
+            );
         }
     }
 }
@@ -226,22 +291,31 @@ fn the_ledger_counts_what_was_predicted_for_quantized_weights() {
     use LogitRows::{All, Last, None};
     let folder = tempfile::tempdir().expect("a folder");
     let passes = [(11, None), (6, All), (1, Last), (2, Last), (17, Last)];
-    let schedules = [MlpSchedule::Fused, MlpSchedule::Naive, MlpSchedule::Gathered, MlpSchedule::Local];
+    let schedules =
+        [MlpSchedule::Fused, MlpSchedule::Naive, MlpSchedule::Gathered, MlpSchedule::Local];
     for preset in [Preset::Tiny, Preset::TinyMoe] {
         let dir = folder.path().join(preset.name());
-        synthesize(&dir, &SynthOptions { preset, layers: Some(2), seed: 1 }, &mut |_| ()).expect("written");
+        synthesize(&dir, &SynthOptions { preset, layers: Some(2), seed: 1 }, &mut |_| ())
+            .expect("written");
         let config = Config::read(&dir).expect("valid");
         for strategy in [ParallelStrategy::Heads, ParallelStrategy::Sequence] {
-            for (schedule, ranks) in schedules.into_iter().flat_map(|schedule| [(schedule, 2), (schedule, 3)]) {
+            for (schedule, ranks) in
+                schedules.into_iter().flat_map(|schedule| [(schedule, 2), (schedule, 3)])
+            {
                 let (mlp, weights) = (Some(schedule), Some(WeightFormat::Q8));
-                let options = ModelOptions { strategy, mlp, weights, ..ModelOptions::new(Isa::scalar()) };
-                for (rank, counted) in counted(&dir, (ranks, 1), options, &passes).into_iter().enumerate() {
+                let options =
+                    ModelOptions { strategy, mlp, weights, ..ModelOptions::new(Isa::scalar()) };
+                for (rank, counted) in
+                    counted(&dir, (ranks, 1), options, &passes).into_iter().enumerate()
+                {
                     let base = model(&config, ranks, strategy, schedule);
                     let model = TrafficModel { rank, granularity: 32, ..base };
                     let mut past = 0;
                     for (counted, (tokens, rows)) in counted.into_iter().zip(passes) {
                         let predicted = model.forward(tokens, past, rows);
-                        let label = format!("rank {rank} of {ranks}, {strategy} {schedule}, {tokens} after {past}");
+                        let label = format!(
+                            "rank {rank} of {ranks}, {strategy} {schedule}, {tokens} after {past}"
+                        );
                         assert_eq!(counted, predicted, "{preset}, {label}");
                         past += tokens;
                     }
@@ -256,24 +330,35 @@ fn the_ledger_counts_keys_that_go_round() {
     use LogitRows::{All, Last, None};
     let folder = tempfile::tempdir().expect("a folder");
     let dir = folder.path().join("tiny");
-    synthesize(&dir, &SynthOptions { preset: Preset::Tiny, layers: Some(2), seed: 1 }, &mut |_| ()).expect("written");
+    synthesize(&dir, &SynthOptions { preset: Preset::Tiny, layers: Some(2), seed: 1 }, &mut |_| ())
+        .expect("written");
     let config = Config::read(&dir).expect("valid");
     let passes = [(1541, None), (1600, All), (100, Last), (1, Last)];
     let grid = ParallelStrategy::Grid { tp: 2, sp: 2 };
     let sequence = ParallelStrategy::Sequence;
     let (full, half) = (KvFormat::F32, KvFormat::F16);
-    for (ranks, nodes, strategy, kv) in
-        [(2, 2, sequence, full), (3, 2, sequence, half), (3, 3, sequence, full), (4, 2, grid, half), (4, 4, grid, full)]
-    {
+    for (ranks, nodes, strategy, kv) in [
+        (2, 2, sequence, full),
+        (3, 2, sequence, half),
+        (3, 3, sequence, full),
+        (4, 2, grid, half),
+        (4, 4, grid, full),
+    ] {
         let options = ModelOptions { strategy, kv, ..ModelOptions::new(Isa::detect()) };
         let schedule = options.schedule();
-        for (rank, counted) in counted(&dir, (ranks, nodes), options, &passes).into_iter().enumerate() {
+        for (rank, counted) in
+            counted(&dir, (ranks, nodes), options, &passes).into_iter().enumerate()
+        {
             let base = model(&config, ranks, strategy, schedule);
             let model = TrafficModel { nodes, rank, kv, ..base };
-            assert!(counted[0].iter().any(|entry| entry.collective == Collective::Send), "{strategy} {ranks} {nodes}");
+            assert!(
+                counted[0].iter().any(|entry| entry.collective == Collective::Send),
+                "{strategy} {ranks} {nodes}"
+            );
             let mut past = 0;
             for (counted, (tokens, rows)) in counted.into_iter().zip(passes) {
-                let label = format!("rank {rank} of {ranks} on {nodes}, {strategy}, {tokens} after {past}");
+                let label =
+                    format!("rank {rank} of {ranks} on {nodes}, {strategy}, {tokens} after {past}");
                 assert_eq!(counted, model.forward(tokens, past, rows), "{label}");
                 past += tokens;
             }

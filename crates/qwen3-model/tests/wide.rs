@@ -1,13 +1,14 @@
-//! More ranks than a model divides into: on 3 to 16 ranks every split gives the answer of one rank, and its shares are those planned.
+//! More ranks than a model divides into: on 3 to 16 ranks every split gives the answer of one rank,
+//! and its shares are those planned.
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use comm::{Communicator, CommunicatorExt, EmulatedComm, Link, SoloComm, ThreadComm};
 use qwen3_model::{
-    AttentionAlgorithm, Checkpoint, Config, ExpertSplit, HeadPlan, Imbalance, Isa, LogitRows, MlpSchedule, Model,
-    ModelOptions, ParallelStrategy, Sampler, SamplingParams, TensorRole, WeightFormat, WeightFormats, quantize,
-    tensor_specs,
+    AttentionAlgorithm, Checkpoint, Config, ExpertSplit, HeadPlan, Imbalance, Isa, LogitRows,
+    MlpSchedule, Model, ModelOptions, ParallelStrategy, Sampler, SamplingParams, TensorRole,
+    WeightFormat, WeightFormats, quantize, tensor_specs,
 };
 use rand::rngs::StdRng;
 use rand::{RngExt, SeedableRng};
@@ -16,8 +17,8 @@ use tensor::{CheckpointWriter, TensorSpec, split_range};
 
 /// The numeric contract, relative to the largest logit.
 const TOLERANCE: f32 = 2e-4;
-/// Of weights in groups: their products take inputs in steps of 1/127 of a group's largest, and a sum in another order may land on the
-/// next step.
+/// Of weights in groups: their products take inputs in steps of 1/127 of a group's largest, and a
+/// sum in another order may land on the next step.
 const QUANTIZED: f32 = 3e-2;
 const RANKS: [usize; 6] = [3, 5, 6, 7, 12, 16];
 /// Long enough that 16 ranks split it.
@@ -99,7 +100,8 @@ impl Case {
 
     /// One rank, with scalar kernels.
     fn load(&self, weights: Option<WeightFormat>) -> Model {
-        let options = ModelOptions { weights, ..self.options(ParallelStrategy::Heads, Isa::scalar()) };
+        let options =
+            ModelOptions { weights, ..self.options(ParallelStrategy::Heads, Isa::scalar()) };
         Model::load(&self.dir, Arc::new(SoloComm::new()), &options, &|_| ()).unwrap()
     }
 
@@ -107,19 +109,23 @@ impl Case {
         ModelOptions { strategy, weights: self.weights, ..ModelOptions::new(isa) }
     }
 
-    /// Every rank count, with heads, positions, and the narrowest and widest grid of each that is composite (the widest splits heads
-    /// over more ranks than there are); split feed-forward blocks on all.
+    /// Every rank count, with heads, positions, and the narrowest and widest grid of each that is
+    /// composite (the widest splits heads over more ranks than there are); split feed-forward
+    /// blocks on all.
     fn check(&self) {
         use MlpSchedule::{Fused, Gathered, Local, Naive};
         for ranks in RANKS {
             let grid = |tp| (ParallelStrategy::Grid { tp, sp: ranks / tp }, Fused);
             let least = (2..ranks).find(|divisor| ranks.is_multiple_of(*divisor));
             let grids = least.into_iter().flat_map(|least| [least, ranks / least]).map(grid);
-            let heads = [Fused, Naive, Gathered].map(|schedule| (ParallelStrategy::Heads, schedule));
+            let heads =
+                [Fused, Naive, Gathered].map(|schedule| (ParallelStrategy::Heads, schedule));
             let sequence = [Local, Fused].map(|schedule| (ParallelStrategy::Sequence, schedule));
             for (strategy, schedule) in heads.into_iter().chain(sequence).chain(grids) {
                 for experts in [ExpertSplit::Inside, ExpertSplit::Ranks] {
-                    if experts == ExpertSplit::Ranks && (self.config.moe.is_none() || schedule != Fused) {
+                    if experts == ExpertSplit::Ranks
+                        && (self.config.moe.is_none() || schedule != Fused)
+                    {
                         continue;
                     }
                     let options = self.options(strategy, Isa::avx2().unwrap_or(Isa::scalar()));
@@ -146,16 +152,24 @@ impl Case {
             options.schedule(),
             options.experts
         );
-        let model = Model::load(&self.dir, comm, options, &|_| ()).unwrap_or_else(|e| panic!("{label}: {e}"));
+        let model = Model::load(&self.dir, comm, options, &|_| ())
+            .unwrap_or_else(|e| panic!("{label}: {e}"));
         self.check_shares(&model, &label);
         let tolerance = if model.weight_format().is_quantized() { QUANTIZED } else { TOLERANCE };
         for pieces in [&[usize::MAX][..], &[1, 14, 2, usize::MAX]] {
             let (logits, greedy) = run(&model, &self.prompt, pieces);
-            assert_eq!(greedy, self.greedy, "{label}, in pieces of {pieces:?}: greedy continuation");
+            assert_eq!(
+                greedy, self.greedy,
+                "{label}, in pieces of {pieces:?}: greedy continuation"
+            );
             assert_eq!(logits.len(), self.logits.len(), "{label}");
             let largest = self.logits.iter().fold(0.0f32, |max, x| max.max(x.abs()));
-            let off = logits.iter().zip(&self.logits).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
-            assert!(off <= tolerance * largest, "{label}, in pieces of {pieces:?}: off by {off} of {largest}");
+            let off =
+                logits.iter().zip(&self.logits).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
+            assert!(
+                off <= tolerance * largest,
+                "{label}, in pieces of {pieces:?}: off by {off} of {largest}"
+            );
             assert!(logits.iter().all(|logit| logit.is_finite()), "{label}");
         }
     }
@@ -164,7 +178,9 @@ impl Case {
     fn check_shares(&self, model: &Model, label: &str) {
         let (comm, options, config) = (model.comm(), model.options(), &self.config);
         let (rank, ranks) = (comm.rank(), comm.size());
-        let formats = WeightFormats::read(config, &Checkpoint::open(&self.dir).unwrap(), self.weights).unwrap();
+        let formats =
+            WeightFormats::read(config, &Checkpoint::open(&self.dir).unwrap(), self.weights)
+                .unwrap();
         let planned = formats.bytes(config, options.division(), ranks, rank);
         assert_eq!(model.weight_bytes(), planned, "{label}: bytes of weights");
 
@@ -172,24 +188,39 @@ impl Case {
         let heads = HeadPlan::new(config, tp, rank % tp);
         let mut cache = model.new_cache(1);
         let logits = model.forward(&mut cache, &[1], LogitRows::Last).unwrap();
-        assert_eq!(logits.vocab, split_range(config.vocab_size, ranks, rank), "{label}: vocabulary");
+        assert_eq!(
+            logits.vocab,
+            split_range(config.vocab_size, ranks, rank),
+            "{label}: vocabulary"
+        );
 
-        // Position 0 is kept by the first row of the grid; its KV heads are those that `plan` states for all.
+        // Position 0 is kept by the first row of the grid; its KV heads are those that `plan`
+        // states for all.
         let kept = cache.bytes() / self.head_bytes;
         assert_eq!(kept, if rank < tp { heads.kv_heads.len() } else { 0 }, "{label}: KV heads");
         let all = comm.all_gather_one(kept).unwrap();
-        let stated = Imbalance::new(config, options.division(), ranks, formats.granularity()).kv_heads;
+        let stated =
+            Imbalance::new(config, options.division(), ranks, formats.granularity()).kv_heads;
         let found = (all[..tp].iter().max(), all[..tp].iter().min(), all.iter().sum());
-        assert_eq!(found, (Some(&stated.most), Some(&stated.least), stated.sum), "{label}: KV heads of all ranks");
+        assert_eq!(
+            found,
+            (Some(&stated.most), Some(&stated.least), stated.sum),
+            "{label}: KV heads of all ranks"
+        );
     }
 }
 
-/// The logits of the prompt, run in pieces of the given sizes, and of the greedy tokens after it; and these.
+/// The logits of the prompt, run in pieces of the given sizes, and of the greedy tokens after it;
+/// and these.
 fn run(model: &Model, prompt: &[u32], pieces: &[usize]) -> (Vec<f32>, Vec<u32>) {
     let mut cache = model.new_cache(prompt.len() + DECODED);
-    let mut sampler =
-        Sampler::new(SamplingParams::default(), model.config().vocab_size, model.comm().clone(), model.options().isa)
-            .unwrap();
+    let mut sampler = Sampler::new(
+        SamplingParams::default(),
+        model.config().vocab_size,
+        model.comm().clone(),
+        model.options().isa,
+    )
+    .unwrap();
     let (mut logits, mut sequence, mut rest) = (Vec::new(), prompt.to_vec(), prompt);
     let mut pass = |tokens: &[u32]| {
         let own = model.forward(&mut cache, tokens, LogitRows::All).unwrap();
@@ -212,7 +243,8 @@ fn run(model: &Model, prompt: &[u32], pieces: &[usize]) -> (Vec<f32>, Vec<u32>) 
     (logits, sequence.split_off(prompt.len()))
 }
 
-/// Random weights that let a layer change what passes through it by about as much as there is, in the given formats by turns.
+/// Random weights that let a layer change what passes through it by about as much as there is, in
+/// the given formats by turns.
 fn write_checkpoint(dir: &Path, value: &Value, formats: &[WeightFormat]) {
     std::fs::write(dir.join("config.json"), value.to_string()).unwrap();
     let config = Config::read(dir).unwrap();
@@ -222,13 +254,17 @@ fn write_checkpoint(dir: &Path, value: &Value, formats: &[WeightFormat]) {
         format: *format,
         shape: spec.shape.clone(),
     });
-    let mut file = CheckpointWriter::create(dir.join("model.safetensors"), &stored.collect::<Vec<_>>(), &[]).unwrap();
+    let mut file =
+        CheckpointWriter::create(dir.join("model.safetensors"), &stored.collect::<Vec<_>>(), &[])
+            .unwrap();
     let mut rng = StdRng::seed_from_u64(11);
     for spec in &specs {
         let inputs = spec.shape[spec.shape.len() - 1] as f32;
         let values: Vec<f32> = match spec.role {
             TensorRole::Norm => (0..spec.elements()).map(|_| rng.random_range(0.5..1.5)).collect(),
-            _ => (0..spec.elements()).map(|_| rng.random_range(-1.7..1.7) / inputs.sqrt()).collect(),
+            _ => {
+                (0..spec.elements()).map(|_| rng.random_range(-1.7..1.7) / inputs.sqrt()).collect()
+            }
         };
         file.write(&spec.name, &values).unwrap();
     }
@@ -271,7 +307,8 @@ fn quantized() {
     Case::quantized(&sparse(6, 2 * 32), WeightFormat::Q8).check();
 }
 
-/// Tensors that are packed or multiplied together may be stored in different formats; none may lose anything.
+/// Tensors that are packed or multiplied together may be stored in different formats; none may lose
+/// anything.
 #[test]
 fn mixed_formats() {
     use WeightFormat::{Bf16, F16, F32};
@@ -284,12 +321,17 @@ fn mixed_formats() {
             case.check();
             let stored = std::mem::take(&mut case.logits);
             let whole = case.load(Some(F32));
-            assert_eq!(stored, run(&whole, &case.prompt, &[usize::MAX]).0, "{formats:?} against f32");
+            assert_eq!(
+                stored,
+                run(&whole, &case.prompt, &[usize::MAX]).0,
+                "{formats:?} against f32"
+            );
         }
     }
 }
 
-/// Between machines keys and values of long passes go round the ranks; here also after earlier passes, and in uneven blocks.
+/// Between machines keys and values of long passes go round the ranks; here also after earlier
+/// passes, and in uneven blocks.
 #[test]
 fn long_prompts_on_several_machines() {
     let mut case = Case::new(&config(4, 2, 40, 50), None);
@@ -304,7 +346,9 @@ fn long_prompts_on_several_machines() {
     let link = Link { latency: 0.0, bandwidth: f64::INFINITY };
     let grid = ParallelStrategy::Grid { tp: 2, sp: 2 };
     let sequence = ParallelStrategy::Sequence;
-    for (ranks, machines, strategy) in [(2, 2, sequence), (3, 2, sequence), (3, 3, sequence), (4, 2, grid)] {
+    for (ranks, machines, strategy) in
+        [(2, 2, sequence), (3, 2, sequence), (3, 3, sequence), (4, 2, grid)]
+    {
         for attention in [AttentionAlgorithm::Streaming, AttentionAlgorithm::Materialized] {
             let options = case.options(strategy, Isa::avx2().unwrap_or(Isa::scalar()));
             let options = ModelOptions { attention, threads: 1 + ranks % 2, ..options };
@@ -321,16 +365,26 @@ fn long_prompts_on_several_machines() {
 
 #[test]
 fn whole_experts_are_refused_where_they_have_no_meaning() {
-    let (dense, mixture) = (Case::new(&config(6, 2, 11, 13), None), Case::new(&sparse(5, 11), None));
+    let (dense, mixture) =
+        (Case::new(&config(6, 2, 11, 13), None), Case::new(&sparse(5, 11), None));
     let error = |case: &Case, mlp| {
-        let options = ModelOptions { experts: ExpertSplit::Ranks, mlp, ..ModelOptions::new(Isa::scalar()) };
+        let options =
+            ModelOptions { experts: ExpertSplit::Ranks, mlp, ..ModelOptions::new(Isa::scalar()) };
         let loaded = Model::load(&case.dir, Arc::new(SoloComm::new()), &options, &|_| ());
         loaded.err().expect("no such model").to_string()
     };
     let found = error(&dense, None);
-    assert!(found.contains("config.json: found a dense model, expected a mixture of experts"), "{found}");
+    assert!(
+        found.contains("config.json: found a dense model, expected a mixture of experts"),
+        "{found}"
+    );
     for schedule in [MlpSchedule::Naive, MlpSchedule::Gathered, MlpSchedule::Local] {
         let found = error(&mixture, Some(schedule));
-        assert_eq!(found, format!("whole experts on ranks need the feed-forward schedule fused, found {schedule}"));
+        assert_eq!(
+            found,
+            format!(
+                "whole experts on ranks need the feed-forward schedule fused, found {schedule}"
+            )
+        );
     }
 }

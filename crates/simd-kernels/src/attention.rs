@@ -1,4 +1,5 @@
-//! Attention of the query heads that share one KV head: its inputs, the softmax state, and the two algorithms.
+//! Attention of the query heads that share one KV head: its inputs, the softmax state, and the two
+//! algorithms.
 
 mod materialized;
 mod state;
@@ -13,7 +14,8 @@ use crate::isa::{Isa, dispatch};
 use crate::kv::KvHead;
 use std::ops::Range;
 
-/// Rows of one call that share each tile of keys, half as many where the cache is in f32; more are taken in parts.
+/// Rows of one call that share each tile of keys, half as many where the cache is in f32; more are
+/// taken in parts.
 pub const ATTENTION_ROWS: usize = 528;
 
 /// Rows of queries over a range of one KV head's keys.
@@ -21,7 +23,8 @@ pub const ATTENTION_ROWS: usize = 528;
 pub struct AttentionInput<'a> {
     /// The queries, all heads of the group and all tokens in any order: `[rows, head_dim]`.
     pub q: &'a [f32],
-    /// Row i sees the keys of `keys` below `visible[i]`: `[rows]`. Any values: not sorted, also beyond the cache.
+    /// Row i sees the keys of `keys` below `visible[i]`: `[rows]`. Any values: not sorted, also
+    /// beyond the cache.
     pub visible: &'a [usize],
     /// The keys and values.
     pub kv: &'a KvHead,
@@ -34,7 +37,8 @@ pub struct AttentionInput<'a> {
 impl AttentionInput<'_> {
     /// The keys that a row sees.
     fn row_keys(&self, row: usize) -> Range<usize> {
-        self.keys.start..self.visible[row].clamp(self.keys.start, self.keys.end.max(self.keys.start))
+        self.keys.start
+            ..self.visible[row].clamp(self.keys.start, self.keys.end.max(self.keys.start))
     }
 
     fn check(&self, state: &SoftmaxState) {
@@ -59,16 +63,19 @@ impl AttentionInput<'_> {
     }
 }
 
-/// Attention by online softmax in tiles, with scratch of one tile: adds the rows' softmax over `input.keys` to `state`.
+/// Attention by online softmax in tiles, with scratch of one tile: adds the rows' softmax over
+/// `input.keys` to `state`.
 ///
-/// Rows that share a KV head should come in one call, whichever their tokens: each tile of keys and values is read
-/// once for all of them. Tiles that no row sees are skipped.
+/// Rows that share a KV head should come in one call, whichever their tokens: each tile of keys and
+/// values is read once for all of them. Tiles that no row sees are skipped.
 ///
-/// NaN and infinity in a query, or in a key or value that a row sees, reach its result, as NaN or infinity; in one that it
-/// does not see they do not. Only a score of −∞ weighs nothing; many rows over a cache of 16 or 8 bits may have NaN for one, if the key is infinite.
+/// NaN and infinity in a query, or in a key or value that a row sees, reach its result, as NaN or
+/// infinity; in one that it does not see they do not. Only a score of −∞ weighs nothing; many rows
+/// over a cache of 16 or 8 bits may have NaN for one, if the key is infinite.
 ///
 /// # Panics
-/// When the shapes of `input` and `state` do not fit together, or `input.keys` reaches beyond the cache.
+/// When the shapes of `input` and `state` do not fit together, or `input.keys` reaches beyond the
+/// cache.
 pub fn attention_streaming(isa: Isa, input: &AttentionInput<'_>, state: &mut SoftmaxState) {
     input.check(state);
     dispatch!(isa, tiles::attention, streaming::attention, (input, state), avx2: (isa))

@@ -60,15 +60,15 @@ mod avx2 {
     /// r = x − n ln 2                     |r| ≤ ln(2)/2
     /// e^x = 2^n (1 + r + r² P(r))        P of degree 5
     /// ```
-    /// 1. Rounding is an addition of 1.5·2²³, which leaves n as an integer in the low bits of the sum: one shift then
-    ///    makes it an exponent, without a conversion.
+    /// 1. Rounding is an addition of 1.5·2²³, which leaves n as an integer in the low bits of the
+    ///    sum: one shift then makes it an exponent, without a conversion.
     /// 2. ln 2 is two floats, so that r is exact to the last bit also for large n.
-    /// 3. 2^n is added to the exponent bits, not multiplied: n = 128 occurs (just below the upper limit) and has no
-    ///    float of its own.
+    /// 3. 2^n is added to the exponent bits, not multiplied: n = 128 occurs (just below the upper
+    ///    limit) and has no float of its own.
     /// 4. The lower limit is a mask at the end and not a clamp: scores of −∞ must give exactly 0.
     ///
-    /// P is that of the Cephes library (`expf.c`, S. Moshier); measured over all floats between the limits the error
-    /// stays below 2 ulp.
+    /// P is that of the Cephes library (`expf.c`, S. Moshier); measured over all floats between the
+    /// limits the error stays below 2 ulp.
     #[inline]
     #[target_feature(enable = "avx2,fma,f16c")]
     pub(crate) fn exp256(x: __m256) -> __m256 {
@@ -96,13 +96,15 @@ mod avx2 {
     const POW2: [f32; 5] = [9.582_85e-3, 5.590_643e-2, 0.240_240_99, 0.693_124_2, 1.0];
     /// 1.5·2²³, whose sum with a number has it rounded in its low bits.
     const POW2_MAGIC: f32 = 12_582_912.0;
-    /// 2^x is taken as this power of two below it: nothing next to 1, and its products are not yet denormal, which takes a processor long.
+    /// 2^x is taken as this power of two below it: nothing next to 1, and its products are not yet
+    /// denormal, which takes a processor long.
     const POW2_LOWEST: f32 = -60.0;
 
     /// 2^x in each lane for x up to 127, within 3e-6 of it; 2⁻⁶⁰ below −60, and exactly 1 for 0.
     ///
-    /// As [`exp256`], without what that needs for the other base, for large x and for the last bits: half of its instructions. Beside 1 the
-    /// polynomial has the coefficients of the least largest relative error between −1/2 and 1/2, 2.8e-6.
+    /// As [`exp256`], without what that needs for the other base, for large x and for the last
+    /// bits: half of its instructions. Beside 1 the polynomial has the coefficients of the least
+    /// largest relative error between −1/2 and 1/2, 2.8e-6.
     #[inline]
     #[target_feature(enable = "avx2,fma,f16c")]
     pub(crate) fn pow2_256(x: __m256) -> __m256 {
@@ -144,7 +146,8 @@ mod tests {
     /// |y − e^x| in units of the last place of the exact value.
     fn ulps(x: f32, y: f32) -> f64 {
         let exact = f64::from(x).exp();
-        let place = f64::from(f32::from_bits((exact as f32).to_bits() + 1)) - f64::from(exact as f32);
+        let place =
+            f64::from(f32::from_bits((exact as f32).to_bits() + 1)) - f64::from(exact as f32);
         (f64::from(y) - exact).abs() / place
     }
 
@@ -175,7 +178,8 @@ mod tests {
         if Isa::avx2().is_none() {
             return;
         }
-        let xs = (0..2_000_000).map(|i| -60.0 + i as f32 * (186.9 / 2_000_000.0)).chain([-1.0, 127.0]);
+        let xs =
+            (0..2_000_000).map(|i| -60.0 + i as f32 * (186.9 / 2_000_000.0)).chain([-1.0, 127.0]);
         for x in xs {
             let mut y = [x; 8];
             // SAFETY: the CPU has what the function needs, `Isa::avx2` has found it.
@@ -185,7 +189,9 @@ mod tests {
             assert!(error < 3.0e-6, "2^{x} = {}, {error:e} off", y[7]);
         }
         let least = 1.0 / (1u64 << 60) as f32;
-        for (x, expected) in [(0.0, 1.0), (-60.01, least), (f32::MIN, least), (f32::NEG_INFINITY, least)] {
+        for (x, expected) in
+            [(0.0, 1.0), (-60.01, least), (f32::MIN, least), (f32::NEG_INFINITY, least)]
+        {
             let mut y = [x; 8];
             // SAFETY: as above.
             unsafe { eight(&mut y) };
@@ -203,7 +209,8 @@ mod tests {
         #[target_feature(enable = "avx512f")]
         fn both(x: f32) -> [u32; 2] {
             let (mut y, mut z) = ([x; 16], [x; 8]);
-            let (wide, narrow) = (pow2_512(crate::lanes::load16(&y)), pow2_256(crate::lanes::load(&z)));
+            let (wide, narrow) =
+                (pow2_512(crate::lanes::load16(&y)), pow2_256(crate::lanes::load(&z)));
             crate::lanes::store16(&mut y, wide);
             crate::lanes::store(&mut z, narrow);
             [y[15].to_bits(), z[7].to_bits()]

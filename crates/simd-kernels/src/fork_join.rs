@@ -7,30 +7,35 @@
 //! worker i:  loop: wait until epoch changes; read job; job(i); served += 1
 //! ```
 //!
-//! Waiting is spinning for a few microseconds (a decode step forks again within that time), then giving the core
-//! away between looks, then sleeping; a thread that has lately lost its core to others leaves out the middle. Why no
-//! wake-up is lost and no job is seen twice or freed too early:
+//! Waiting is spinning for a few microseconds (a decode step forks again within that time), then
+//! giving the core away between looks, then sleeping; a thread that has lately lost its core to
+//! others leaves out the middle. Why no wake-up is lost and no job is seen twice or freed too
+//! early:
 //!
-//! 1. *The job is visible.* The caller writes `job`, then increments `epoch` (SeqCst, so also release); a worker
-//!    reads `job` only after it has seen the increment (acquire).
-//! 2. *Each worker runs each job once.* A worker remembers the last epoch it served. `epoch` grows by one per run
-//!    and the next run starts only after all have served this one, so a worker can be behind by at most one.
-//! 3. *The job outlives its users.* `run` returns, or unwinds, only after it has read `served == (epoch + 1) * workers`
-//!    (acquire). Each worker counts (release) after its last use of the job. What it touches later is owned by an
-//!    `Arc`.
-//! 4. *No worker sleeps through a run.* A worker sets its `asleep` flag, then reads `epoch`; the caller increments
-//!    `epoch`, then reads the flags. All four are SeqCst, so in their single order either the caller's read of the
-//!    flag comes after the store (it sees the sleeper and unparks it) or the worker's read of the epoch comes after
-//!    the increment (it does not sleep). An `unpark` before `park` makes `park` return at once.
-//! 5. *The caller does not sleep through the end.* The same with `caller_asleep` and `served`: the caller sets the
-//!    flag, then reads `served`; a worker increments `served`, then reads the flag.
+//! 1. *The job is visible.* The caller writes `job`, then increments `epoch` (SeqCst, so also
+//!    release); a worker reads `job` only after it has seen the increment (acquire).
+//! 2. *Each worker runs each job once.* A worker remembers the last epoch it served. `epoch` grows
+//!    by one per run and the next run starts only after all have served this one, so a worker can
+//!    be behind by at most one.
+//! 3. *The job outlives its users.* `run` returns, or unwinds, only after it has read `served ==
+//!    (epoch + 1) * workers` (acquire). Each worker counts (release) after its last use of the job.
+//!    What it touches later is owned by an `Arc`.
+//! 4. *No worker sleeps through a run.* A worker sets its `asleep` flag, then reads `epoch`; the
+//!    caller increments `epoch`, then reads the flags. All four are SeqCst, so in their single
+//!    order either the caller's read of the flag comes after the store (it sees the sleeper and
+//!    unparks it) or the worker's read of the epoch comes after the increment (it does not sleep).
+//!    An `unpark` before `park` makes `park` return at once.
+//! 5. *The caller does not sleep through the end.* The same with `caller_asleep` and `served`: the
+//!    caller sets the flag, then reads `served`; a worker increments `served`, then reads the flag.
 //! 6. *Stale wake-ups are harmless.* Every `park` sits in a loop that looks again.
-//! 7. *Runs do not overlap.* `run` holds `turn` throughout. A job that calls `run` of its own team would wait for
-//!    itself; a thread-local list of the teams that the thread is working for turns that into a panic.
+//! 7. *Runs do not overlap.* `run` holds `turn` throughout. A job that calls `run` of its own team
+//!    would wait for itself; a thread-local list of the teams that the thread is working for turns
+//!    that into a panic.
 //!
-//! A run costs two trips of a cache line between cores: `epoch` and `job` there, `served` back. They are on lines of
-//! their own, `served` only ever counts up (resetting it would be a third trip), and the flags of sleepers, which
-//! both sides read each time, are written only around a sleep.
+//! A run costs two trips of a cache line between cores: `epoch` and `job` there, `served` back.
+//! They are on lines of their own, `served` only ever counts up (resetting it would be a third
+//! trip), and the flags of sleepers, which both sides read each time, are written only around a
+//! sleep.
 
 use std::any::Any;
 use std::cell::{Cell, RefCell};
@@ -49,31 +54,37 @@ const SPIN: Duration = Duration::from_micros(20);
 /// How long it goes on looking, giving the core away between looks, before it sleeps.
 const YIELD: Duration = Duration::from_millis(1);
 
-/// Threads of all teams alive in this process, callers included. With more of them than cores a spinning thread
-/// only keeps another one from the work it waits for.
+/// Threads of all teams alive in this process, callers included. With more of them than cores a
+/// spinning thread only keeps another one from the work it waits for.
 static TEAM_THREADS: AtomicUsize = AtomicUsize::new(0);
 
-/// Cores that this process may use, counted when its first team starts: a thread that has been pinned since sees its own only.
-static CORES: LazyLock<usize> = LazyLock::new(|| thread::available_parallelism().map_or(1, |n| n.get()));
+/// Cores that this process may use, counted when its first team starts: a thread that has been
+/// pinned since sees its own only.
+static CORES: LazyLock<usize> =
+    LazyLock::new(|| thread::available_parallelism().map_or(1, |n| n.get()));
 
-/// Whoever took a core for longer than this, when it was given away, computes: another program, or the host of a virtual machine.
+/// Whoever took a core for longer than this, when it was given away, computes: another program, or
+/// the host of a virtual machine.
 const TURN: Duration = Duration::from_micros(200);
 
-/// After two such turns within this time a thread sleeps in place of giving its core away, until the first of them is so long ago:
-/// it gets the core when it is woken, and else only after the other's time slice of some milliseconds, once for each run.
+/// After two such turns within this time a thread sleeps in place of giving its core away, until
+/// the first of them is so long ago: it gets the core when it is woken, and else only after the
+/// other's time slice of some milliseconds, once for each run.
 const TAKEN: Duration = Duration::from_millis(100);
 
 thread_local! {
     /// When the last two such turns of this thread ended.
     static TURNS: Cell<[Option<Instant>; 2]> = const { Cell::new([None; 2]) };
-    /// The teams whose jobs this thread is running, innermost last, by the address of what they share.
+    /// The teams whose jobs this thread is running, innermost last, by the address of what they
+    /// share.
     static WORKING_FOR: RefCell<Vec<usize>> = const { RefCell::new(Vec::new()) };
 }
 
-/// A team of threads. [`ForkJoin::run`] calls a job once on each of them and returns when all are done.
+/// A team of threads. [`ForkJoin::run`] calls a job once on each of them and returns when all are
+/// done.
 ///
-/// Thread 0 is the caller of `run`; threads 1.. live as long as the team. Thread `i` is the same operating-system
-/// thread in every run, so memory it touched first stays near it.
+/// Thread 0 is the caller of `run`; threads 1.. live as long as the team. Thread `i` is the same
+/// operating-system thread in every run, so memory it touched first stays near it.
 pub struct ForkJoin {
     shared: Arc<Shared>,
     workers: Vec<JoinHandle<()>>,
@@ -92,7 +103,8 @@ struct Shared {
 /// What the caller tells the workers.
 struct Call {
     epoch: AtomicUsize,
-    /// The job of the current epoch, or `None` to end; written by the caller between runs, read by workers in one.
+    /// The job of the current epoch, or `None` to end; written by the caller between runs, read by
+    /// workers in one.
     job: Cell<Option<*const Job<'static>>>,
 }
 
@@ -134,23 +146,28 @@ impl Error for ThreadError {
 #[repr(align(128))]
 struct OwnLine<T>(T);
 
-// SAFETY: every field but `job` is Sync. `job` is written by the thread that holds `turn` while no worker reads it
-// (all have served the last epoch) and read by workers between two SeqCst operations of the same run (points 1 to 3
-// above). The pointee is `Sync`, so all of them may call it.
+// SAFETY: every field but `job` is Sync. `job` is written by the thread that holds `turn` while no
+// worker reads it (all have served the last epoch) and read by workers between two SeqCst
+// operations of the same run (points 1 to 3 above). The pointee is `Sync`, so all of them may call
+// it.
 unsafe impl Sync for Shared {}
 // SAFETY: as above; nothing in it belongs to one thread.
 unsafe impl Send for Shared {}
 
 impl ForkJoin {
-    /// Starts `threads - 1` threads (the caller of `run` is thread 0). Each calls `on_start` with its index 1..
-    /// first, which is the place to pin it to a core; the caller pins itself, afterwards: cores are counted here.
+    /// Starts `threads - 1` threads (the caller of `run` is thread 0). Each calls `on_start` with
+    /// its index 1.. first, which is the place to pin it to a core; the caller pins itself,
+    /// afterwards: cores are counted here.
     ///
     /// # Errors
     /// When the operating system refuses a thread. None of the team is left then.
     ///
     /// # Panics
     /// When `threads` is 0; with the payload of an `on_start` that panics.
-    pub fn new(threads: usize, on_start: Arc<dyn Fn(usize) + Send + Sync>) -> Result<ForkJoin, ThreadError> {
+    pub fn new(
+        threads: usize,
+        on_start: Arc<dyn Fn(usize) + Send + Sync>,
+    ) -> Result<ForkJoin, ThreadError> {
         assert!(threads > 0, "a team of 0 threads");
         TEAM_THREADS.fetch_add(threads, Ordering::Relaxed);
         LazyLock::force(&CORES);
@@ -178,7 +195,8 @@ impl ForkJoin {
                 .map_err(|source| ThreadError { index, threads, source })?;
             team.workers.push(worker);
         }
-        // A start is served as a job is, so a panic in it ends here and not in a run that waits for ever.
+        // A start is served as a job is, so a panic in it ends here and not in a run that waits for
+        // ever.
         team.shared.join();
         if let Some(payload) = team.shared.take_panic() {
             resume_unwind(payload);
@@ -191,11 +209,12 @@ impl ForkJoin {
         self.workers.len() + 1
     }
 
-    /// Calls `job(i)` for every `i` in `0..threads()`, each on its own thread, `job(0)` on this one, and returns
-    /// when all have returned. Callers on several threads take turns.
+    /// Calls `job(i)` for every `i` in `0..threads()`, each on its own thread, `job(0)` on this
+    /// one, and returns when all have returned. Callers on several threads take turns.
     ///
     /// # Panics
-    /// With the payload of a job that panicked, after all others have ended. When a job runs its own team.
+    /// With the payload of a job that panicked, after all others have ended. When a job runs its
+    /// own team.
     pub fn run(&self, job: &(dyn Fn(usize) + Sync)) {
         let team = Arc::as_ptr(&self.shared).addr();
         let nested = WORKING_FOR.with_borrow(|teams| teams.contains(&team));
@@ -223,7 +242,8 @@ impl ForkJoin {
 
 impl Drop for ForkJoin {
     fn drop(&mut self) {
-        // After a failed start some workers may not have served epoch 0; they do before they look for a job.
+        // After a failed start some workers may not have served epoch 0; they do before they look
+        // for a job.
         self.shared.call.0.job.set(None);
         self.shared.call.0.epoch.fetch_add(1, Ordering::SeqCst);
         for worker in self.workers.drain(..) {
@@ -238,8 +258,8 @@ impl Drop for ForkJoin {
 impl Shared {
     fn fork(&self, job: &Job<'_>, handles: &[JoinHandle<()>]) {
         let job: *const Job<'_> = job;
-        // SAFETY: only the lifetime changes. `run` calls `join` before it returns or unwinds, and after that no
-        // worker uses the pointer (point 3).
+        // SAFETY: only the lifetime changes. `run` calls `join` before it returns or unwinds, and
+        // after that no worker uses the pointer (point 3).
         let job: *const Job<'static> = unsafe { std::mem::transmute(job) };
         self.call.0.job.set(Some(job));
         self.call.0.epoch.fetch_add(1, Ordering::SeqCst);
@@ -272,7 +292,8 @@ impl Shared {
         epoch.wrapping_add(1).wrapping_mul(self.rest.0.asleep.len())
     }
 
-    /// Keeps the first payload of a run. Another one is forgotten: to drop it may panic, before the share is counted.
+    /// Keeps the first payload of a run. Another one is forgotten: to drop it may panic, before the
+    /// share is counted.
     fn keep_panic(&self, payload: Box<dyn Any + Send>) {
         let mut first = lock(&self.rest.0.panic);
         if first.is_none() {
@@ -310,7 +331,8 @@ impl Shared {
             let Some(job) = self.call.0.job.get() else { return };
             self.serve(epoch, || {
                 let _working = Working::enter(std::ptr::from_ref(self).addr());
-                // SAFETY: the caller of this epoch's `run` keeps the job alive until all have served it (point 3).
+                // SAFETY: the caller of this epoch's `run` keeps the job alive until all have
+                // served it (point 3).
                 unsafe { (*job)(index) }
             });
         }
@@ -349,7 +371,8 @@ impl Shared {
                 std::hint::spin_loop();
             }
         }
-        // With more threads of teams than cores it is one of them that takes the core, and gives it back when it waits.
+        // With more threads of teams than cores it is one of them that takes the core, and gives it
+        // back when it waits.
         while start.elapsed() < YIELD && (crowded || !is_taken()) {
             if ready() {
                 return true;

@@ -1,4 +1,5 @@
-//! Buffers for tests: unaligned on purpose, with sentinels around them that a kernel must not touch.
+//! Buffers for tests: unaligned on purpose, with sentinels around them that a kernel must not
+//! touch.
 
 use std::ops::{Deref, DerefMut};
 
@@ -35,7 +36,8 @@ impl Guarded {
         Guarded::of(std::iter::repeat_n(f32::NAN, len), offset)
     }
 
-    /// Fails where an element is further from `expected` than `tolerance` of the expected value (or is NaN).
+    /// Fails where an element is further from `expected` than `tolerance` of the expected value (or
+    /// is NaN).
     pub(crate) fn assert_close(&self, expected: &[f32], tolerance: impl Fn(f32) -> f32) {
         assert_eq!(self.len, expected.len());
         for (i, (&found, &expected)) in self.iter().zip(expected).enumerate() {
@@ -83,12 +85,15 @@ impl Drop for Guarded {
     }
 }
 
-/// Pseudo-random floats in −1..1, the same for the same seed (a 64-bit linear congruential generator).
+/// Pseudo-random floats in −1..1, the same for the same seed (a 64-bit linear congruential
+/// generator).
 pub(crate) fn noise(len: usize, seed: u64) -> Vec<f32> {
     let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) ^ 0x2545_f491_4f6c_dd1d;
     (0..len)
         .map(|_| {
-            state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+            state = state
+                .wrapping_mul(6_364_136_223_846_793_005)
+                .wrapping_add(1_442_695_040_888_963_407);
             (state >> 40) as f32 / (1u64 << 23) as f32 - 1.0
         })
         .collect()

@@ -71,7 +71,8 @@ mod tests {
     #[test]
     fn agrees_with_the_cpu() {
         use std::arch::x86_64::{
-            _mm_cvtph_ps, _mm_cvtps_ph, _mm_cvtsi32_si128, _mm_cvtsi128_si32, _mm_cvtss_f32, _mm_set_ss,
+            _mm_cvtph_ps, _mm_cvtps_ph, _mm_cvtsi32_si128, _mm_cvtsi128_si32, _mm_cvtss_f32,
+            _mm_set_ss,
         };
         #[target_feature(enable = "avx2,fma,f16c")]
         fn both(bits: u16, value: f32) -> (u32, u16) {

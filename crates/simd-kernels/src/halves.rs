@@ -1,14 +1,21 @@
-//! Half-precision numbers in pairs, two in the place of an f32: for buffers of f32 that are sent or kept in half the space.
+//! Half-precision numbers in pairs, two in the place of an f32: for buffers of f32 that are sent or
+//! kept in half the space.
 
 use crate::isa::{Isa, dispatch};
 
-/// Each place of `out` holds two numbers of `x`, rounded to nearest even, the first in its lower half. A place is not to be
-/// calculated with.
+/// Each place of `out` holds two numbers of `x`, rounded to nearest even, the first in its lower
+/// half. A place is not to be calculated with.
 ///
 /// # Panics
 /// When `x` has not twice as many numbers as `out` has places.
 pub fn pack_halves(isa: Isa, x: &[f32], out: &mut [f32]) {
-    assert_eq!(x.len(), 2 * out.len(), "pack_halves: {} numbers into {} places", x.len(), out.len());
+    assert_eq!(
+        x.len(),
+        2 * out.len(),
+        "pack_halves: {} numbers into {} places",
+        x.len(),
+        out.len()
+    );
     dispatch!(isa, avx2::pack, scalar::pack, (x, out))
 }
 
@@ -17,7 +24,13 @@ pub fn pack_halves(isa: Isa, x: &[f32], out: &mut [f32]) {
 /// # Panics
 /// When `out` has not twice as many numbers as `x` has places.
 pub fn unpack_halves(isa: Isa, x: &[f32], out: &mut [f32]) {
-    assert_eq!(2 * x.len(), out.len(), "unpack_halves: {} places into {} numbers", x.len(), out.len());
+    assert_eq!(
+        2 * x.len(),
+        out.len(),
+        "unpack_halves: {} places into {} numbers",
+        x.len(),
+        out.len()
+    );
     dispatch!(isa, avx2::unpack, scalar::unpack, (x, out))
 }
 
@@ -32,7 +45,8 @@ mod scalar {
 
     pub(super) fn unpack(x: &[f32], out: &mut [f32]) {
         for (x, [low, high]) in x.iter().zip(out.as_chunks_mut().0) {
-            (*low, *high) = (f16_to_f32(x.to_bits() as u16), f16_to_f32((x.to_bits() >> 16) as u16));
+            (*low, *high) =
+                (f16_to_f32(x.to_bits() as u16), f16_to_f32((x.to_bits() >> 16) as u16));
         }
     }
 }
@@ -81,20 +95,30 @@ mod tests {
             for (places, offset) in lengths_and_offsets() {
                 let mut x = noise(2 * places, 5);
                 // Beyond the largest half, below the smallest, and no number at all.
-                for (x, special) in x.iter_mut().step_by(3).zip([1e6, -1e-9, f32::INFINITY, f32::NAN]) {
+                for (x, special) in
+                    x.iter_mut().step_by(3).zip([1e6, -1e-9, f32::INFINITY, f32::NAN])
+                {
                     *x = special;
                 }
                 let x = Guarded::of(x, offset);
-                let (mut packed, mut out) = (Guarded::output(places, offset), Guarded::output(2 * places, offset));
+                let (mut packed, mut out) =
+                    (Guarded::output(places, offset), Guarded::output(2 * places, offset));
                 pack_halves(isa, &x, &mut packed);
                 unpack_halves(isa, &packed, &mut out);
                 for (i, (x, out)) in x.iter().zip(out.iter()).enumerate() {
                     let once = f16_to_f32(f32_to_f16(*x));
-                    assert_eq!(out.to_bits(), once.to_bits(), "{isa}, {places} places, number {i}: {x}");
+                    assert_eq!(
+                        out.to_bits(),
+                        once.to_bits(),
+                        "{isa}, {places} places, number {i}: {x}"
+                    );
                 }
                 let mut again = Guarded::output(places, 0);
                 pack_halves(isa, &out, &mut again);
-                assert!(packed.iter().zip(again.iter()).all(|(a, b)| a.to_bits() == b.to_bits()), "{isa}, {places}");
+                assert!(
+                    packed.iter().zip(again.iter()).all(|(a, b)| a.to_bits() == b.to_bits()),
+                    "{isa}, {places}"
+                );
             }
         }
         assert_entered("avx2::pack");

@@ -1,4 +1,5 @@
-//! Activations prepared once for many matmuls: packed into row tiles, as f32 or quantized per group.
+//! Activations prepared once for many matmuls: packed into row tiles, as f32 or quantized per
+//! group.
 
 use std::ops::Range;
 
@@ -11,11 +12,12 @@ use crate::panels::{GROUP, PanelData};
 pub enum InputKind {
     /// f32, for F32, Bf16 and F16 weights.
     Float,
-    /// int16 in -32767..=32767 with an f32 scale per token and group of 32, for Q8 weights. The rounding error is
-    /// 2^-16 of the group's largest value, far below that of the weights.
+    /// int16 in -32767..=32767 with an f32 scale per token and group of 32, for Q8 weights. The
+    /// rounding error is 2^-16 of the group's largest value, far below that of the weights.
     Int16,
-    /// int8 in -127..=127 with an f32 scale per token and group of 32, for Q4 weights, and for many tokens and Q8 weights with AVX-512, which
-    /// multiplies twice as many of them. The rounding error is that of Q8 weights.
+    /// int8 in -127..=127 with an f32 scale per token and group of 32, for Q4 weights, and for many
+    /// tokens and Q8 weights with AVX-512, which multiplies twice as many of them. The rounding
+    /// error is that of Q8 weights.
     Int8,
 }
 
@@ -51,13 +53,14 @@ impl InputKind {
     }
 }
 
-/// Activations `[tokens, cols]` in the order in which the kernels read them. Reusable; owns its buffers.
+/// Activations `[tokens, cols]` in the order in which the kernels read them. Reusable; owns its
+/// buffers.
 ///
 /// Six tokens make a tile (the last one may be shorter, `m` tokens). A tile is contiguous:
 /// - Float: `x[m k + i]` for column k and token i of the tile;
-/// - quantized: words of 32 bits, which the kernels broadcast: `words[m (k / 2) + i]` holds the int16 of columns
-///   `k` and `k + 1` (the lower one in the low half), `words[m (k / 4) + i]` the int8 of four columns; and
-///   `scales[m (k / 32) + i]`. The last group is filled up with zeros.
+/// - quantized: words of 32 bits, which the kernels broadcast: `words[m (k / 2) + i]` holds the
+///   int16 of columns `k` and `k + 1` (the lower one in the low half), `words[m (k / 4) + i]` the
+///   int8 of four columns; and `scales[m (k / 32) + i]`. The last group is filled up with zeros.
 #[derive(Debug)]
 pub struct Input {
     kind: InputKind,
@@ -85,7 +88,8 @@ pub(crate) struct IntTile<'a> {
     pub words: &'a [i32],
     /// `[groups, m]`
     pub scales: &'a [f32],
-    /// `[groups, m]`, for int8 only: minus [`EXCESS`](crate::pack::EXCESS) times the sum of the group's integers.
+    /// `[groups, m]`, for int8 only: minus [`EXCESS`](crate::pack::EXCESS) times the sum of the
+    /// group's integers.
     pub starts: &'a [f32],
     /// Tokens, 1..=6.
     pub m: usize,
@@ -142,21 +146,30 @@ impl Input {
     ///
     /// # Panics
     /// When `x` has no such row.
-    pub fn prepare_rows(&mut self, isa: Isa, kind: InputKind, x: &[f32], rows: &[usize], cols: usize) {
+    pub fn prepare_rows(
+        &mut self,
+        isa: Isa,
+        kind: InputKind,
+        x: &[f32],
+        rows: &[usize],
+        cols: usize,
+    ) {
         self.reset(kind, rows.len(), cols);
         let (_, mut rest) = self.part(0);
         // A tile at a time, which stays in the L2 cache until it is packed.
         let mut tile = Vec::with_capacity(Self::TILE * cols);
         for rows in rows.chunks(Self::TILE) {
             tile.clear();
-            rows.iter().for_each(|row| tile.extend_from_slice(&x[row.saturating_mul(cols)..][..cols]));
+            rows.iter()
+                .for_each(|row| tile.extend_from_slice(&x[row.saturating_mul(cols)..][..cols]));
             let (part, after) = rest.split_at(rows.len());
             part.fill(isa, &tile);
             rest = after;
         }
     }
 
-    /// Makes room for `[tokens, cols]`; the contents are unspecified until all parts of a [`Input::split`] are filled.
+    /// Makes room for `[tokens, cols]`; the contents are unspecified until all parts of a
+    /// [`Input::split`] are filled.
     ///
     /// # Panics
     /// When so many activations exceed the address space.
@@ -181,7 +194,8 @@ impl Input {
     /// Cuts the tokens into parts that different threads fill.
     ///
     /// # Panics
-    /// When `cuts` do not cover `0..tokens` in order, or a cut is not at a multiple of [`Input::TILE`].
+    /// When `cuts` do not cover `0..tokens` in order, or a cut is not at a multiple of
+    /// [`Input::TILE`].
     pub fn split(&mut self, cuts: &[Range<usize>]) -> Vec<InputPart<'_>> {
         let tokens = self.tokens;
         let mut parts = Vec::with_capacity(cuts.len());
@@ -212,7 +226,9 @@ impl Input {
         let words = groups * self.kind.words_per_group();
         let data = match self.kind {
             InputKind::Float => PartData::Float(&mut self.float[..self.tokens * self.cols]),
-            InputKind::Int16 => PartData::Int16(&mut self.words[..words], &mut self.scales[..groups]),
+            InputKind::Int16 => {
+                PartData::Int16(&mut self.words[..words], &mut self.scales[..groups])
+            }
             InputKind::Int8 => {
                 let (words, scales) = (&mut self.words[..words], &mut self.scales[..groups]);
                 PartData::Int8(words, scales, &mut self.starts[..groups])
@@ -256,7 +272,9 @@ impl Input {
     pub(crate) fn start(&self, tile: usize, columns: &Range<usize>) -> *const u8 {
         match self.kind {
             InputKind::Float => self.float_part(tile, columns).x.as_ptr().cast(),
-            InputKind::Int16 | InputKind::Int8 => self.int_part(tile, columns).words.as_ptr().cast(),
+            InputKind::Int16 | InputKind::Int8 => {
+                self.int_part(tile, columns).words.as_ptr().cast()
+            }
         }
     }
 
@@ -303,7 +321,11 @@ impl<'a> InputPart<'a> {
     /// When the length of `x` differs.
     pub fn fill(self, isa: Isa, x: &[f32]) {
         let (tokens, cols) = (self.tokens, self.cols);
-        assert!(x.len() == tokens * cols, "[{tokens}, {cols}] activations, got {} numbers", x.len());
+        assert!(
+            x.len() == tokens * cols,
+            "[{tokens}, {cols}] activations, got {} numbers",
+            x.len()
+        );
         if x.is_empty() {
             return;
         }
@@ -349,7 +371,10 @@ impl<'a> InputPart<'a> {
                 (PartData::Int8(a, s, y), PartData::Int8(b, t, z))
             }
         };
-        (InputPart { tokens, cols, data: left }, InputPart { tokens: self.tokens - tokens, cols, data: right })
+        (
+            InputPart { tokens, cols, data: left },
+            InputPart { tokens: self.tokens - tokens, cols, data: right },
+        )
     }
 }
 
@@ -371,7 +396,9 @@ mod tests {
                     parts.prepare(isa, kind, &vec![9.0; 64 * 70], 64, 70);
                     parts.reset(kind, tokens, cols);
                     let cut = (tokens / 2).next_multiple_of(Input::TILE).min(tokens);
-                    for (part, cut) in parts.split(&[0..cut, cut..tokens]).into_iter().zip([0..cut, cut..tokens]) {
+                    for (part, cut) in
+                        parts.split(&[0..cut, cut..tokens]).into_iter().zip([0..cut, cut..tokens])
+                    {
                         assert_eq!(part.tokens(), cut.len());
                         part.fill(isa, &x[cut.start * cols..cut.end * cols]);
                     }
@@ -385,7 +412,8 @@ mod tests {
     fn picked_rows_equal_their_copies() {
         let (cols, rows) = (50, [4, 0, 0, 7, 3, 6, 1, 7]);
         let x = noise(8 * cols, 6);
-        let copies: Vec<_> = rows.iter().flat_map(|row| &x[row * cols..][..cols]).copied().collect();
+        let copies: Vec<_> =
+            rows.iter().flat_map(|row| &x[row * cols..][..cols]).copied().collect();
         for isa in Isa::all() {
             for kind in [InputKind::Float, InputKind::Int16, InputKind::Int8] {
                 for tokens in 0..=rows.len() {
@@ -417,7 +445,9 @@ mod tests {
     }
 
     #[test]
-    #[should_panic(expected = "cut at token 7, which is neither a multiple of 6 nor the last of 20")]
+    #[should_panic(
+        expected = "cut at token 7, which is neither a multiple of 6 nor the last of 20"
+    )]
     fn a_cut_inside_a_tile_is_refused() {
         let mut input = Input::new();
         input.reset(InputKind::Float, 20, 3);

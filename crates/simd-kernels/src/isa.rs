@@ -1,13 +1,15 @@
-//! The instruction set as a value: decided once at run time, carried by copy, checked at each entry.
+//! The instruction set as a value: decided once at run time, carried by copy, checked at each
+//! entry.
 
 use std::fmt;
 use std::str::FromStr;
 
 /// An instruction set that this CPU has.
 ///
-/// The constructors look before they answer, so a value that names AVX2 proves that AVX2, FMA and F16C are there, and
-/// one that names VNNI proves AVX-VNNI besides, one that names AVX-512 its parts F, BW, VL and VNNI. The kernels rely on that
-/// proof when they enter their `#[target_feature]` functions.
+/// The constructors look before they answer, so a value that names AVX2 proves that AVX2, FMA and
+/// F16C are there, and one that names VNNI proves AVX-VNNI besides, one that names AVX-512 its
+/// parts F, BW, VL and VNNI. The kernels rely on that proof when they enter their
+/// `#[target_feature]` functions.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Isa(Kind);
 
@@ -20,7 +22,8 @@ enum Kind {
     Avx512,
 }
 
-/// The environment variable that [`Isa::detect`] reads: `auto`, `scalar`, `portable`, `avx2`, `avx2-vnni` or `avx512`.
+/// The environment variable that [`Isa::detect`] reads: `auto`, `scalar`, `portable`, `avx2`,
+/// `avx2-vnni` or `avx512`.
 const VARIABLE: &str = "SIMD_KERNELS_ISA";
 
 impl Isa {
@@ -29,23 +32,27 @@ impl Isa {
         Isa(Kind::Scalar)
     }
 
-    /// The same, but for products of many tokens with float weights: these are the crate `matrixmultiply`'s, which chooses
-    /// instructions by itself. The best there is without AVX2.
+    /// The same, but for products of many tokens with float weights: these are the crate
+    /// `matrixmultiply`'s, which chooses instructions by itself. The best there is without AVX2.
     pub fn portable() -> Isa {
         Isa(Kind::Portable)
     }
 
-    /// AVX2 with FMA and F16C, or `None` when the CPU or the operating system lacks one of the three.
+    /// AVX2 with FMA and F16C, or `None` when the CPU or the operating system lacks one of the
+    /// three.
     pub fn avx2() -> Option<Isa> {
         #[cfg(target_arch = "x86_64")]
-        if is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") && is_x86_feature_detected!("f16c") {
+        if is_x86_feature_detected!("avx2")
+            && is_x86_feature_detected!("fma")
+            && is_x86_feature_detected!("f16c")
+        {
             return Some(Isa(Kind::Avx2));
         }
         None
     }
 
-    /// AVX2 and AVX-VNNI, whose dot products of integers make products with Q8 and Q4 weights faster and no different;
-    /// `None` when the CPU or the operating system lacks one of them.
+    /// AVX2 and AVX-VNNI, whose dot products of integers make products with Q8 and Q4 weights
+    /// faster and no different; `None` when the CPU or the operating system lacks one of them.
     pub fn avx2_vnni() -> Option<Isa> {
         #[cfg(target_arch = "x86_64")]
         if Isa::avx2().is_some() && is_x86_feature_detected!("avxvnni") {
@@ -54,9 +61,10 @@ impl Isa {
         None
     }
 
-    /// AVX-512 with BW, VL and VNNI beside AVX2, for products of many tokens and attention of many rows (the rest is AVX2's
-    /// with the VNNI of AVX-512); `None` when the CPU or the operating system lacks one of them. The results are those of AVX2 to the
-    /// last bit, but for products of many tokens with Q8, whose activations are rounded to int8 instead of int16.
+    /// AVX-512 with BW, VL and VNNI beside AVX2, for products of many tokens and attention of many
+    /// rows (the rest is AVX2's with the VNNI of AVX-512); `None` when the CPU or the operating
+    /// system lacks one of them. The results are those of AVX2 to the last bit, but for products of
+    /// many tokens with Q8, whose activations are rounded to int8 instead of int16.
     pub fn avx512() -> Option<Isa> {
         #[cfg(target_arch = "x86_64")]
         if Isa::avx2().is_some()
@@ -70,25 +78,31 @@ impl Isa {
         None
     }
 
-    /// This instruction set without AVX-512: the yardstick of machines that have it next to those that have not.
+    /// This instruction set without AVX-512: the yardstick of machines that have it next to those
+    /// that have not.
     pub fn without_avx512(self) -> Isa {
         match self.0 {
-            Kind::Avx512 => Isa::avx2_vnni().or(Isa::avx2()).expect("AVX-512 was found beside AVX2"),
+            Kind::Avx512 => {
+                Isa::avx2_vnni().or(Isa::avx2()).expect("AVX-512 was found beside AVX2")
+            }
             _ => self,
         }
     }
 
     /// All instruction sets of this CPU, the reference first and the best last.
     pub fn all() -> impl Iterator<Item = Isa> {
-        [Some(Isa::scalar()), Some(Isa::portable()), Isa::avx2(), Isa::avx2_vnni(), Isa::avx512()].into_iter().flatten()
+        [Some(Isa::scalar()), Some(Isa::portable()), Isa::avx2(), Isa::avx2_vnni(), Isa::avx512()]
+            .into_iter()
+            .flatten()
     }
 
-    /// The best instruction set here, or the one that the environment variable `SIMD_KERNELS_ISA` names
-    /// (`auto`, `scalar`, `portable`, `avx2`, `avx2-vnni` or `avx512`).
+    /// The best instruction set here, or the one that the environment variable `SIMD_KERNELS_ISA`
+    /// names (`auto`, `scalar`, `portable`, `avx2`, `avx2-vnni` or `avx512`).
     ///
     /// # Panics
-    /// When the variable names an instruction set that is unknown or missing here; [`Isa::from_env`] returns that
-    /// as an error. Falling back silently would make a benchmark of the wrong kernels look like a slow machine.
+    /// When the variable names an instruction set that is unknown or missing here;
+    /// [`Isa::from_env`] returns that as an error. Falling back silently would make a benchmark of
+    /// the wrong kernels look like a slow machine.
     pub fn detect() -> Isa {
         Isa::from_env().unwrap_or_else(|error| panic!("{VARIABLE}: {error}"))
     }
@@ -125,7 +139,8 @@ impl Isa {
         self.0 == Kind::Portable
     }
 
-    /// No dot products of integers beyond AVX2's: one of the values of [`vnni`](Self::vnni), numbers so that they can be constant parameters.
+    /// No dot products of integers beyond AVX2's: one of the values of [`vnni`](Self::vnni),
+    /// numbers so that they can be constant parameters.
     pub(crate) const PLAIN: u8 = 0;
     /// Those of AVX-VNNI.
     pub(crate) const AVX_VNNI: u8 = 1;
@@ -206,19 +221,20 @@ impl fmt::Display for IsaError {
 
 impl std::error::Error for IsaError {}
 
-/// Calls the AVX2 function when `isa` proves it may run, else the scalar one, both with the same arguments:
-/// `dispatch!(isa, avx2::dot, scalar::dot, (a, b))`; `avx2: (c)` and `scalar: (d)` at the end are for one of them alone. The
-/// AVX2 function's path is compiled on x86-64 only.
+/// Calls the AVX2 function when `isa` proves it may run, else the scalar one, both with the same
+/// arguments: `dispatch!(isa, avx2::dot, scalar::dot, (a, b))`; `avx2: (c)` and `scalar: (d)` at
+/// the end are for one of them alone. The AVX2 function's path is compiled on x86-64 only.
 ///
-/// A macro because no generic function can call a `#[target_feature]` function, which implements no `Fn` trait.
+/// A macro because no generic function can call a `#[target_feature]` function, which implements no
+/// `Fn` trait.
 macro_rules! dispatch {
     ($isa:expr, $avx2:path, $scalar:path, ($($arg:expr),* $(,)?) $(, avx2: ($($more:expr),*))? $(, scalar: ($($plain:expr),*))?) => {{
         #[cfg(target_arch = "x86_64")]
         if $isa.has_avx2() {
             #[cfg(test)]
             $crate::isa::witness::record(stringify!($avx2));
-            // SAFETY: the target features of the callee are AVX2, FMA and F16C; a value of `Isa` that says AVX2
-            // is only made after `Isa::avx2` has found all three.
+            // SAFETY: the target features of the callee are AVX2, FMA and F16C; a value of `Isa`
+            // that says AVX2 is only made after `Isa::avx2` has found all three.
             #[allow(unused_unsafe)]
             return unsafe { $avx2($($arg),* $(, $($more),*)?) };
         }
@@ -229,7 +245,8 @@ macro_rules! dispatch {
 }
 pub(crate) use dispatch;
 
-/// Which AVX2 functions the tests of this thread have entered, so that a silently skipped path fails a test.
+/// Which AVX2 functions the tests of this thread have entered, so that a silently skipped path
+/// fails a test.
 #[cfg(test)]
 pub(crate) mod witness {
     use std::cell::RefCell;
@@ -242,7 +259,8 @@ pub(crate) mod witness {
         ENTERED.with_borrow_mut(|set| set.insert(name));
     }
 
-    /// Fails when the CPU has AVX2 and this thread has not entered the AVX2 function `name` (as written in `dispatch!`).
+    /// Fails when the CPU has AVX2 and this thread has not entered the AVX2 function `name` (as
+    /// written in `dispatch!`).
     pub(crate) fn assert_entered(name: &str) {
         assert_entered_with(super::Isa::avx2(), "AVX2", name);
     }
@@ -253,7 +271,8 @@ pub(crate) mod witness {
     }
 
     fn assert_entered_with(isa: Option<super::Isa>, features: &str, name: &str) {
-        let entered = ENTERED.with_borrow(|set| set.iter().any(|path| path.replace(' ', "") == name));
+        let entered =
+            ENTERED.with_borrow(|set| set.iter().any(|path| path.replace(' ', "") == name));
         assert!(entered || isa.is_none(), "the CPU has {features}, but {name} was not exercised");
         if isa.is_none() {
             eprintln!("not tested: {name}, this CPU has no {features}");
@@ -272,8 +291,13 @@ mod tests {
         }
         let best: Isa = "auto".parse().expect("auto always works");
         assert!(Isa::avx512().is_none_or(|isa| isa.vnni() == Isa::AVX512_VNNI));
-        assert_eq!(Some(best), Isa::avx512().or(Isa::avx2_vnni()).or(Isa::avx2()).or(Some(Isa::portable())));
-        for (name, isa) in [("avx2", Isa::avx2()), ("avx2-vnni", Isa::avx2_vnni()), ("avx512", Isa::avx512())] {
+        assert_eq!(
+            Some(best),
+            Isa::avx512().or(Isa::avx2_vnni()).or(Isa::avx2()).or(Some(Isa::portable()))
+        );
+        for (name, isa) in
+            [("avx2", Isa::avx2()), ("avx2-vnni", Isa::avx2_vnni()), ("avx512", Isa::avx512())]
+        {
             assert_eq!(name.parse(), isa.ok_or(IsaError::Missing { name }));
             assert!(isa.is_none_or(|isa| isa.name() == name && isa.has_avx2()));
         }

@@ -11,8 +11,8 @@ use narrow::{to_f16, to_q8};
 use std::fmt;
 use std::str::FromStr;
 
-/// Keys that lie interleaved: with one broadcast query element, two registers of keys give sixteen scores, and no
-/// kernel needs a horizontal sum.
+/// Keys that lie interleaved: with one broadcast query element, two registers of keys give sixteen
+/// scores, and no kernel needs a horizontal sum.
 pub(crate) const BLOCK: usize = 16;
 /// Positions whose keys lie together, and after them their values: a tile of the attention kernels.
 pub const KV_SPAN: usize = 8 * BLOCK;
@@ -26,7 +26,8 @@ pub enum KvFormat {
     F32,
     /// Half precision. Numbers from 65520 on become infinite.
     F16,
-    /// int8 with a half-precision scale per 32 elements of each key and value. Where one of the 32 is not finite, all are NaN.
+    /// int8 with a half-precision scale per 32 elements of each key and value. Where one of the 32
+    /// is not finite, all are NaN.
     Q8,
 }
 
@@ -81,18 +82,19 @@ impl KvFormat {
 
 /// Keys and values of one KV head; grows by a token at a time and can be cut back.
 ///
-/// The cache is a sequence of spans of 128 positions, each eight blocks of keys and then eight blocks of values, a block
-/// being 16 positions and starting on a cache line. With `width` = head_dim rounded up to 16 and `groups` =
-/// ⌈head_dim / 32⌉ a block holds:
+/// The cache is a sequence of spans of 128 positions, each eight blocks of keys and then eight
+/// blocks of values, a block being 16 positions and starting on a cache line. With `width` =
+/// head_dim rounded up to 16 and `groups` = ⌈head_dim / 32⌉ a block holds:
 ///
 /// | | keys | values |
 /// |---|---|---|
 /// | f32, f16 | `[head_dim][16 positions]` | `[width / 16][16 positions][16]`, zero beyond head_dim |
 /// | q8 | the same in int8, then scales `[groups][16]` | the same in int8, then scales `[groups][16]` |
 ///
-/// So attention reads one plain stream, in the order in which it lies in memory: for a block of keys it keeps 16 scores
-/// of each row in registers, for a chunk of values 16 sums of each row. (Keys and values in two streams, or values
-/// by position, are read at three quarters of the speed: the hardware's prefetchers start anew at each turn.)
+/// So attention reads one plain stream, in the order in which it lies in memory: for a block of
+/// keys it keeps 16 scores of each row in registers, for a chunk of values 16 sums of each row.
+/// (Keys and values in two streams, or values by position, are read at three quarters of the speed:
+/// the hardware's prefetchers start anew at each turn.)
 #[derive(Clone)]
 pub struct KvHead {
     format: KvFormat,
@@ -147,7 +149,8 @@ impl KvHead {
         self.len.div_ceil(BLOCK) * (self.key_lines + self.value_lines) * LINE
     }
 
-    /// Makes room for `tokens` tokens in all, so that pushing up to there copies nothing. Memory is not touched.
+    /// Makes room for `tokens` tokens in all, so that pushing up to there copies nothing. Memory is
+    /// not touched.
     pub fn reserve(&mut self, tokens: usize) {
         self.spans.reserve(self.lines(tokens));
     }
@@ -168,12 +171,19 @@ impl KvHead {
         self.push_many(isa, key, value, 1, self.head_dim);
     }
 
-    /// Appends `tokens` tokens; the key of token t is `keys[t * stride..][..head_dim]`, likewise its value. The stride
-    /// lets them lie among the other heads' in the output of a projection.
+    /// Appends `tokens` tokens; the key of token t is `keys[t * stride..][..head_dim]`, likewise
+    /// its value. The stride lets them lie among the other heads' in the output of a projection.
     ///
     /// # Panics
     /// When a slice ends before the last token does, or the cache would exceed the address space.
-    pub fn push_many(&mut self, isa: Isa, keys: &[f32], values: &[f32], tokens: usize, stride: usize) {
+    pub fn push_many(
+        &mut self,
+        isa: Isa,
+        keys: &[f32],
+        values: &[f32],
+        tokens: usize,
+        stride: usize,
+    ) {
         if tokens == 0 {
             return;
         }
@@ -252,7 +262,8 @@ impl KvHead {
         self.key_lines * LINE / size_of::<[T; BLOCK]>()
     }
 
-    /// Block `b` of values, and whatever follows it in the span: [width / 16][16 positions][16], T as stored.
+    /// Block `b` of values, and whatever follows it in the span: [width / 16][16 positions][16], T
+    /// as stored.
     pub(crate) fn value_block<T: Plain>(&self, b: usize) -> &[[T; BLOCK]] {
         self.spans.view(self.value_line(b))
     }
@@ -297,10 +308,13 @@ impl KvHead {
         b / blocks * self.span_lines() + blocks * self.key_lines + b % blocks * self.value_lines
     }
 
-    /// Lines of the spans that so many tokens need. Places beyond `len` hold zeros or what was there before; every reader
-    /// leaves them out.
+    /// Lines of the spans that so many tokens need. Places beyond `len` hold zeros or what was
+    /// there before; every reader leaves them out.
     fn lines(&self, tokens: usize) -> usize {
-        tokens.div_ceil(KV_SPAN).checked_mul(self.span_lines()).expect("a cache fits the address space")
+        tokens
+            .div_ceil(KV_SPAN)
+            .checked_mul(self.span_lines())
+            .expect("a cache fits the address space")
     }
 
     fn set_key(&mut self, isa: Isa, i: usize, key: &[f32]) {
@@ -355,7 +369,11 @@ impl KvHead {
 
     fn check_read(&self, i: usize, out: usize) {
         assert!(i < self.len, "KvHead: token {i} of {}", self.len);
-        assert_eq!(out, self.head_dim, "KvHead: out has {out} elements, head_dim is {}", self.head_dim);
+        assert_eq!(
+            out, self.head_dim,
+            "KvHead: out has {out} elements, head_dim is {}",
+            self.head_dim
+        );
     }
 }
 
@@ -365,7 +383,12 @@ fn write_column<T: Copy>(block: &mut [[T; BLOCK]], lane: usize, column: &[T]) {
     }
 }
 
-fn read_column<T: Copy>(block: &[[T; BLOCK]], lane: usize, out: &mut [f32], widen: impl Fn(T) -> f32) {
+fn read_column<T: Copy>(
+    block: &[[T; BLOCK]],
+    lane: usize,
+    out: &mut [f32],
+    widen: impl Fn(T) -> f32,
+) {
     for (out, row) in out.iter_mut().zip(block) {
         *out = widen(row[lane]);
     }

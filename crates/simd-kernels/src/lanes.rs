@@ -1,6 +1,8 @@
-//! Eight f32 lanes over slices: loads, stores, masked tails and folds, shared by the AVX2 kernels; and sixteen for AVX-512.
+//! Eight f32 lanes over slices: loads, stores, masked tails and folds, shared by the AVX2 kernels;
+//! and sixteen for AVX-512.
 //!
-//! The array references prove the bounds, so that the kernels above need no unsafe code for whole vectors.
+//! The array references prove the bounds, so that the kernels above need no unsafe code for whole
+//! vectors.
 
 use std::arch::x86_64::*;
 
@@ -115,9 +117,11 @@ pub(crate) fn max_magnitude(v: __m256i) -> f32 {
     f32::from_bits(_mm_cvtsi128_si32(one) as u32)
 }
 
-/// `sum += dot(a, b)` by the named instruction in the encoding that a constant [`Isa::vnni`](crate::isa::Isa::vnni) says, or else by a block.
+/// `sum += dot(a, b)` by the named instruction in the encoding that a constant
+/// [`Isa::vnni`](crate::isa::Isa::vnni) says, or else by a block.
 ///
-/// The intrinsics would need functions that enable them, all the way up from here; the rest of those gains nothing by it.
+/// The intrinsics would need functions that enable them, all the way up from here; the rest of
+/// those gains nothing by it.
 macro_rules! vnni {
     ($name:literal, $vnni:expr, $sum:expr, $a:expr, $b:expr, $plain:block) => {
         match $vnni {
@@ -127,7 +131,8 @@ macro_rules! vnni {
         }
     };
     ($encoding:literal, $name:literal, $sum:expr, $a:expr, $b:expr) => {
-        // SAFETY: callers have a constant only where an `Isa` proves it; the instruction touches the named registers only.
+        // SAFETY: callers have a constant only where an `Isa` proves it; the instruction touches
+        // the named registers only.
         unsafe {
             std::arch::asm!(concat!($encoding, $name, " {}, {}, {}"), inout(ymm_reg) *$sum, in(ymm_reg) $a, in(ymm_reg) $b,
                 options(nomem, nostack, preserves_flags))
@@ -136,8 +141,8 @@ macro_rules! vnni {
 }
 pub(crate) use vnni;
 
-/// `sum += dot(a, b)` of the two int16 in each 32-bit lane: with one instruction where `VNNI` (an [`Isa::vnni`](crate::isa::Isa::vnni))
-/// has it, or two of AVX2.
+/// `sum += dot(a, b)` of the two int16 in each 32-bit lane: with one instruction where `VNNI` (an
+/// [`Isa::vnni`](crate::isa::Isa::vnni)) has it, or two of AVX2.
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c")]
 pub(crate) fn add_pairs<const VNNI: u8>(sum: &mut __m256i, a: __m256i, b: __m256i) {
@@ -149,23 +154,28 @@ pub(crate) fn add_pairs<const VNNI: u8>(sum: &mut __m256i, a: __m256i, b: __m256
 
 /// Makes the compiler have `sum` in a register here, after those held before it.
 ///
-/// Integer addition is associative and the terms of a sum are independent, so it may otherwise form all products of one sum, then
-/// those of the next, and then has far more factors and products to keep than registers: two tokens of Q4 weights took
-/// twice as long.
+/// Integer addition is associative and the terms of a sum are independent, so it may otherwise form
+/// all products of one sum, then those of the next, and then has far more factors and products to
+/// keep than registers: two tokens of Q4 weights took twice as long.
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c")]
 pub(crate) fn hold(sum: &mut __m256i) {
     // SAFETY: there is no instruction in it.
-    unsafe { std::arch::asm!("/* {} */", inout(ymm_reg) * sum, options(nomem, nostack, preserves_flags)) }
+    unsafe {
+        std::arch::asm!("/* {} */", inout(ymm_reg) * sum, options(nomem, nostack, preserves_flags))
+    }
 }
 
 /// Makes the compiler have `totals` in memory here.
 ///
-/// It may otherwise keep totals that a loop updates in registers that it does not have, and copy them to the stack and back
-/// in each round: products with Q8 weights took 2 to 5 % longer.
+/// It may otherwise keep totals that a loop updates in registers that it does not have, and copy
+/// them to the stack and back in each round: products with Q8 weights took 2 to 5 % longer.
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c")]
 pub(crate) fn settle<T>(totals: &mut [T]) {
-    // SAFETY: there is no instruction in it; it only may, as far as the compiler knows, change what `totals` borrows mutably.
-    unsafe { std::arch::asm!("/* {} */", in(reg) totals.as_mut_ptr(), options(nostack, preserves_flags)) }
+    // SAFETY: there is no instruction in it; it only may, as far as the compiler knows, change what
+    // `totals` borrows mutably.
+    unsafe {
+        std::arch::asm!("/* {} */", in(reg) totals.as_mut_ptr(), options(nostack, preserves_flags))
+    }
 }

@@ -1,6 +1,8 @@
-//! Transformer kernels over slices, each as a scalar reference and in AVX2, some also in AVX-512, chosen once at run time.
+//! Transformer kernels over slices, each as a scalar reference and in AVX2, some also in AVX-512,
+//! chosen once at run time.
 #![doc = include_str!("../README.md")]
-// Loads, stores and calls that need an instruction set are in most files; each block says what it relies on.
+// Loads, stores and calls that need an instruction set are in most files; each block says what it
+// relies on.
 #![allow(unsafe_code)]
 
 // Modules in reading order, lowest first; a module uses only those above it.
@@ -44,7 +46,9 @@ mod matmul;
 mod fork_join;
 mod limits;
 
-pub use attention::{ATTENTION_ROWS, AttentionInput, SoftmaxState, attention_materialized, attention_streaming};
+pub use attention::{
+    ATTENTION_ROWS, AttentionInput, SoftmaxState, attention_materialized, attention_streaming,
+};
 pub use exp::exp;
 pub use fork_join::{ForkJoin, ThreadError};
 pub use halves::{pack_halves, unpack_halves};

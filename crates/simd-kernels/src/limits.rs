@@ -1,14 +1,15 @@
 //! The two limits of a core, to be timed next to the kernels: multiply-add rate and read bandwidth.
 //!
-//! Neither times anything itself; the caller runs them on as many threads as the kernels it compares.
+//! Neither times anything itself; the caller runs them on as many threads as the kernels it
+//! compares.
 
 use crate::isa::{Isa, dispatch};
 
 /// Floating-point operations of one round of [`multiply_add`].
 pub const MULTIPLY_ADD_FLOPS: usize = 16 * 12 * 8 * 2;
 
-/// Does `rounds` rounds of independent f32 multiply-adds in registers, [`MULTIPLY_ADD_FLOPS`] operations each,
-/// and returns the mean of the results, 1.
+/// Does `rounds` rounds of independent f32 multiply-adds in registers, [`MULTIPLY_ADD_FLOPS`]
+/// operations each, and returns the mean of the results, 1.
 pub fn multiply_add(isa: Isa, rounds: usize) -> f32 {
     #[cfg(target_arch = "x86_64")]
     if isa.has_avx512() {
@@ -45,7 +46,8 @@ mod avx2 {
 
     #[target_feature(enable = "avx2,fma,f16c")]
     pub(super) fn multiply_add(rounds: usize) -> f32 {
-        let (mut sums, factor) = ([_mm256_set1_ps(1.0); 12], _mm256_set1_ps(std::hint::black_box(0.5)));
+        let (mut sums, factor) =
+            ([_mm256_set1_ps(1.0); 12], _mm256_set1_ps(std::hint::black_box(0.5)));
         for _ in 0..rounds {
             for _ in 0..16 {
                 for sum in &mut sums {
@@ -58,8 +60,8 @@ mod avx2 {
 
     /// One stream, eight loads in flight and a prefetch ahead, as plain as a loop can be.
     ///
-    /// A yardstick and not a wall: on a Sapphire Rapids, two such streams side by side were up to 1.1 times as fast in some
-    /// places of memory, and slower in others.
+    /// A yardstick and not a wall: on a Sapphire Rapids, two such streams side by side were up to
+    /// 1.1 times as fast in some places of memory, and slower in others.
     #[target_feature(enable = "avx2,fma,f16c")]
     pub(super) fn read(data: &[f32]) -> u32 {
         let (blocks, tail) = data.as_chunks::<64>();
@@ -67,9 +69,12 @@ mod avx2 {
         for block in blocks {
             for (i, bits) in bits.iter_mut().enumerate() {
                 if i % 2 == 0 {
-                    prefetch::<_MM_HINT_T0>(block[8 * i..].as_ptr().cast::<u8>().wrapping_add(2048));
+                    prefetch::<_MM_HINT_T0>(
+                        block[8 * i..].as_ptr().cast::<u8>().wrapping_add(2048),
+                    );
                 }
-                *bits = _mm256_xor_ps(*bits, load(block[8 * i..].first_chunk().expect("eight floats")));
+                *bits =
+                    _mm256_xor_ps(*bits, load(block[8 * i..].first_chunk().expect("eight floats")));
             }
         }
         let all = bits.into_iter().fold(_mm256_setzero_ps(), |a, b| _mm256_xor_ps(a, b));
@@ -85,7 +90,8 @@ mod avx512 {
 
     #[target_feature(enable = "avx512f")]
     pub(super) fn multiply_add(rounds: usize) -> f32 {
-        let (mut sums, factor) = ([_mm512_set1_ps(1.0); 12], _mm512_set1_ps(std::hint::black_box(0.5)));
+        let (mut sums, factor) =
+            ([_mm512_set1_ps(1.0); 12], _mm512_set1_ps(std::hint::black_box(0.5)));
         for _ in 0..rounds {
             for _ in 0..8 {
                 for sum in &mut sums {

@@ -22,15 +22,23 @@ pub enum Store {
 
 /// `out[t, c] = Σ_k w[16 panels.start + c, k] x[t, k]`, or `+=` with [`Store::Add`].
 ///
-/// `out` is `[x.tokens(), rows that the panels cover]`; the last panel of the matrix may be short. With
-/// AVX2 few tokens read the weights once, as two streams; many meet parts of panels that stay in the L1 cache, widened
-/// there for all of them where that pays: f16, and Q8 without VNNI, from 12 tiles of tokens on. With AVX-512 four panels of
-/// floats, or two of Q8 and Q4, meet six tokens at a time, to the same sums of the same activations (see [`InputKind::of`]); f16 and bf16 are
+/// `out` is `[x.tokens(), rows that the panels cover]`; the last panel of the matrix may be short.
+/// With AVX2 few tokens read the weights once, as two streams; many meet parts of panels that stay
+/// in the L1 cache, widened there for all of them where that pays: f16, and Q8 without VNNI, from
+/// 12 tiles of tokens on. With AVX-512 four panels of floats, or two of Q8 and Q4, meet six tokens
+/// at a time, to the same sums of the same activations (see [`InputKind::of`]); f16 and bf16 are
 /// widened from 4 tiles on, Q8 and Q4 always.
 ///
 /// # Panics
 /// When shapes differ, or `x` was prepared for another kind of weights.
-pub fn matmul(isa: Isa, w: Panels<'_>, panels: Range<usize>, x: &Input, out: MatMut<'_>, store: Store) {
+pub fn matmul(
+    isa: Isa,
+    w: Panels<'_>,
+    panels: Range<usize>,
+    x: &Input,
+    out: MatMut<'_>,
+    store: Store,
+) {
     check(isa, w, &panels, x, &out);
     if out.rows() == 0 || out.cols() == 0 {
         return;
@@ -39,11 +47,19 @@ pub fn matmul(isa: Isa, w: Panels<'_>, panels: Range<usize>, x: &Input, out: Mat
     dispatch!(isa, avx2::matmul, scalar::matmul, (w, panels, x, out, store), avx2: (isa), scalar: (general))
 }
 
-/// `out[t, c] = silu(gate[c] · x[t]) * (up[c] · x[t])` for the rows that `panels` of both matrices cover.
+/// `out[t, c] = silu(gate[c] · x[t]) * (up[c] · x[t])` for the rows that `panels` of both matrices
+/// cover.
 ///
 /// # Panics
 /// When shapes or formats of the matrices differ, or `x` was prepared for another kind of weights.
-pub fn matmul_swiglu(isa: Isa, gate: Panels<'_>, up: Panels<'_>, panels: Range<usize>, x: &Input, out: MatMut<'_>) {
+pub fn matmul_swiglu(
+    isa: Isa,
+    gate: Panels<'_>,
+    up: Panels<'_>,
+    panels: Range<usize>,
+    x: &Input,
+    out: MatMut<'_>,
+) {
     check(isa, gate, &panels, x, &out);
     check(isa, up, &panels, x, &out);
     assert!(gate.rows() == up.rows(), "gate has {} rows, up has {}", gate.rows(), up.rows());

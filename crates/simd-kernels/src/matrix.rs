@@ -14,7 +14,8 @@ pub struct MatMut<'a> {
     owner: PhantomData<&'a mut [f32]>,
 }
 
-// SAFETY: a MatMut is an exclusive borrow of its elements, as `&mut [f32]` is, and pieces never overlap.
+// SAFETY: a MatMut is an exclusive borrow of its elements, as `&mut [f32]` is, and pieces never
+// overlap.
 unsafe impl Send for MatMut<'_> {}
 // SAFETY: a shared MatMut only answers its sizes; elements are reached through `&mut self`.
 unsafe impl Sync for MatMut<'_> {}
@@ -25,9 +26,13 @@ impl<'a> MatMut<'a> {
     /// # Panics
     /// When the rows overlap (`cols > stride`) or the last one ends beyond `data`.
     pub fn new(data: &'a mut [f32], rows: usize, cols: usize, stride: usize) -> MatMut<'a> {
-        assert!(rows <= 1 || cols <= stride, "rows of {cols} columns at a stride of {stride} overlap");
+        assert!(
+            rows <= 1 || cols <= stride,
+            "rows of {cols} columns at a stride of {stride} overlap"
+        );
         // No buffer has as many elements as a sum that does not fit comes to here.
-        let needed = if rows == 0 { 0 } else { (rows - 1).saturating_mul(stride).saturating_add(cols) };
+        let needed =
+            if rows == 0 { 0 } else { (rows - 1).saturating_mul(stride).saturating_add(cols) };
         assert!(
             needed <= data.len(),
             "[{rows}, {cols}] at stride {stride} takes {needed} elements, got {}",
@@ -52,8 +57,8 @@ impl<'a> MatMut<'a> {
     /// When there is no such row.
     pub fn row_mut(&mut self, row: usize) -> &mut [f32] {
         assert!(row < self.rows, "row {row} of {}", self.rows);
-        // SAFETY: `new` checked that row `row < rows` lies in the borrowed buffer, splitting only narrowed the
-        // block, and `&mut self` makes this the only view of these elements.
+        // SAFETY: `new` checked that row `row < rows` lies in the borrowed buffer, splitting only
+        // narrowed the block, and `&mut self` makes this the only view of these elements.
         unsafe { std::slice::from_raw_parts_mut(self.start.add(row * self.stride), self.cols) }
     }
 
@@ -65,7 +70,8 @@ impl<'a> MatMut<'a> {
         assert!(at <= self.cols, "column {at} of {}", self.cols);
         // Without rows the block may be empty memory; then the pointer must not move.
         let offset = if self.rows == 0 { 0 } else { at };
-        // SAFETY: with a row, `offset <= cols` stays within that row of the buffer or one past its end.
+        // SAFETY: with a row, `offset <= cols` stays within that row of the buffer or one past its
+        // end.
         let right = unsafe { self.start.add(offset) };
         (MatMut { cols: at, ..self }, MatMut { start: right, cols: self.cols - at, ..self })
     }
@@ -76,8 +82,8 @@ impl<'a> MatMut<'a> {
     /// When `at` is beyond the last row.
     pub fn split_rows(self, at: usize) -> (MatMut<'a>, MatMut<'a>) {
         assert!(at <= self.rows, "row {at} of {}", self.rows);
-        // The start of the row after the last one may lie beyond the buffer (the last row need not be a full
-        // stride long), so an empty lower part keeps the old pointer.
+        // The start of the row after the last one may lie beyond the buffer (the last row need not
+        // be a full stride long), so an empty lower part keeps the old pointer.
         let offset = if at == self.rows { 0 } else { at * self.stride };
         // SAFETY: row `at` exists here, so its start is inside the buffer.
         let lower = unsafe { self.start.add(offset) };
@@ -86,7 +92,13 @@ impl<'a> MatMut<'a> {
 
     /// The same block for a shorter time, for a callee that takes it by value.
     pub fn reborrow(&mut self) -> MatMut<'_> {
-        MatMut { start: self.start, rows: self.rows, cols: self.cols, stride: self.stride, owner: PhantomData }
+        MatMut {
+            start: self.start,
+            rows: self.rows,
+            cols: self.cols,
+            stride: self.stride,
+            owner: PhantomData,
+        }
     }
 
     /// The first element and the distance between rows, for libraries that take a pointer.
@@ -106,7 +118,8 @@ mod tests {
                 for col_cut in 0..=cols {
                     let len = if rows == 0 { 0 } else { (rows - 1) * stride + cols };
                     let mut data = vec![0.0; len];
-                    let (top, bottom) = MatMut::new(&mut data, rows, cols, stride).split_rows(row_cut);
+                    let (top, bottom) =
+                        MatMut::new(&mut data, rows, cols, stride).split_rows(row_cut);
                     for part in [top, bottom] {
                         let (left, right) = part.split_cols(col_cut);
                         for mut piece in [left, right] {
@@ -117,7 +130,11 @@ mod tests {
                     }
                     for (i, &x) in data.iter().enumerate() {
                         let inside = i % stride.max(1) < cols;
-                        assert_eq!(x, f32::from(u8::from(inside)), "[{rows}, {cols}] stride {stride} at {i}");
+                        assert_eq!(
+                            x,
+                            f32::from(u8::from(inside)),
+                            "[{rows}, {cols}] stride {stride} at {i}"
+                        );
                     }
                 }
             }

@@ -7,7 +7,13 @@ use crate::isa::{Isa, dispatch};
 /// # Panics
 /// When the lengths differ.
 pub fn rms_norm(isa: Isa, x: &[f32], weight: &[f32], eps: f32, out: &mut [f32]) {
-    assert_eq!(x.len(), weight.len(), "rms_norm: x has {} elements, weight {}", x.len(), weight.len());
+    assert_eq!(
+        x.len(),
+        weight.len(),
+        "rms_norm: x has {} elements, weight {}",
+        x.len(),
+        weight.len()
+    );
     assert_eq!(x.len(), out.len(), "rms_norm: x has {} elements, out {}", x.len(), out.len());
     dispatch!(isa, avx2::rms_norm, scalar::rms_norm, (x, weight, eps, out))
 }
@@ -88,7 +94,8 @@ mod tests {
         x.iter().zip(weight).map(|(&x, &w)| (f64::from(x) * factor * f64::from(w)) as f32).collect()
     }
 
-    /// Relative: half of the n roundings of the sum of squares (the root halves them), and four operations after it.
+    /// Relative: half of the n roundings of the sum of squares (the root halves them), and four
+    /// operations after it.
     fn tolerance(n: usize) -> impl Fn(f32) -> f32 {
         move |e| (n as f32 / 2.0 + 4.0) * f32::EPSILON * e + f32::MIN_POSITIVE
     }

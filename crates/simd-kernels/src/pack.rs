@@ -3,8 +3,8 @@
 use crate::isa::{Isa, dispatch};
 use crate::panels::GROUP;
 
-/// How much codes without a sign, which meet int8, are above weights: sums of products start as many times the total of the int8
-/// below zero.
+/// How much codes without a sign, which meet int8, are above weights: sums of products start as
+/// many times the total of the int8 below zero.
 pub(crate) const EXCESS: f32 = 128.0;
 
 /// Interleaves `m` rows: `out[m k + i] = rows[i cols + k]`, where `rows` is `[m, cols]`.
@@ -12,13 +12,20 @@ pub(crate) fn pack_float(isa: Isa, rows: &[f32], cols: usize, out: &mut [f32]) {
     dispatch!(isa, avx2::pack_float, scalar::pack_float, (rows, cols, out))
 }
 
-/// Quantizes `rows [m, cols]` to int16 per group and interleaves column pairs; see `Input` for the order.
-pub(crate) fn pack_int16(isa: Isa, rows: &[f32], cols: usize, words: &mut [i32], scales: &mut [f32]) {
+/// Quantizes `rows [m, cols]` to int16 per group and interleaves column pairs; see `Input` for the
+/// order.
+pub(crate) fn pack_int16(
+    isa: Isa,
+    rows: &[f32],
+    cols: usize,
+    words: &mut [i32],
+    scales: &mut [f32],
+) {
     dispatch!(isa, avx2::pack_int16, scalar::pack_int16, (rows, cols, words, scales))
 }
 
-/// Quantizes `rows [m, cols]` to int8 per group, interleaves column quads and notes where the groups' sums of products start;
-/// see `Input` and `IntTile` for the order.
+/// Quantizes `rows [m, cols]` to int8 per group, interleaves column quads and notes where the
+/// groups' sums of products start; see `Input` and `IntTile` for the order.
 pub(crate) fn pack_int8(
     isa: Isa,
     rows: &[f32],
@@ -42,8 +49,8 @@ fn join_pair([low, high]: [i16; 2]) -> i32 {
 
 /// The scale of a group whose largest magnitude becomes `limit`, and its inverse.
 ///
-/// A group of nothing but numbers too small to invert becomes zero. A group with an infinity or NaN gets NaN as its
-/// scale, so that every sum it enters is NaN rather than a plausible number.
+/// A group of nothing but numbers too small to invert becomes zero. A group with an infinity or NaN
+/// gets NaN as its scale, so that every sum it enters is NaN rather than a plausible number.
 fn scale_for(largest: f32, limit: f32) -> (f32, f32) {
     if largest < limit * f32::MIN_POSITIVE {
         (0.0, 0.0)
@@ -84,7 +91,13 @@ mod scalar {
         }
     }
 
-    pub(super) fn pack_int8(rows: &[f32], cols: usize, words: &mut [i32], scales: &mut [f32], starts: &mut [f32]) {
+    pub(super) fn pack_int8(
+        rows: &[f32],
+        cols: usize,
+        words: &mut [i32],
+        scales: &mut [f32],
+        starts: &mut [f32],
+    ) {
         let m = rows.len() / cols;
         for (i, row) in rows.chunks_exact(cols).enumerate() {
             for (g, group) in row.chunks(GROUP).enumerate() {
@@ -126,7 +139,8 @@ mod avx2 {
         if rows.len() == 6 * cols {
             let row = |i: usize| rows[i * cols..(i + 1) * cols].as_chunks::<8>().0;
             let blocks = out.as_chunks_mut::<48>().0.iter_mut();
-            let (first, last) = (row(0).iter().zip(row(1)).zip(row(2)), row(3).iter().zip(row(4)).zip(row(5)));
+            let (first, last) =
+                (row(0).iter().zip(row(1)).zip(row(2)), row(3).iter().zip(row(4)).zip(row(5)));
             for (out, (((a, b), c), ((d, e), f))) in blocks.zip(first.zip(last)) {
                 let interleaved = interleave([a, b, c, d, e, f].map(|x| load(x)));
                 for (out, v) in out.as_chunks_mut().0.iter_mut().zip(interleaved) {
@@ -143,7 +157,8 @@ mod avx2 {
     #[target_feature(enable = "avx2,fma,f16c")]
     fn interleave(rows: [__m256; 6]) -> [__m256; 6] {
         let [a, b, c, d, e, f] = rows;
-        // In the comments a digit is a column of the lower half; the upper half has the one four columns later.
+        // In the comments a digit is a column of the lower half; the upper half has the one four
+        // columns later.
         let (ab01, ab23) = (_mm256_unpacklo_ps(a, b), _mm256_unpackhi_ps(a, b)); // a0 b0 a1 b1, a2 b2 a3 b3
         let (cd01, cd23) = (_mm256_unpacklo_ps(c, d), _mm256_unpackhi_ps(c, d));
         let (ef01, ef23) = (_mm256_unpacklo_ps(e, f), _mm256_unpackhi_ps(e, f));
@@ -178,7 +193,8 @@ mod avx2 {
             for (i, pairs) in pairs[..m].iter_mut().enumerate() {
                 let q;
                 (q, scales[i]) = quantize(group(&rows[i * cols..(i + 1) * cols], g), 32767.0);
-                // Packing works within halves of a register; the permutation puts the quarters back in order.
+                // Packing works within halves of a register; the permutation puts the quarters back
+                // in order.
                 *pairs = [
                     _mm256_permute4x64_epi64::<0b11_01_10_00>(_mm256_packs_epi32(q[0], q[1])),
                     _mm256_permute4x64_epi64::<0b11_01_10_00>(_mm256_packs_epi32(q[2], q[3])),
@@ -189,16 +205,28 @@ mod avx2 {
     }
 
     #[target_feature(enable = "avx2,fma,f16c")]
-    pub(super) fn pack_int8(rows: &[f32], cols: usize, words: &mut [i32], scales: &mut [f32], starts: &mut [f32]) {
+    pub(super) fn pack_int8(
+        rows: &[f32],
+        cols: usize,
+        words: &mut [i32],
+        scales: &mut [f32],
+        starts: &mut [f32],
+    ) {
         let m = rows.len() / cols;
         let scales = scales.chunks_exact_mut(m).zip(starts.chunks_exact_mut(m));
-        for (g, (words, (scales, starts))) in words.chunks_exact_mut(m * GROUP / 4).zip(scales).enumerate() {
+        for (g, (words, (scales, starts))) in
+            words.chunks_exact_mut(m * GROUP / 4).zip(scales).enumerate()
+        {
             let mut quads = [[_mm256_setzero_si256(); 1]; 6];
             for (i, quads) in quads[..m].iter_mut().enumerate() {
                 let q;
                 (q, scales[i]) = quantize(group(&rows[i * cols..(i + 1) * cols], g), 127.0);
-                let bytes = _mm256_packs_epi16(_mm256_packs_epi32(q[0], q[1]), _mm256_packs_epi32(q[2], q[3]));
-                *quads = [_mm256_permutevar8x32_epi32(bytes, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7))];
+                let bytes = _mm256_packs_epi16(
+                    _mm256_packs_epi32(q[0], q[1]),
+                    _mm256_packs_epi32(q[2], q[3]),
+                );
+                *quads =
+                    [_mm256_permutevar8x32_epi32(bytes, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7))];
                 starts[i] = -EXCESS * total(quads[0]);
             }
             store_words(&quads[..m], words);
@@ -217,7 +245,8 @@ mod avx2 {
     fn store_words<const N: usize>(tokens: &[[__m256i; N]], out: &mut [i32]) {
         if let [a, b, c, d, e, f] = tokens {
             for (n, out) in out.as_chunks_mut::<48>().0.iter_mut().enumerate() {
-                let interleaved = interleave([a, b, c, d, e, f].map(|words| _mm256_castsi256_ps(words[n])));
+                let interleaved =
+                    interleave([a, b, c, d, e, f].map(|words| _mm256_castsi256_ps(words[n])));
                 for (out, v) in out.as_chunks_mut().0.iter_mut().zip(interleaved) {
                     *out = lanes(_mm256_castps_si256(v));
                 }
@@ -225,7 +254,9 @@ mod avx2 {
         } else {
             for (i, words) in tokens.iter().enumerate() {
                 let words = words.map(|words| lanes(words));
-                for (out, word) in out.iter_mut().skip(i).step_by(tokens.len()).zip(words.as_flattened()) {
+                for (out, word) in
+                    out.iter_mut().skip(i).step_by(tokens.len()).zip(words.as_flattened())
+                {
                     *out = *word;
                 }
             }
@@ -238,7 +269,8 @@ mod avx2 {
     fn total(bytes: __m256i) -> f32 {
         let pairs = _mm256_maddubs_epi16(_mm256_set1_epi8(1), bytes);
         let quads = _mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
-        let four = _mm_add_epi32(_mm256_castsi256_si128(quads), _mm256_extracti128_si256::<1>(quads));
+        let four =
+            _mm_add_epi32(_mm256_castsi256_si128(quads), _mm256_extracti128_si256::<1>(quads));
         let two = _mm_add_epi32(four, _mm_unpackhi_epi64(four, four));
         _mm_cvtsi128_si32(_mm_add_epi32(two, _mm_shuffle_epi32::<1>(two))) as f32
     }
@@ -298,11 +330,14 @@ mod tests {
         for cols in 1..=130 {
             for m in 1..=6 {
                 // Sizes from subnormal to huge, and groups of zeros.
-                for scale in [1.0, 3.0e-3, 0.0, f32::MIN_POSITIVE * 100.0, f32::MIN_POSITIVE * 1.0e5, 1.0e38] {
+                for scale in
+                    [1.0, 3.0e-3, 0.0, f32::MIN_POSITIVE * 100.0, f32::MIN_POSITIVE * 1.0e5, 1.0e38]
+                {
                     let values = noise(m * cols, cols as u64).into_iter().map(|x| x * scale);
                     let x = Guarded::of(values, cols % 4);
                     for int8 in [false, true] {
-                        let (fast, plain) = (packed(avx2, &x, cols, int8), packed(Isa::scalar(), &x, cols, int8));
+                        let (fast, plain) =
+                            (packed(avx2, &x, cols, int8), packed(Isa::scalar(), &x, cols, int8));
                         assert_eq!(fast, plain, "[{m}, {cols}] times {scale:e}, int8: {int8}");
                     }
                 }
@@ -333,7 +368,10 @@ mod tests {
                             let error = (f32::from(q) * scale - x).abs();
                             // Scale, inverse, product and the check itself round once each.
                             let allowed = 0.5 * scale + 4.0 * f32::EPSILON * x.abs();
-                            assert!(error <= allowed, "column {k} of group {g}, row {i}: {x} became {q}");
+                            assert!(
+                                error <= allowed,
+                                "column {k} of group {g}, row {i}: {x} became {q}"
+                            );
                             total += i32::from(q);
                         }
                         if int8 {

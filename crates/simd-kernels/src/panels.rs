@@ -1,4 +1,5 @@
-//! Packed weight matrices: sixteen output rows interleaved, so that a kernel reads one contiguous stream.
+//! Packed weight matrices: sixteen output rows interleaved, so that a kernel reads one contiguous
+//! stream.
 
 use std::ops::Range;
 
@@ -10,40 +11,49 @@ pub const PANEL: usize = 16;
 /// Consecutive inputs (columns) of one row that share a quantization scale.
 pub const GROUP: usize = 32;
 
-/// Bytes of a Q8 block, the part of a panel that covers one group: 16 f16 scales, then 16 x 32 int8.
+/// Bytes of a Q8 block, the part of a panel that covers one group: 16 f16 scales, then 16 x 32
+/// int8.
 pub(crate) const Q8_BLOCK: usize = 2 * PANEL + PANEL * GROUP;
 
 /// Bytes of a Q4 block: 16 words of scale and zero point, then 16 x 32 nibbles.
 pub(crate) const Q4_BLOCK: usize = 2 * PANEL + PANEL * GROUP / 2;
 
-/// The packed numbers of a weight matrix `[rows, cols]`: `ceil(rows / 16)` panels, one after the other.
+/// The packed numbers of a weight matrix `[rows, cols]`: `ceil(rows / 16)` panels, one after the
+/// other.
 ///
-/// Below, `k` is the column and `r` the row within its panel. Rows beyond the matrix and columns beyond the last
-/// group's end hold zeros (Q4: rows have scale 0, columns anything, since they meet activations of 0).
+/// Below, `k` is the column and `r` the row within its panel. Rows beyond the matrix and columns
+/// beyond the last group's end hold zeros (Q4: rows have scale 0, columns anything, since they meet
+/// activations of 0).
 #[derive(Clone, Copy, Debug)]
 pub enum PanelData<'a> {
     /// `panel[16 k + r]`.
     F32(&'a [f32]),
-    /// bfloat16 bits, `panel[16 k + 8 (r / 4 % 2) + 4 (r / 8) + r % 4]`: of a 32-byte load, the lower eight bytes of both
-    /// halves interleaved with zeros are rows 0..8 as f32, the upper ones are rows 8..16.
+    /// bfloat16 bits, `panel[16 k + 8 (r / 4 % 2) + 4 (r / 8) + r % 4]`: of a 32-byte load, the
+    /// lower eight bytes of both halves interleaved with zeros are rows 0..8 as f32, the upper ones
+    /// are rows 8..16.
     Bf16(&'a [u16]),
     /// Half-precision bits, `panel[16 k + r]`.
     F16(&'a [u16]),
-    /// Blocks of 544 bytes, one per 32 columns: 16 little-endian f16 scales, row r at byte `2 r`, then int8 `q` in
-    /// -127..=127, column `k` of the block at `32 (k / 2) + 2 r + k % 2`. The weight is `scale * q`.
+    /// Blocks of 544 bytes, one per 32 columns: 16 little-endian f16 scales, row r at byte `2 r`,
+    /// then int8 `q` in -127..=127, column `k` of the block at `32 (k / 2) + 2 r + k % 2`. The
+    /// weight is `scale * q`.
     Q8(&'a [u8]),
-    /// Blocks of 288 bytes, one per 32 columns: 16 little-endian words, row r at byte `2 r`, then bytes that hold
-    /// nibbles `n`, column `k` of the block in byte `32 (k / 4) + 4 (r % 8) + k % 4`, row `r < 8` in the low
-    /// nibble, row `r >= 8` in the high one. A word holds `z` = 0..=15 in its lowest 4 bits and above them
-    /// bits 3..15 of an f16 scale whose other bits are 0. The weight is `scale * (n - 4 - z / 2)`.
+    /// Blocks of 288 bytes, one per 32 columns: 16 little-endian words, row r at byte `2 r`, then
+    /// bytes that hold nibbles `n`, column `k` of the block in byte `32 (k / 4) + 4 (r % 8) + k %
+    /// 4`, row `r < 8` in the low nibble, row `r >= 8` in the high one. A word holds `z` = 0..=15
+    /// in its lowest 4 bits and above them bits 3..15 of an f16 scale whose other bits are 0. The
+    /// weight is `scale * (n - 4 - z / 2)`.
     Q4(&'a [u8]),
 }
 
 impl<'a> PanelData<'a> {
-    /// Elements that one panel of `cols` columns takes in this format; more than there can be, if that does not fit.
+    /// Elements that one panel of `cols` columns takes in this format; more than there can be, if
+    /// that does not fit.
     pub(crate) fn panel_len(&self, cols: usize) -> usize {
         match self {
-            PanelData::F32(_) | PanelData::Bf16(_) | PanelData::F16(_) => cols.saturating_mul(PANEL),
+            PanelData::F32(_) | PanelData::Bf16(_) | PanelData::F16(_) => {
+                cols.saturating_mul(PANEL)
+            }
             PanelData::Q8(_) => cols.div_ceil(GROUP).saturating_mul(Q8_BLOCK),
             PanelData::Q4(_) => cols.div_ceil(GROUP).saturating_mul(Q4_BLOCK),
         }
@@ -142,14 +152,20 @@ impl<'a> Panels<'a> {
             "panels {panels:?} of a matrix that has {}",
             self.count()
         );
-        panels.end.saturating_mul(PANEL).min(self.rows) - panels.start.saturating_mul(PANEL).min(self.rows)
+        panels.end.saturating_mul(PANEL).min(self.rows)
+            - panels.start.saturating_mul(PANEL).min(self.rows)
     }
 
     /// Some columns of a panel, from the first column of a group on.
     pub(crate) fn part(&self, panel: usize, columns: &Range<usize>) -> PanelData<'a> {
-        debug_assert!(columns.start.is_multiple_of(GROUP), "a part that starts at column {}", columns.start);
+        debug_assert!(
+            columns.start.is_multiple_of(GROUP),
+            "a part that starts at column {}",
+            columns.start
+        );
         let start = panel * self.stride();
-        let part = start + self.data.panel_len(columns.start)..start + self.data.panel_len(columns.end);
+        let part =
+            start + self.data.panel_len(columns.start)..start + self.data.panel_len(columns.end);
         match self.data {
             PanelData::F32(data) => PanelData::F32(&data[part]),
             PanelData::Bf16(data) => PanelData::Bf16(&data[part]),
@@ -165,7 +181,8 @@ impl<'a> Panels<'a> {
     }
 }
 
-/// Writes `panel` of float weights (one panel of `cols` columns, its numbers from the start of `data`) as f32, `out[16 k + r]`.
+/// Writes `panel` of float weights (one panel of `cols` columns, its numbers from the start of
+/// `data`) as f32, `out[16 k + r]`.
 pub(crate) fn widen_panel(data: PanelData<'_>, panel: usize, cols: usize, out: &mut [f32]) {
     let len = data.panel_len(cols);
     let range = panel * len..(panel + 1) * len;
@@ -184,7 +201,9 @@ pub(crate) fn widen_panel(data: PanelData<'_>, panel: usize, cols: usize, out: &
                 *out = f16_to_f32(bits);
             }
         }
-        PanelData::Q8(_) | PanelData::Q4(_) => unreachable!("quantized weights are multiplied as they are"),
+        PanelData::Q8(_) | PanelData::Q4(_) => {
+            unreachable!("quantized weights are multiplied as they are")
+        }
     }
 }
 

@@ -1,34 +1,60 @@
-//! Rotary positions (Su et al., 2021), halves rotated against each other as in Hugging Face's Qwen3, alone and fused
-//! with the per-head RMSNorm that comes before.
+//! Rotary positions (Su et al., 2021), halves rotated against each other as in Hugging Face's
+//! Qwen3, alone and fused with the per-head RMSNorm that comes before.
 
 use crate::isa::{Isa, dispatch};
 
-/// Rotates one head in place: with h = head_dim / 2, the pair `(head[i], head[h + i])` turns by the angle of `cos[i]`, `sin[i]`.
+/// Rotates one head in place: with h = head_dim / 2, the pair `(head[i], head[h + i])` turns by the
+/// angle of `cos[i]`, `sin[i]`.
 ///
 /// head: `[head_dim]`, cos and sin: `[head_dim / 2]`.
 ///
 /// # Panics
 /// When the lengths do not fit.
 pub fn rope(isa: Isa, head: &mut [f32], cos: &[f32], sin: &[f32]) {
-    assert_eq!(head.len(), 2 * cos.len(), "rope: head has {} elements, cos {}", head.len(), cos.len());
+    assert_eq!(
+        head.len(),
+        2 * cos.len(),
+        "rope: head has {} elements, cos {}",
+        head.len(),
+        cos.len()
+    );
     assert_eq!(cos.len(), sin.len(), "rope: cos has {} elements, sin {}", cos.len(), sin.len());
     dispatch!(isa, avx2::rope, scalar::rope, (head, cos, sin))
 }
 
-/// RMSNorm over each head, then [`rope`], for all the heads of one token: one pass where two calls a head make two.
+/// RMSNorm over each head, then [`rope`], for all the heads of one token: one pass where two calls
+/// a head make two.
 ///
 /// heads: `[heads, head_dim]`, weight: `[head_dim]`, cos and sin: `[head_dim / 2]`.
 ///
 /// # Panics
 /// When the lengths do not fit.
 pub fn norm_rope(isa: Isa, heads: &mut [f32], weight: &[f32], eps: f32, cos: &[f32], sin: &[f32]) {
-    assert_eq!(weight.len(), 2 * cos.len(), "norm_rope: weight has {} elements, cos {}", weight.len(), cos.len());
-    assert_eq!(cos.len(), sin.len(), "norm_rope: cos has {} elements, sin {}", cos.len(), sin.len());
+    assert_eq!(
+        weight.len(),
+        2 * cos.len(),
+        "norm_rope: weight has {} elements, cos {}",
+        weight.len(),
+        cos.len()
+    );
+    assert_eq!(
+        cos.len(),
+        sin.len(),
+        "norm_rope: cos has {} elements, sin {}",
+        cos.len(),
+        sin.len()
+    );
     if weight.is_empty() {
         assert!(heads.is_empty(), "norm_rope: {} elements in heads of size 0", heads.len());
         return;
     }
-    assert_eq!(heads.len() % weight.len(), 0, "norm_rope: {} elements in heads of {}", heads.len(), weight.len());
+    assert_eq!(
+        heads.len() % weight.len(),
+        0,
+        "norm_rope: {} elements in heads of {}",
+        heads.len(),
+        weight.len()
+    );
     dispatch!(isa, avx2::norm_rope, scalar::norm_rope, (heads, weight, eps, cos, sin))
 }
 
@@ -82,10 +108,16 @@ mod avx2 {
         }
     }
 
-    /// Turns the pairs of a head after `before(low, high, i)` has seen the i-th vector of each half.
+    /// Turns the pairs of a head after `before(low, high, i)` has seen the i-th vector of each
+    /// half.
     #[inline]
     #[target_feature(enable = "avx2,fma,f16c")]
-    fn rotate(head: &mut [f32], cos: &[f32], sin: &[f32], before: impl Fn(__m256, __m256, usize) -> (__m256, __m256)) {
+    fn rotate(
+        head: &mut [f32],
+        cos: &[f32],
+        sin: &[f32],
+        before: impl Fn(__m256, __m256, usize) -> (__m256, __m256),
+    ) {
         let turn = |low, high, cos, sin, i| {
             let (low, high) = before(low, high, i);
             let new_low = _mm256_fmsub_ps(low, cos, _mm256_mul_ps(high, sin));
@@ -97,13 +129,19 @@ mod avx2 {
         let (high, high_tail) = high.as_chunks_mut();
         let (cos, cos_tail) = cos.as_chunks();
         let (sin, sin_tail) = sin.as_chunks();
-        for (i, (((low, high), cos), sin)) in low.iter_mut().zip(high).zip(cos).zip(sin).enumerate() {
+        for (i, (((low, high), cos), sin)) in low.iter_mut().zip(high).zip(cos).zip(sin).enumerate()
+        {
             let (new_low, new_high) = turn(load(low), load(high), load(cos), load(sin), i);
             store(low, new_low);
             store(high, new_high);
         }
-        let (new_low, new_high) =
-            turn(load_tail(low_tail), load_tail(high_tail), load_tail(cos_tail), load_tail(sin_tail), cos.len());
+        let (new_low, new_high) = turn(
+            load_tail(low_tail),
+            load_tail(high_tail),
+            load_tail(cos_tail),
+            load_tail(sin_tail),
+            cos.len(),
+        );
         store_tail(low_tail, new_low);
         store_tail(high_tail, new_high);
     }
@@ -135,7 +173,10 @@ mod tests {
     fn exact_norm(head: &[f32], weight: &[f32], eps: f32) -> Vec<f32> {
         let squares: f64 = head.iter().map(|&x| f64::from(x).powi(2)).sum();
         let factor = 1.0 / (squares / head.len() as f64 + f64::from(eps)).sqrt();
-        head.iter().zip(weight).map(|(&x, &w)| (f64::from(x) * factor * f64::from(w)) as f32).collect()
+        head.iter()
+            .zip(weight)
+            .map(|(&x, &w)| (f64::from(x) * factor * f64::from(w)) as f32)
+            .collect()
     }
 
     /// A rotation mixes two values of at most `size`: three roundings of that size.
@@ -162,7 +203,8 @@ mod tests {
                 for head in input.chunks_exact((2 * half).max(1)) {
                     expected.extend(exact(&exact_norm(head, &weight, 1.0e-6), &cos, &sin));
                 }
-                // Normalized values are below sqrt(2 half), and the norm adds half of 2 half roundings.
+                // Normalized values are below sqrt(2 half), and the norm adds half of 2 half
+                // roundings.
                 let size = (2.0 * half as f32).sqrt();
                 heads.assert_close(&expected, tolerance((half as f32 + 4.0) * size));
             }
@@ -176,7 +218,8 @@ mod tests {
         for isa in Isa::all() {
             let mut head: Vec<f32> = (0..22).map(|i| i as f32).collect();
             rope(isa, &mut head, &[0.0; 11], &[1.0; 11]);
-            let expected: Vec<f32> = (11..22).map(|i| -(i as f32)).chain((0..11).map(|i| i as f32)).collect();
+            let expected: Vec<f32> =
+                (11..22).map(|i| -(i as f32)).chain((0..11).map(|i| i as f32)).collect();
             assert_eq!(head, expected);
         }
     }

@@ -3,7 +3,8 @@
 use crate::exp;
 use crate::isa::{Isa, dispatch};
 
-/// `x[i] = e^(x[i] − max) / Σ e^(x[j] − max)`. An empty row stays empty; a row with a NaN, or of nothing but −∞, becomes NaN.
+/// `x[i] = e^(x[i] − max) / Σ e^(x[j] − max)`. An empty row stays empty; a row with a NaN, or of
+/// nothing but −∞, becomes NaN.
 pub fn softmax(isa: Isa, x: &mut [f32]) {
     dispatch!(isa, avx2::softmax, scalar::softmax, (x))
 }
@@ -85,7 +86,8 @@ mod tests {
         e.iter().map(|e| (e / sum) as f32).collect()
     }
 
-    /// Relative: 2 ulp of the exponential, its argument rounded at up to `range`, n additions, one division.
+    /// Relative: 2 ulp of the exponential, its argument rounded at up to `range`, n additions, one
+    /// division.
     fn tolerance(n: usize, range: f32) -> impl Fn(f32) -> f32 {
         move |e| (6.0 + range + n as f32) * f32::EPSILON * e + f32::MIN_POSITIVE
     }

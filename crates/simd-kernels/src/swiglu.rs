@@ -11,7 +11,13 @@ use crate::isa::{Isa, dispatch};
 /// When the lengths differ.
 pub fn swiglu(isa: Isa, gate: &[f32], up: &[f32], out: &mut [f32]) {
     assert_eq!(gate.len(), up.len(), "swiglu: gate has {} elements, up {}", gate.len(), up.len());
-    assert_eq!(gate.len(), out.len(), "swiglu: gate has {} elements, out {}", gate.len(), out.len());
+    assert_eq!(
+        gate.len(),
+        out.len(),
+        "swiglu: gate has {} elements, out {}",
+        gate.len(),
+        out.len()
+    );
     dispatch!(isa, avx2::swiglu, scalar::swiglu, (gate, up, out))
 }
 

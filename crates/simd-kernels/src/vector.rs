@@ -33,7 +33,8 @@ pub fn scale(isa: Isa, x: &mut [f32], s: f32) {
     dispatch!(isa, avx2::scale, scalar::scale, (x, s))
 }
 
-/// The index of the largest element, the first of equals. NaN never wins; `None` when there is no number.
+/// The index of the largest element, the first of equals. NaN never wins; `None` when there is no
+/// number.
 pub fn argmax(isa: Isa, x: &[f32]) -> Option<usize> {
     dispatch!(isa, avx2::argmax, scalar::argmax, (x))
 }
@@ -109,7 +110,8 @@ mod avx2 {
         store_tail(tail, _mm256_mul_ps(s, load_tail(tail)));
     }
 
-    /// Two passes, the second only up to the first place of the maximum: cheaper than carrying indices along.
+    /// Two passes, the second only up to the first place of the maximum: cheaper than carrying
+    /// indices along.
     #[target_feature(enable = "avx2,fma,f16c")]
     pub(super) fn argmax(x: &[f32]) -> Option<usize> {
         let (chunks, tail) = x.as_chunks::<LANES>();
@@ -146,7 +148,8 @@ mod tests {
     use crate::isa::witness::assert_entered;
     use proptest::prelude::*;
 
-    /// Both orders of summation err by at most this: n products and n additions, each off by half an ulp.
+    /// Both orders of summation err by at most this: n products and n additions, each off by half
+    /// an ulp.
     fn dot_tolerance(a: &[f32], b: &[f32]) -> f32 {
         let size: f32 = a.iter().zip(b).map(|(a, b)| (a * b).abs()).sum();
         (a.len() as f32 + 1.0) * f32::EPSILON * size
@@ -156,7 +159,10 @@ mod tests {
         let expected = dot(Isa::scalar(), a, b);
         let found = dot(isa, a, b);
         let allowed = dot_tolerance(a, b);
-        assert!((found - expected).abs() <= allowed, "{found}, expected {expected} within {allowed:e}");
+        assert!(
+            (found - expected).abs() <= allowed,
+            "{found}, expected {expected} within {allowed:e}"
+        );
     }
 
     #[test]

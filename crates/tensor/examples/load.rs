@@ -24,14 +24,19 @@ fn main() -> Result<(), Box<dyn Error>> {
     }
     let mut packed: Vec<PackedMatrix> = matrices
         .iter()
-        .map(|matrix| PackedMatrix::allocate(format.unwrap_or(matrix.format()), matrix.rows(), matrix.cols()))
+        .map(|matrix| {
+            PackedMatrix::allocate(format.unwrap_or(matrix.format()), matrix.rows(), matrix.cols())
+        })
         .collect();
 
-    // Each thread fills the same share of every matrix, which is the share it will read when it computes.
-    let mut shares: Vec<Vec<(PanelChunk<'_>, &Matrix)>> = (0..threads).map(|_| Vec::new()).collect();
+    // Each thread fills the same share of every matrix, which is the share it will read when it
+    // computes.
+    let mut shares: Vec<Vec<(PanelChunk<'_>, &Matrix)>> =
+        (0..threads).map(|_| Vec::new()).collect();
     for (packed, matrix) in packed.iter_mut().zip(&matrices) {
         let panels = packed.panel_count();
-        let cuts: Vec<_> = (0..threads).map(|thread| split_range(panels, threads, thread)).collect();
+        let cuts: Vec<_> =
+            (0..threads).map(|thread| split_range(panels, threads, thread)).collect();
         for (share, chunk) in shares.iter_mut().zip(packed.split_panels(&cuts)) {
             share.push((chunk, matrix));
         }
@@ -41,7 +46,9 @@ fn main() -> Result<(), Box<dyn Error>> {
             .into_iter()
             .map(|share| {
                 scope.spawn(|| {
-                    share.into_iter().try_for_each(|(chunk, matrix)| chunk.load(std::slice::from_ref(matrix)))
+                    share
+                        .into_iter()
+                        .try_for_each(|(chunk, matrix)| chunk.load(std::slice::from_ref(matrix)))
                 })
             })
             .collect();

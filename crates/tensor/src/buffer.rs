@@ -1,14 +1,15 @@
 //! Zeroed memory for weights, in huge pages as far as that costs no memory.
 //!
-//! A matrix of one layer is often smaller than a few 2 MiB pages, and ends in the middle of one. So:
+//! A matrix of one layer is often smaller than a few 2 MiB pages, and ends in the middle of one.
+//! So:
 //!
 //! - large buffers have a mapping of their own, whose end is in small pages;
-//! - middling ones are cut from a shared mapping, one after the other, so that huge pages have no gaps; what a process
-//!   can lose is the rest of the last page of each shared mapping, below 1 %;
+//! - middling ones are cut from a shared mapping, one after the other, so that huge pages have no
+//!   gaps; what a process can lose is the rest of the last page of each shared mapping, below 1 %;
 //! - small ones come from the ordinary allocator.
 //!
-//! Cuts of a shared mapping are never used again: the mapping goes when its last buffer does. Models are loaded and
-//! dropped as a whole, so nothing smarter pays.
+//! Cuts of a shared mapping are never used again: the mapping goes when its last buffer does.
+//! Models are loaded and dropped as a whole, so nothing smarter pays.
 
 use std::{
     alloc, ptr,
@@ -34,8 +35,8 @@ const ALIGN: usize = 64;
 /// The shared mapping that is being cut, and how much of it is gone.
 static CURRENT: Mutex<(Weak<Mapping>, usize)> = Mutex::new((Weak::new(), 0));
 
-/// A fixed number of bytes, zero until written, aligned to a cache line. Pages become resident when first touched, so the
-/// thread that fills a part decides on which NUMA node it lives.
+/// A fixed number of bytes, zero until written, aligned to a cache line. Pages become resident when
+/// first touched, so the thread that fills a part decides on which NUMA node it lives.
 pub(crate) struct HugeBuffer {
     data: NonNull<u8>,
     len: usize,
@@ -89,8 +90,8 @@ impl HugeBuffer {
         };
         let offset = current.1;
         current.1 = (offset + len).next_multiple_of(ALIGN).min(mapping.len);
-        // SAFETY: `offset + len` is within the mapping. No other buffer has these bytes: offsets only grow while the
-        // mapping lives, and a new mapping starts anew.
+        // SAFETY: `offset + len` is within the mapping. No other buffer has these bytes: offsets
+        // only grow while the mapping lives, and a new mapping starts anew.
         let data = unsafe { mapping.start.add(offset) };
         Self { data, len, owner: Owner::Mapping { _keep: mapping } }
     }
@@ -100,8 +101,8 @@ impl HugeBuffer {
     }
 
     pub(crate) fn bytes(&self) -> &[u8] {
-        // SAFETY: `data` points at `len` initialized (zeroed) bytes that live as long as the owner and belong to this
-        // buffer; for 0 bytes the pointer is dangling but aligned.
+        // SAFETY: `data` points at `len` initialized (zeroed) bytes that live as long as the owner
+        // and belong to this buffer; for 0 bytes the pointer is dangling but aligned.
         unsafe { slice::from_raw_parts(self.data.as_ptr(), self.len) }
     }
 
@@ -129,13 +130,15 @@ struct Mapping {
     len: usize,
 }
 
-// SAFETY: the mapping is only an address range here; its bytes are reached through the buffers that own parts of it.
+// SAFETY: the mapping is only an address range here; its bytes are reached through the buffers that
+// own parts of it.
 unsafe impl Send for Mapping {}
 // SAFETY: as above.
 unsafe impl Sync for Mapping {}
 
 impl Mapping {
-    /// At least `len` bytes (`len` > 0), rounded up to small pages: nothing beyond the last one can become resident.
+    /// At least `len` bytes (`len` > 0), rounded up to small pages: nothing beyond the last one can
+    /// become resident.
     fn new(len: usize) -> Self {
         let failed = || -> ! {
             match alloc::Layout::from_size_align(len, HUGE_PAGE) {
@@ -159,12 +162,14 @@ impl Mapping {
         if base == libc::MAP_FAILED {
             failed()
         }
-        // mmap aligns to small pages only: cut an aligned piece out of a mapping that is one huge page longer.
+        // mmap aligns to small pages only: cut an aligned piece out of a mapping that is one huge
+        // page longer.
         let before = base.align_offset(HUGE_PAGE);
         let start = base.wrapping_byte_add(before);
         let after = reserved - before - kept;
-        // SAFETY: both pieces lie inside the mapping made above, on page borders (`before` because the base and 2 MiB
-        // are, `kept` by rounding), and nothing refers to them. A length of 0 is skipped.
+        // SAFETY: both pieces lie inside the mapping made above, on page borders (`before` because
+        // the base and 2 MiB are, `kept` by rounding), and nothing refers to them. A length of 0 is
+        // skipped.
         unsafe {
             if before > 0 {
                 libc::munmap(base, before);
@@ -174,8 +179,8 @@ impl Mapping {
             }
         }
         #[cfg(target_os = "linux")]
-        // SAFETY: the range is the mapping that remains; the advice changes no contents. Its failure (a kernel without
-        // huge pages) only costs speed.
+        // SAFETY: the range is the mapping that remains; the advice changes no contents. Its
+        // failure (a kernel without huge pages) only costs speed.
         unsafe {
             libc::madvise(start, kept, libc::MADV_HUGEPAGE);
         }
@@ -186,7 +191,8 @@ impl Mapping {
 
 impl Drop for Mapping {
     fn drop(&mut self) {
-        // SAFETY: what `new` kept of its mapping, unmapped once; the last buffer in it is gone, since each holds an `Arc`.
+        // SAFETY: what `new` kept of its mapping, unmapped once; the last buffer in it is gone,
+        // since each holds an `Arc`.
         unsafe {
             libc::munmap(self.start.as_ptr().cast(), self.len);
         }
@@ -204,8 +210,18 @@ mod tests {
     use super::*;
 
     /// Sizes around every border between the three kinds.
-    const SIZES: [usize; 10] =
-        [0, 1, 100, SMALL - 1, SMALL, SMALL + 1, 3 << 20, LARGE - 1, LARGE, LARGE + HUGE_PAGE + 12345];
+    const SIZES: [usize; 10] = [
+        0,
+        1,
+        100,
+        SMALL - 1,
+        SMALL,
+        SMALL + 1,
+        3 << 20,
+        LARGE - 1,
+        LARGE,
+        LARGE + HUGE_PAGE + 12345,
+    ];
 
     #[test]
     fn zeroed_aligned_and_writable_to_the_last_byte() {
@@ -222,7 +238,8 @@ mod tests {
     #[test]
     fn buffers_do_not_share_bytes() {
         // More than one shared mapping's worth of address space, little of it touched.
-        let mut buffers: Vec<HugeBuffer> = (0..40).map(|_| HugeBuffer::zeroed(LARGE - 4097)).collect();
+        let mut buffers: Vec<HugeBuffer> =
+            (0..40).map(|_| HugeBuffer::zeroed(LARGE - 4097)).collect();
         for (index, buffer) in buffers.iter_mut().enumerate() {
             let bytes = buffer.bytes_mut();
             bytes[0] = index as u8 + 1;
@@ -249,13 +266,17 @@ mod tests {
         let buffers = std::thread::scope(|scope| {
             let run = |mark: u8| {
                 move || {
-                    let mut buffers: Vec<_> = (0..20).map(|_| HugeBuffer::zeroed(SMALL + 3)).collect();
+                    let mut buffers: Vec<_> =
+                        (0..20).map(|_| HugeBuffer::zeroed(SMALL + 3)).collect();
                     buffers.iter_mut().for_each(|buffer| buffer.bytes_mut().fill(mark));
                     buffers
                 }
             };
             let threads: Vec<_> = (1..=4).map(|mark| (mark, scope.spawn(run(mark)))).collect();
-            threads.into_iter().map(|(mark, thread)| (mark, thread.join().unwrap())).collect::<Vec<_>>()
+            threads
+                .into_iter()
+                .map(|(mark, thread)| (mark, thread.join().unwrap()))
+                .collect::<Vec<_>>()
         });
         for (mark, buffers) in buffers {
             assert!(buffers.iter().all(|buffer| buffer.bytes().iter().all(|&byte| byte == mark)));

@@ -35,8 +35,8 @@ pub(crate) fn mark(format: WeightFormat, rows: usize, cols: usize) -> String {
     format!("{name} {rows}x{cols}")
 }
 
-/// The weights of a model on disk. Opening reads and checks the headers of all files; weights are read when asked for,
-/// and only those asked for. Cheap to share between threads.
+/// The weights of a model on disk. Opening reads and checks the headers of all files; weights are
+/// read when asked for, and only those asked for. Cheap to share between threads.
 #[derive(Debug)]
 pub struct Checkpoint {
     folder: PathBuf,
@@ -53,7 +53,8 @@ struct Tensor {
 }
 
 impl Checkpoint {
-    /// Opens `folder`, which holds `model.safetensors`, or `model.safetensors.index.json` with the files it names.
+    /// Opens `folder`, which holds `model.safetensors`, or `model.safetensors.index.json` with the
+    /// files it names.
     ///
     /// # Errors
     ///
@@ -63,7 +64,8 @@ impl Checkpoint {
         if !folder.is_dir() {
             return Err(CheckpointError::NoFolder { folder: folder.to_owned() });
         }
-        let mut checkpoint = Self { folder: folder.to_owned(), tensors: HashMap::new(), bytes_read: Arc::default() };
+        let mut checkpoint =
+            Self { folder: folder.to_owned(), tensors: HashMap::new(), bytes_read: Arc::default() };
         // A folder with both is read as Hugging Face's transformers does: the single file counts.
         if folder.join(SINGLE).exists() {
             checkpoint.add_file(folder.join(SINGLE))?;
@@ -106,7 +108,8 @@ impl Checkpoint {
         self.tensors.get(name).map(|tensor| tensor.source.path())
     }
 
-    /// Bytes read from the files so far, headers included, by this checkpoint and all matrices it gave out.
+    /// Bytes read from the files so far, headers included, by this checkpoint and all matrices it
+    /// gave out.
     pub fn bytes_read(&self) -> u64 {
         self.bytes_read.load(Ordering::Relaxed)
     }
@@ -146,14 +149,16 @@ impl Checkpoint {
     }
 
     fn tensor(&self, name: &str) -> Result<&Tensor, CheckpointError> {
-        self.tensors
-            .get(name)
-            .ok_or_else(|| CheckpointError::NoTensor { folder: self.folder.clone(), tensor: name.to_owned() })
+        self.tensors.get(name).ok_or_else(|| CheckpointError::NoTensor {
+            folder: self.folder.clone(),
+            tensor: name.to_owned(),
+        })
     }
 
     fn open_index(&mut self, index: &Path) -> Result<(), CheckpointError> {
         let weight_map = read_weight_map(index, &self.bytes_read)?;
-        // One tensor for each file, for the message if the file is missing; in the order of the names.
+        // One tensor for each file, for the message if the file is missing; in the order of the
+        // names.
         let mut files: Vec<(&str, &str)> = Vec::new();
         for (tensor, file) in &weight_map {
             if !files.iter().any(|(_, known)| known == file) {
@@ -163,8 +168,14 @@ impl Checkpoint {
         for (tensor, file) in files {
             let path = self.folder.join(file);
             self.add_file(path.clone()).map_err(|error| match error {
-                CheckpointError::Open { source, .. } if source.kind() == io::ErrorKind::NotFound => {
-                    CheckpointError::IndexFile { file: index.to_owned(), tensor: tensor.to_owned(), missing: path }
+                CheckpointError::Open { source, .. }
+                    if source.kind() == io::ErrorKind::NotFound =>
+                {
+                    CheckpointError::IndexFile {
+                        file: index.to_owned(),
+                        tensor: tensor.to_owned(),
+                        missing: path,
+                    }
                 }
                 other => other,
             })?;
@@ -172,7 +183,11 @@ impl Checkpoint {
         for (name, file) in weight_map {
             let shard = self.folder.join(file);
             if self.file(&name) != Some(&shard) {
-                return Err(CheckpointError::IndexTensor { file: index.to_owned(), tensor: name, shard });
+                return Err(CheckpointError::IndexTensor {
+                    file: index.to_owned(),
+                    tensor: name,
+                    shard,
+                });
             }
         }
         Ok(())
@@ -236,22 +251,35 @@ impl Tensor {
     }
 
     fn matrix(&self, name: &str, format: WeightFormat, rows: usize, cols: usize) -> Matrix {
-        Matrix::new(Stored::new(Arc::clone(&self.source), name, format, self.entry.offset, rows, cols))
+        Matrix::new(Stored::new(
+            Arc::clone(&self.source),
+            name,
+            format,
+            self.entry.offset,
+            rows,
+            cols,
+        ))
     }
 }
 
 /// The index's `weight_map`: tensor and file name, sorted.
-fn read_weight_map(index: &Path, bytes_read: &Arc<AtomicU64>) -> Result<Vec<(String, String)>, CheckpointError> {
-    let text = std::fs::read(index).map_err(|source| CheckpointError::Open { file: index.to_owned(), source })?;
+fn read_weight_map(
+    index: &Path,
+    bytes_read: &Arc<AtomicU64>,
+) -> Result<Vec<(String, String)>, CheckpointError> {
+    let text = std::fs::read(index)
+        .map_err(|source| CheckpointError::Open { file: index.to_owned(), source })?;
     bytes_read.fetch_add(text.len() as u64, Ordering::Relaxed);
-    let Fields(fields) = serde_json::from_slice(&text)
-        .map_err(|error| CheckpointError::IndexJson { file: index.to_owned(), reason: error.to_string() })?;
-    let field = |field: &str, found: Option<&Value>, expected: &'static str| CheckpointError::IndexField {
-        file: index.to_owned(),
-        field: field.to_owned(),
-        found: excerpt(found),
-        expected,
-    };
+    let Fields(fields) = serde_json::from_slice(&text).map_err(|error| {
+        CheckpointError::IndexJson { file: index.to_owned(), reason: error.to_string() }
+    })?;
+    let field =
+        |field: &str, found: Option<&Value>, expected: &'static str| CheckpointError::IndexField {
+            file: index.to_owned(),
+            field: field.to_owned(),
+            found: excerpt(found),
+            expected,
+        };
     let map = fields.iter().find(|(key, _)| key == "weight_map").map(|(_, value)| value);
     let object = map
         .and_then(Value::as_object)
@@ -259,10 +287,9 @@ fn read_weight_map(index: &Path, bytes_read: &Arc<AtomicU64>) -> Result<Vec<(Str
         .ok_or_else(|| field("weight_map", map, "an object that maps tensors to files"))?;
     let mut weight_map = Vec::with_capacity(object.len());
     for (tensor, file) in object {
-        let name = file
-            .as_str()
-            .filter(|name| stays_in_folder(name))
-            .ok_or_else(|| field(&format!("weight_map[{tensor:?}]"), Some(file), "a file name inside the folder"))?;
+        let name = file.as_str().filter(|name| stays_in_folder(name)).ok_or_else(|| {
+            field(&format!("weight_map[{tensor:?}]"), Some(file), "a file name inside the folder")
+        })?;
         weight_map.push((tensor.clone(), name.to_owned()));
     }
     weight_map.sort_unstable();
@@ -295,15 +322,21 @@ fn parse_mark(
     });
     if mark.starts_with("q4 ") {
         return Err(wrong(
-            "q4z: q4 without zero points is of an earlier version, `qwen3 quantize` makes it anew".to_owned(),
+            "q4z: q4 without zero points is of an earlier version, `qwen3 quantize` makes it anew"
+                .to_owned(),
         ));
     }
     let Some((format, [rows, cols])) = parsed else {
         return Err(wrong("q8 or q4z (q4 with zero points), a space, and ROWSxCOLS".to_owned()));
     };
     let row_bytes = format.stored_row_bytes(cols);
-    if entry.dtype != Dtype::U8 || row_bytes.is_none_or(|row_bytes| entry.shape != [rows, row_bytes]) {
-        return Err(wrong(format!("a mark that fits the stored {} {:?}", entry.dtype, entry.shape)));
+    if entry.dtype != Dtype::U8
+        || row_bytes.is_none_or(|row_bytes| entry.shape != [rows, row_bytes])
+    {
+        return Err(wrong(format!(
+            "a mark that fits the stored {} {:?}",
+            entry.dtype, entry.shape
+        )));
     }
     Ok((format, [rows, cols]))
 }

@@ -10,8 +10,8 @@ use crate::{
     quantize::{quantize_group_q4, quantize_group_q8, store_q4, store_q8},
 };
 
-/// A weight that a format cannot express: in Q8 and Q4 one that is not finite, or beyond 127 and 7 times 65504;
-/// in F16 a finite one from 65520 on, which would round to infinity.
+/// A weight that a format cannot express: in Q8 and Q4 one that is not finite, or beyond 127 and 7
+/// times 65504; in F16 a finite one from 65520 on, which would round to infinity.
 #[derive(Clone, PartialEq, Debug, thiserror::Error)]
 #[error("row {row}: {found} cannot be stored as {format}")]
 pub struct EncodeError {
@@ -23,10 +23,12 @@ pub struct EncodeError {
     pub format: WeightFormat,
 }
 
-/// Appends rows of `cols` weights to `out` in the stored form of `format`: little-endian elements or, when quantized, groups
-/// of 32 with their scales (the last group of a row filled up with zeros).
+/// Appends rows of `cols` weights to `out` in the stored form of `format`: little-endian elements
+/// or, when quantized, groups of 32 with their scales (the last group of a row filled up with
+/// zeros).
 ///
-/// Rows are independent: threads may encode different rows, whose bytes then follow each other in the file.
+/// Rows are independent: threads may encode different rows, whose bytes then follow each other in
+/// the file.
 ///
 /// # Errors
 ///
@@ -35,7 +37,12 @@ pub struct EncodeError {
 /// # Panics
 ///
 /// If `values` are no whole number of rows.
-pub fn encode_rows(format: WeightFormat, cols: usize, values: &[f32], out: &mut Vec<u8>) -> Result<(), EncodeError> {
+pub fn encode_rows(
+    format: WeightFormat,
+    cols: usize,
+    values: &[f32],
+    out: &mut Vec<u8>,
+) -> Result<(), EncodeError> {
     assert!(
         if cols == 0 { values.is_empty() } else { values.len().is_multiple_of(cols) },
         "{} values are no rows of {cols}",
@@ -48,7 +55,9 @@ pub fn encode_rows(format: WeightFormat, cols: usize, values: &[f32], out: &mut 
             bits.reinterpret_cast_mut::<bf16>().convert_from_f32_slice(part);
         }),
         WeightFormat::F16 => {
-            encode_16(values, out, |part, bits| bits.reinterpret_cast_mut::<f16>().convert_from_f32_slice(part));
+            encode_16(values, out, |part, bits| {
+                bits.reinterpret_cast_mut::<f16>().convert_from_f32_slice(part)
+            });
             let infinite = |bytes: &[u8; 2]| f16::from_le_bytes(*bytes).is_infinite();
             let written = out[start..].as_chunks::<2>().0;
             let lost = |(value, bytes): (&f32, &[u8; 2])| value.is_finite() && infinite(bytes);
@@ -59,11 +68,15 @@ pub fn encode_rows(format: WeightFormat, cols: usize, values: &[f32], out: &mut 
         WeightFormat::Q8 | WeightFormat::Q4 => {
             let mut block = [0; 2 + GROUP];
             let block = &mut block[..format.group_bytes().expect("a quantized format")];
-            for (index, group) in values.chunks(cols.max(1)).flat_map(|row| row.chunks(GROUP)).enumerate() {
+            for (index, group) in
+                values.chunks(cols.max(1)).flat_map(|row| row.chunks(GROUP)).enumerate()
+            {
                 let mut weights = [0.0; GROUP];
                 weights[..group.len()].copy_from_slice(group);
                 let stored = match format {
-                    WeightFormat::Q8 => quantize_group_q8(&weights).map(|group| store_q8(&group, block)),
+                    WeightFormat::Q8 => {
+                        quantize_group_q8(&weights).map(|group| store_q8(&group, block))
+                    }
                     _ => quantize_group_q4(&weights).map(|group| store_q4(&group, block)),
                 };
                 if stored.is_none() {

@@ -4,8 +4,8 @@ use std::{io, path::PathBuf};
 
 use crate::WeightFormat;
 
-/// Why a checkpoint cannot be opened or read. Every variant names the file, and the tensor where there is one, with what
-/// was found and what was expected.
+/// Why a checkpoint cannot be opened or read. Every variant names the file, and the tensor where
+/// there is one, with what was found and what was expected.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum CheckpointError {

@@ -17,9 +17,11 @@ pub enum WeightFormat {
     Bf16,
     /// IEEE half precision, 2 bytes a weight.
     F16,
-    /// Groups of 32 inputs: an f16 scale and 32 signed bytes, 8.5 bits a weight; weight = scale · code.
+    /// Groups of 32 inputs: an f16 scale and 32 signed bytes, 8.5 bits a weight; weight = scale ·
+    /// code.
     Q8,
-    /// Groups of 32 inputs: 16 bits for a scale and a zero point, and 32 nibbles, 4.5 bits a weight; weight = scale · (nibble − zero point).
+    /// Groups of 32 inputs: 16 bits for a scale and a zero point, and 32 nibbles, 4.5 bits a
+    /// weight; weight = scale · (nibble − zero point).
     Q4,
 }
 
@@ -38,9 +40,13 @@ impl WeightFormat {
         }
     }
 
-    /// The format in which matrices of these formats can be kept together as they are: their own where it is one, else F32.
+    /// The format in which matrices of these formats can be kept together as they are: their own
+    /// where it is one, else F32.
     pub fn common(formats: impl IntoIterator<Item = Self>) -> Self {
-        formats.into_iter().reduce(|one, other| if one == other { one } else { Self::F32 }).unwrap_or(Self::F32)
+        formats
+            .into_iter()
+            .reduce(|one, other| if one == other { one } else { Self::F32 })
+            .unwrap_or(Self::F32)
     }
 
     /// Whether weights share a scale per group of [`GROUP`] inputs.
@@ -48,7 +54,8 @@ impl WeightFormat {
         matches!(self, Self::Q8 | Self::Q4)
     }
 
-    /// Bytes of one row of `cols` weights as a checkpoint stores it (quantized: whole groups), `None` on overflow.
+    /// Bytes of one row of `cols` weights as a checkpoint stores it (quantized: whole groups),
+    /// `None` on overflow.
     pub fn stored_row_bytes(self, cols: usize) -> Option<usize> {
         match self.group_bytes() {
             Some(group) => cols.div_ceil(GROUP).checked_mul(group),
@@ -56,22 +63,23 @@ impl WeightFormat {
         }
     }
 
-    /// Bytes of a packed `[rows, cols]` matrix: whole panels of [`PANEL`] rows and, when quantized, whole groups.
+    /// Bytes of a packed `[rows, cols]` matrix: whole panels of [`PANEL`] rows and, when quantized,
+    /// whole groups.
     ///
     /// # Panics
     ///
     /// If the size does not fit in `usize`.
     pub fn packed_bytes(self, rows: usize, cols: usize) -> usize {
-        rows.div_ceil(PANEL)
-            .checked_mul(self.panel_bytes(cols))
-            .unwrap_or_else(|| panic!("a packed {self} matrix [{rows}, {cols}] exceeds the address space"))
+        rows.div_ceil(PANEL).checked_mul(self.panel_bytes(cols)).unwrap_or_else(|| {
+            panic!("a packed {self} matrix [{rows}, {cols}] exceeds the address space")
+        })
     }
 
     /// Bytes of one panel: [`PANEL`] rows of `cols` weights.
     pub(crate) fn panel_bytes(self, cols: usize) -> usize {
-        self.stored_row_bytes(cols)
-            .and_then(|row| row.checked_mul(PANEL))
-            .unwrap_or_else(|| panic!("a packed {self} panel of {cols} columns exceeds the address space"))
+        self.stored_row_bytes(cols).and_then(|row| row.checked_mul(PANEL)).unwrap_or_else(|| {
+            panic!("a packed {self} panel of {cols} columns exceeds the address space")
+        })
     }
 
     /// Bytes of one weight of an unquantized format (of one code byte for the others).

@@ -1,7 +1,9 @@
-//! The header of a safetensors file, fully checked: after this, no tensor of the file can reach outside it.
+//! The header of a safetensors file, fully checked: after this, no tensor of the file can reach
+//! outside it.
 //!
-//! Layout (<https://huggingface.co/docs/safetensors>): 8 bytes of little-endian header length N, N bytes of JSON that maps
-//! names to `{dtype, shape, data_offsets}`, then the data that the offsets count into. The data must be covered exactly.
+//! Layout (<https://huggingface.co/docs/safetensors>): 8 bytes of little-endian header length N, N
+//! bytes of JSON that maps names to `{dtype, shape, data_offsets}`, then the data that the offsets
+//! count into. The data must be covered exactly.
 
 use std::{collections::HashMap, fmt, path::Path};
 
@@ -55,8 +57,9 @@ pub(crate) fn read_header(source: &Source) -> Result<Header, CheckpointError> {
 
 /// Checks the JSON of a header whose file has `available` bytes of data behind it.
 fn parse_header(file: &Path, json: &[u8], available: u64) -> Result<Header, CheckpointError> {
-    let Fields(fields) = serde_json::from_slice(json)
-        .map_err(|error| CheckpointError::HeaderJson { file: file.to_owned(), reason: error.to_string() })?;
+    let Fields(fields) = serde_json::from_slice(json).map_err(|error| {
+        CheckpointError::HeaderJson { file: file.to_owned(), reason: error.to_string() }
+    })?;
     let mut metadata = HashMap::new();
     let mut tensors = Vec::with_capacity(fields.len());
     for (name, value) in fields {
@@ -68,12 +71,18 @@ fn parse_header(file: &Path, json: &[u8], available: u64) -> Result<Header, Chec
         tensors.push((name, entry));
     }
     // Before the cover: a repeated name is also an overlap, and the less telling message.
-    let mut names: Vec<&str> = tensors.iter().map(|(name, _): &(String, Entry)| name.as_str()).collect();
+    let mut names: Vec<&str> =
+        tensors.iter().map(|(name, _): &(String, Entry)| name.as_str()).collect();
     names.sort_unstable();
     if let Some(pair) = names.windows(2).find(|pair| pair[0] == pair[1]) {
-        return Err(CheckpointError::RepeatedTensor { file: file.to_owned(), tensor: pair[0].to_owned() });
+        return Err(CheckpointError::RepeatedTensor {
+            file: file.to_owned(),
+            tensor: pair[0].to_owned(),
+        });
     }
-    tensors.sort_by(|(a_name, a), (b_name, b)| (a.offset, a.bytes, a_name).cmp(&(b.offset, b.bytes, b_name)));
+    tensors.sort_by(|(a_name, a), (b_name, b)| {
+        (a.offset, a.bytes, a_name).cmp(&(b.offset, b.bytes, b_name))
+    });
     check_cover(file, &tensors, 8 + json.len() as u64, available)?;
     Ok(Header { tensors, metadata })
 }
@@ -103,13 +112,17 @@ fn parse_entry(
         found: excerpt(value.get(field)),
         expected,
     };
-    let dtype_name = value.get("dtype").and_then(Value::as_str).ok_or_else(|| field("dtype", "a string"))?;
-    let dtype: Dtype = serde_json::from_value(Value::from(dtype_name)).map_err(|_| CheckpointError::UnknownDtype {
-        file: file.to_owned(),
-        tensor: tensor.to_owned(),
-        found: dtype_name.to_owned(),
+    let dtype_name =
+        value.get("dtype").and_then(Value::as_str).ok_or_else(|| field("dtype", "a string"))?;
+    let dtype: Dtype = serde_json::from_value(Value::from(dtype_name)).map_err(|_| {
+        CheckpointError::UnknownDtype {
+            file: file.to_owned(),
+            tensor: tensor.to_owned(),
+            found: dtype_name.to_owned(),
+        }
     })?;
-    let shape = whole_numbers(value.get("shape")).ok_or_else(|| field("shape", "a list of sizes"))?;
+    let shape =
+        whole_numbers(value.get("shape")).ok_or_else(|| field("shape", "a list of sizes"))?;
     let (start, end) = match whole_numbers(value.get("data_offsets")).as_deref() {
         Some(&[start, end]) => (start as u64, end as u64),
         _ => return Err(field("data_offsets", "two byte offsets")),
@@ -164,19 +177,31 @@ fn check_cover(
             });
         }
         if start > covered {
-            return Err(CheckpointError::Hole { file: file.to_owned(), start: covered, end: start });
+            return Err(CheckpointError::Hole {
+                file: file.to_owned(),
+                start: covered,
+                end: start,
+            });
         }
         covered = start + entry.bytes;
         previous = name;
     }
     if covered != available {
-        return Err(CheckpointError::Hole { file: file.to_owned(), start: covered, end: available });
+        return Err(CheckpointError::Hole {
+            file: file.to_owned(),
+            start: covered,
+            end: available,
+        });
     }
     Ok(())
 }
 
 fn whole_numbers(value: Option<&Value>) -> Option<Vec<usize>> {
-    value?.as_array()?.iter().map(|item| item.as_u64().and_then(|item| usize::try_from(item).ok())).collect()
+    value?
+        .as_array()?
+        .iter()
+        .map(|item| item.as_u64().and_then(|item| usize::try_from(item).ok()))
+        .collect()
 }
 
 /// A JSON value for a message, not longer than a line.

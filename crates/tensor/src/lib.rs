@@ -1,4 +1,5 @@
-//! Activations, weight formats, packed weight matrices, balanced splits and a checkpoint reader that reads only what a rank owns.
+//! Activations, weight formats, packed weight matrices, balanced splits and a checkpoint reader
+//! that reads only what a rank owns.
 #![doc = ""]
 #![doc = include_str!("../README.md")]
 
@@ -17,7 +18,8 @@ mod quantize;
 // Rows to their stored bytes.
 mod encode;
 
-// A checkpoint on disk: what can be wrong with it, an open file, its header, a rectangle of a matrix in it, the folder.
+// A checkpoint on disk: what can be wrong with it, an open file, its header, a rectangle of a
+// matrix in it, the folder.
 mod error;
 
 mod source;
@@ -31,7 +33,8 @@ mod checkpoint;
 // The other direction.
 mod writer;
 
-// Weights in memory: huge pages, the layout of a panel, the way from a file to a panel, the whole matrix.
+// Weights in memory: huge pages, the layout of a panel, the way from a file to a panel, the whole
+// matrix.
 #[allow(unsafe_code)]
 mod buffer;
 

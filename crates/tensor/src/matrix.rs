@@ -13,12 +13,13 @@ use crate::{
     source::Source,
 };
 
-/// Rows that are cut narrower than the file's are read one by one, unless at most this many bytes lie between two of
-/// them: then one read takes them all. A system call costs about what copying 2 KB costs; twice that would already read
-/// whole file pages that no one asked for.
+/// Rows that are cut narrower than the file's are read one by one, unless at most this many bytes
+/// lie between two of them: then one read takes them all. A system call costs about what copying 2
+/// KB costs; twice that would already read whole file pages that no one asked for.
 const MERGE_GAP: usize = 1024;
 
-/// A merged read is cut into pieces of at most about this size, which stay in the cache until they are used.
+/// A merged read is cut into pieces of at most about this size, which stay in the cache until they
+/// are used.
 const PIECE: usize = 256 << 10;
 
 /// A whole tensor of the file.
@@ -49,7 +50,8 @@ impl Stored {
     }
 }
 
-/// A rectangle of a stored matrix, `[rows, cols]`: a handle, cheap to clone and to slice; nothing is read until asked.
+/// A rectangle of a stored matrix, `[rows, cols]`: a handle, cheap to clone and to slice; nothing
+/// is read until asked.
 #[derive(Clone, Debug)]
 pub struct Matrix {
     stored: Arc<Stored>,
@@ -98,8 +100,9 @@ impl Matrix {
 
     /// The rectangle `rows` x `cols` of this one; indices count from this rectangle's corner.
     ///
-    /// Of a quantized matrix, columns may be cut anywhere. Where the first column begins a group of 32 the stored codes
-    /// are used as they are; elsewhere weights are dequantized, and quantized anew if a quantized copy is wanted.
+    /// Of a quantized matrix, columns may be cut anywhere. Where the first column begins a group of
+    /// 32 the stored codes are used as they are; elsewhere weights are dequantized, and quantized
+    /// anew if a quantized copy is wanted.
     ///
     /// # Panics
     ///
@@ -112,7 +115,8 @@ impl Matrix {
         }
     }
 
-    /// Reads one row as f32: `out` has [`Self::cols`] elements. Only this row's columns are read from the file.
+    /// Reads one row as f32: `out` has [`Self::cols`] elements. Only this row's columns are read
+    /// from the file.
     ///
     /// # Errors
     ///
@@ -135,7 +139,13 @@ impl Matrix {
     ///
     /// If the rows are out of range or `out` has another length.
     pub fn read_rows(&self, rows: Range<usize>, out: &mut [f32]) -> Result<(), CheckpointError> {
-        assert_eq!(out.len(), rows.len() * self.cols(), "f32 values for {} x {} weights", rows.len(), self.cols());
+        assert_eq!(
+            out.len(),
+            rows.len() * self.cols(),
+            "f32 values for {} x {} weights",
+            rows.len(),
+            self.cols()
+        );
         if out.is_empty() {
             return Ok(());
         }
@@ -156,9 +166,12 @@ impl Matrix {
         scratch: &mut Scratch,
     ) -> Result<(), CheckpointError> {
         match self.format() {
-            WeightFormat::F32 => {
-                self.read_span(rows, self.element_span(), bytemuck::cast_slice_mut(out), &mut scratch.merged)
-            }
+            WeightFormat::F32 => self.read_span(
+                rows,
+                self.element_span(),
+                bytemuck::cast_slice_mut(out),
+                &mut scratch.merged,
+            ),
             format @ (WeightFormat::Bf16 | WeightFormat::F16) => {
                 let mut bits = std::mem::take(&mut scratch.bits);
                 bits.resize(out.len(), 0);
@@ -182,16 +195,22 @@ impl Matrix {
         out: &mut [u16],
         scratch: &mut Scratch,
     ) -> Result<(), CheckpointError> {
-        self.read_span(rows, self.element_span(), bytemuck::cast_slice_mut(out), &mut scratch.merged)
+        self.read_span(
+            rows,
+            self.element_span(),
+            bytemuck::cast_slice_mut(out),
+            &mut scratch.merged,
+        )
     }
 
-    /// Whether the first column begins a group, so that [`Self::read_groups`] gives this rectangle's own codes.
+    /// Whether the first column begins a group, so that [`Self::read_groups`] gives this
+    /// rectangle's own codes.
     pub(crate) fn starts_on_group(&self) -> bool {
         self.cols.start.is_multiple_of(GROUP)
     }
 
-    /// The stored groups of a quantized matrix that cover the columns: `out` is `[rows, groups]` blocks. The last group
-    /// may reach beyond the columns.
+    /// The stored groups of a quantized matrix that cover the columns: `out` is `[rows, groups]`
+    /// blocks. The last group may reach beyond the columns.
     pub(crate) fn read_groups(
         &self,
         rows: Range<usize>,
@@ -214,13 +233,15 @@ impl Matrix {
         let block_bytes = self.format().group_bytes().expect("a quantized format");
         let skipped = self.cols.start % GROUP;
         if !out.is_empty() {
-            for (row, out) in blocks.chunks_exact(span.len()).zip(out.chunks_exact_mut(self.cols())) {
+            for (row, out) in blocks.chunks_exact(span.len()).zip(out.chunks_exact_mut(self.cols()))
+            {
                 for (group, block) in row.chunks_exact(block_bytes).enumerate() {
                     let values = match self.format() {
                         WeightFormat::Q8 => dequantize_q8(block),
                         _ => dequantize_q4(block),
                     };
-                    // Columns of this rectangle that the group holds; the first one may begin inside the group.
+                    // Columns of this rectangle that the group holds; the first one may begin
+                    // inside the group.
                     let start = (group * GROUP).max(skipped) - skipped;
                     let end = ((group + 1) * GROUP - skipped).min(out.len());
                     let first = start + skipped - group * GROUP;
@@ -247,7 +268,8 @@ impl Matrix {
         self.cols.start / GROUP * bytes..self.cols.end.div_ceil(GROUP) * bytes
     }
 
-    /// Reads the bytes `span` of each of `rows` into `out`, `[rows, span]`, and checks that they stand for finite weights.
+    /// Reads the bytes `span` of each of `rows` into `out`, `[rows, span]`, and checks that they
+    /// stand for finite weights.
     fn read_span(
         &self,
         rows: Range<usize>,
@@ -257,8 +279,8 @@ impl Matrix {
     ) -> Result<(), CheckpointError> {
         let (first, width) = (rows.start, span.len());
         self.read_bytes(rows, span, out, merged)?;
-        // A damaged file, or a training that diverged. Softmax and rounding to integers pass over a NaN, and what comes of it looks
-        // like an answer; here it is named before it is.
+        // A damaged file, or a training that diverged. Softmax and rounding to integers pass over a
+        // NaN, and what comes of it looks like an answer; here it is named before it is.
         match find_not_finite(self.format(), out) {
             None => Ok(()),
             Some((offset, found)) => Err(CheckpointError::NotFinite {
@@ -279,12 +301,19 @@ impl Matrix {
     ) -> Result<(), CheckpointError> {
         let stored = &*self.stored;
         assert!(rows.end <= self.rows(), "rows {rows:?} of {}", self.rows());
-        assert_eq!(out.len(), rows.len() * span.len(), "bytes for {} rows of {}", rows.len(), span.len());
+        assert_eq!(
+            out.len(),
+            rows.len() * span.len(),
+            "bytes for {} rows of {}",
+            rows.len(),
+            span.len()
+        );
         if out.is_empty() {
             return Ok(());
         }
         let read = |row: usize, out: &mut [u8]| {
-            let offset = stored.offset + ((self.rows.start + row) * stored.row_bytes + span.start) as u64;
+            let offset =
+                stored.offset + ((self.rows.start + row) * stored.row_bytes + span.start) as u64;
             stored.source.read_at(&stored.name, offset, out)
         };
         let gap = stored.row_bytes - span.len();
@@ -302,7 +331,8 @@ impl Matrix {
             let count = out.len() / span.len();
             merged.resize((count - 1) * stored.row_bytes + span.len(), 0);
             read(row, merged)?;
-            for (from, to) in merged.chunks(stored.row_bytes).zip(out.chunks_exact_mut(span.len())) {
+            for (from, to) in merged.chunks(stored.row_bytes).zip(out.chunks_exact_mut(span.len()))
+            {
                 to.copy_from_slice(&from[..span.len()]);
             }
         }
@@ -315,14 +345,20 @@ impl Matrix {
     }
 }
 
-/// The first weight (of a quantized format: scale) among stored ones that is NaN or infinite, and at which byte.
+/// The first weight (of a quantized format: scale) among stored ones that is NaN or infinite, and
+/// at which byte.
 fn find_not_finite(format: WeightFormat, stored: &[u8]) -> Option<(usize, f32)> {
-    fn find<const N: usize>(stored: &[u8], step: usize, value: impl Fn([u8; N]) -> f32) -> Option<(usize, f32)> {
+    fn find<const N: usize>(
+        stored: &[u8],
+        step: usize,
+        value: impl Fn([u8; N]) -> f32,
+    ) -> Option<(usize, f32)> {
         let at = |offset: usize| value(*stored[offset..].first_chunk().expect("whole weights"));
         let offset = (0..stored.len()).step_by(step).find(|&offset| !at(offset).is_finite())?;
         Some((offset, at(offset)))
     }
-    // All ones in the exponent. Without an early end, because that is what becomes vector instructions.
+    // All ones in the exponent. Without an early end, because that is what becomes vector
+    // instructions.
     let any_16 = |ones: u16| {
         let halves = stored.as_chunks().0.iter().map(|bytes| u16::from_le_bytes(*bytes));
         halves.fold(false, |any, bits| any | (bits & ones == ones))
@@ -333,19 +369,32 @@ fn find_not_finite(format: WeightFormat, stored: &[u8]) -> Option<(usize, f32)> 
             let any = bits.fold(false, |any, bits| any | (bits & 0x7f80_0000 == 0x7f80_0000));
             any.then(|| find(stored, 4, f32::from_le_bytes)).flatten()
         }
-        WeightFormat::Bf16 if any_16(0x7f80) => find(stored, 2, |bytes| bf16::from_le_bytes(bytes).to_f32()),
-        WeightFormat::F16 if any_16(0x7c00) => find(stored, 2, |bytes| f16::from_le_bytes(bytes).to_f32()),
+        WeightFormat::Bf16 if any_16(0x7f80) => {
+            find(stored, 2, |bytes| bf16::from_le_bytes(bytes).to_f32())
+        }
+        WeightFormat::F16 if any_16(0x7c00) => {
+            find(stored, 2, |bytes| f16::from_le_bytes(bytes).to_f32())
+        }
         WeightFormat::Bf16 | WeightFormat::F16 => None,
         WeightFormat::Q8 | WeightFormat::Q4 => {
             let step = format.group_bytes().expect("a quantized format");
-            let scale =
-                |word| if format == WeightFormat::Q4 { GroupQ4::from_word(word).0 } else { f16::from_bits(word) };
+            let scale = |word| {
+                if format == WeightFormat::Q4 {
+                    GroupQ4::from_word(word).0
+                } else {
+                    f16::from_bits(word)
+                }
+            };
             find(stored, step, |bytes| scale(u16::from_le_bytes(bytes)).to_f32())
         }
     }
 }
 
 fn narrow(what: &str, outer: &Range<usize>, inner: Range<usize>) -> Range<usize> {
-    assert!(inner.start <= inner.end && inner.end <= outer.len(), "{what} {inner:?} of {}", outer.len());
+    assert!(
+        inner.start <= inner.end && inner.end <= outer.len(),
+        "{what} {inner:?} of {}",
+        outer.len()
+    );
     outer.start + inner.start..outer.start + inner.end
 }

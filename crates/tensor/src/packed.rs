@@ -1,4 +1,5 @@
-//! Weights in memory, in the panel layout of the kernels, loaded in parallel pieces from a checkpoint.
+//! Weights in memory, in the panel layout of the kernels, loaded in parallel pieces from a
+//! checkpoint.
 
 use std::{fmt, ops::Range};
 
@@ -11,7 +12,8 @@ use crate::{
     panel::{slot_bf16, weight_q4, weight_q8},
 };
 
-/// A `[rows, cols]` weight matrix in panels of [`PANEL`] rows. The last panel is filled with zero rows.
+/// A `[rows, cols]` weight matrix in panels of [`PANEL`] rows. The last panel is filled with zero
+/// rows.
 ///
 /// Memory is in huge pages where they fit, and becomes resident when first written.
 pub struct PackedMatrix {
@@ -21,8 +23,8 @@ pub struct PackedMatrix {
     buffer: HugeBuffer,
 }
 
-/// The panels of a [`PackedMatrix`], one after the other; per format as its kernels take them. The bytes of the layouts
-/// are given in [`PackedMatrix::data`].
+/// The panels of a [`PackedMatrix`], one after the other; per format as its kernels take them. The
+/// bytes of the layouts are given in [`PackedMatrix::data`].
 #[derive(Clone, Copy, Debug)]
 pub enum PackedData<'a> {
     /// f32 weights.
@@ -99,10 +101,12 @@ impl PackedMatrix {
     ///
     /// - F32, F16: element `k·16 + r`;
     /// - Bf16: element `k·16 + 8·(r / 4 % 2) + 4·(r / 8) + r % 4`;
-    /// - Q8: in block `k / 32` of 544 bytes: 16 f16 scales, then signed codes at byte `32 + (k/2 % 16)·32 + 2·r + k % 2`;
-    /// - Q4: in block `k / 32` of 288 bytes: 16 words, then byte `32 + (k/4 % 8)·32 + 4·(r % 8) + k % 4`, whose low nibble
-    ///   is for r < 8 and whose high nibble is for r ≥ 8. A word holds z = 0..=15 in the lowest 4 bits and above them bits
-    ///   3..15 of the f16 scale, whose other bits are 0; weight = scale · (nibble − 4 − z / 2).
+    /// - Q8: in block `k / 32` of 544 bytes: 16 f16 scales, then signed codes at byte `32 + (k/2 %
+    ///   16)·32 + 2·r + k % 2`;
+    /// - Q4: in block `k / 32` of 288 bytes: 16 words, then byte `32 + (k/4 % 8)·32 + 4·(r % 8) + k
+    ///   % 4`, whose low nibble is for r < 8 and whose high nibble is for r ≥ 8. A word holds z =
+    ///   0..=15 in the lowest 4 bits and above them bits 3..15 of the f16 scale, whose other bits
+    ///   are 0; weight = scale · (nibble − 4 − z / 2).
     pub fn data(&self) -> PackedData<'_> {
         let bytes = self.buffer.bytes();
         match self.format {
@@ -114,7 +118,8 @@ impl PackedMatrix {
         }
     }
 
-    /// Writable pieces for the panel ranges `cuts`, which must be in order and apart; panels between them stay as they are.
+    /// Writable pieces for the panel ranges `cuts`, which must be in order and apart; panels
+    /// between them stay as they are.
     ///
     /// # Panics
     ///
@@ -126,9 +131,13 @@ impl PackedMatrix {
         let mut done = 0;
         cuts.iter()
             .map(|cut| {
-                assert!(done <= cut.start && cut.start <= cut.end, "panels {cut:?} after panel {done}");
+                assert!(
+                    done <= cut.start && cut.start <= cut.end,
+                    "panels {cut:?} after panel {done}"
+                );
                 assert!(cut.end <= panels, "panels {cut:?} of {panels}");
-                let (_, from) = std::mem::take(&mut rest).split_at_mut((cut.start - done) * panel_bytes);
+                let (_, from) =
+                    std::mem::take(&mut rest).split_at_mut((cut.start - done) * panel_bytes);
                 let (data, after) = from.split_at_mut(cut.len() * panel_bytes);
                 (rest, done) = (after, cut.end);
                 PanelChunk { format, rows, cols, panels: cut.clone(), data }
@@ -138,7 +147,8 @@ impl PackedMatrix {
 
     /// All panels in one piece.
     fn whole(&mut self) -> PanelChunk<'_> {
-        let (format, rows, cols, panels) = (self.format, self.rows, self.cols, 0..self.panel_count());
+        let (format, rows, cols, panels) =
+            (self.format, self.rows, self.cols, 0..self.panel_count());
         PanelChunk { format, rows, cols, panels, data: self.buffer.bytes_mut() }
     }
 
@@ -156,10 +166,13 @@ impl PackedMatrix {
         for (k, out) in out.iter_mut().enumerate() {
             *out = match self.format {
                 WeightFormat::F32 => bytemuck::cast_slice::<u8, f32>(panel)[k * PANEL + r],
-                WeightFormat::F16 => f16::from_bits(bytemuck::cast_slice::<u8, u16>(panel)[k * PANEL + r]).to_f32(),
-                WeightFormat::Bf16 => {
-                    bf16::from_bits(bytemuck::cast_slice::<u8, u16>(panel)[k * PANEL + slot_bf16(r)]).to_f32()
+                WeightFormat::F16 => {
+                    f16::from_bits(bytemuck::cast_slice::<u8, u16>(panel)[k * PANEL + r]).to_f32()
                 }
+                WeightFormat::Bf16 => bf16::from_bits(
+                    bytemuck::cast_slice::<u8, u16>(panel)[k * PANEL + slot_bf16(r)],
+                )
+                .to_f32(),
                 WeightFormat::Q8 => weight_q8(panel, k, r),
                 WeightFormat::Q4 => weight_q4(panel, k, r),
             };
@@ -179,13 +192,15 @@ impl PanelChunk<'_> {
         self.panels.clone()
     }
 
-    /// Sets every byte of the panels, which makes their memory resident, near the thread that calls.
+    /// Sets every byte of the panels, which makes their memory resident, near the thread that
+    /// calls.
     pub fn fill(self, byte: u8) {
         self.data.fill(byte);
     }
 
-    /// Fills the panels with their rows of `stack`, matrices one below the other that together are the packed matrix; reads
-    /// only those rows, converts them if they are stored in another format, and needs the memory of about one panel.
+    /// Fills the panels with their rows of `stack`, matrices one below the other that together are
+    /// the packed matrix; reads only those rows, converts them if they are stored in another
+    /// format, and needs the memory of about one panel.
     ///
     /// # Errors
     ///
@@ -198,7 +213,12 @@ impl PanelChunk<'_> {
         let rows: usize = stack.iter().map(Matrix::rows).sum();
         assert_eq!(rows, self.rows, "rows of the stack, rows of the packed matrix");
         for matrix in stack {
-            assert_eq!(matrix.cols(), self.cols, "columns of {}, columns of the packed matrix", matrix.name());
+            assert_eq!(
+                matrix.cols(),
+                self.cols,
+                "columns of {}, columns of the packed matrix",
+                matrix.name()
+            );
         }
         if self.data.is_empty() {
             return Ok(());

@@ -12,7 +12,8 @@ use crate::{
     quantize::{GroupQ8, load_q4, load_q8, quantize_group_q4, quantize_group_q8},
 };
 
-/// One thread's way from stored rows to panels. Its memory is that of one panel, in two or three forms.
+/// One thread's way from stored rows to panels. Its memory is that of one panel, in two or three
+/// forms.
 pub(crate) struct Packer<'a> {
     format: WeightFormat,
     cols: usize,
@@ -43,7 +44,11 @@ impl<'a> Packer<'a> {
         let same = stack.iter().all(|matrix| matrix.format() == format);
         let route = match format {
             WeightFormat::Bf16 | WeightFormat::F16 if same => Route::Bits,
-            WeightFormat::Q8 | WeightFormat::Q4 if same && stack.iter().all(Matrix::starts_on_group) => Route::Groups,
+            WeightFormat::Q8 | WeightFormat::Q4
+                if same && stack.iter().all(Matrix::starts_on_group) =>
+            {
+                Route::Groups
+            }
             _ => Route::Floats,
         };
         let mut packer = Self {
@@ -69,11 +74,18 @@ impl<'a> Packer<'a> {
         self.read(panel)?;
         let cols = self.cols;
         match (self.route, self.format) {
-            (_, WeightFormat::F32) => interleave(&self.floats, cols, bytemuck::cast_slice_mut(data)),
+            (_, WeightFormat::F32) => {
+                interleave(&self.floats, cols, bytemuck::cast_slice_mut(data))
+            }
             (Route::Bits, _) => self.interleave_bits(data),
             (Route::Groups, WeightFormat::Q8) => {
                 for (g, block) in data.chunks_exact_mut(BLOCK_Q8).enumerate() {
-                    pack_q8(&std::array::from_fn(|r| mask_q8(load_q8(self.block(r, g)), cols - g * GROUP)), block);
+                    pack_q8(
+                        &std::array::from_fn(|r| {
+                            mask_q8(load_q8(self.block(r, g)), cols - g * GROUP)
+                        }),
+                        block,
+                    );
                 }
             }
             (Route::Groups, _) => {
@@ -99,7 +111,8 @@ impl<'a> Packer<'a> {
         Ok(())
     }
 
-    /// Reads the panel's rows into the tile of the route; rows beyond the stack become zero weights.
+    /// Reads the panel's rows into the tile of the route; rows beyond the stack become zero
+    /// weights.
     fn read(&mut self, panel: usize) -> Result<(), CheckpointError> {
         let mut filled = 0;
         let mut above = 0;
@@ -158,9 +171,12 @@ impl<'a> Packer<'a> {
         }
         self.bits.reinterpret_cast_mut::<f16>().convert_from_f32_slice(&self.floats);
         // A bf16 or f32 weight beyond 65504 would silently become infinite.
-        let lost = |(&from, &to): (&f32, &u16)| from.is_finite() && f16::from_bits(to).is_infinite();
+        let lost =
+            |(&from, &to): (&f32, &u16)| from.is_finite() && f16::from_bits(to).is_infinite();
         match self.floats.iter().zip(&self.bits).position(lost) {
-            Some(index) => Err(self.not_representable(panel, index / self.cols, self.floats[index])),
+            Some(index) => {
+                Err(self.not_representable(panel, index / self.cols, self.floats[index]))
+            }
             None => Ok(()),
         }
     }

@@ -1,14 +1,17 @@
-//! Groups of 32 weights with one scale, in 4 bits also with a zero point, chosen for the least squared error.
+//! Groups of 32 weights with one scale, in 4 bits also with a zero point, chosen for the least
+//! squared error.
 //!
-//! Q8. For a group w and codes q the best scale is s = Σwq / Σq², and leaves Σw² − (Σwq)² / Σq². So several trial scales give
-//! codes, the codes with the largest (Σwq)² / Σq² win, and their best scale, rounded to the f16 that is stored, gives the
-//! codes that are kept, unless one more round of the same does better.
+//! Q8. For a group w and codes q the best scale is s = Σwq / Σq², and leaves Σw² − (Σwq)² / Σq². So
+//! several trial scales give codes, the codes with the largest (Σwq)² / Σq² win, and their best
+//! scale, rounded to the f16 that is stored, gives the codes that are kept, unless one more round
+//! of the same does better.
 //!
-//! Q4. The codes that reach from the smallest weight to the largest have a line w ≈ m + s·q through them by least squares. The zero
-//! points on both sides of −m / s are tried, each with the codes for s and with those for the scale that suits these best.
-//! Scale and zero point share the 16 bits of an f16: that costs no byte, and 3 of the scale's bits, which 4-bit codes do not miss. The RMS
-//! error of normally distributed weights is 9 % below that of the best scale without a zero point, and the perplexity of
-//! `models/austen` rises by 3.0 % instead of 3.5 %.
+//! Q4. The codes that reach from the smallest weight to the largest have a line w ≈ m + s·q through
+//! them by least squares. The zero points on both sides of −m / s are tried, each with the codes
+//! for s and with those for the scale that suits these best. Scale and zero point share the 16 bits
+//! of an f16: that costs no byte, and 3 of the scale's bits, which 4-bit codes do not miss. The RMS
+//! error of normally distributed weights is 9 % below that of the best scale without a zero point,
+//! and the perplexity of `models/austen` rises by 3.0 % instead of 3.5 %.
 
 use half::f16;
 
@@ -35,7 +38,8 @@ pub struct GroupQ4 {
 }
 
 impl GroupQ4 {
-    /// Scale and zero point in 16 bits: exponent and mantissa of the scale without its last 3 bits, then the zero point.
+    /// Scale and zero point in 16 bits: exponent and mantissa of the scale without its last 3 bits,
+    /// then the zero point.
     pub(crate) fn word(&self) -> u16 {
         self.scale.to_bits() << 1 | u16::from(self.zero)
     }
@@ -59,15 +63,18 @@ const LARGEST_Q4: f32 = 65_280.0;
 /// Lanes that sums run in side by side, so that the compiler can use vector registers.
 const LANES: usize = 8;
 
-/// Trials for q8, as the code that the weight of largest magnitude would get. Below 127 all weights keep within the range.
-/// Against plain absmax (127 alone) these four lower the RMS error by 8 % (normally distributed weights); 300 trials from 110
-/// to 140 would by 13 %, which is a thousandth of the error that q4 has.
+/// Trials for q8, as the code that the weight of largest magnitude would get. Below 127 all weights
+/// keep within the range. Against plain absmax (127 alone) these four lower the RMS error by 8 %
+/// (normally distributed weights); 300 trials from 110 to 140 would by 13 %, which is a thousandth
+/// of the error that q4 has.
 const TRIALS_Q8: [f32; 4] = [127.0, 126.4, 125.8, 125.2];
 
-/// Groups of smaller weights are zeros: no scale in half precision is that small, and the inverse of one could overflow.
+/// Groups of smaller weights are zeros: no scale in half precision is that small, and the inverse
+/// of one could overflow.
 const NOTHING: f32 = 1e-12;
 
-/// Quantizes a group to 8 bits; `None` if a weight is not finite, or beyond 127 times the largest f16.
+/// Quantizes a group to 8 bits; `None` if a weight is not finite, or beyond 127 times the largest
+/// f16.
 pub fn quantize_group_q8(weights: &[f32; GROUP]) -> Option<GroupQ8> {
     let (low, high) = extremes(weights)?;
     let largest = larger(high, -low);
@@ -88,7 +95,11 @@ pub fn quantize_group_q8(weights: &[f32; GROUP]) -> Option<GroupQ8> {
         }
     }
     let codes = |scale| {
-        Encoded::new::<-127, 127>(weights, f16::from_f32(smaller(larger(scale, 0.0), f16::MAX.to_f32_const())), 0.0)
+        Encoded::new::<-127, 127>(
+            weights,
+            f16::from_f32(smaller(larger(scale, 0.0), f16::MAX.to_f32_const())),
+            0.0,
+        )
     };
     let first = codes(best.1);
     let second = codes(first.fit);
@@ -96,7 +107,8 @@ pub fn quantize_group_q8(weights: &[f32; GROUP]) -> Option<GroupQ8> {
     Some(GroupQ8 { scale: kept.scale, codes: kept.codes.map(|code| code as i8) })
 }
 
-/// Quantizes a group to 4 bits; `None` if a weight is not finite, or beyond 7 times the largest f16.
+/// Quantizes a group to 4 bits; `None` if a weight is not finite, or beyond 7 times the largest
+/// f16.
 pub fn quantize_group_q4(weights: &[f32; GROUP]) -> Option<GroupQ4> {
     let (low, high) = extremes(weights)?;
     let largest = larger(high, -low);
@@ -123,7 +135,8 @@ pub fn quantize_group_q4(weights: &[f32; GROUP]) -> Option<GroupQ4> {
         }
     }
     let (Encoded { scale, codes, error, .. }, zero) = kept.expect("two zero points were tried");
-    // A zero point between two codes is further from 0 than weights that are too small for the scale.
+    // A zero point between two codes is further from 0 than weights that are too small for the
+    // scale.
     let nothing: f32 = weights.iter().map(|weight| weight * weight).sum();
     Some(if error < nothing {
         GroupQ4 { scale, zero, codes: codes.map(|code| code as u8) }
@@ -139,11 +152,13 @@ fn round_scale(scale: f32) -> f16 {
     f16::from_bits((bits + 4) & SCALE_Q4)
 }
 
-/// (m, s) of the line m + s·q through the weights by least squares, where q are the codes of steps from `low` on.
+/// (m, s) of the line m + s·q through the weights by least squares, where q are the codes of steps
+/// from `low` on.
 #[inline(always)]
 fn line(weights: &[f32; GROUP], low: f32, step: f32) -> (f32, f32) {
     let inverse = 1.0 / step;
-    let (mut sum, mut codes, mut product, mut square) = ([0.0; LANES], [0.0; LANES], [0.0; LANES], [0.0; LANES]);
+    let (mut sum, mut codes, mut product, mut square) =
+        ([0.0; LANES], [0.0; LANES], [0.0; LANES], [0.0; LANES]);
     for part in weights.as_chunks::<LANES>().0 {
         for lane in 0..LANES {
             let code = nearest::<0, 15>((part[lane] - low) * inverse) - SHIFT;
@@ -155,7 +170,8 @@ fn line(weights: &[f32; GROUP], low: f32, step: f32) -> (f32, f32) {
     }
     let (mean, mean_code) = (total(sum) / GROUP as f32, total(codes) / GROUP as f32);
     let spread = total(square) - total(codes) * mean_code;
-    let slope = if spread > 0.0 { (total(product) - total(sum) * mean_code) / spread } else { step };
+    let slope =
+        if spread > 0.0 { (total(product) - total(sum) * mean_code) / spread } else { step };
     (mean - slope * mean_code, slope)
 }
 
@@ -196,8 +212,9 @@ fn smaller(a: f32, b: f32) -> f32 {
     if a < b { a } else { b }
 }
 
-/// 1.5·2²³: added to a small f32 it leaves no room for a fraction, so the sum is rounded to nearest even, and its low bits are
-/// the whole number. `f32::round_ties_even` calls a library function for each weight on CPUs without SSE4.1.
+/// 1.5·2²³: added to a small f32 it leaves no room for a fraction, so the sum is rounded to nearest
+/// even, and its low bits are the whole number. `f32::round_ties_even` calls a library function for
+/// each weight on CPUs without SSE4.1.
 const SHIFT: f32 = 12_582_912.0;
 
 /// Nearest whole number in `MIN..=MAX`, plus [`SHIFT`].
@@ -229,7 +246,8 @@ fn total(lanes: [f32; LANES]) -> f32 {
     (half[0] + half[2]) + (half[1] + half[3])
 }
 
-/// Codes for a scale and a zero point as they are stored, what they leave, and the scale that would suit them best.
+/// Codes for a scale and a zero point as they are stored, what they leave, and the scale that would
+/// suit them best.
 struct Encoded {
     scale: f16,
     codes: [i32; GROUP],
@@ -244,7 +262,9 @@ impl Encoded {
         let inverse = if scale == 0.0 { 0.0 } else { 1.0 / scale };
         let mut codes = [0; GROUP];
         let (mut error, mut product, mut square) = ([0.0; LANES], [0.0; LANES], [0.0; LANES]);
-        for (part, codes) in weights.as_chunks::<LANES>().0.iter().zip(codes.as_chunks_mut::<LANES>().0) {
+        for (part, codes) in
+            weights.as_chunks::<LANES>().0.iter().zip(codes.as_chunks_mut::<LANES>().0)
+        {
             for lane in 0..LANES {
                 let shifted = nearest::<MIN, MAX>(part[lane] * inverse + zero);
                 codes[lane] = shifted.to_bits() as i32 - SHIFT.to_bits() as i32;
@@ -272,8 +292,8 @@ pub(crate) fn store_q8(group: &GroupQ8, block: &mut [u8]) {
     block[2..].copy_from_slice(bytemuck::cast_slice(&group.codes));
 }
 
-/// Stored form of a q4 group: scale and zero point in 16 bits, little endian, and 16 bytes with the first half of the codes in the low
-/// nibbles and the second half in the high ones.
+/// Stored form of a q4 group: scale and zero point in 16 bits, little endian, and 16 bytes with the
+/// first half of the codes in the low nibbles and the second half in the high ones.
 pub(crate) fn store_q4(group: &GroupQ4, block: &mut [u8]) {
     block[..2].copy_from_slice(&group.word().to_le_bytes());
     let (low, high) = group.codes.split_at(GROUP / 2);

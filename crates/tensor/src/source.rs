@@ -13,8 +13,9 @@ use std::{
 
 use crate::CheckpointError;
 
-/// A weight file. Reads are positioned, so that any thread may read at any time; the file is never mapped, because a
-/// file that is cut short while mapped kills the process instead of giving an error.
+/// A weight file. Reads are positioned, so that any thread may read at any time; the file is never
+/// mapped, because a file that is cut short while mapped kills the process instead of giving an
+/// error.
 #[derive(Debug)]
 pub(crate) struct Source {
     path: PathBuf,
@@ -50,7 +51,12 @@ impl Source {
     }
 
     /// Fills `out` from `offset`; `what` is for the message if that fails.
-    pub(crate) fn read_at(&self, what: &str, offset: u64, out: &mut [u8]) -> Result<(), CheckpointError> {
+    pub(crate) fn read_at(
+        &self,
+        what: &str,
+        offset: u64,
+        out: &mut [u8],
+    ) -> Result<(), CheckpointError> {
         self.file.read_exact_at(out, offset).map_err(|source| CheckpointError::Read {
             file: self.path.clone(),
             what: what.to_owned(),

@@ -4,8 +4,8 @@ use std::ops::Range;
 
 /// The part of `0..n` that belongs to `index` of `parts`.
 ///
-/// Parts are contiguous, in order, and cover `0..n`; the first `n % parts` of them have one element more than the
-/// others, so with `parts > n` the last ones are empty.
+/// Parts are contiguous, in order, and cover `0..n`; the first `n % parts` of them have one element
+/// more than the others, so with `parts > n` the last ones are empty.
 ///
 /// # Panics
 ///
@@ -24,7 +24,8 @@ pub fn split_range(n: usize, parts: usize, index: usize) -> Range<usize> {
 
 /// As [`split_range`], but cuts only at multiples of `granularity`; the last granule may be short.
 ///
-/// Used where a cut inside a granule would cost something: a head, a quantization group, a weight panel.
+/// Used where a cut inside a granule would cost something: a head, a quantization group, a weight
+/// panel.
 ///
 /// # Panics
 ///
@@ -37,7 +38,8 @@ pub fn split_range(n: usize, parts: usize, index: usize) -> Range<usize> {
 pub fn split_granular(n: usize, granularity: usize, parts: usize, index: usize) -> Range<usize> {
     assert!(granularity > 0, "granules of 0 elements cannot cover {n}");
     let granules = split_range(n.div_ceil(granularity), parts, index);
-    // A bound can pass `n` only in the last granule, where the product cannot overflow by more than that granule.
+    // A bound can pass `n` only in the last granule, where the product cannot overflow by more than
+    // that granule.
     let bound = |granule: usize| granule.saturating_mul(granularity).min(n);
     bound(granules.start)..bound(granules.end)
 }

@@ -94,12 +94,14 @@ pub enum WriteError {
     },
 }
 
-/// A safetensors file that is being written, tensor by tensor, each in as many pieces as the caller likes.
+/// A safetensors file that is being written, tensor by tensor, each in as many pieces as the caller
+/// likes.
 ///
-/// Quantized tensors are stored as U8 `[rows, bytes of a row]`, groups of 32 weights one after the other: an f16 scale and
-/// 32 signed bytes (Q8), or a word of scale and zero point ([`PackedMatrix::data`](crate::PackedMatrix::data)) and 16 bytes of which byte i
-/// holds codes i (low nibble) and i + 16 (Q4). The file's
-/// metadata has `group32.NAME` = `q8 ROWSxCOLS` for each, from which [`Checkpoint`](crate::Checkpoint) knows them.
+/// Quantized tensors are stored as U8 `[rows, bytes of a row]`, groups of 32 weights one after the
+/// other: an f16 scale and 32 signed bytes (Q8), or a word of scale and zero point
+/// ([`PackedMatrix::data`](crate::PackedMatrix::data)) and 16 bytes of which byte i holds codes i
+/// (low nibble) and i + 16 (Q4). The file's metadata has `group32.NAME` = `q8 ROWSxCOLS` for each,
+/// from which [`Checkpoint`](crate::Checkpoint) knows them.
 #[derive(Debug)]
 pub struct CheckpointWriter {
     path: PathBuf,
@@ -121,7 +123,8 @@ struct Pending {
 }
 
 impl CheckpointWriter {
-    /// Creates (or replaces) `path` and writes its header. `metadata` goes into the header beside the marks of quantized tensors.
+    /// Creates (or replaces) `path` and writes its header. `metadata` goes into the header beside
+    /// the marks of quantized tensors.
     ///
     /// # Errors
     ///
@@ -132,40 +135,49 @@ impl CheckpointWriter {
         metadata: &[(String, String)],
     ) -> Result<Self, WriteError> {
         let path = path.as_ref().to_owned();
-        let pending = tensors.iter().map(|spec| Pending::new(&path, spec)).collect::<Result<Vec<_>, _>>()?;
+        let pending =
+            tensors.iter().map(|spec| Pending::new(&path, spec)).collect::<Result<Vec<_>, _>>()?;
         let header = header(&path, tensors, &pending, metadata)?;
         let io_error = |source| WriteError::Io { file: path.clone(), source };
         let mut file = File::create(&path).map_err(io_error)?;
         file.write_all(&(header.len() as u64).to_le_bytes()).map_err(io_error)?;
         file.write_all(&header).map_err(io_error)?;
-        let mut writer = Self { path, file, tensors: pending, current: 0, written: 0, encoded: Vec::new() };
+        let mut writer =
+            Self { path, file, tensors: pending, current: 0, written: 0, encoded: Vec::new() };
         writer.skip_complete();
         Ok(writer)
     }
 
-    /// Writes the next `values` of `tensor`, in the order of its elements, converted to its format. Tensors come in the order
-    /// given at creation; a tensor without elements needs no call.
+    /// Writes the next `values` of `tensor`, in the order of its elements, converted to its format.
+    /// Tensors come in the order given at creation; a tensor without elements needs no call.
     ///
     /// # Errors
     ///
-    /// If it is another tensor's turn, there are too many values, one cannot be expressed, or the file cannot be written.
+    /// If it is another tensor's turn, there are too many values, one cannot be expressed, or the
+    /// file cannot be written.
     ///
     /// # Panics
     ///
     /// If the tensor is quantized and `values` are no whole number of rows.
     pub fn write(&mut self, tensor: &str, values: &[f32]) -> Result<(), WriteError> {
-        let Some(pending) = self.tensors.get(self.current).filter(|pending| pending.name == tensor) else {
+        let Some(pending) = self.tensors.get(self.current).filter(|pending| pending.name == tensor)
+        else {
             return self.check_turn(tensor, size_of_val(values) as u64);
         };
         let (format, cols, row_bytes) = (pending.format, pending.cols, pending.row_bytes);
         // An unquantized tensor may be cut inside its rows, so its elements count as rows of one.
         let cols = if format.is_quantized() { cols } else { 1 };
-        assert!(values.len().is_multiple_of(cols.max(1)), "{} values are no rows of {cols} of {tensor}", values.len());
+        assert!(
+            values.len().is_multiple_of(cols.max(1)),
+            "{} values are no rows of {cols} of {tensor}",
+            values.len()
+        );
         let mut encoded = std::mem::take(&mut self.encoded);
         for part in values.chunks((PIECE / cols.max(1)).max(1) * cols.max(1)) {
             encoded.clear();
             encode_rows(format, cols, part, &mut encoded).map_err(|mut source| {
-                let bytes_before = self.written + source.row as u64 * format.stored_row_bytes(cols).unwrap_or(1) as u64;
+                let bytes_before = self.written
+                    + source.row as u64 * format.stored_row_bytes(cols).unwrap_or(1) as u64;
                 source.row = bytes_before.checked_div(row_bytes).unwrap_or(0) as usize;
                 WriteError::Encode { file: self.path.clone(), tensor: tensor.to_owned(), source }
             })?;
@@ -182,7 +194,9 @@ impl CheckpointWriter {
     /// If it is another tensor's turn, there are too many bytes, or the file cannot be written.
     pub fn write_encoded(&mut self, tensor: &str, bytes: &[u8]) -> Result<(), WriteError> {
         self.check_turn(tensor, bytes.len() as u64)?;
-        self.file.write_all(bytes).map_err(|source| WriteError::Io { file: self.path.clone(), source })?;
+        self.file
+            .write_all(bytes)
+            .map_err(|source| WriteError::Io { file: self.path.clone(), source })?;
         self.written += bytes.len() as u64;
         self.skip_complete();
         Ok(())
@@ -208,11 +222,20 @@ impl CheckpointWriter {
             }
             _ if bytes == 0 => return Ok(()),
             Some(pending) => {
-                format!("it is {}'s turn, of which {} are missing", pending.name, pending.bytes - self.written)
+                format!(
+                    "it is {}'s turn, of which {} are missing",
+                    pending.name,
+                    pending.bytes - self.written
+                )
             }
             None => "all tensors are complete".to_owned(),
         };
-        Err(WriteError::Order { file: self.path.clone(), found: tensor.to_owned(), bytes, expected })
+        Err(WriteError::Order {
+            file: self.path.clone(),
+            found: tensor.to_owned(),
+            bytes,
+            expected,
+        })
     }
 
     fn skip_complete(&mut self) {
@@ -237,8 +260,10 @@ impl Pending {
         let cols = spec.shape.last().copied().unwrap_or(1);
         let row_bytes = spec.format.stored_row_bytes(cols).ok_or_else(wrong)? as u64;
         let outer = spec.shape.split_last().map_or(&[][..], |(_, outer)| outer);
-        let bytes =
-            outer.iter().try_fold(row_bytes, |product, &size| product.checked_mul(size as u64)).ok_or_else(wrong)?;
+        let bytes = outer
+            .iter()
+            .try_fold(row_bytes, |product, &size| product.checked_mul(size as u64))
+            .ok_or_else(wrong)?;
         Ok(Self { name: spec.name.clone(), format: spec.format, cols, row_bytes, bytes })
     }
 }
@@ -250,7 +275,8 @@ fn header(
     pending: &[Pending],
     metadata: &[(String, String)],
 ) -> Result<Vec<u8>, WriteError> {
-    let mut notes: Map<String, Value> = metadata.iter().map(|(key, value)| (key.clone(), json!(value))).collect();
+    let mut notes: Map<String, Value> =
+        metadata.iter().map(|(key, value)| (key.clone(), json!(value))).collect();
     let mut entries = Map::new();
     let mut offset = 0_u64;
     for (spec, pending) in tensors.iter().zip(pending) {

@@ -1,4 +1,5 @@
-//! One damaged checkpoint for each error: the right variant, and a message that names what a user needs.
+//! One damaged checkpoint for each error: the right variant, and a message that names what a user
+//! needs.
 
 mod folder;
 
@@ -32,39 +33,72 @@ fn single(entries: &[String], data: usize) -> Folder {
 fn no_folder() {
     let folder = Folder::new();
     let missing = folder.path().join("nowhere");
-    assert_error!(Checkpoint::open(&missing), CheckpointError::NoFolder { .. }, "nowhere", "does not exist");
+    assert_error!(
+        Checkpoint::open(&missing),
+        CheckpointError::NoFolder { .. },
+        "nowhere",
+        "does not exist"
+    );
     let file = folder.file("plain", b"x");
-    assert_error!(Checkpoint::open(&file), CheckpointError::NoFolder { .. }, "plain", "not a folder");
+    assert_error!(
+        Checkpoint::open(&file),
+        CheckpointError::NoFolder { .. },
+        "plain",
+        "not a folder"
+    );
 }
 
 #[test]
 fn no_weights() {
     let folder = Folder::new();
     folder.file("config.json", b"{}");
-    assert_error!(open(&folder), CheckpointError::NoWeights { .. }, "neither", "model.safetensors.index.json");
+    assert_error!(
+        open(&folder),
+        CheckpointError::NoWeights { .. },
+        "neither",
+        "model.safetensors.index.json"
+    );
 }
 
 #[test]
 fn a_folder_in_place_of_the_file() {
     let folder = Folder::new();
     std::fs::create_dir(folder.path().join("model.safetensors")).unwrap();
-    assert_error!(open(&folder), CheckpointError::Open { .. }, "model.safetensors", "not a regular file");
+    assert_error!(
+        open(&folder),
+        CheckpointError::Open { .. },
+        "model.safetensors",
+        "not a regular file"
+    );
 }
 
 #[test]
 fn a_pipe_in_place_of_the_file() {
     let folder = Folder::new();
-    let made = std::process::Command::new("mkfifo").arg(folder.path().join("model.safetensors")).status().unwrap();
+    let made = std::process::Command::new("mkfifo")
+        .arg(folder.path().join("model.safetensors"))
+        .status()
+        .unwrap();
     assert!(made.success());
     // Opening it would wait for somebody who writes.
-    assert_error!(open(&folder), CheckpointError::Open { .. }, "model.safetensors", "not a regular file");
+    assert_error!(
+        open(&folder),
+        CheckpointError::Open { .. },
+        "model.safetensors",
+        "not a regular file"
+    );
 }
 
 #[test]
 fn too_short_for_a_header() {
     let folder = Folder::new();
     folder.file("model.safetensors", b"1234567");
-    assert_error!(open(&folder), CheckpointError::NoHeader { found: 7, .. }, "7 bytes", "at least 8");
+    assert_error!(
+        open(&folder),
+        CheckpointError::NoHeader { found: 7, .. },
+        "7 bytes",
+        "at least 8"
+    );
 }
 
 #[test]
@@ -74,22 +108,40 @@ fn header_longer_than_the_file() {
         let mut bytes = claimed.to_le_bytes().to_vec();
         bytes.extend_from_slice(b"{}");
         folder.file("model.safetensors", &bytes);
-        assert_error!(open(&folder), CheckpointError::HeaderLength { max: 2, .. }, &claimed.to_string(), "at most 2");
+        assert_error!(
+            open(&folder),
+            CheckpointError::HeaderLength { max: 2, .. },
+            &claimed.to_string(),
+            "at most 2"
+        );
     }
 }
 
 #[test]
 fn a_pointer_in_place_of_the_file() {
     let folder = Folder::new();
-    folder.file("model.safetensors", b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n");
-    assert_error!(open(&folder), CheckpointError::LfsPointer { .. }, "model.safetensors", "git lfs pull");
+    folder.file(
+        "model.safetensors",
+        b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n",
+    );
+    assert_error!(
+        open(&folder),
+        CheckpointError::LfsPointer { .. },
+        "model.safetensors",
+        "git lfs pull"
+    );
 }
 
 #[test]
 fn header_that_is_no_json_object() {
     for header in ["", "{", "[1,2]", "nonsense", "{\"a\":1}}", "\u{0}"] {
         let folder = Folder::single(header, &[]);
-        assert_error!(open(&folder), CheckpointError::HeaderJson { .. }, "model.safetensors", "not a JSON object");
+        assert_error!(
+            open(&folder),
+            CheckpointError::HeaderJson { .. },
+            "model.safetensors",
+            "not a JSON object"
+        );
     }
     let folder = Folder::new();
     folder.file("model.safetensors", b"\x04\0\0\0\0\0\0\0{\"\xff\"");
@@ -114,7 +166,12 @@ fn header_fields_absent_or_of_the_wrong_kind() {
         assert_error!(open(&folder), CheckpointError::HeaderField { .. }, "tensor w", field, found);
     }
     let folder = Folder::single(r#"{"__metadata__":{"format":1}}"#, &[]);
-    assert_error!(open(&folder), CheckpointError::HeaderField { .. }, "__metadata__", "an object of strings");
+    assert_error!(
+        open(&folder),
+        CheckpointError::HeaderField { .. },
+        "__metadata__",
+        "an object of strings"
+    );
 }
 
 #[test]
@@ -127,15 +184,33 @@ fn unknown_dtype() {
 fn sizes_that_overflow() {
     let shape = format!("[{0},{0}]", u64::MAX / 2);
     let folder = single(&[entry("w", "F32", &shape, 0, 4)], 4);
-    assert_error!(open(&folder), CheckpointError::SizeOverflow { .. }, "tensor w", "overflows", "F32");
+    assert_error!(
+        open(&folder),
+        CheckpointError::SizeOverflow { .. },
+        "tensor w",
+        "overflows",
+        "F32"
+    );
     let folder = single(&[entry("w", "F32", &format!("[0,{}]", u64::MAX / 2), 0, 0)], 0);
-    assert_error!(open(&folder), CheckpointError::SizeOverflow { .. }, "tensor w", "overflows", "F32");
+    assert_error!(
+        open(&folder),
+        CheckpointError::SizeOverflow { .. },
+        "tensor w",
+        "overflows",
+        "F32"
+    );
 }
 
 #[test]
 fn offsets_beyond_the_file_or_backwards() {
     let folder = single(&[entry("a", "F32", "[1]", 0, 4), entry("w", "F32", "[2]", 4, 12)], 11);
-    assert_error!(open(&folder), CheckpointError::OutOfRange { .. }, "tensor w", "4..12", "11 bytes");
+    assert_error!(
+        open(&folder),
+        CheckpointError::OutOfRange { .. },
+        "tensor w",
+        "4..12",
+        "11 bytes"
+    );
     let folder = single(&[entry("w", "F32", "[1]", 8, 4)], 8);
     assert_error!(open(&folder), CheckpointError::OutOfRange { .. }, "tensor w", "8..4");
     let folder = single(&[entry("w", "F32", "[1]", u64::MAX - 3, u64::MAX)], 8);
@@ -158,7 +233,14 @@ fn offsets_that_do_not_match_the_shape() {
 #[test]
 fn overlapping_tensors() {
     let folder = single(&[entry("b", "F32", "[2]", 4, 12), entry("a", "F32", "[2]", 0, 8)], 12);
-    assert_error!(open(&folder), CheckpointError::Overlap { .. }, "tensor b", "byte 4", "tensor a", "at 8");
+    assert_error!(
+        open(&folder),
+        CheckpointError::Overlap { .. },
+        "tensor b",
+        "byte 4",
+        "tensor a",
+        "at 8"
+    );
 }
 
 #[test]
@@ -178,8 +260,16 @@ fn a_name_twice_in_one_header() {
 /// Two shards: `a` in one.safetensors, `second` in two.safetensors.
 fn shards(second: &str, weight_map: &str) -> Folder {
     let folder = Folder::new();
-    folder.safetensors("one.safetensors", &format!("{{{}}}", entry("a", "F32", "[1]", 0, 4)), &[0; 4]);
-    folder.safetensors("two.safetensors", &format!("{{{}}}", entry(second, "F32", "[1]", 0, 4)), &[0; 4]);
+    folder.safetensors(
+        "one.safetensors",
+        &format!("{{{}}}", entry("a", "F32", "[1]", 0, 4)),
+        &[0; 4],
+    );
+    folder.safetensors(
+        "two.safetensors",
+        &format!("{{{}}}", entry(second, "F32", "[1]", 0, 4)),
+        &[0; 4],
+    );
     folder.file("model.safetensors.index.json", weight_map.as_bytes());
     folder
 }
@@ -200,7 +290,11 @@ fn a_name_in_two_files() {
 fn index_that_is_no_json_object() {
     for text in ["", "[]", "{\"weight_map\":{"] {
         let folder = shards("b", text);
-        assert_error!(open(&folder), CheckpointError::IndexJson { .. }, "model.safetensors.index.json");
+        assert_error!(
+            open(&folder),
+            CheckpointError::IndexJson { .. },
+            "model.safetensors.index.json"
+        );
     }
 }
 
@@ -216,55 +310,114 @@ fn index_without_a_usable_weight_map() {
         (r#"{"weight_map":{"a":""}}"#, "\"\""),
     ] {
         let folder = shards("b", text);
-        assert_error!(open(&folder), CheckpointError::IndexField { .. }, "weight_map", found, "expected");
+        assert_error!(
+            open(&folder),
+            CheckpointError::IndexField { .. },
+            "weight_map",
+            found,
+            "expected"
+        );
     }
 }
 
 #[test]
 fn index_that_names_a_missing_file() {
     let folder = shards("b", r#"{"weight_map":{"a":"one.safetensors","c":"three.safetensors"}}"#);
-    assert_error!(open(&folder), CheckpointError::IndexFile { .. }, "tensor c", "three.safetensors", "does not exist");
+    assert_error!(
+        open(&folder),
+        CheckpointError::IndexFile { .. },
+        "tensor c",
+        "three.safetensors",
+        "does not exist"
+    );
 }
 
 #[test]
 fn index_that_names_a_tensor_its_file_lacks() {
-    for map in [r#"{"a":"one.safetensors","c":"two.safetensors"}"#, r#"{"a":"two.safetensors","b":"one.safetensors"}"#]
-    {
+    for map in [
+        r#"{"a":"one.safetensors","c":"two.safetensors"}"#,
+        r#"{"a":"two.safetensors","b":"one.safetensors"}"#,
+    ] {
         let folder = shards("b", &format!(r#"{{"weight_map":{map}}}"#));
-        assert_error!(open(&folder), CheckpointError::IndexTensor { .. }, "index", "does not hold it");
+        assert_error!(
+            open(&folder),
+            CheckpointError::IndexTensor { .. },
+            "index",
+            "does not hold it"
+        );
     }
 }
 
 #[test]
 fn tensors_that_are_absent_or_misshapen_or_no_weights() {
-    let folder = single(&[entry("w", "F32", "[2,3]", 0, 24), entry("ids", "I64", "[1,2]", 24, 40)], 40);
+    let folder =
+        single(&[entry("w", "F32", "[2,3]", 0, 24), entry("ids", "I64", "[1,2]", 24, 40)], 40);
     let checkpoint = open(&folder).unwrap();
     assert_error!(checkpoint.matrix("q", 2, 3), CheckpointError::NoTensor { .. }, "no tensor q");
     assert_error!(checkpoint.vector("q", 2), CheckpointError::NoTensor { .. }, "no tensor q");
     assert_error!(checkpoint.stored_format("q"), CheckpointError::NoTensor { .. }, "no tensor q");
-    assert_error!(checkpoint.matrix("w", 3, 2), CheckpointError::Shape { .. }, "tensor w", "[2, 3]", "[3, 2]");
-    assert_error!(checkpoint.vector("w", 6), CheckpointError::Shape { .. }, "tensor w", "[2, 3]", "[6]");
-    assert_error!(checkpoint.matrix("ids", 1, 2), CheckpointError::Dtype { .. }, "tensor ids", "I64", "BF16");
-    assert_error!(checkpoint.stored_format("ids"), CheckpointError::Dtype { .. }, "tensor ids", "I64");
+    assert_error!(
+        checkpoint.matrix("w", 3, 2),
+        CheckpointError::Shape { .. },
+        "tensor w",
+        "[2, 3]",
+        "[3, 2]"
+    );
+    assert_error!(
+        checkpoint.vector("w", 6),
+        CheckpointError::Shape { .. },
+        "tensor w",
+        "[2, 3]",
+        "[6]"
+    );
+    assert_error!(
+        checkpoint.matrix("ids", 1, 2),
+        CheckpointError::Dtype { .. },
+        "tensor ids",
+        "I64",
+        "BF16"
+    );
+    assert_error!(
+        checkpoint.stored_format("ids"),
+        CheckpointError::Dtype { .. },
+        "tensor ids",
+        "I64"
+    );
 }
 
 #[test]
 fn quantization_marks_that_are_wrong() {
     let tensor = entry("w", "U8", "[2,34]", 0, 68);
-    for mark in ["", "q8", "q8 2", "q9 2x32", "f32 2x32", "q8 2x", "q8 2x64", "q4z 2x32", "q8 3x32", "q8 1x1x1"] {
+    for mark in [
+        "", "q8", "q8 2", "q9 2x32", "f32 2x32", "q8 2x", "q8 2x64", "q4z 2x32", "q8 3x32",
+        "q8 1x1x1",
+    ] {
         let header = format!(r#"{{"__metadata__":{{"group32.w":"{mark}"}},{tensor}}}"#);
         let folder = Folder::single(&header, &[0; 68]);
-        assert_error!(open(&folder), CheckpointError::QuantizationMark { .. }, "tensor w", &format!("{mark:?}"));
+        assert_error!(
+            open(&folder),
+            CheckpointError::QuantizationMark { .. },
+            "tensor w",
+            &format!("{mark:?}")
+        );
     }
     let four_bits = entry("w", "U8", "[2,18]", 0, 36);
     let marked = |mark: &str| {
         let header = format!(r#"{{"__metadata__":{{"group32.w":"{mark}"}},{four_bits}}}"#);
         open(&Folder::single(&header, &[0; 36]))
     };
-    assert_error!(marked("q4 2x32"), CheckpointError::QuantizationMark { .. }, "earlier version", "qwen3 quantize");
+    assert_error!(
+        marked("q4 2x32"),
+        CheckpointError::QuantizationMark { .. },
+        "earlier version",
+        "qwen3 quantize"
+    );
     assert_eq!(marked("q4z 2x32").unwrap().shape("w"), Some(&[2, 32][..]));
     let floats = entry("w", "F32", "[2,32]", 0, 256);
-    let folder = Folder::single(&format!(r#"{{"__metadata__":{{"group32.w":"q8 2x32"}},{floats}}}"#), &[0; 256]);
+    let folder = Folder::single(
+        &format!(r#"{{"__metadata__":{{"group32.w":"q8 2x32"}},{floats}}}"#),
+        &[0; 256],
+    );
     assert_error!(open(&folder), CheckpointError::QuantizationMark { .. }, "F32 [2, 32]");
     // The marks above are refused for what they say: this one is right.
     let header = format!(r#"{{"__metadata__":{{"group32.w":"q8 2x32"}},{tensor}}}"#);
@@ -298,7 +451,9 @@ fn a_file_cut_short_after_it_was_opened_is_an_error_not_a_signal() {
 
 #[test]
 fn weights_that_the_format_cannot_express() {
-    for (format, bad) in [(WeightFormat::Q8, 1e20), (WeightFormat::Q4, -1e7), (WeightFormat::F16, 65520.0)] {
+    for (format, bad) in
+        [(WeightFormat::Q8, 1e20), (WeightFormat::Q4, -1e7), (WeightFormat::F16, 65520.0)]
+    {
         let mut values = weights(40 * 50, 2);
         values[37 * 50 + 49] = bad;
         let folder = Folder::matrix("F32", 40, 50, &values);
@@ -320,7 +475,9 @@ fn weights_that_the_format_cannot_express() {
 
 #[test]
 fn weights_that_are_no_numbers() {
-    for (dtype, bad) in [("F32", f32::NAN), ("F32", f32::INFINITY), ("BF16", f32::NEG_INFINITY), ("F16", f32::NAN)] {
+    for (dtype, bad) in
+        [("F32", f32::NAN), ("F32", f32::INFINITY), ("BF16", f32::NEG_INFINITY), ("F16", f32::NAN)]
+    {
         // The last one of a row, in the part behind whole vectors.
         let mut values = weights(40 * 50, 2);
         values[37 * 50 + 49] = bad;
@@ -337,10 +494,15 @@ fn weights_that_are_no_numbers() {
             );
             PackedMatrix::load(format, &[matrix.slice(0..40, 0..49)]).expect("the columns before");
         }
-        assert_error!(matrix.read_row(37, &mut [0.0; 50]), CheckpointError::NotFinite { row: 37, .. }, "row 37");
+        assert_error!(
+            matrix.read_row(37, &mut [0.0; 50]),
+            CheckpointError::NotFinite { row: 37, .. },
+            "row 37"
+        );
     }
     let folder = Folder::new();
-    let specs = [tensor::TensorSpec { name: "w".into(), format: WeightFormat::Q8, shape: vec![3, 64] }];
+    let specs =
+        [tensor::TensorSpec { name: "w".into(), format: WeightFormat::Q8, shape: vec![3, 64] }];
     let file = folder.path().join("model.safetensors");
     let mut writer = tensor::CheckpointWriter::create(file.clone(), &specs, &[]).unwrap();
     writer.write("w", &weights(3 * 64, 1)).unwrap();

@@ -1,4 +1,5 @@
-//! Resident memory while loading and after it. Alone in its process, because the figures are the whole process's.
+//! Resident memory while loading and after it. Alone in its process, because the figures are the
+//! whole process's.
 #![cfg(target_os = "linux")]
 
 mod folder;
@@ -9,7 +10,10 @@ use tensor::{Checkpoint, CheckpointWriter, PackedMatrix, TensorSpec, WeightForma
 /// A field of /proc/self/status, in bytes.
 fn status(field: &str) -> usize {
     let status = std::fs::read_to_string("/proc/self/status").expect("procfs");
-    let line = status.lines().find(|line| line.starts_with(field)).expect("a field of every Linux since 4.5");
+    let line = status
+        .lines()
+        .find(|line| line.starts_with(field))
+        .expect("a field of every Linux since 4.5");
     line.split_whitespace().nth(1).and_then(|kib| kib.parse::<usize>().ok()).expect("kB") * 1024
 }
 
@@ -29,7 +33,8 @@ fn what_is_kept_and_the_peak_before_it() {
             shape: vec![rows, cols],
         })
         .collect();
-    let mut writer = CheckpointWriter::create(folder.path().join("model.safetensors"), &specs, &[]).unwrap();
+    let mut writer =
+        CheckpointWriter::create(folder.path().join("model.safetensors"), &specs, &[]).unwrap();
     let row = weights(1024, 1);
     for (spec, &(rows, cols)) in specs.iter().zip(&shapes) {
         for _ in 0..rows {
@@ -52,7 +57,9 @@ fn what_is_kept_and_the_peak_before_it() {
                 let mut packed = PackedMatrix::allocate(format, rows, cols);
                 let panels = packed.panel_count();
                 std::thread::scope(|scope| {
-                    for chunk in packed.split_panels(&[split_range(panels, 2, 0), split_range(panels, 2, 1)]) {
+                    for chunk in
+                        packed.split_panels(&[split_range(panels, 2, 0), split_range(panels, 2, 1)])
+                    {
                         scope.spawn(|| chunk.load(std::slice::from_ref(&matrix)).unwrap());
                     }
                 });

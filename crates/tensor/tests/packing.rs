@@ -1,4 +1,5 @@
-//! Packed matrices, decoded here from the documented layout: every format from every stored dtype, for every shape.
+//! Packed matrices, decoded here from the documented layout: every format from every stored dtype,
+//! for every shape.
 
 mod folder;
 
@@ -6,8 +7,8 @@ use folder::{Folder, rounded, weights};
 use half::{bf16, f16};
 use proptest::prelude::*;
 use tensor::{
-    Checkpoint, CheckpointWriter, GROUP, Matrix, PANEL, PackedData, PackedMatrix, TensorSpec, WeightFormat,
-    quantize_group_q4, quantize_group_q8, split_range,
+    Checkpoint, CheckpointWriter, GROUP, Matrix, PANEL, PackedData, PackedMatrix, TensorSpec,
+    WeightFormat, quantize_group_q4, quantize_group_q8, split_range,
 };
 
 const DTYPES: [&str; 3] = ["F32", "BF16", "F16"];
@@ -20,7 +21,9 @@ fn decode(packed: &PackedMatrix, row: usize, k: usize) -> f32 {
     let scale = |block: &[u8]| f16::from_le_bytes([block[2 * r], block[2 * r + 1]]).to_f32();
     match packed.data() {
         PackedData::F32(data) => data[element + r],
-        PackedData::Bf16(data) => bf16::from_bits(data[element + 8 * (r / 4 % 2) + 4 * (r / 8) + r % 4]).to_f32(),
+        PackedData::Bf16(data) => {
+            bf16::from_bits(data[element + 8 * (r / 4 % 2) + 4 * (r / 8) + r % 4]).to_f32()
+        }
         PackedData::F16(data) => f16::from_bits(data[element + r]).to_f32(),
         PackedData::Q8(data) => {
             let block = &data[(panel * groups + k / 32) * 544..][..544];
@@ -44,7 +47,9 @@ fn expected(format: WeightFormat, row: &[f32]) -> Vec<f32> {
         WeightFormat::F32 => row.to_vec(),
         WeightFormat::Bf16 => row.iter().map(|&weight| rounded("BF16", weight)).collect(),
         WeightFormat::F16 => row.iter().map(|&weight| rounded("F16", weight)).collect(),
-        WeightFormat::Q8 | WeightFormat::Q4 => row.chunks(GROUP).flat_map(|group| quantized(format, group)).collect(),
+        WeightFormat::Q8 | WeightFormat::Q4 => {
+            row.chunks(GROUP).flat_map(|group| quantized(format, group)).collect()
+        }
     }
 }
 
@@ -69,7 +74,8 @@ fn check(packed: &PackedMatrix, rows: &[Vec<f32>]) {
     assert_eq!(packed.panel_count(), rows.len().div_ceil(PANEL));
     assert_eq!(packed.bytes(), packed.format().packed_bytes(rows.len(), cols));
     // What Q4 has in columns beyond the last one is arbitrary.
-    let padded_cols = if packed.format() == WeightFormat::Q8 { cols.next_multiple_of(GROUP) } else { cols };
+    let padded_cols =
+        if packed.format() == WeightFormat::Q8 { cols.next_multiple_of(GROUP) } else { cols };
     let mut out = vec![f32::NAN; cols];
     for (index, row) in rows.iter().enumerate() {
         packed.read_row(index, &mut out);
@@ -117,7 +123,12 @@ fn every_format_from_every_dtype_for_every_small_shape() {
     for dtype in DTYPES {
         for rows in [0, 1, 7, 15, 16, 17, 31, 32, 33, 48] {
             for cols in [0, 1, 2, 3, 7, 31, 32, 33, 63, 64, 65, 100] {
-                let folder = Folder::matrix(dtype, rows, cols, &weights(rows * cols, (rows * 1000 + cols) as u64));
+                let folder = Folder::matrix(
+                    dtype,
+                    rows,
+                    cols,
+                    &weights(rows * cols, (rows * 1000 + cols) as u64),
+                );
                 let matrix = open(&folder, rows, cols);
                 let stored = stored_rows(&matrix);
                 for format in WeightFormat::ALL {
@@ -132,11 +143,14 @@ fn every_format_from_every_dtype_for_every_small_shape() {
 
 #[test]
 fn a_quantized_slice_ends_in_zero_padding() {
-    // The last group of the slice is stored with weights of the columns beyond it, which must not come along.
+    // The last group of the slice is stored with weights of the columns beyond it, which must not
+    // come along.
     for format in [WeightFormat::Q8, WeightFormat::Q4] {
         let folder = Folder::new();
         let spec = TensorSpec { name: "w".to_owned(), format, shape: vec![19, 96] };
-        let mut writer = CheckpointWriter::create(folder.path().join("model.safetensors"), &[spec], &[]).unwrap();
+        let mut writer =
+            CheckpointWriter::create(folder.path().join("model.safetensors"), &[spec], &[])
+                .unwrap();
         writer.write("w", &weights(19 * 96, 9)).unwrap();
         writer.finish().unwrap();
         let matrix = open(&folder, 19, 96);
@@ -154,19 +168,33 @@ fn a_quantized_slice_ends_in_zero_padding() {
 
 #[test]
 fn bit_patterns_survive_when_the_format_stays() {
-    for (dtype, format, ones) in [("BF16", WeightFormat::Bf16, 0x7f80), ("F16", WeightFormat::F16, 0x7c00)] {
-        // Subnormals, negative zero: no arithmetic may touch them. What is not finite is refused, so zeros are in its place.
+    for (dtype, format, ones) in
+        [("BF16", WeightFormat::Bf16, 0x7f80), ("F16", WeightFormat::F16, 0x7c00)]
+    {
+        // Subnormals, negative zero: no arithmetic may touch them. What is not finite is refused,
+        // so zeros are in its place.
         let patterns = (0..=u16::MAX).map(|bits| if bits & ones == ones { 0 } else { bits });
         let patterns: Vec<u16> = patterns.collect();
         let data: Vec<u8> = patterns.iter().flat_map(|bits| bits.to_le_bytes()).collect();
-        let header = format!(r#"{{"w":{{"dtype":"{dtype}","shape":[256,256],"data_offsets":[0,131072]}}}}"#);
-        let packed = PackedMatrix::load(format, &[open(&Folder::single(&header, &data), 256, 256)]).unwrap();
-        let (PackedData::Bf16(panels) | PackedData::F16(panels)) = packed.data() else { panic!("{packed:?}") };
+        let header =
+            format!(r#"{{"w":{{"dtype":"{dtype}","shape":[256,256],"data_offsets":[0,131072]}}}}"#);
+        let packed =
+            PackedMatrix::load(format, &[open(&Folder::single(&header, &data), 256, 256)]).unwrap();
+        let (PackedData::Bf16(panels) | PackedData::F16(panels)) = packed.data() else {
+            panic!("{packed:?}")
+        };
         for row in 0..256 {
             for k in 0..256 {
                 let r = row % PANEL;
-                let slot = if format == WeightFormat::Bf16 { 8 * (r / 4 % 2) + 4 * (r / 8) + r % 4 } else { r };
-                assert_eq!(panels[row / PANEL * 256 * PANEL + k * PANEL + slot], patterns[row * 256 + k]);
+                let slot = if format == WeightFormat::Bf16 {
+                    8 * (r / 4 % 2) + 4 * (r / 8) + r % 4
+                } else {
+                    r
+                };
+                assert_eq!(
+                    panels[row / PANEL * 256 * PANEL + k * PANEL + slot],
+                    patterns[row * 256 + k]
+                );
             }
         }
     }
@@ -192,7 +220,8 @@ fn chunks_leave_other_panels_alone() {
     for chunk in chunks {
         chunk.load(std::slice::from_ref(&matrix)).unwrap();
     }
-    let mut rows: Vec<_> = stored_rows(&matrix).iter().map(|row| expected(WeightFormat::Q4, row)).collect();
+    let mut rows: Vec<_> =
+        stored_rows(&matrix).iter().map(|row| expected(WeightFormat::Q4, row)).collect();
     for (index, row) in rows.iter_mut().enumerate() {
         if ![1, 3].contains(&(index / PANEL)) {
             row.fill(0.0);
@@ -248,7 +277,8 @@ fn sizes_of_formats() {
 }
 
 proptest! {
-    /// A stack of slices of differently stored matrices, loaded in pieces on several threads, is what its rows say.
+    /// A stack of slices of differently stored matrices, loaded in pieces on several threads, is
+    /// what its rows say.
     #[test]
     fn stacks_in_pieces(
         parts in prop::collection::vec((0_usize..3, 0_usize..40), 1..5),

@@ -28,7 +28,10 @@ fn sharded_checkpoint_with_metadata_in_the_index() {
     assert_eq!(checkpoint.shape("c"), None);
     assert_eq!(checkpoint.stored_format("a").unwrap(), WeightFormat::F32);
     assert_eq!(checkpoint.stored_format("b").unwrap(), WeightFormat::Bf16);
-    assert_eq!(checkpoint.file("b"), Some(&*folder.path().join("model-00002-of-00002.safetensors")));
+    assert_eq!(
+        checkpoint.file("b"),
+        Some(&*folder.path().join("model-00002-of-00002.safetensors"))
+    );
     let expected: Vec<f32> = b.iter().map(|&value| rounded("BF16", value)).collect();
     assert_eq!(checkpoint.vector("b", 4).unwrap(), expected);
     let mut row = [0.0; 3];
@@ -41,7 +44,10 @@ fn vectors_are_f32_from_any_float_format() {
     for (dtype, format) in FLOATS {
         let values = weights(1000, 3);
         let data = stored(dtype, &values);
-        let header = format!(r#"{{"n":{{"dtype":"{dtype}","shape":[1000],"data_offsets":[0,{}]}}}}"#, data.len());
+        let header = format!(
+            r#"{{"n":{{"dtype":"{dtype}","shape":[1000],"data_offsets":[0,{}]}}}}"#,
+            data.len()
+        );
         let folder = Folder::single(&header, &data);
         let checkpoint = Checkpoint::open(folder.path()).unwrap();
         assert_eq!(checkpoint.stored_format("n").unwrap(), format);
@@ -57,7 +63,12 @@ fn reading_agrees_with_the_safetensors_crate() {
     let bytes = std::fs::read(folder.path().join("model.safetensors")).unwrap();
     let theirs = safetensors::SafeTensors::deserialize(&bytes).unwrap();
     let mut ours = vec![0.0; 37 * 53];
-    Checkpoint::open(folder.path()).unwrap().matrix("w", 37, 53).unwrap().read_rows(0..37, &mut ours).unwrap();
+    Checkpoint::open(folder.path())
+        .unwrap()
+        .matrix("w", 37, 53)
+        .unwrap()
+        .read_rows(0..37, &mut ours)
+        .unwrap();
     assert_eq!(theirs.tensor("w").unwrap().data(), stored("F32", &ours));
 }
 
@@ -90,13 +101,20 @@ fn a_rank_reads_only_its_rows_and_columns() {
         counted(&checkpoint, || part.read_rows(0..part.rows(), &mut out).unwrap())
     };
     assert_eq!(read(10..30, 0..cols), 20 * 4096 * 2, "whole rows");
-    assert_eq!(read(0..rows, 1024..2048), 96 * 1024 * 2, "a quarter of the columns, read row by row");
+    assert_eq!(
+        read(0..rows, 1024..2048),
+        96 * 1024 * 2,
+        "a quarter of the columns, read row by row"
+    );
     assert_eq!(read(7..8, 5..6), 2, "one weight");
     assert_eq!(read(7..7, 0..cols), 0, "no rows");
     assert_eq!(read(0..rows, 9..9), 0, "no columns");
     // 512 bytes between two rows' columns are cheaper to read than to jump over.
     assert_eq!(read(0..2, 0..cols - 256), 2 * 4096 * 2 - 512, "a small gap is read with the rest");
-    assert_eq!(counted(&checkpoint, || matrix.slice(3..4, 16..48).read_row(0, &mut [0.0; 32]).unwrap()), 64);
+    assert_eq!(
+        counted(&checkpoint, || matrix.slice(3..4, 16..48).read_row(0, &mut [0.0; 32]).unwrap()),
+        64
+    );
 }
 
 #[test]

@@ -7,7 +7,8 @@ use std::path::Path;
 use folder::{Folder, rounded, weights};
 use proptest::prelude::*;
 use tensor::{
-    Checkpoint, CheckpointWriter, GROUP, PackedData, PackedMatrix, TensorSpec, WeightFormat, WriteError, encode_rows,
+    Checkpoint, CheckpointWriter, GROUP, PackedData, PackedMatrix, TensorSpec, WeightFormat,
+    WriteError, encode_rows,
 };
 
 fn spec(name: &str, format: WeightFormat, shape: &[usize]) -> TensorSpec {
@@ -17,7 +18,8 @@ fn spec(name: &str, format: WeightFormat, shape: &[usize]) -> TensorSpec {
 /// Writes one matrix named `w`.
 fn write(folder: &Folder, format: WeightFormat, rows: usize, cols: usize, values: &[f32]) {
     let path = folder.path().join("model.safetensors");
-    let mut writer = CheckpointWriter::create(path, &[spec("w", format, &[rows, cols])], &[]).unwrap();
+    let mut writer =
+        CheckpointWriter::create(path, &[spec("w", format, &[rows, cols])], &[]).unwrap();
     writer.write("w", values).unwrap();
     writer.finish().unwrap();
 }
@@ -44,7 +46,8 @@ fn a_file_of_all_formats_written_in_pieces() {
         spec("q4", WeightFormat::Q4, &[5, 70]),
         spec("nothing", WeightFormat::Q4, &[5, 0]),
     ];
-    let mut writer = CheckpointWriter::create(&path, &specs, &[("format".into(), "pt".into())]).unwrap();
+    let mut writer =
+        CheckpointWriter::create(&path, &specs, &[("format".into(), "pt".into())]).unwrap();
     let (norm, small, large) = (weights(7, 1), weights(45, 2), weights(350, 3));
     writer.write("norm", &norm).unwrap();
     writer.write("scalar", &[1.5]).unwrap();
@@ -81,7 +84,9 @@ fn a_file_of_all_formats_written_in_pieces() {
         checkpoint.matrix(name, 5, 9).unwrap().read_rows(0..5, &mut out).unwrap();
         assert_eq!(out, small.iter().map(|&value| rounded(dtype, value)).collect::<Vec<_>>());
     }
-    for (name, format) in [("q8", WeightFormat::Q8), ("q4", WeightFormat::Q4), ("nothing", WeightFormat::Q4)] {
+    for (name, format) in
+        [("q8", WeightFormat::Q8), ("q4", WeightFormat::Q4), ("nothing", WeightFormat::Q4)]
+    {
         assert_eq!(checkpoint.stored_format(name).unwrap(), format);
     }
     checkpoint.matrix("nothing", 5, 0).unwrap().read_row(4, &mut []).unwrap();
@@ -89,7 +94,8 @@ fn a_file_of_all_formats_written_in_pieces() {
 
 #[test]
 fn stored_groups_are_as_documented() {
-    // Q8, llama.cpp's Q8_0: f16 scale, 32 signed bytes. Q4: a word of scale and zero point, byte i = code i | code (i + 16) << 4.
+    // Q8, llama.cpp's Q8_0: f16 scale, 32 signed bytes. Q4: a word of scale and zero point, byte i
+    // = code i | code (i + 16) << 4.
     let values: Vec<f32> = (0..32).map(|k| (k as f32 - 16.0) / 16.0).collect();
     let mut bytes = Vec::new();
     encode_rows(WeightFormat::Q8, 32, &values, &mut bytes).unwrap();
@@ -102,7 +108,8 @@ fn stored_groups_are_as_documented() {
     encode_rows(WeightFormat::Q4, 32, &values, &mut bytes).unwrap();
     assert_eq!(bytes.len(), 18);
     let word = u16::from_le_bytes([bytes[0], bytes[1]]);
-    let (scale, zero) = (half::f16::from_bits(word >> 1 & 0x7ff8).to_f32(), 4.0 + f32::from(word & 15) / 2.0);
+    let (scale, zero) =
+        (half::f16::from_bits(word >> 1 & 0x7ff8).to_f32(), 4.0 + f32::from(word & 15) / 2.0);
     for (k, &value) in values.iter().enumerate() {
         let nibble = if k < 16 { bytes[2 + k] & 15 } else { bytes[2 + k - 16] >> 4 };
         assert!((scale * (f32::from(nibble) - zero) - value).abs() <= 0.51 * scale, "{k}");
@@ -116,10 +123,15 @@ fn errors_of_writing() {
     let create = |specs: &[TensorSpec]| CheckpointWriter::create(&path, specs, &[]);
     let message = |error: WriteError| error.to_string();
 
-    let error = CheckpointWriter::create(folder.path().join("no/such/folder"), &[], &[]).unwrap_err();
-    assert!(matches!(error, WriteError::Io { .. }) && error.to_string().contains("no/such/folder"), "{error}");
+    let error =
+        CheckpointWriter::create(folder.path().join("no/such/folder"), &[], &[]).unwrap_err();
+    assert!(
+        matches!(error, WriteError::Io { .. }) && error.to_string().contains("no/such/folder"),
+        "{error}"
+    );
 
-    let error = create(&[spec("a", WeightFormat::F32, &[1]), spec("a", WeightFormat::F32, &[1])]).unwrap_err();
+    let error = create(&[spec("a", WeightFormat::F32, &[1]), spec("a", WeightFormat::F32, &[1])])
+        .unwrap_err();
     assert!(matches!(error, WriteError::Repeated { .. }) && message(error).contains("tensor a"));
     for shape in [&[4][..], &[2, 2, 2], &[]] {
         let error = create(&[spec("a", WeightFormat::Q8, shape)]).unwrap_err();
@@ -150,7 +162,10 @@ fn errors_of_writing() {
     let error = writer.write("b", &bad).unwrap_err();
     assert!(message(error).contains("row 2: NaN cannot be stored as q4"));
     let error = writer.finish().unwrap_err();
-    assert!(matches!(error, WriteError::Unfinished { missing, .. } if missing == 3 * 36), "{error}");
+    assert!(
+        matches!(error, WriteError::Unfinished { missing, .. } if missing == 3 * 36),
+        "{error}"
+    );
     assert!(message(error).contains("tensor b"));
 
     let mut writer = create(&specs[..1]).unwrap();
@@ -177,7 +192,8 @@ fn errors_of_writing() {
 fn quantized_rows_cannot_be_cut() {
     let folder = Folder::new();
     let path = folder.path().join("out.safetensors");
-    let mut writer = CheckpointWriter::create(path, &[spec("w", WeightFormat::Q8, &[4, 40])], &[]).unwrap();
+    let mut writer =
+        CheckpointWriter::create(path, &[spec("w", WeightFormat::Q8, &[4, 40])], &[]).unwrap();
     let _ = writer.write("w", &[0.0; 41]);
 }
 
@@ -185,15 +201,19 @@ fn quantized_rows_cannot_be_cut() {
 fn an_unfinished_file_does_not_open() {
     let folder = Folder::new();
     let path: &Path = &folder.path().join("model.safetensors");
-    let mut writer = CheckpointWriter::create(path, &[spec("w", WeightFormat::F32, &[4, 40])], &[]).unwrap();
+    let mut writer =
+        CheckpointWriter::create(path, &[spec("w", WeightFormat::F32, &[4, 40])], &[]).unwrap();
     writer.write("w", &[0.0; 40]).unwrap();
     drop(writer);
-    assert!(matches!(Checkpoint::open(folder.path()), Err(tensor::CheckpointError::OutOfRange { .. })));
+    assert!(matches!(
+        Checkpoint::open(folder.path()),
+        Err(tensor::CheckpointError::OutOfRange { .. })
+    ));
 }
 
 proptest! {
-    /// A quantized checkpoint gives, bit for bit, the panels that quantizing while loading gives; also for slices whose
-    /// columns begin a group, and wherever they end.
+    /// A quantized checkpoint gives, bit for bit, the panels that quantizing while loading gives;
+    /// also for slices whose columns begin a group, and wherever they end.
     #[test]
     fn quantized_from_disk_or_at_load(
         four_bits in any::<bool>(),
@@ -215,7 +235,8 @@ proptest! {
         let from_disk = PackedMatrix::load(format, std::slice::from_ref(&quantized)).unwrap();
         prop_assert_eq!(data(&at_load), data(&from_disk));
 
-        // A slice on a group border keeps the codes; what it dequantizes to is what the whole matrix has there.
+        // A slice on a group border keeps the codes; what it dequantizes to is what the whole
+        // matrix has there.
         let start = (first * GROUP).min(cols / GROUP * GROUP);
         let end = last.clamp(start, cols.max(start)).min(cols).max(start);
         let slice = PackedMatrix::load(format, &[quantized.slice(0..rows, start..end)]).unwrap();
@@ -227,7 +248,8 @@ proptest! {
         }
     }
 
-    /// A slice that begins inside a group dequantizes to the stored weights, in every float format and through `read_rows`.
+    /// A slice that begins inside a group dequantizes to the stored weights, in every float format
+    /// and through `read_rows`.
     #[test]
     fn quantized_slices_off_the_groups(
         four_bits in any::<bool>(),

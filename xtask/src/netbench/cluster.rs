@@ -1,7 +1,9 @@
-//! An emulated cluster: network namespaces, each with a host name, an address and a link to one bridge.
+//! An emulated cluster: network namespaces, each with a host name, an address and a link to one
+//! bridge.
 //!
-//! This runs as root of a network namespace of its own, which is the switch and the place of the launcher. A machine
-//! is a namespace that one waiting process keeps; without names in the file system there is nothing to clean up.
+//! This runs as root of a network namespace of its own, which is the switch and the place of the
+//! launcher. A machine is a namespace that one waiting process keeps; without names in the file
+//! system there is nothing to clean up.
 
 use std::fs;
 use std::io::{BufRead as _, BufReader};
@@ -11,7 +13,8 @@ use std::process::{Child, Command, Stdio};
 
 use anyhow::{Context, Result, bail};
 
-/// 198.18.0.0/15 is set aside for benchmarks of networks (RFC 2544): no real network has these addresses.
+/// 198.18.0.0/15 is set aside for benchmarks of networks (RFC 2544): no real network has these
+/// addresses.
 pub const SUBNET: &str = "198.18.0.0/24";
 /// The switch's own name and address, where the launcher runs.
 pub const SWITCH: &str = "switch";
@@ -40,7 +43,8 @@ struct Machine {
 }
 
 impl Cluster {
-    /// As many machines, each on one of `cores` in turn: ranks that share a core share it on purpose. `folder` is for files.
+    /// As many machines, each on one of `cores` in turn: ranks that share a core share it on
+    /// purpose. `folder` is for files.
     pub fn build(size: usize, cores: &[usize], net: Net, folder: PathBuf) -> Result<Cluster> {
         let mut cluster = Cluster { machines: Vec::new(), folder };
         run(&["ip", "link", "set", "lo", "up"])?;
@@ -48,7 +52,8 @@ impl Cluster {
         run(&["ip", "addr", "add", SWITCH_ADDRESS, "dev", SWITCH])?;
         run(&["ip", "link", "set", SWITCH, "up"])?;
         for index in 0..size {
-            let machine = Machine { keeper: keeper(index)?, address: format!("198.18.0.{}", index + 1) };
+            let machine =
+                Machine { keeper: keeper(index)?, address: format!("198.18.0.{}", index + 1) };
             let process = machine.keeper.id().to_string();
             // Kept by the cluster from now on, also if the rest fails.
             cluster.machines.push(machine);
@@ -93,7 +98,8 @@ impl Cluster {
             .map(|(machine, &core)| (&*machine.address, machine.keeper.id(), core))
             .collect();
         let path = self.agent();
-        fs::write(&path, agent_script(&hosts)).with_context(|| format!("cannot write {}", path.display()))?;
+        fs::write(&path, agent_script(&hosts))
+            .with_context(|| format!("cannot write {}", path.display()))?;
         Ok(fs::set_permissions(&path, fs::Permissions::from_mode(0o755))?)
     }
 }
@@ -104,7 +110,8 @@ impl Drop for Cluster {
             keeper.kill().ok();
             keeper.wait().ok();
         }
-        // The kernel removes the machines' ends, and with them these, a moment later; a next cluster must not meet them.
+        // The kernel removes the machines' ends, and with them these, a moment later; a next
+        // cluster must not meet them.
         for index in 0..self.machines.len() {
             run(&["ip", "link", "del", &port(index)]).ok();
         }
@@ -112,13 +119,18 @@ impl Drop for Cluster {
     }
 }
 
-/// The process that keeps the namespaces of a machine. Its host name matters: by it MPI, and by MPI `comm`, tell machines apart.
-/// They would take the machine for one with shared memory otherwise, since there is one kernel below all.
+/// The process that keeps the namespaces of a machine. Its host name matters: by it MPI, and by MPI
+/// `comm`, tell machines apart. They would take the machine for one with shared memory otherwise,
+/// since there is one kernel below all.
 fn keeper(index: usize) -> Result<Child> {
     let script = "hostname \"$0\" && echo ready && exec cat";
     let mut command = Command::new("unshare");
     command.args(["--net", "--uts", "sh", "-c", script, &format!("node{}", index + 1)]);
-    let mut child = command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().context("cannot start unshare")?;
+    let mut child = command
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .spawn()
+        .context("cannot start unshare")?;
     let mut line = String::new();
     BufReader::new(child.stdout.take().context("unshare has no output")?).read_line(&mut line)?;
     if line != "ready\n" {
@@ -145,23 +157,31 @@ fn wiring(index: usize, process: &str, net: Net) -> Vec<Vec<String>> {
     let there = format!("nsenter --target {process} --net");
     lines.push(format!("{there} ip link set lo up"));
     lines.push(format!("{there} ip addr add 198.18.0.{}/24 dev {CARD}", index + 1));
-    lines.push(format!("{there} tc qdisc add dev {CARD} root tbf rate {rate} burst {burst} latency 100ms"));
+    lines.push(format!(
+        "{there} tc qdisc add dev {CARD} root tbf rate {rate} burst {burst} latency 100ms"
+    ));
     // The delay is put on the other end, so that neither limit has to know the other.
-    lines.extend(net.delay_us.map(|us| format!("tc qdisc add dev {port} root netem delay {us}us limit 100000")));
+    lines.extend(
+        net.delay_us
+            .map(|us| format!("tc qdisc add dev {port} root netem delay {us}us limit 100000")),
+    );
     lines.push(format!("{there} ip link set {CARD} up"));
     lines.iter().map(|line| line.split(' ').map(str::to_owned).collect()).collect()
 }
 
-/// Bytes that may pass at once: two packets, or what 25 µs bring at high speeds, where timers are coarser than packets. More would
-/// let the messages of a decoded token through as if the link had no limit.
+/// Bytes that may pass at once: two packets, or what 25 µs bring at high speeds, where timers are
+/// coarser than packets. More would let the messages of a decoded token through as if the link had
+/// no limit.
 fn burst(gbit: f64) -> u64 {
     ((gbit * 1e9 / 8.0 * 25e-6) as u64).max(3_200)
 }
 
-/// Starts a command on a machine as `ssh [options] address words` would: in its namespaces, on its core.
+/// Starts a command on a machine as `ssh [options] address words` would: in its namespaces, on its
+/// core.
 fn agent_script(hosts: &[(&str, u32, usize)]) -> String {
-    let mut script =
-        String::from("#!/bin/sh\nwhile case $1 in -*) true ;; *) false ;; esac; do shift; done\ncase $1 in\n");
+    let mut script = String::from(
+        "#!/bin/sh\nwhile case $1 in -*) true ;; *) false ;; esac; do shift; done\ncase $1 in\n",
+    );
     for (address, process, core) in hosts {
         script += &format!("{address}) process={process} core={core} ;;\n");
     }
@@ -171,8 +191,10 @@ fn agent_script(hosts: &[(&str, u32, usize)]) -> String {
 
 /// The bytes that the switch's ports received, from the kernel's table of interfaces.
 fn received(table: &str) -> Result<u64> {
-    let ports =
-        table.lines().filter_map(|line| line.trim().split_once(':')).filter(|(name, _)| name.starts_with("port"));
+    let ports = table
+        .lines()
+        .filter_map(|line| line.trim().split_once(':'))
+        .filter(|(name, _)| name.starts_with("port"));
     let bytes = ports.map(|(name, rest)| {
         let first = rest.split_whitespace().next().and_then(|number| number.parse::<u64>().ok());
         first.with_context(|| format!("/proc/net/dev has no bytes for {name}"))
@@ -183,7 +205,8 @@ fn received(table: &str) -> Result<u64> {
 /// The cores that this process may use.
 pub fn cores() -> Vec<usize> {
     let status = fs::read_to_string("/proc/self/status").unwrap_or_default();
-    let list = status.lines().find_map(|line| line.strip_prefix("Cpus_allowed_list:")).unwrap_or("0");
+    let list =
+        status.lines().find_map(|line| line.strip_prefix("Cpus_allowed_list:")).unwrap_or("0");
     core_list(list.trim()).unwrap_or_else(|| vec![0])
 }
 
@@ -197,7 +220,8 @@ fn core_list(list: &str) -> Option<Vec<usize>> {
     Some(cores)
 }
 
-/// Makes `folder` one that only this namespace sees and that is gone with it: a run that is killed leaves no files.
+/// Makes `folder` one that only this namespace sees and that is gone with it: a run that is killed
+/// leaves no files.
 pub fn own_folder(folder: &Path) -> Result<()> {
     run(&["mount", "-t", "tmpfs", "netbench", &folder.to_string_lossy()])
 }
@@ -210,7 +234,8 @@ pub fn can_delay() -> bool {
 
 fn run(words: &[&str]) -> Result<()> {
     let mut command = Command::new(words[0]);
-    let output = command.args(&words[1..]).env("PATH", super::search_path()).stdin(Stdio::null()).output();
+    let output =
+        command.args(&words[1..]).env("PATH", super::search_path()).stdin(Stdio::null()).output();
     let output = output.with_context(|| format!("cannot start {}", words[0]))?;
     if !output.status.success() {
         bail!("{}: {}", words.join(" "), String::from_utf8_lossy(&output.stderr).trim());
@@ -224,14 +249,21 @@ mod tests {
 
     #[test]
     fn a_machine_is_wired_inside_of_its_own_namespace() {
-        let lines: Vec<String> =
-            wiring(1, "77", Net { gbit: 2.5, delay_us: Some(20) }).iter().map(|line| line.join(" ")).collect();
+        let lines: Vec<String> = wiring(1, "77", Net { gbit: 2.5, delay_us: Some(20) })
+            .iter()
+            .map(|line| line.join(" "))
+            .collect();
         assert_eq!(lines[0], "ip link add port2 type veth peer name eth0 netns 77");
-        assert!(lines.contains(&"nsenter --target 77 --net ip addr add 198.18.0.2/24 dev eth0".to_owned()));
-        let limit =
-            "nsenter --target 77 --net tc qdisc add dev eth0 root tbf rate 2500000kbit burst 7812 latency 100ms";
+        assert!(
+            lines.contains(
+                &"nsenter --target 77 --net ip addr add 198.18.0.2/24 dev eth0".to_owned()
+            )
+        );
+        let limit = "nsenter --target 77 --net tc qdisc add dev eth0 root tbf rate 2500000kbit burst 7812 latency 100ms";
         assert!(lines.contains(&limit.to_owned()), "{lines:?}");
-        assert!(lines.contains(&"tc qdisc add dev port2 root netem delay 20us limit 100000".to_owned()));
+        assert!(
+            lines.contains(&"tc qdisc add dev port2 root netem delay 20us limit 100000".to_owned())
+        );
         let without = wiring(1, "77", Net { gbit: 1.0, delay_us: None });
         assert!(!without.iter().flatten().any(|word| word == "netem"));
     }

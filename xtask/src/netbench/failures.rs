@@ -1,5 +1,5 @@
-//! What becomes of a job over TCP when a rank is killed or told to end, or a machine loses its network: all ranks are gone
-//! within seconds, and one message says where and whom they missed.
+//! What becomes of a job over TCP when a rank is killed or told to end, or a machine loses its
+//! network: all ranks are gone within seconds, and one message says where and whom they missed.
 
 use std::fs;
 use std::path::Path;
@@ -16,7 +16,8 @@ use crate::process::{Job, Signal, signal};
 const RANKS: usize = 3;
 /// The rank to which it happens.
 const VICTIM: usize = RANKS - 1;
-/// So slow that a prompt takes a second and an answer of the small model half a minute: no scenario comes too late.
+/// So slow that a prompt takes a second and an answer of the small model half a minute: no scenario
+/// comes too late.
 const NET: Net = Net { gbit: 0.01, delay_us: None };
 /// `--comm-timeout` where the network fails, and what ranks have beyond it.
 const TIMEOUT: Duration = Duration::from_secs(2);
@@ -94,15 +95,17 @@ pub fn check(mpi: &Mpi, program: &Path, model: &Path, files: &Path) -> Result<us
     let mut failed = 0;
     for scenario in &SCENARIOS {
         let once = || {
-            // A cluster of its own: what one scenario leaves of the network is no good for the next.
+            // A cluster of its own: what one scenario leaves of the network is no good for the
+            // next.
             let cluster = Cluster::build(RANKS, &cluster::cores(), NET, files.to_path_buf())?;
             play(scenario, mpi, &cluster, program, model)
         };
         let mut ending = once();
         for _ in 0..2 {
             // A small model is loaded within milliseconds: it may be over before it is seen.
-            let missed =
-                |error: &anyhow::Error| scenario.moment == Moment::Load && error.to_string().contains("(other)");
+            let missed = |error: &anyhow::Error| {
+                scenario.moment == Moment::Load && error.to_string().contains("(other)")
+            };
             if ending.as_ref().is_err_and(missed) {
                 ending = once();
             }
@@ -124,9 +127,17 @@ pub fn check(mpi: &Mpi, program: &Path, model: &Path, files: &Path) -> Result<us
 }
 
 /// How the scenario ended, in one line.
-fn play(scenario: &Scenario, mpi: &Mpi, cluster: &Cluster, program: &Path, model: &Path) -> Result<String> {
+fn play(
+    scenario: &Scenario,
+    mpi: &Mpi,
+    cluster: &Cluster,
+    program: &Path,
+    model: &Path,
+) -> Result<String> {
     let [answer, said] = ["answer", "said"].map(|name| cluster.folder().join(name));
-    let file = |path: &Path| fs::File::create(path).with_context(|| format!("cannot write {}", path.display()));
+    let file = |path: &Path| {
+        fs::File::create(path).with_context(|| format!("cannot write {}", path.display()))
+    };
     let (timeout, limit) = match scenario.event {
         Event::CutLink => (TIMEOUT, TIMEOUT + SOON),
         Event::Signal(_) => (START, SOON),
@@ -140,14 +151,16 @@ fn play(scenario: &Scenario, mpi: &Mpi, cluster: &Cluster, program: &Path, model
     // Launchers differ in which of their outputs has the ranks' errors and their own.
     let mut job = Job::start(command.stdout(file(&answer)?).stderr(file(&said)?))?;
     let text = || {
-        let text =
-            [&said, &answer].map(|path| String::from_utf8_lossy(&fs::read(path).unwrap_or_default()).into_owned());
+        let text = [&said, &answer]
+            .map(|path| String::from_utf8_lossy(&fs::read(path).unwrap_or_default()).into_owned());
         text.concat()
     };
 
     let come = |job: &Job| -> Result<bool> {
         Ok(match scenario.moment {
-            Moment::Load => ranks(job).into_iter().any(|(rank, process)| rank == VICTIM && loads(process)),
+            Moment::Load => {
+                ranks(job).into_iter().any(|(rank, process)| rank == VICTIM && loads(process))
+            }
             // More than the start of a job sends, less than the sums of the prompt.
             Moment::Prefill => cluster.traffic()? - before > 500_000,
             Moment::Decode => fs::metadata(&answer)?.len() > 0,
@@ -165,7 +178,8 @@ fn play(scenario: &Scenario, mpi: &Mpi, cluster: &Cluster, program: &Path, model
     }
     let ranks = ranks(&job);
     let victim = ranks.iter().find(|(rank, _)| *rank == VICTIM);
-    let &(_, victim) = victim.with_context(|| format!("no rank {VICTIM} among {ranks:?}\n{}", text()))?;
+    let &(_, victim) =
+        victim.with_context(|| format!("no rank {VICTIM} among {ranks:?}\n{}", text()))?;
     match scenario.event {
         Event::Signal(kind) => signal(victim, kind),
         Event::CutLink => cluster.cut(VICTIM)?,
@@ -173,13 +187,20 @@ fn play(scenario: &Scenario, mpi: &Mpi, cluster: &Cluster, program: &Path, model
     let happened = Instant::now();
     while !self::ranks(&job).is_empty() {
         if happened.elapsed() > limit {
-            bail!("{} ranks still run after {} s\n{}", self::ranks(&job).len(), limit.as_secs(), text());
+            bail!(
+                "{} ranks still run after {} s\n{}",
+                self::ranks(&job).len(),
+                limit.as_secs(),
+                text()
+            );
         }
         thread::sleep(Duration::from_millis(20));
     }
     let gone = happened.elapsed();
-    // A launcher waits for its daemon behind a dead link for as long as TCP does. It is killed with the job.
-    let status = if scenario.event == Event::CutLink { None } else { job.wait(limit.saturating_sub(gone))? };
+    // A launcher waits for its daemon behind a dead link for as long as TCP does. It is killed with
+    // the job.
+    let status =
+        if scenario.event == Event::CutLink { None } else { job.wait(limit.saturating_sub(gone))? };
     match status {
         Some(status) if status.success() => bail!("the job ended with status 0\n{}", text()),
         None if scenario.event != Event::CutLink => {
@@ -187,7 +208,11 @@ fn play(scenario: &Scenario, mpi: &Mpi, cluster: &Cluster, program: &Path, model
         }
         _ => {}
     }
-    let expected = if mpi.implementation == Implementation::Hydra { scenario.mpich } else { scenario.open_mpi };
+    let expected = if mpi.implementation == Implementation::Hydra {
+        scenario.mpich
+    } else {
+        scenario.open_mpi
+    };
     let text = text();
     let line = text.lines().find(|line| expected.iter().all(|words| line.contains(words)));
     let line = line.with_context(|| format!("no line with {expected:?}\n{text}"))?;
@@ -213,7 +238,11 @@ fn ranks(job: &Job) -> Vec<(usize, u32)> {
         let number = |variable: &[u8]| {
             let text = std::str::from_utf8(variable).ok()?;
             let (name, value) = text.split_once('=')?;
-            if matches!(name, "OMPI_COMM_WORLD_RANK" | "PMI_RANK") { value.parse().ok() } else { None }
+            if matches!(name, "OMPI_COMM_WORLD_RANK" | "PMI_RANK") {
+                value.parse().ok()
+            } else {
+                None
+            }
         };
         let rank = environment.split(|&byte| byte == 0).find_map(number)?;
         (name.trim_end() == "qwen3").then_some((rank, process))

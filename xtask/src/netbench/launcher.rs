@@ -10,7 +10,8 @@ use crate::mpi::{Bind, Implementation, Mpi};
 pub fn command(mpi: &Mpi, cluster: &Cluster, program: &Path) -> Command {
     let mut command = Command::new(&mpi.mpirun);
     let agent = cluster.agent();
-    let (args, variables) = settings(mpi.implementation, &cluster.addresses(), &agent.to_string_lossy());
+    let (args, variables) =
+        settings(mpi.implementation, &cluster.addresses(), &agent.to_string_lossy());
     mpi.prepare(&mut command, Bind::None, false);
     // The launcher's own files are gone with the namespaces, too, and meet none of another user's.
     command.args(args).envs(variables).env("TMPDIR", cluster.folder()).arg(program);
@@ -29,10 +30,25 @@ fn settings(
     let words = |words: &[&str]| words.iter().map(|&word| word.to_owned()).collect();
     if implementation == Implementation::Hydra {
         // Of MPICH's two ways to messages, UCX and libfabric, a build has one.
-        let variables =
-            [("UCX_TLS", "tcp,self"), ("UCX_NET_DEVICES", CARD), ("FI_PROVIDER", "tcp"), ("FI_TCP_IFACE", CARD)];
+        let variables = [
+            ("UCX_TLS", "tcp,self"),
+            ("UCX_NET_DEVICES", CARD),
+            ("FI_PROVIDER", "tcp"),
+            ("FI_TCP_IFACE", CARD),
+        ];
         let variables = variables.map(|(name, value)| (name, value.to_owned())).to_vec();
-        let args = ["-launcher", "ssh", "-launcher-exec", agent, "-iface", SWITCH, "-hosts", &hosts, "-n", &ranks];
+        let args = [
+            "-launcher",
+            "ssh",
+            "-launcher-exec",
+            agent,
+            "-iface",
+            SWITCH,
+            "-hosts",
+            &hosts,
+            "-n",
+            &ranks,
+        ];
         return (words(&args), variables);
     }
     let variables = [
@@ -41,7 +57,8 @@ fn settings(
         ("PRTE_MCA_plm_ssh_agent", agent),
         ("OMPI_MCA_oob_tcp_if_include", SUBNET),
         ("PRTE_MCA_prte_if_include", SUBNET),
-        // A daemon on every machine is started from here: the others have no agent for their neighbours.
+        // A daemon on every machine is started from here: the others have no agent for their
+        // neighbours.
         ("OMPI_MCA_plm_rsh_no_tree_spawn", "1"),
         ("PRTE_MCA_plm_ssh_no_tree_spawn", "1"),
         // Not UCX and not shared memory: sockets.
@@ -67,6 +84,8 @@ mod tests {
         let (args, variables) = settings(Implementation::Hydra, &addresses, "/x/agent");
         let expected = "-launcher ssh -launcher-exec /x/agent -iface switch -hosts 198.18.0.1:1,198.18.0.2:1 -n 2";
         assert_eq!(args.join(" "), expected);
-        assert!(variables.iter().any(|(name, value)| *name == "UCX_NET_DEVICES" && value == "eth0"));
+        assert!(
+            variables.iter().any(|(name, value)| *name == "UCX_NET_DEVICES" && value == "eth0")
+        );
     }
 }

@@ -41,12 +41,18 @@ impl Run {
     pub fn of(measured: &Value, plan: &Value, strategy: &str, wire: &str) -> Result<Run> {
         let bench = &measured["answer"];
         let result = |phase: &str| {
-            let found = bench["results"].as_array().into_iter().flatten().find(|result| result["phase"] == phase);
+            let found = bench["results"]
+                .as_array()
+                .into_iter()
+                .flatten()
+                .find(|result| result["phase"] == phase);
             found.with_context(|| format!("the bench has no result for {phase}"))
         };
         let ways = plan["ways"].as_array().into_iter().flatten();
-        let way = ways.clone().find(|way| way["strategy"] == strategy && way["mlp"] == bench["mlp"]);
-        let way = way.with_context(|| format!("the plan has no way {strategy} with {}", bench["mlp"]))?;
+        let way =
+            ways.clone().find(|way| way["strategy"] == strategy && way["mlp"] == bench["mlp"]);
+        let way =
+            way.with_context(|| format!("the plan has no way {strategy} with {}", bench["mlp"]))?;
         let speed = |phase: &str, planned: &str| -> Result<Speed> {
             Ok(Speed {
                 measured: number(result(phase)?, "tokens_per_s")?,
@@ -55,14 +61,21 @@ impl Run {
         };
         let sum = |phase: &str| -> f64 {
             let entries = bench["traffic"].as_array().into_iter().flatten();
-            entries.filter(|entry| entry["phase"] == phase).filter_map(|entry| entry["payload_bytes"].as_f64()).sum()
+            entries
+                .filter(|entry| entry["phase"] == phase)
+                .filter_map(|entry| entry["payload_bytes"].as_f64())
+                .sum()
         };
         let tokens = number(result("decode")?, "tokens")?;
-        let network_bytes = measured["network_bytes"].as_u64().context("no count of the network's bytes")?;
-        // Ranks that found another way to each other, such as shared memory, would be measured as if they had the network.
-        // The ledger counts what one rank puts into its calls; each byte of it crosses the network at least once.
+        let network_bytes =
+            measured["network_bytes"].as_u64().context("no count of the network's bytes")?;
+        // Ranks that found another way to each other, such as shared memory, would be measured as
+        // if they had the network. The ledger counts what one rank puts into its calls; each byte
+        // of it crosses the network at least once.
         if (network_bytes as f64) < sum("prefill") + sum("decode") {
-            bail!("the network carried {network_bytes} bytes, less than the ranks exchanged: they do not use it");
+            bail!(
+                "the network carried {network_bytes} bytes, less than the ranks exchanged: they do not use it"
+            );
         }
         Ok(Run {
             strategy: strategy.to_owned(),
@@ -107,14 +120,17 @@ impl Network {
     /// For people.
     pub fn table(&self) -> String {
         let link = |name: &str| self.machine["between"][name].as_f64().unwrap_or(f64::NAN);
-        let (gbit, ranks, alpha, beta) = (self.gbit, self.ranks, link("alpha_us"), link("beta_gb_s"));
-        let mut text =
-            format!("\n{gbit} Gbit/s, {ranks} ranks: {alpha:.1} µs and {beta:.3} GB/s as calibrate measured them\n");
+        let (gbit, ranks, alpha, beta) =
+            (self.gbit, self.ranks, link("alpha_us"), link("beta_gb_s"));
+        let mut text = format!(
+            "\n{gbit} Gbit/s, {ranks} ranks: {alpha:.1} µs and {beta:.3} GB/s as calibrate measured them\n"
+        );
         text += "strategy  wire  prefill tok/s  predicted  ratio  decode tok/s  predicted  ratio  bytes/token\n";
         for run in &self.runs {
             let Run { strategy, wire, prefill, decode, token_bytes, .. } = run;
             let (prefill, decode) = (prefill.cells(), decode.cells());
-            let _ = writeln!(text, "{strategy:<9} {wire:<5} {prefill} {decode} {token_bytes:>12.0}");
+            let _ =
+                writeln!(text, "{strategy:<9} {wire:<5} {prefill} {decode} {token_bytes:>12.0}");
         }
         text
     }
@@ -175,7 +191,10 @@ mod tests {
         network.runs.push(Run::of(&bench(20_000), &plan(), "heads", "f32").unwrap());
         let table = network.table();
         assert!(table.contains("1 Gbit/s, 2 ranks: 5.0 µs and 0.110 GB/s"), "{table}");
-        assert!(table.lines().any(|line| line.starts_with("heads     f32") && line.contains("0.90")), "{table}");
+        assert!(
+            table.lines().any(|line| line.starts_with("heads     f32") && line.contains("0.90")),
+            "{table}"
+        );
         assert_eq!(network.json()["runs"][0]["decode"]["predicted"], 25.0);
     }
 }

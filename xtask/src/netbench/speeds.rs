@@ -16,9 +16,11 @@ use crate::process;
 
 /// No single run of the program takes longer.
 const DEADLINE: Duration = Duration::from_secs(180);
-/// What is compared. Positions in place of weights are split with whole feed-forward blocks, and a prompt of one pass has no earlier keys, so
-/// that no sum travels and the wire's format changes nothing: once is enough.
-const RUNS: [(&str, &str); 4] = [("heads", "f32"), ("heads", "bf16"), ("heads", "q8"), ("sequence", "f32")];
+/// What is compared. Positions in place of weights are split with whole feed-forward blocks, and a
+/// prompt of one pass has no earlier keys, so that no sum travels and the wire's format changes
+/// nothing: once is enough.
+const RUNS: [(&str, &str); 4] =
+    [("heads", "f32"), ("heads", "bf16"), ("heads", "q8"), ("sequence", "f32")];
 
 /// Prompt, where none is asked for, generated tokens and repetitions of a bench.
 fn extent(quick: bool) -> [&'static str; 3] {
@@ -26,11 +28,19 @@ fn extent(quick: bool) -> [&'static str; 3] {
 }
 
 /// Measures every network and shows and writes what came of it, after each.
-pub fn measure(args: &NetbenchArgs, mpi: &Mpi, program: &Path, model: &Path, files: &Path) -> Result<()> {
+pub fn measure(
+    args: &NetbenchArgs,
+    mpi: &Mpi,
+    program: &Path,
+    model: &Path,
+    files: &Path,
+) -> Result<()> {
     let cores = cluster::cores();
     let delay_us = cluster::can_delay().then_some(args.delay_us);
     if delay_us.is_none() {
-        println!("netbench: this kernel has no netem: links have their speed and no delay of their own");
+        println!(
+            "netbench: this kernel has no netem: links have their speed and no delay of their own"
+        );
     }
     let [prompt, generated, reps] = extent(args.quick);
     let prompt = &args.prompt.map_or(prompt.to_owned(), |prompt| prompt.to_string());
@@ -48,7 +58,12 @@ pub fn measure(args: &NetbenchArgs, mpi: &Mpi, program: &Path, model: &Path, fil
     let mut networks = Vec::new();
     for &ranks in &args.ranks {
         for &gbit in &args.gbit {
-            let cluster = Cluster::build(usize::from(ranks), &cores, Net { gbit, delay_us }, files.to_path_buf())?;
+            let cluster = Cluster::build(
+                usize::from(ranks),
+                &cores,
+                Net { gbit, delay_us },
+                files.to_path_buf(),
+            )?;
             let calibration = files.join("calibration.json");
             std::fs::remove_file(&calibration).ok();
             let file = calibration.to_string_lossy();
@@ -57,14 +72,23 @@ pub fn measure(args: &NetbenchArgs, mpi: &Mpi, program: &Path, model: &Path, fil
                 let value = answer(&mut launcher::command(mpi, &cluster, program), args, files)?;
                 Ok(json!({ "answer": value, "network_bytes": cluster.traffic()? - before }))
             };
-            let calibrated = on_cluster(&["calibrate", "--json", "--threads", "1", "--output", &file])?;
-            let mut network = Network::of(&calibrated["answer"]["machine"], gbit, usize::from(ranks))?;
+            let calibrated =
+                on_cluster(&["calibrate", "--json", "--threads", "1", "--output", &file])?;
+            let mut network =
+                Network::of(&calibrated["answer"]["machine"], gbit, usize::from(ranks))?;
             let count = ranks.to_string();
             let layout = ["--ranks", &count, "--nodes", &count, "--calibration", &file];
-            let plan = [&["plan"], &rank[..], &layout, &["--prompt", prompt, "--generate", generated]].concat();
+            let plan =
+                [&["plan"], &rank[..], &layout, &["--prompt", prompt, "--generate", generated]]
+                    .concat();
             for (strategy, wire) in RUNS {
-                let planned = answer(&mut Command::new(program), &[&plan[..], &["--wire", wire]].concat(), files)?;
-                let measured = on_cluster(&[&bench[..], &["--strategy", strategy, "--wire", wire]].concat())?;
+                let planned = answer(
+                    &mut Command::new(program),
+                    &[&plan[..], &["--wire", wire]].concat(),
+                    files,
+                )?;
+                let measured =
+                    on_cluster(&[&bench[..], &["--strategy", strategy, "--wire", wire]].concat())?;
                 network.runs.push(Run::of(&measured, &planned, strategy, wire)?);
             }
             println!("{}", network.table());

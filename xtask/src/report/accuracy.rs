@@ -11,11 +11,26 @@ use crate::workspace;
 /// Measures the section.
 pub fn measure(lab: &mut Lab) -> Result<Section> {
     let model = workspace::root().join("models/austen");
-    let (file, model) = (model.join("sample.txt").to_string_lossy().into_owned(), model.to_string_lossy().into_owned());
+    let (file, model) = (
+        model.join("sample.txt").to_string_lossy().into_owned(),
+        model.to_string_lossy().into_owned(),
+    );
     let mut found = Vec::new();
     for format in ["bf16", "q8", "q4"] {
-        let answer = lab.json(&["perplexity", "--json", "--model", &model, "--file", &file, "--weights", format])?;
-        found.push((format, answer["perplexity"].as_f64().context("qwen3 perplexity gave no perplexity")?));
+        let answer = lab.json(&[
+            "perplexity",
+            "--json",
+            "--model",
+            &model,
+            "--file",
+            &file,
+            "--weights",
+            format,
+        ])?;
+        found.push((
+            format,
+            answer["perplexity"].as_f64().context("qwen3 perplexity gave no perplexity")?,
+        ));
     }
     let mut text = String::from(
         "Perplexity of `models/austen` on `models/austen/sample.txt`, windows of 512 tokens, cache f32.\n\n",
@@ -28,7 +43,11 @@ pub fn measure(lab: &mut Lab) -> Result<Section> {
 fn table(found: &[(&str, f64)]) -> String {
     let mut out = String::from("| weights | perplexity | against the first |\n|---|---|---|\n");
     for (format, perplexity) in found {
-        let _ = writeln!(out, "| {format} | {perplexity:.4} | {:+.2} % |", (perplexity / found[0].1 - 1.0) * 100.0);
+        let _ = writeln!(
+            out,
+            "| {format} | {perplexity:.4} | {:+.2} % |",
+            (perplexity / found[0].1 - 1.0) * 100.0
+        );
     }
     out
 }

@@ -1,4 +1,5 @@
-//! The analysis from which this project started, repeated: instruction sets, schedules, strategies and attention on two ranks.
+//! The analysis from which this project started, repeated: instruction sets, schedules, strategies
+//! and attention on two ranks.
 
 use std::fmt::Write as _;
 
@@ -9,8 +10,8 @@ use super::lab::{Lab, Measured, Ranks, median};
 use super::{Section, machine};
 
 const ISAS: [&str; 2] = ["scalar", "avx2"];
-/// How often the schedules take turns with each: odd numbers, which have a middle. Runs with AVX2 are short, and the more there are of them the
-/// less a change of the machine counts.
+/// How often the schedules take turns with each: odd numbers, which have a middle. Runs with AVX2
+/// are short, and the more there are of them the less a change of the machine counts.
 const TURNS: [usize; 2] = [3, 7];
 const SCHEDULES: [&str; 3] = ["gathered", "naive", "fused"];
 const STRATEGIES: [&str; 2] = ["heads", "sequence"];
@@ -18,7 +19,8 @@ const ATTENTION: [&str; 2] = ["materialized", "streaming"];
 /// Of Qwen3-0.6B, and for a quick look.
 const LAYERS: [usize; 2] = [28, 4];
 const PROMPT: usize = 128;
-/// Schedules and attention under `heads` with which all kernels are compared: those of the analysis' faster program, and the best.
+/// Schedules and attention under `heads` with which all kernels are compared: those of the
+/// analysis' faster program, and the best.
 const COMPARED: [(&str, &str); 2] = [("naive", "materialized"), ("fused", "streaming")];
 /// For a compiler that leaves loops as they are written.
 const ONE_NUMBER: &str = "-C no-vectorize-loops -C no-vectorize-slp";
@@ -57,7 +59,13 @@ pub fn measure(lab: &mut Lab) -> Result<Section> {
                 let mut taken = Vec::new();
                 for _ in 0..turns {
                     taken.push(turn(|schedule| {
-                        let bench = prefill(&mut lab, ranks, &model, "1", [isa, schedule, strategy, attention])?;
+                        let bench = prefill(
+                            &mut lab,
+                            ranks,
+                            &model,
+                            "1",
+                            [isa, schedule, strategy, attention],
+                        )?;
                         row(&bench, isa, schedule, strategy, attention)
                     })?);
                 }
@@ -65,7 +73,9 @@ pub fn measure(lab: &mut Lab) -> Result<Section> {
             }
         }
     }
-    rows.sort_by_key(|row| (row.isa != ISAS[0], SCHEDULES.iter().position(|schedule| *schedule == row.schedule)));
+    rows.sort_by_key(|row| {
+        (row.isa != ISAS[0], SCHEDULES.iter().position(|schedule| *schedule == row.schedule))
+    });
     let mut text = format!(
         "The analysis ran prompts of {PROMPT} tokens through Qwen3-0.6B on 2 MPI ranks, three times, and found that AVX2 made the program 14 % \
          *slower*: 40,462 ms against 34,964 ms without. Here the same shape with {layers} of its 28 layers, stored bf16 \
@@ -84,7 +94,11 @@ pub fn measure(lab: &mut Lab) -> Result<Section> {
     text.push_str(&gains(&mut lab, &mut plain, ranks, &model)?);
     text.push_str(&decode(&mut lab, ranks, &model)?);
     text.push_str(&lab.take_commands());
-    let _ = write!(text, "\nThe program compiled with `RUSTFLAGS=\"{ONE_NUMBER}\"`:\n{}", plain.take_commands());
+    let _ = write!(
+        text,
+        "\nThe program compiled with `RUSTFLAGS=\"{ONE_NUMBER}\"`:\n{}",
+        plain.take_commands()
+    );
     Ok(Section { text, charts: Vec::new() })
 }
 
@@ -108,7 +122,13 @@ fn middle(turns: &[Vec<Row>]) -> Vec<Row> {
 }
 
 /// A bench of the prompt; `values` are those of instruction set, schedule, strategy and attention.
-fn prefill(lab: &mut Lab, ranks: Ranks, model: &str, reps: &str, values: [&str; 4]) -> Result<Value> {
+fn prefill(
+    lab: &mut Lab,
+    ranks: Ranks,
+    model: &str,
+    reps: &str,
+    values: [&str; 4],
+) -> Result<Value> {
     let [isa, schedule, strategy, attention] = values;
     let prompt = PROMPT.to_string();
     let args = ["bench", "--json", "--model", model, "--threads", "1", "--gen-len", "0"];
@@ -117,14 +137,16 @@ fn prefill(lab: &mut Lab, ranks: Ranks, model: &str, reps: &str, values: [&str; 
     lab.json_on(ranks, &[&args[..], &what, &how].concat())
 }
 
-/// Milliseconds of a prompt with each kind of kernels, and the limit of the instructions that they are made of.
+/// Milliseconds of a prompt with each kind of kernels, and the limit of the instructions that they
+/// are made of.
 struct Gain {
     kernels: &'static str,
     ms: [f64; COMPARED.len()],
     gflops: f64,
 }
 
-/// What vectors gain over plain Rust as it is compiled with and without them, and over a general matrix product.
+/// What vectors gain over plain Rust as it is compiled with and without them, and over a general
+/// matrix product.
 fn gains(lab: &mut Lab, plain: &mut Lab, ranks: Ranks, model: &str) -> Result<String> {
     let mut kernels = vec![
         ("scalar, one number at a time", "scalar", "1"),
@@ -170,7 +192,12 @@ fn gain_table(rows: &[Gain]) -> String {
             format!("{:.0} | {slow:.1} times | {plain:.1} times", ms[index])
         };
         let limit = gflops / scalar.gflops;
-        let _ = writeln!(out, "| {kernels} | {} | {} | {gflops:.0} | {limit:.1} times |", times(0), times(1));
+        let _ = writeln!(
+            out,
+            "| {kernels} | {} | {} | {gflops:.0} | {limit:.1} times |",
+            times(0),
+            times(1)
+        );
     }
     out
 }
@@ -179,9 +206,22 @@ fn gain_table(rows: &[Gain]) -> String {
 fn decode(lab: &mut Lab, ranks: Ranks, model: &str) -> Result<String> {
     let mut found = Vec::new();
     for isa in ISAS {
-        let args = ["bench", "--json", "--model", model, "--threads", "1", "--strategy", "heads", "--isa", isa];
-        let bench =
-            lab.json_on(ranks, &[&args[..], &["--prompt-len", "8", "--gen-len", "8", "--reps", "3"]].concat())?;
+        let args = [
+            "bench",
+            "--json",
+            "--model",
+            model,
+            "--threads",
+            "1",
+            "--strategy",
+            "heads",
+            "--isa",
+            isa,
+        ];
+        let bench = lab.json_on(
+            ranks,
+            &[&args[..], &["--prompt-len", "8", "--gen-len", "8", "--reps", "3"]].concat(),
+        )?;
         found.push(Measured::find(&bench, "decode", 8).context("the bench decoded nothing")?);
     }
     let [scalar, fast] = found[..] else { unreachable!("a result for each instruction set") };
@@ -208,7 +248,8 @@ fn row(
     let result = &bench["results"][0];
     let traffic: Vec<&Value> = bench["traffic"].as_array().into_iter().flatten().collect();
     let sum = |key: &str| traffic.iter().filter_map(|entry| entry[key].as_f64()).sum::<f64>();
-    let count = |key: &str| result[key].as_u64().with_context(|| format!("the bench counted no {key}"));
+    let count =
+        |key: &str| result[key].as_u64().with_context(|| format!("the bench counted no {key}"));
     Ok(Row {
         isa,
         schedule,
@@ -230,7 +271,18 @@ fn table(rows: &[Row]) -> String {
          |---|---|---|---|---|---|---|---|---|---|---|\n",
     );
     for row in rows {
-        let Row { isa, schedule, strategy, attention, ms, of_gathered, collectives_ms, calls, allocations, .. } = row;
+        let Row {
+            isa,
+            schedule,
+            strategy,
+            attention,
+            ms,
+            of_gathered,
+            collectives_ms,
+            calls,
+            allocations,
+            ..
+        } = row;
         let _ = writeln!(
             out,
             "| {isa} | {schedule} | {strategy} | {attention} | {ms:.1} | {of_gathered:.2} | {collectives_ms:.1} | {calls} | {:.2} | {allocations} | {:.1} |",
@@ -243,8 +295,10 @@ fn table(rows: &[Row]) -> String {
 
 /// The row of a combination under `heads`, with materialized attention: the analysis knew no other.
 fn of(rows: &[Row], isa: &str, schedule: &str) -> Option<Row> {
-    let fits =
-        |row: &&Row| (row.isa, row.schedule, row.strategy, row.attention) == (isa, schedule, "heads", "materialized");
+    let fits = |row: &&Row| {
+        (row.isa, row.schedule, row.strategy, row.attention)
+            == (isa, schedule, "heads", "materialized")
+    };
     rows.iter().find(fits).copied()
 }
 
@@ -256,19 +310,31 @@ fn lessons(rows: &[Row], layers: usize) -> String {
     else {
         return String::new();
     };
-    let (Some(fast_naive), Some(fused)) = (find("avx2", "naive"), find("avx2", "fused")) else { return String::new() };
-    let least = |keep: &dyn Fn(&&Row) -> bool| {
-        rows.iter().filter(keep).min_by(|a, b| a.ms.total_cmp(&b.ms)).copied().expect("each combination has a row")
+    let (Some(fast_naive), Some(fused)) = (find("avx2", "naive"), find("avx2", "fused")) else {
+        return String::new();
     };
-    let slowest_gain =
-        SCHEDULES.iter().filter_map(|schedule| Some(find("scalar", schedule)?.ms / find("avx2", schedule)?.ms));
+    let least = |keep: &dyn Fn(&&Row) -> bool| {
+        rows.iter()
+            .filter(keep)
+            .min_by(|a, b| a.ms.total_cmp(&b.ms))
+            .copied()
+            .expect("each combination has a row")
+    };
+    let slowest_gain = SCHEDULES
+        .iter()
+        .filter_map(|schedule| Some(find("scalar", schedule)?.ms / find("avx2", schedule)?.ms));
     let best = least(&|row| row.isa == "avx2");
     let range = |schedule: &str| {
-        let ratios = rows.iter().filter(|row| row.isa == "avx2" && row.schedule == schedule).map(|row| row.of_gathered);
-        let (least, most) = ratios.fold((f64::INFINITY, 0.0), |(least, most), x| (x.min(least), x.max(most)));
+        let ratios = rows
+            .iter()
+            .filter(|row| row.isa == "avx2" && row.schedule == schedule)
+            .map(|row| row.of_gathered);
+        let (least, most) =
+            ratios.fold((f64::INFINITY, 0.0), |(least, most), x| (x.min(least), x.max(most)));
         format!("{least:.2} to {most:.2}")
     };
-    let mlp_bytes = |row: Row| (row.bytes as f64 - (PROMPT * 1024 * 4 * layers) as f64) / layers as f64;
+    let mlp_bytes =
+        |row: Row| (row.bytes as f64 - (PROMPT * 1024 * 4 * layers) as f64) / layers as f64;
     format!(
         "\nWhat the analysis got right:\n\n\
          - What a schedule gathers costs time and memory: with AVX2 kernels, gathered, naive and fused take {:.1}, {:.1} and {:.1} ms, of it {:.1}, {:.1} and \
@@ -333,15 +399,21 @@ mod tests {
         assert_eq!((row.calls, row.bytes), (3, 1_048_592));
         let table = table(&[row]);
         assert!(
-            table.ends_with("| avx2 | fused | heads | materialized | 12.2 | 1.00 | 1.5 | 3 | 1.05 | 7 | 2.5 |\n"),
+            table.ends_with(
+                "| avx2 | fused | heads | materialized | 12.2 | 1.00 | 1.5 | 3 | 1.05 | 7 | 2.5 |\n"
+            ),
             "{table}"
         );
-        assert!(super::row(&json!({"results": [{"ms": 1.0}]}), "avx2", "fused", "heads", "streaming").is_err());
+        assert!(
+            super::row(&json!({"results": [{"ms": 1.0}]}), "avx2", "fused", "heads", "streaming")
+                .is_err()
+        );
     }
 
     #[test]
     fn schedules_are_compared_within_a_turn() {
-        // A machine that takes twice as long in the second turn, and a run that was held up in the third.
+        // A machine that takes twice as long in the second turn, and a run that was held up in the
+        // third.
         let times = [[10.0, 9.0, 8.0], [20.0, 18.0, 16.0], [10.0, 30.0, 8.0]];
         let turns: Vec<_> = times
             .iter()
@@ -350,7 +422,8 @@ mod tests {
                 turn(|schedule| Ok(made_up("avx2", schedule, *ms.next().unwrap()))).unwrap()
             })
             .collect();
-        let found: Vec<_> = middle(&turns).iter().map(|row| (row.schedule, row.ms, row.of_gathered)).collect();
+        let found: Vec<_> =
+            middle(&turns).iter().map(|row| (row.schedule, row.ms, row.of_gathered)).collect();
         assert_eq!(found, [("gathered", 10.0, 1.0), ("naive", 18.0, 0.9), ("fused", 8.0, 0.8)]);
     }
 

@@ -20,14 +20,17 @@ pub type Line = (String, Vec<(f64, f64)>);
 /// Bars in groups: `groups` has a name and one bar for each of `series`.
 pub fn bars(title: &str, unit: &str, series: &[&str], groups: &[(&str, Vec<Bar>)]) -> String {
     let values = groups.iter().flat_map(|(_, bars)| bars).flatten();
-    let top = ceiling(values.map(|(value, limit)| limit.unwrap_or(0.0).max(*value)).fold(0.0, f64::max));
+    let top =
+        ceiling(values.map(|(value, limit)| limit.unwrap_or(0.0).max(*value)).fold(0.0, f64::max));
     let mut svg = frame(title, unit, top, series);
     let group_width = (WIDTH - LEFT - RIGHT) / groups.len().max(1) as f64;
     let bar_width = group_width * 0.8 / series.len().max(1) as f64;
     for (index, (name, bars)) in groups.iter().enumerate() {
         let start = LEFT + group_width * index as f64;
         text(&mut svg, start + group_width / 2.0, HEIGHT - BOTTOM + 18.0, "middle", name);
-        for (place, (value, limit)) in bars.iter().enumerate().filter_map(|(place, bar)| Some((place, (*bar)?))) {
+        for (place, (value, limit)) in
+            bars.iter().enumerate().filter_map(|(place, bar)| Some((place, (*bar)?)))
+        {
             let (x, y) = (start + group_width * 0.1 + bar_width * place as f64, y_of(value, top));
             let (colour, width) = (colour(place), bar_width * 0.9);
             let _ = writeln!(
@@ -58,7 +61,9 @@ pub fn lines(title: &str, unit: &str, axis: &str, lines: &[Line]) -> String {
     let mut marks: Vec<f64> = points().map(|(x, _)| x).collect();
     marks.sort_by(f64::total_cmp);
     marks.dedup();
-    let (Some(&first), Some(&last)) = (marks.first(), marks.last()) else { return svg + "</svg>\n" };
+    let (Some(&first), Some(&last)) = (marks.first(), marks.last()) else {
+        return svg + "</svg>\n";
+    };
     let span = (last / first).log2().max(f64::MIN_POSITIVE);
     let x_of = |x: f64| LEFT + 24.0 + (x / first).log2() / span * (WIDTH - LEFT - RIGHT - 48.0);
     for &mark in &marks {
@@ -67,11 +72,20 @@ pub fn lines(title: &str, unit: &str, axis: &str, lines: &[Line]) -> String {
     text(&mut svg, (LEFT + WIDTH - RIGHT) / 2.0, HEIGHT - 8.0, "middle", axis);
     for (index, (_, points)) in lines.iter().enumerate() {
         let colour = colour(index);
-        let path: Vec<String> = points.iter().map(|&(x, y)| format!("{:.1},{:.1}", x_of(x), y_of(y, top))).collect();
-        let _ =
-            writeln!(svg, r#"<polyline points="{}" fill="none" stroke="{colour}" stroke-width="2"/>"#, path.join(" "));
+        let path: Vec<String> =
+            points.iter().map(|&(x, y)| format!("{:.1},{:.1}", x_of(x), y_of(y, top))).collect();
+        let _ = writeln!(
+            svg,
+            r#"<polyline points="{}" fill="none" stroke="{colour}" stroke-width="2"/>"#,
+            path.join(" ")
+        );
         for &(x, y) in points {
-            let _ = writeln!(svg, r#"<circle cx="{:.1}" cy="{:.1}" r="3" fill="{colour}"/>"#, x_of(x), y_of(y, top));
+            let _ = writeln!(
+                svg,
+                r#"<circle cx="{:.1}" cy="{:.1}" r="3" fill="{colour}"/>"#,
+                x_of(x),
+                y_of(y, top)
+            );
         }
     }
     svg + "</svg>\n"
@@ -84,24 +98,39 @@ fn frame(title: &str, unit: &str, top: f64, series: &[&str]) -> String {
 <rect width="{WIDTH}" height="{HEIGHT}" fill="#fff"/>
 "##
     );
-    let _ = writeln!(svg, r#"<text x="{LEFT}" y="18" font-size="14">{}</text>"#, escape(&format!("{title}, {unit}")));
+    let _ = writeln!(
+        svg,
+        r#"<text x="{LEFT}" y="18" font-size="14">{}</text>"#,
+        escape(&format!("{title}, {unit}"))
+    );
     let mut x = LEFT;
     for (index, name) in series.iter().enumerate() {
-        let _ = writeln!(svg, r#"<rect x="{x:.1}" y="28" width="10" height="10" fill="{}"/>"#, colour(index));
+        let _ = writeln!(
+            svg,
+            r#"<rect x="{x:.1}" y="28" width="10" height="10" fill="{}"/>"#,
+            colour(index)
+        );
         text(&mut svg, x + 14.0, 37.0, "start", name);
         x += 30.0 + 6.5 * name.chars().count() as f64;
     }
     for step in 0..=4 {
         let value = top * f64::from(step) / 4.0;
         let (y, end) = (y_of(value, top), WIDTH - RIGHT);
-        let _ = writeln!(svg, r##"<line x1="{LEFT}" y1="{y:.1}" x2="{end}" y2="{y:.1}" stroke="#ddd"/>"##);
+        let _ = writeln!(
+            svg,
+            r##"<line x1="{LEFT}" y1="{y:.1}" x2="{end}" y2="{y:.1}" stroke="#ddd"/>"##
+        );
         text(&mut svg, LEFT - 6.0, y + 4.0, "end", &format!("{value}"));
     }
     svg
 }
 
 fn text(svg: &mut String, x: f64, y: f64, anchor: &str, text: &str) {
-    let _ = writeln!(svg, r#"<text x="{x:.1}" y="{y:.1}" text-anchor="{anchor}">{}</text>"#, escape(text));
+    let _ = writeln!(
+        svg,
+        r#"<text x="{x:.1}" y="{y:.1}" text-anchor="{anchor}">{}</text>"#,
+        escape(text)
+    );
 }
 
 fn y_of(value: f64, top: f64) -> f64 {
@@ -150,7 +179,12 @@ mod tests {
 
     #[test]
     fn lines_have_a_point_for_each_measurement() {
-        let svg = lines("Decode", "tokens/s", "context", &[("f16".to_owned(), vec![(128.0, 20.0), (4096.0, 10.0)])]);
+        let svg = lines(
+            "Decode",
+            "tokens/s",
+            "context",
+            &[("f16".to_owned(), vec![(128.0, 20.0), (4096.0, 10.0)])],
+        );
         assert_eq!((svg.matches("<polyline").count(), svg.matches("<circle").count()), (1, 2));
         assert!(lines("Decode", "tokens/s", "context", &[]).ends_with("</svg>\n"));
     }

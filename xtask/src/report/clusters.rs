@@ -1,4 +1,5 @@
-//! Emulated clusters: what a slow link costs a token, against the least that two Allreduce a layer can cost.
+//! Emulated clusters: what a slow link costs a token, against the least that two Allreduce a layer
+//! can cost.
 
 use std::fmt::Write as _;
 
@@ -39,16 +40,19 @@ pub fn measure(lab: &mut Lab) -> Result<Section> {
     for count in [2, 4] {
         let ranks = lab.processes(count)?;
         let layout = Layout::calibrate(lab, ranks, 1)?;
-        let extent = ["--strategy", "heads", "--prompt-len", AFTER, "--gen-len", gen_len, "--reps", reps];
+        let extent =
+            ["--strategy", "heads", "--prompt-len", AFTER, "--gen-len", gen_len, "--reps", reps];
         let near = layout.bench(lab, &model, &[&extent[..], &["--wire", "f32"]].concat())?;
         for wire in WIRES {
             let (nodes, link) = (count.to_string(), LINK.join(","));
             let options = ["--wire", wire, "--emulate-link", &link, "--emulate-nodes", &nodes];
             let far = layout.bench(lab, &model, &[&extent[..], &options].concat())?;
-            let options = ["--wire", wire, "--nodes", &nodes, "--alpha-us", LINK[0], "--beta-gb-s", LINK[1]];
+            let options =
+                ["--wire", wire, "--nodes", &nodes, "--alpha-us", LINK[0], "--beta-gb-s", LINK[1]];
             let extent = ["--prompt", AFTER, "--generate", gen_len];
             let way = layout.plan(lab, &model, "heads", &[&extent[..], &options].concat())?;
-            let predicted = way["token"]["tokens_per_s"].as_f64().context("the plan has no speed")?;
+            let predicted =
+                way["token"]["tokens_per_s"].as_f64().context("the plan has no speed")?;
             rows.push(Row {
                 ranks: count,
                 wire,
@@ -108,8 +112,13 @@ fn token_ms(bench: &Value) -> Result<f64> {
 /// Milliseconds of a token in which its collectives move bytes.
 fn moving_ms(bench: &Value) -> Result<f64> {
     let tokens = decode(bench)?["tokens"].as_f64().context("no tokens")?;
-    let entries = bench["traffic"].as_array().into_iter().flatten().filter(|entry| entry["phase"] == "decode");
-    let seconds = entries.filter_map(|entry| Some(entry["seconds"].as_f64()? - entry["wait_seconds"].as_f64()?));
+    let entries = bench["traffic"]
+        .as_array()
+        .into_iter()
+        .flatten()
+        .filter(|entry| entry["phase"] == "decode");
+    let seconds = entries
+        .filter_map(|entry| Some(entry["seconds"].as_f64()? - entry["wait_seconds"].as_f64()?));
     Ok(seconds.sum::<f64>() / tokens * 1e3)
 }
 
@@ -155,11 +164,20 @@ mod tests {
             ],
         });
         assert_eq!((token_ms(&bench).unwrap(), moving_ms(&bench).unwrap()), (40.0, 4.0));
-        let row =
-            Row { ranks: 2, wire: "f32", predicted: 40.0, measured: 44.0, without: 36.0, moving: 4.4, bound: 4.0 };
+        let row = Row {
+            ranks: 2,
+            wire: "f32",
+            predicted: 40.0,
+            measured: 44.0,
+            without: 36.0,
+            moving: 4.4,
+            bound: 4.0,
+        };
         let table = table(&[row]);
         assert!(
-            table.ends_with("| 2 | f32 | 40.00 | 44.00 | +10.0 % | 36.00 | 4.40 | 4.00 | 1.10 | 1.10 |\n"),
+            table.ends_with(
+                "| 2 | f32 | 40.00 | 44.00 | +10.0 % | 36.00 | 4.40 | 4.00 | 1.10 | 1.10 |\n"
+            ),
             "{table}"
         );
     }

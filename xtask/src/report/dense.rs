@@ -1,4 +1,5 @@
-//! One machine, a dense model: prompt and decode speed of each format against the limit, and against the context's length.
+//! One machine, a dense model: prompt and decode speed of each format against the limit, and
+//! against the context's length.
 
 use std::fmt::Write as _;
 
@@ -45,7 +46,8 @@ const QUICK: Extent = Extent {
     splits: splits::Extent { prompt: 128, after: 128, gen_len: "8", reps: "1", turns: 1 },
 };
 
-/// The benches of one configuration: short prompts and decode after the first; the long prompt and deep contexts.
+/// The benches of one configuration: short prompts and decode after the first; the long prompt and
+/// deep contexts.
 struct Bench {
     short: Value,
     long: Value,
@@ -53,11 +55,15 @@ struct Bench {
 
 impl Bench {
     fn prefill(&self, tokens: usize) -> Option<Measured> {
-        [&self.short, &self.long].into_iter().find_map(|bench| Measured::find(bench, "prefill", tokens))
+        [&self.short, &self.long]
+            .into_iter()
+            .find_map(|bench| Measured::find(bench, "prefill", tokens))
     }
 
     fn decode(&self, depth: usize) -> Option<Measured> {
-        [&self.short, &self.long].into_iter().find_map(|bench| Measured::find(bench, "decode", depth))
+        [&self.short, &self.long]
+            .into_iter()
+            .find_map(|bench| Measured::find(bench, "decode", depth))
     }
 }
 
@@ -69,10 +75,13 @@ pub fn measure(lab: &mut Lab) -> Result<Section> {
     let team = ["--ranks", "1", "--threads", &cores];
     let mut formats = Vec::new();
     for format in FORMATS {
-        let args = [&["bench", "--json", "--model", &model, "--weights", format][..], &team].concat();
+        let args =
+            [&["bench", "--json", "--model", &model, "--weights", format][..], &team].concat();
         formats.push(bench(lab, &args, extent)?);
     }
-    let args = [&["bench", "--json", "--model", &model, "--weights", "bf16", "--kv", "q8"][..], &team].concat();
+    let args =
+        [&["bench", "--json", "--model", &model, "--weights", "bf16", "--kv", "q8"][..], &team]
+            .concat();
     let narrow = bench(lab, &args, extent)?;
     let mut text = format!(
         "The shape of Qwen3-0.6B with random weights, cache f16 unless stated, {} threads in all: {CELLS}.\n\n",
@@ -80,7 +89,9 @@ pub fn measure(lab: &mut Lab) -> Result<Section> {
     );
     text.push_str(&speeds(extent, &formats, &narrow));
     text.push_str(&splits::measure(lab, &model, &FORMATS, &extent.splits)?);
-    text.push_str("\n![prompt speed](performance/prefill.svg)\n\n![decode speed](performance/decode.svg)\n\n");
+    text.push_str(
+        "\n![prompt speed](performance/prefill.svg)\n\n![decode speed](performance/decode.svg)\n\n",
+    );
     text.push_str("![decode speed against context length](performance/context.svg)\n\nDashes mark the limit.\n");
     text.push_str(&lab.take_commands());
     let charts = charts(extent, &formats, &narrow);
@@ -88,7 +99,8 @@ pub fn measure(lab: &mut Lab) -> Result<Section> {
 }
 
 fn bench(lab: &mut Lab, args: &[&str], extent: &Extent) -> Result<Bench> {
-    let (prompts, long, depths) = (list(extent.prompts), extent.long.to_string(), list(extent.depths));
+    let (prompts, long, depths) =
+        (list(extent.prompts), extent.long.to_string(), list(extent.depths));
     let short = ["--prompt-len", &prompts, "--reps", extent.reps];
     let long = ["--prompt-len", &long, "--depth", &depths, "--reps", extent.long_reps];
     let mut run = |what: &[&str]| lab.json(&[args, what, &["--gen-len", extent.gen_len]].concat());
@@ -128,21 +140,28 @@ fn speeds(extent: &Extent, formats: &[Bench], narrow: &Bench) -> String {
 }
 
 fn charts(extent: &Extent, formats: &[Bench], narrow: &Bench) -> Vec<(String, String)> {
-    let bar = |found: Option<Measured>| -> Bar { found.map(|found| (found.speed, Some(found.at_limit()))) };
+    let bar = |found: Option<Measured>| -> Bar {
+        found.map(|found| (found.speed, Some(found.at_limit())))
+    };
     let lengths = lengths(extent);
     let names: Vec<String> = lengths.iter().map(|length| format!("{length} tokens")).collect();
     let prompts: Vec<(&str, Vec<Bar>)> = names
         .iter()
         .zip(&lengths)
-        .map(|(name, &length)| (name.as_str(), formats.iter().map(|bench| bar(bench.prefill(length))).collect()))
+        .map(|(name, &length)| {
+            (name.as_str(), formats.iter().map(|bench| bar(bench.prefill(length))).collect())
+        })
         .collect();
     let prefill = chart::bars("Prompt", "tokens/s", &FORMATS, &prompts);
-    let depths: Vec<usize> = [extent.prompts[0]].into_iter().chain(extent.depths.iter().copied()).collect();
+    let depths: Vec<usize> =
+        [extent.prompts[0]].into_iter().chain(extent.depths.iter().copied()).collect();
     let names: Vec<String> = depths.iter().map(|depth| format!("after {depth}")).collect();
     let decodes: Vec<(&str, Vec<Bar>)> = names
         .iter()
         .zip(&depths)
-        .map(|(name, &depth)| (name.as_str(), formats.iter().map(|bench| bar(bench.decode(depth))).collect()))
+        .map(|(name, &depth)| {
+            (name.as_str(), formats.iter().map(|bench| bar(bench.decode(depth))).collect())
+        })
         .collect();
     let decode = chart::bars("Decode", "tokens/s", &FORMATS, &decodes);
     let line = |name: String, bench: &Bench| -> Line {
@@ -152,7 +171,8 @@ fn charts(extent: &Extent, formats: &[Bench], narrow: &Bench) -> Vec<(String, St
     let mut lines: Vec<Line> =
         FORMATS.iter().zip(formats).map(|(name, bench)| line((*name).to_owned(), bench)).collect();
     lines.push(line(format!("{}, cache q8", FORMATS[0]), narrow));
-    let context = chart::lines("Decode against context length", "tokens/s", "tokens of context", &lines);
+    let context =
+        chart::lines("Decode against context length", "tokens/s", "tokens of context", &lines);
     [("prefill.svg", prefill), ("decode.svg", decode), ("context.svg", context)]
         .map(|(name, svg)| (name.to_owned(), svg))
         .into()
@@ -168,7 +188,8 @@ mod tests {
         let result = |phase: &str, tokens: usize, depth: usize, limit: f64| json!({"phase": phase, "tokens": tokens, "depth": depth, "tokens_per_s": speed, "limit_share": 0.5, "gflops": limit / 2.0, "gb_per_s": 16.0});
         let short = [("prefill", 128, 0), ("prefill", 32, 0), ("decode", 8, 128)];
         let short = json!({"results": short.map(|(phase, tokens, depth)| result(phase, tokens, depth, 200.0))});
-        let long = json!({"results": [result("prefill", 256, 0, 150.0), result("decode", 8, 256, 150.0)]});
+        let long =
+            json!({"results": [result("prefill", 256, 0, 150.0), result("decode", 8, 256, 150.0)]});
         Bench { short, long }
     }
 
@@ -192,7 +213,8 @@ mod tests {
         let charts = charts(&QUICK, &formats, &made_up(11.0));
         let names: Vec<&str> = charts.iter().map(|(name, _)| name.as_str()).collect();
         assert_eq!(names, ["prefill.svg", "decode.svg", "context.svg"]);
-        // Three lengths or two depths of three formats, each with its limit; two points of four lines.
+        // Three lengths or two depths of three formats, each with its limit; two points of four
+        // lines.
         let counts = [("stroke-dasharray", 9), ("stroke-dasharray", 6), ("<circle", 8)];
         for ((name, svg), (what, count)) in charts.iter().zip(counts) {
             assert_eq!(svg.matches(what).count(), count, "{name}");

@@ -1,4 +1,5 @@
-//! Where the sections measure: the built program, the checkpoints it runs, and the commands that were run.
+//! Where the sections measure: the built program, the checkpoints it runs, and the commands that
+//! were run.
 
 use std::collections::HashSet;
 use std::path::{Path, PathBuf};
@@ -49,7 +50,8 @@ pub struct Lab {
     /// Cores that this process may use.
     pub cores: usize,
     program: PathBuf,
-    /// The launcher of MPI and the program built with it, or without both; `None` before anyone asked.
+    /// The launcher of MPI and the program built with it, or without both; `None` before anyone
+    /// asked.
     mpi: Option<Option<(Mpi, PathBuf)>>,
     cache: PathBuf,
     /// The commands since the last look, as a user would type them.
@@ -67,9 +69,13 @@ impl Lab {
 
     /// The same with a program that was built before.
     pub fn with(program: PathBuf, quick: bool) -> Result<Self> {
-        let release = program.parent().and_then(Path::parent).context("the program lies in no target folder")?;
+        let release = program
+            .parent()
+            .and_then(Path::parent)
+            .context("the program lies in no target folder")?;
         let cache = release.join("report");
-        std::fs::create_dir_all(&cache).with_context(|| format!("cannot make {}", cache.display()))?;
+        std::fs::create_dir_all(&cache)
+            .with_context(|| format!("cannot make {}", cache.display()))?;
         let cores = std::thread::available_parallelism().map_or(1, usize::from);
         Ok(Self { quick, cores, program, mpi: None, cache, commands: Vec::new() })
     }
@@ -77,7 +83,8 @@ impl Lab {
     /// A copy of a program that was just built.
     fn keep(&self, program: &Path, name: &str) -> Result<PathBuf> {
         let copy = self.cache.join(name);
-        std::fs::copy(program, &copy).with_context(|| format!("cannot copy {}", program.display()))?;
+        std::fs::copy(program, &copy)
+            .with_context(|| format!("cannot copy {}", program.display()))?;
         Ok(copy)
     }
 
@@ -85,8 +92,12 @@ impl Lab {
     pub fn has_mpi(&mut self) -> Result<bool> {
         if self.mpi.is_none() {
             let found = Mpi::from_parts(&Parts::find()).ok();
-            let built = found
-                .map(|mpi| Ok::<_, anyhow::Error>((self.keep(&launch::build_program(Some(&mpi))?, "qwen3-mpi")?, mpi)));
+            let built = found.map(|mpi| {
+                Ok::<_, anyhow::Error>((
+                    self.keep(&launch::build_program(Some(&mpi))?, "qwen3-mpi")?,
+                    mpi,
+                ))
+            });
             self.mpi = Some(built.transpose()?.map(|(program, mpi)| (mpi, program)));
         }
         Ok(matches!(self.mpi, Some(Some(_))))
@@ -99,7 +110,11 @@ impl Lab {
 
     /// A lab of its own, with the same checkpoints and a program that counts its allocations.
     pub fn counting(&mut self) -> Result<Lab> {
-        self.variant("qwen3-counting", &mut workspace::cargo(), &["--features", "count-allocations"])
+        self.variant(
+            "qwen3-counting",
+            &mut workspace::cargo(),
+            &["--features", "count-allocations"],
+        )
     }
 
     /// The same with a program that is compiled with the given `RUSTFLAGS`.
@@ -109,7 +124,8 @@ impl Lab {
     }
 
     fn variant(&mut self, name: &str, cargo: &mut Command, args: &[&str]) -> Result<Lab> {
-        let mpi = if self.has_mpi()? { self.mpi.clone().flatten().map(|(mpi, _)| mpi) } else { None };
+        let mpi =
+            if self.has_mpi()? { self.mpi.clone().flatten().map(|(mpi, _)| mpi) } else { None };
         let program = self.keep(&launch::build_with(mpi.as_ref(), cargo, args)?, name)?;
         let mpi = Some(mpi.map(|mpi| (mpi, program.clone())));
         Ok(Lab { program, mpi, cache: self.cache.clone(), commands: Vec::new(), ..*self })
@@ -125,7 +141,8 @@ impl Lab {
         self.cache.join(name).to_string_lossy().into_owned()
     }
 
-    /// A random checkpoint of a published shape, made at the first call and kept under the target folder.
+    /// A random checkpoint of a published shape, made at the first call and kept under the target
+    /// folder.
     pub fn synth(&mut self, preset: &str, layers: Option<usize>) -> Result<PathBuf> {
         let name = layers.map_or(preset.to_owned(), |layers| format!("{preset}-{layers}-layers"));
         let folder = self.cache.join(&name);
@@ -138,16 +155,19 @@ impl Lab {
             self.note(&args);
             return Ok(folder);
         }
-        // Written under another name first: an interrupted run leaves no half checkpoint under the right one.
+        // Written under another name first: an interrupted run leaves no half checkpoint under the
+        // right one.
         let unfinished = self.cache.join(format!("{name}.unfinished"));
         if unfinished.exists() {
-            std::fs::remove_dir_all(&unfinished).with_context(|| format!("cannot remove {}", unfinished.display()))?;
+            std::fs::remove_dir_all(&unfinished)
+                .with_context(|| format!("cannot remove {}", unfinished.display()))?;
         }
         let mut real = args.clone();
         let unfinished_path = unfinished.to_string_lossy().into_owned();
         *real.last_mut().expect("the folder is the last argument") = &unfinished_path;
         self.run(&real)?;
-        std::fs::rename(&unfinished, &folder).with_context(|| format!("cannot rename {}", unfinished.display()))?;
+        std::fs::rename(&unfinished, &folder)
+            .with_context(|| format!("cannot rename {}", unfinished.display()))?;
         self.note(&args);
         Ok(folder)
     }
@@ -174,7 +194,8 @@ impl Lab {
         parse(&self.answer(command.args(args), &name)?.stdout, args)
     }
 
-    /// Runs the program once to warm up and then `times` times: wall-clock seconds of each whole process, and what it printed.
+    /// Runs the program once to warm up and then `times` times: wall-clock seconds of each whole
+    /// process, and what it printed.
     pub fn timed(&mut self, args: &[&str], times: usize) -> Result<Vec<(f64, String)>> {
         self.note(args);
         self.run(args)?;
@@ -188,16 +209,22 @@ impl Lab {
 
     /// Builds an example of a crate, with MPI where there is one.
     pub fn example(&mut self, package: &str, name: &str) -> Result<PathBuf> {
-        let mpi = if self.has_mpi()? { self.mpi.clone().flatten().map(|(mpi, _)| mpi) } else { None };
+        let mpi =
+            if self.has_mpi()? { self.mpi.clone().flatten().map(|(mpi, _)| mpi) } else { None };
         let features = if mpi.is_some() { " --features mpi" } else { "" };
-        self.commands.push(format!("cargo build --release --package {package} --example {name}{features}"));
+        self.commands
+            .push(format!("cargo build --release --package {package} --example {name}{features}"));
         launch::build_example(mpi.as_ref(), package, name)
     }
 
-    /// What an example prints that takes the number of its threads, or runs on MPI ranks, each on a core of its own.
+    /// What an example prints that takes the number of its threads, or runs on MPI ranks, each on a
+    /// core of its own.
     pub fn example_on(&mut self, ranks: Ranks, example: &Path) -> Result<String> {
         let count = ranks.count().to_string();
-        let shown = format!("target/release/examples/{}", example.file_name().unwrap_or_default().to_string_lossy());
+        let shown = format!(
+            "target/release/examples/{}",
+            example.file_name().unwrap_or_default().to_string_lossy()
+        );
         let (mut command, line) = match (ranks, &self.mpi) {
             (Ranks::Threads(_), _) => (Command::new(example), format!("{shown} {count}")),
             (Ranks::Mpi(processes), Some(Some((mpi, _)))) => (
@@ -239,7 +266,8 @@ impl Lab {
 }
 
 fn parse(answer: &str, args: &[&str]) -> Result<Value> {
-    serde_json::from_str(answer).with_context(|| format!("qwen3 {} printed no JSON", args.join(" ")))
+    serde_json::from_str(answer)
+        .with_context(|| format!("qwen3 {} printed no JSON", args.join(" ")))
 }
 
 /// One result of a bench.
@@ -249,7 +277,8 @@ pub struct Measured {
     pub speed: f64,
     /// The share of the limit.
     pub share: f64,
-    /// That limit, as it was seen around the same repetitions: GFLOP/s of a prompt, GB/s of decoding.
+    /// That limit, as it was seen around the same repetitions: GFLOP/s of a prompt, GB/s of
+    /// decoding.
     pub limit: f64,
 }
 
@@ -257,7 +286,9 @@ impl Measured {
     /// Finds the result of `phase` with so many tokens (prefill) or after so many (decode).
     pub fn find(bench: &Value, phase: &str, length: usize) -> Option<Self> {
         let key = if phase == "prefill" { "tokens" } else { "depth" };
-        let wanted = |result: &&Value| result["phase"] == phase && result[key].as_u64() == Some(length as u64);
+        let wanted = |result: &&Value| {
+            result["phase"] == phase && result[key].as_u64() == Some(length as u64)
+        };
         let result = bench["results"].as_array()?.iter().find(wanted)?;
         let number = |name: &str| result[name].as_f64();
         let share = number("limit_share")?;
@@ -273,7 +304,8 @@ impl Measured {
 
 /// `"123 (0.87 of 210)"`: tokens a second, the share of the limit and that limit, or a dash.
 pub fn cell(measured: Option<Measured>) -> String {
-    let short = |value: f64| if value < 100.0 { format!("{value:.1}") } else { format!("{value:.0}") };
+    let short =
+        |value: f64| if value < 100.0 { format!("{value:.1}") } else { format!("{value:.0}") };
     measured.map_or("–".to_owned(), |Measured { speed, share, limit }| {
         format!("{} ({share:.2} of {})", short(speed), short(limit))
     })

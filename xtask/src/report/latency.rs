@@ -1,4 +1,5 @@
-//! Short times: a sum of two ranks of this machine, loading a checkpoint, and the way to the first token.
+//! Short times: a sum of two ranks of this machine, loading a checkpoint, and the way to the first
+//! token.
 
 use std::fmt::Write as _;
 
@@ -44,7 +45,8 @@ pub fn measure(lab: &mut Lab) -> Result<Section> {
     }
     let mut found = Vec::new();
     for ranks in places {
-        let answers: Result<Vec<_>> = (0..runs).map(|_| ways(&lab.example_on(ranks, &example)?)).collect();
+        let answers: Result<Vec<_>> =
+            (0..runs).map(|_| ways(&lab.example_on(ranks, &example)?)).collect();
         found.extend(middle(&answers?));
     }
     text.push_str(&sums(&found));
@@ -63,9 +65,23 @@ pub fn measure(lab: &mut Lab) -> Result<Section> {
 fn loading(lab: &mut Lab, times: usize) -> Result<Times> {
     let layers = lab.quick.then_some(4);
     let model = lab.synth("0.6b", layers)?.to_string_lossy().into_owned();
-    let args = ["generate", "--json", "--model", &model, "--weights", "bf16", "--tokens", "1", "--max-new-tokens", "1"];
-    let seconds: Result<_> =
-        lab.timed(&args, times)?.into_iter().map(|(whole, answer)| Ok(whole - prompt_seconds(&answer)?)).collect();
+    let args = [
+        "generate",
+        "--json",
+        "--model",
+        &model,
+        "--weights",
+        "bf16",
+        "--tokens",
+        "1",
+        "--max-new-tokens",
+        "1",
+    ];
+    let seconds: Result<_> = lab
+        .timed(&args, times)?
+        .into_iter()
+        .map(|(whole, answer)| Ok(whole - prompt_seconds(&answer)?))
+        .collect();
     let layers = layers.map_or(String::new(), |layers| format!(" with {layers} layers"));
     Ok(Times { what: format!("load 0.6b{layers}, bf16"), asked: 1.5, seconds: seconds? })
 }
@@ -73,7 +89,9 @@ fn loading(lab: &mut Lab, times: usize) -> Result<Times> {
 /// How long the prompt took by the program's own account.
 fn prompt_seconds(answer: &str) -> Result<f64> {
     let answer: Value = serde_json::from_str(answer).context("qwen3 generate printed no JSON")?;
-    let number = |name: &str| answer[name].as_f64().with_context(|| format!("qwen3 generate gave no {name}"));
+    let number = |name: &str| {
+        answer[name].as_f64().with_context(|| format!("qwen3 generate gave no {name}"))
+    };
     Ok(number("prompt_tokens")? / number("prefill_tokens_per_s")?)
 }
 
@@ -84,12 +102,14 @@ fn first_token(lab: &mut Lab, times: usize) -> Result<Times> {
     Ok(Times { what: "start to first token of `models/austen`".to_owned(), asked: 0.3, seconds })
 }
 
-/// The ways of a run that send f32. The example's table has a column of 10 for the bytes and one of 15 for each way.
+/// The ways of a run that send f32. The example's table has a column of 10 for the bytes and one of
+/// 15 for each way.
 fn ways(answer: &str) -> Result<Vec<Way>> {
     let cell = |line: &str, index: usize| -> Option<String> {
         Some(line.get(15 * index + 10..15 * index + 25)?.trim().to_owned())
     };
-    let mut lines = answer.lines().skip_while(|line| line.split_whitespace().next() != Some("bytes"));
+    let mut lines =
+        answer.lines().skip_while(|line| line.split_whitespace().next() != Some("bytes"));
     let head = lines.next().context("the example allreduce printed no table")?;
     let rows: Vec<&str> = lines.collect();
     let mut ways = Vec::new();
@@ -100,7 +120,10 @@ fn ways(answer: &str) -> Result<Vec<Way>> {
         let mut times = [0.0; BYTES.len()];
         for (bytes, time) in BYTES.iter().zip(&mut times) {
             let fits = |row: &&&str| row.split_whitespace().next() == Some(&bytes.to_string());
-            let row = rows.iter().find(fits).with_context(|| format!("allreduce has no row of {bytes} bytes"))?;
+            let row = rows
+                .iter()
+                .find(fits)
+                .with_context(|| format!("allreduce has no row of {bytes} bytes"))?;
             let found = cell(row, index).and_then(|text| text.parse().ok());
             *time = found.with_context(|| format!("allreduce has no time of {name} in: {row}"))?;
         }
@@ -129,10 +152,14 @@ fn sums(ways: &[Way]) -> String {
 }
 
 fn table(processes: &[Times]) -> String {
-    let mut out = String::from("| what | seconds | fastest | slowest | asked at most |\n|---|---|---|---|---|\n");
+    let mut out = String::from(
+        "| what | seconds | fastest | slowest | asked at most |\n|---|---|---|---|---|\n",
+    );
     for Times { what, asked, seconds } in processes {
-        let (least, most) = seconds.iter().fold((f64::INFINITY, 0.0), |(a, b), &s| (s.min(a), s.max(b)));
-        let _ = writeln!(out, "| {what} | {:.3} | {least:.3} | {most:.3} | {asked} |", median(seconds));
+        let (least, most) =
+            seconds.iter().fold((f64::INFINITY, 0.0), |(a, b), &s| (s.min(a), s.max(b)));
+        let _ =
+            writeln!(out, "| {what} | {:.3} | {least:.3} | {most:.3} | {asked} |", median(seconds));
     }
     out
 }
@@ -155,7 +182,11 @@ mod tests {
         let names: Vec<&str> = ways.iter().map(|way| way.name.as_str()).collect();
         assert_eq!(names, ["memory", "messages", "MPI_Allreduce"]);
         assert_eq!(ways[1].times, [2.17, 3.92, 320.32]);
-        assert!(sums(&ways).ends_with("| MPI_Allreduce | 4.00 | 5.00 | 600.0 |\n"), "{}", sums(&ways));
+        assert!(
+            sums(&ways).ends_with("| MPI_Allreduce | 4.00 | 5.00 | 600.0 |\n"),
+            "{}",
+            sums(&ways)
+        );
         let short = ANSWER.lines().take(4).collect::<Vec<_>>().join("\n");
         assert!(super::ways(&short).unwrap_err().to_string().contains("16384"));
         assert!(super::ways("").is_err());
@@ -163,7 +194,9 @@ mod tests {
 
     #[test]
     fn runs_have_their_median() {
-        let way = |time: f64| vec![Way { name: "threads".to_owned(), times: [time, 2.0 * time, 3.0 * time] }];
+        let way = |time: f64| {
+            vec![Way { name: "threads".to_owned(), times: [time, 2.0 * time, 3.0 * time] }]
+        };
         assert_eq!(middle(&[way(1.0), way(9.0), way(2.0)]), way(2.0));
     }
 
@@ -172,7 +205,8 @@ mod tests {
         let answer = r#"{"prompt_tokens":1,"ids":[7],"text":"","prefill_tokens_per_s":8.0,"decode_tokens_per_s":0.0}"#;
         assert_eq!(prompt_seconds(answer).unwrap(), 0.125);
         assert!(prompt_seconds("{}").is_err());
-        let table = table(&[Times { what: "load".to_owned(), asked: 1.5, seconds: vec![1.0, 3.0, 1.25] }]);
+        let table =
+            table(&[Times { what: "load".to_owned(), asked: 1.5, seconds: vec![1.0, 3.0, 1.25] }]);
         assert!(table.ends_with("| load | 1.250 | 1.000 | 3.000 | 1.5 |\n"), "{table}");
     }
 }

@@ -6,7 +6,8 @@ use std::path::Path;
 use std::process::Command;
 
 /// Instruction sets worth naming where a CPU has them.
-const FLAGS: [&str; 7] = ["avx2", "fma", "f16c", "avx_vnni", "avx512f", "avx512_vnni", "avx512_bf16"];
+const FLAGS: [&str; 7] =
+    ["avx2", "fma", "f16c", "avx_vnni", "avx512f", "avx512_vnni", "avx512_bf16"];
 
 /// The machine and the code of `commit`, as a table.
 pub fn describe(root: &Path, commit: &str) -> String {
@@ -44,8 +45,11 @@ fn has(cpuinfo: &str, flag: &str) -> bool {
 /// When and of what a part of the page was measured.
 pub fn moment(commit: &str, quick: bool) -> String {
     let cpuinfo = fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
-    let quick =
-        if quick { ", with `--quick`: it shows that the section works, not how fast the program is" } else { "" };
+    let quick = if quick {
+        ", with `--quick`: it shows that the section works, not how fast the program is"
+    } else {
+        ""
+    };
     format!("at commit {commit} on {}{quick}", processor(&cpuinfo))
 }
 
@@ -82,7 +86,8 @@ fn field<'a>(text: &'a str, name: &str) -> Option<&'a str> {
 
 fn processor(cpuinfo: &str) -> String {
     let cores = cpuinfo.lines().filter(|line| line.starts_with("processor")).count();
-    let mut out = format!("{}, {cores} logical cores", field(cpuinfo, "model name").unwrap_or("unknown"));
+    let mut out =
+        format!("{}, {cores} logical cores", field(cpuinfo, "model name").unwrap_or("unknown"));
     if let (Some(family), Some(model)) = (field(cpuinfo, "cpu family"), field(cpuinfo, "model")) {
         let _ = write!(out, ", family {family}, model {model}");
     }
@@ -97,23 +102,28 @@ fn flags(cpuinfo: &str) -> String {
 }
 
 fn caches(folder: &Path) -> String {
-    let read = |index: usize, name: &str| fs::read_to_string(folder.join(format!("index{index}/{name}"))).ok();
+    let read = |index: usize, name: &str| {
+        fs::read_to_string(folder.join(format!("index{index}/{name}"))).ok()
+    };
     let one = |index| {
         let (level, size) = (read(index, "level")?, read(index, "size")?);
-        (read(index, "type")?.trim() != "Instruction").then(|| format!("L{} {}", level.trim(), size.trim()))
+        (read(index, "type")?.trim() != "Instruction")
+            .then(|| format!("L{} {}", level.trim(), size.trim()))
     };
     (0..8).filter_map(one).collect::<Vec<_>>().join(", ")
 }
 
 fn memory(meminfo: &str) -> String {
-    let kib = field(meminfo, "MemTotal").and_then(|value| value.trim_end_matches("kB").trim().parse::<f64>().ok());
+    let kib = field(meminfo, "MemTotal")
+        .and_then(|value| value.trim_end_matches("kB").trim().parse::<f64>().ok());
     kib.map_or("unknown".to_owned(), |kib| format!("{:.1} GiB", kib / f64::from(1 << 20)))
 }
 
 /// The commit of the working tree, and whether that has changes beside it.
 pub fn commit(root: &Path) -> String {
     // Pages of earlier reports are not what is measured.
-    let status = ["status", "--porcelain", "--untracked-files=no", "--", ".", ":(exclude)docs/performance*"];
+    let status =
+        ["status", "--porcelain", "--untracked-files=no", "--", ".", ":(exclude)docs/performance*"];
     let changed = !first_line("git", &status, root).is_empty();
     let commit = first_line("git", &["log", "-1", "--format=%h, %cs"], root);
     if changed { format!("{commit}, with changes") } else { commit }
@@ -122,7 +132,9 @@ pub fn commit(root: &Path) -> String {
 /// The first line that a program prints, or nothing.
 fn first_line(program: &str, args: &[&str], folder: &Path) -> String {
     let output = Command::new(program).args(args).current_dir(folder).output();
-    let text = output.map(|output| String::from_utf8_lossy(&output.stdout).into_owned()).unwrap_or_default();
+    let text = output
+        .map(|output| String::from_utf8_lossy(&output.stdout).into_owned())
+        .unwrap_or_default();
     text.lines().next().unwrap_or_default().trim().to_owned()
 }
 
@@ -135,7 +147,10 @@ mod tests {
 
     #[test]
     fn the_processor_is_described_from_what_the_kernel_says() {
-        assert_eq!(processor(CPUINFO), "Some CPU, 2 logical cores, family 25, model 17, a virtual machine");
+        assert_eq!(
+            processor(CPUINFO),
+            "Some CPU, 2 logical cores, family 25, model 17, a virtual machine"
+        );
         assert_eq!(flags(CPUINFO), "avx2, fma");
         assert!(!all_of_avx512(CPUINFO));
         assert!(all_of_avx512("flags : avx512vl avx512bw avx2 avx512f avx512_vnni\n"));

@@ -1,4 +1,5 @@
-//! One machine, mixtures of experts: the shapes of 30B-A3B cut to a few layers, and the small ones of the tests.
+//! One machine, mixtures of experts: the shapes of 30B-A3B cut to a few layers, and the small ones
+//! of the tests.
 
 use std::fmt::Write as _;
 
@@ -22,9 +23,12 @@ pub fn measure(lab: &mut Lab) -> Result<Section> {
         for format in ["bf16", "q8", "q4"] {
             let (cores, lengths) = (lab.cores.to_string(), format!("{AFTER},{PROMPT}"));
             let (reps, gen_len) = if lab.quick { ("1", "8") } else { ("5", "64") };
-            let args = ["bench", "--json", "--model", &model, "--weights", format, "--threads", &cores];
-            let bench =
-                lab.json(&[&args[..], &["--prompt-len", &lengths, "--gen-len", gen_len, "--reps", reps]].concat())?;
+            let args =
+                ["bench", "--json", "--model", &model, "--weights", format, "--threads", &cores];
+            let bench = lab.json(
+                &[&args[..], &["--prompt-len", &lengths, "--gen-len", gen_len, "--reps", reps]]
+                    .concat(),
+            )?;
             rows.push((name.clone(), format, bench));
         }
     }
@@ -62,6 +66,9 @@ mod tests {
             {"phase": "decode", "tokens": 64, "depth": 128, "tokens_per_s": 50.0, "gb_per_s": 27.0, "limit_share": 0.9},
         ]});
         let table = table(&[("tiny-moe".to_owned(), "q4", bench)]);
-        assert!(table.ends_with("| tiny-moe | q4 | – | 300 (0.80 of 500) | 50.0 (0.90 of 30.0) |\n"), "{table}");
+        assert!(
+            table.ends_with("| tiny-moe | q4 | – | 300 (0.80 of 500) | 50.0 (0.90 of 30.0) |\n"),
+            "{table}"
+        );
     }
 }

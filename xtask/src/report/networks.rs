@@ -1,4 +1,5 @@
-//! Real TCP between network namespaces of this machine: what `cargo xtask netbench` measures, as a section.
+//! Real TCP between network namespaces of this machine: what `cargo xtask netbench` measures, as a
+//! section.
 
 use std::fmt::Write as _;
 
@@ -28,10 +29,14 @@ pub fn measure(lab: &mut Lab) -> Result<Section> {
 fn text(outcome: &Outcome, file: &str, quick: bool) -> Result<String> {
     match outcome {
         Outcome::Skipped(reason) => Ok(format!("Not measured on this machine: {reason}\n")),
-        Outcome::Failed(_) => bail!("netbench failed; what it had measured, if anything, is in {file}"),
+        Outcome::Failed(_) => {
+            bail!("netbench failed; what it had measured, if anything, is in {file}")
+        }
         Outcome::Done => {
-            let results = std::fs::read_to_string(file).with_context(|| format!("cannot read {file}"))?;
-            let found = serde_json::from_str(&results).with_context(|| format!("{file} is no JSON"))?;
+            let results =
+                std::fs::read_to_string(file).with_context(|| format!("cannot read {file}"))?;
+            let found =
+                serde_json::from_str(&results).with_context(|| format!("{file} is no JSON"))?;
             let extent = if quick { "--quick --gbit 1 " } else { "" };
             Ok(format!("{}\n```sh\ncargo xtask netbench {extent}--json FILE\n```\n", page(&found)))
         }
@@ -67,14 +72,20 @@ fn page(found: &Value) -> String {
             .find(|result| result["phase"] == phase)
             .map_or(f64::NAN, |result| number(&result["tokens_per_s"]))
     };
-    let _ = writeln!(out, "| – | 1 | – | – | – | {:.1} | – | {:.1} | – | 0 |", alone("prefill"), alone("decode"));
+    let _ = writeln!(
+        out,
+        "| – | 1 | – | – | – | {:.1} | – | {:.1} | – | 0 |",
+        alone("prefill"),
+        alone("decode")
+    );
     let mut ratios = [("prompts", Vec::new()), ("decoding", Vec::new())];
     for network in found["networks"].as_array().into_iter().flatten() {
         let link = &network["machine"]["between"];
         for run in network["runs"].as_array().into_iter().flatten() {
             let mut cells = Vec::new();
             for (phase, (_, ratios)) in ["prefill", "decode"].into_iter().zip(&mut ratios) {
-                let [measured, predicted] = ["tokens_per_s", "predicted"].map(|name| number(&run[phase][name]));
+                let [measured, predicted] =
+                    ["tokens_per_s", "predicted"].map(|name| number(&run[phase][name]));
                 ratios.push(measured / predicted);
                 cells.push(format!("{measured:.1} | {predicted:.1}"));
             }
@@ -96,7 +107,11 @@ fn page(found: &Value) -> String {
         let least = ratios.iter().copied().fold(f64::INFINITY, f64::min);
         format!("{least:.2} to {:.2} in {what}", ratios.iter().copied().fold(0.0, f64::max))
     };
-    let _ = writeln!(out, "\nMeasured over predicted: {}.", ratios.iter().map(range).collect::<Vec<_>>().join(", "));
+    let _ = writeln!(
+        out,
+        "\nMeasured over predicted: {}.",
+        ratios.iter().map(range).collect::<Vec<_>>().join(", ")
+    );
     out
 }
 
@@ -112,13 +127,22 @@ mod tests {
     fn only_a_machine_without_clusters_has_no_figures() {
         let folder = tempfile::tempdir().unwrap();
         let file = folder.path().join("x.json").to_string_lossy().into_owned();
-        let skipped = text(&Outcome::Skipped("not installed: tc".to_owned()), &file, false).unwrap();
+        let skipped =
+            text(&Outcome::Skipped("not installed: tc".to_owned()), &file, false).unwrap();
         assert_eq!(skipped, "Not measured on this machine: not installed: tc\n");
         assert!(text(&Outcome::Done, &file, false).is_err(), "there are no results");
         std::fs::write(&file, "{}").unwrap();
         assert!(text(&Outcome::Failed(ExitCode::FAILURE), &file, false).is_err());
-        assert!(text(&Outcome::Done, &file, false).unwrap().contains("\ncargo xtask netbench --json FILE\n"));
-        assert!(text(&Outcome::Done, &file, true).unwrap().contains(" netbench --quick --gbit 1 --json FILE\n"));
+        assert!(
+            text(&Outcome::Done, &file, false)
+                .unwrap()
+                .contains("\ncargo xtask netbench --json FILE\n")
+        );
+        assert!(
+            text(&Outcome::Done, &file, true)
+                .unwrap()
+                .contains(" netbench --quick --gbit 1 --json FILE\n")
+        );
     }
 
     #[test]
@@ -131,10 +155,15 @@ mod tests {
             "networks": [{"gbit": 1.0, "ranks": 2, "machine": {"between": {"alpha_us": 20.0, "beta_gb_s": 0.11}}, "runs": [run]}],
         }));
         let row = "| 1.0 | 2 | 20.0 µs, 0.110 GB/s | heads | bf16 | 90.0 | 100.0 | 20.0 | 25.0 | 114688 |\n";
-        assert!(page.contains(row) && page.contains("no netem") && page.contains("2 cores"), "{page}");
+        assert!(
+            page.contains(row) && page.contains("no netem") && page.contains("2 cores"),
+            "{page}"
+        );
         assert!(page.contains("| – | 1 | – | – | – | 60.0 | – | 15.0 | – | 0 |\n"), "{page}");
         assert!(
-            page.ends_with("Measured over predicted: 0.90 to 0.90 in prompts, 0.80 to 0.80 in decoding.\n"),
+            page.ends_with(
+                "Measured over predicted: 0.90 to 0.90 in prompts, 0.80 to 0.80 in decoding.\n"
+            ),
             "{page}"
         );
     }

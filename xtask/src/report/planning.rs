@@ -49,12 +49,21 @@ impl Layout {
     }
 
     /// The plan of one strategy, with further options.
-    pub fn plan(&self, lab: &mut Lab, model: &str, strategy: &str, options: &[&str]) -> Result<Value> {
+    pub fn plan(
+        &self,
+        lab: &mut Lab,
+        model: &str,
+        strategy: &str,
+        options: &[&str],
+    ) -> Result<Value> {
         let ranks = self.ranks.count().to_string();
-        let args = ["plan", "--json", "--model", model, "--ranks", &ranks, "--threads", &self.threads];
+        let args =
+            ["plan", "--json", "--model", model, "--ranks", &ranks, "--threads", &self.threads];
         let plan = lab.json(&[&args[..], &["--calibration", &self.file], options].concat())?;
         let mut ways = plan["ways"].as_array().into_iter().flatten();
-        ways.find(|way| way["strategy"] == strategy).cloned().with_context(|| format!("the plan has no way {strategy}"))
+        ways.find(|way| way["strategy"] == strategy)
+            .cloned()
+            .with_context(|| format!("the plan has no way {strategy}"))
     }
 
     /// A bench with further options.
@@ -84,16 +93,30 @@ struct Work<'a> {
 pub fn measure(lab: &mut Lab) -> Result<Section> {
     let quick = lab.quick;
     let dense = lab.synth("0.6b", quick.then_some(4))?.to_string_lossy().into_owned();
-    let sparse = lab.synth("30b-a3b", Some(if quick { 1 } else { 2 }))?.to_string_lossy().into_owned();
+    let sparse =
+        lab.synth("30b-a3b", Some(if quick { 1 } else { 2 }))?.to_string_lossy().into_owned();
     let (prompts, depths) = if quick { ("64,128", "128") } else { ("128,512", "128") };
     let (reps, gen_len) = if quick { ("1", 16) } else { ("3", 64) };
     let formats: &[_] = if quick { &["q4"] } else { &["bf16", "q8", "q4"] };
-    let short = Work { name: "0.6b", model: &dense, formats, strategies: &["heads"], prompts, depths, reps, gen_len };
+    let short = Work {
+        name: "0.6b",
+        model: &dense,
+        formats,
+        strategies: &["heads"],
+        prompts,
+        depths,
+        reps,
+        gen_len,
+    };
     let both = Work { strategies: &["heads", "sequence"], ..short };
-    let long = Work { formats: &["bf16", "q4"], prompts: "4096", depths: "4096", reps: "1", ..short };
+    let long =
+        Work { formats: &["bf16", "q4"], prompts: "4096", depths: "4096", reps: "1", ..short };
     let moe = Work { name: "30b-a3b, 2 layers", model: &sparse, formats: &["bf16", "q4"], ..short };
     let cores = lab.cores;
-    let mut plans = vec![(Ranks::Threads(1), cores, vec![&short, &moe]), (Ranks::Threads(cores), 1, vec![&both])];
+    let mut plans = vec![
+        (Ranks::Threads(1), cores, vec![&short, &moe]),
+        (Ranks::Threads(cores), 1, vec![&both]),
+    ];
     if lab.has_mpi()? {
         plans.push((Ranks::Mpi(cores), 1, vec![&both]));
     }
@@ -104,7 +127,8 @@ pub fn measure(lab: &mut Lab) -> Result<Section> {
     let mut rows = Vec::new();
     for (ranks, threads, works) in plans {
         for work in works {
-            // Memory of a virtual machine changes within minutes: each piece of work has its own calibration.
+            // Memory of a virtual machine changes within minutes: each piece of work has its own
+            // calibration.
             let layout = Layout::calibrate(lab, ranks, threads)?;
             compare(lab, &layout, work, &mut rows)?;
         }
@@ -123,7 +147,8 @@ fn compare(lab: &mut Lab, layout: &Layout, work: &Work<'_>, rows: &mut Vec<Row>)
     let gen_len = work.gen_len.to_string();
     for &strategy in work.strategies {
         for &format in work.formats {
-            let options = ["--weights", format, "--strategy", strategy, "--prompt-len", work.prompts];
+            let options =
+                ["--weights", format, "--strategy", strategy, "--prompt-len", work.prompts];
             let extent = ["--depth", work.depths, "--gen-len", &gen_len, "--reps", work.reps];
             let bench = layout.bench(lab, work.model, &[&options[..], &extent].concat())?;
             for result in bench["results"].as_array().into_iter().flatten() {
@@ -132,7 +157,11 @@ fn compare(lab: &mut Lab, layout: &Layout, work: &Work<'_>, rows: &mut Vec<Row>)
                 let (prompt, answer) = (length.to_string(), if decode { &*gen_len } else { "1" });
                 let options = ["--weights", format, "--prompt", &prompt, "--generate", answer];
                 let way = layout.plan(lab, work.model, strategy, &options)?;
-                let what = if decode { format!("decode after {length}") } else { format!("prompt {length}") };
+                let what = if decode {
+                    format!("decode after {length}")
+                } else {
+                    format!("prompt {length}")
+                };
                 let speed = |object: &Value| object["tokens_per_s"].as_f64().context("no speed");
                 rows.push(Row {
                     model: work.name.to_owned(),
@@ -195,7 +224,9 @@ mod tests {
         };
         let rows = [row(110.0, 100.0), row(95.0, 100.0), row(70.0, 100.0)];
         assert!(
-            table(&rows).ends_with("| 0.6b | 2 MPI ranks x 1 | heads | q4 | prompt 512 | 70.0 | 100.0 | -30.0 % |\n"),
+            table(&rows).ends_with(
+                "| 0.6b | 2 MPI ranks x 1 | heads | q4 | prompt 512 | 70.0 | 100.0 | -30.0 % |\n"
+            ),
             "{}",
             table(&rows)
         );

@@ -1,4 +1,5 @@
-//! Strong scaling on one machine: the same model on more and more ranks of one thread, as threads and as MPI processes.
+//! Strong scaling on one machine: the same model on more and more ranks of one thread, as threads
+//! and as MPI processes.
 
 use std::fmt::Write as _;
 
@@ -21,7 +22,8 @@ struct Row {
 
 /// Measures the section.
 pub fn measure(lab: &mut Lab) -> Result<Section> {
-    let (layers, prompt, reps, gen_len) = if lab.quick { (Some(4), 128, "1", "8") } else { (None, 512, "3", "64") };
+    let (layers, prompt, reps, gen_len) =
+        if lab.quick { (Some(4), 128, "1", "8") } else { (None, 512, "3", "64") };
     let model = lab.synth("0.6b", layers)?.to_string_lossy().into_owned();
     let cores = lab.cores;
     let counts: Vec<usize> = COUNTS.into_iter().filter(|count| *count <= cores).collect();
@@ -34,7 +36,8 @@ pub fn measure(lab: &mut Lab) -> Result<Section> {
     let mut rows = Vec::new();
     for format in FORMATS {
         for &ranks in &places {
-            let args = ["bench", "--json", "--model", &model, "--weights", format, "--threads", "1"];
+            let args =
+                ["bench", "--json", "--model", &model, "--weights", format, "--threads", "1"];
             let what = [
                 "--strategy",
                 "heads",
@@ -48,8 +51,8 @@ pub fn measure(lab: &mut Lab) -> Result<Section> {
                 reps,
             ];
             let bench = lab.json_on(ranks, &[&args[..], &what].concat())?;
-            let [prompt, decode] =
-                [("prefill", prompt), ("decode", AFTER)].map(|(phase, length)| Measured::find(&bench, phase, length));
+            let [prompt, decode] = [("prefill", prompt), ("decode", AFTER)]
+                .map(|(phase, length)| Measured::find(&bench, phase, length));
             rows.push(Row { ranks, format, prompt, decode });
         }
     }
@@ -58,7 +61,8 @@ pub fn measure(lab: &mut Lab) -> Result<Section> {
          ranks; then the speed over that of one rank. Decode is limited by memory, which the ranks share.\n\n"
     );
     if cores < COUNTS[COUNTS.len() - 1] {
-        let _ = writeln!(text, "More ranks than the {cores} cores of this machine are not measured.\n");
+        let _ =
+            writeln!(text, "More ranks than the {cores} cores of this machine are not measured.\n");
     }
     if !lab.has_mpi()? {
         text.push_str("There is no MPI on this machine.\n\n");
@@ -69,8 +73,9 @@ pub fn measure(lab: &mut Lab) -> Result<Section> {
 }
 
 fn table(rows: &[Row]) -> String {
-    let mut out =
-        String::from("| weights | ranks | prompt | speed-up | decode | speed-up |\n|---|---|---|---|---|---|\n");
+    let mut out = String::from(
+        "| weights | ranks | prompt | speed-up | decode | speed-up |\n|---|---|---|---|---|---|\n",
+    );
     for row in rows {
         let one = rows.iter().find(|one| one.format == row.format && one.ranks.count() == 1);
         let gain = |pick: fn(&Row) -> Option<Measured>| {
@@ -107,13 +112,20 @@ mod tests {
         ];
         let table = table(&rows);
         assert!(
-            table.contains("| bf16 | 1 rank | 100 (0.50 of 30.0) | 1.00 | 10.0 (0.50 of 30.0) | 1.00 |"),
+            table.contains(
+                "| bf16 | 1 rank | 100 (0.50 of 30.0) | 1.00 | 10.0 (0.50 of 30.0) | 1.00 |"
+            ),
             "{table}"
         );
         assert!(
-            table.contains("| bf16 | 2 MPI ranks | 190 (0.50 of 30.0) | 1.90 | 19.0 (0.50 of 30.0) | 1.90 |"),
+            table.contains(
+                "| bf16 | 2 MPI ranks | 190 (0.50 of 30.0) | 1.90 | 19.0 (0.50 of 30.0) | 1.90 |"
+            ),
             "{table}"
         );
-        assert!(table.contains("| q4 | 2 ranks in one process | 50.0 (0.50 of 30.0) | – |"), "{table}");
+        assert!(
+            table.contains("| q4 | 2 ranks in one process | 50.0 (0.50 of 30.0) | – |"),
+            "{table}"
+        );
     }
 }

@@ -1,4 +1,5 @@
-//! The same cores as one rank with threads, as ranks of one process and as MPI ranks: a part of the section on a dense model.
+//! The same cores as one rank with threads, as ranks of one process and as MPI ranks: a part of the
+//! section on a dense model.
 
 use std::fmt::Write as _;
 
@@ -39,7 +40,10 @@ pub fn measure(lab: &mut Lab, model: &str, formats: &[&str], extent: &Extent) ->
     if splits.len() < 3 {
         out.push_str("There is no MPI on this machine.\n\n");
     }
-    let _ = writeln!(out, "| weights | split | prompt {prompt} | ratio | decode after {after} | ratio |");
+    let _ = writeln!(
+        out,
+        "| weights | split | prompt {prompt} | ratio | decode after {after} | ratio |"
+    );
     out.push_str("|---|---|---|---|---|---|\n");
     for format in formats {
         let mut rounds = Vec::new();
@@ -53,10 +57,37 @@ pub fn measure(lab: &mut Lab, model: &str, formats: &[&str], extent: &Extent) ->
     Ok(out)
 }
 
-fn bench(lab: &mut Lab, model: &str, format: &str, (ranks, threads): Split, extent: &Extent) -> Result<Speeds> {
-    let (threads, prompt, after) = (threads.to_string(), extent.prompt.to_string(), extent.after.to_string());
-    let args = ["bench", "--json", "--model", model, "--weights", format, "--threads", &threads, "--strategy", "heads"];
-    let what = ["--prompt-len", &prompt, "--depth", &after, "--gen-len", extent.gen_len, "--reps", extent.reps];
+fn bench(
+    lab: &mut Lab,
+    model: &str,
+    format: &str,
+    (ranks, threads): Split,
+    extent: &Extent,
+) -> Result<Speeds> {
+    let (threads, prompt, after) =
+        (threads.to_string(), extent.prompt.to_string(), extent.after.to_string());
+    let args = [
+        "bench",
+        "--json",
+        "--model",
+        model,
+        "--weights",
+        format,
+        "--threads",
+        &threads,
+        "--strategy",
+        "heads",
+    ];
+    let what = [
+        "--prompt-len",
+        &prompt,
+        "--depth",
+        &after,
+        "--gen-len",
+        extent.gen_len,
+        "--reps",
+        extent.reps,
+    ];
     let bench = lab.json_on(ranks, &[&args[..], &what].concat())?;
     Ok([("prefill", extent.prompt), ("decode", extent.after)]
         .map(|(phase, length)| Measured::find(&bench, phase, length)))
@@ -67,11 +98,17 @@ fn rows(format: &str, splits: &[Split], rounds: &[Vec<Speeds>]) -> String {
     for (index, (ranks, threads)) in splits.iter().enumerate() {
         let _ = write!(out, "| {format} | {} x {threads} |", ranks.name());
         for phase in 0..2 {
-            let mut turns: Vec<Measured> = rounds.iter().filter_map(|round| round[index][phase]).collect();
+            let mut turns: Vec<Measured> =
+                rounds.iter().filter_map(|round| round[index][phase]).collect();
             turns.sort_by(|a, b| a.speed.total_cmp(&b.speed));
-            let ratio = |round: &Vec<Speeds>| Some(round[index][phase]?.speed / round[0][phase]?.speed);
+            let ratio =
+                |round: &Vec<Speeds>| Some(round[index][phase]?.speed / round[0][phase]?.speed);
             let ratios: Vec<f64> = rounds.iter().filter_map(ratio).collect();
-            let ratio = if ratios.is_empty() { "–".to_owned() } else { format!("{:.2}", median(&ratios)) };
+            let ratio = if ratios.is_empty() {
+                "–".to_owned()
+            } else {
+                format!("{:.2}", median(&ratios))
+            };
             let _ = write!(out, " {} | {ratio} |", cell(turns.get(turns.len() / 2).copied()));
         }
         out.push('\n');

@@ -5,6 +5,7 @@ use std::path::{Component, Path, PathBuf};
 
 use anyhow::Result;
 
+use super::sources::MAX_COLUMNS;
 use super::{Finding, has_extension, read};
 use crate::workspace::Package;
 
@@ -34,7 +35,9 @@ pub fn check(root: &Path, files: &[PathBuf], packages: &[Package]) -> Result<Vec
         }
         let text = read(root, &file)?;
         for package in packages {
-            let named = text.split('`').any(|code| code == package.name || code == format!("crates/{}", package.name));
+            let named = text
+                .split('`')
+                .any(|code| code == package.name || code == format!("crates/{}", package.name));
             if !named && package.folder.starts_with(root.join("crates")) {
                 let text = format!("does not name the crate `{}`", package.name);
                 findings.push(Finding { file: file.clone(), line: 0, text });
@@ -64,10 +67,17 @@ impl Page<'_> {
                 continue;
             }
             let mut note = |text: Option<String>| wrong.extend(text.map(|text| (number, text)));
-            let codes: Vec<&str> = if fenced { vec![line] } else { line.split('`').skip(1).step_by(2).collect() };
+            let prose = !fenced && !line.trim_start().starts_with('|') && !line.contains("](");
+            if prose && line.chars().count() > MAX_COLUMNS {
+                note(Some(format!("a line of more than {MAX_COLUMNS} characters")));
+            }
+            let codes: Vec<&str> =
+                if fenced { vec![line] } else { line.split('`').skip(1).step_by(2).collect() };
             for code in codes {
-                let words: Vec<&str> =
-                    code.split([' ', '\t', '(', ')', '"', ';', '=']).filter(|w| !w.is_empty()).collect();
+                let words: Vec<&str> = code
+                    .split([' ', '\t', '(', ')', '"', ';', '='])
+                    .filter(|w| !w.is_empty())
+                    .collect();
                 for word in &words {
                     note(self.path(word));
                 }
@@ -79,33 +89,50 @@ impl Page<'_> {
                     note(self.link(target));
                 }
                 // In a table headed "crate", the first column names crates.
-                let first = line.trim().strip_prefix('|').and_then(|rest| rest.split('|').next()).map(str::trim);
+                let first = line
+                    .trim()
+                    .strip_prefix('|')
+                    .and_then(|rest| rest.split('|').next())
+                    .map(str::trim);
                 crate_table = first.is_some_and(|cell| crate_table || cell == "crate");
-                if let Some(name) =
-                    first.filter(|_| crate_table).and_then(|cell| cell.strip_prefix('`')?.split('`').next())
+                if let Some(name) = first
+                    .filter(|_| crate_table)
+                    .and_then(|cell| cell.strip_prefix('`')?.split('`').next())
                 {
-                    note((!self.is_package(name)).then(|| format!("`{name}` is no crate of the workspace")));
+                    note(
+                        (!self.is_package(name))
+                            .then(|| format!("`{name}` is no crate of the workspace")),
+                    );
                 }
             }
         }
-        wrong.into_iter().map(|(line, text)| Finding { file: self.file.to_path_buf(), line, text }).collect()
+        wrong
+            .into_iter()
+            .map(|(line, text)| Finding { file: self.file.to_path_buf(), line, text })
+            .collect()
     }
 
     fn is_package(&self, name: &str) -> bool {
         self.packages.iter().any(|package| package.name == name)
     }
 
-    /// A word that begins like a path of the repository (or, in a crate's README, of the crate) must be one.
+    /// A word that begins like a path of the repository (or, in a crate's README, of the crate)
+    /// must be one.
     fn path(&self, word: &str) -> Option<String> {
         let word = word.trim_end_matches([',', '.', ':', '/']);
         // Patterns and placeholders are no paths.
         if word.contains(['*', '<', '>', '{', '$', '…', '[']) || word.contains("...") {
             return None;
         }
-        let own = self.file.parent().filter(|folder| folder.starts_with("crates") && folder.iter().count() == 2);
+        let own = self
+            .file
+            .parent()
+            .filter(|folder| folder.starts_with("crates") && folder.iter().count() == 2);
         let path = if ROOTS.iter().any(|root| word.starts_with(root)) {
             PathBuf::from(word)
-        } else if let Some(folder) = own.filter(|_| CRATE_ROOTS.iter().any(|root| word.starts_with(root))) {
+        } else if let Some(folder) =
+            own.filter(|_| CRATE_ROOTS.iter().any(|root| word.starts_with(root)))
+        {
             folder.join(word)
         } else {
             return None;
@@ -123,11 +150,12 @@ impl Page<'_> {
     fn package(&self, words: &[&str]) -> Option<String> {
         let cargo = words.iter().position(|word| *word == "cargo")?;
         // After the dashes come a program's own arguments.
-        let own = words[cargo..].iter().take_while(|word| **word != "--").copied().collect::<Vec<_>>();
+        let own =
+            words[cargo..].iter().take_while(|word| **word != "--").copied().collect::<Vec<_>>();
         let at = own.iter().position(|word| ["-p", "--package"].contains(word))?;
-        let name = own
-            .get(at + 1)
-            .filter(|name| name.chars().all(|c| c.is_ascii_lowercase() || c.is_ascii_digit() || c == '-'))?;
+        let name = own.get(at + 1).filter(|name| {
+            name.chars().all(|c| c.is_ascii_lowercase() || c.is_ascii_digit() || c == '-')
+        })?;
         (!self.is_package(name)).then(|| format!("{name} is no crate of the workspace"))
     }
 
@@ -135,15 +163,17 @@ impl Page<'_> {
     fn command(&self, words: &[&str]) -> Option<String> {
         let at = words.windows(2).position(|pair| pair == ["cargo", "xtask"])?;
         let name = words.get(at + 2)?.trim_end_matches([',', '.', ':']);
-        let plain =
-            !name.is_empty() && name.chars().all(|c| c.is_ascii_lowercase() || c == '-') && !name.starts_with('-');
+        let plain = !name.is_empty()
+            && name.chars().all(|c| c.is_ascii_lowercase() || c == '-')
+            && !name.starts_with('-');
         (plain && !self.commands.iter().any(|command| command == name))
             .then(|| format!("cargo xtask {name} is no command"))
     }
 
     /// A relative link must lead to a file or folder.
     fn link(&self, target: &str) -> Option<String> {
-        let path = target.split('#').next().filter(|path| !path.is_empty() && !path.contains(':'))?;
+        let path =
+            target.split('#').next().filter(|path| !path.is_empty() && !path.contains(':'))?;
         let folder = self.file.parent().unwrap_or(Path::new(""));
         let Some(path) = normalized(&folder.join(path)) else {
             return Some(format!("the link to {target} leaves the repository"));
@@ -186,9 +216,27 @@ mod tests {
 
     #[test]
     fn paths_that_do_not_exist() {
-        assert_eq!(readme("See `crates/comm/src/gone.rs`."), "README.md:3: there is no crates/comm/src/gone.rs");
-        assert_eq!(readme("```sh\nqwen3 chat --model models/gone\n```"), "README.md:4: there is no models/gone");
-        assert_eq!(readme("See `crates/comm/src/lib.rs`, `crates/ops/`, `crates/*/README.md`, `models/<name>`."), "");
+        assert_eq!(
+            readme("See `crates/comm/src/gone.rs`."),
+            "README.md:3: there is no crates/comm/src/gone.rs"
+        );
+        assert_eq!(
+            readme("```sh\nqwen3 chat --model models/gone\n```"),
+            "README.md:4: there is no models/gone"
+        );
+        assert_eq!(
+            readme(
+                "See `crates/comm/src/lib.rs`, `crates/ops/`, `crates/*/README.md`, `models/<name>`."
+            ),
+            ""
+        );
+    }
+
+    #[test]
+    fn the_width_of_prose() {
+        let wide = "word ".repeat(30);
+        assert!(readme(&wide).contains("README.md:3: a line of more than 100 characters"));
+        assert_eq!(readme(&format!("| {wide} |\n\n```\n{wide}\n```")), "");
     }
 
     #[test]
@@ -198,7 +246,10 @@ mod tests {
             "README.md:3: the link leads to docs/gone.md, which does not exist"
         );
         assert!(readme("[a](../elsewhere.md)").contains("leaves the repository"));
-        assert_eq!(readme("[a](docs/architecture.md#map) [b](https://example.org/x) [c](#here)"), "");
+        assert_eq!(
+            readme("[a](docs/architecture.md#map) [b](https://example.org/x) [c](#here)"),
+            ""
+        );
     }
 
     #[test]
@@ -207,25 +258,41 @@ mod tests {
             readme("| crate | what |\n|---|---|\n| `comm` | x |\n| `gone` | y |"),
             "README.md:6: `gone` is no crate of the workspace"
         );
-        assert_eq!(readme("Run `cargo test -p gone`."), "README.md:3: gone is no crate of the workspace");
+        assert_eq!(
+            readme("Run `cargo test -p gone`."),
+            "README.md:3: gone is no crate of the workspace"
+        );
         assert_eq!(readme("Run `cargo test -p comm -- -p gone`, or `cargo test -p CRATE`."), "");
     }
 
     #[test]
     fn crates_that_are_not_named() {
-        assert_eq!(findings(&[("README.md", "Only `comm`.\n")]), "README.md: does not name the crate `ops`");
+        assert_eq!(
+            findings(&[("README.md", "Only `comm`.\n")]),
+            "README.md: does not name the crate `ops`"
+        );
     }
 
     #[test]
     fn commands_that_do_not_exist() {
-        assert_eq!(readme("Run `cargo xtask gone`."), "README.md:3: cargo xtask gone is no command");
-        assert_eq!(readme("```\ncargo xtask gone --now\n```"), "README.md:4: cargo xtask gone is no command");
-        assert_eq!(readme("Run `cargo xtask mpi-test`, `cargo xtask`, or `cargo xtask COMMAND`."), "");
+        assert_eq!(
+            readme("Run `cargo xtask gone`."),
+            "README.md:3: cargo xtask gone is no command"
+        );
+        assert_eq!(
+            readme("```\ncargo xtask gone --now\n```"),
+            "README.md:4: cargo xtask gone is no command"
+        );
+        assert_eq!(
+            readme("Run `cargo xtask mpi-test`, `cargo xtask`, or `cargo xtask COMMAND`."),
+            ""
+        );
     }
 
     #[test]
     fn a_crate_s_readme_names_its_own_files() {
-        let text = findings(&[("crates/comm/README.md", "See `src/lib.rs` and `examples/gone.rs`.\n")]);
+        let text =
+            findings(&[("crates/comm/README.md", "See `src/lib.rs` and `examples/gone.rs`.\n")]);
         assert_eq!(text, "crates/comm/README.md:1: there is no crates/comm/examples/gone.rs");
     }
 }

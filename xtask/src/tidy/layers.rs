@@ -20,7 +20,8 @@ const MAY_USE: [(&str, &[&str]); 7] = [
 /// Packages that measure; they may use every crate, and no one may use them.
 const BENCHES: &str = "benches";
 
-/// Checks every dependency between packages of the workspace, and that each crate has a README and the workspace's lints.
+/// Checks every dependency between packages of the workspace, and that each crate has a README and
+/// the workspace's lints.
 pub fn check(root: &Path, packages: &[Package]) -> Vec<Finding> {
     let mut findings = Vec::new();
     for package in packages {
@@ -41,7 +42,10 @@ pub fn check(root: &Path, packages: &[Package]) -> Vec<Finding> {
         // The lints, among which is the one that refuses unsafe code.
         let manifest = fs::read_to_string(package.folder.join("Cargo.toml")).unwrap_or_default();
         if !manifest.contains("[lints]\nworkspace = true\n") {
-            find(format!("{} has not the workspace's lints: [lints] workspace = true", package.name));
+            find(format!(
+                "{} has not the workspace's lints: [lints] workspace = true",
+                package.name
+            ));
         }
         for dependency in &package.dependencies {
             let name = dependency.name.as_str();
@@ -52,7 +56,8 @@ pub fn check(root: &Path, packages: &[Package]) -> Vec<Finding> {
                 find(format!("{} uses {name}, which nothing may use", package.name));
             } else if let Some((_, allowed)) = rule
                 && !allowed.contains(&name)
-                // Tests above the leaves may reach further down, e.g. to build inputs; leaves stay alone in tests too.
+                // Tests above the leaves may reach further down, e.g. to build inputs; leaves stay
+                // alone in tests too.
                 && !(dependency.dev && is_below(name, &package.name) && !allowed.is_empty())
             {
                 find(format!("{} may not use {name}, only: {}", package.name, list(allowed)));
@@ -78,15 +83,29 @@ mod tests {
     #[test]
     fn a_leaf_that_uses_a_leaf() {
         let kernels = ("crates/simd-kernels/Cargo.toml", &*manifest("simd-kernels"));
-        let rest = [("crates/simd-kernels/src/lib.rs", "//! K.\n"), ("crates/simd-kernels/README.md", "K\n")];
-        let documents =
-            [("README.md", "`comm` `ops` `simd-kernels`\n"), ("docs/architecture.md", "`comm` `ops` `simd-kernels`\n")];
+        let rest = [
+            ("crates/simd-kernels/src/lib.rs", "//! K.\n"),
+            ("crates/simd-kernels/README.md", "K\n"),
+        ];
+        let documents = [
+            ("README.md", "`comm` `ops` `simd-kernels`\n"),
+            ("docs/architecture.md", "`comm` `ops` `simd-kernels`\n"),
+        ];
         for section in ["dependencies", "dev-dependencies", "build-dependencies"] {
-            let comm = manifest("comm") + &format!("[{section}]\nsimd-kernels.path = \"../simd-kernels\"\n");
-            let changes = [kernels, rest[0], rest[1], documents[0], documents[1], ("crates/comm/Cargo.toml", &*comm)];
+            let comm = manifest("comm")
+                + &format!("[{section}]\nsimd-kernels.path = \"../simd-kernels\"\n");
+            let changes = [
+                kernels,
+                rest[0],
+                rest[1],
+                documents[0],
+                documents[1],
+                ("crates/comm/Cargo.toml", &*comm),
+            ];
             let text = findings(&changes);
             assert_eq!(
-                text, "crates/comm/Cargo.toml: comm may not use simd-kernels, only: no crate of the workspace",
+                text,
+                "crates/comm/Cargo.toml: comm may not use simd-kernels, only: no crate of the workspace",
                 "{section}"
             );
         }
@@ -95,7 +114,10 @@ mod tests {
     #[test]
     fn a_crate_without_the_lints() {
         let comm = manifest("comm").replace("workspace = true", "");
-        assert!(findings(&[("crates/comm/Cargo.toml", &comm)]).contains("comm has not the workspace's lints"));
+        assert!(
+            findings(&[("crates/comm/Cargo.toml", &comm)])
+                .contains("comm has not the workspace's lints")
+        );
     }
 
     #[test]

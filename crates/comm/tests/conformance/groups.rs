@@ -99,7 +99,11 @@ fn ledger(comm: &dyn Communicator) {
     let part = comm.split(0, rank).unwrap();
     part.barrier().unwrap();
     ledger.set_phase(Phase::Other);
-    let lines: Vec<_> = ledger.entries().iter().map(|e| (e.phase, e.collective, e.calls, e.payload_bytes)).collect();
+    let lines: Vec<_> = ledger
+        .entries()
+        .iter()
+        .map(|e| (e.phase, e.collective, e.calls, e.payload_bytes))
+        .collect();
     let gathered = |bytes: usize| (size * bytes) as u64;
     let expected = [
         (Phase::Load, Collective::Barrier, 1, 0),
@@ -126,7 +130,12 @@ fn ledger(comm: &dyn Communicator) {
     let entry = ledger.entries()[0];
     assert_eq!(entry.collective, Collective::Allreduce);
     let waited_long = entry.wait_seconds > late.as_secs_f64() / 2.0;
-    assert_eq!(waited_long, rank != size - 1, "rank {rank} of {size} waited {} s", entry.wait_seconds);
+    assert_eq!(
+        waited_long,
+        rank != size - 1,
+        "rank {rank} of {size} waited {} s",
+        entry.wait_seconds
+    );
 }
 
 fn in_a_row(comm: &dyn Communicator) {
@@ -143,12 +152,18 @@ fn in_a_row(comm: &dyn Communicator) {
                 let mut buf: Vec<f32> = (0..len).map(|i| (i % 100 + rank) as f32).collect();
                 comm.all_reduce(&mut buf, ReduceOp::Sum).unwrap();
                 let ranks = size * (size - 1) / 2;
-                assert!((0..len).all(|i| buf[i] == (i % 100 * size + ranks) as f32), "round {round}");
+                assert!(
+                    (0..len).all(|i| buf[i] == (i % 100 * size + ranks) as f32),
+                    "round {round}"
+                );
             }
             2 => {
                 let mut recv = vec![0; len * size];
                 comm.all_gather(&bytes(rank, round, len), &mut recv).unwrap();
-                assert!((0..size).all(|r| recv[r * len..][..len] == bytes(r, round, len)), "round {round}");
+                assert!(
+                    (0..size).all(|r| recv[r * len..][..len] == bytes(r, round, len)),
+                    "round {round}"
+                );
             }
             3 => {
                 let root = random(size);

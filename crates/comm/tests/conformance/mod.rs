@@ -1,7 +1,7 @@
 //! What every communicator does, whatever carries its data: one suite for all of them.
 //!
-//! Each check runs on all ranks of a group at once and asserts. All data come from a generator that every
-//! rank can run for every other rank, so that each knows what it has to get.
+//! Each check runs on all ranks of a group at once and asserts. All data come from a generator that
+//! every rank can run for every other rank, so that each knows what it has to get.
 
 mod groups;
 mod sums;
@@ -29,9 +29,11 @@ pub fn run(check: Check, comm: &dyn Communicator) {
 const LENGTHS: [usize; 17] =
     [0, 1, 2, 5, 31, 32, 33, 100, 1023, 1024, 1025, 4097, 8192, 21_845, 65_536, 70_001, 300_007];
 
-/// The input of `rank` in round `round`: of mixed sign and size, so that the order of additions shows.
+/// The input of `rank` in round `round`: of mixed sign and size, so that the order of additions
+/// shows.
 fn values(rank: usize, round: usize, len: usize) -> Vec<f32> {
-    let mut state = (rank as u64 + 1).wrapping_mul(0x9e37_79b9_7f4a_7c15) ^ (round as u64) << 20 | 1;
+    let mut state =
+        (rank as u64 + 1).wrapping_mul(0x9e37_79b9_7f4a_7c15) ^ (round as u64) << 20 | 1;
     (0..len)
         .map(|_| {
             state ^= state << 13;
@@ -55,9 +57,10 @@ fn same_everywhere(comm: &dyn Communicator, values: &[f32]) -> bool {
     comm.all_gather_one(digest).unwrap().iter().all(|&other| other == digest)
 }
 
-/// Fails where `got` is further from the exact sum than rounding explains: with `ranks - 1` additions in any
-/// order the error is below `(ranks - 1) * epsilon * sum of absolute values`, plus `step` for what the wire
-/// rounds (relative to the largest absolute value seen at that place or in its group).
+/// Fails where `got` is further from the exact sum than rounding explains: with `ranks - 1`
+/// additions in any order the error is below `(ranks - 1) * epsilon * sum of absolute values`, plus
+/// `step` for what the wire rounds (relative to the largest absolute value seen at that place or in
+/// its group).
 fn assert_sum(got: &[f32], inputs: &[Vec<f32>], step: f64) {
     for (i, got) in got.iter().enumerate() {
         let group = i / 32 * 32..got_end(i, inputs[0].len());
@@ -65,13 +68,18 @@ fn assert_sum(got: &[f32], inputs: &[Vec<f32>], step: f64) {
         let total: f64 = inputs.iter().map(|input| input[i].abs() as f64).sum();
         let mut bound = inputs.len() as f64 * f32::EPSILON as f64 * total;
         if step > 0.0 {
-            let largest =
-                |input: &Vec<f32>| input[group.clone()].iter().fold(0.0, |largest: f64, v| largest.max(v.abs() as f64));
-            // Each input is rounded, and once or twice the sum, which is at most the sum of the largest.
+            let largest = |input: &Vec<f32>| {
+                input[group.clone()].iter().fold(0.0, |largest: f64, v| largest.max(v.abs() as f64))
+            };
+            // Each input is rounded, and once or twice the sum, which is at most the sum of the
+            // largest.
             bound += 4.0 * step * inputs.iter().map(largest).sum::<f64>();
         }
         let error = (*got as f64 - exact).abs();
-        assert!(error <= bound, "element {i} is {got}, expected {exact}: off by {error:e} > {bound:e}");
+        assert!(
+            error <= bound,
+            "element {i} is {got}, expected {exact}: off by {error:e} > {bound:e}"
+        );
     }
 }
 

@@ -84,7 +84,8 @@ fn all_reduce_add(comm: &dyn Communicator) {
     }
 }
 
-/// Nothing but the calls themselves keeps a fast rank from writing what a slow one still reads: here each is now fast, now slow.
+/// Nothing but the calls themselves keeps a fast rank from writing what a slow one still reads:
+/// here each is now fast, now slow.
 fn quick_succession(comm: &dyn Communicator) {
     let (rank, size) = (comm.rank(), comm.size());
     let (mut sum, mut all) = (vec![0.0; 3000], vec![0.0; 500 * size]);
@@ -100,7 +101,10 @@ fn quick_succession(comm: &dyn Communicator) {
         assert!(sum[..len].iter().all(|sum| *sum == expected), "call {round}");
         if round % 5 == 0 {
             comm.all_gather(&[value - rank as f32; 500], &mut all).unwrap();
-            assert!((0..size * 500).all(|i| all[i] == value - (i / 500) as f32), "the gather after call {round}");
+            assert!(
+                (0..size * 500).all(|i| all[i] == value - (i / 500) as f32),
+                "the gather after call {round}"
+            );
         }
     }
 }
@@ -118,8 +122,9 @@ fn reduce_scatter(comm: &dyn Communicator) {
         let start: usize = counts[..rank].iter().sum();
         let mut recv = vec![f32::NAN; counts[rank]];
         comm.reduce_scatter(&values(rank, round, len), &counts, &mut recv).unwrap();
-        let inputs: Vec<Vec<f32>> =
-            (0..size).map(|r| values(r, round, len)[start..start + counts[rank]].to_vec()).collect();
+        let inputs: Vec<Vec<f32>> = (0..size)
+            .map(|r| values(r, round, len)[start..start + counts[rank]].to_vec())
+            .collect();
         assert_sum(&recv, &inputs, 0.0);
     }
 }
@@ -151,8 +156,9 @@ fn narrow_wires(comm: &dyn Communicator) {
             comm.all_reduce_add(&inputs[rank], &mut residual).unwrap();
             assert!(residual.iter().zip(&buf).all(|(sum, value)| *sum == 1.0 + value));
 
-            let counts: Vec<usize> =
-                (0..size).map(|r| if r == 0 { len - len / size * (size - 1) } else { len / size }).collect();
+            let counts: Vec<usize> = (0..size)
+                .map(|r| if r == 0 { len - len / size * (size - 1) } else { len / size })
+                .collect();
             let start: usize = counts[..rank].iter().sum();
             let mut recv = vec![f32::NAN; counts[rank]];
             comm.ledger().reset();

@@ -24,7 +24,10 @@ fn all_gather(comm: &dyn Communicator) {
         let mut recv = vec![0xee; len * comm.size()];
         comm.all_gather_bytes(&bytes(comm.rank(), round, len), &mut recv).unwrap();
         for rank in 0..comm.size() {
-            assert!(recv[rank * len..][..len] == bytes(rank, round, len), "block {rank} of {len} bytes");
+            assert!(
+                recv[rank * len..][..len] == bytes(rank, round, len),
+                "block {rank} of {len} bytes"
+            );
         }
     }
     let mut ids = vec![0u32; 2 * comm.size()];
@@ -35,7 +38,8 @@ fn all_gather(comm: &dyn Communicator) {
 fn all_gather_v(comm: &dyn Communicator) {
     let size = comm.size();
     for round in 0..9 {
-        let counts: Vec<usize> = (0..size).map(|r| [0, 3, 70_001, 1, 0, 512][(r + round) % 6]).collect();
+        let counts: Vec<usize> =
+            (0..size).map(|r| [0, 3, 70_001, 1, 0, 512][(r + round) % 6]).collect();
         let mut recv = vec![f32::NAN; counts.iter().sum()];
         let send = values(comm.rank(), round, counts[comm.rank()]);
         comm.all_gather_v(&send, &counts, &mut recv).unwrap();
@@ -115,7 +119,9 @@ fn exchange(comm: &dyn Communicator) {
 
 fn barrier(comm: &dyn Communicator) {
     // The ranks of a test share a clock, as threads and as processes.
-    let now = || SystemTime::now().duration_since(UNIX_EPOCH).expect("a clock past 1970").as_micros() as u64;
+    let now = || {
+        SystemTime::now().duration_since(UNIX_EPOCH).expect("a clock past 1970").as_micros() as u64
+    };
     for late in 0..comm.size() {
         if comm.rank() == late {
             thread::sleep(Duration::from_millis(40));
@@ -124,6 +130,9 @@ fn barrier(comm: &dyn Communicator) {
         comm.barrier().unwrap();
         let left = now();
         let all = comm.all_gather_one(came).unwrap();
-        assert!(all.iter().all(|came| *came <= left), "left at {left}, before {late} or another came: {all:?}");
+        assert!(
+            all.iter().all(|came| *came <= left),
+            "left at {left}, before {late} or another came: {all:?}"
+        );
     }
 }

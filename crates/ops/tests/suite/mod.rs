@@ -1,4 +1,5 @@
-//! The operations on any group of ranks, against plain formulas in f64: run by threads and by MPI processes.
+//! The operations on any group of ranks, against plain formulas in f64: run by threads and by MPI
+//! processes.
 
 use std::ops::Range;
 use std::path::Path;
@@ -6,14 +7,17 @@ use std::sync::Arc;
 
 use comm::Communicator;
 use ops::{
-    AttentionAlgorithm, AttentionScratch, AttentionShape, AttentionSpec, Context, Expert, ExpertSplit, Input, Isa,
-    KvFormat, LayerCache, Linear, LogitRows, Mlp, MlpSchedule, MlpScratch, Placement, QkNorm, Residual, Rotary, Router,
-    SequenceSpan, SequenceSpec, TokenLayout, attention_headwise, attention_sequence, linear_mpi, lm_head, mlp, prepare,
-    rms_norm, wanted_rows,
+    AttentionAlgorithm, AttentionScratch, AttentionShape, AttentionSpec, Context, Expert,
+    ExpertSplit, Input, Isa, KvFormat, LayerCache, Linear, LogitRows, Mlp, MlpSchedule, MlpScratch,
+    Placement, QkNorm, Residual, Rotary, Router, SequenceSpan, SequenceSpec, TokenLayout,
+    attention_headwise, attention_sequence, linear_mpi, lm_head, mlp, prepare, rms_norm,
+    wanted_rows,
 };
 use rand::rngs::StdRng;
 use rand::{RngExt, SeedableRng};
-use tensor::{Activations, Checkpoint, CheckpointWriter, Matrix, TensorSpec, WeightFormat, split_range};
+use tensor::{
+    Activations, Checkpoint, CheckpointWriter, Matrix, TensorSpec, WeightFormat, split_range,
+};
 
 /// Sums of f32 products differ by their order: a few times the length times the rounding unit, for
 /// inputs within ±1, is far below this, and a wrong element is far above.
@@ -62,7 +66,8 @@ impl Rank {
     /// A rank of a grid of one row (`heads`) or one column.
     fn new(comm: Arc<dyn Communicator>, isa: Isa, threads: usize, heads: bool, dir: &Path) -> Self {
         let columns = if heads { comm.size() } else { 1 };
-        let ctx = Context::new(isa, comm, columns, threads, Placement::Free).expect("the grid forms");
+        let ctx =
+            Context::new(isa, comm, columns, threads, Placement::Free).expect("the grid forms");
         Self { ctx, checkpoint: Checkpoint::open(dir).expect("the suite's checkpoint opens") }
     }
 
@@ -85,13 +90,16 @@ impl Rank {
     }
 
     fn counts(&self, n: usize) -> Vec<usize> {
-        (0..self.ctx.comm.size()).map(|rank| split_range(n, self.ctx.comm.size(), rank).len()).collect()
+        (0..self.ctx.comm.size())
+            .map(|rank| split_range(n, self.ctx.comm.size(), rank).len())
+            .collect()
     }
 }
 
 /// The matrices that the checks use: name, rows, columns.
 fn tensors() -> Vec<(String, usize, usize)> {
-    let mut tensors = vec![("linear".to_owned(), HIDDEN, INTERMEDIATE), ("router".to_owned(), EXPERTS, HIDDEN)];
+    let mut tensors =
+        vec![("linear".to_owned(), HIDDEN, INTERMEDIATE), ("router".to_owned(), EXPERTS, HIDDEN)];
     for expert in 0..EXPERTS {
         tensors.push((format!("gate.{expert}"), INTERMEDIATE, HIDDEN));
         tensors.push((format!("up.{expert}"), INTERMEDIATE, HIDDEN));
@@ -102,9 +110,14 @@ fn tensors() -> Vec<(String, usize, usize)> {
 
 /// Writes the checkpoint that the checks read.
 pub fn write_checkpoint(dir: &Path) {
-    let spec = |(name, rows, cols)| TensorSpec { name, format: WeightFormat::F32, shape: vec![rows, cols] };
+    let spec = |(name, rows, cols)| TensorSpec {
+        name,
+        format: WeightFormat::F32,
+        shape: vec![rows, cols],
+    };
     let specs: Vec<_> = tensors().into_iter().map(spec).collect();
-    let mut file = CheckpointWriter::create(dir.join("model.safetensors"), &specs, &[]).expect("a new file");
+    let mut file =
+        CheckpointWriter::create(dir.join("model.safetensors"), &specs, &[]).expect("a new file");
     for (index, spec) in specs.iter().enumerate() {
         let values = random(100 + index as u64, spec.shape.iter().product());
         file.write(&spec.name, &values).expect(&spec.name);
@@ -119,7 +132,8 @@ pub fn random(seed: u64, len: usize) -> Vec<f32> {
 }
 
 fn activations(seed: u64, rows: usize, cols: usize) -> Activations {
-    Activations::from_shape_vec((rows, cols), random(seed, rows * cols)).expect("length is rows times columns")
+    Activations::from_shape_vec((rows, cols), random(seed, rows * cols))
+        .expect("length is rows times columns")
 }
 
 fn rows_of(x: &Activations, rows: impl Iterator<Item = usize>) -> Activations {
@@ -141,7 +155,10 @@ fn assert_close(what: &str, found: &[f32], expected: &[f64]) {
     let scale = expected.iter().fold(1.0f64, |max, x| max.max(x.abs()));
     for (index, (found, expected)) in found.iter().zip(expected).enumerate() {
         let off = (f64::from(*found) - expected).abs();
-        assert!(off <= TOLERANCE * scale, "{what}, element {index}: found {found}, expected {expected}");
+        assert!(
+            off <= TOLERANCE * scale,
+            "{what}, element {index}: found {found}, expected {expected}"
+        );
     }
 }
 
@@ -159,7 +176,8 @@ fn linear_is_the_whole_product(rank: &Rank) {
             })
             .collect();
         let own = rank.share(INTERMEDIATE);
-        let weights = rank.linear(rank.matrix("linear", HIDDEN, INTERMEDIATE).slice(0..HIDDEN, own.clone()));
+        let weights =
+            rank.linear(rank.matrix("linear", HIDDEN, INTERMEDIATE).slice(0..HIDDEN, own.clone()));
         let own_x = x.slice(ndarray::s![.., own]).as_standard_layout().into_owned();
         let (mut input, mut partial) = (Input::new(), Activations::default((0, 0)));
         prepare(ctx, &weights, &own_x, &mut input);
@@ -190,7 +208,8 @@ fn mlp_formula(rank: &Rank, experts: bool, x: &[f64]) -> Vec<f64> {
     for (expert, weight) in visits {
         let gate = product(&rank.whole(&format!("gate.{expert}"), INTERMEDIATE, HIDDEN), x);
         let up = product(&rank.whole(&format!("up.{expert}"), INTERMEDIATE, HIDDEN), x);
-        let hidden: Vec<f64> = gate.iter().zip(&up).map(|(g, u)| g / (1.0 + (-g).exp()) * u).collect();
+        let hidden: Vec<f64> =
+            gate.iter().zip(&up).map(|(g, u)| g / (1.0 + (-g).exp()) * u).collect();
         let y = product(&rank.whole(&format!("down.{expert}"), HIDDEN, INTERMEDIATE), &hidden);
         out.iter_mut().zip(y).for_each(|(out, y)| *out += weight * y);
     }
@@ -200,9 +219,16 @@ fn mlp_formula(rank: &Rank, experts: bool, x: &[f64]) -> Vec<f64> {
 fn every_schedule_gives_the_formula(rank: &Rank, experts: bool) {
     let ctx = &rank.ctx;
     let whole = experts.then_some((MlpSchedule::Fused, ExpertSplit::Ranks));
-    let inside = [MlpSchedule::Fused, MlpSchedule::Naive, MlpSchedule::Gathered, MlpSchedule::Local];
-    for (schedule, split) in inside.map(|schedule| (schedule, ExpertSplit::Inside)).into_iter().chain(whole) {
-        let own = if split == ExpertSplit::Ranks { rank.share(EXPERTS) } else { 0..if experts { EXPERTS } else { 1 } };
+    let inside =
+        [MlpSchedule::Fused, MlpSchedule::Naive, MlpSchedule::Gathered, MlpSchedule::Local];
+    for (schedule, split) in
+        inside.map(|schedule| (schedule, ExpertSplit::Inside)).into_iter().chain(whole)
+    {
+        let own = if split == ExpertSplit::Ranks {
+            rank.share(EXPERTS)
+        } else {
+            0..if experts { EXPERTS } else { 1 }
+        };
         let (inner, outer) = (rank.share(INTERMEDIATE), rank.share(HIDDEN));
         let (inner, down_rows, down_cols) = match schedule {
             _ if split == ExpertSplit::Ranks => (0..INTERMEDIATE, 0..HIDDEN, 0..INTERMEDIATE),
@@ -212,10 +238,16 @@ fn every_schedule_gives_the_formula(rank: &Rank, experts: bool) {
         };
         let part = |name: String, rows, cols| rank.matrix(&name, rows, cols);
         let expert = |e: usize| Expert {
-            gate: rank.linear(part(format!("gate.{e}"), INTERMEDIATE, HIDDEN).slice(inner.clone(), 0..HIDDEN)),
-            up: rank.linear(part(format!("up.{e}"), INTERMEDIATE, HIDDEN).slice(inner.clone(), 0..HIDDEN)),
-            down: rank
-                .linear(part(format!("down.{e}"), HIDDEN, INTERMEDIATE).slice(down_rows.clone(), down_cols.clone())),
+            gate: rank.linear(
+                part(format!("gate.{e}"), INTERMEDIATE, HIDDEN).slice(inner.clone(), 0..HIDDEN),
+            ),
+            up: rank.linear(
+                part(format!("up.{e}"), INTERMEDIATE, HIDDEN).slice(inner.clone(), 0..HIDDEN),
+            ),
+            down: rank.linear(
+                part(format!("down.{e}"), HIDDEN, INTERMEDIATE)
+                    .slice(down_rows.clone(), down_cols.clone()),
+            ),
         };
         let block = Mlp {
             schedule,
@@ -231,19 +263,28 @@ fn every_schedule_gives_the_formula(rank: &Rank, experts: bool) {
         };
         let mut scratch = MlpScratch::default();
         for tokens in [1, 3, 17] {
-            for layout in [TokenLayout::Replicated { tokens }, TokenLayout::balanced(tokens, ctx.positions.size())] {
+            for layout in [
+                TokenLayout::Replicated { tokens },
+                TokenLayout::balanced(tokens, ctx.positions.size()),
+            ] {
                 let (x, before) = (activations(3, tokens, HIDDEN), activations(4, tokens, HIDDEN));
                 let own = rows_of(&x, layout.indices(ctx.positions.rank()));
                 let expected: Vec<f64> = layout
                     .indices(ctx.comm.rank())
                     .flat_map(|t| {
                         let y = mlp_formula(rank, experts, &wide(x.row(t).as_slice().unwrap()));
-                        before.row(t).iter().zip(y).map(|(b, y)| f64::from(*b) + y).collect::<Vec<_>>()
+                        before
+                            .row(t)
+                            .iter()
+                            .zip(y)
+                            .map(|(b, y)| f64::from(*b) + y)
+                            .collect::<Vec<_>>()
                     })
                     .collect();
                 for overlap in [false, true] {
                     let mut residual = Residual::default();
-                    *residual.start(overlap) = rows_of(&before, layout.indices(ctx.positions.rank()));
+                    *residual.start(overlap) =
+                        rows_of(&before, layout.indices(ctx.positions.rank()));
                     mlp(ctx, &block, &own, &layout, &mut scratch, &mut residual).unwrap();
                     residual.settle(ctx).unwrap();
                     let found = residual.tokens().as_slice().unwrap();
@@ -284,13 +325,23 @@ impl AttentionData {
         let row = &self.qkv.row(token).to_vec()[head * HEAD_DIM..(head + 1) * HEAD_DIM];
         let x = wide(row);
         let mean: f64 = x.iter().map(|x| x * x).sum::<f64>() / HEAD_DIM as f64;
-        let x: Vec<f64> =
-            x.iter().zip(&self.norm).map(|(x, w)| x / (mean + f64::from(EPS)).sqrt() * f64::from(*w)).collect();
+        let x: Vec<f64> = x
+            .iter()
+            .zip(&self.norm)
+            .map(|(x, w)| x / (mean + f64::from(EPS)).sqrt() * f64::from(*w))
+            .collect();
         let half = HEAD_DIM / 2;
         (0..HEAD_DIM)
             .map(|i| {
-                let (cos, sin) = (f64::from(self.cos[[token, i % half]]), f64::from(self.sin[[token, i % half]]));
-                if i < half { x[i] * cos - x[i + half] * sin } else { x[i] * cos + x[i - half] * sin }
+                let (cos, sin) = (
+                    f64::from(self.cos[[token, i % half]]),
+                    f64::from(self.sin[[token, i % half]]),
+                );
+                if i < half {
+                    x[i] * cos - x[i + half] * sin
+                } else {
+                    x[i] * cos + x[i - half] * sin
+                }
             })
             .collect()
     }
@@ -322,17 +373,24 @@ impl AttentionData {
         shape: &'a AttentionShape,
         rotary: Rotary<'a>,
     ) -> AttentionSpec<'a> {
-        AttentionSpec { algorithm, shape, norm: QkNorm { q: &self.norm, k: &self.norm, eps: EPS }, rotary }
+        AttentionSpec {
+            algorithm,
+            shape,
+            norm: QkNorm { q: &self.norm, k: &self.norm, eps: EPS },
+            rotary,
+        }
     }
 }
 
-const ALGORITHMS: [AttentionAlgorithm; 2] = [AttentionAlgorithm::Materialized, AttentionAlgorithm::Streaming];
+const ALGORITHMS: [AttentionAlgorithm; 2] =
+    [AttentionAlgorithm::Materialized, AttentionAlgorithm::Streaming];
 
 /// Passes of these many tokens, one after the other, into one cache.
 const PASSES: [&[usize]; 4] = [&[23], &[1, 1, 1, 1], &[16, 1, 9, 1, 1], &[7, 30, 2]];
 
-/// Passes, for each algorithm. Long ones, which take their time, only where threads cut the cache of a head then: of one rank into as many
-/// pieces as share it evenly, or fewer, and of three ranks each its positions.
+/// Passes, for each algorithm. Long ones, which take their time, only where threads cut the cache
+/// of a head then: of one rank into as many pieces as share it evenly, or fewer, and of three ranks
+/// each its positions.
 fn passes(ctx: &Context) -> impl Iterator<Item = (AttentionAlgorithm, &'static [usize])> {
     let long: &[&[usize]] = match (ctx.positions.size(), ctx.team.threads()) {
         (1, 2 | 16) if ctx.comm.size() == 1 => &[&[510, 1, 1, 3]],
@@ -340,7 +398,9 @@ fn passes(ctx: &Context) -> impl Iterator<Item = (AttentionAlgorithm, &'static [
         _ => &[],
     };
     let long = if ctx.isa == Isa::detect() { long } else { &[] };
-    ALGORITHMS.into_iter().flat_map(move |a| PASSES.iter().chain(long).map(move |passes| (a, *passes)))
+    ALGORITHMS
+        .into_iter()
+        .flat_map(move |a| PASSES.iter().chain(long).map(move |passes| (a, *passes)))
 }
 
 fn heads_match_the_formula(rank: &Rank) {
@@ -359,10 +419,11 @@ fn heads_match_the_formula(rank: &Rank) {
         let (mut scratch, mut start) = (AttentionScratch::default(), 0);
         for &tokens in passes {
             let (k, v) = (HEADS, HEADS + KV_HEADS);
-            let columns: Vec<usize> = [own.clone(), k + kv.start..k + kv.end, v + kv.start..v + kv.end]
-                .into_iter()
-                .flat_map(|heads| heads.start * HEAD_DIM..heads.end * HEAD_DIM)
-                .collect();
+            let columns: Vec<usize> =
+                [own.clone(), k + kv.start..k + kv.end, v + kv.start..v + kv.end]
+                    .into_iter()
+                    .flat_map(|heads| heads.start * HEAD_DIM..heads.end * HEAD_DIM)
+                    .collect();
             let mut qkv = rows_of(&data.qkv, start..start + tokens)
                 .select(ndarray::Axis(1), &columns)
                 .as_standard_layout()
@@ -375,7 +436,11 @@ fn heads_match_the_formula(rank: &Rank) {
             let expected: Vec<f64> = (start..start + tokens)
                 .flat_map(|t| own.clone().flat_map(|h| data.output(t, h)).collect::<Vec<_>>())
                 .collect();
-            assert_close(&format!("{algorithm}, {passes:?} at {start}"), out.as_slice().unwrap(), &expected);
+            assert_close(
+                &format!("{algorithm}, {passes:?} at {start}"),
+                out.as_slice().unwrap(),
+                &expected,
+            );
             start += tokens;
         }
     }
@@ -392,17 +457,25 @@ fn sequence_matches_the_formula(rank: &Rank) {
         let (mut scratch, mut start, mut held) = (AttentionScratch::default(), 0, Vec::new());
         for &tokens in passes {
             let layout = TokenLayout::balanced(tokens, ctx.positions.size());
-            let own: Vec<usize> = layout.indices(ctx.positions.rank()).map(|index| start + index).collect();
+            let own: Vec<usize> =
+                layout.indices(ctx.positions.rank()).map(|index| start + index).collect();
             let mut qkv = rows_of(&data.qkv, own.iter().copied());
-            let (cos, sin) = (rows_of(&data.cos, own.iter().copied()), rows_of(&data.sin, own.iter().copied()));
+            let (cos, sin) =
+                (rows_of(&data.cos, own.iter().copied()), rows_of(&data.sin, own.iter().copied()));
             let attention = data.spec(algorithm, &shape, Rotary { cos: &cos, sin: &sin });
             let span = SequenceSpan { layout: &layout, start, held: &held };
             let mut out = Activations::default((0, 0));
             let spec = SequenceSpec { attention, span };
             attention_sequence(ctx, &spec, &mut qkv, &mut cache, &mut scratch, &mut out).unwrap();
-            let expected: Vec<f64> =
-                own.iter().flat_map(|t| (0..HEADS).flat_map(|h| data.output(*t, h)).collect::<Vec<_>>()).collect();
-            assert_close(&format!("{algorithm}, {passes:?} at {start}"), out.as_slice().unwrap(), &expected);
+            let expected: Vec<f64> = own
+                .iter()
+                .flat_map(|t| (0..HEADS).flat_map(|h| data.output(*t, h)).collect::<Vec<_>>())
+                .collect();
+            assert_close(
+                &format!("{algorithm}, {passes:?} at {start}"),
+                out.as_slice().unwrap(),
+                &expected,
+            );
             held.extend(span.kept(ctx.comm.rank(), ctx.comm.size()));
             start += tokens;
         }
@@ -412,13 +485,27 @@ fn sequence_matches_the_formula(rank: &Rank) {
 fn head_scores_the_wanted_rows(rank: &Rank) {
     let ctx = &rank.ctx;
     let own = rank.share(INTERMEDIATE);
-    let head = rank.linear(rank.matrix("gate.0", INTERMEDIATE, HIDDEN).slice(own.clone(), 0..HIDDEN));
+    let head =
+        rank.linear(rank.matrix("gate.0", INTERMEDIATE, HIDDEN).slice(own.clone(), 0..HIDDEN));
     let w = rank.whole("gate.0", INTERMEDIATE, HIDDEN);
-    for (tokens, wanted) in [(1, LogitRows::Last), (13, LogitRows::Last), (13, LogitRows::All), (13, LogitRows::None)] {
-        for layout in [TokenLayout::Replicated { tokens }, TokenLayout::balanced(tokens, ctx.positions.size())] {
+    for (tokens, wanted) in
+        [(1, LogitRows::Last), (13, LogitRows::Last), (13, LogitRows::All), (13, LogitRows::None)]
+    {
+        for layout in [
+            TokenLayout::Replicated { tokens },
+            TokenLayout::balanced(tokens, ctx.positions.size()),
+        ] {
             let x = activations(8, tokens, HIDDEN);
-            let (mut rows, mut normed) = (Activations::default((0, 0)), Activations::default((0, 0)));
-            wanted_rows(ctx, &rows_of(&x, layout.indices(ctx.positions.rank())), &layout, wanted, &mut rows).unwrap();
+            let (mut rows, mut normed) =
+                (Activations::default((0, 0)), Activations::default((0, 0)));
+            wanted_rows(
+                ctx,
+                &rows_of(&x, layout.indices(ctx.positions.rank())),
+                &layout,
+                wanted,
+                &mut rows,
+            )
+            .unwrap();
             rms_norm(ctx, &rows, &[1.0; HIDDEN], EPS, &mut normed);
             let logits = lm_head(ctx, &head, &normed, &mut Input::new());
             let expected: Vec<f64> = match wanted {

@@ -53,7 +53,8 @@ pub fn run_with(command: Command, input: impl AsRef<[u8]>) -> Run {
     run_while(command, move |mut stdin| drop(stdin.write_all(&input)))
 }
 
-/// Runs a command while a thread does `typing` into its standard input; panics if it is not done by the deadline.
+/// Runs a command while a thread does `typing` into its standard input; panics if it is not done by
+/// the deadline.
 pub fn run_while(command: Command, typing: impl FnOnce(ChildStdin) + Send + 'static) -> Run {
     run_read(command, typing, |_| ())
 }
@@ -94,7 +95,11 @@ pub fn run_read(
         }
         thread::sleep(Duration::from_millis(5));
     };
-    Run { success: status.success(), stdout: stdout.join().unwrap(), stderr: stderr.join().unwrap() }
+    Run {
+        success: status.success(),
+        stdout: stdout.join().unwrap(),
+        stderr: stderr.join().unwrap(),
+    }
 }
 
 /// Runs the program without input.
@@ -116,7 +121,8 @@ pub fn keys(object: &Value) -> Vec<&str> {
     object.as_object().expect("an object").keys().map(String::as_str).collect()
 }
 
-/// Asserts that a run failed with exactly one line, which starts with `error: ` and holds each of `words`.
+/// Asserts that a run failed with exactly one line, which starts with `error: ` and holds each of
+/// `words`.
 pub fn assert_one_line(run: &Run, words: &[&str]) {
     assert!(!run.success, "it should fail: {run:?}");
     assert_eq!(run.stdout, "", "nothing but the error: {run:?}");
@@ -136,9 +142,13 @@ pub struct Copy {
 impl Copy {
     pub fn new() -> Self {
         let dir = tempfile::tempdir().unwrap();
-        for name in
-            ["config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "model.safetensors"]
-        {
+        for name in [
+            "config.json",
+            "generation_config.json",
+            "tokenizer.json",
+            "tokenizer_config.json",
+            "model.safetensors",
+        ] {
             fs::copy(format!("{AUSTEN}/{name}"), dir.path().join(name)).unwrap();
         }
         Self { dir }

@@ -3,8 +3,14 @@
 use std::path::{Path, PathBuf};
 
 /// Their names, the mixture of experts last.
-pub const CASES: [&str; 6] =
-    ["dense-tied-bf16", "dense-untied-f32", "dense-uneven-bf16", "dense-sharded-f16", "dense-yarn-bf16", "moe-bf16"];
+pub const CASES: [&str; 6] = [
+    "dense-tied-bf16",
+    "dense-untied-f32",
+    "dense-uneven-bf16",
+    "dense-sharded-f16",
+    "dense-yarn-bf16",
+    "moe-bf16",
+];
 
 /// The checkpoint and the answers of a case.
 pub fn folder(case: &str) -> PathBuf {

@@ -1,12 +1,13 @@
-//! The reference answers of `tests/data` on any group of ranks: run by threads and by MPI processes.
+//! The reference answers of `tests/data` on any group of ranks: run by threads and by MPI
+//! processes.
 
 use std::path::PathBuf;
 use std::sync::Arc;
 
 use qwen3_model::comm::Communicator;
 use qwen3_model::{
-    AttentionAlgorithm, ExpertSplit, Isa, LogitRows, MlpSchedule, Model, ModelOptions, ParallelStrategy, Traffic,
-    TrafficModel, WeightFormat,
+    AttentionAlgorithm, ExpertSplit, Isa, LogitRows, MlpSchedule, Model, ModelOptions,
+    ParallelStrategy, Traffic, TrafficModel, WeightFormat,
 };
 use safetensors::SafeTensors;
 
@@ -27,7 +28,8 @@ pub struct Combination {
     pub threads: usize,
 }
 
-/// All combinations of strategy (every grid of the ranks among them), attention, schedule and, in a mixture, places of experts.
+/// All combinations of strategy (every grid of the ranks among them), attention, schedule and, in a
+/// mixture, places of experts.
 pub fn combinations(
     mixture: bool,
     ranks: usize,
@@ -40,8 +42,18 @@ pub fn combinations(
     let grids = inner.map(|tp| ParallelStrategy::Grid { tp, sp: ranks / tp });
     for strategy in [ParallelStrategy::Heads, ParallelStrategy::Sequence].into_iter().chain(grids) {
         for attention in [AttentionAlgorithm::Materialized, AttentionAlgorithm::Streaming] {
-            for mlp in [MlpSchedule::Fused, MlpSchedule::Naive, MlpSchedule::Gathered, MlpSchedule::Local] {
-                let one = Combination { strategy, attention, mlp, experts: ExpertSplit::Inside, isa, weights, threads };
+            for mlp in
+                [MlpSchedule::Fused, MlpSchedule::Naive, MlpSchedule::Gathered, MlpSchedule::Local]
+            {
+                let one = Combination {
+                    strategy,
+                    attention,
+                    mlp,
+                    experts: ExpertSplit::Inside,
+                    isa,
+                    weights,
+                    threads,
+                };
                 all.push(one);
                 if mixture && mlp == MlpSchedule::Fused {
                     all.push(Combination { experts: ExpertSplit::Ranks, ..one });
@@ -53,7 +65,8 @@ pub fn combinations(
 }
 
 impl Combination {
-    /// Whether a pass goes in halves where the ranks lie on several machines: the sums of one half travel while the other computes.
+    /// Whether a pass goes in halves where the ranks lie on several machines: the sums of one half
+    /// travel while the other computes.
     pub fn goes_in_halves(&self) -> bool {
         self.strategy == ParallelStrategy::Heads && self.mlp == MlpSchedule::Fused
     }
@@ -76,7 +89,8 @@ pub struct Reference {
     pub greedy_ids: Vec<u32>,
 }
 
-/// The ledger counts what the formulas predict: a first pass, one that follows others, and a decoded token.
+/// The ledger counts what the formulas predict: a first pass, one that follows others, and a
+/// decoded token.
 fn check_traffic(model: &Model, prompt: &[u32], label: &str) {
     let (comm, options) = (model.comm(), model.options());
     let prediction = TrafficModel {
@@ -118,11 +132,20 @@ fn check_traffic(model: &Model, prompt: &[u32], label: &str) {
 impl Reference {
     pub fn read(case: &str) -> Self {
         let folder = folder(case);
-        let bytes = std::fs::read(folder.join("expected.safetensors")).expect("the case has its answers");
+        let bytes =
+            std::fs::read(folder.join("expected.safetensors")).expect("the case has its answers");
         let file = SafeTensors::deserialize(&bytes).expect("the answers are a safetensors file");
         let data = |name| file.tensor(name).expect(name).data().to_vec();
-        let ids = |name| data(name).chunks_exact(8).map(|b| i64::from_le_bytes(b.try_into().unwrap()) as u32).collect();
-        let logits = data("logits").chunks_exact(4).map(|b| f32::from_le_bytes(b.try_into().unwrap())).collect();
+        let ids = |name| {
+            data(name)
+                .chunks_exact(8)
+                .map(|b| i64::from_le_bytes(b.try_into().unwrap()) as u32)
+                .collect()
+        };
+        let logits = data("logits")
+            .chunks_exact(4)
+            .map(|b| f32::from_le_bytes(b.try_into().unwrap()))
+            .collect();
         Self {
             folder,
             mixture: case.starts_with("moe"),
@@ -132,7 +155,8 @@ impl Reference {
         }
     }
 
-    /// Compares this rank's view with the reference: prefill in one chunk and in pieces, then greedy decoding.
+    /// Compares this rank's view with the reference: prefill in one chunk and in pieces, then
+    /// greedy decoding.
     pub fn check(&self, comm: Arc<dyn Communicator>, what: &Combination) {
         let (rank, ranks) = (comm.rank(), comm.size());
         let label = format!("{}: rank {rank} of {ranks}, {what:?}", self.folder.display());
@@ -147,8 +171,8 @@ impl Reference {
             overlap: 2,
             ..ModelOptions::new(what.isa)
         };
-        let model =
-            Model::load(&self.folder, comm, &options, &|_| ()).unwrap_or_else(|error| panic!("{label}: {error}"));
+        let model = Model::load(&self.folder, comm, &options, &|_| ())
+            .unwrap_or_else(|error| panic!("{label}: {error}"));
         let prompt = &self.input_ids;
         check_traffic(&model, prompt, &label);
 
@@ -189,7 +213,8 @@ impl Reference {
         assert!(off <= TOLERANCE, "{label}: {how}: off by {off} of the largest reference logit");
     }
 
-    /// The largest distance of a logit, relative to the largest reference logit; NaN where a logit is.
+    /// The largest distance of a logit, relative to the largest reference logit; NaN where a logit
+    /// is.
     pub fn distance(&self, found: &[f32]) -> f32 {
         assert_eq!(found.len(), self.logits.len(), "logits");
         let largest = self.logits.iter().fold(0.0f32, |max, x| max.max(x.abs()));

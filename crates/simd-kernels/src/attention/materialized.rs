@@ -1,4 +1,5 @@
-//! Attention in three steps through a matrix of all scores: the textbook form, and the reference for the streaming one.
+//! Attention in three steps through a matrix of all scores: the textbook form, and the reference
+//! for the streaming one.
 
 use super::state::sum_without_maximum;
 use super::{AttentionInput, SoftmaxState};
@@ -8,7 +9,8 @@ use crate::vector::{dot, scale_add};
 
 /// Attention with all scores in memory: [rows, keys] floats, beside the keys and values as f32.
 ///
-/// Adds the rows' softmax over `input.keys` to `state`, as [`attention_streaming`](super::attention_streaming) does.
+/// Adds the rows' softmax over `input.keys` to `state`, as
+/// [`attention_streaming`](super::attention_streaming) does.
 ///
 /// # Panics
 /// When the shapes do not fit together.

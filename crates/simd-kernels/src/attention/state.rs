@@ -14,23 +14,25 @@ pub(super) struct Scratch {
     pub q: Lines,
     pub keys: Lines,
     pub values: Lines,
-    /// Of integers: weights, rows of queries before they become lanes, and a block on its way from the cache to `keys` or `values`.
+    /// Of integers: weights, rows of queries before they become lanes, and a block on its way from
+    /// the cache to `keys` or `values`.
     pub weights: Lines,
     pub codes: Lines,
     pub block: Lines,
 }
 
-/// The sum of a row whose largest score is −∞: such scores weigh nothing, for −∞ − (−∞) would be NaN, but one that is NaN
-/// must show.
+/// The sum of a row whose largest score is −∞: such scores weigh nothing, for −∞ − (−∞) would be
+/// NaN, but one that is NaN must show.
 pub(super) fn sum_without_maximum(scores: &[f32]) -> f32 {
     if scores.iter().any(|x| x.is_nan()) { f32::NAN } else { 0.0 }
 }
 
 /// The softmax state of rows of queries over the keys seen so far.
 ///
-/// For scores xⱼ and values vⱼ a row holds m = max xⱼ, s = Σ e^(xⱼ − m) and acc = Σ e^(xⱼ − m) vⱼ; its attention is
-/// acc / s. A row that saw no key holds (−∞, 0, 0), one that saw NaN has NaN for s. States over disjoint keys merge (Milakov and Gimelshein, 2018):
-/// m = max(m₁, m₂), s = s₁ e^(m₁ − m) + s₂ e^(m₂ − m), acc likewise.
+/// For scores xⱼ and values vⱼ a row holds m = max xⱼ, s = Σ e^(xⱼ − m) and acc = Σ e^(xⱼ − m) vⱼ;
+/// its attention is acc / s. A row that saw no key holds (−∞, 0, 0), one that saw NaN has NaN for
+/// s. States over disjoint keys merge (Milakov and Gimelshein, 2018): m = max(m₁, m₂), s = s₁ e^(m₁
+/// − m) + s₂ e^(m₂ − m), acc likewise.
 #[derive(Clone, Default)]
 pub struct SoftmaxState {
     /// Largest score of each row: `[rows]`.
@@ -80,7 +82,8 @@ impl SoftmaxState {
         self.merge_rows(isa, &other.max, &other.sum, &other.acc);
     }
 
-    /// As [`SoftmaxState::merge`], from parts that came over the wire; max, sum: `[rows]`, acc: `[rows, head_dim]`.
+    /// As [`SoftmaxState::merge`], from parts that came over the wire; max, sum: `[rows]`, acc:
+    /// `[rows, head_dim]`.
     ///
     /// # Panics
     /// When the shapes differ.
@@ -88,7 +91,13 @@ impl SoftmaxState {
         let (rows, head_dim) = (self.rows(), self.head_dim);
         assert_eq!(max.len(), rows, "SoftmaxState: {} maxima merged into {rows} rows", max.len());
         assert_eq!(sum.len(), rows, "SoftmaxState: {} sums merged into {rows} rows", sum.len());
-        assert_eq!(acc.len(), self.acc.len(), "SoftmaxState: {} elements merged into {}", acc.len(), self.acc.len());
+        assert_eq!(
+            acc.len(),
+            self.acc.len(),
+            "SoftmaxState: {} elements merged into {}",
+            acc.len(),
+            self.acc.len()
+        );
         for row in 0..rows {
             // Nothing to add; and −∞ − (−∞) below would be NaN.
             if sum[row] == 0.0 {

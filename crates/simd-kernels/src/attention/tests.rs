@@ -1,4 +1,5 @@
-//! Attention against a naive f64 softmax over what the cache holds: all formats, shapes, ranges and merges.
+//! Attention against a naive f64 softmax over what the cache holds: all formats, shapes, ranges and
+//! merges.
 
 use super::*;
 use crate::guarded::noise;
@@ -21,7 +22,13 @@ struct Case {
 }
 
 impl Case {
-    fn new(format: KvFormat, head_dim: usize, tokens: usize, visible: Vec<usize>, keys: Range<usize>) -> Case {
+    fn new(
+        format: KvFormat,
+        head_dim: usize,
+        tokens: usize,
+        visible: Vec<usize>,
+        keys: Range<usize>,
+    ) -> Case {
         let mut kv = KvHead::new(format, head_dim);
         let seed = (head_dim * 1000 + tokens) as u64;
         let (k, v) = (noise(tokens * head_dim, seed), noise(tokens * head_dim, seed + 1));
@@ -72,8 +79,10 @@ impl Case {
 
     /// What int16 may cost a row where it is used: in a score, and in an element of the attention.
     ///
-    /// Each element of q and k is off by half a step, of a length that keeps their norms below 65000 and 32500. Each weight of 128 keys by up to half
-    /// of 1/32767 of the largest, as random numbers add up (7 standard deviations; 16 keys as they come); each value by half of 1/8191 of its largest.
+    /// Each element of q and k is off by half a step, of a length that keeps their norms below
+    /// 65000 and 32500. Each weight of 128 keys by up to half of 1/32767 of the largest, as random
+    /// numbers add up (7 standard deviations; 16 keys as they come); each value by half of 1/8191
+    /// of its largest.
     fn integers(&self, isa: Isa, row: usize) -> (f64, f64) {
         let head_dim = self.kv.head_dim();
         if self.kv.format() == KvFormat::F32 || !isa.has_avx2() || self.visible.len() <= 12 {
@@ -89,7 +98,8 @@ impl Case {
         for i in self.keys.start..self.visible[row].min(self.keys.end) {
             self.kv.key(i, &mut key);
             let k_step = norm(&key) / 32_500.0;
-            let steps = q_step * total(&key) + k_step * total(q) + q_step * k_step * head_dim as f64;
+            let steps =
+                q_step * total(&key) + k_step * total(q) + q_step * k_step * head_dim as f64;
             score = score.max(0.5 * steps * f64::from(self.scale));
         }
         let keys = self.keys.len().min(128) as f64;
@@ -102,17 +112,27 @@ impl Case {
         for row in 0..self.visible.len() {
             state.write(isa, row, &mut out);
             let Some((attention, log_sum, rounding)) = self.exact(row) else {
-                assert_eq!((state.max[row], state.sum[row]), (f32::NEG_INFINITY, 0.0), "{what}: row {row}");
-                assert!(out.iter().all(|&x| x == 0.0), "{what}: row {row} sees nothing, but gave {out:?}");
+                assert_eq!(
+                    (state.max[row], state.sum[row]),
+                    (f32::NEG_INFINITY, 0.0),
+                    "{what}: row {row}"
+                );
+                assert!(
+                    out.iter().all(|&x| x == 0.0),
+                    "{what}: row {row} sees nothing, but gave {out:?}"
+                );
                 continue;
             };
             if !log_sum.is_finite() || !attention.iter().all(|x| x.is_finite()) {
-                assert!(!out.iter().any(|x| x.is_finite()), "{what}: row {row} hides what is not finite, {out:?}");
+                assert!(
+                    !out.iter().any(|x| x.is_finite()),
+                    "{what}: row {row} hides what is not finite, {out:?}"
+                );
                 continue;
             }
             let n = self.keys.len() as f64;
-            // Rounded scores shift each weight by that much; the exponentials and the sum of n of them add the rest.
-            // Values are below 1.01.
+            // Rounded scores shift each weight by that much; the exponentials and the sum of n of
+            // them add the rest. Values are below 1.01.
             let (score, value) = self.integers(isa, row);
             let allowed = 2.0 * (rounding + score) + value + (n + 16.0) * f64::from(f32::EPSILON);
             let found = f64::from(state.max[row]) + f64::from(state.sum[row]).ln();
@@ -171,8 +191,14 @@ fn every_head_size() {
     for isa in Isa::all() {
         for format in FORMATS {
             for head_dim in (1..=40).chain([64, 72, 80, 96, 112, 127, 128, 130]) {
-                Case::new(format, head_dim, 45, ragged(if head_dim % 3 == 1 { 13 } else { 5 }, 45), 0..45)
-                    .check_all(isa, 19);
+                Case::new(
+                    format,
+                    head_dim,
+                    45,
+                    ragged(if head_dim % 3 == 1 { 13 } else { 5 }, 45),
+                    0..45,
+                )
+                .check_all(isa, 19);
             }
         }
     }
@@ -197,7 +223,8 @@ fn every_number_of_keys() {
         for format in FORMATS {
             for tokens in (0..=130usize).chain([255, 256, 257, 300]) {
                 for rows in [1, 2, 13] {
-                    let visible = (0..rows).map(|row| (tokens + row).saturating_sub(rows / 2)).collect();
+                    let visible =
+                        (0..rows).map(|row| (tokens + row).saturating_sub(rows / 2)).collect();
                     Case::new(format, 8, tokens, visible, 0..tokens).check_all(isa, tokens / 3);
                 }
             }
@@ -212,8 +239,10 @@ fn every_first_key() {
         for format in FORMATS {
             for start in (0..=40).chain(120..=140) {
                 for rows in [2, 14] {
-                    Case::new(format, 10, 170, ragged(rows, 170), start..170).check_all(isa, start + 5);
-                    Case::new(format, 10, 170, ragged(rows, 170), start..start + 1).check_all(isa, start + 1);
+                    Case::new(format, 10, 170, ragged(rows, 170), start..170)
+                        .check_all(isa, start + 5);
+                    Case::new(format, 10, 170, ragged(rows, 170), start..start + 1)
+                        .check_all(isa, start + 1);
                 }
             }
         }
@@ -227,7 +256,8 @@ fn causal_prefill_of_a_group() {
         for format in FORMATS {
             let (group, tokens, before) = (2, 64, 200);
             let visible = (0..group * tokens).map(|row| before + row / group + 1).collect();
-            Case::new(format, 128, before + tokens, visible, 0..before + tokens).check_all(isa, 130);
+            Case::new(format, 128, before + tokens, visible, 0..before + tokens)
+                .check_all(isa, 130);
         }
     }
 }
@@ -237,7 +267,8 @@ fn what_lies_beyond_the_visible_keys_does_not_matter() {
     for isa in Isa::all() {
         for format in FORMATS {
             for rows in [1, 3, 20] {
-                // NaN and infinity in keys and values that no row sees: later ones, cut ones, and ones before the range.
+                // NaN and infinity in keys and values that no row sees: later ones, cut ones, and
+                // ones before the range.
                 let mut case = Case::new(format, 24, 90, vec![70; rows], 5..70);
                 let poison = [f32::NAN; 24];
                 let clean = {
@@ -274,7 +305,10 @@ fn what_lies_beyond_the_visible_keys_does_not_matter() {
                 assert_eq!(state.acc, cut.acc);
                 // Q8 rounds twice here; the others read back exactly.
                 if format != KvFormat::Q8 {
-                    assert_eq!((&state.max, &state.sum, &state.acc), (&clean.max, &clean.sum, &clean.acc));
+                    assert_eq!(
+                        (&state.max, &state.sum, &state.acc),
+                        (&clean.max, &clean.sum, &clean.acc)
+                    );
                 }
                 assert!(state.acc.iter().all(|x| x.is_finite()));
             }
@@ -312,13 +346,15 @@ fn scores_of_minus_infinity_weigh_nothing() {
 fn check_not_finite(format: KvFormat, visible: impl Fn(usize) -> usize) {
     let (head_dim, tokens) = (40, 150);
     for (isa, rows) in Isa::all().flat_map(|isa| [1, 5, 13, 20].map(|rows| (isa, rows))) {
-        let keys = [("query", 0), ("key", 0), ("key", 100), ("key", 130), ("key", 149), ("all keys", 0)];
+        let keys =
+            [("query", 0), ("key", 0), ("key", 100), ("key", 130), ("key", 149), ("all keys", 0)];
         let values = [("value", 100), ("value", 130), ("value", 149), ("faint value", 0)];
         for (place, at) in keys.into_iter().chain(values) {
             for bad in [f32::NAN, f32::INFINITY] {
                 let visible = (0..rows).map(&visible).collect();
                 let mut case = Case::new(format, head_dim, 0, visible, 0..tokens);
-                let (mut keys, mut values) = (noise(tokens * head_dim, 1), noise(tokens * head_dim, 2));
+                let (mut keys, mut values) =
+                    (noise(tokens * head_dim, 1), noise(tokens * head_dim, 2));
                 // An infinite key times these is +∞.
                 case.q.iter_mut().for_each(|q| *q = q.abs());
                 match place {
@@ -347,8 +383,12 @@ fn infinities_and_nans_are_not_hidden() {
 fn infinities_and_nans_of_later_tokens_do_not_reach_earlier_ones() {
     // Rows of a panel that see a few keys more or less, or none of the tile.
     FORMATS.into_iter().for_each(|format| check_not_finite(format, |row| 150 - 7 * row % 40));
-    FORMATS.into_iter().for_each(|format| check_not_finite(format, |row| [150, 126, 131, 0][row % 4]));
-    FORMATS.into_iter().for_each(|format| check_not_finite(format, |row| [60, 150, 64, 65, 0][row % 5]));
+    FORMATS
+        .into_iter()
+        .for_each(|format| check_not_finite(format, |row| [150, 126, 131, 0][row % 4]));
+    FORMATS
+        .into_iter()
+        .for_each(|format| check_not_finite(format, |row| [60, 150, 64, 65, 0][row % 5]));
 }
 
 #[test]
@@ -370,15 +410,23 @@ fn tiny_queries_weigh_all_keys_alike() {
 fn the_largest_sums_of_integers_fit() {
     for isa in Isa::all() {
         for head_dim in [1, 2, 127, 128, 512] {
-            // Queries and keys that are parallel, dense or of one element, and equal weights of equal values.
+            // Queries and keys that are parallel, dense or of one element, and equal weights of
+            // equal values.
             for one in [false, true] {
-                let vector: Vec<f32> = (0..head_dim).map(|d| if one && d > 0 { 0.0 } else { 3.0 }).collect();
+                let vector: Vec<f32> =
+                    (0..head_dim).map(|d| if one && d > 0 { 0.0 } else { 3.0 }).collect();
                 let (keys, values) = (vector.repeat(256), vec![-0.75; 256 * head_dim]);
                 for format in FORMATS {
                     let mut kv = KvHead::new(format, head_dim);
                     kv.push_many(isa, &keys, &values, 256, head_dim);
                     let scale = 1.0 / (head_dim as f32).sqrt();
-                    let case = Case { kv, q: vector.repeat(13), visible: vec![256; 13], keys: 0..256, scale };
+                    let case = Case {
+                        kv,
+                        q: vector.repeat(13),
+                        visible: vec![256; 13],
+                        keys: 0..256,
+                        scale,
+                    };
                     case.check_all(isa, 128);
                 }
             }
@@ -404,8 +452,8 @@ fn a_key_of_large_weight_and_small_value_costs_the_others_nothing() {
         let mut out = vec![f32::NAN; head_dim];
         state.write(isa, 3, &mut out);
         let norm = |x: &mut dyn Iterator<Item = f64>| x.map(|x| x * x).sum::<f64>().sqrt();
-        let error =
-            norm(&mut out.iter().zip(&exact).map(|(&x, e)| f64::from(x) - e)) / norm(&mut exact.iter().copied());
+        let error = norm(&mut out.iter().zip(&exact).map(|(&x, e)| f64::from(x) - e))
+            / norm(&mut exact.iter().copied());
         // In steps of 1/32767 of the largest weight each of the others would be eight.
         assert!(error < 1.0e-3, "{isa}: {error:e}");
     }

@@ -8,16 +8,18 @@
 //!     acc += P V                   panels x chunks of 16 elements
 //! ```
 //!
-//! 1. Few rows (decode) read the cache as it lies: every key and value is loaded once, for all rows of the group, and
-//!    widened in registers. There the time is that of the memory.
-//! 2. Many rows (prefill) over a cache in f32 share values gathered once per tile as [16-element chunk][key][16]; so both
-//!    products stream from L1. There the time is that of the FMAs.
-//! 3. Many rows over a cache in f16 or q8, in tiles of 528 and not by panels, share keys and values rounded to int16 once per tile (`int`): the products of
-//!    integers are faster, and what they round is less than what the cache has.
-//! 4. A panel leaves out the blocks of keys that none of its rows sees; only rows that see part of a tile are masked,
-//!    by zeros in P behind what they see. Where a value there is NaN or infinite, which times 0 is NaN, each row takes what it
-//!    sees by itself.
-//! 5. The rows' `acc` is a copy padded to chunks of 16, so that no kernel has a tail in that direction.
+//! 1. Few rows (decode) read the cache as it lies: every key and value is loaded once, for all rows
+//!    of the group, and widened in registers. There the time is that of the memory.
+//! 2. Many rows (prefill) over a cache in f32 share values gathered once per tile as [16-element
+//!    chunk][key][16]; so both products stream from L1. There the time is that of the FMAs.
+//! 3. Many rows over a cache in f16 or q8, in tiles of 528 and not by panels, share keys and values
+//!    rounded to int16 once per tile (`int`): the products of integers are faster, and what they
+//!    round is less than what the cache has.
+//! 4. A panel leaves out the blocks of keys that none of its rows sees; only rows that see part of
+//!    a tile are masked, by zeros in P behind what they see. Where a value there is NaN or
+//!    infinite, which times 0 is NaN, each row takes what it sees by itself.
+//! 5. The rows' `acc` is a copy padded to chunks of 16, so that no kernel has a tail in that
+//!    direction.
 
 mod int;
 mod kernels;
@@ -33,16 +35,18 @@ use std::arch::x86_64::*;
 use std::ops::Range;
 use widen::half;
 
-/// Rows that share keys and values rounded to integers. Their queries and sums are 400 KiB, of which one group's pass through L1 with each
-/// tile of keys, so that more rows would cost no time, but leave fewer tasks to balance.
+/// Rows that share keys and values rounded to integers. Their queries and sums are 400 KiB, of
+/// which one group's pass through L1 with each tile of keys, so that more rows would cost no time,
+/// but leave fewer tasks to balance.
 const ROW_TILE: usize = ATTENTION_ROWS;
-/// Rows that share keys and values in floats: of all of them queries, scores and sums, 400 KiB, go through L2 several times.
+/// Rows that share keys and values in floats: of all of them queries, scores and sums, 400 KiB, go
+/// through L2 several times.
 const FLOAT_ROWS: usize = ATTENTION_ROWS / 2;
 const _: () = assert!(ROW_TILE.is_multiple_of(2 * LANES) && FLOAT_ROWS.is_multiple_of(PANEL_ROWS));
 /// Keys of a tile: a span of the cache.
 const KEY_TILE: usize = KV_SPAN;
-/// Up to so many rows the cache is read as it lies; more rows than this would widen each number again and again. Their panels
-/// have four to six rows.
+/// Up to so many rows the cache is read as it lies; more rows than this would widen each number
+/// again and again. Their panels have four to six rows.
 const DIRECT_ROWS: usize = 2 * PANEL_ROWS;
 
 /// One tile of rows, and where its softmax stands.
@@ -60,15 +64,18 @@ struct RowTile<'a> {
     sum: &'a mut [f32],
 }
 
-/// A tile of keys and values as the kernels read them, of which the first `skip` keys are before the range asked for.
+/// A tile of keys and values as the kernels read them, of which the first `skip` keys are before
+/// the range asked for.
 struct KeyTile<'a, T> {
     positions: Range<usize>,
     skip: usize,
-    /// As they lie in the cache: block b is `keys[b * key_step..][..head_dim]` with the step of the cache.
+    /// As they lie in the cache: block b is `keys[b * key_step..][..head_dim]` with the step of the
+    /// cache.
     keys: &'a [[T; BLOCK]],
     /// Keys of a run: those of a block as the cache has them, or all of the tile.
     run: usize,
-    /// Run n is `values[n * value_step..]` with the step of the cache: [chunk of 16 elements][key of the run][16].
+    /// Run n is `values[n * value_step..]` with the step of the cache: [chunk of 16 elements][key
+    /// of the run][16].
     values: &'a [[T; BLOCK]],
 }
 
@@ -76,7 +83,13 @@ impl<'a, T: Element> KeyTile<'a, T> {
     /// As it lies in the cache.
     fn stored(kv: &'a KvHead, positions: Range<usize>, skip: usize) -> KeyTile<'a, T> {
         let block = positions.start / BLOCK;
-        KeyTile { positions, skip, keys: kv.key_block(block), run: BLOCK, values: kv.value_block(block) }
+        KeyTile {
+            positions,
+            skip,
+            keys: kv.key_block(block),
+            run: BLOCK,
+            values: kv.value_block(block),
+        }
     }
 
     /// Run `n`: its values, and of scaled ones the scales [groups][16].
@@ -92,11 +105,18 @@ impl<'a, T: Element> KeyTile<'a, T> {
         for key in keys {
             let (values, scales) = self.run(kv, key / self.run);
             for (c, values) in values.chunks_exact(self.run).enumerate() {
-                let scale = if T::SCALED { half(scales[c * BLOCK / KV_GROUP][key % self.run]) } else { 1.0 };
+                let scale = if T::SCALED {
+                    half(scales[c * BLOCK / KV_GROUP][key % self.run])
+                } else {
+                    1.0
+                };
                 let zero = _mm256_set1_ps(0.0 * scale);
                 // SAFETY: the target features of this function are those that `widen` needs.
                 let values = unsafe { T::widen(&values[key % self.run]) };
-                zeros = [_mm256_fmadd_ps(values[0], zero, zeros[0]), _mm256_fmadd_ps(values[1], zero, zeros[1])];
+                zeros = [
+                    _mm256_fmadd_ps(values[0], zero, zeros[0]),
+                    _mm256_fmadd_ps(values[1], zero, zeros[1]),
+                ];
             }
         }
         let zeros = _mm256_add_ps(zeros[0], zeros[1]);
@@ -121,7 +141,13 @@ pub(super) fn attention(input: &AttentionInput<'_>, state: &mut SoftmaxState, is
 
 /// One tile of rows over all keys.
 #[target_feature(enable = "avx2,fma,f16c")]
-fn attend(input: &AttentionInput<'_>, rows: Range<usize>, state: &mut SoftmaxState, scratch: &mut Scratch, isa: Isa) {
+fn attend(
+    input: &AttentionInput<'_>,
+    rows: Range<usize>,
+    state: &mut SoftmaxState,
+    scratch: &mut Scratch,
+    isa: Isa,
+) {
     let kv = input.kv;
     let mut limits = [0; ROW_TILE];
     for (limit, row) in limits.iter_mut().zip(rows.clone()) {
@@ -144,8 +170,8 @@ fn attend(input: &AttentionInput<'_>, rows: Range<usize>, state: &mut SoftmaxSta
     }
 }
 
-/// A tile of rows over some tiles of keys, each with the number of keys before the range asked for, in floats. `limits`: the key after the
-/// last one that each row sees.
+/// A tile of rows over some tiles of keys, each with the number of keys before the range asked for,
+/// in floats. `limits`: the key after the last one that each row sees.
 #[target_feature(enable = "avx2,fma,f16c")]
 fn attend_float(
     input: &AttentionInput<'_>,
@@ -155,7 +181,8 @@ fn attend_float(
     scratch: &mut Scratch,
 ) {
     let (kv, head_dim, width) = (input.kv, input.kv.head_dim(), input.kv.width());
-    // Panels of equal height, as far as possible: a last panel of one row would cost as much as one of three.
+    // Panels of equal height, as far as possible: a last panel of one row would cost as much as one
+    // of three.
     let count = rows.len().div_ceil(PANEL_ROWS);
     let mut panels = [0; FLOAT_ROWS / PANEL_ROWS + 1];
     for (p, first) in panels[..=count].iter_mut().enumerate() {
@@ -175,7 +202,9 @@ fn attend_float(
         max: &mut state.max[rows.clone()],
         sum: &mut state.sum[rows.clone()],
     };
-    for (padded, row) in tile.acc.chunks_exact_mut(width).zip(state.acc[elements.clone()].chunks_exact(head_dim)) {
+    for (padded, row) in
+        tile.acc.chunks_exact_mut(width).zip(state.acc[elements.clone()].chunks_exact(head_dim))
+    {
         padded[..head_dim].copy_from_slice(row);
         padded[head_dim..].fill(0.0);
     }
@@ -193,7 +222,9 @@ fn attend_float(
             KvFormat::Q8 => tile.step::<i8, true>(q, &KeyTile::stored(kv, keys, skip)),
         }
     }
-    for (padded, row) in tile.acc.chunks_exact(width).zip(state.acc[elements].chunks_exact_mut(head_dim)) {
+    for (padded, row) in
+        tile.acc.chunks_exact(width).zip(state.acc[elements].chunks_exact_mut(head_dim))
+    {
         row.copy_from_slice(&padded[..head_dim]);
     }
 }
@@ -213,7 +244,9 @@ fn pack_queries(q: &[f32], panels: &[usize], head_dim: usize, scale: f32, packed
     for panel in panels.windows(2) {
         let rows = panel[1] - panel[0];
         let packed = &mut packed[panel[0] * head_dim..panel[1] * head_dim];
-        for (r, row) in q[panel[0] * head_dim..panel[1] * head_dim].chunks_exact(head_dim).enumerate() {
+        for (r, row) in
+            q[panel[0] * head_dim..panel[1] * head_dim].chunks_exact(head_dim).enumerate()
+        {
             for (packed, x) in packed[r..].iter_mut().step_by(rows).zip(row) {
                 *packed = x * scale;
             }
@@ -237,8 +270,8 @@ impl RowTile<'_> {
         self.limits[row].min(keys.end).saturating_sub(keys.start)
     }
 
-    /// One tile of keys. STREAM: they come from memory as they lie there, and not from a tile of scratch. q: scaled queries,
-    /// for each panel [head_dim][rows of the panel].
+    /// One tile of keys. STREAM: they come from memory as they lie there, and not from a tile of
+    /// scratch. q: scaled queries, for each panel [head_dim][rows of the panel].
     #[target_feature(enable = "avx2,fma,f16c")]
     fn step<T: Element, const STREAM: bool>(&mut self, q: &[f32], tile: &KeyTile<'_, T>) {
         let (kv, head_dim, width) = (self.kv, self.kv.head_dim(), self.kv.width());
@@ -270,14 +303,19 @@ impl RowTile<'_> {
             }
         }
 
-        // The keys whose values all rows of a panel take: those that some row sees, or those that every row sees.
+        // The keys whose values all rows of a panel take: those that some row sees, or those that
+        // every row sees.
         let mut shared = [0; FLOAT_ROWS / PANEL_ROWS];
         for (p, (shared, &cover)) in shared.iter_mut().zip(cover).enumerate() {
-            let least = (self.panels[p]..self.panels[p + 1]).map(|row| self.seen(row, keys)).min().unwrap_or(0);
+            let least = (self.panels[p]..self.panels[p + 1])
+                .map(|row| self.seen(row, keys))
+                .min()
+                .unwrap_or(0);
             *shared = if tile.is_finite(kv, least..cover) { cover } else { least };
         }
 
-        // Values that many panels share stay in L1 a chunk at a time; as they lie, the chunks of a run are one stream.
+        // Values that many panels share stay in L1 a chunk at a time; as they lie, the chunks of a
+        // run are one stream.
         let (run, chunks) = (tile.run, width / BLOCK);
         let together = if STREAM { chunks } else { 1 };
         for (n, from) in (0..keys.len()).step_by(run).enumerate() {
@@ -299,7 +337,9 @@ impl RowTile<'_> {
                         3 => blend::<T, 3, 2, STREAM>(values, weights, KEY_TILE, acc, width),
                         4 => blend::<T, 4, 1, STREAM>(values, weights, KEY_TILE, acc, width),
                         5 => blend::<T, 5, 1, STREAM>(values, weights, KEY_TILE, acc, width),
-                        _ => blend::<T, PANEL_ROWS, 1, STREAM>(values, weights, KEY_TILE, acc, width),
+                        _ => {
+                            blend::<T, PANEL_ROWS, 1, STREAM>(values, weights, KEY_TILE, acc, width)
+                        }
                     }
                 }
             }
@@ -324,8 +364,8 @@ impl RowTile<'_> {
         }
     }
 
-    /// Turns a row's scores `skip..seen` into weights, with zeros behind them up to `cover`, and rescales its sums. What
-    /// lies before `skip` is left out by all.
+    /// Turns a row's scores `skip..seen` into weights, with zeros behind them up to `cover`, and
+    /// rescales its sums. What lies before `skip` is left out by all.
     #[inline]
     #[target_feature(enable = "avx2,fma,f16c")]
     fn weigh(&mut self, row: usize, skip: usize, seen: usize, cover: usize) {

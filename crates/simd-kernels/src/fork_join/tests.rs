@@ -1,4 +1,5 @@
-//! The team under every number of threads, after every kind of pause, with panics, nesting and several callers.
+//! The team under every number of threads, after every kind of pause, with panics, nesting and
+//! several callers.
 
 use super::*;
 

@@ -16,7 +16,8 @@ const HUGE: usize = 2 << 20;
 /// Numbers for which every bit pattern is a value and whose alignment a line satisfies.
 ///
 /// # Safety
-/// Implementors have no padding, no invalid bit pattern, no destructor, and an alignment that divides [`LINE`].
+/// Implementors have no padding, no invalid bit pattern, no destructor, and an alignment that
+/// divides [`LINE`].
 pub(crate) unsafe trait Plain: Copy {}
 
 // SAFETY: a primitive number of four bytes.
@@ -32,8 +33,8 @@ unsafe impl<T: Plain, const N: usize> Plain for [T; N] {}
 
 /// A growing buffer of lines, zero where nothing was written.
 ///
-/// Not a `Vec`: that aligns to the element, and memory that is read as one long stream is read a tenth faster when it
-/// lies on huge pages.
+/// Not a `Vec`: that aligns to the element, and memory that is read as one long stream is read a
+/// tenth faster when it lies on huge pages.
 pub(crate) struct Lines {
     start: NonNull<Line>,
     len: usize,
@@ -74,10 +75,13 @@ impl Lines {
         }
         let layout = layout(n);
         // SAFETY: the layout is not empty, n being more than the capacity.
-        let start = NonNull::new(unsafe { alloc(layout) }).unwrap_or_else(|| handle_alloc_error(layout)).cast();
+        let start = NonNull::new(unsafe { alloc(layout) })
+            .unwrap_or_else(|| handle_alloc_error(layout))
+            .cast();
         advise_huge(start.cast(), layout.size());
         let old = std::mem::replace(self, Lines { start, len: self.len, capacity: n });
-        // SAFETY: both buffers hold old.len lines, the old one written ones, and they do not overlap.
+        // SAFETY: both buffers hold old.len lines, the old one written ones, and they do not
+        // overlap.
         unsafe { start.copy_from_nonoverlapping(old.start, old.len) };
     }
 
@@ -85,8 +89,8 @@ impl Lines {
     pub(crate) fn view<T: Plain>(&self, from: usize) -> &[T] {
         assert!(from <= self.len, "line {from} of {}", self.len);
         let count = (self.len - from) * LINE / size_of::<T>();
-        // SAFETY: lines from..len are written and ours for the borrow, `Plain` allows any bytes, a line is aligned for T,
-        // and the length is rounded down to whole T.
+        // SAFETY: lines from..len are written and ours for the borrow, `Plain` allows any bytes, a
+        // line is aligned for T, and the length is rounded down to whole T.
         unsafe { std::slice::from_raw_parts(self.start.add(from).as_ptr().cast(), count) }
     }
 
@@ -94,7 +98,8 @@ impl Lines {
     pub(crate) fn view_mut<T: Plain>(&mut self, from: usize) -> &mut [T] {
         assert!(from <= self.len, "line {from} of {}", self.len);
         let count = (self.len - from) * LINE / size_of::<T>();
-        // SAFETY: as in `view`; the borrow is exclusive, and any T written is a valid pattern of bytes.
+        // SAFETY: as in `view`; the borrow is exclusive, and any T written is a valid pattern of
+        // bytes.
         unsafe { std::slice::from_raw_parts_mut(self.start.add(from).as_ptr().cast(), count) }
     }
 }
@@ -129,17 +134,22 @@ fn layout(lines: usize) -> Layout {
     Layout::from_size_align(bytes, align).expect("a buffer of lines fits the address space")
 }
 
-/// Asks for huge pages under the whole ones of a buffer. Best effort: without them it is only slower.
+/// Asks for huge pages under the whole ones of a buffer. Best effort: without them it is only
+/// slower.
 #[cfg(target_os = "linux")]
 fn advise_huge(start: NonNull<u8>, bytes: usize) {
     unsafe extern "C" {
-        fn madvise(start: *mut std::ffi::c_void, bytes: usize, advice: std::ffi::c_int) -> std::ffi::c_int;
+        fn madvise(
+            start: *mut std::ffi::c_void,
+            bytes: usize,
+            advice: std::ffi::c_int,
+        ) -> std::ffi::c_int;
     }
     const MADV_HUGEPAGE: std::ffi::c_int = 14;
     let whole = bytes / HUGE * HUGE;
     if whole > 0 {
-        // SAFETY: the range lies inside an allocation of ours that starts on a huge page, and the advice changes no
-        // contents.
+        // SAFETY: the range lies inside an allocation of ours that starts on a huge page, and the
+        // advice changes no contents.
         unsafe { madvise(start.as_ptr().cast(), whole, MADV_HUGEPAGE) };
     }
 }
@@ -160,7 +170,9 @@ mod tests {
             lines.resize(n);
             let view = lines.view_mut::<f32>(0);
             assert_eq!(view.len(), n * 16);
-            assert!(view[..kept].iter().all(|&x| x == 1.0) && view[kept..].iter().all(|&x| x == 0.0));
+            assert!(
+                view[..kept].iter().all(|&x| x == 1.0) && view[kept..].iter().all(|&x| x == 0.0)
+            );
             view.fill(1.0);
         }
         let copy = lines.clone();
@@ -169,7 +181,9 @@ mod tests {
 
     #[test]
     fn buffers_start_on_lines_and_large_ones_on_huge_pages() {
-        for (lines, align) in [(1, LINE), (100, LINE), (HUGE / LINE, HUGE), (3 * HUGE / LINE / 2, HUGE)] {
+        for (lines, align) in
+            [(1, LINE), (100, LINE), (HUGE / LINE, HUGE), (3 * HUGE / LINE / 2, HUGE)]
+        {
             let mut buffer = Lines::default();
             buffer.resize(lines);
             assert_eq!(buffer.view::<u16>(0).as_ptr() as usize % align, 0);

@@ -8,9 +8,9 @@ pub(crate) fn to_f16(isa: Isa, x: &[f32], out: &mut [u16]) {
     dispatch!(isa, avx2::to_f16, scalar::to_f16, (x, out))
 }
 
-/// One group: out[i] = round(x[i] / scale) in −127..=127 with scale = max |x| / 127 in half precision, whose bits are
-/// returned. x ≈ scale · out. A group with a NaN or an infinity gets NaN as its scale, one beyond 127 · 65504 infinity, so that
-/// what it enters is no plausible number.
+/// One group: out[i] = round(x[i] / scale) in −127..=127 with scale = max |x| / 127 in half
+/// precision, whose bits are returned. x ≈ scale · out. A group with a NaN or an infinity gets NaN
+/// as its scale, one beyond 127 · 65504 infinity, so that what it enters is no plausible number.
 pub(crate) fn to_q8(isa: Isa, x: &[f32], out: &mut [i8]) -> u16 {
     debug_assert_eq!(x.len(), out.len());
     dispatch!(isa, avx2::to_q8, scalar::to_q8, (x, out))
@@ -40,10 +40,12 @@ mod scalar {
         bits
     }
 
-    /// The scale for numbers up to `most`, and what to multiply them by, after which they round to at most 127.
+    /// The scale for numbers up to `most`, and what to multiply them by, after which they round to
+    /// at most 127.
     ///
-    /// The inverse is of the rounded scale. A normal scale that was rounded down leaves the largest numbers at 127.07; a
-    /// subnormal one may be any part smaller than most / 127, so it is rounded up.
+    /// The inverse is of the rounded scale. A normal scale that was rounded down leaves the largest
+    /// numbers at 127.07; a subnormal one may be any part smaller than most / 127, so it is rounded
+    /// up.
     #[inline]
     pub(super) fn scale(most: f32) -> (u16, f32) {
         if !most.is_finite() {
@@ -101,7 +103,8 @@ mod avx2 {
         let x = _mm256_mul_ps(x, inverse);
         // NaN (0 · ∞) becomes 0.
         let words = _mm256_cvtps_epi32(_mm256_and_ps(x, _mm256_cmp_ps::<_CMP_ORD_Q>(x, x)));
-        let halves = _mm_packs_epi32(_mm256_castsi256_si128(words), _mm256_extracti128_si256::<1>(words));
+        let halves =
+            _mm_packs_epi32(_mm256_castsi256_si128(words), _mm256_extracti128_si256::<1>(words));
         _mm_cvtsi128_si64(_mm_packs_epi16(halves, halves))
     }
 }
@@ -120,7 +123,10 @@ mod tests {
             for (size, bad) in [1.0, 1.0e-3, 1.0e-6, 1.0e-8, 300.0, 1.0e9, 0.0]
                 .map(|size| (size, None))
                 .into_iter()
-                .chain([f32::NAN, -f32::NAN, f32::INFINITY, f32::NEG_INFINITY].map(|bad| (1.0, Some(bad))))
+                .chain(
+                    [f32::NAN, -f32::NAN, f32::INFINITY, f32::NEG_INFINITY]
+                        .map(|bad| (1.0, Some(bad))),
+                )
             {
                 let mut x = Guarded::of(noise(len, 12).iter().map(|x| x * size), offset);
                 if let (Some(bad), true) = (bad, len > 0) {
@@ -135,7 +141,10 @@ mod tests {
                 let bits = to_q8(Isa::scalar(), &x, &mut expected);
                 assert_eq!(to_q8(isa, &x, &mut found), bits);
                 assert_eq!(expected, found);
-                assert!(len == 0 || f16_to_f32(bits).is_nan() == bad.is_some(), "{bad:?} of {len} has scale {bits:#x}");
+                assert!(
+                    len == 0 || f16_to_f32(bits).is_nan() == bad.is_some(),
+                    "{bad:?} of {len} has scale {bits:#x}"
+                );
             }
         }
         assert_entered("avx2::to_f16");

@@ -1,4 +1,5 @@
-//! The cache gives back what was pushed, in every format, whatever was pushed, cut and pushed again before.
+//! The cache gives back what was pushed, in every format, whatever was pushed, cut and pushed again
+//! before.
 
 use super::*;
 use crate::guarded::noise;
@@ -31,7 +32,11 @@ fn check(kv: &KvHead, expected: &[(Vec<f32>, Vec<f32>)]) {
                 let most = group.iter().fold(0.0f32, |m, x| m.max(x.abs()));
                 for (&x, &found) in group.iter().zip(found) {
                     let allowed = rounding(kv.format(), x, most);
-                    assert!((x - found).abs() <= allowed, "{side} {i}: {found}, pushed {x}, {}", kv.format());
+                    assert!(
+                        (x - found).abs() <= allowed,
+                        "{side} {i}: {found}, pushed {x}, {}",
+                        kv.format()
+                    );
                 }
             }
         }
@@ -70,7 +75,13 @@ fn strided_pushes_equal_single_ones() {
                 one.push(isa, &keys[t * stride..][..head_dim], &values[t * stride..][..head_dim]);
             }
             for (from, count) in [(0, 0), (0, 5), (5, 30), (35, 2)] {
-                many.push_many(isa, &keys[from * stride..], &values[from * stride..], count, stride);
+                many.push_many(
+                    isa,
+                    &keys[from * stride..],
+                    &values[from * stride..],
+                    count,
+                    stride,
+                );
             }
             assert_eq!(one.len(), many.len());
             assert_eq!(one.spans.view::<i8>(0), many.spans.view::<i8>(0));
@@ -83,7 +94,8 @@ fn sizes_that_overflow_are_refused() {
     for (tokens, stride) in [(9, 1 << 61), (usize::MAX, 0), (1 << 62, 0)] {
         let mut kv = KvHead::new(KvFormat::F32, 8);
         kv.push(Isa::scalar(), &[1.0; 8], &[1.0; 8]);
-        let push = AssertUnwindSafe(|| kv.push_many(Isa::scalar(), &[0.0; 8], &[0.0; 8], tokens, stride));
+        let push =
+            AssertUnwindSafe(|| kv.push_many(Isa::scalar(), &[0.0; 8], &[0.0; 8], tokens, stride));
         assert!(catch_unwind(push).is_err(), "{tokens} tokens at a stride of {stride}");
         assert_eq!(kv.len(), 1);
     }

@@ -1,31 +1,36 @@
-//! The AVX2 products: two streams over the weights for few tokens, blocks that stay in the caches for many.
+//! The AVX2 products: two streams over the weights for few tokens, blocks that stay in the caches
+//! for many.
 //!
 //! ```text
 //! few (one tile of tokens):           many:
 //! for each 2 panels of 16 rows:       for each block of up to 86 tiles (516 tokens):
 //!     acc = 0                             for each 4 panels:
-//!     acc += both panels * tile               acc = 0                                  [4, tiles, 6, 16]
+//!     acc += both panels * tile               acc = 0                      [4, tiles, 6, 16]
 //!     finish acc into out                     for each part of the columns (1 KiB of a token):
 //!                                                 for each panel:
 //!                                                     for each tile: acc += panel part * tile part
 //!                                             finish acc into out
 //! ```
 //!
-//! 1. For few tokens memory is the limit. Two panels, or one of gate and one of up, are read side by side (`few`).
-//! 2. For many, a part of a panel (8 to 18 KiB; `wide`) stays in the L1 cache while the tiles pass it, and the same part of
-//!    all tiles (at most 512 KiB) stays in the L2 cache while four panels pass. One panel at a time, activations would stream
-//!    from L3 at 17 GB/s for one core.
-//! 3. The sums of a panel are kept next to each other and written to `out` once: rows of `out` are often a multiple
-//!    of 4 KiB apart, which would put all of them into the same few cache sets.
-//! 4. While a tile meets a part of float weights, its share of the part after it is prefetched, and the activations of the
-//!    next tile. A share: all of a part during its first tile is more than the few buffers between L1 and L2 take, and the tile
-//!    waits for memory (33 tokens with bf16 experts: 0.73 of the multiply-add rate instead of 0.87). With AVX2, Q8 and Q4 do ask for
-//!    all of it there: they are fewer bytes, and prefetches in each tile took 4 to 6 % of the speed of Q8.
-//! 5. With AVX-512 four panels of floats (`avx512`) or two of Q8 and Q4 (`codes`) meet a tile together, and parts of all of them share
-//!    the L1 cache; widened floats, half a part at a time, are 32 KiB, all there is on some processors, and still faster. Where four
-//!    panels go together, activations are read once for all of them, from wherever they are.
-//! 6. Products of many tokens with two matrices (gate and up) alternate between them panel by panel; `finish` combines
-//!    the sums.
+//! 1. For few tokens memory is the limit. Two panels, or one of gate and one of up, are read side
+//!    by side (`few`).
+//! 2. For many, a part of a panel (8 to 18 KiB; `wide`) stays in the L1 cache while the tiles pass
+//!    it, and the same part of all tiles (at most 512 KiB) stays in the L2 cache while four panels
+//!    pass. One panel at a time, activations would stream from L3 at 17 GB/s for one core.
+//! 3. The sums of a panel are kept next to each other and written to `out` once: rows of `out` are
+//!    often a multiple of 4 KiB apart, which would put all of them into the same few cache sets.
+//! 4. While a tile meets a part of float weights, its share of the part after it is prefetched, and
+//!    the activations of the next tile. A share: all of a part during its first tile is more than
+//!    the few buffers between L1 and L2 take, and the tile waits for memory (33 tokens with bf16
+//!    experts: 0.73 of the multiply-add rate instead of 0.87). With AVX2, Q8 and Q4 do ask for all
+//!    of it there: they are fewer bytes, and prefetches in each tile took 4 to 6 % of the speed of
+//!    Q8.
+//! 5. With AVX-512 four panels of floats (`avx512`) or two of Q8 and Q4 (`codes`) meet a tile
+//!    together, and parts of all of them share the L1 cache; widened floats, half a part at a time,
+//!    are 32 KiB, all there is on some processors, and still faster. Where four panels go together,
+//!    activations are read once for all of them, from wherever they are.
+//! 6. Products of many tokens with two matrices (gate and up) alternate between them panel by
+//!    panel; `finish` combines the sums.
 
 use std::cell::RefCell;
 use std::ops::Range;
@@ -52,12 +57,13 @@ use wide::{Part, Wide, bytes, floats, halves};
 
 /// Bytes by which a prefetch into the L2 cache runs ahead of the one into L1.
 ///
-/// Without it, or with more than 2 KiB, a core of a Sapphire Rapids, which gets 20 GB/s, reads two bf16 streams 5 % slower.
-/// A single prefetch 6 KiB ahead into the L1 cache, whose few buffers then wait for memory, takes 30 % there; with one stream
-/// it was the best on a Zen 5.
+/// Without it, or with more than 2 KiB, a core of a Sapphire Rapids, which gets 20 GB/s, reads two
+/// bf16 streams 5 % slower. A single prefetch 6 KiB ahead into the L1 cache, whose few buffers then
+/// wait for memory, takes 30 % there; with one stream it was the best on a Zen 5.
 const FARTHER: usize = 1024;
 
-/// Columns in a part of float weights and of integers, multiples of the group: 1 KiB of a token in f32 and in int16.
+/// Columns in a part of float weights and of integers, multiples of the group: 1 KiB of a token in
+/// f32 and in int16.
 const FLOATS: usize = 256;
 const INTS: usize = 512;
 
@@ -113,7 +119,14 @@ thread_local! {
 const _: () = assert!(size_of::<Block>() == 324 << 10, "plans of memory count on it");
 
 #[target_feature(enable = "avx2,fma,f16c")]
-pub(super) fn matmul(w: Panels<'_>, panels: Range<usize>, x: &Input, out: MatMut<'_>, store: Store, isa: Isa) {
+pub(super) fn matmul(
+    w: Panels<'_>,
+    panels: Range<usize>,
+    x: &Input,
+    out: MatMut<'_>,
+    store: Store,
+    isa: Isa,
+) {
     multiply([w], panels, x, out, Finish::Store(store), isa);
 }
 
@@ -190,16 +203,30 @@ fn many<const N: usize>(
                 for (i, sums) in sums.chunks_mut(together).enumerate() {
                     let slot = i * together;
                     match sums.len() {
-                        1 => add_parts::<N, 1>(&slots, slot, &columns, tiles.clone(), sums, scratch),
-                        2 => add_parts::<N, 2>(&slots, slot, &columns, tiles.clone(), sums, scratch),
-                        3 => add_parts::<N, 3>(&slots, slot, &columns, tiles.clone(), sums, scratch),
-                        SLOTS => add_parts::<N, SLOTS>(&slots, slot, &columns, tiles.clone(), sums, scratch),
+                        1 => {
+                            add_parts::<N, 1>(&slots, slot, &columns, tiles.clone(), sums, scratch)
+                        }
+                        2 => {
+                            add_parts::<N, 2>(&slots, slot, &columns, tiles.clone(), sums, scratch)
+                        }
+                        3 => {
+                            add_parts::<N, 3>(&slots, slot, &columns, tiles.clone(), sums, scratch)
+                        }
+                        SLOTS => add_parts::<N, SLOTS>(
+                            &slots,
+                            slot,
+                            &columns,
+                            tiles.clone(),
+                            sums,
+                            scratch,
+                        ),
                         more => unreachable!("{more} of {SLOTS} slots"),
                     }
                 }
             }
             for tile in tiles.clone() {
-                // Rows of `out` are often pages apart: those of the next tile are asked for now, or each would be waited for.
+                // Rows of `out` are often pages apart: those of the next tile are asked for now, or
+                // each would be waited for.
                 if tile + 1 < tiles.end {
                     for token in x.tile_tokens(tile + 1) {
                         let out = &out.row_mut(token)[(group.start - panels.start) * PANEL..];
@@ -237,8 +264,9 @@ impl<const P: usize> Ahead<P> {
         Self { weights, share: 0, activations: std::ptr::null() }
     }
 
-    /// Bytes between prefetches of the share, if there are that many. Usually less than a line: asking for some lines again
-    /// costs less than a branch that avoids it, which took 4 % of the speed with 36 tokens.
+    /// Bytes between prefetches of the share, if there are that many. Usually less than a line:
+    /// asking for some lines again costs less than a branch that avoids it, which took 4 % of the
+    /// speed with 36 tokens.
     fn stride(&self, prefetches: usize) -> usize {
         self.share.div_ceil(prefetches.max(1))
     }
@@ -261,7 +289,9 @@ impl<'a, const N: usize> Slots<'a, N> {
 
     /// Where the part of a slot starts; past the last one, where that starts which comes then.
     fn start(&self, slot: usize, columns: &Range<usize>) -> *const u8 {
-        let Some(more) = slot.checked_sub(self.count()) else { return self.part(slot, columns).start() };
+        let Some(more) = slot.checked_sub(self.count()) else {
+            return self.part(slot, columns).start();
+        };
         let (w, after) = (self.ws[more % N], self.columns_after(columns));
         let panels = if after.start == 0 { self.panels.end } else { self.panels.start };
         w.part((panels + more / N).min(w.count() - 1), &after).start()
@@ -274,7 +304,8 @@ impl<'a, const N: usize> Slots<'a, N> {
     }
 }
 
-/// Adds the products of the parts of P slots with each tile to `sums`, and prefetches as many of those that come next.
+/// Adds the products of the parts of P slots with each tile to `sums`, and prefetches as many of
+/// those that come next.
 #[target_feature(enable = "avx2,fma,f16c")]
 fn add_parts<const N: usize, const P: usize>(
     slots: &Slots<'_, N>,
@@ -285,13 +316,17 @@ fn add_parts<const N: usize, const P: usize>(
     scratch: &mut Scratch,
 ) {
     let Scratch { kept, wide } = scratch;
-    let mut sums =
-        sums.first_chunk_mut::<P>().expect("as many sums as slots").each_mut().map(|sums| &mut sums[..tiles.len()]);
+    let mut sums = sums
+        .first_chunk_mut::<P>()
+        .expect("as many sums as slots")
+        .each_mut()
+        .map(|sums| &mut sums[..tiles.len()]);
     let parts: [_; P] = std::array::from_fn(|p| slots.part(slot + p, &x.range));
     let next: [_; P] = std::array::from_fn(|p| slots.start(slot + P + p, &x.range));
     let share = parts[0].bytes().div_ceil(tiles.len());
     // The last tile is followed by the first one, with other panels.
-    let after = if slot + P < slots.count() { x.range.clone() } else { slots.columns_after(&x.range) };
+    let after =
+        if slot + P < slots.count() { x.range.clone() } else { slots.columns_after(&x.range) };
     let activations = x.x.start(tiles.start, &after);
     // Tiles that AVX-512 takes: all of integers, and whole ones of floats.
     let mut done = 0;
@@ -322,10 +357,17 @@ fn add_parts<const N: usize, const P: usize>(
             let parts: [_; P] = std::array::from_fn(|p| slots.part(slot + p, &columns.range));
             let parts = wide.widen(parts, tiles.len(), x.isa);
             let weights = next.map(|next| next.wrapping_add(i * done * share));
-            let activations =
-                if ends { activations } else { x.x.start(tiles.start, &(columns.range.end..x.range.end)) };
+            let activations = if ends {
+                activations
+            } else {
+                x.x.start(tiles.start, &(columns.range.end..x.range.end))
+            };
             let ahead = Ahead { weights, share, activations };
-            let kept = kept.first_chunk_mut::<P>().expect("as many as panels").each_mut().map(|kept| &mut kept[..done]);
+            let kept = kept
+                .first_chunk_mut::<P>()
+                .expect("as many as panels")
+                .each_mut()
+                .map(|kept| &mut kept[..done]);
             let totals = sums.each_mut().map(|sums| &mut sums[..done]);
             let sums = avx512::Sums { kept, goes_on, totals, ends };
             // SAFETY: the instruction set proves the target features.
@@ -336,10 +378,15 @@ fn add_parts<const N: usize, const P: usize>(
         }
     }
     // One tile that is left after those of AVX-512 does not pay for widening.
-    let parts = if x.isa.has_avx512() { parts.map(Part::Stored) } else { wide.widen(parts, tiles.len(), x.isa) };
+    let parts = if x.isa.has_avx512() {
+        parts.map(Part::Stored)
+    } else {
+        wide.widen(parts, tiles.len(), x.isa)
+    };
     for ((part, sums), next) in parts.into_iter().zip(sums).zip(next) {
         for (i, (tile, sums)) in tiles.clone().zip(sums).enumerate().skip(done) {
-            let activations = if tile + 1 < tiles.end { x.x.start(tile + 1, &x.range) } else { activations };
+            let activations =
+                if tile + 1 < tiles.end { x.x.start(tile + 1, &x.range) } else { activations };
             let ahead = Ahead { weights: [next.wrapping_add(i * share)], share, activations };
             match x.x.tile_tokens(tile).len() {
                 1 => add_tile::<1, 1, 4, false>([part], x, tile, first(sums), ahead),
@@ -356,8 +403,8 @@ fn add_parts<const N: usize, const P: usize>(
     }
 }
 
-/// Adds the products of panel parts with one tile, and prefetches what is `ahead`: streams of weights (`STREAM`), or a share
-/// of weights and activations.
+/// Adds the products of panel parts with one tile, and prefetches what is `ahead`: streams of
+/// weights (`STREAM`), or a share of weights and activations.
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c")]
 fn add_tile<const P: usize, const M: usize, const SETS: usize, const STREAM: bool>(
@@ -374,16 +421,35 @@ fn add_tile<const P: usize, const M: usize, const SETS: usize, const STREAM: boo
         Part::Pairs(groups) => int::add_wide::<M, STREAM>(groups, int(), &mut acc[0], either[0]),
         Part::Codes(_) => unreachable!("AVX-512 takes all tiles of codes"),
         Part::Stored(PanelData::F32(_)) => {
-            float::add_products::<float::F32, P, M, SETS, STREAM>(parts.map(floats), float(), acc, ahead);
+            float::add_products::<float::F32, P, M, SETS, STREAM>(
+                parts.map(floats),
+                float(),
+                acc,
+                ahead,
+            );
         }
         Part::Stored(PanelData::Bf16(_)) => {
-            float::add_products::<float::Bf16, P, M, SETS, STREAM>(parts.map(halves), float(), acc, ahead);
+            float::add_products::<float::Bf16, P, M, SETS, STREAM>(
+                parts.map(halves),
+                float(),
+                acc,
+                ahead,
+            );
         }
         Part::Stored(PanelData::F16(_)) => {
-            float::add_products::<float::F16, P, M, SETS, STREAM>(parts.map(halves), float(), acc, ahead);
+            float::add_products::<float::F16, P, M, SETS, STREAM>(
+                parts.map(halves),
+                float(),
+                acc,
+                ahead,
+            );
         }
-        Part::Stored(PanelData::Q8(_)) => add_ints::<false, P, M, STREAM>(parts.map(bytes), int(), acc, either, x.isa),
-        Part::Stored(PanelData::Q4(_)) => add_ints::<true, P, M, STREAM>(parts.map(bytes), int(), acc, either, x.isa),
+        Part::Stored(PanelData::Q8(_)) => {
+            add_ints::<false, P, M, STREAM>(parts.map(bytes), int(), acc, either, x.isa)
+        }
+        Part::Stored(PanelData::Q4(_)) => {
+            add_ints::<true, P, M, STREAM>(parts.map(bytes), int(), acc, either, x.isa)
+        }
     }
 }
 
@@ -397,8 +463,12 @@ fn add_ints<const Q4: bool, const P: usize, const M: usize, const STREAM: bool>(
     isa: Isa,
 ) {
     match isa.vnni() {
-        Isa::AVX_VNNI => int::add_products::<Q4, { Isa::AVX_VNNI }, P, M, STREAM>(panels, x, acc, ahead),
-        Isa::AVX512_VNNI => int::add_products::<Q4, { Isa::AVX512_VNNI }, P, M, STREAM>(panels, x, acc, ahead),
+        Isa::AVX_VNNI => {
+            int::add_products::<Q4, { Isa::AVX_VNNI }, P, M, STREAM>(panels, x, acc, ahead)
+        }
+        Isa::AVX512_VNNI => {
+            int::add_products::<Q4, { Isa::AVX512_VNNI }, P, M, STREAM>(panels, x, acc, ahead)
+        }
         _ => int::add_products::<Q4, { Isa::PLAIN }, P, M, STREAM>(panels, x, acc, ahead),
     }
 }
@@ -419,7 +489,12 @@ fn first<const M: usize>(sums: &mut Tile) -> &mut [[[f32; PANEL]; M]; 1] {
 /// Finishes the sums of one token and panel into `out_row[at..]`, as many as the row has left.
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c")]
-fn finish_row<const N: usize>(finish: Finish, sums: [&[f32; PANEL]; N], out_row: &mut [f32], at: usize) {
+fn finish_row<const N: usize>(
+    finish: Finish,
+    sums: [&[f32; PANEL]; N],
+    out_row: &mut [f32],
+    at: usize,
+) {
     let out = &mut out_row[at..];
     if let Some(out) = out.first_chunk_mut::<PANEL>() {
         finish_whole(finish, sums, out);

@@ -1,4 +1,5 @@
-//! The reference products in plain Rust, and where that is wanted `matrixmultiply` for many tokens of float weights.
+//! The reference products in plain Rust, and where that is wanted `matrixmultiply` for many tokens
+//! of float weights.
 
 use std::ops::Range;
 
@@ -7,7 +8,8 @@ use crate::input::{FloatTile, Input, InputKind, IntTile};
 use crate::matrix::MatMut;
 use crate::pack::{EXCESS, split_pair};
 use crate::panels::{
-    GROUP, PANEL, PanelData, Panels, Q4_BLOCK, Q8_BLOCK, q4_at, q4_scale, q8_at, q8_scale, widen_panel,
+    GROUP, PANEL, PanelData, Panels, Q4_BLOCK, Q8_BLOCK, q4_at, q4_scale, q8_at, q8_scale,
+    widen_panel,
 };
 use crate::swiglu::scalar::gated1;
 
@@ -33,8 +35,12 @@ pub(super) fn matmul(
         for tile in 0..x.tiles() {
             for (i_token, token) in x.tile_tokens(tile).enumerate() {
                 let sums = match w.data() {
-                    PanelData::Q8(data) => dot_q8(&data[panel * w.stride()..][..w.stride()], x.int_tile(tile), i_token),
-                    PanelData::Q4(data) => dot_q4(&data[panel * w.stride()..][..w.stride()], x.int_tile(tile), i_token),
+                    PanelData::Q8(data) => {
+                        dot_q8(&data[panel * w.stride()..][..w.stride()], x.int_tile(tile), i_token)
+                    }
+                    PanelData::Q4(data) => {
+                        dot_q4(&data[panel * w.stride()..][..w.stride()], x.int_tile(tile), i_token)
+                    }
                     _ => dot_float(&widened, x.float_tile(tile), i_token),
                 };
                 let row = out.row_mut(token);
@@ -60,7 +66,14 @@ pub(super) fn matmul_swiglu(
 ) {
     let (tokens, rows) = (out.rows(), out.cols());
     let mut products = vec![0.0; tokens * rows];
-    matmul(up, panels.clone(), x, MatMut::new(&mut products, tokens, rows, rows), Store::Set, general_pays);
+    matmul(
+        up,
+        panels.clone(),
+        x,
+        MatMut::new(&mut products, tokens, rows, rows),
+        Store::Set,
+        general_pays,
+    );
     matmul(gate, panels, x, out.reborrow(), Store::Set, general_pays);
     for (token, up) in products.chunks_exact(rows).enumerate() {
         for (out, &up) in out.row_mut(token).iter_mut().zip(up) {
@@ -113,7 +126,8 @@ fn dot_q4(panel: &[u8], x: IntTile<'_>, token: usize) -> [f32; PANEL] {
     sums
 }
 
-/// Panels that one call of `sgemm` multiplies: wide enough that packing the activations again costs little.
+/// Panels that one call of `sgemm` multiplies: wide enough that packing the activations again costs
+/// little.
 const PANELS_AT_ONCE: usize = 8;
 
 /// Float weights and many tokens: widen some panels side by side, then one general matrix product.
@@ -146,8 +160,9 @@ fn general(w: Panels<'_>, panels: Range<usize>, x: &Input, mut out: MatMut<'_>, 
         let (mut target, _) = right.split_cols(covered);
         let (start, stride) = target.as_mut_ptr();
         let beta = if store == Store::Set { 0.0 } else { 1.0 };
-        // SAFETY: `rows` is [tokens, cols], `block` is [cols, width] with `covered <= width`, and `target` is an
-        // exclusive block of [tokens, covered] with rows `stride` apart; with beta 0 its contents are not read.
+        // SAFETY: `rows` is [tokens, cols], `block` is [cols, width] with `covered <= width`, and
+        // `target` is an exclusive block of [tokens, covered] with rows `stride` apart; with beta 0
+        // its contents are not read.
         unsafe {
             matrixmultiply::sgemm(
                 tokens,

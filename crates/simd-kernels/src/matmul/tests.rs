@@ -52,7 +52,8 @@ impl Weights {
                 let x = random[row * cols + k];
                 let at = 1 + panel * PANEL * cols + PANEL * k;
                 let (group, j) = (k / GROUP, k % GROUP);
-                // A Q4 scale is positive and has no last three bits; its zero point takes every value in turn.
+                // A Q4 scale is positive and has no last three bits; its zero point takes every
+                // value in turn.
                 let mut scale = f32_to_f16(scales[row * groups + group]);
                 let zero = ((row + 3 * group) % 16) as u16;
                 let mut word = scale;
@@ -60,7 +61,9 @@ impl Weights {
                     scale &= 0x7ff8;
                     word = scale << 1 | zero;
                 }
-                let block = 1 + (panel * groups + group) * if format == Format::Q8 { Q8_BLOCK } else { Q4_BLOCK };
+                let block = 1
+                    + (panel * groups + group)
+                        * if format == Format::Q8 { Q8_BLOCK } else { Q4_BLOCK };
                 if matches!(format, Format::Q8 | Format::Q4) {
                     bytes[block + 2 * r..block + 2 * r + 2].copy_from_slice(&word.to_le_bytes());
                 }
@@ -87,7 +90,11 @@ impl Weights {
                     Format::Q4 => {
                         let nibble = (8.0 + x * 10.0).round().clamp(0.0, 15.0);
                         let byte = &mut bytes[block + 32 + 32 * (j / 4) + 4 * (r % 8) + j % 4];
-                        *byte = if r < 8 { *byte & 0xf0 | nibble as u8 } else { *byte & 0x0f | (nibble as u8) << 4 };
+                        *byte = if r < 8 {
+                            *byte & 0xf0 | nibble as u8
+                        } else {
+                            *byte & 0x0f | (nibble as u8) << 4
+                        };
                         f16_to_f32(scale) * (nibble - 4.0 - f32::from(zero) / 2.0)
                     }
                 };
@@ -107,7 +114,8 @@ impl Weights {
         Panels::new(data, self.rows, self.cols)
     }
 
-    /// The product of a row with a token, rounded as `kind` says, in f64, and how far f32 arithmetic may be from it.
+    /// The product of a row with a token, rounded as `kind` says, in f64, and how far f32
+    /// arithmetic may be from it.
     ///
     /// Each of the n products and sums rounds once, relative to at most the sum of magnitudes.
     fn dot(&self, row: usize, x: &[f32], kind: InputKind) -> (f64, f64) {
@@ -115,7 +123,9 @@ impl Weights {
         let (mut sum, mut magnitude) = (0.0, 0.0);
         for (w, x) in w.chunks(GROUP).zip(x.chunks(GROUP)) {
             let largest = x.iter().fold(0.0_f32, |a, x| a.max(x.abs()));
-            let round = |x: f32, limit: f32| f64::from((x * (limit / largest)).round_ties_even() * (largest / limit));
+            let round = |x: f32, limit: f32| {
+                f64::from((x * (limit / largest)).round_ties_even() * (largest / limit))
+            };
             for (&w, &x) in w.iter().zip(x) {
                 let x = match kind {
                     InputKind::Int16 => round(x, 32767.0),
@@ -161,7 +171,10 @@ impl Output {
             }
             let (value, tolerance) = expected(t, c);
             let error = (f64::from(found) - value).abs();
-            assert!(error <= tolerance, "{what}: [{t}, {c}] is {found}, expected {value} within {tolerance:e}");
+            assert!(
+                error <= tolerance,
+                "{what}: [{t}, {c}] is {found}, expected {value} within {tolerance:e}"
+            );
         }
     }
 }
@@ -175,13 +188,18 @@ fn check_matmul(format: Format, rows: usize, cols: usize, tokens: usize, panels:
     for isa in Isa::all() {
         let mut input = Input::new();
         input.prepare(isa, InputKind::of(isa, &weights.panels().data(), tokens), &x, tokens, cols);
-        for ((store, old), bits) in [(Store::Set, f32::NAN), (Store::Add, 3.0)].into_iter().zip(&mut bits) {
+        for ((store, old), bits) in
+            [(Store::Set, f32::NAN), (Store::Add, 3.0)].into_iter().zip(&mut bits)
+        {
             let mut out = Output::new(tokens, covered, old);
             matmul(isa, weights.panels(), panels.clone(), &input, out.block(), store);
             let base = if store == Store::Set { 0.0 } else { 3.0 };
-            let what = format!("{isa} {format:?} [{rows}, {cols}] x {tokens} tokens, panels {panels:?}, {store:?}");
+            let what = format!(
+                "{isa} {format:?} [{rows}, {cols}] x {tokens} tokens, panels {panels:?}, {store:?}"
+            );
             out.check(&what, |t, c| {
-                let (sum, tolerance) = weights.dot(first + c, &x[t * cols..(t + 1) * cols], input.kind());
+                let (sum, tolerance) =
+                    weights.dot(first + c, &x[t * cols..(t + 1) * cols], input.kind());
                 (base + sum, tolerance + base * 2.0 * f64::from(f32::EPSILON))
             });
             check_bits(isa, &input, format, &out, bits, &what);
@@ -190,7 +208,14 @@ fn check_matmul(format: Format, rows: usize, cols: usize, tokens: usize, panels:
 }
 
 /// What AVX2 gives, the instruction sets beyond it give too, of the same activations.
-fn check_bits(isa: Isa, input: &Input, format: Format, out: &Output, bits: &mut Option<Vec<u32>>, what: &str) {
+fn check_bits(
+    isa: Isa,
+    input: &Input,
+    format: Format,
+    out: &Output,
+    bits: &mut Option<Vec<u32>>,
+    what: &str,
+) {
     if isa.has_avx2() && (format, input.kind()) != (Format::Q8, InputKind::Int8) {
         let found: Vec<_> = out.buffer.iter().map(|x| x.to_bits()).collect();
         assert!(*bits.get_or_insert_with(|| found.clone()) == found, "{what}: differs from AVX2");
@@ -209,10 +234,13 @@ fn check_swiglu(format: Format, rows: usize, cols: usize, tokens: usize, panels:
         input.prepare(isa, InputKind::of(isa, &gate.panels().data(), tokens), &x, tokens, cols);
         let mut out = Output::new(tokens, covered, f32::NAN);
         matmul_swiglu(isa, gate.panels(), up.panels(), panels.clone(), &input, out.block());
-        let what = format!("{isa} {format:?} SwiGLU [{rows}, {cols}] x {tokens} tokens, panels {panels:?}");
+        let what = format!(
+            "{isa} {format:?} SwiGLU [{rows}, {cols}] x {tokens} tokens, panels {panels:?}"
+        );
         out.check(&what, |t, c| {
             let x = &x[t * cols..(t + 1) * cols];
-            let ((g, dg), (u, du)) = (gate.dot(first + c, x, input.kind()), up.dot(first + c, x, input.kind()));
+            let ((g, dg), (u, du)) =
+                (gate.dot(first + c, x, input.kind()), up.dot(first + c, x, input.kind()));
             let silu = g / (1.0 + (-g).exp());
             // |silu'| <= 1.1; the function itself costs a few roundings.
             let own = 8.0 * f64::from(f32::EPSILON) * (silu * u).abs();
@@ -234,7 +262,8 @@ fn every_number_of_columns() {
                 check_matmul(format, 20, cols, tokens, 0..2);
             }
         }
-        // Two pairs of panels and one left over: large ones, which pair with their neighbours on some processors (`avx2::few`).
+        // Two pairs of panels and one left over: large ones, which pair with their neighbours on
+        // some processors (`avx2::few`).
         check_matmul(format, 75, 1300, 1, 0..5);
     }
     assert_entered("avx2::matmul");
@@ -291,7 +320,13 @@ fn swiglu_of_every_size() {
     for format in FORMATS {
         for cols in (0..=130).step_by(7).chain([300]) {
             for tokens in (0..=14).chain([64]) {
-                check_swiglu(format, 1 + cols % 35, cols, tokens, 0..(1 + cols % 35_usize).div_ceil(PANEL));
+                check_swiglu(
+                    format,
+                    1 + cols % 35,
+                    cols,
+                    tokens,
+                    0..(1 + cols % 35_usize).div_ceil(PANEL),
+                );
             }
         }
     }
@@ -314,8 +349,8 @@ fn swiglu_of_extreme_numbers_agrees() {
 
 #[test]
 fn extreme_integers_do_not_overflow() {
-    // All weights and activations at their largest magnitude, with the signs that add up and cancel.
-    // The words of Q4 have the largest zero point of either side.
+    // All weights and activations at their largest magnitude, with the signs that add up and
+    // cancel. The words of Q4 have the largest zero point of either side.
     let one = f32_to_f16(1.0);
     let cases = [
         (Format::Q8, one, [0x7f, 0x81]),
@@ -339,11 +374,18 @@ fn extreme_integers_do_not_overflow() {
                     let x: Vec<f32> = (0..256 * tokens).map(|i| signs[i % 2] * 0.5).collect();
                     for isa in Isa::all() {
                         let mut input = Input::new();
-                        input.prepare(isa, InputKind::of(isa, &weights.panels().data(), tokens), &x, tokens, 256);
+                        input.prepare(
+                            isa,
+                            InputKind::of(isa, &weights.panels().data(), tokens),
+                            &x,
+                            tokens,
+                            256,
+                        );
                         let mut out = Output::new(tokens, 16, f32::NAN);
                         matmul(isa, weights.panels(), 0..1, &input, out.block(), Store::Set);
                         let expected = f64::from(w * 64.0 * (signs[0] + signs[1]));
-                        let tolerance = 256.0 * f64::from(f32::EPSILON) * f64::from(w.abs()) * 128.0;
+                        let tolerance =
+                            256.0 * f64::from(f32::EPSILON) * f64::from(w.abs()) * 128.0;
                         out.check("extremes", |_, _| (expected, tolerance));
                     }
                 }
@@ -362,12 +404,25 @@ fn infinities_and_nans_are_not_hidden() {
                 x[40] = bad;
                 for isa in Isa::all() {
                     let mut input = Input::new();
-                    input.prepare(isa, InputKind::of(isa, &weights.panels().data(), tokens), &x, tokens, 64);
+                    input.prepare(
+                        isa,
+                        InputKind::of(isa, &weights.panels().data(), tokens),
+                        &x,
+                        tokens,
+                        64,
+                    );
                     let mut out = vec![0.0; 16 * tokens];
                     let block = MatMut::new(&mut out, tokens, 16, 16);
                     matmul(isa, weights.panels(), 0..1, &input, block, Store::Set);
-                    assert!(out[..16].iter().all(|x| !x.is_finite()), "{isa} {format:?} {bad}: {:?}", &out[..16]);
-                    assert!(out[16..].iter().all(|x| x.is_finite()), "another token of {isa} {format:?} {bad}");
+                    assert!(
+                        out[..16].iter().all(|x| !x.is_finite()),
+                        "{isa} {format:?} {bad}: {:?}",
+                        &out[..16]
+                    );
+                    assert!(
+                        out[16..].iter().all(|x| x.is_finite()),
+                        "another token of {isa} {format:?} {bad}"
+                    );
                 }
             }
         }
@@ -380,7 +435,14 @@ fn activations_of_another_kind_are_refused() {
     let weights = Weights::new(Format::Q8, 16, 32, 1);
     let mut input = Input::new();
     input.prepare(Isa::scalar(), InputKind::Float, &[0.0; 32], 1, 32);
-    matmul(Isa::scalar(), weights.panels(), 0..1, &input, MatMut::new(&mut [0.0; 16], 1, 16, 16), Store::Set);
+    matmul(
+        Isa::scalar(),
+        weights.panels(),
+        0..1,
+        &input,
+        MatMut::new(&mut [0.0; 16], 1, 16, 16),
+        Store::Set,
+    );
 }
 
 proptest! {

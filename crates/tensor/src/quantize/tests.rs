@@ -11,7 +11,9 @@ fn normal_groups(count: usize) -> Vec<[f32; GROUP]> {
         state ^= state << 17;
         (state >> 40) as f32 / (1_u64 << 24) as f32 - 0.5
     };
-    (0..count).map(|_| std::array::from_fn(|_| (0..12).map(|_| uniform()).sum::<f32>() * 0.02)).collect()
+    (0..count)
+        .map(|_| std::array::from_fn(|_| (0..12).map(|_| uniform()).sum::<f32>() * 0.02))
+        .collect()
 }
 
 fn error(weights: &[f32; GROUP], values: [f32; GROUP]) -> f64 {
@@ -37,7 +39,10 @@ fn extreme(weights: &[f32; GROUP]) -> f32 {
 /// Squared error when the largest weight alone decides, its code being `top`.
 fn error_plain(weights: &[f32; GROUP], top: f32, range: std::ops::RangeInclusive<f32>) -> f64 {
     let scale = f16::from_f32(extreme(weights) / top).to_f32();
-    error(weights, weights.map(|weight| scale * (weight / scale).round().clamp(*range.start(), *range.end())))
+    error(
+        weights,
+        weights.map(|weight| scale * (weight / scale).round().clamp(*range.start(), *range.end())),
+    )
 }
 
 /// RMS error relative to the RMS of the weights.
@@ -64,26 +69,33 @@ fn the_search_beats_the_largest_weight_by_what_is_claimed() {
 fn no_trial_of_many_is_much_better() {
     let groups = normal_groups(300);
     // The best of many scales for each zero point, each made the best one for its codes.
-    let exhaustive = |weights: &[f32; GROUP], zeros: &[f32], (min, max): (f32, f32), scales: &[f32]| {
-        let errors =
-            zeros.iter().flat_map(|zero| scales.iter().map(move |scale| (zero, scale))).map(|(zero, scale)| {
-                let codes = weights.map(|weight| (weight / scale + zero).round().clamp(min, max) - zero);
-                let product: f32 = weights.iter().zip(&codes).map(|(weight, code)| weight * code).sum();
-                let scale = product / codes.iter().map(|code| code * code).sum::<f32>();
-                error(weights, codes.map(|code| scale * code))
-            });
-        errors.fold(f64::INFINITY, f64::min)
-    };
+    let exhaustive =
+        |weights: &[f32; GROUP], zeros: &[f32], (min, max): (f32, f32), scales: &[f32]| {
+            let errors = zeros
+                .iter()
+                .flat_map(|zero| scales.iter().map(move |scale| (zero, scale)))
+                .map(|(zero, scale)| {
+                    let codes = weights
+                        .map(|weight| (weight / scale + zero).round().clamp(min, max) - zero);
+                    let product: f32 =
+                        weights.iter().zip(&codes).map(|(weight, code)| weight * code).sum();
+                    let scale = product / codes.iter().map(|code| code * code).sum::<f32>();
+                    error(weights, codes.map(|code| scale * code))
+                });
+            errors.fold(f64::INFINITY, f64::min)
+        };
     let zeros: Vec<f32> = (0..16).map(|zero| 4.0 + zero as f32 / 2.0).collect();
     let best = relative(&groups, |weights| {
         let (low, high) = extremes(weights).unwrap();
-        let scales: Vec<f32> = (0..100).map(|trial| (high - low) / (13.0 + trial as f32 / 20.0)).collect();
+        let scales: Vec<f32> =
+            (0..100).map(|trial| (high - low) / (13.0 + trial as f32 / 20.0)).collect();
         exhaustive(weights, &zeros, (0.0, 15.0), &scales)
     });
     let found = relative(&groups, error_q4);
     assert!(found < 1.02 * best, "q4: {found} against {best} of 1600 trials");
     let best = relative(&groups, |weights| {
-        let scales: Vec<f32> = (0..400).map(|trial| extreme(weights).abs() / (101.6 + trial as f32 * 0.1)).collect();
+        let scales: Vec<f32> =
+            (0..400).map(|trial| extreme(weights).abs() / (101.6 + trial as f32 * 0.1)).collect();
         exhaustive(weights, &[0.0], (-127.0, 127.0), &scales)
     });
     let found = relative(&groups, error_q8);
@@ -95,10 +107,14 @@ fn no_group_is_noticeably_worse_than_by_its_largest_weight() {
     let mut worst = 0.0_f64;
     for weights in normal_groups(4000) {
         // The scale's rounding to f16 (11 bits) can cost a little after the codes are chosen.
-        assert!(error_q8(&weights) <= 1.1 * error_plain(&weights, 127.0, -127.0..=127.0), "{weights:?}");
+        assert!(
+            error_q8(&weights) <= 1.1 * error_plain(&weights, 127.0, -127.0..=127.0),
+            "{weights:?}"
+        );
         worst = worst.max(error_q4(&weights) / error_plain(&weights, -8.0, -8.0..=7.0));
     }
-    // The codes of one group may happen to lie better without a zero point: 1.39 is the worst of these.
+    // The codes of one group may happen to lie better without a zero point: 1.39 is the worst of
+    // these.
     assert!(worst < 1.4, "q4: {worst}");
 }
 
@@ -121,7 +137,8 @@ fn codes_are_the_nearest_for_the_stored_scale() {
 fn the_zero_point_of_q4_follows_the_weights() {
     // All codes twice over come back as they are.
     for zero in 0..=15_u8 {
-        let weights: [f32; GROUP] = std::array::from_fn(|k| 0.25 * ((k % 16) as f32 - 4.0 - f32::from(zero) / 2.0));
+        let weights: [f32; GROUP] =
+            std::array::from_fn(|k| 0.25 * ((k % 16) as f32 - 4.0 - f32::from(zero) / 2.0));
         let group = quantize_group_q4(&weights).unwrap();
         assert_eq!((group.scale.to_f32(), group.zero), (0.25, zero));
         assert_eq!(group.weights(), weights);
@@ -129,7 +146,11 @@ fn the_zero_point_of_q4_follows_the_weights() {
     // All on one side: the last code reaches as far as they do.
     for sign in [1.0, -1.0] {
         let weights: [f32; GROUP] = std::array::from_fn(|k| sign * (1.0 + k as f32 / 31.0));
-        assert!(error_q4(&weights) < 0.002 * error(&weights, [0.0; GROUP]), "{}", error_q4(&weights));
+        assert!(
+            error_q4(&weights) < 0.002 * error(&weights, [0.0; GROUP]),
+            "{}",
+            error_q4(&weights)
+        );
     }
 }
 
@@ -158,7 +179,8 @@ fn groups_at_the_edges_of_the_range() {
             assert_eq!(quantize_group_q4(&weights), None, "{bad} at {place}");
         }
     }
-    // From far below the smallest f16 scale up to the largest: finite, and never further off than the weight itself.
+    // From far below the smallest f16 scale up to the largest: finite, and never further off than
+    // the weight itself.
     for exponent in -149..=18 {
         let magnitude = 2.0_f32.powi(exponent);
         let weights: [f32; GROUP] = std::array::from_fn(|k| magnitude * (k as f32 / 31.0 - 0.5));
@@ -181,7 +203,10 @@ fn stored_groups_come_back() {
         store_q8(&q8, &mut block8);
         store_q4(&q4, &mut block4);
         assert_eq!((load_q8(&block8), load_q4(&block4)), (q8, q4));
-        assert_eq!(dequantize_q8(&block8), q8.codes.map(|code| q8.scale.to_f32() * f32::from(code)));
+        assert_eq!(
+            dequantize_q8(&block8),
+            q8.codes.map(|code| q8.scale.to_f32() * f32::from(code))
+        );
         assert_eq!(dequantize_q4(&block4), q4.weights());
     }
 }

@@ -44,8 +44,10 @@ impl Folder {
     pub fn matrix(dtype: &str, rows: usize, cols: usize, values: &[f32]) -> Self {
         assert_eq!(values.len(), rows * cols);
         let data = stored(dtype, values);
-        let header =
-            format!(r#"{{"w":{{"dtype":"{dtype}","shape":[{rows},{cols}],"data_offsets":[0,{}]}}}}"#, data.len());
+        let header = format!(
+            r#"{{"w":{{"dtype":"{dtype}","shape":[{rows},{cols}],"data_offsets":[0,{}]}}}}"#,
+            data.len()
+        );
         Self::single(&header, &data)
     }
 }
@@ -69,7 +71,8 @@ pub fn rounded(dtype: &str, value: f32) -> f32 {
     }
 }
 
-/// Pseudorandom weights, roughly normal with a standard deviation of 0.02, the same for the same seed.
+/// Pseudorandom weights, roughly normal with a standard deviation of 0.02, the same for the same
+/// seed.
 pub fn weights(len: usize, seed: u64) -> Vec<f32> {
     let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
     let mut uniform = move || {

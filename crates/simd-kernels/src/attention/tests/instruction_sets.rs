@@ -26,7 +26,13 @@ fn check(case: &Case) {
     for (key, value, what) in [(f32::NAN, 1.0, "a key of NaN"), (1.0, f32::NAN, "a value of NaN")] {
         case.kv.truncate(290);
         for _ in 290..300 {
-            case.kv.push_many(Isa::scalar(), &vec![key; head_dim], &vec![value; head_dim], 1, head_dim);
+            case.kv.push_many(
+                Isa::scalar(),
+                &vec![key; head_dim],
+                &vec![value; head_dim],
+                1,
+                head_dim,
+            );
         }
         compare(&case, what);
     }
@@ -37,7 +43,10 @@ fn compare(case: &Case, what: &str) {
     let Some(first) = sets.next().map(|isa| bits(isa, case)) else { return };
     for isa in sets {
         let (format, head_dim, rows) = (case.kv.format(), case.kv.head_dim(), case.visible.len());
-        let what = format!("{isa}, {format}, head_dim {head_dim}, {rows} rows, keys {:?}, {what}", case.keys);
+        let what = format!(
+            "{isa}, {format}, head_dim {head_dim}, {rows} rows, keys {:?}, {what}",
+            case.keys
+        );
         assert!(bits(isa, case) == first, "{what}: differs from AVX2");
     }
 }
@@ -50,7 +59,8 @@ fn they_agree_with_it_to_the_last_bit() {
                 check(&Case::new(format, head_dim, 300, ragged(40, 300), start..300));
             }
         }
-        // Groups of one, two and three vectors of sixteen rows, several of them, and several tiles of rows.
+        // Groups of one, two and three vectors of sixteen rows, several of them, and several tiles
+        // of rows.
         for rows in [13, 20, 33, 70, 100, 528, 529] {
             check(&Case::new(format, 16, 300, ragged(rows, 300), 5..300));
         }

@@ -8,17 +8,22 @@
 //! acc += t Σ p̂ v̂                                   int32 sums
 //! ```
 //!
-//! Rows are lanes: a register holds a number of each of 8 or 16 rows, and up to three such vectors of rows, a group, meet some keys at
-//! once. What is done for a row is then done for all of them, and nothing is summed across a register. For each tile of keys each group
-//! goes through all three steps, so that its scores and weights, 18 or 36 KiB, are still in L1 or just beyond it.
+//! Rows are lanes: a register holds a number of each of 8 or 16 rows, and up to three such vectors
+//! of rows, a group, meet some keys at once. What is done for a row is then done for all of them,
+//! and nothing is summed across a register. For each tile of keys each group goes through all three
+//! steps, so that its scores and weights, 18 or 36 KiB, are still in L1 or just beyond it.
 //!
-//! 1. `vpmaddwd` multiplies and adds pairs: two elements of q and k, two keys of p and v. A pair is one 32-bit lane.
-//! 2. No sum can overflow. |Σ q̂ k̂| ≤ |q̂| |k̂| (Cauchy and Schwarz), so a and b keep those norms below 65000 and 32500.
+//! 1. `vpmaddwd` multiplies and adds pairs: two elements of q and k, two keys of p and v. A pair is
+//!    one 32-bit lane.
+//! 2. No sum can overflow. |Σ q̂ k̂| ≤ |q̂| |k̂| (Cauchy and Schwarz), so a and b keep those norms
+//!    below 65000 and 32500.
 //!    |Σ p̂ v̂| ≤ Σ p̂ · max |v̂|, so t keeps the sum below 2¹⁸ (and p̂ in 15 bits), and c |v̂| below 2¹³.
-//! 3. The scale of a value goes into its weight before that is rounded. What is rounded is then what the key adds, and a key
-//!    of large weight and small value, as the first one often is, costs the others nothing.
-//! 4. A norm spread over 128 elements leaves each 12 bits or more: scores err by 1e-5 |q| |k|, half of what rounding the keys to half
-//!    precision has cost. That 2^x is off by up to 3e-6 is less than that and than the rounding of weights. A cache in f32 never comes here.
+//! 3. The scale of a value goes into its weight before that is rounded. What is rounded is then
+//!    what the key adds, and a key of large weight and small value, as the first one often is,
+//!    costs the others nothing.
+//! 4. A norm spread over 128 elements leaves each 12 bits or more: scores err by 1e-5 |q| |k|, half
+//!    of what rounding the keys to half precision has cost. That 2^x is off by up to 3e-6 is less
+//!    than that and than the rounding of weights. A cache in f32 never comes here.
 
 mod kernels;
 mod narrow;
@@ -77,7 +82,8 @@ struct Group<'a> {
     acc: &'a mut [f32],
 }
 
-/// The keys of a tile that some row of a group sees, and perhaps some more, counted from the first one of the tile.
+/// The keys of a tile that some row of a group sees, and perhaps some more, counted from the first
+/// one of the tile.
 #[derive(Clone, Copy)]
 struct Seen {
     start: usize,
@@ -98,7 +104,8 @@ struct Room<'a> {
 }
 
 impl Room<'_> {
-    /// The next span comes into L2 while this one is worked on: attention was 3 % slower where rounding it waited for memory (an Emerald Rapids).
+    /// The next span comes into L2 while this one is worked on: attention was 3 % slower where
+    /// rounding it waited for memory (an Emerald Rapids).
     #[inline]
     #[target_feature(enable = "avx2,fma,f16c")]
     fn ask_ahead(&mut self) {
@@ -108,8 +115,8 @@ impl Room<'_> {
     }
 }
 
-/// A tile of rows over some tiles of keys, each with the number of keys before the range asked for. `limits`: the key after the last one
-/// that each row sees.
+/// A tile of rows over some tiles of keys, each with the number of keys before the range asked for.
+/// `limits`: the key after the last one that each row sees.
 #[target_feature(enable = "avx2,fma,f16c")]
 pub(super) fn attend(
     input: &AttentionInput<'_>,
@@ -126,12 +133,14 @@ pub(super) fn attend(
     };
     let (kv, lanes) = (input.kv, kernel.lanes);
     let (head_dim, width, pairs) = (kv.head_dim(), kv.width(), kv.head_dim().div_ceil(2));
-    // Groups of about as many vectors, as ranges of lanes. What is in lanes behind the last row means nothing and stays there.
+    // Groups of about as many vectors, as ranges of lanes. What is in lanes behind the last row
+    // means nothing and stays there.
     let vectors = rows.len().div_ceil(lanes);
     let groups = vectors.div_ceil(VECTORS);
     let group = |g: usize| vectors * g / groups * lanes..vectors * (g + 1) / groups * lanes;
-    let elements =
-        |r: &Range<usize>| (rows.start + r.start) * head_dim..(rows.start + r.end.min(rows.len())) * head_dim;
+    let elements = |r: &Range<usize>| {
+        (rows.start + r.start) * head_dim..(rows.start + r.end.min(rows.len())) * head_dim
+    };
 
     let (mut max, mut sum) = ([f32::NEG_INFINITY; ROW_TILE], [0.0; ROW_TILE]);
     max[..rows.len()].copy_from_slice(&state.max[rows.clone()]);
@@ -148,10 +157,22 @@ pub(super) fn attend(
         let (elements, stride) = (elements(&group), group.len());
         let count = elements.len() / head_dim;
         let codes = &mut codes[..count * pairs];
-        quantize_queries(&input.q[elements.clone()], head_dim, input.scale, codes, &mut scales[group.start..][..count]);
+        quantize_queries(
+            &input.q[elements.clone()],
+            head_dim,
+            input.scale,
+            codes,
+            &mut scales[group.start..][..count],
+        );
         let q = &mut q[group.start * pairs..][..stride * pairs];
         transpose(codes, pairs, q, stride, [count, pairs]);
-        transpose(&state.acc[elements], head_dim, &mut acc[group.start * width..], stride, [count, head_dim]);
+        transpose(
+            &state.acc[elements],
+            head_dim,
+            &mut acc[group.start * width..],
+            stride,
+            [count, head_dim],
+        );
     }
 
     let block = scratch.block.scratch(width);
@@ -161,12 +182,17 @@ pub(super) fn attend(
     let weights = scratch.weights.scratch(KEY_TILE / 2 * VECTORS * lanes);
     let mut spans = spans.peekable();
     while let Some((skip, positions)) = spans.next() {
-        let next = if spans.peek().is_some() { kv.span(positions.start / KV_SPAN + 1) } else { &[] };
+        let next =
+            if spans.peek().is_some() { kv.span(positions.start / KV_SPAN + 1) } else { &[] };
         let each = next.len().div_ceil(groups * KEY_TILE / kernel.keys);
         let tile = IntTile::of(kv, (skip, positions), block, keys, values);
         let mut room = Room { scores, weights, ahead: next.iter(), each };
         for group in (0..groups).map(group) {
-            let Some(seen) = tile.seen(&limits[group.start..group.end.min(rows.len())], kernel.keys) else { continue };
+            let Some(seen) =
+                tile.seen(&limits[group.start..group.end.min(rows.len())], kernel.keys)
+            else {
+                continue;
+            };
             let vectors = group.len() / lanes;
             let mut group = Group {
                 q: &q[group.start * pairs..group.end * pairs],
@@ -183,7 +209,13 @@ pub(super) fn attend(
     for group in (0..groups).map(group) {
         let (elements, stride) = (elements(&group), group.len());
         let count = elements.len() / head_dim;
-        transpose(&acc[group.start * width..], stride, &mut state.acc[elements], head_dim, [head_dim, count]);
+        transpose(
+            &acc[group.start * width..],
+            stride,
+            &mut state.acc[elements],
+            head_dim,
+            [head_dim, count],
+        );
     }
     state.max[rows.clone()].copy_from_slice(&max[..rows.len()]);
     state.sum[rows.clone()].copy_from_slice(&sum[..rows.len()]);
@@ -220,14 +252,21 @@ impl<'a> IntTile<'a> {
             widen::keys(kv, first + b, &mut block[..head_dim]);
             quantize_keys(&block[..head_dim], &mut keys[b * pairs..][..pairs], key_scales);
             widen::values(kv, first + b, &mut block[..width]);
-            quantize_values(&block[..width], &mut values[b * BLOCK / 2..], KEY_TILE / 2, value_scales);
+            quantize_values(
+                &block[..width],
+                &mut values[b * BLOCK / 2..],
+                KEY_TILE / 2,
+                value_scales,
+            );
         }
         IntTile { positions, skip, keys, key_scales, values, value_scales }
     }
 
-    /// What some row with one of these limits sees, in steps of as many keys; `None` if that is nothing.
+    /// What some row with one of these limits sees, in steps of as many keys; `None` if that is
+    /// nothing.
     fn seen(&self, limits: &[usize], step: usize) -> Option<Seen> {
-        let after = |limit: usize| limit.min(self.positions.end).saturating_sub(self.positions.start);
+        let after =
+            |limit: usize| limit.min(self.positions.end).saturating_sub(self.positions.start);
         let least = after(limits.iter().copied().min()?);
         let most = after(limits.iter().copied().max()?);
         let (start, end) = (self.skip / step * step, most.next_multiple_of(step));

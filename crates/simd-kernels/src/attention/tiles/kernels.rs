@@ -6,7 +6,8 @@ use crate::kv::{BLOCK, KV_GROUP, LINE, Plain};
 use crate::lanes::{self, LANES, first, load, load_tail, prefetch, store, store_tail};
 use std::arch::x86_64::*;
 
-/// Rows of a full panel: 6 x 2 sums, two vectors of keys and one query element fill 15 of the 16 registers.
+/// Rows of a full panel: 6 x 2 sums, two vectors of keys and one query element fill 15 of the 16
+/// registers.
 pub(super) const PANEL_ROWS: usize = 6;
 
 /// Elements of a loop that go together.
@@ -14,14 +15,17 @@ const UNROLL: usize = 4;
 
 /// A stored number that becomes f32 on the way to the registers.
 pub(super) trait Element: Plain {
-    /// Whether the numbers are codes, to be multiplied by the scale of their position and group of 32.
+    /// Whether the numbers are codes, to be multiplied by the scale of their position and group of
+    /// 32.
     const SCALED: bool;
 
-    /// Bytes by which a stream from memory is asked for ahead of its use, into the L1 cache and earlier into the L2 cache. The hardware's
-    /// prefetchers alone stop at each turn from keys to values.
+    /// Bytes by which a stream from memory is asked for ahead of its use, into the L1 cache and
+    /// earlier into the L2 cache. The hardware's prefetchers alone stop at each turn from keys to
+    /// values.
     ///
-    /// Measured with two query heads. On two cores of a Sapphire Rapids f16 only: one prefetch into L1 8 to 16 KiB ahead 34 GB/s, 6 KiB ahead
-    /// 35, 1 to 4 KiB with 5 to 7 KiB 39, which is what a plain read gets. On a Zen 4, microseconds for 4096 positions of a KV head:
+    /// Measured with two query heads. On two cores of a Sapphire Rapids f16 only: one prefetch into
+    /// L1 8 to 16 KiB ahead 34 GB/s, 6 KiB ahead 35, 1 to 4 KiB with 5 to 7 KiB 39, which is what a
+    /// plain read gets. On a Zen 4, microseconds for 4096 positions of a KV head:
     ///
     /// | KiB | 3, 6 | 4, 5 | 4, 7 | 1, 6 | 1, 7 |
     /// |---|---|---|---|---|---|
@@ -105,9 +109,9 @@ fn prefetch_stream<T: Element>(x: &[T; BLOCK], index: usize) {
 
 /// out[r * stride + j] = Σ_d q[d][r] keys[d][j], for R rows and the sixteen keys of a block.
 ///
-/// keys: [head_dim][16], q: [head_dim][R], scales: [groups][16] of scaled keys. Few rows leave few sums, too few to hide
-/// the latency of the FMA: then S elements of the head in turn go to sums of their own. STREAM: the keys come from
-/// memory.
+/// keys: [head_dim][16], q: [head_dim][R], scales: [groups][16] of scaled keys. Few rows leave few
+/// sums, too few to hide the latency of the FMA: then S elements of the head in turn go to sums of
+/// their own. STREAM: the keys come from memory.
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c")]
 pub(super) fn scores<K: Element, const R: usize, const S: usize, const STREAM: bool>(
@@ -134,8 +138,10 @@ pub(super) fn scores<K: Element, const R: usize, const S: usize, const STREAM: b
         let scale = unsafe { u16::widen(scale) };
         for r in 0..R {
             let (group, before) = (total(&sums, r), get(&out[r * stride..]));
-            let after =
-                [_mm256_fmadd_ps(scale[0], group[0], before[0]), _mm256_fmadd_ps(scale[1], group[1], before[1])];
+            let after = [
+                _mm256_fmadd_ps(scale[0], group[0], before[0]),
+                _mm256_fmadd_ps(scale[1], group[1], before[1]),
+            ];
             put(&mut out[r * stride..], after);
         }
     }
@@ -167,12 +173,18 @@ fn products<K: Element, const R: usize, const S: usize, const STREAM: bool>(
 
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c")]
-fn add_scores<K: Element, const R: usize>(keys: &[K; BLOCK], q: &[f32; R], sums: &mut [[__m256; 2]; R]) {
-    // SAFETY: this function runs only where its target features are there, the ones that `widen` needs.
+fn add_scores<K: Element, const R: usize>(
+    keys: &[K; BLOCK],
+    q: &[f32; R],
+    sums: &mut [[__m256; 2]; R],
+) {
+    // SAFETY: this function runs only where its target features are there, the ones that `widen`
+    // needs.
     let keys = unsafe { K::widen(keys) };
     for r in 0..R {
         let q = _mm256_set1_ps(q[r]);
-        sums[r] = [_mm256_fmadd_ps(q, keys[0], sums[r][0]), _mm256_fmadd_ps(q, keys[1], sums[r][1])];
+        sums[r] =
+            [_mm256_fmadd_ps(q, keys[0], sums[r][0]), _mm256_fmadd_ps(q, keys[1], sums[r][1])];
     }
 }
 
@@ -190,8 +202,8 @@ pub(super) struct Values<'a, V> {
     pub to: usize,
 }
 
-/// acc[r * acc_stride + 16 c + i] += Σ_j weights[r * weight_stride + j] values[c][j][i], for R rows and chunks c of sixteen
-/// elements.
+/// acc[r * acc_stride + 16 c + i] += Σ_j weights[r * weight_stride + j] values[c][j][i], for R rows
+/// and chunks c of sixteen elements.
 ///
 /// As with [`scores`], few rows leave too few sums; then S keys in turn go to sums of their own.
 #[inline]
@@ -207,7 +219,13 @@ pub(super) fn blend<V: Element, const R: usize, const S: usize, const STREAM: bo
         let acc = &mut acc[c * BLOCK..];
         if !V::SCALED {
             let weights = &weights[values.from..];
-            add_chunk::<V, R, S, STREAM>(&chunk[values.from..values.to], weights, weight_stride, acc, acc_stride);
+            add_chunk::<V, R, S, STREAM>(
+                &chunk[values.from..values.to],
+                weights,
+                weight_stride,
+                acc,
+                acc_stride,
+            );
             continue;
         }
         // SAFETY: the target features of this function are those that `widen` needs.
@@ -218,7 +236,13 @@ pub(super) fn blend<V: Element, const R: usize, const S: usize, const STREAM: bo
             put(scaled, [_mm256_mul_ps(weights[0], scale[0]), _mm256_mul_ps(weights[1], scale[1])]);
         }
         let weights = &scaled.as_flattened()[values.from..];
-        add_chunk::<V, R, S, STREAM>(&chunk[values.from..values.to], weights, BLOCK, acc, acc_stride);
+        add_chunk::<V, R, S, STREAM>(
+            &chunk[values.from..values.to],
+            weights,
+            BLOCK,
+            acc,
+            acc_stride,
+        );
     }
 }
 
@@ -244,13 +268,18 @@ fn add_chunk<V: Element, const R: usize, const S: usize, const STREAM: bool>(
             if STREAM {
                 prefetch_stream(&values[u], u);
             }
-            // SAFETY: UNROLL j + u is below the number of values, and the assert above bounds the weights by it.
-            unsafe { add_values(&values[u], weights, UNROLL * j + u, weight_stride, &mut sums[u % S]) };
+            // SAFETY: UNROLL j + u is below the number of values, and the assert above bounds the
+            // weights by it.
+            unsafe {
+                add_values(&values[u], weights, UNROLL * j + u, weight_stride, &mut sums[u % S])
+            };
         }
     }
     for (j, value) in values_rest.iter().enumerate() {
         // SAFETY: as above.
-        unsafe { add_values(value, weights, UNROLL * values_u.len() + j, weight_stride, &mut sums[0]) };
+        unsafe {
+            add_values(value, weights, UNROLL * values_u.len() + j, weight_stride, &mut sums[0])
+        };
     }
     for r in 0..R {
         put(&mut acc[r * acc_stride..], total(&sums, r));
@@ -294,8 +323,9 @@ pub(super) fn put(x: &mut [f32], v: [__m256; 2]) {
     store(&mut halves[1], v[1]);
 }
 
-/// One step of the online softmax of a row: scores become weights e^(x − m) with the new maximum m, `max` and `sum` move
-/// on. Returns the factor e^(old m − m) for what the row gathered before; 1 when the maximum did not move.
+/// One step of the online softmax of a row: scores become weights e^(x − m) with the new maximum m,
+/// `max` and `sum` move on. Returns the factor e^(old m − m) for what the row gathered before; 1
+/// when the maximum did not move.
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c")]
 pub(super) fn soften(scores: &mut [f32], max: &mut f32, sum: &mut f32) -> f32 {

@@ -13,7 +13,8 @@ pub(super) fn keys(kv: &KvHead, b: usize, out: &mut [[f32; BLOCK]]) {
         KvFormat::Q8 => {
             let codes = kv.key_block::<i8>(b).chunks(KV_GROUP);
             for ((out, codes), scale) in out.chunks_mut(KV_GROUP).zip(codes).zip(kv.key_scales(b)) {
-                // SAFETY: the target features of this function are those that `widen` needs, here and below.
+                // SAFETY: the target features of this function are those that `widen` needs, here
+                // and below.
                 let scale = unsafe { u16::widen(scale) };
                 for (out, codes) in out.iter_mut().zip(codes) {
                     // SAFETY: see above.

@@ -1,4 +1,5 @@
-//! Whole tiles of many tokens with float weights and AVX-512, whose registers hold the 16 rows of a panel.
+//! Whole tiles of many tokens with float weights and AVX-512, whose registers hold the 16 rows of a
+//! panel.
 //!
 //! ```text
 //! for each half of the columns of a part:
@@ -8,14 +9,17 @@
 //!             for each token of the tile: sum[token] += x[token] * w0..w3
 //! ```
 //!
-//! 1. Four panels and a tile make 24 sums of the 32 registers, with ten loads a column. Two panels and two tiles make as many with
-//!    fourteen, and meet all activations twice as often. With 512 tokens of bf16 an Emerald Rapids was 1.03 times as fast with four panels, and
-//!    1.2 times where something else ran on the core, which leaves half of its front end and caches.
-//! 2. Widened weights of four panels fit into the L1 cache for half as many columns as AVX2 has in a part. The terms of a sum come in
-//!    the order of AVX2, and the sums are the same to the last bit: those of the first half are kept and go on in the second.
-//! 3. bf16 becomes f32 by one shuffle, which also brings its rows in order, and takes a port of the multiply-adds on some processors:
-//!    where there are tiles enough, bf16 and f16 come widened (`wide`). With 66 tokens 1.18 times as fast on an Emerald Rapids, with 516
-//!    1.05 times on a Zen 4.
+//! 1. Four panels and a tile make 24 sums of the 32 registers, with ten loads a column. Two panels
+//!    and two tiles make as many with fourteen, and meet all activations twice as often. With 512
+//!    tokens of bf16 an Emerald Rapids was 1.03 times as fast with four panels, and 1.2 times where
+//!    something else ran on the core, which leaves half of its front end and caches.
+//! 2. Widened weights of four panels fit into the L1 cache for half as many columns as AVX2 has in
+//!    a part. The terms of a sum come in the order of AVX2, and the sums are the same to the last
+//!    bit: those of the first half are kept and go on in the second.
+//! 3. bf16 becomes f32 by one shuffle, which also brings its rows in order, and takes a port of the
+//!    multiply-adds on some processors: where there are tiles enough, bf16 and f16 come widened
+//!    (`wide`). With 66 tokens 1.18 times as fast on an Emerald Rapids, with 516 1.05 times on a
+//!    Zen 4.
 
 use std::arch::x86_64::*;
 
@@ -42,12 +46,14 @@ pub(super) struct Sums<'a, const P: usize> {
     /// Whether they start from those kept.
     pub goes_on: bool,
     pub totals: [&'a mut [Tile]; P],
-    /// Whether the part ends with these columns and its sums are added to the totals; else they are kept.
+    /// Whether the part ends with these columns and its sums are added to the totals; else they are
+    /// kept.
     pub ends: bool,
 }
 
-/// Adds the products of panel parts with whole tiles from `first` on to the `sums` of each, and prefetches the share of the
-/// weights `ahead` that each tile has, and the activations of the tile after it.
+/// Adds the products of panel parts with whole tiles from `first` on to the `sums` of each, and
+/// prefetches the share of the weights `ahead` that each tile has, and the activations of the tile
+/// after it.
 #[target_feature(enable = "avx512bw,avx512vl,avx512vnni")]
 pub(super) fn add_tiles<const P: usize>(
     parts: [Part<'_>; P],
@@ -60,7 +66,11 @@ pub(super) fn add_tiles<const P: usize>(
     let weights = Weights::of(parts);
     let tiles = totals[0].len();
     for tile in 0..tiles {
-        let activations = if tile + 1 < tiles { x.x.start(first + tile + 1, &x.range) } else { ahead.activations };
+        let activations = if tile + 1 < tiles {
+            x.x.start(first + tile + 1, &x.range)
+        } else {
+            ahead.activations
+        };
         let next = ahead.weights.map(|weights| weights.wrapping_add(tile * ahead.share));
         let ahead = Ahead { weights: next, share: ahead.share, activations };
         let kept = kept.each_mut().map(|kept| &mut kept[tile]);
@@ -92,8 +102,9 @@ pub(super) fn add_tiles<const P: usize>(
 
 /// The parts of P panels.
 ///
-/// These, and the columns of a round, are made by functions without target features. In one that has them, a closure that is passed on
-/// to `map` has them too, which that has not, so that it may be called: once a tile that does not matter.
+/// These, and the columns of a round, are made by functions without target features. In one that
+/// has them, a closure that is passed on to `map` has them too, which that has not, so that it may
+/// be called: once a tile that does not matter.
 #[derive(Clone, Copy)]
 enum Weights<'a, const P: usize> {
     F32([&'a [[f32; PANEL]]; P]),
@@ -120,7 +131,11 @@ fn add_columns<C: Column, const P: usize>(
     acc: &mut [[__m512; Input::TILE]; P],
     ahead: Ahead<P>,
 ) {
-    assert!(panels.iter().all(|panel| panel.len() == x.len()), "panels have the {} columns of activations", x.len());
+    assert!(
+        panels.iter().all(|panel| panel.len() == x.len()),
+        "panels have the {} columns of activations",
+        x.len()
+    );
     let (rounds, rest) = x.as_chunks::<STEP>();
     let stride = ahead.stride(rounds.len());
     for (round, x) in rounds.iter().enumerate() {
@@ -152,14 +167,21 @@ fn add_columns<C: Column, const P: usize>(
 
 /// The columns of a round.
 #[inline]
-fn columns_of<B, const P: usize>(panels: [&[[B; PANEL]]; P], round: usize) -> [&[[B; PANEL]; STEP]; P] {
+fn columns_of<B, const P: usize>(
+    panels: [&[[B; PANEL]]; P],
+    round: usize,
+) -> [&[[B; PANEL]; STEP]; P] {
     panels.map(|panel| &panel.as_chunks().0[round])
 }
 
 /// `acc[p][m] += x[m] * w[p]`.
 #[inline]
 #[target_feature(enable = "avx512bw,avx512vl,avx512vnni")]
-fn step<const P: usize>(w: [__m512; P], x: &[f32; Input::TILE], acc: &mut [[__m512; Input::TILE]; P]) {
+fn step<const P: usize>(
+    w: [__m512; P],
+    x: &[f32; Input::TILE],
+    acc: &mut [[__m512; Input::TILE]; P],
+) {
     for (m, x) in x.iter().enumerate() {
         let x = _mm512_set1_ps(*x);
         for (acc, w) in acc.iter_mut().zip(w) {
@@ -184,9 +206,10 @@ fn widen<C: Column>(column: &[C::Bits; PANEL]) -> __m512 {
     }
     const PLACES: [u16; 2 * PANEL] = places();
     let start = column.as_ptr();
-    // SAFETY: an array of 16 weights is 64 readable bytes for F32 and 32 for Bf16 and F16, the types that implement
-    // `Column`, and the places are 64; the loads ask for no alignment. The instruction touches the
-    // named registers only, and of `bits` moves the sixteen that were loaded.
+    // SAFETY: an array of 16 weights is 64 readable bytes for F32 and 32 for Bf16 and F16, the
+    // types that implement `Column`, and the places are 64; the loads ask for no alignment. The
+    // instruction touches the named registers only, and of `bits` moves the sixteen that were
+    // loaded.
     unsafe {
         match C::WIDTH {
             Width::F32 => _mm512_loadu_ps(start.cast()),
@@ -194,7 +217,8 @@ fn widen<C: Column>(column: &[C::Bits; PANEL]) -> __m512 {
                 let places = _mm512_loadu_si512(PLACES.as_ptr().cast());
                 let bits = _mm512_castsi256_si512(_mm256_loadu_si256(start.cast()));
                 let x: __m512;
-                // The compiler makes two instructions of the intrinsic, and the second one takes a port of the multiply-adds.
+                // The compiler makes two instructions of the intrinsic, and the second one takes a
+                // port of the multiply-adds.
                 std::arch::asm!("vpermw {}{{{}}}{{z}}, {}, {}", out(zmm_reg) x, in(kreg) 0xaaaa_aaaa_u32, in(zmm_reg) places,
                     in(zmm_reg) bits, options(pure, nomem, nostack, preserves_flags));
                 x

@@ -8,12 +8,15 @@
 //!         sum[token] += acc[token] * (scale of the row * scale of the token)
 //! ```
 //!
-//! 1. `vpdpbusd` wants one factor without a sign. The codes are `EXCESS` above the weights, Q8's integers or Q4's half steps, and products
-//!    with them too large by that times the total of the token's integers: sums start as much below zero (`IntTile::starts`). No
-//!    zero point is left to be subtracted.
-//! 2. Parts of panels are widened once for all tiles that pass them: 18 KiB of codes for two panels.
-//! 3. Two panels and one tile have twelve sums of integers and as many of floats, all in registers. Two tiles would share what is read
-//!    of the weights and keep the sums of floats in memory: on a Zen 4 as fast with 512 tokens, 0.85 to 0.95 times with 8 to 32.
+//! 1. `vpdpbusd` wants one factor without a sign. The codes are `EXCESS` above the weights, Q8's
+//!    integers or Q4's half steps, and products with them too large by that times the total of the
+//!    token's integers: sums start as much below zero (`IntTile::starts`). No zero point is left to
+//!    be subtracted.
+//! 2. Parts of panels are widened once for all tiles that pass them: 18 KiB of codes for two
+//!    panels.
+//! 3. Two panels and one tile have twelve sums of integers and as many of floats, all in registers.
+//!    Two tiles would share what is read of the weights and keep the sums of floats in memory: on a
+//!    Zen 4 as fast with 512 tokens, 0.85 to 0.95 times with 8 to 32.
 
 use std::arch::x86_64::*;
 
@@ -30,8 +33,9 @@ pub(super) const PANELS: usize = 2;
 /// Words of a group of int8.
 const WORDS: usize = words_in_group(true);
 
-/// Adds the products of panel parts with the tiles from `first` on to the `sums` of each, and prefetches the share of the
-/// weights `ahead` that each tile has, and the activations of the tile after it.
+/// Adds the products of panel parts with the tiles from `first` on to the `sums` of each, and
+/// prefetches the share of the weights `ahead` that each tile has, and the activations of the tile
+/// after it.
 #[target_feature(enable = "avx512bw,avx512vl,avx512vnni")]
 pub(super) fn add_tiles<const P: usize>(
     panels: [&[WideGroup]; P],
@@ -42,7 +46,11 @@ pub(super) fn add_tiles<const P: usize>(
 ) {
     let tiles = sums[0].len();
     for tile in 0..tiles {
-        let activations = if tile + 1 < tiles { x.x.start(first + tile + 1, &x.range) } else { ahead.activations };
+        let activations = if tile + 1 < tiles {
+            x.x.start(first + tile + 1, &x.range)
+        } else {
+            ahead.activations
+        };
         let weights = ahead.weights.map(|weights| weights.wrapping_add(tile * ahead.share));
         let ahead = Ahead { weights, share: ahead.share, activations };
         let sums = sums.each_mut().map(|sums| &mut sums[tile]);
@@ -71,7 +79,10 @@ fn add_tile<const P: usize, const M: usize>(
     let words: &[[[i32; M]; WORDS]] = tile.words.as_chunks().0.as_chunks().0;
     let (scales, starts) = (tile.scales.as_chunks::<M>().0, tile.starts.as_chunks::<M>().0);
     let groups = words.len();
-    assert!(panels.iter().all(|panel| panel.len() == groups), "panels have the {groups} groups of activations");
+    assert!(
+        panels.iter().all(|panel| panel.len() == groups),
+        "panels have the {groups} groups of activations"
+    );
     let share = ahead.stride(groups);
     let mut results = [[_mm512_setzero_ps(); M]; P];
     for (results, sums) in results.iter_mut().zip(&sums) {
@@ -138,16 +149,19 @@ pub(super) fn widen<const Q4: bool>(bytes: &[u8], groups: &mut [WideGroup]) {
     const PLACES: [u16; 2 * PANEL] = places();
     // SAFETY: the array is 64 readable bytes, and the load asks for no alignment.
     let places = unsafe { _mm512_loadu_si512(PLACES.as_ptr().cast()) };
-    // The nibbles of rows 0..8 are the lower ones: two times a nibble is a bit farther up, or three bits farther down.
+    // The nibbles of rows 0..8 are the lower ones: two times a nibble is a bit farther up, or three
+    // bits farther down.
     let turns = _mm512_inserti64x4::<1>(_mm512_set1_epi32(1), _mm256_set1_epi32(32 - 3));
     for (group, block) in groups.iter_mut().zip(bytes.chunks_exact(block_bytes(Q4))) {
         let (head, words) = block.split_first_chunk().expect("a block starts with its scales");
         let head = load_bytes(head);
         if Q4 {
-            let scales = _mm256_and_si256(_mm256_srli_epi16::<1>(head), _mm256_set1_epi16(Q4_SCALE as i16));
+            let scales =
+                _mm256_and_si256(_mm256_srli_epi16::<1>(head), _mm256_set1_epi16(Q4_SCALE as i16));
             // Exact: the scales are of half precision.
             store16(&mut group.scales, _mm512_mul_ps(_mm512_cvtph_ps(scales), _mm512_set1_ps(0.5)));
-            // The excess less the zero point, which is 8 half steps and those of the word, in each byte of a row.
+            // The excess less the zero point, which is 8 half steps and those of the word, in each
+            // byte of a row.
             let zeros = _mm512_cvtepu16_epi32(_mm256_and_si256(head, _mm256_set1_epi16(15)));
             let above = _mm512_sub_epi32(_mm512_set1_epi32(EXCESS as i32 - 8), zeros);
             let above = _mm512_mullo_epi32(above, _mm512_set1_epi32(0x0101_0101));

@@ -1,7 +1,8 @@
 //! Weights that stream from memory past the one tile there is, side by side from two places.
 //!
-//! The processor's own prefetchers stop at each 4 KiB page, so prefetches run ahead in both streams, on into the panels that come next;
-//! and with two the other one goes on meanwhile: on a Sapphire Rapids 1.17 times as fast as one stream.
+//! The processor's own prefetchers stop at each 4 KiB page, so prefetches run ahead in both
+//! streams, on into the panels that come next; and with two the other one goes on meanwhile: on a
+//! Sapphire Rapids 1.17 times as fast as one stream.
 
 use std::arch::x86_64::*;
 use std::ops::Range;
@@ -12,21 +13,26 @@ use super::{Ahead, Columns, Finish, add_tile, finish_row};
 use crate::matrix::MatMut;
 use crate::panels::{GROUP, PANEL, Panels};
 
-/// How a processor likes to read weights for one token. The bits of the products are the same, since all put their sums together at [`TURN`].
+/// How a processor likes to read weights for one token. The bits of the products are the same,
+/// since all put their sums together at [`TURN`].
 ///
-/// On a Sapphire Rapids neighbours of 32 KiB (bf16 of 1024 columns) were read at 37.5 GB/s and panels from the two halves of the range at
-/// 36.5; of 9 KiB (Q4), which turn to the next pair so often and lose the last of the early prefetch each time, at 33 and 37.
+/// On a Sapphire Rapids neighbours of 32 KiB (bf16 of 1024 columns) were read at 37.5 GB/s and
+/// panels from the two halves of the range at 36.5; of 9 KiB (Q4), which turn to the next pair so
+/// often and lose the last of the early prefetch each time, at 33 and 37.
 ///
-/// On a Zen 4 the halves and a quarter of the distance are faster for all sizes. GB/s of a core in the products of a decoded token of
-/// Qwen3-0.6B, the two ways in turns, with one thread and with two: bf16 24.7 -> 29.2 and 25.8 -> 30.5, Q8 25.2 -> 25.8 and
-/// 23.9 -> 24.8, Q4 25.6 -> 28.3 and 22.3 -> 24.3; where two cores get no more than one of them gets alone, 17.0 -> 17.6, 17.6 -> 17.8 and
-/// 17.5 -> 17.8. At 768 bytes bf16 and Q4 lose most of that. Other processors of AMD were not measured so.
+/// On a Zen 4 the halves and a quarter of the distance are faster for all sizes. GB/s of a core in
+/// the products of a decoded token of Qwen3-0.6B, the two ways in turns, with one thread and with
+/// two: bf16 24.7 -> 29.2 and 25.8 -> 30.5, Q8 25.2 -> 25.8 and 23.9 -> 24.8, Q4 25.6 -> 28.3 and
+/// 22.3 -> 24.3; where two cores get no more than one of them gets alone, 17.0 -> 17.6, 17.6 ->
+/// 17.8 and 17.5 -> 17.8. At 768 bytes bf16 and Q4 lose most of that. Other processors of AMD were
+/// not measured so.
 #[derive(Clone, Copy)]
 struct Reading {
-    /// Bytes by which the prefetch into the L1 cache runs ahead: those of [`TURN`] where panels can be neighbours.
+    /// Bytes by which the prefetch into the L1 cache runs ahead: those of [`TURN`] where panels can
+    /// be neighbours.
     ahead: usize,
-    /// Bytes of a panel above which the two that are read side by side are neighbours; smaller ones come from the two halves of the range,
-    /// each a stream without turns.
+    /// Bytes of a panel above which the two that are read side by side are neighbours; smaller ones
+    /// come from the two halves of the range, each a stream without turns.
     neighbours_above: usize,
 }
 
@@ -49,8 +55,9 @@ impl Reading {
     }
 }
 
-/// Bytes before the end of a panel from which on the prefetch of neighbours is in the next pair. The sums of a panel are put together there on
-/// all processors, for ranks of different makers to get the same bits.
+/// Bytes before the end of a panel from which on the prefetch of neighbours is in the next pair.
+/// The sums of a panel are put together there on all processors, for ranks of different makers to
+/// get the same bits.
 const TURN: usize = 2048;
 
 /// Tokens up to which the registers hold the sums of two panels.
@@ -65,7 +72,8 @@ pub(super) fn few<const N: usize, const M: usize, const SETS: usize>(
     out: MatMut<'_>,
     finish: Finish,
 ) {
-    // Of more tokens Q8 with 2 and 3 and all single streams, those of 4 to 6, were slower at the distance of a Zen 4, by up to a fourth.
+    // Of more tokens Q8 with 2 and 3 and all single streams, those of 4 to 6, were slower at the
+    // distance of a Zen 4, by up to a fourth.
     let reading = if M == 1 { Reading::here() } else { Reading::OTHERS };
     read::<N, M, SETS>(ws, panels, x, out, finish, reading);
 }
@@ -82,8 +90,12 @@ fn read<const N: usize, const M: usize, const SETS: usize>(
 ) {
     // Two panels of one matrix side by side are two streams, as those of two matrices are.
     let pairs = if N == 1 && M <= SIDE_BY_SIDE { panels.len() / 2 } else { 0 };
-    let neighbours = pairs > 0 && ws[0].part(panels.start, &x.range).bytes() > reading.neighbours_above;
-    debug_assert!(!neighbours || reading.ahead == TURN, "the prefetch of neighbours turns elsewhere");
+    let neighbours =
+        pairs > 0 && ws[0].part(panels.start, &x.range).bytes() > reading.neighbours_above;
+    debug_assert!(
+        !neighbours || reading.ahead == TURN,
+        "the prefetch of neighbours turns elsewhere"
+    );
     for i in 0..pairs {
         let pair = if neighbours { [2 * i, 2 * i + 1] } else { [i, i + pairs] };
         let streams = pair.map(|i| (ws[0], panels.start + i));
@@ -102,8 +114,8 @@ fn read<const N: usize, const M: usize, const SETS: usize>(
     }
 }
 
-/// The products of whole panels with the one tile there is, and prefetches `ahead` of them. Next comes, for each, the panel after it but
-/// `skip`.
+/// The products of whole panels with the one tile there is, and prefetches `ahead` of them. Next
+/// comes, for each, the panel after it but `skip`.
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c")]
 fn products<const P: usize, const M: usize, const SETS: usize>(
@@ -124,7 +136,13 @@ fn products<const P: usize, const M: usize, const SETS: usize>(
             add_tile::<P, M, SETS, true>(parts, &columns, 0, &mut acc, Ahead::stream(next));
         } else {
             for ((part, acc), next) in parts.into_iter().zip(&mut acc).zip(next) {
-                add_tile::<1, M, SETS, true>([part], &columns, 0, std::array::from_mut(acc), Ahead::stream([next]));
+                add_tile::<1, M, SETS, true>(
+                    [part],
+                    &columns,
+                    0,
+                    std::array::from_mut(acc),
+                    Ahead::stream([next]),
+                );
             }
         }
     }
@@ -141,7 +159,11 @@ mod tests {
     use crate::panels::PanelData;
 
     /// The bits of the products of `M` tokens, read in each way.
-    fn bits<const M: usize, const SETS: usize>(w: Panels<'_>, panels: Range<usize>, isa: Isa) -> [Vec<u32>; 2] {
+    fn bits<const M: usize, const SETS: usize>(
+        w: Panels<'_>,
+        panels: Range<usize>,
+        isa: Isa,
+    ) -> [Vec<u32>; 2] {
         let (rows, cols) = (panels.len() * PANEL, w.cols());
         let mut input = Input::new();
         input.prepare(isa, InputKind::Float, &noise(M * cols, 2), M, cols);

@@ -8,18 +8,21 @@
 //!         acc[m][1] += x[k][m] * w1
 //! ```
 //!
-//! 1. Six tokens make twelve accumulators; with two registers of weights and one broadcast that is 15 of 16.
-//!    Twelve also cover the latency of two FMA units (4 cycles each), so the loop runs at their full rate.
-//! 2. With fewer tokens there are several sets of accumulators, for columns k, k + 1, ..., added at the end:
-//!    one token and one set would wait for the previous sum in each step.
-//! 3. Packing has put a tile's activations in the order of use, one stream next to the stream of weights.
-//! 4. Bf16, and f16 where tiles are few (`wide`), are widened in registers each time a tile passes. That takes two
-//!    instructions next to twelve multiply-adds, on other ports; widening once into a buffer was slower (0.93 of the multiply-add rate
-//!    against 0.98 on a Zen 5), because it needs stores, and because f32 fills the L1 cache twice as fast. For bf16
-//!    the two are shuffles: a shift and a mask cost 5 % on Intel's cores, whose shifts share the ports of multiply-adds.
-//! 5. What comes next from a slower cache or from memory is prefetched: weights, and the activations of the next tile.
-//!    The processor's own prefetchers stop at each 4 KiB page, and at the end of each tile's part of the columns, and
-//!    need a few misses to start again.
+//! 1. Six tokens make twelve accumulators; with two registers of weights and one broadcast that is
+//!    15 of 16. Twelve also cover the latency of two FMA units (4 cycles each), so the loop runs at
+//!    their full rate.
+//! 2. With fewer tokens there are several sets of accumulators, for columns k, k + 1, ..., added at
+//!    the end: one token and one set would wait for the previous sum in each step.
+//! 3. Packing has put a tile's activations in the order of use, one stream next to the stream of
+//!    weights.
+//! 4. Bf16, and f16 where tiles are few (`wide`), are widened in registers each time a tile passes.
+//!    That takes two instructions next to twelve multiply-adds, on other ports; widening once into
+//!    a buffer was slower (0.93 of the multiply-add rate against 0.98 on a Zen 5), because it needs
+//!    stores, and because f32 fills the L1 cache twice as fast. For bf16 the two are shuffles: a
+//!    shift and a mask cost 5 % on Intel's cores, whose shifts share the ports of multiply-adds.
+//! 5. What comes next from a slower cache or from memory is prefetched: weights, and the
+//!    activations of the next tile. The processor's own prefetchers stop at each 4 KiB page, and at
+//!    the end of each tile's part of the columns, and need a few misses to start again.
 
 use std::arch::x86_64::*;
 use std::sync::atomic::{Ordering, compiler_fence};
@@ -67,11 +70,18 @@ impl Column for F16 {
 /// Columns of a round, a multiple of every number of sets.
 const STEP: usize = 4;
 
-/// `acc[p][m] += Σ_k panels[p][k] x[k][m]`, where a panel is `[k, 16]` and `x` is `[k, M]`; column k adds to set k % SETS. Also
-/// asks for what is `ahead`: as many bytes as the panels have (`STREAM`), or a share of weights and as many activations as `x` has.
+/// `acc[p][m] += Σ_k panels[p][k] x[k][m]`, where a panel is `[k, 16]` and `x` is `[k, M]`; column
+/// k adds to set k % SETS. Also asks for what is `ahead`: as many bytes as the panels have
+/// (`STREAM`), or a share of weights and as many activations as `x` has.
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c")]
-pub(super) fn add_products<C: Column, const P: usize, const M: usize, const SETS: usize, const STREAM: bool>(
+pub(super) fn add_products<
+    C: Column,
+    const P: usize,
+    const M: usize,
+    const SETS: usize,
+    const STREAM: bool,
+>(
     panels: [&[[C::Bits; PANEL]]; P],
     x: &[f32],
     acc: &mut [[[f32; PANEL]; M]; P],
@@ -79,7 +89,12 @@ pub(super) fn add_products<C: Column, const P: usize, const M: usize, const SETS
 ) {
     let x = x.as_chunks::<M>().0;
     for columns in panels {
-        assert!(columns.len() == x.len(), "{} columns of weights, {} of activations", columns.len(), x.len());
+        assert!(
+            columns.len() == x.len(),
+            "{} columns of weights, {} of activations",
+            columns.len(),
+            x.len()
+        );
     }
     let mut sums = [[[[_mm256_setzero_ps(); 2]; M]; SETS]; P];
     let (rounds, last_x) = x.as_chunks::<STEP>();
@@ -88,7 +103,9 @@ pub(super) fn add_products<C: Column, const P: usize, const M: usize, const SETS
         if !STREAM {
             prefetch::<_MM_HINT_T1>(ahead.weights[0].wrapping_add(round * stride));
             for line in (0..size_of_val(x)).step_by(LINE) {
-                prefetch::<_MM_HINT_T0>(ahead.activations.wrapping_add(round * size_of_val(x) + line));
+                prefetch::<_MM_HINT_T0>(
+                    ahead.activations.wrapping_add(round * size_of_val(x) + line),
+                );
             }
         }
         for ((columns, sums), weights) in panels.iter().zip(&mut sums).zip(&mut ahead.weights) {
@@ -99,8 +116,8 @@ pub(super) fn add_products<C: Column, const P: usize, const M: usize, const SETS
                     prefetch_weights(weights.wrapping_add(k * size_of_val(column)));
                 }
                 step::<C, M>(column, x, &mut sums[k % SETS]);
-                // Else the compiler may load the columns of all sets first and keep sums on the stack: three tokens took
-                // longer than six.
+                // Else the compiler may load the columns of all sets first and keep sums on the
+                // stack: three tokens took longer than six.
                 if SETS > 1 && !STREAM {
                     compiler_fence(Ordering::SeqCst);
                 }
@@ -130,7 +147,11 @@ pub(super) fn add_products<C: Column, const P: usize, const M: usize, const SETS
 
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c")]
-fn step<C: Column, const M: usize>(column: &[C::Bits; PANEL], x: &[f32; M], sums: &mut [[__m256; 2]; M]) {
+fn step<C: Column, const M: usize>(
+    column: &[C::Bits; PANEL],
+    x: &[f32; M],
+    sums: &mut [[__m256; 2]; M],
+) {
     let (w0, w1) = widen::<C>(column);
     for (x, sums) in x.iter().zip(sums) {
         let x = _mm256_set1_ps(*x);
@@ -144,11 +165,13 @@ fn step<C: Column, const M: usize>(column: &[C::Bits; PANEL], x: &[f32; M], sums
 #[target_feature(enable = "avx2,fma,f16c")]
 pub(super) fn widen<C: Column>(column: &[C::Bits; PANEL]) -> (__m256, __m256) {
     let start = column.as_ptr();
-    // SAFETY: an array of 16 weights is 64 readable bytes for F32 and 32 for Bf16 and F16, the types that implement
-    // `Column`; the loads ask for no alignment.
+    // SAFETY: an array of 16 weights is 64 readable bytes for F32 and 32 for Bf16 and F16, the
+    // types that implement `Column`; the loads ask for no alignment.
     unsafe {
         match C::WIDTH {
-            Width::F32 => (_mm256_loadu_ps(start.cast()), _mm256_loadu_ps(start.cast::<f32>().add(8))),
+            Width::F32 => {
+                (_mm256_loadu_ps(start.cast()), _mm256_loadu_ps(start.cast::<f32>().add(8)))
+            }
             Width::Bf16 => {
                 let both = _mm256_loadu_si256(start.cast());
                 let zero = _mm256_setzero_si256();

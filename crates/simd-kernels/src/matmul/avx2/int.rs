@@ -5,19 +5,21 @@
 //!     for each word of the group (2 columns of int16 or 4 of int8):
 //!         w0, w1 = the weights of these columns, rows 0..8 and 8..16, one 32-bit lane a row
 //!         for each token m: sum[m] += dot(word[m], w)             in each lane
-//!     for each token m: acc[m] += (sum[m] - zero point of the row * total of the token) * (scale of the row * scale of the token)
+//!     for each token m: acc[m] += (sum[m] - zero point of the row * total of the token)
+//!                                 * (scale of the row * scale of the token)
 //! ```
 //!
-//! 1. Q8: `vpmaddwd` multiplies pairs of int16 and adds each two products in int32. 32 products of at most
-//!    127 * 32767 stay far below 2^31.
-//! 2. Q4: `vpmaddubsw` multiplies unsigned nibbles by int8 and adds each two products in int16. All eight words of
-//!    a group are summed there: the largest sum of magnitudes is 8 * 2 * 15 * 127 < 2^15. One `vpmaddwd` with ones per group then
-//!    adds the halves in int32. From their sum the zero point of the row times the sum of the token's integers is
-//!    taken, in f32 and exact: these are multiples of a half below 2^17.
-//! 3. With VNNI one instruction does the multiplication and the addition, for Q4 in int32 at once. The sums are
-//!    the same numbers.
-//! 4. The sums of a group take twelve registers for six tokens, so the f32 totals live in memory (L1) and are
-//!    touched once a group (`settle`). The sums of the first word are set, not added.
+//! 1. Q8: `vpmaddwd` multiplies pairs of int16 and adds each two products in int32. 32 products of
+//!    at most 127 * 32767 stay far below 2^31.
+//! 2. Q4: `vpmaddubsw` multiplies unsigned nibbles by int8 and adds each two products in int16. All
+//!    eight words of a group are summed there: the largest sum of magnitudes is 8 * 2 * 15 * 127 <
+//!    2^15. One `vpmaddwd` with ones per group then adds the halves in int32. From their sum the
+//!    zero point of the row times the sum of the token's integers is taken, in f32 and exact: these
+//!    are multiples of a half below 2^17.
+//! 3. With VNNI one instruction does the multiplication and the addition, for Q4 in int32 at once.
+//!    The sums are the same numbers.
+//! 4. The sums of a group take twelve registers for six tokens, so the f32 totals live in memory
+//!    (L1) and are touched once a group (`settle`). The sums of the first word are set, not added.
 
 use std::arch::x86_64::*;
 
@@ -43,11 +45,18 @@ pub(super) const fn block_bytes(q4: bool) -> usize {
     if q4 { Q4_BLOCK } else { Q8_BLOCK }
 }
 
-/// `acc[p][m] += Σ_k w[p][k] x[k][m]` over the groups of `panels`, and from `ahead[p]` on also asks for as many bytes as a
-/// panel has (`WEIGHTS`), or from `ahead[0]` on for as many as the words of `x` have.
+/// `acc[p][m] += Σ_k w[p][k] x[k][m]` over the groups of `panels`, and from `ahead[p]` on also asks
+/// for as many bytes as a panel has (`WEIGHTS`), or from `ahead[0]` on for as many as the words of
+/// `x` have.
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c")]
-pub(super) fn add_products<const Q4: bool, const VNNI: u8, const P: usize, const M: usize, const WEIGHTS: bool>(
+pub(super) fn add_products<
+    const Q4: bool,
+    const VNNI: u8,
+    const P: usize,
+    const M: usize,
+    const WEIGHTS: bool,
+>(
     panels: [&[u8]; P],
     x: IntTile<'_>,
     acc: &mut [[[f32; PANEL]; M]; P],
@@ -57,7 +66,11 @@ pub(super) fn add_products<const Q4: bool, const VNNI: u8, const P: usize, const
     let words = x.words.as_chunks::<M>().0.chunks_exact(words_in_group(Q4));
     for panel in panels {
         let groups = panel.len() / size;
-        assert!(groups == words.len(), "{groups} groups of weights, {} of activations", words.len());
+        assert!(
+            groups == words.len(),
+            "{groups} groups of weights, {} of activations",
+            words.len()
+        );
     }
     let (scales, mut starts) = (x.scales.as_chunks::<M>().0, x.starts.as_chunks::<M>().0.iter());
     for (group, (words, scales)) in words.zip(scales).enumerate() {
@@ -69,7 +82,9 @@ pub(super) fn add_products<const Q4: bool, const VNNI: u8, const P: usize, const
             let next = if WEIGHTS { size } else { size_of_val(words) };
             let mut sums = [[_mm256_setzero_si256(); 2]; M];
             // Two words of weights are a line.
-            for (i, (weights, words)) in weights.as_chunks::<2>().0.iter().zip(words.as_chunks::<2>().0).enumerate() {
+            for (i, (weights, words)) in
+                weights.as_chunks::<2>().0.iter().zip(words.as_chunks::<2>().0).enumerate()
+            {
                 if LINE * i < next {
                     let line = ahead.wrapping_add(group * next + LINE * i);
                     if WEIGHTS { prefetch_weights(line) } else { prefetch::<_MM_HINT_T0>(line) }
@@ -79,7 +94,8 @@ pub(super) fn add_products<const Q4: bool, const VNNI: u8, const P: usize, const
                 }
             }
             if WEIGHTS {
-                // A block is half a line longer than its weights: else every second one leaves out a line.
+                // A block is half a line longer than its weights: else every second one leaves out
+                // a line.
                 prefetch_weights(ahead.wrapping_add(group * next + size / LINE * LINE));
             }
             if Q4 {
@@ -106,8 +122,15 @@ pub(super) fn add_wide<const M: usize, const WEIGHTS: bool>(
     ahead: *const u8,
 ) {
     let words = x.words.as_chunks::<M>().0.chunks_exact(words_in_group(false));
-    assert!(groups.len() == words.len(), "{} groups of weights, {} of activations", groups.len(), words.len());
-    for (g, ((group, words), scales)) in groups.iter().zip(words).zip(x.scales.as_chunks::<M>().0).enumerate() {
+    assert!(
+        groups.len() == words.len(),
+        "{} groups of weights, {} of activations",
+        groups.len(),
+        words.len()
+    );
+    for (g, ((group, words), scales)) in
+        groups.iter().zip(words).zip(x.scales.as_chunks::<M>().0).enumerate()
+    {
         let next = if WEIGHTS { Q8_BLOCK } else { size_of_val(words) };
         for line in (g * next..(g + 1) * next).step_by(LINE) {
             let line = ahead.wrapping_add(line);
@@ -115,7 +138,11 @@ pub(super) fn add_wide<const M: usize, const WEIGHTS: bool>(
         }
         let mut sums = [[_mm256_setzero_si256(); 2]; M];
         for (weights, word) in group.words.iter().zip(words) {
-            add_word::<false, { Isa::PLAIN }, M>([load_bytes(&weights[0]), load_bytes(&weights[1])], word, &mut sums);
+            add_word::<false, { Isa::PLAIN }, M>(
+                [load_bytes(&weights[0]), load_bytes(&weights[1])],
+                word,
+                &mut sums,
+            );
         }
         let (row_scales, _) = group.scales.as_chunks();
         add_scaled(&sums, [load(&row_scales[0]), load(&row_scales[1])], scales, acc);
@@ -139,7 +166,8 @@ fn add_word<const Q4: bool, const VNNI: u8, const M: usize>(
     }
 }
 
-/// `sum += dot(w, x)` of the four bytes in each lane, those of `w` unsigned: as int32 with VNNI, or as two int16 with AVX2.
+/// `sum += dot(w, x)` of the four bytes in each lane, those of `w` unsigned: as int32 with VNNI, or
+/// as two int16 with AVX2.
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c")]
 fn add_quads<const VNNI: u8>(sum: &mut __m256i, w: __m256i, x: __m256i) {
@@ -187,8 +215,9 @@ fn add_scaled_q4<const VNNI: u8, const M: usize>(
     let words = load_bytes(words);
     let bits = _mm256_and_si256(_mm256_srli_epi16::<1>(words), _mm256_set1_epi16(Q4_SCALE as i16));
     let row_scales = halves(bits).map(|half| _mm256_cvtph_ps(half));
-    // In half steps from code 0 on, and starts are multiples of the excess: as the last bits of a float that are worth as much. Converted and
-    // multiplied instead they took 2 % of the speed of Q4.
+    // In half steps from code 0 on, and starts are multiples of the excess: as the last bits of a
+    // float that are worth as much. Converted and multiplied instead they took 2 % of the speed of
+    // Q4.
     let magic = _mm256_set1_ps(MAGIC);
     let first = _mm256_add_epi32(_mm256_castps_si256(magic), _mm256_set1_epi32(8));
     let zeros = halves(_mm256_and_si256(words, _mm256_set1_epi16(15))).map(|half| {
@@ -212,7 +241,8 @@ fn halves(v: __m256i) -> [__m128i; 2] {
     [_mm256_castsi256_si128(v), _mm256_extracti128_si256::<1>(v)]
 }
 
-/// A packed word as two registers of int16 pairs (Q8) or of unsigned bytes (Q4), rows 0..8 and 8..16.
+/// A packed word as two registers of int16 pairs (Q8) or of unsigned bytes (Q4), rows 0..8 and
+/// 8..16.
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c")]
 fn widen<const Q4: bool>(word: &[u8; 32]) -> [__m256i; 2] {

@@ -1,10 +1,11 @@
 //! Parts of panels that are widened once for all the tiles that pass them.
 //!
-//! The conversions of f16 take a port of the multiply-adds: a prompt of 512 tokens goes 1.17 times as fast without them in each tile.
-//! The two shuffles of Q8 take the port of the additions that plain AVX2 needs: 1.03 times; with VNNI there are none, and
-//! the stores cost more. The shuffles of bf16 and the two instructions of Q4 for twice as many products are in nobody's way. With
-//! AVX-512 the one shuffle of bf16 takes a port of the multiply-adds on some processors, and bf16 is widened, too.
-//! AVX-512 has Q8 and Q4 as `codes`, for however few tiles.
+//! The conversions of f16 take a port of the multiply-adds: a prompt of 512 tokens goes 1.17 times
+//! as fast without them in each tile. The two shuffles of Q8 take the port of the additions that
+//! plain AVX2 needs: 1.03 times; with VNNI there are none, and the stores cost more. The shuffles
+//! of bf16 and the two instructions of Q4 for twice as many products are in nobody's way. With
+//! AVX-512 the one shuffle of bf16 takes a port of the multiply-adds on some processors, and bf16
+//! is widened, too. AVX-512 has Q8 and Q4 as `codes`, for however few tiles.
 
 use std::arch::x86_64::*;
 
@@ -21,15 +22,16 @@ const WORDS: usize = words_in_group(false);
 /// Tiles from which on it pays to widen a part for all of them: six lose what later ones gain.
 const MANY: usize = 12;
 
-/// The same for bf16 and f16 with AVX-512: two lose, on a Zen 4 and on an Emerald Rapids. Parts that are not widened need not have room.
+/// The same for bf16 and f16 with AVX-512: two lose, on a Zen 4 and on an Emerald Rapids. Parts
+/// that are not widened need not have room.
 pub(super) const SOME: usize = 4;
 
 /// A group of 32 columns of a quantized panel.
 #[derive(Clone, Copy)]
 pub(super) struct WideGroup {
     pub scales: [f32; PANEL],
-    /// Of pairs, for each two columns the int16 of rows 0..8, then those of rows 8..16. Of codes, for each four columns their bytes, in half of
-    /// the words.
+    /// Of pairs, for each two columns the int16 of rows 0..8, then those of rows 8..16. Of codes,
+    /// for each four columns their bytes, in half of the words.
     pub words: [[[u8; 32]; 2]; WORDS],
 }
 
@@ -52,7 +54,9 @@ pub(super) enum Part<'a> {
 }
 
 pub(super) fn floats(part: Part<'_>) -> &[[f32; PANEL]] {
-    let Part::Stored(PanelData::F32(part)) = part else { panic!("panels of one product have one format") };
+    let Part::Stored(PanelData::F32(part)) = part else {
+        panic!("panels of one product have one format")
+    };
     part.as_chunks().0
 }
 
@@ -78,7 +82,10 @@ pub(super) fn bytes(part: Part<'_>) -> &[u8] {
 impl Wide {
     pub(super) const fn new() -> Wide {
         let group = WideGroup { scales: [0.0; PANEL], words: [[[0; 32]; 2]; WORDS] };
-        Wide { groups: [group; codes::PANELS * INTS / GROUP], columns: [[0.0; PANEL]; avx512::PANELS * avx512::HALF] }
+        Wide {
+            groups: [group; codes::PANELS * INTS / GROUP],
+            columns: [[0.0; PANEL]; avx512::PANELS * avx512::HALF],
+        }
     }
 
     /// `parts` of panels, widened where that pays for so many tiles.
@@ -95,7 +102,13 @@ impl Wide {
                 let q4 = matches!(part, PanelData::Q4(_));
                 let groups = room(&mut groups, bytes.len() / block_bytes(q4));
                 // SAFETY: the instruction set proves the target features.
-                unsafe { if q4 { codes::widen::<true>(bytes, groups) } else { codes::widen::<false>(bytes, groups) } };
+                unsafe {
+                    if q4 {
+                        codes::widen::<true>(bytes, groups)
+                    } else {
+                        codes::widen::<false>(bytes, groups)
+                    }
+                };
                 Part::Codes(groups)
             }
             PanelData::Q8(bytes) if tiles >= MANY && isa.vnni() == Isa::PLAIN => {
@@ -121,7 +134,8 @@ fn room<'a, T>(left: &mut &'a mut [T], count: usize) -> &'a mut [T] {
 #[target_feature(enable = "avx2,fma,f16c")]
 fn pairs<'a>(bytes: &[u8], groups: &'a mut [WideGroup]) -> &'a [WideGroup] {
     for (group, block) in groups.iter_mut().zip(bytes.chunks_exact(Q8_BLOCK)) {
-        let (scales, words) = block.as_chunks().0.split_first().expect("a block starts with its scales");
+        let (scales, words) =
+            block.as_chunks().0.split_first().expect("a block starts with its scales");
         for (out, scales) in group.scales.as_chunks_mut().0.iter_mut().zip(widen_scales(scales)) {
             store(out, scales);
         }
@@ -136,7 +150,10 @@ fn pairs<'a>(bytes: &[u8], groups: &'a mut [WideGroup]) -> &'a [WideGroup] {
 
 /// Columns in f32.
 #[target_feature(enable = "avx2,fma,f16c")]
-fn widen_floats<'a, C: Column<Bits = u16>>(halves: &[u16], columns: &'a mut [[f32; PANEL]]) -> Part<'a> {
+fn widen_floats<'a, C: Column<Bits = u16>>(
+    halves: &[u16],
+    columns: &'a mut [[f32; PANEL]],
+) -> Part<'a> {
     for (out, halves) in columns.iter_mut().zip(halves.as_chunks().0) {
         for (out, x) in out.as_chunks_mut().0.iter_mut().zip(<[_; 2]>::from(widen::<C>(halves))) {
             store(out, x);

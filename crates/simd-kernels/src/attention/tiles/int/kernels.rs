@@ -1,11 +1,16 @@
 //! The kernels, written once for both kinds of registers.
 
-/// The kernels of a module that has vectors of rows (`LANES`, `Floats`, `Ints`), `STEP` and the operations named below, with its target features.
-/// A macro, since no generic function has the target features of its parameters.
+/// The kernels of a module that has vectors of rows (`LANES`, `Floats`, `Ints`), `STEP` and the
+/// operations named below, with its target features. A macro, since no generic function has the
+/// target features of its parameters.
 macro_rules! kernels {
     ($features:literal, $name:literal) => {
         const fn kernel<const VNNI: u8>() -> Kernel {
-            Kernel { lanes: LANES, keys: STEP, step: [step::<VNNI, 1>, step::<VNNI, 2>, step::<VNNI, 3>] }
+            Kernel {
+                lanes: LANES,
+                keys: STEP,
+                step: [step::<VNNI, 1>, step::<VNNI, 2>, step::<VNNI, 3>],
+            }
         }
 
         /// A tile of keys for V vectors of rows.
@@ -24,7 +29,8 @@ macro_rules! kernels {
                 let keys = &tile.keys[key / BLOCK * q.len()..][..q.len()];
                 let sums = products::<VNNI, V>(keys, key % BLOCK / STEP, q);
                 let scores = &mut rows_mut::<_, V>(room.scores)[key..];
-                for ((sums, scale), scores) in sums.iter().zip(&tile.key_scales[key..]).zip(scores) {
+                for ((sums, scale), scores) in sums.iter().zip(&tile.key_scales[key..]).zip(scores)
+                {
                     for (sum, score) in sums.iter().zip(scores) {
                         store(score, mul(floats(*sum), set(*scale)));
                     }
@@ -36,7 +42,8 @@ macro_rules! kernels {
 
             let weights = &rows::<_, V>(room.weights)[seen.start / 2..seen.end / 2];
             for (n, acc) in rows_mut::<_, V>(group.acc).chunks_exact_mut(STEP).enumerate() {
-                let values = &tile.values[n * STEP / BLOCK * KEY_TILE / 2..][seen.start / 2..seen.end / 2];
+                let values =
+                    &tile.values[n * STEP / BLOCK * KEY_TILE / 2..][seen.start / 2..seen.end / 2];
                 let sums = products::<VNNI, V>(values, n % (BLOCK / STEP), weights);
                 for (sums, acc) in sums.iter().zip(acc) {
                     for ((sum, acc), [before, step]) in sums.iter().zip(acc).zip(factors) {
@@ -46,14 +53,20 @@ macro_rules! kernels {
             }
         }
 
-        /// sums[j][v] = Σ x[i][STEP * part + j] · y[i][v] over i: in each lane the dot product of two int16.
+        /// sums[j][v] = Σ x[i][STEP * part + j] · y[i][v] over i: in each lane the dot product of
+        /// two int16.
         #[target_feature(enable = $features)]
         fn products<const VNNI: u8, const V: usize>(
             x: &[[Pair; BLOCK]],
             part: usize,
             y: &[[[Pair; LANES]; V]],
         ) -> [[Ints; V]; STEP] {
-            assert!(x.len() == y.len() && part < BLOCK / STEP, "{} pairs meet {}, part {part}", x.len(), y.len());
+            assert!(
+                x.len() == y.len() && part < BLOCK / STEP,
+                "{} pairs meet {}, part {part}",
+                x.len(),
+                y.len()
+            );
             let mut sums = [[ints(0); V]; STEP];
             for (x, y) in x.iter().zip(y) {
                 let y = y.each_ref().map(|y| load_ints(y));
@@ -67,10 +80,13 @@ macro_rules! kernels {
             sums
         }
 
-        /// One step of the online softmax of vector `v`: scores, still to be multiplied by the scales of their rows, become weights e^(x − m) times
-        /// the scales of their values, as pairs of codes; maxima and sums move on. With `MASKED`, what a row does not see weighs nothing.
+        /// One step of the online softmax of vector `v`: scores, still to be multiplied by the
+        /// scales of their rows, become weights e^(x − m) times the scales of their values, as
+        /// pairs of codes; maxima and sums move on. With `MASKED`, what a row does not see weighs
+        /// nothing.
         ///
-        /// Returns the factors e^(old m − m) for what the rows gathered before, and the steps of the codes.
+        /// Returns the factors e^(old m − m) for what the rows gathered before, and the steps of
+        /// the codes.
         #[inline]
         #[target_feature(enable = $features)]
         fn soften<const V: usize, const MASKED: bool>(
@@ -86,8 +102,11 @@ macro_rules! kernels {
                 let limits = load_ints(&rows::<_, V>(group.limits)[0][v]);
                 for (key, scores) in (seen.start..).zip(&mut *scores) {
                     let position = ints((tile.positions.start + key) as i32);
-                    let shown =
-                        if key < tile.skip { floor } else { where_greater(limits, position, load(&scores[v]), floor) };
+                    let shown = if key < tile.skip {
+                        floor
+                    } else {
+                        where_greater(limits, position, load(&scores[v]), floor)
+                    };
                     store(&mut scores[v], shown);
                 }
             }
@@ -115,7 +134,8 @@ macro_rules! kernels {
                 let mut p = pow2(fmsub(x, scale, m));
                 let mut scaled = mul(p, set(*value_scale));
                 if MASKED {
-                    // A value that a row does not see may be NaN; one that is seen must show, however little it weighs.
+                    // A value that a row does not see may be NaN; one that is seen must show,
+                    // however little it weighs.
                     [p, scaled] = unless_equal(x, floor, [p, scaled]);
                 }
                 sum = add(sum, p);

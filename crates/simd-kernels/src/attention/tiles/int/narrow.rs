@@ -4,15 +4,17 @@
 
 use super::kernels::kernels;
 use super::{
-    BLOCK, Group, IntTile, KEY_TILE, Kernel, LEAST_MAX, LEAST_STEP, LOG2_E, Pair, ROUND, Room, Seen, WEIGHT, WEIGHTS,
+    BLOCK, Group, IntTile, KEY_TILE, Kernel, LEAST_MAX, LEAST_STEP, LOG2_E, Pair, ROUND, Room,
+    Seen, WEIGHT, WEIGHTS,
 };
 use crate::exp::pow2_256 as pow2;
 use crate::isa::Isa;
 use crate::lanes::{LANES, add_pairs, load, store};
 use std::arch::x86_64::{
-    __m256 as Floats, __m256i as Ints, _mm256_add_ps as add, _mm256_cvtepi32_ps as floats, _mm256_div_ps as div,
-    _mm256_fmadd_ps as fmadd, _mm256_fmsub_ps as fmsub, _mm256_max_ps as max, _mm256_mul_ps as mul,
-    _mm256_set1_epi32 as ints, _mm256_set1_ps as set, _mm256_sub_ps as sub, *,
+    __m256 as Floats, __m256i as Ints, _mm256_add_ps as add, _mm256_cvtepi32_ps as floats,
+    _mm256_div_ps as div, _mm256_fmadd_ps as fmadd, _mm256_fmsub_ps as fmsub, _mm256_max_ps as max,
+    _mm256_mul_ps as mul, _mm256_set1_epi32 as ints, _mm256_set1_ps as set, _mm256_sub_ps as sub,
+    *,
 };
 
 /// Keys, or elements of values, that meet a group at once.

@@ -1,4 +1,5 @@
-//! Queries, keys and values rounded to int16, in the order in which the kernels read them, and rows turned into lanes.
+//! Queries, keys and values rounded to int16, in the order in which the kernels read them, and rows
+//! turned into lanes.
 
 use super::Pair;
 use crate::attention::tiles::kernels::{get, put};
@@ -6,15 +7,23 @@ use crate::kv::{BLOCK, Plain};
 use crate::lanes::{self, LANES, load, load_tail, magnitude, max_magnitude};
 use std::arch::x86_64::*;
 
-/// Largest norms of q̂ and k̂; the product of the two, with half a unit more in each of up to 500,000 elements, is below 2³¹.
+/// Largest norms of q̂ and k̂; the product of the two, with half a unit more in each of up to
+/// 500,000 elements, is below 2³¹.
 const QUERY_NORM: f32 = 65_000.0;
 const KEY_NORM: f32 = 32_500.0;
 /// Largest element of a v̂.
 pub(super) const VALUE: f32 = 8_191.0;
 
-/// Rows of queries [rows][head_dim] times `scale` as [rows][⌈head_dim / 2⌉] pairs and a scale for each.
+/// Rows of queries [rows][head_dim] times `scale` as [rows][⌈head_dim / 2⌉] pairs and a scale for
+/// each.
 #[target_feature(enable = "avx2,fma,f16c")]
-pub(super) fn quantize_queries(q: &[f32], head_dim: usize, scale: f32, out: &mut [Pair], scales: &mut [f32]) {
+pub(super) fn quantize_queries(
+    q: &[f32],
+    head_dim: usize,
+    scale: f32,
+    out: &mut [Pair],
+    scales: &mut [f32],
+) {
     let out = out.chunks_exact_mut(head_dim.div_ceil(2));
     for ((q, out), a) in q.chunks_exact(head_dim).zip(out).zip(scales) {
         let (eights, tail) = q.as_chunks::<LANES>();
@@ -27,13 +36,16 @@ pub(super) fn quantize_queries(q: &[f32], head_dim: usize, scale: f32, out: &mut
         let (most, norm) = (max_magnitude(most), lanes::sum(squares).sqrt());
         let at_least = |least: f32, x: f32| if x < least { least } else { x };
         let step = at_least(most / f32::from(i16::MAX), norm / QUERY_NORM);
-        // Codes of a row that is not finite mean nothing, and their sums may wrap: its step is NaN, as is then all that it gathers.
+        // Codes of a row that is not finite mean nothing, and their sums may wrap: its step is NaN,
+        // as is then all that it gathers.
         let step = if most.is_finite() { step } else { f32::NAN };
-        // Of tiny queries any step is right but 0, by which the −∞ of unseen keys must not be multiplied.
+        // Of tiny queries any step is right but 0, by which the −∞ of unseen keys must not be
+        // multiplied.
         let step = at_least(f32::MIN_POSITIVE, step);
         *a = at_least(f32::MIN_POSITIVE, step * scale.abs());
         let inverse = _mm256_set1_ps(scale.signum() / step);
-        for (x, out) in eights.iter().map(|x| load(x)).chain([tail]).zip(out.chunks_mut(LANES / 2)) {
+        for (x, out) in eights.iter().map(|x| load(x)).chain([tail]).zip(out.chunks_mut(LANES / 2))
+        {
             let codes = codes(_mm256_mul_ps(x, inverse));
             out.copy_from_slice(&codes[..out.len()]);
         }
@@ -42,13 +54,24 @@ pub(super) fn quantize_queries(q: &[f32], head_dim: usize, scale: f32, out: &mut
 
 /// out[c * out_stride + r] = x[r * stride + c] for rows × cols numbers.
 #[target_feature(enable = "avx2,fma,f16c")]
-pub(super) fn transpose<T: Plain>(x: &[T], stride: usize, out: &mut [T], out_stride: usize, [rows, cols]: [usize; 2]) {
+pub(super) fn transpose<T: Plain>(
+    x: &[T],
+    stride: usize,
+    out: &mut [T],
+    out_stride: usize,
+    [rows, cols]: [usize; 2],
+) {
     const { assert!(size_of::<T>() == 4, "numbers of a lane") };
     if rows == 0 || cols == 0 {
         return;
     }
     let (last, last_out) = ((rows - 1) * stride + cols, (cols - 1) * out_stride + rows);
-    assert!(last <= x.len() && last_out <= out.len(), "{rows} x {cols} numbers of {} into {}", x.len(), out.len());
+    assert!(
+        last <= x.len() && last_out <= out.len(),
+        "{rows} x {cols} numbers of {} into {}",
+        x.len(),
+        out.len()
+    );
     let whole = [rows, cols].map(|n| n / LANES * LANES);
     for r in (0..whole[0]).step_by(LANES) {
         for c in (0..whole[1]).step_by(LANES) {
@@ -88,7 +111,11 @@ fn transpose_8x8(x: [__m256; 8]) -> [__m256; 8] {
 
 /// One block of keys [head_dim][16] as [⌈head_dim / 2⌉][16] pairs and a scale for each key.
 #[target_feature(enable = "avx2,fma,f16c")]
-pub(super) fn quantize_keys(keys: &[[f32; BLOCK]], out: &mut [[Pair; BLOCK]], scales: &mut [f32; BLOCK]) {
+pub(super) fn quantize_keys(
+    keys: &[[f32; BLOCK]],
+    out: &mut [[Pair; BLOCK]],
+    scales: &mut [f32; BLOCK],
+) {
     let mut squares = [_mm256_setzero_ps(); 4];
     for (i, key) in keys.iter().enumerate() {
         let [low, high] = get(key);
@@ -104,12 +131,17 @@ pub(super) fn quantize_keys(keys: &[[f32; BLOCK]], out: &mut [[Pair; BLOCK]], sc
         let first = get(&pair[0]);
         let second = if let [_, second] = pair { get(second) } else { [_mm256_setzero_ps(); 2] };
         for (half, out) in out.as_chunks_mut().0.iter_mut().enumerate() {
-            put_pair(out, _mm256_mul_ps(first[half], inverse[half]), _mm256_mul_ps(second[half], inverse[half]));
+            put_pair(
+                out,
+                _mm256_mul_ps(first[half], inverse[half]),
+                _mm256_mul_ps(second[half], inverse[half]),
+            );
         }
     }
 }
 
-/// One block of values [chunks][16 keys][16] as pairs of keys, chunk c in `out[c * room..][..8]`, and a scale for each key.
+/// One block of values [chunks][16 keys][16] as pairs of keys, chunk c in `out[c * room..][..8]`,
+/// and a scale for each key.
 #[target_feature(enable = "avx2,fma,f16c")]
 pub(super) fn quantize_values(
     values: &[[f32; BLOCK]],
@@ -130,11 +162,17 @@ pub(super) fn quantize_values(
     let mut inverses = [0.0; BLOCK];
     put(&mut inverses, [low, high]);
     for (values, out) in values.chunks_exact(BLOCK).zip(out.chunks_mut(room)) {
-        for ((values, inverse), out) in values.as_chunks::<2>().0.iter().zip(inverses.as_chunks::<2>().0).zip(out) {
+        for ((values, inverse), out) in
+            values.as_chunks::<2>().0.iter().zip(inverses.as_chunks::<2>().0).zip(out)
+        {
             let (first, second) = (get(&values[0]), get(&values[1]));
             let inverse = inverse.map(|x| _mm256_set1_ps(x));
             for (half, out) in out.as_chunks_mut().0.iter_mut().enumerate() {
-                put_pair(out, _mm256_mul_ps(first[half], inverse[0]), _mm256_mul_ps(second[half], inverse[1]));
+                put_pair(
+                    out,
+                    _mm256_mul_ps(first[half], inverse[0]),
+                    _mm256_mul_ps(second[half], inverse[1]),
+                );
             }
         }
     }
@@ -153,7 +191,8 @@ fn inverse(step: __m256) -> __m256 {
 #[target_feature(enable = "avx2,fma,f16c")]
 fn codes(x: __m256) -> [Pair; LANES / 2] {
     let codes = _mm256_cvtps_epi32(x);
-    let codes = _mm_packs_epi32(_mm256_castsi256_si128(codes), _mm256_extracti128_si256::<1>(codes));
+    let codes =
+        _mm_packs_epi32(_mm256_castsi256_si128(codes), _mm256_extracti128_si256::<1>(codes));
     let mut pairs = [0; LANES / 2];
     // SAFETY: the array is 16 writable bytes.
     unsafe { _mm_storeu_si128(pairs.as_mut_ptr().cast(), codes) };

@@ -1,19 +1,22 @@
 //! The kernels of AVX-512: a register holds sixteen rows.
 //!
-//! Three vectors of rows meet eight keys, or eight elements of values, at once: 24 sums. All numbers are those of AVX2.
+//! Three vectors of rows meet eight keys, or eight elements of values, at once: 24 sums. All
+//! numbers are those of AVX2.
 
 use super::kernels::kernels;
 use super::{
-    BLOCK, Group, IntTile, KEY_TILE, Kernel, LEAST_MAX, LEAST_STEP, LOG2_E, Pair, ROUND, Room, Seen, WEIGHT, WEIGHTS,
+    BLOCK, Group, IntTile, KEY_TILE, Kernel, LEAST_MAX, LEAST_STEP, LOG2_E, Pair, ROUND, Room,
+    Seen, WEIGHT, WEIGHTS,
 };
 use crate::exp::pow2_512 as pow2;
 use crate::isa::Isa;
 use crate::lanes::{load16 as load, store16 as store};
 use std::arch::asm;
 use std::arch::x86_64::{
-    __m512 as Floats, __m512i as Ints, _mm512_add_ps as add, _mm512_cvtepi32_ps as floats, _mm512_div_ps as div,
-    _mm512_fmadd_ps as fmadd, _mm512_fmsub_ps as fmsub, _mm512_max_ps as max, _mm512_mul_ps as mul,
-    _mm512_set1_epi32 as ints, _mm512_set1_ps as set, _mm512_sub_ps as sub, *,
+    __m512 as Floats, __m512i as Ints, _mm512_add_ps as add, _mm512_cvtepi32_ps as floats,
+    _mm512_div_ps as div, _mm512_fmadd_ps as fmadd, _mm512_fmsub_ps as fmsub, _mm512_max_ps as max,
+    _mm512_mul_ps as mul, _mm512_set1_epi32 as ints, _mm512_set1_ps as set, _mm512_sub_ps as sub,
+    *,
 };
 
 const LANES: usize = 16;
@@ -37,7 +40,8 @@ fn load_ints(x: &[i32; LANES]) -> Ints {
 #[inline]
 #[target_feature(enable = "avx512vnni")]
 fn add_pairs<const VNNI: u8>(sum: &mut Ints, a: Ints, b: Ints) {
-    // SAFETY: the target features of this function have the instruction, which touches the named registers only.
+    // SAFETY: the target features of this function have the instruction, which touches the named
+    // registers only.
     unsafe {
         asm!("vpdpwssd {}, {}, {}", inout(zmm_reg) *sum, in(zmm_reg) a, in(zmm_reg) b,
             options(pure, nomem, nostack, preserves_flags));
