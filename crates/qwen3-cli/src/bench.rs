@@ -57,9 +57,10 @@ pub struct BenchArgs {
     reps: usize,
 
     /// Print one JSON object:
-    /// {"model","weights","ranks","threads","comm","strategy","attention","mlp","results",
-    /// "traffic","limits","kv","isa","experts","wire","plan","weight_bytes"}; the plan says why the strategy
-    /// was chosen if it was, the traffic is rank 0's in one repetition of everything
+    /// {"model","weights","ranks","threads","comm","strategy","attention","mlp",
+    /// "results","traffic","limits","kv","isa","experts","wire","plan",
+    /// "weight_bytes"}; the plan says why the strategy was chosen if it
+    /// was, the traffic is rank 0's in one repetition of everything
     #[arg(long)]
     json: bool,
 
