@@ -12,8 +12,7 @@ use serde::de::DeserializeOwned;
 use crate::failure::{CliError, Failure};
 use crate::options::{EngineOptions, misfit};
 use crate::rank::Rank;
-use crate::template::{ChatTemplate, Conversation};
-use crate::text::Text;
+use qwen3_text::{ChatTemplate, Conversation, Tokenizer};
 
 /// Has rank 0 look at the files and values of a command, with the checkpoint's configuration; all
 /// ranks have the result.
@@ -44,7 +43,7 @@ pub fn input(path: &Path) -> Result<Option<u64>, CliError> {
 /// Whether a checkpoint has what a conversation needs besides its weights, and takes one that
 /// begins like this.
 pub fn conversation(model: &Path, chat: &Conversation) -> Result<(), CliError> {
-    Text::find(model)?;
+    Tokenizer::find(model)?;
     let text = ChatTemplate::open(model)?.render(chat)?;
     // A model that always thinks has a template that begins the thought itself.
     if chat.enable_thinking == Some(false) && text.trim_end().ends_with("<think>") {

@@ -14,7 +14,7 @@ use crate::failure::{CliError, Failure};
 use crate::interrupt;
 use crate::options::EngineOptions;
 use crate::rank::{Rank, print};
-use crate::text::{Text, TextStream};
+use qwen3_text::{Detokenizer, Tokenizer};
 
 /// How answers are made.
 #[derive(Clone, Debug)]
@@ -66,7 +66,7 @@ impl Answer {
         model: &Model,
         cache: &mut KvCache,
         tokens: &[u32],
-        text: Option<&Text>,
+        text: Option<&Tokenizer>,
         options: &AnswerOptions,
     ) -> Result<Self, Failure> {
         let mut screen = Screen::new(rank, text, options.quiet);
@@ -90,8 +90,8 @@ pub fn stop_word(stop: StopReason) -> &'static str {
 /// Where the answer appears, on rank 0.
 struct Screen<'a> {
     rank: &'a Rank,
-    text: Option<&'a Text>,
-    stream: Option<TextStream<'a>>,
+    text: Option<&'a Tokenizer>,
+    stream: Option<Detokenizer>,
     quiet: bool,
     writer: Option<Writer>,
     /// The first thing that went wrong; it ends the answer on all ranks.
@@ -99,13 +99,13 @@ struct Screen<'a> {
 }
 
 impl<'a> Screen<'a> {
-    fn new(rank: &'a Rank, text: Option<&'a Text>, quiet: bool) -> Self {
+    fn new(rank: &'a Rank, text: Option<&'a Tokenizer>, quiet: bool) -> Self {
         let others_wait = rank.speaks() && rank.comm().size() > 1 && !quiet;
         let (writer, result) = match others_wait.then(Writer::start).transpose() {
             Ok(writer) => (writer, Ok(())),
             Err(error) => (None, Err(error)),
         };
-        Self { rank, text, stream: text.map(Text::stream), quiet, writer, result }
+        Self { rank, text, stream: text.map(Tokenizer::detokenizer), quiet, writer, result }
     }
 
     fn show(&mut self, progress: Progress) -> ControlFlow<()> {

@@ -15,9 +15,8 @@ use crate::options::{EngineOptions, LaunchOptions, SamplingOptions, misfit, posi
 use crate::plan::Workload;
 use crate::rank::Rank;
 use crate::session::{self, Loaded};
-use crate::template::{ChatTemplate, Conversation};
-use crate::text::Text;
 use crate::world::World;
+use qwen3_text::{ChatTemplate, Conversation, Tokenizer};
 
 /// Talk with the model: Ctrl-C stops an answer, Ctrl-D leaves
 ///
@@ -57,7 +56,7 @@ impl ChatArgs {
             ahead::conversation(&dir, &self.conversation("Hello"))
         })?;
         let sampling = self.params(rank)?;
-        let read = move || Ok((Text::open(&dir)?, ChatTemplate::open(&dir)?));
+        let read = move || Ok((Tokenizer::open(&dir)?, ChatTemplate::open(&dir)?));
         let (Loaded { model, .. }, texts) = session::load_with(
             rank,
             &self.engine,
@@ -139,7 +138,7 @@ impl ChatArgs {
 
 /// Rank 0's side of the conversation.
 struct Speaker {
-    text: Text,
+    text: Tokenizer,
     template: ChatTemplate,
     enable_thinking: Option<bool>,
     messages: Vec<Value>,
@@ -155,7 +154,7 @@ struct Speaker {
 impl Speaker {
     fn new(
         args: &ChatArgs,
-        text: Text,
+        text: Tokenizer,
         template: ChatTemplate,
         model: &Model,
     ) -> Result<Self, CliError> {

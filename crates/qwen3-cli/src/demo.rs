@@ -11,8 +11,7 @@ use crate::plan::Workload;
 use crate::rank::Rank;
 use crate::session::{self, Loaded};
 use crate::summary::summary;
-use crate::template::{ChatTemplate, Conversation};
-use crate::text::Text;
+use qwen3_text::{ChatTemplate, Conversation, Tokenizer};
 
 /// Answer three questions and continue a sentence, then say what it cost
 #[derive(Args, Clone, Debug)]
@@ -36,7 +35,7 @@ impl DemoArgs {
         let dir = self.engine.model.clone();
         let any = Conversation::question(QUESTIONS[0], None);
         ahead::look(rank, &self.engine, |_| ahead::conversation(&dir, &any))?;
-        let read = move || Ok((Text::open(&dir)?, ChatTemplate::open(&dir)?));
+        let read = move || Ok((Tokenizer::open(&dir)?, ChatTemplate::open(&dir)?));
         let (Loaded { model, reason }, texts) = session::load_with(
             rank,
             &self.engine,

@@ -7,8 +7,7 @@ use qwen3_model::{
     ConfigError, ExportError, GenerateError, ModelError, PerplexityError, SamplingError,
 };
 
-use crate::template::TemplateError;
-use crate::text::TextError;
+use qwen3_text::{TemplateError, TokenizerError};
 
 /// Why a command ends early. Each message is one line.
 #[derive(Debug, thiserror::Error)]
@@ -46,7 +45,7 @@ pub enum CliError {
     },
     /// The tokenizer fails.
     #[error(transparent)]
-    Text(#[from] TextError),
+    Text(#[from] TokenizerError),
     /// The chat template fails.
     #[error(transparent)]
     Template(#[from] TemplateError),

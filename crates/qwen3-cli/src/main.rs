@@ -5,11 +5,6 @@
 // Modules in reading order, lowest first; a module uses only those of its group and of the groups
 // above.
 
-// Text: Python's spelling of values, chat templates, tokens.
-mod python;
-mod template;
-mod text;
-
 // Ranks: where they come from, how they fail together, what they share.
 mod affinity;
 mod failure;

@@ -14,7 +14,7 @@ use crate::plan::Workload;
 use crate::progress;
 use crate::rank::Rank;
 use crate::session::{self, Loaded};
-use crate::text::Text;
+use qwen3_text::Tokenizer;
 
 /// Measure how well the model predicts a text, in windows that do not see each other
 #[derive(Args, Clone, Debug)]
@@ -51,12 +51,12 @@ impl PerplexityArgs {
                 ));
             }
             ahead::input(&file)?;
-            Text::find(&dir)?;
+            Tokenizer::find(&dir)?;
             Ok(())
         })?;
         let read = move || {
             let text = fs::read_to_string(&file).map_err(|source| CliError::file(&file, source))?;
-            Ok(Text::open(&dir)?.encode(&text)?)
+            Ok(Tokenizer::open(&dir)?.encode(&text)?)
         };
         let (Loaded { model, .. }, tokens) = session::load_with(
             rank,

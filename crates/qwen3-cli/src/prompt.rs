@@ -9,8 +9,7 @@ use qwen3_model::{Config, ModelError};
 use crate::ahead;
 use crate::failure::CliError;
 use crate::options::misfit;
-use crate::template::{ChatTemplate, Conversation};
-use crate::text::Text;
+use qwen3_text::{ChatTemplate, Conversation, Tokenizer};
 
 /// Where the prompt comes from; exactly one of the three.
 #[derive(Args, Clone, Debug)]
@@ -39,7 +38,7 @@ pub struct Prompt {
     /// At least one token.
     pub tokens: Vec<u32>,
     /// Absent only where the user gave ids.
-    pub text: Option<Text>,
+    pub text: Option<Tokenizer>,
 }
 
 impl PromptOptions {
@@ -67,7 +66,7 @@ impl PromptOptions {
             Some(enable_thinking) => {
                 ahead::conversation(model, &Conversation::question("Hello", enable_thinking))?
             }
-            None => drop(Text::find(model)?),
+            None => drop(Tokenizer::find(model)?),
         }
         // To read the tokenizer takes a while, and is left to the time of loading where the text
         // can hardly be too long: a token has a byte at least.
@@ -88,7 +87,7 @@ impl PromptOptions {
         if let Some(tokens) = &self.tokens {
             // A checkpoint of weights alone answers in ids.
             let text = model.join("tokenizer.json").is_file();
-            let text = text.then(|| Text::open(model)).transpose()?;
+            let text = text.then(|| Tokenizer::open(model)).transpose()?;
             return Ok(Prompt { tokens: tokens.clone(), text });
         }
         let words = match (&self.prompt, &self.prompt_file) {
@@ -98,7 +97,7 @@ impl PromptOptions {
             }
             (None, None) => unreachable!("clap requires one of the three"),
         };
-        let text = Text::open(model)?;
+        let text = Tokenizer::open(model)?;
         let tokens = match chat {
             Some(enable_thinking) => {
                 let chat = Conversation::question(&words, enable_thinking);

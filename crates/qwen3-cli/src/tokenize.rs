@@ -7,8 +7,7 @@ use serde_json::json;
 
 use crate::failure::CliError;
 use crate::rank::Rank;
-use crate::template::{ChatTemplate, Conversation};
-use crate::text::Text;
+use qwen3_text::{ChatTemplate, Conversation, Tokenizer};
 
 /// Show the token ids of a text, or of a conversation as the chat template writes it
 #[derive(Args, Clone, Debug)]
@@ -41,11 +40,11 @@ impl TokenizeArgs {
     /// Runs the command on rank 0.
     pub fn run(&self, rank: &Rank) -> Result<(), CliError> {
         let (text, ids) = match (&self.input.text, &self.input.chat) {
-            (Some(text), _) => (text.clone(), Text::open(&self.model)?.encode(text)?),
+            (Some(text), _) => (text.clone(), Tokenizer::open(&self.model)?.encode(text)?),
             (None, Some(file)) => {
                 let chat = Conversation::open(file)?;
                 let rendered = ChatTemplate::open(&self.model)?.render(&chat)?;
-                let ids = Text::open(&self.model)?.encode_rendered(&rendered)?;
+                let ids = Tokenizer::open(&self.model)?.encode_rendered(&rendered)?;
                 (rendered, ids)
             }
             (None, None) => unreachable!("clap requires one of the two"),

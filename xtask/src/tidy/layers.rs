@@ -7,13 +7,14 @@ use super::Finding;
 use crate::workspace::Package;
 
 /// Each crate and what it may use of this workspace, lowest first.
-const MAY_USE: [(&str, &[&str]); 7] = [
+const MAY_USE: [(&str, &[&str]); 8] = [
     ("simd-kernels", &[]),
     ("tensor", &[]),
     ("comm", &[]),
     ("ops", &["simd-kernels", "tensor", "comm"]),
     ("qwen3-model", &["ops", "tensor", "comm"]),
-    ("qwen3-cli", &["qwen3-model"]),
+    ("qwen3-text", &[]),
+    ("qwen3-cli", &["qwen3-model", "qwen3-text"]),
     ("xtask", &[]),
 ];
 

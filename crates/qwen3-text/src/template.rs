@@ -1,155 +1,14 @@
 //! The chat template of a checkpoint, rendered as Hugging Face transformers renders it.
 
 use std::fs;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use minijinja::{Environment, Error, ErrorKind, Value};
-use serde_json::{Map, Value as Json, json};
+use serde_json::{Map, Value as Json};
 
+use crate::conversation::Conversation;
+use crate::error::{TemplateError, kind, read_json, read_text};
 use crate::python;
-
-/// Why a chat template or a conversation cannot be used.
-#[derive(Debug, thiserror::Error)]
-pub enum TemplateError {
-    /// A file that exists cannot be read.
-    #[error("{}: {source}", path.display())]
-    Read {
-        /// The file.
-        path: PathBuf,
-        /// Why.
-        source: std::io::Error,
-    },
-    /// A file is not the JSON it should be.
-    #[error("{}: {problem}", path.display())]
-    Json {
-        /// The file.
-        path: PathBuf,
-        /// What was found and what was expected.
-        problem: String,
-    },
-    /// The checkpoint has no template.
-    #[error(
-        "{}: no chat template; expected chat_template.jinja, or chat_template in tokenizer_config.json",
-        dir.display()
-    )]
-    Missing {
-        /// The checkpoint's folder.
-        dir: PathBuf,
-    },
-    /// The checkpoint has several templates, none of which is the default.
-    #[error("{}: chat templates {found:?}; expected one named \"default\"", dir.display())]
-    NoDefault {
-        /// The checkpoint's folder.
-        dir: PathBuf,
-        /// The names that are there.
-        found: Vec<String>,
-    },
-    /// The template does not parse.
-    #[error("{}: chat template {name:?}: {source}", dir.display())]
-    Syntax {
-        /// The checkpoint's folder.
-        dir: PathBuf,
-        /// The template's name.
-        name: String,
-        /// Where and why.
-        source: Error,
-    },
-    /// The template refuses the conversation or fails on it.
-    #[error("the chat template fails on this conversation: {source}")]
-    Render {
-        /// Where and why.
-        source: Error,
-    },
-}
-
-/// What a template renders: messages, and what it is told about them.
-#[derive(Debug, Clone)]
-pub struct Conversation {
-    /// Objects with `role` and what else the template reads: `content`, `reasoning_content`,
-    /// `tool_calls`.
-    pub messages: Vec<Json>,
-    /// Function descriptions, where there are any.
-    pub tools: Option<Vec<Json>>,
-    /// Absent: the template decides.
-    pub enable_thinking: Option<bool>,
-    /// Whether the text ends where the assistant's answer begins.
-    pub add_generation_prompt: bool,
-}
-
-impl Conversation {
-    /// A conversation that waits for the assistant's answer.
-    pub fn new(messages: Vec<Json>, enable_thinking: Option<bool>) -> Self {
-        Self { messages, tools: None, enable_thinking, add_generation_prompt: true }
-    }
-
-    /// A user's message alone.
-    pub fn question(words: &str, enable_thinking: Option<bool>) -> Self {
-        Self::new(vec![json!({ "role": "user", "content": words })], enable_thinking)
-    }
-
-    /// Reads a chat file: an object with `messages` and optionally `tools`, `enable_thinking` and
-    /// `add_generation_prompt` (true when absent), or the list of messages alone.
-    pub fn open(path: &Path) -> Result<Self, TemplateError> {
-        let wrong = |problem: String| TemplateError::Json { path: path.to_owned(), problem };
-        let mut chat = match read_json(path)? {
-            Some(Json::Object(chat)) => chat,
-            Some(list @ Json::Array(_)) => Map::from_iter([("messages".to_owned(), list)]),
-            Some(other) => {
-                return Err(wrong(format!(
-                    "found {}, expected an object with messages",
-                    kind(&other)
-                )));
-            }
-            None => {
-                return Err(TemplateError::Read {
-                    path: path.to_owned(),
-                    source: std::io::ErrorKind::NotFound.into(),
-                });
-            }
-        };
-        let mut take = |field: &str| chat.remove(field).filter(|value| !value.is_null());
-        let messages = match take("messages") {
-            Some(Json::Array(messages)) if !messages.is_empty() => messages,
-            Some(Json::Array(_)) => {
-                return Err(wrong("field messages: found an empty list".to_owned()));
-            }
-            Some(other) => {
-                return Err(wrong(format!(
-                    "field messages: found {}, expected a list",
-                    kind(&other)
-                )));
-            }
-            None => return Err(wrong("field messages: missing, expected a list".to_owned())),
-        };
-        for (i, message) in messages.iter().enumerate() {
-            if !message.get("role").is_some_and(Json::is_string) {
-                return Err(wrong(format!(
-                    "messages[{i}]: expected an object with a text field role"
-                )));
-            }
-        }
-        let tools = match take("tools") {
-            Some(Json::Array(tools)) => Some(tools),
-            Some(other) => {
-                return Err(wrong(format!("field tools: found {}, expected a list", kind(&other))));
-            }
-            None => None,
-        };
-        let mut flag = |field: &str| match take(field) {
-            Some(Json::Bool(value)) => Ok(Some(value)),
-            Some(other) => {
-                Err(wrong(format!("field {field}: found {}, expected true or false", kind(&other))))
-            }
-            None => Ok(None),
-        };
-        Ok(Self {
-            messages,
-            tools,
-            enable_thinking: flag("enable_thinking")?,
-            add_generation_prompt: flag("add_generation_prompt")?.unwrap_or(true),
-        })
-    }
-}
 
 /// The templates of a checkpoint and the special tokens they may name.
 #[derive(Debug)]
@@ -324,36 +183,4 @@ fn special_tokens(config: &Map<String, Json>) -> Vec<(String, Value)> {
         .filter(|(name, _)| name.ends_with("_token"))
         .filter_map(|(name, token)| Some((name.clone(), Value::from(content(token)?))))
         .collect()
-}
-
-/// The text of a file, or `None` where there is no such file.
-fn read_text(path: &Path) -> Result<Option<String>, TemplateError> {
-    match fs::read_to_string(path) {
-        Ok(text) => Ok(Some(text)),
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(None),
-        Err(source) => Err(TemplateError::Read { path: path.to_owned(), source }),
-    }
-}
-
-/// The JSON of a file, or `None` where there is no such file.
-fn read_json(path: &Path) -> Result<Option<Json>, TemplateError> {
-    let Some(text) = read_text(path)? else {
-        return Ok(None);
-    };
-    serde_json::from_str(&text).map(Some).map_err(|error| TemplateError::Json {
-        path: path.to_owned(),
-        problem: format!("not JSON: {error}"),
-    })
-}
-
-/// The kind of a JSON value in words, for messages.
-fn kind(value: &Json) -> &'static str {
-    match value {
-        Json::Null => "null",
-        Json::Bool(_) => "true or false",
-        Json::Number(_) => "a number",
-        Json::String(_) => "a text",
-        Json::Array(_) => "a list",
-        Json::Object(_) => "an object",
-    }
 }

@@ -1,0 +1,21 @@
+//! Text of the Qwen3 models: from a conversation to token ids, and from token ids back to text.
+//!
+//! The crate reads two files of a checkpoint, `tokenizer.json` and the chat template. It knows
+//! nothing about weights, ranks or HTTP.
+//!
+#![doc = include_str!("../README.md")]
+#![forbid(unsafe_code)]
+
+// Modules in reading order; a module uses only those above it.
+mod error;
+mod python;
+mod conversation;
+mod template;
+mod tokenizer;
+mod detokenizer;
+
+pub use conversation::Conversation;
+pub use detokenizer::Detokenizer;
+pub use error::TemplateError;
+pub use template::ChatTemplate;
+pub use tokenizer::{Tokenizer, TokenizerError};
