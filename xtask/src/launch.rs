@@ -37,13 +37,17 @@ pub fn build_for_tests(mpi: &Mpi) -> Result<PathBuf> {
 }
 
 fn build(mpi: Option<&Mpi>, command: &mut Command, what: [&str; 4]) -> Result<PathBuf> {
+    let [.., name] = what;
+    eprintln!(
+        "building {name} and the crates it uses: two to four minutes the first time on two cores, \
+         seconds later"
+    );
     command.args(what);
     if let Some(mpi) = mpi {
         command.args(["--features", "mpi"]);
         mpi.prepare(command, Bind::None, true);
     }
     let built = workspace::build(command)?;
-    let [.., name] = what;
     let program = built.into_iter().find(|executable| executable.target == name);
     Ok(program.with_context(|| format!("the build made no program {name}"))?.path)
 }

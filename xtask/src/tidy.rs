@@ -5,6 +5,7 @@
 
 mod documents;
 mod layers;
+mod modules;
 mod sources;
 
 use std::fmt;
@@ -51,7 +52,9 @@ fn check(root: &Path) -> Result<Vec<Finding>> {
     let files = files(root)?;
     let mut findings = layers::check(root, &packages);
     for file in files.iter().filter(|file| has_extension(file, "rs")) {
-        findings.extend(sources::check(file, &read(root, file)?));
+        let source = read(root, file)?;
+        findings.extend(sources::check(file, &source));
+        findings.extend(modules::check(root, file)?);
     }
     findings.extend(documents::check(root, &files, &packages)?);
     findings.sort();
@@ -122,6 +125,10 @@ mod trees {
             ("docs/architecture.md", "See `crates/comm` and `crates/ops`.\n"),
             ("crates/comm/Cargo.toml", &manifest("comm")),
             ("crates/comm/README.md", "# comm\n"),
+            ("crates/comm/LICENSE-MIT", ""),
+            ("crates/comm/LICENSE-APACHE", ""),
+            ("crates/ops/LICENSE-MIT", ""),
+            ("crates/ops/LICENSE-APACHE", ""),
             ("crates/comm/src/lib.rs", "//! Collectives.\n"),
             (
                 "crates/ops/Cargo.toml",

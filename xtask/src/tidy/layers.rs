@@ -40,6 +40,16 @@ pub fn check(root: &Path, packages: &[Package]) -> Vec<Finding> {
         if folder.starts_with("crates") && !package.folder.join("README.md").is_file() {
             find(format!("{} has no README.md", package.name));
         }
+        if rule.is_some() && folder.starts_with("crates") {
+            for licence in ["LICENSE-MIT", "LICENSE-APACHE"] {
+                if !package.folder.join(licence).is_file() {
+                    find(format!(
+                        "{} has no {licence} (a link to the one in the root)",
+                        package.name
+                    ));
+                }
+            }
+        }
         // The lints, among which is the one that refuses unsafe code.
         let manifest = fs::read_to_string(package.folder.join("Cargo.toml")).unwrap_or_default();
         if !manifest.contains("[lints]\nworkspace = true\n") {
@@ -87,6 +97,8 @@ mod tests {
         let rest = [
             ("crates/simd-kernels/src/lib.rs", "//! K.\n"),
             ("crates/simd-kernels/README.md", "K\n"),
+            ("crates/simd-kernels/LICENSE-MIT", ""),
+            ("crates/simd-kernels/LICENSE-APACHE", ""),
         ];
         let documents = [
             ("README.md", "`comm` `ops` `simd-kernels`\n"),
@@ -95,15 +107,8 @@ mod tests {
         for section in ["dependencies", "dev-dependencies", "build-dependencies"] {
             let comm = manifest("comm")
                 + &format!("[{section}]\nsimd-kernels.path = \"../simd-kernels\"\n");
-            let changes = [
-                kernels,
-                rest[0],
-                rest[1],
-                documents[0],
-                documents[1],
-                ("crates/comm/Cargo.toml", &*comm),
-            ];
-            let text = findings(&changes);
+            let comm = [("crates/comm/Cargo.toml", &*comm)];
+            let text = findings(&[&[kernels], &rest[..], &documents, &comm].concat());
             assert_eq!(
                 text,
                 "crates/comm/Cargo.toml: comm may not use simd-kernels, only: no crate of the workspace",
@@ -119,6 +124,16 @@ mod tests {
             findings(&[("crates/comm/Cargo.toml", &comm)])
                 .contains("comm has not the workspace's lints")
         );
+    }
+
+    #[test]
+    fn a_crate_without_its_licences() {
+        let kernels = [
+            ("crates/simd-kernels/Cargo.toml", &*manifest("simd-kernels")),
+            ("crates/simd-kernels/src/lib.rs", "//! K.\n"),
+            ("crates/simd-kernels/LICENSE-MIT", ""),
+        ];
+        assert!(findings(&kernels).contains("simd-kernels has no LICENSE-APACHE"));
     }
 
     #[test]
