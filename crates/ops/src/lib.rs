@@ -60,5 +60,5 @@ pub use profile::{Operation, Profile, Span, Work};
 pub use residual::{Residual, linear_mpi};
 pub use routing::Router;
 pub use schedule::{ExpertSplit, MlpSchedule};
-pub use simd_kernels::{Input, Isa, IsaError, KvFormat, Store, argmax};
+pub use simd_kernels::{Input, Isa, IsaError, KvFormat, Store, argmax, exp};
 pub use team::{Placement, Team};

@@ -8,7 +8,7 @@ use std::time::Instant;
 use clap::Args;
 use qwen3_model::comm::{CommunicatorExt as _, Entry, Phase};
 use qwen3_model::{
-    Config, KvCache, KvFormat, LogitRows, MlpSchedule, Model, Sampler, SamplingParams,
+    Config, KvCache, KvFormat, LogitRows, MlpSchedule, Model, SampleRow, Sampler, SamplingParams,
 };
 
 use crate::ahead;
@@ -99,11 +99,10 @@ impl BenchArgs {
             chunk: model.pass_tokens(self.engine.chunk),
             cache: model.new_cache(needed),
             sampler: Sampler::new(
-                SamplingParams::default(),
                 model.config().vocab_size,
                 rank.comm().clone(),
                 model.options().isa,
-            )?,
+            ),
             memory: Memory::of(&model)?,
             limits: Limits::new(&model)?,
             entries: Vec::new(),
@@ -333,11 +332,21 @@ impl Bench<'_> {
 
     /// `tokens` passes of one token, each chosen from the logits of the one before.
     fn generate(&mut self, tokens: usize) -> Result<(), Failure> {
+        let greedy = SamplingParams::default();
         let mut id = made_up(self.cache.len(), self.model.config().vocab_size);
         for step in 0..tokens {
             let logits = self.model.forward(&mut self.cache, &[id], LogitRows::Last)?;
-            let row = logits.values.as_slice().expect("rows are contiguous");
-            id = self.sampler.sample(logits.vocab.clone(), row, step as u64, &[], false)?.id;
+            let row = SampleRow {
+                row: 0,
+                params: &greedy,
+                prompt: &[],
+                generated: &[],
+                step: step as u64,
+                mask: None,
+                forced: None,
+            };
+            let mut samples = self.sampler.sample_rows(&logits, &[row])?;
+            id = samples.pop().expect("one row was sampled")?.id;
         }
         Ok(())
     }

@@ -116,9 +116,7 @@ impl CliError {
         match self {
             Self::Comm(error) => Some(error),
             Self::Model(ModelError::Comm(error)) => Some(error),
-            Self::Sampling(SamplingError::Comm(error)) => Some(error),
             Self::Generate(GenerateError::Model(ModelError::Comm(error))) => Some(error),
-            Self::Generate(GenerateError::Sampling(SamplingError::Comm(error))) => Some(error),
             Self::Perplexity { source, .. } => match &**source {
                 PerplexityError::Comm(error) | PerplexityError::Model(ModelError::Comm(error)) => {
                     Some(error)
@@ -173,13 +171,9 @@ fn is_known_to_all(error: &CliError) -> bool {
     let of_model = |error: &ModelError| {
         matches!(error, ModelError::TokenOutOfRange { .. } | ModelError::ContextFull { .. })
     };
-    let of_sampling = |error: &SamplingError| !matches!(error, SamplingError::Comm(_));
     match error {
         CliError::Model(error) | CliError::Generate(GenerateError::Model(error)) => of_model(error),
-        CliError::Sampling(error) | CliError::Generate(GenerateError::Sampling(error)) => {
-            of_sampling(error)
-        }
-        CliError::Generate(_) => true,
+        CliError::Sampling(_) | CliError::Generate(_) => true,
         CliError::Perplexity { source, .. } => match &**source {
             PerplexityError::Context { .. }
             | PerplexityError::TooShort { .. }

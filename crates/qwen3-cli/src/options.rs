@@ -278,6 +278,7 @@ impl SamplingOptions {
             min_p: self.min_p.unwrap_or(base.min_p),
             repetition_penalty: self.repetition_penalty.unwrap_or(base.repetition_penalty),
             seed: self.seed.unwrap_or(base.seed),
+            ..base
         })
     }
 }

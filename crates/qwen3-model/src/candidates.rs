@@ -1,5 +1,5 @@
-//! Candidates for the next token: the best of a rank's slice of the vocabulary, and their form on
-//! the wire.
+//! Candidates for the next token: the best tokens of a rank's slice of the vocabulary, and their
+//! form on the wire.
 
 use std::cmp::Ordering;
 use std::ops::Range;
@@ -15,12 +15,9 @@ pub(crate) struct Candidate {
     pub id: u32,
 }
 
-/// Ids stay below this bit, which the wire uses for a flag; configurations guarantee it.
-const FLAG: u32 = 1 << 31;
-
 impl Candidate {
     /// Worse than any token.
-    pub const NONE: Self = Self { score: f32::NEG_INFINITY, id: FLAG - 1 };
+    pub const NONE: Self = Self { score: f32::NEG_INFINITY, id: u32::MAX };
 
     /// Higher scores first, lower ids first among equals.
     pub fn rank(&self, other: &Self) -> Ordering {
@@ -41,16 +38,14 @@ impl Candidate {
         self.score == f32::NEG_INFINITY
     }
 
-    /// Score, flag and id in eight bytes.
-    pub fn pack(self, flag: bool) -> u64 {
-        debug_assert!(self.id < FLAG, "id {}, expected below {FLAG}", self.id);
-        u64::from(self.score.to_bits()) << 32 | u64::from(self.id | if flag { FLAG } else { 0 })
+    /// Score and id in eight bytes.
+    pub fn pack(self) -> u64 {
+        u64::from(self.score.to_bits()) << 32 | u64::from(self.id)
     }
 
     /// The inverse of [`Candidate::pack`].
-    pub fn unpack(word: u64) -> (Self, bool) {
-        let low = word as u32;
-        (Self { score: f32::from_bits((word >> 32) as u32), id: low & !FLAG }, low & FLAG != 0)
+    pub fn unpack(word: u64) -> Self {
+        Self { score: f32::from_bits((word >> 32) as u32), id: word as u32 }
     }
 }
 
@@ -169,18 +164,11 @@ mod tests {
 
     #[test]
     fn words_keep_their_parts() {
-        for (score, id, flag) in
-            [(1.5, 0, true), (-0.0, FLAG - 1, false), (f32::NEG_INFINITY, 77, true)]
-        {
-            let (candidate, found) = Candidate::unpack(Candidate { score, id }.pack(flag));
-            assert_eq!(
-                (candidate.score.to_bits(), candidate.id, found),
-                (score.to_bits(), id, flag)
-            );
+        for (score, id) in [(1.5, 0), (-0.0, u32::MAX - 1), (f32::NEG_INFINITY, 77)] {
+            let found = Candidate::unpack(Candidate { score, id }.pack());
+            assert_eq!((found.score.to_bits(), found.id), (score.to_bits(), id));
         }
-        assert!(
-            Candidate::unpack(Candidate { score: f32::NAN, id: 1 }.pack(false)).0.score.is_nan()
-        );
+        assert!(Candidate::unpack(Candidate { score: f32::NAN, id: 1 }.pack()).score.is_nan());
     }
 
     #[test]

@@ -9,7 +9,7 @@ use ops::LogitRows;
 use crate::cache::KvCache;
 use crate::error::ModelError;
 use crate::model::{Logits, Model};
-use crate::sampling::{Sampler, SamplingError, SamplingParams};
+use crate::sampling::{SampleRow, Sampler, SamplingError, SamplingParams};
 
 /// How a sequence is continued; the same on every rank.
 #[derive(Clone, Debug, PartialEq)]
@@ -134,8 +134,8 @@ pub enum GenerateError {
 ///
 /// `on_progress` sees each new token as it is chosen, on every rank, and is asked now and then
 /// while the prompt runs. Where it breaks on any rank, all ranks stop before the next token, or
-/// together within the prompt: the wish travels with the exchange that chooses tokens, and in the
-/// prompt by an Allreduce of four bytes every few layers, so that no rank is left waiting.
+/// together within the prompt. The wish travels in an Allreduce of four bytes, before each token
+/// and every few layers of the prompt, so that no rank is left waiting.
 ///
 /// Afterwards `cache` holds the prompt and the new tokens except the last one, which has not been
 /// run; of a prompt that was stopped, the chunks that are complete.
@@ -147,12 +147,9 @@ pub fn generate(
     on_progress: &mut dyn FnMut(Progress) -> ControlFlow<()>,
 ) -> Result<Generated, GenerateError> {
     check_prompt(prompt, cache.len(), cache.capacity(), model.config().vocab_size)?;
-    let mut sampler = Sampler::new(
-        params.sampling,
-        model.config().vocab_size,
-        model.comm().clone(),
-        model.options().isa,
-    )?;
+    let vocab_size = model.config().vocab_size;
+    params.sampling.validate(vocab_size)?;
+    let mut sampler = Sampler::new(vocab_size, model.comm().clone(), model.options().isa);
     let result = run(model, cache, prompt, params, &mut sampler, on_progress);
     model.comm().ledger().set_phase(Phase::Other);
     result
@@ -198,21 +195,24 @@ fn run(
             }
             logits = model.forward(cache, &history[history.len() - 1..], LogitRows::Last)?;
         }
-        let row = logits.values.row(0);
-        let row = row.as_slice().expect("a row of row-major logits is contiguous");
-        let sample = sampler.sample(
-            logits.vocab.clone(),
-            row,
-            history.len() as u64,
-            &history,
-            wishes_to_stop,
-        )?;
-        if sample.stop {
-            // The wish travelled with this choice, for which the last token was run. On one rank it
-            // is not: without it the cache is the same on any number of ranks.
+        if model.any_rank_agrees(wishes_to_stop).map_err(ModelError::from)? {
+            // The wish took effect after the last token was run. On one rank that token is not run:
+            // without it the cache is the same on any number of ranks.
             cache.truncate(history.len() - 1);
             break StopReason::Callback;
         }
+        let (prompt, generated) = history.split_at(prompt.len());
+        let row = SampleRow {
+            row: 0,
+            params: &params.sampling,
+            prompt,
+            generated,
+            step: history.len() as u64,
+            mask: None,
+            forced: None,
+        };
+        let mut samples = sampler.sample_rows(&logits, &[row]).map_err(ModelError::from)?;
+        let sample = samples.pop().expect("one row was sampled")?;
         history.push(sample.id);
         if count == 0 {
             prefill.elapsed = start.elapsed();

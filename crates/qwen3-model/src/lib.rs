@@ -72,7 +72,7 @@ pub use presets::{Preset, UnknownPreset};
 pub use quantize::quantize;
 pub use rope_config::{RopeConfig, RopeScaling, Yarn};
 pub use rotary::RotaryTable;
-pub use sampling::{Sample, Sampler, SamplingError, SamplingParams};
+pub use sampling::{SampleRow, SampledToken, Sampler, SamplingError, SamplingParams};
 pub use shards::{ExportError, ExportProgress};
 pub use synth::{SynthOptions, synthesize};
 pub use tensor;

@@ -186,7 +186,7 @@ impl Model {
             {
                 // A look is a call of this thread: the other one has to be done with its own.
                 settle(ctx, parts)?;
-                if self.any(stop())? {
+                if self.any_rank_agrees(stop())? {
                     ctx.comm.ledger().set_layer(None);
                     let held = if ranks > 1 { cache.held.len() } else { cache.len };
                     cache.layers.iter_mut().for_each(|layer| layer.truncate(held));
@@ -214,8 +214,8 @@ impl Model {
         ((LOOK / layer) as usize).clamp(1, layers)
     }
 
-    /// Whether it is so on any rank.
-    fn any(&self, here: bool) -> Result<bool, CommError> {
+    /// Returns true on every rank if `here` is true on at least one.
+    pub(crate) fn any_rank_agrees(&self, here: bool) -> Result<bool, CommError> {
         if self.ctx.comm.size() == 1 {
             return Ok(here);
         }

@@ -1,123 +1,44 @@
-//! Choosing the next token from logits whose vocabulary is split over the ranks.
+//! Choosing the next tokens of several sequences from logits whose vocabulary is split over the
+//! ranks.
 //!
-//! Each rank offers the best candidates of its slice; all gather them and reach the same choice, so
-//! no rank ever sees another's logits and the token itself is never sent. The filters are those of
-//! Hugging Face transformers, in its order: repetition penalty, temperature, top-k, top-p, min-p.
-//! The draw is the largest score after Gumbel noise has been added (the Gumbel-max trick), and the
-//! noise is a hash of seed, step and token id: the same token comes out on any number of ranks.
+//! Each rank sends the best candidates of its slice. All ranks gather them and reach the same
+//! choices, so no rank sees another's logits and the tokens themselves are never sent. The filters
+//! are those of Hugging Face transformers, in its order: repetition penalty, temperature, top-k,
+//! top-p, min-p. A draw is the largest score after Gumbel noise has been added (the Gumbel-max
+//! trick). The noise is a hash of seed, step and token id, so the same logits and seed give the
+//! same token on any number of ranks and in any batch.
 //!
-//! | filters | what a rank sends |
+//! All rows of a step share one exchange of fixed size. Rows that need more exchanges share them:
+//!
+//! | row | words of 8 bytes that each rank sends |
 //! |---|---|
-//! | greedy, or no filter | one candidate |
-//! | top-k | k candidates |
-//! | min-p alone | its largest score, then one candidate |
-//! | top-p without top-k | 128 candidates and its probability mass, then four times as many until the mass suffices |
-//!
-//! A candidate takes 8 bytes.
+//! | greedy, or no filter | 1 |
+//! | top-k | k |
+//! | min-p alone | 1, then 1 |
+//! | top-p without top-k | 128, then 1, then four times as many candidates until they suffice |
+//! | with k log-probabilities | k + 2 more, in an exchange after the choice |
 
-use std::ops::Range;
+use std::borrow::Cow;
 use std::sync::Arc;
 
 use comm::{CommError, Communicator, CommunicatorExt};
 use ops::Isa;
 
-use crate::candidates::{Candidate, any_invalid, best, best_perturbed, perturb, select};
-use crate::deterministic::{Noise, exp, ln};
-use crate::generation_config::GenerationConfig;
+mod adjust;
+mod choice;
+mod logprobs;
+mod params;
 
-/// Candidates of the first round of top-p.
-const FIRST_ROUND: usize = 128;
-/// Probability masses travel as multiples of 2⁻⁴⁰ of the largest: sums of integers do not depend on
-/// their order.
-const MASS_SCALE: f64 = (1u64 << 40) as f64;
-/// Below this a temperature means greedy: the distribution is a point to f32 precision, and logits
-/// must not overflow.
-const LEAST_TEMPERATURE: f32 = 1e-5;
+use crate::candidates::any_invalid;
+use crate::deterministic::Noise;
+use crate::model::Logits;
+use adjust::{Counts, adjust};
+use choice::{Choice, Stage};
+use logprobs::Logprobs;
+pub use params::SamplingParams;
 
-/// How the next token is chosen.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub struct SamplingParams {
-    /// Divides the logits; 0 (or less than 1e-5) takes the largest logit and ignores the filters
-    /// after it.
-    pub temperature: f32,
-    /// Keeps the k most probable tokens; 0 keeps all.
-    pub top_k: usize,
-    /// Keeps the most probable tokens until their mass reaches this; 1 keeps all.
-    pub top_p: f32,
-    /// Keeps tokens at least this probable relative to the most probable one; 0 keeps all.
-    pub min_p: f32,
-    /// Divides the positive logits of tokens that occurred and multiplies the negative ones; 1
-    /// changes nothing.
-    pub repetition_penalty: f32,
-    /// Of the random draws.
-    pub seed: u64,
-}
-
-impl Default for SamplingParams {
-    /// Greedy.
-    fn default() -> Self {
-        Self {
-            temperature: 0.0,
-            top_k: 0,
-            top_p: 1.0,
-            min_p: 0.0,
-            repetition_penalty: 1.0,
-            seed: 0,
-        }
-    }
-}
-
-impl SamplingParams {
-    /// What the checkpoint's publisher recommends at `temperature`, or at the publisher's own where
-    /// that is `None`: greedy where the file says not to sample, or says nothing. Who samples and
-    /// does not say from how many candidates means 50, as transformers do.
-    pub fn recommended(config: &GenerationConfig, temperature: Option<f32>, seed: u64) -> Self {
-        let temperature = temperature.unwrap_or_else(|| {
-            let samples = config.do_sample.unwrap_or(config.temperature.is_some());
-            if samples { config.temperature.unwrap_or(1.0) } else { 0.0 }
-        });
-        let greedy = Self::default();
-        Self {
-            temperature,
-            top_k: config.top_k.unwrap_or(if temperature > 0.0 { 50 } else { greedy.top_k }),
-            top_p: config.top_p.unwrap_or(greedy.top_p),
-            min_p: config.min_p.unwrap_or(greedy.min_p),
-            repetition_penalty: config.repetition_penalty.unwrap_or(greedy.repetition_penalty),
-            seed,
-        }
-    }
-
-    /// Checks every parameter's range.
-    pub fn validate(&self) -> Result<(), SamplingError> {
-        let check = |valid: bool, name, found: f32, expected| match valid {
-            true => Ok(()),
-            false => Err(SamplingError::Parameter { name, found, expected }),
-        };
-        let (penalty, limit) = (self.repetition_penalty, 1e6);
-        check(
-            (0.0..=limit).contains(&self.temperature),
-            "temperature",
-            self.temperature,
-            "a number in 0..=1e6",
-        )?;
-        check(
-            self.top_p > 0.0 && self.top_p <= 1.0,
-            "top_p",
-            self.top_p,
-            "a number above 0, at most 1",
-        )?;
-        check((0.0..=1.0).contains(&self.min_p), "min_p", self.min_p, "a number in 0..=1")?;
-        check(
-            penalty > 0.0 && penalty <= limit,
-            "repetition_penalty",
-            penalty,
-            "a number above 0, at most 1e6",
-        )
-    }
-}
-
-/// Why no token could be chosen.
-#[derive(Debug, thiserror::Error)]
+/// Why no token can be chosen for a row, or why its parameters are refused.
+#[derive(Clone, Debug, PartialEq, thiserror::Error)]
 pub enum SamplingError {
     /// A parameter is out of range.
     #[error("sampling parameter {name} is {found}, expected {expected}")]
@@ -129,6 +50,28 @@ pub enum SamplingError {
         /// Its range.
         expected: &'static str,
     },
+    /// A parameter names a token that is not in the vocabulary.
+    #[error("sampling parameter {name} has id {id}, expected ids below {vocab_size}")]
+    TokenId {
+        /// The parameter.
+        name: &'static str,
+        /// The id.
+        id: u32,
+        /// Size of the vocabulary.
+        vocab_size: usize,
+    },
+    /// A token has two biases.
+    #[error("sampling parameter logit_bias has id {id} twice, expected each id at most once")]
+    DuplicateBias {
+        /// The token.
+        id: u32,
+    },
+    /// A forbidden sequence of no tokens.
+    #[error("entry {index} of sampling parameter bad_words is empty, expected at least one token")]
+    EmptyBadWord {
+        /// Its index in the list.
+        index: usize,
+    },
     /// The model computed a logit that is not a number: its weights are damaged, or a value
     /// overflowed.
     #[error("a logit of rank {rank} is NaN or infinite at step {step}, expected finite numbers")]
@@ -138,319 +81,196 @@ pub enum SamplingError {
         /// The step.
         step: u64,
     },
-    /// All logits are −∞.
+    /// Every token is excluded.
     #[error("no token is possible at step {step}: every logit is -inf")]
     NoCandidate {
         /// The step.
         step: u64,
     },
-    /// The exchange failed.
-    #[error(transparent)]
-    Comm(#[from] CommError),
 }
 
-/// The next token.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Sample {
-    /// Its id, the same on every rank.
+/// One row of logits and the sequence that its token continues. Equal on all ranks, except for
+/// `mask`.
+#[derive(Clone, Copy, Debug)]
+pub struct SampleRow<'a> {
+    /// The row of the logits.
+    pub row: usize,
+    /// How the token is chosen.
+    pub params: &'a SamplingParams,
+    /// Tokens of the prompt.
+    pub prompt: &'a [u32],
+    /// Tokens of the answer so far.
+    pub generated: &'a [u32],
+    /// Numbers the draws of a seed: equal seeds, steps and logits give equal tokens.
+    pub step: u64,
+    /// The allowed tokens of this rank's slice of the vocabulary: bit `i % 32` of word `i / 32`
+    /// stands for the i-th token of the slice. Missing words count as zero.
+    pub mask: Option<&'a [u32]>,
+    /// The token to take; then only log-probabilities are computed.
+    pub forced: Option<u32>,
+}
+
+/// A chosen token.
+#[derive(Clone, Debug, PartialEq)]
+pub struct SampledToken {
+    /// Its id, equal on all ranks.
     pub id: u32,
-    /// Whether any rank asked to stop; the same on every rank.
-    pub stop: bool,
+    /// Its log-probability under the model's logits, before any change, if `params.logprobs` is
+    /// set.
+    pub logprob: Option<f32>,
+    /// The most probable tokens with their log-probabilities, best first.
+    pub top: Vec<(u32, f32)>,
 }
 
-/// Chooses tokens; each rank has one, with the same parameters.
+/// Chooses tokens; each rank has one.
 pub struct Sampler {
-    params: SamplingParams,
     vocab_size: usize,
     comm: Arc<dyn Communicator>,
     isa: Isa,
-    scores: Vec<f32>,
-    /// For each token of the slice, the last step that penalized it.
-    penalized: Vec<u64>,
-    calls: u64,
-    own: Vec<Candidate>,
-    words: Vec<u64>,
+    counts: Counts,
+    /// Memory for changed rows of logits.
+    buffers: Vec<Vec<f32>>,
+    send: Vec<u64>,
+    recv: Vec<u64>,
 }
 
 impl Sampler {
     /// A sampler for the ranks of `comm`, which share a vocabulary of `vocab_size` tokens.
-    pub fn new(
-        params: SamplingParams,
-        vocab_size: usize,
-        comm: Arc<dyn Communicator>,
-        isa: Isa,
-    ) -> Result<Self, SamplingError> {
-        params.validate()?;
-        let (scores, penalized, own, words) = Default::default();
-        Ok(Self { params, vocab_size, comm, isa, scores, penalized, calls: 0, own, words })
+    pub fn new(vocab_size: usize, comm: Arc<dyn Communicator>, isa: Isa) -> Self {
+        let (counts, buffers, send, recv) = Default::default();
+        Self { vocab_size, comm, isa, counts, buffers, send, recv }
     }
 
-    /// The parameters.
-    pub fn params(&self) -> &SamplingParams {
-        &self.params
-    }
-
-    /// Chooses the token after `history` from `logits` `[vocab.len()]`, this rank's slice `vocab`
+    /// Chooses one token for each of `rows` from `logits` `[rows, vocab.len()]`, this rank's slice
     /// of the vocabulary. The slices of the ranks do not overlap and may be empty. All ranks call
-    /// it with the same `step` and `history`; `stop` may differ.
+    /// it with equal `rows` (see [`SampleRow`]) and get equal results. The parameters must be
+    /// valid ([`SamplingParams::validate`]).
     ///
-    /// `step` numbers the draws: two calls with the same seed, step and logits give the same token.
+    /// # Errors
+    ///
+    /// When a rank is lost. A row for which no token can be chosen has its own error and does not
+    /// affect the others.
     ///
     /// # Panics
     ///
-    /// If `logits` has another length than `vocab`.
-    pub fn sample(
+    /// If a row is not in `logits`, or the logits have another width than their slice.
+    pub fn sample_rows(
         &mut self,
-        vocab: Range<usize>,
-        logits: &[f32],
-        step: u64,
-        history: &[u32],
-        stop: bool,
-    ) -> Result<Sample, SamplingError> {
-        assert_eq!(
-            logits.len(),
-            vocab.len(),
-            "logits against the slice {vocab:?} of the vocabulary"
-        );
-        let changed = self.prepare(&vocab, logits, history);
-        let own = std::mem::take(&mut self.scores);
-        let scores = if changed { &own } else { logits };
-        let mut round = Round { sampler: self, step, stop, invalid: any_invalid(scores) };
-        let chosen = round.choose(scores, vocab);
-        let stop = round.stop;
-        self.scores = own;
-        Ok(Sample { id: chosen?.id, stop })
+        logits: &Logits,
+        rows: &[SampleRow<'_>],
+    ) -> Result<Vec<Result<SampledToken, SamplingError>>, CommError> {
+        let (vocab, values) = (&logits.vocab, &logits.values);
+        assert_eq!(values.ncols(), vocab.len(), "logits against the slice {vocab:?}");
+        let row_of = |row: &SampleRow<'_>| {
+            let values = values.row(row.row).to_slice();
+            values.expect("a row of row-major logits is contiguous")
+        };
+        let mut choices: Vec<_> =
+            rows.iter().map(|row| self.begin(row, logits, row_of(row))).collect();
+        while choices.iter().any(|choice| choice.words() > 0) {
+            let words: Vec<usize> = choices.iter().map(Choice::words).collect();
+            self.send.clear();
+            choices.iter().for_each(|choice| choice.offer(&mut self.send));
+            self.gather()?;
+            let participants = choices.iter_mut().filter(|choice| choice.words() > 0);
+            let blocks = self.blocks(words.into_iter().filter(|words| *words > 0));
+            participants.zip(blocks).for_each(|(choice, words)| choice.take(words));
+        }
+        let mut results = Vec::with_capacity(rows.len());
+        let mut scored = Vec::new();
+        for (index, (choice, row)) in choices.into_iter().zip(rows).enumerate() {
+            if let Cow::Owned(buffer) = choice.scores {
+                self.buffers.push(buffer);
+            }
+            results.push(match choice.stage {
+                Stage::Failed(error) => Err(error),
+                Stage::Chosen(id) => {
+                    if let Some(count) = row.params.logprobs {
+                        let (isa, vocab, logits) = (self.isa, vocab.clone(), row_of(row));
+                        let query = Logprobs { isa, vocab, logits, chosen: id, count };
+                        scored.push((index, choice.invalid, query));
+                    }
+                    Ok(SampledToken { id, logprob: None, top: Vec::new() })
+                }
+                _ => unreachable!("a choice without further words is finished"),
+            });
+        }
+        self.add_logprobs(rows, &scored, &mut results)?;
+        Ok(results)
     }
 
-    /// Fills `self.scores` with the logits after repetition penalty and temperature, if these
-    /// change any.
-    fn prepare(&mut self, vocab: &Range<usize>, logits: &[f32], history: &[u32]) -> bool {
-        let (penalty, temperature) = (self.params.repetition_penalty, self.params.temperature);
-        let scaled = temperature >= LEAST_TEMPERATURE && temperature != 1.0;
-        if penalty == 1.0 && !scaled {
-            return false;
-        }
-        self.scores.clear();
-        self.scores.extend_from_slice(logits);
-        self.calls += 1;
-        if penalty != 1.0 {
-            self.penalized.resize(logits.len(), 0);
-            for &id in history {
-                let Some(index) =
-                    (id as usize).checked_sub(vocab.start).filter(|&index| index < logits.len())
-                else {
-                    continue;
-                };
-                // Once, however often the token occurred.
-                if std::mem::replace(&mut self.penalized[index], self.calls) != self.calls {
-                    let score = &mut self.scores[index];
-                    *score = if *score > 0.0 { *score / penalty } else { *score * penalty };
+    /// Prepares the choice of one row.
+    fn begin<'a>(&mut self, row: &SampleRow<'a>, logits: &Logits, values: &'a [f32]) -> Choice<'a> {
+        let mut invalid = any_invalid(values);
+        let (scores, stage) = match row.forced {
+            Some(id) => (Cow::Borrowed(values), Stage::Chosen(id)),
+            None => {
+                let mut buffer = self.buffers.pop().unwrap_or_default();
+                let first = Stage::first(row.params, self.vocab_size);
+                if adjust(row, &logits.vocab, values, &mut self.counts, &mut buffer) {
+                    invalid |= any_invalid(&buffer);
+                    (Cow::Owned(buffer), first)
+                } else {
+                    self.buffers.push(buffer);
+                    (Cow::Borrowed(values), first)
                 }
             }
+        };
+        Choice {
+            params: row.params,
+            isa: self.isa,
+            vocab: logits.vocab.clone(),
+            scores,
+            invalid,
+            step: row.step,
+            noise: Noise::new(row.params.seed, row.step),
+            stage,
         }
-        if scaled {
-            self.scores.iter_mut().for_each(|score| *score /= temperature);
-        }
-        true
-    }
-}
-
-/// One choice, which takes one or more exchanges.
-struct Round<'a> {
-    sampler: &'a mut Sampler,
-    step: u64,
-    /// This rank's wish, and after the first exchange whether any rank has it.
-    stop: bool,
-    /// Whether this rank's logits are unusable; the others learn it from the exchange, as they
-    /// could not from an early return.
-    invalid: bool,
-}
-
-impl Round<'_> {
-    fn choose(&mut self, scores: &[f32], vocab: Range<usize>) -> Result<Candidate, SamplingError> {
-        let params = self.sampler.params;
-        let noise = Noise::new(params.seed, self.step);
-        if params.temperature < LEAST_TEMPERATURE {
-            return self.best_of_all(best(self.sampler.isa, scores, vocab.start));
-        }
-        let count = params.top_k;
-        if count > 0 && count < self.sampler.vocab_size {
-            let mut all = self.exchange(count, |own| select(scores, vocab.start, count, own))?;
-            all.sort_unstable_by(Candidate::rank);
-            all.truncate(count);
-            if all.is_empty() {
-                return Err(SamplingError::NoCandidate { step: self.step });
-            }
-            let total = all.iter().map(|candidate| mass(candidate.score, all[0].score)).sum();
-            let limit = Limit::new(&params, all[0].score, total);
-            let kept = limit.prefix(&all).unwrap_or(all.len());
-            return Ok(draw(&all[..kept], noise));
-        }
-        if params.top_p < 1.0 {
-            return self.nucleus(scores, vocab.start, noise);
-        }
-        let mut least = f32::NEG_INFINITY;
-        if params.min_p > 0.0 {
-            least = least_score(
-                self.best_of_all(best(self.sampler.isa, scores, vocab.start))?.score,
-                params.min_p,
-            );
-        }
-        self.best_of_all(best_perturbed(scores, vocab, least, noise))
     }
 
-    /// Top-p over the whole vocabulary: gathers candidates until they hold the mass that is kept.
-    fn nucleus(
+    /// Fills in the log-probabilities of the rows that ask for them: one exchange, if any do.
+    fn add_logprobs(
         &mut self,
-        scores: &[f32],
-        first: usize,
-        noise: Noise,
-    ) -> Result<Candidate, SamplingError> {
-        let params = self.sampler.params;
-        let mut known: Vec<Candidate> = Vec::new();
-        let (mut sent, mut count) = (0, FIRST_ROUND);
-        let mut limit = None;
-        loop {
-            let block = count - sent;
-            let gathered = self.exchange(block, |own| {
-                select(scores, first, count, own);
-                own.drain(..sent.min(own.len()));
-            })?;
-            // A rank that filled its block may have more, all of them behind the last one that it
-            // sent. What comes before the best of these last ones is therefore complete.
-            let last = self.last_of_full_blocks(block);
-            known.extend(gathered);
-            known.sort_unstable_by(Candidate::rank);
-            if known.is_empty() {
-                return Err(SamplingError::NoCandidate { step: self.step });
-            }
-            let limit = match &limit {
-                Some(limit) => limit,
-                None => limit.insert(Limit::new(
-                    &params,
-                    known[0].score,
-                    self.total_mass(scores, known[0].score)?,
-                )),
+        rows: &[SampleRow<'_>],
+        scored: &[(usize, bool, Logprobs<'_>)],
+        results: &mut [Result<SampledToken, SamplingError>],
+    ) -> Result<(), CommError> {
+        if scored.is_empty() {
+            return Ok(());
+        }
+        self.send.clear();
+        scored.iter().for_each(|(_, invalid, query)| query.offer(*invalid, &mut self.send));
+        self.gather()?;
+        let blocks = self.blocks(scored.iter().map(|(_, _, query)| query.words()));
+        for ((index, _, query), words) in scored.iter().zip(blocks) {
+            results[*index] = match query.take(words) {
+                Ok((logprob, top)) => {
+                    Ok(SampledToken { id: query.chosen, logprob: Some(logprob), top })
+                }
+                Err(rank) => Err(SamplingError::NotFinite { rank, step: rows[*index].step }),
             };
-            let complete = match last {
-                Some(last) => known.partition_point(|candidate| !last.beats(candidate)),
-                None => known.len(),
-            };
-            match limit.prefix(&known[..complete]) {
-                Some(kept) => return Ok(draw(&known[..kept], noise)),
-                None if last.is_none() => return Ok(draw(&known, noise)),
-                None => (sent, count) = (count, count.saturating_mul(4)),
-            }
         }
+        Ok(())
     }
 
-    /// The best candidate of all ranks.
-    fn best_of_all(&mut self, own: Candidate) -> Result<Candidate, SamplingError> {
-        let all = self.exchange(1, |list| list.push(own))?;
-        all.into_iter()
-            .min_by(Candidate::rank)
-            .ok_or(SamplingError::NoCandidate { step: self.step })
+    /// Gathers the words of all ranks.
+    fn gather(&mut self) -> Result<(), CommError> {
+        self.recv.clear();
+        self.recv.resize(self.send.len() * self.comm.size(), 0);
+        self.comm.all_gather(&self.send, &mut self.recv)
     }
 
-    /// The candidates of all ranks, in rank order, where each offers at most `count`. Missing ones
-    /// are filled up on the wire: blocks of one size need no agreement on sizes. Fails on all ranks
-    /// alike where one has an invalid logit.
-    fn exchange(
-        &mut self,
-        count: usize,
-        offer: impl FnOnce(&mut Vec<Candidate>),
-    ) -> Result<Vec<Candidate>, SamplingError> {
-        let Sampler { comm, own, words, .. } = &mut *self.sampler;
-        own.clear();
-        offer(own);
-        own.resize(count, Candidate::NONE);
-        if self.invalid {
-            own[0].score = f32::NAN;
-        }
-        let send: Vec<u64> = own.iter().map(|candidate| candidate.pack(self.stop)).collect();
-        words.clear();
-        words.resize(count * comm.size(), 0);
-        comm.all_gather(&send, words)?;
-        let mut all = Vec::with_capacity(words.len());
-        for (index, &word) in words.iter().enumerate() {
-            let (candidate, stop) = Candidate::unpack(word);
-            self.stop |= stop;
-            if candidate.score.is_nan() {
-                return Err(SamplingError::NotFinite { rank: index / count, step: self.step });
-            }
-            if !candidate.is_none() {
-                all.push(candidate);
-            }
-        }
-        Ok(all)
+    /// The gathered words of each participant, rank by rank, for participants that sent so many
+    /// words each.
+    fn blocks(
+        &self,
+        words: impl Iterator<Item = usize>,
+    ) -> impl Iterator<Item = impl Iterator<Item = &[u64]> + Clone> {
+        let mut start = 0;
+        words.map(move |count| {
+            let place = start..start + count;
+            start = place.end;
+            self.recv.chunks_exact(self.send.len()).map(move |rank| &rank[place.clone()])
+        })
     }
-
-    /// The best among the last candidates of those ranks that filled their block in the exchange
-    /// just made.
-    fn last_of_full_blocks(&self, block: usize) -> Option<Candidate> {
-        let lasts = self
-            .sampler
-            .words
-            .chunks_exact(block)
-            .map(|words| Candidate::unpack(words[block - 1]).0);
-        lasts.filter(|last| !last.is_none()).min_by(Candidate::rank)
-    }
-
-    /// The probability mass of all ranks' tokens.
-    fn total_mass(&self, scores: &[f32], max: f32) -> Result<u64, SamplingError> {
-        let own: u64 = scores.iter().map(|&score| mass(score, max)).sum();
-        Ok(self.sampler.comm.all_gather_one(own)?.iter().sum())
-    }
-}
-
-/// Where a list of candidates, best first, is cut by top-p and min-p.
-struct Limit {
-    max: f32,
-    /// Candidates before which this mass lies are dropped.
-    mass: f64,
-    /// Candidates below this score are dropped.
-    least: f32,
-}
-
-impl Limit {
-    fn new(params: &SamplingParams, max: f32, total: u64) -> Self {
-        let mass =
-            if params.top_p < 1.0 { f64::from(params.top_p) * total as f64 } else { f64::INFINITY };
-        let least =
-            if params.min_p > 0.0 { least_score(max, params.min_p) } else { f32::NEG_INFINITY };
-        Self { max, mass, least }
-    }
-
-    /// How many candidates stay (at least one), if the cut lies within the list.
-    fn prefix(&self, sorted: &[Candidate]) -> Option<usize> {
-        let mut before = 0u64;
-        for (index, candidate) in sorted.iter().enumerate() {
-            if index > 0 && (before as f64 >= self.mass || candidate.score < self.least) {
-                return Some(index);
-            }
-            before += mass(candidate.score, self.max);
-        }
-        (before as f64 >= self.mass).then_some(sorted.len())
-    }
-}
-
-/// e^(score − max) in units of 2⁻⁴⁰, rounded.
-fn mass(score: f32, max: f32) -> u64 {
-    let distance = f64::from(score) - f64::from(max);
-    // Rounds to 0, as most of a vocabulary does.
-    if distance < -28.5 {
-        return 0;
-    }
-    (exp(distance.min(0.0)) * MASS_SCALE + 0.5) as u64
-}
-
-/// The score of a token that is `min_p` times as probable as one of score `max`.
-fn least_score(max: f32, min_p: f32) -> f32 {
-    (f64::from(max) + ln(f64::from(min_p))) as f32
-}
-
-/// A draw from the softmax of the candidates' scores.
-fn draw(candidates: &[Candidate], noise: Noise) -> Candidate {
-    let perturbed = candidates.iter().map(|candidate| perturb(candidate, noise));
-    perturbed.min_by(Candidate::rank).expect("at least one candidate is kept")
 }

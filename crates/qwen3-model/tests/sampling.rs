@@ -1,11 +1,11 @@
-//! The sampler: the same tokens on any number of ranks, the right distribution, each filter against
-//! a naive reference.
+//! The sampler: the same tokens on any number of ranks and in any batch, the right distribution,
+//! each filter and penalty against a naive reference.
 
 use std::sync::Arc;
 
 use comm::{CommError, Communicator, SoloComm, ThreadComm};
-use qwen3_model::{GenerationConfig, Isa, Sample, Sampler, SamplingError, SamplingParams};
-use tensor::split_range;
+use qwen3_model::{Isa, Logits, SampleRow, SampledToken, Sampler, SamplingError, SamplingParams};
+use tensor::{Activations, split_range};
 
 fn params(temperature: f32) -> SamplingParams {
     SamplingParams { temperature, seed: 11, ..SamplingParams::default() }
@@ -31,27 +31,58 @@ fn on_ranks<T: Send>(ranks: usize, job: impl Fn(Arc<dyn Communicator>) -> T + Sy
     })
 }
 
-/// Samples on a rank that owns its part of the vocabulary.
-fn sample_part(
-    sampler: &mut Sampler,
-    comm: &dyn Communicator,
+/// This rank's part of the logits `[rows, vocabulary]`.
+fn part(comm: &dyn Communicator, rows: &[Vec<f32>]) -> Logits {
+    let vocab = split_range(rows[0].len(), comm.size(), comm.rank());
+    let values = rows.iter().flat_map(|row| row[vocab.clone()].to_vec()).collect();
+    let values = Activations::from_shape_vec((rows.len(), vocab.len()), values);
+    Logits { vocab, values: values.expect("rows of equal width") }
+}
+
+/// The first row of the logits, with nothing before it but a prompt.
+fn row<'a>(params: &'a SamplingParams, prompt: &'a [u32], step: u64) -> SampleRow<'a> {
+    SampleRow { row: 0, params, prompt, generated: &[], step, mask: None, forced: None }
+}
+
+/// The part of `allowed` that belongs to the slice of a rank, as bits.
+fn mask(comm: &dyn Communicator, vocab_size: usize, allowed: &[u32]) -> Vec<u32> {
+    let vocab = split_range(vocab_size, comm.size(), comm.rank());
+    let mut words = vec![0; vocab.len().div_ceil(32)];
+    for &id in allowed.iter().filter(|id| vocab.contains(&(**id as usize))) {
+        let index = id as usize - vocab.start;
+        words[index / 32] |= 1 << (index % 32);
+    }
+    words
+}
+
+/// Samples one row on each rank; all ranks have to agree.
+fn sample_on(
+    ranks: usize,
     logits: &[f32],
-    step: u64,
-    history: &[u32],
-    stop: bool,
-) -> Result<Sample, SamplingError> {
-    let vocab = split_range(logits.len(), comm.size(), comm.rank());
-    sampler.sample(vocab.clone(), &logits[vocab], step, history, stop)
+    row: SampleRow<'_>,
+) -> Result<SampledToken, SamplingError> {
+    let rows = [logits.to_vec()];
+    let mut found = on_ranks(ranks, |comm| {
+        let mut sampler = Sampler::new(logits.len(), comm.clone(), Isa::detect());
+        sampler.sample_rows(&part(&*comm, &rows), &[row]).expect("no rank is lost").remove(0)
+    });
+    let first = found.remove(0);
+    assert!(found.iter().all(|other| *other == first), "{first:?}, other ranks {found:?}");
+    first
 }
 
 /// Samples `steps` times on one rank.
-fn tokens(params: SamplingParams, logits: &[f32], steps: u64, history: &[u32]) -> Vec<u32> {
-    let mut sampler = Sampler::new(params, logits.len(), Arc::new(SoloComm::new()), Isa::detect())
-        .expect("valid parameters");
-    let all = 0..logits.len();
-    (0..steps)
-        .map(|step| sampler.sample(all.clone(), logits, step, history, false).expect("a token").id)
-        .collect()
+fn tokens(params: &SamplingParams, logits: &[f32], steps: u64, history: &[u32]) -> Vec<u32> {
+    draws(row(params, history, 0), logits, steps)
+}
+
+/// Samples `row` `steps` times on one rank.
+fn draws(row: SampleRow<'_>, logits: &[f32], steps: u64) -> Vec<u32> {
+    let comm: Arc<dyn Communicator> = Arc::new(SoloComm::new());
+    let mut sampler = Sampler::new(logits.len(), comm.clone(), Isa::detect());
+    let all = part(&*comm, &[logits.to_vec()]);
+    let mut draw = |step| sampler.sample_rows(&all, &[SampleRow { step, ..row }]);
+    (0..steps).map(|step| draw(step).expect("one rank")[0].as_ref().expect("a token").id).collect()
 }
 
 /// The tokens that the filters keep and their probabilities, computed naively in f64.
@@ -135,29 +166,35 @@ fn draws_follow_the_filtered_distribution() {
     let history = [3, 3, 17, 200];
     let base = params(0.9);
     let cases = [
-        ("plain", base),
+        ("plain", base.clone()),
         ("hot", params(2.5)),
-        ("top-k", SamplingParams { top_k: 7, ..base }),
-        ("top-k of one", SamplingParams { top_k: 1, ..base }),
-        ("top-k beyond the vocabulary", SamplingParams { top_k: 5000, ..base }),
-        ("top-p", SamplingParams { top_p: 0.8, ..base }),
-        ("top-p, many kept", SamplingParams { top_p: 0.995, temperature: 5.0, ..base }),
-        ("top-p, one kept", SamplingParams { top_p: 1e-6, ..base }),
-        ("min-p", SamplingParams { min_p: 0.05, ..base }),
-        ("min-p of one", SamplingParams { min_p: 1.0, ..base }),
-        ("penalty", SamplingParams { repetition_penalty: 1.8, ..base }),
-        ("penalty below one", SamplingParams { repetition_penalty: 0.6, ..base }),
-        ("top-k and top-p", SamplingParams { top_k: 20, top_p: 0.9, ..base }),
-        ("top-p and min-p", SamplingParams { top_p: 0.95, min_p: 0.1, ..base }),
+        ("top-k", SamplingParams { top_k: 7, ..base.clone() }),
+        ("top-k of one", SamplingParams { top_k: 1, ..base.clone() }),
+        ("top-k beyond the vocabulary", SamplingParams { top_k: 5000, ..base.clone() }),
+        ("top-p", SamplingParams { top_p: 0.8, ..base.clone() }),
+        ("top-p, many kept", SamplingParams { top_p: 0.995, temperature: 5.0, ..base.clone() }),
+        ("top-p, one kept", SamplingParams { top_p: 1e-6, ..base.clone() }),
+        ("min-p", SamplingParams { min_p: 0.05, ..base.clone() }),
+        ("min-p of one", SamplingParams { min_p: 1.0, ..base.clone() }),
+        ("penalty", SamplingParams { repetition_penalty: 1.8, ..base.clone() }),
+        ("penalty below one", SamplingParams { repetition_penalty: 0.6, ..base.clone() }),
+        ("top-k and top-p", SamplingParams { top_k: 20, top_p: 0.9, ..base.clone() }),
+        ("top-p and min-p", SamplingParams { top_p: 0.95, min_p: 0.1, ..base.clone() }),
         (
             "all",
-            SamplingParams { top_k: 30, top_p: 0.95, min_p: 0.02, repetition_penalty: 1.3, ..base },
+            SamplingParams {
+                top_k: 30,
+                top_p: 0.95,
+                min_p: 0.02,
+                repetition_penalty: 1.3,
+                ..base.clone()
+            },
         ),
     ];
     for (index, (label, params)) in cases.into_iter().enumerate() {
         let logits = logits(300, index as u32);
         let expected = reference(&params, &logits, &history);
-        let drawn = tokens(params, &logits, 20_000, &history);
+        let drawn = tokens(&params, &logits, 20_000, &history);
         assert_distribution(label, &drawn, &expected);
         // Where only a few are kept, all of them turn up: the filter keeps no fewer than the
         // reference.
@@ -176,55 +213,221 @@ fn different_seeds_and_steps_draw_independently() {
     let uniform: Vec<_> = (0..16).map(|id| (id, 1.0 / 16.0)).collect();
     // One step under many seeds is as random as many steps under one seed.
     let drawn: Vec<_> = (0..8000)
-        .map(|seed| tokens(SamplingParams { seed, ..params(1.0) }, &logits, 1, &[])[0])
+        .map(|seed| tokens(&SamplingParams { seed, ..params(1.0) }, &logits, 1, &[])[0])
         .collect();
     assert_distribution("seeds", &drawn, &uniform);
     // Pairs of consecutive draws, as one token of 256.
-    let drawn = tokens(params(1.0), &logits, 40_000, &[]);
+    let drawn = tokens(&params(1.0), &logits, 40_000, &[]);
     let pairs: Vec<_> = drawn.windows(2).step_by(2).map(|pair| pair[0] * 16 + pair[1]).collect();
     let expected: Vec<_> = (0..256).map(|pair| (pair, 1.0 / 256.0)).collect();
     assert_distribution("pairs", &pairs, &expected);
 }
 
-#[test]
-fn the_same_tokens_on_every_number_of_ranks() {
-    let variants = [
+/// One variant of every kind of row.
+fn variants() -> Vec<SamplingParams> {
+    vec![
         params(0.0),
         params(1.1),
         SamplingParams { top_k: 40, ..params(1.5) },
         SamplingParams { top_p: 0.9, ..params(1.0) },
-        // Flat enough that the first round of candidates does not hold the mass.
+        // Flat enough that the first exchange of candidates does not hold the mass.
         SamplingParams { top_p: 0.98, ..params(20.0) },
         SamplingParams { top_p: 0.999, min_p: 0.01, ..params(9.0) },
         SamplingParams { min_p: 0.02, ..params(1.4) },
+        SamplingParams { logprobs: Some(5), ..params(0.0) },
+        SamplingParams { logprobs: Some(0), top_p: 0.97, ..params(3.0) },
         SamplingParams {
             top_k: 20,
             top_p: 0.95,
             min_p: 0.01,
             repetition_penalty: 1.2,
+            presence_penalty: 0.4,
+            frequency_penalty: -0.2,
+            logit_bias: vec![(3, 2.0), (1999, 1.5)],
+            bad_words: vec![vec![7], vec![5, 11]],
+            logprobs: Some(3),
             ..params(0.8)
         },
-    ];
-    let logits: Vec<_> = (0..12).map(|step| logits(2003, 100 + step)).collect();
-    for params in variants {
-        let run = |ranks| {
-            on_ranks(ranks, |comm| {
-                let mut sampler = Sampler::new(params, 2003, comm.clone(), Isa::detect())
-                    .expect("valid parameters");
-                let mut history = vec![5];
-                for (step, logits) in logits.iter().enumerate() {
-                    let found =
-                        sample_part(&mut sampler, &*comm, logits, step as u64, &history, false);
-                    history.push(found.expect("a token").id);
+    ]
+}
+
+#[test]
+fn the_same_tokens_on_every_number_of_ranks_and_in_any_batch() {
+    let steps: Vec<_> = (0..12).map(|step| logits(2003, 100 + step)).collect();
+    let variants = variants();
+    let allowed: Vec<u32> = (0..2003).filter(|id| id % 3 != 0).collect();
+    // Each variant alone on one rank, then all together on several ranks. Every other row has a
+    // mask, and the rows take the logits in another order.
+    let run = |ranks: usize, members: &[usize]| {
+        on_ranks(ranks, |comm| {
+            let mut sampler = Sampler::new(2003, comm.clone(), Isa::detect());
+            let mask = mask(&*comm, 2003, &allowed);
+            let mut answers = vec![Vec::new(); members.len()];
+            let mut logprobs = Vec::new();
+            for step in 0..steps.len() {
+                let order: Vec<_> = (0..members.len()).rev().collect();
+                let values: Vec<_> = order
+                    .iter()
+                    .map(|index| steps[(step + members[*index]) % steps.len()].clone())
+                    .collect();
+                let rows: Vec<_> = (0..members.len())
+                    .map(|index| SampleRow {
+                        row: members.len() - 1 - index,
+                        params: &variants[members[index]],
+                        prompt: &[5],
+                        generated: &answers[index],
+                        step: step as u64,
+                        mask: (members[index] % 2 == 1).then_some(&mask[..]),
+                        forced: (step == 7 && members[index] == 8).then_some(900),
+                    })
+                    .collect();
+                let found = sampler.sample_rows(&part(&*comm, &values), &rows).expect("no loss");
+                for (answer, found) in answers.iter_mut().zip(found) {
+                    let found = found.expect("a token");
+                    answer.push(found.id);
+                    logprobs.push(found.logprob);
                 }
-                history
-            })
-        };
-        let expected = run(1).remove(0);
-        for ranks in [2, 3, 5] {
-            for (rank, found) in run(ranks).iter().enumerate() {
-                assert_eq!(found, &expected, "rank {rank} of {ranks}, {params:?}");
             }
+            (answers, logprobs)
+        })
+    };
+    let expected: Vec<_> =
+        (0..variants.len()).map(|index| run(1, &[index]).remove(0).0.remove(0)).collect();
+    assert_eq!(expected[8][7], 900);
+    let all: Vec<_> = (0..variants.len()).collect();
+    for ranks in [1, 2, 3, 5] {
+        let found = run(ranks, &all);
+        for (rank, (answers, logprobs)) in found.iter().enumerate() {
+            assert_eq!(answers, &expected, "rank {rank} of {ranks}");
+            assert_eq!(logprobs, &found[0].1, "rank {rank} of {ranks}");
+        }
+    }
+}
+
+#[test]
+fn penalties_bias_and_exclusions_follow_their_formulas() {
+    let base = params(0.7);
+    let (prompt, generated) = ([4, 4, 9], [9, 30, 30, 30, 12]);
+    let logits = logits(200, 77);
+    let allowed: Vec<u32> = (0..200).filter(|id| id % 2 == 0 || *id == 31).collect();
+    let word = vec![30, 12, 40];
+    let cases = [
+        ("presence", SamplingParams { presence_penalty: 1.5, ..base.clone() }),
+        ("frequency", SamplingParams { frequency_penalty: 0.6, ..base.clone() }),
+        ("negative", SamplingParams { frequency_penalty: -0.5, ..base.clone() }),
+        ("bias", SamplingParams { logit_bias: vec![(7, 4.0), (30, -6.0)], ..base.clone() }),
+        (
+            "too early",
+            SamplingParams { min_tokens: 6, stop_token_ids: vec![40, 2], ..base.clone() },
+        ),
+        ("late", SamplingParams { min_tokens: 5, stop_token_ids: vec![40, 2], ..base.clone() }),
+        (
+            "bad words",
+            SamplingParams { bad_words: vec![word, vec![9, 5], vec![8]], ..base.clone() },
+        ),
+        (
+            "all",
+            SamplingParams {
+                presence_penalty: 0.3,
+                frequency_penalty: 0.2,
+                repetition_penalty: 1.3,
+                logit_bias: vec![(12, 3.0), (50, 1.0)],
+                bad_words: vec![vec![50]],
+                ..base.clone()
+            },
+        ),
+    ];
+    let slice = mask(&SoloComm::new(), 200, &allowed);
+    for (label, params) in cases {
+        for mask in [None, Some(&slice[..])] {
+            let mut scores: Vec<f32> = logits.clone();
+            for (id, score) in (0..).zip(scores.iter_mut()) {
+                let count = generated.iter().filter(|other| **other == id).count();
+                if count > 0 || prompt.contains(&id) {
+                    let penalty = params.repetition_penalty;
+                    *score = if *score > 0.0 { *score / penalty } else { *score * penalty };
+                }
+                if count > 0 {
+                    *score -= params.presence_penalty;
+                    *score -= params.frequency_penalty * count as f32;
+                }
+                *score += params
+                    .logit_bias
+                    .iter()
+                    .filter(|(other, _)| *other == id)
+                    .map(|b| b.1)
+                    .sum::<f32>();
+                let early = params.min_tokens > 5 && params.stop_token_ids.contains(&id);
+                // The answer ends with 30, 12: of the words, [30, 12, 40] and the single tokens
+                // apply, and [9, 5] does not.
+                let bad = match label {
+                    "bad words" => id == 40 || id == 8,
+                    "all" => id == 50,
+                    _ => false,
+                };
+                if early || bad || (mask.is_some() && !allowed.contains(&id)) {
+                    *score = f32::NEG_INFINITY;
+                }
+            }
+            let plain =
+                SamplingParams { temperature: params.temperature, ..SamplingParams::default() };
+            let expected = reference(&plain, &scores, &[]);
+            let expected: Vec<_> = expected.into_iter().filter(|(_, p)| *p > 0.0).collect();
+            let row = SampleRow { generated: &generated, mask, ..row(&params, &prompt, 0) };
+            assert_distribution(label, &draws(row, &logits, 20_000), &expected);
+            // The greedy choice, on ranks.
+            let greedy = SamplingParams { temperature: 0.0, ..params.clone() };
+            for ranks in [1, 3] {
+                let found = on_ranks(ranks, |comm| {
+                    let slice = self::mask(&*comm, 200, &allowed);
+                    let row = SampleRow { params: &greedy, mask: mask.map(|_| &slice[..]), ..row };
+                    let mut sampler = Sampler::new(200, comm.clone(), Isa::detect());
+                    let found =
+                        sampler.sample_rows(&part(&*comm, std::slice::from_ref(&logits)), &[row]);
+                    found.expect("no loss").remove(0).expect("a token").id
+                });
+                assert_eq!(found, vec![expected[0].0; ranks], "{label}");
+            }
+        }
+    }
+}
+
+#[test]
+fn log_probabilities_are_exact_over_the_split_vocabulary() {
+    for (vocab_size, ranks) in [(777, 1), (777, 2), (777, 3), (777, 5), (12, 20)] {
+        check_logprobs(vocab_size, ranks);
+    }
+}
+
+fn check_logprobs(vocab_size: u32, ranks: usize) {
+    let logits = logits(vocab_size as usize, 5);
+    let max = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+    let sum: f64 = logits.iter().map(|x| f64::from(x - max).exp()).sum();
+    let exact: Vec<f64> = logits.iter().map(|logit| f64::from(logit - max) - sum.ln()).collect();
+    let mut order: Vec<u32> = (0..vocab_size).collect();
+    order.sort_by(|a, b| exact[*b as usize].total_cmp(&exact[*a as usize]).then(a.cmp(b)));
+    // Nothing that changes the choice changes the log-probabilities.
+    let changed = SamplingParams {
+        logprobs: Some(6),
+        logit_bias: vec![(order[0], -50.0)],
+        repetition_penalty: 1.5,
+        ..params(0.3)
+    };
+    let none = SamplingParams { logprobs: Some(0), ..params(0.0) };
+    for (params, forced) in [(&changed, None), (&changed, Some(vocab_size / 2)), (&none, None)] {
+        let row = SampleRow { forced, ..row(params, &order[1..2], 3) };
+        let found = sample_on(ranks, &logits, row).expect("a token");
+        if let Some(forced) = forced {
+            assert_eq!(found.id, forced);
+        }
+        let wanted = params.logprobs.expect("set above");
+        let ids: Vec<_> = found.top.iter().map(|(id, _)| *id).collect();
+        assert_eq!(ids, order[..wanted]);
+        let chosen = (found.id, found.logprob.expect("asked for"));
+        for (id, logprob) in found.top.into_iter().chain([chosen]) {
+            // Two ulp of an exponential and one rounding to f32 of values up to 32.
+            let distance = (f64::from(logprob) - exact[id as usize]).abs();
+            assert!(distance < 4.0 * 16.0 * f64::from(f32::EPSILON), "{id}: {distance:e}");
         }
     }
 }
@@ -236,65 +439,49 @@ fn greedy_takes_the_lowest_of_equal_ids() {
         logits[id] = 2.5;
     }
     for ranks in [1, 2, 3, 5, 50] {
-        let found = on_ranks(ranks, |comm| {
-            let mut sampler = Sampler::new(params(0.0), 40, comm.clone(), Isa::detect())
-                .expect("valid parameters");
-            sample_part(&mut sampler, &*comm, &logits, 0, &[], false).expect("a token").id
-        });
-        assert_eq!(found, vec![12; ranks]);
+        assert_eq!(sample_on(ranks, &logits, row(&params(0.0), &[], 0)).expect("a token").id, 12);
     }
     // The penalty applies to greedy decoding too, once for each token: 12 and 25 lose, 31 wins.
     let penalized = SamplingParams { repetition_penalty: 1.1, ..params(0.0) };
-    assert_eq!(tokens(penalized, &logits, 1, &[25, 12, 12, 12]), [31]);
+    assert_eq!(tokens(&penalized, &logits, 1, &[25, 12, 12, 12]), [31]);
     // Twice the penalty would put 12 behind 25.
     logits[31] = 0.0;
-    assert_eq!(tokens(penalized, &logits, 1, &[25, 12, 12]), [12]);
+    assert_eq!(tokens(&penalized, &logits, 1, &[25, 12, 12]), [12]);
 }
 
 #[test]
 fn candidates_are_all_that_travels() {
     let vocabulary = 50_000;
-    let logits = logits(vocabulary, 4);
-    for (params, ranks, limit) in [
+    let rows = [logits(vocabulary, 4)];
+    let cases = [
         (params(0.0), 2, 16),
         (params(1.0), 2, 16),
         (SamplingParams { top_k: 20, top_p: 0.95, ..params(0.6) }, 2, 320),
         (SamplingParams { min_p: 0.1, ..params(1.0) }, 4, 64),
-        // One round of candidates and the masses; with a flatter distribution a second round.
+        // One exchange of candidates and the masses; with a flatter distribution a second one.
         (SamplingParams { top_p: 0.9, ..params(0.2) }, 2, 2 * 8 * (128 + 1)),
         (SamplingParams { top_p: 0.9, ..params(0.5) }, 2, 2 * 8 * (512 + 1)),
-    ] {
-        let bytes = on_ranks(ranks, |comm| {
-            let mut sampler = Sampler::new(params, vocabulary, comm.clone(), Isa::detect())
-                .expect("valid parameters");
-            sample_part(&mut sampler, &*comm, &logits, 3, &[], false).expect("a token");
-            comm.ledger().entries().iter().map(|entry| entry.payload_bytes).sum::<u64>()
-        });
-        assert_eq!(bytes, vec![limit; ranks], "{params:?}");
+        (SamplingParams { logprobs: Some(20), ..params(0.0) }, 2, 2 * 8 * (1 + 2 + 20)),
+    ];
+    let sent = |ranks, variants: &[&SamplingParams]| {
+        on_ranks(ranks, |comm| {
+            let mut sampler = Sampler::new(vocabulary, comm.clone(), Isa::detect());
+            let rows_of: Vec<_> = variants.iter().map(|params| row(params, &[], 3)).collect();
+            sampler.sample_rows(&part(&*comm, &rows), &rows_of).expect("no rank is lost");
+            let entries = comm.ledger().entries();
+            let bytes = entries.iter().map(|entry| entry.payload_bytes).sum::<u64>();
+            (bytes, entries.iter().map(|entry| entry.calls).sum::<u64>())
+        })
+    };
+    for (params, ranks, limit) in &cases {
+        let found = sent(*ranks, &[params]);
+        assert!(found.iter().all(|(bytes, _)| bytes == limit), "{params:?}: {found:?}");
     }
-}
-
-#[test]
-fn one_rank_stops_all_in_the_same_step() {
-    let logits = logits(100, 1);
-    for params in [
-        params(0.0),
-        SamplingParams { top_k: 5, ..params(1.0) },
-        SamplingParams { top_p: 0.9, ..params(1.0) },
-    ] {
-        let found = on_ranks(3, |comm| {
-            let mut sampler =
-                Sampler::new(params, 100, comm.clone(), Isa::detect()).expect("valid parameters");
-            let stops = |step| step == 2 && comm.rank() == 0;
-            let mut sample = |step| {
-                sample_part(&mut sampler, &*comm, &logits, step, &[], stops(step))
-                    .expect("a token")
-                    .stop
-            };
-            [sample(1), sample(2), sample(3)]
-        });
-        assert_eq!(found, vec![[false, true, false]; 3]);
-    }
+    // All rows of a step share their exchanges: two of candidates (the second for the flattest
+    // distribution), the masses between them, and the log-probabilities.
+    let all: Vec<_> = cases.iter().map(|(params, _, _)| params).collect();
+    let found = sent(2, &all);
+    assert!(found.iter().all(|(_, calls)| *calls == 4), "{found:?}");
 }
 
 #[test]
@@ -307,21 +494,16 @@ fn invalid_logits_fail_on_every_rank() {
             params(1.0),
             SamplingParams { top_k: 5, ..params(1.0) },
             SamplingParams { top_p: 0.9, ..params(1.0) },
+            SamplingParams { min_p: 0.1, ..params(1.0) },
         ] {
-            let found = on_ranks(3, |comm| {
-                let mut sampler = Sampler::new(params, 100, comm.clone(), Isa::detect())
-                    .expect("valid parameters");
-                sample_part(&mut sampler, &*comm, &logits, 8, &[], false)
-            });
-            for result in found {
-                let error = result.expect_err("a logit is invalid");
-                let expected = index / 34;
-                assert!(
-                    matches!(error, SamplingError::NotFinite { rank, step: 8 } if rank == expected),
-                    "{params:?}: {error}"
-                );
-            }
+            let error = sample_on(3, &logits, row(&params, &[], 8)).expect_err("a bad logit");
+            let rank = index / 34;
+            assert_eq!(error, SamplingError::NotFinite { rank, step: 8 }, "{params:?}");
         }
+        let scored = SamplingParams { logprobs: Some(1), ..params(0.0) };
+        let forced = SampleRow { forced: Some(1), ..row(&scored, &[], 8) };
+        let error = sample_on(3, &logits, forced).expect_err("a bad logit");
+        assert_eq!(error, SamplingError::NotFinite { rank: index / 34, step: 8 });
     }
 }
 
@@ -335,17 +517,32 @@ fn excluded_tokens() {
         SamplingParams { top_p: 0.9, ..params(1.0) },
         SamplingParams { min_p: 0.5, ..params(1.0) },
     ] {
-        let mut sampler = Sampler::new(params, 30, Arc::new(SoloComm::new()), Isa::detect())
-            .expect("valid parameters");
-        let error = sampler.sample(0..30, &logits, 5, &[], false).expect_err("nothing is possible");
-        assert!(matches!(error, SamplingError::NoCandidate { step: 5 }), "{params:?}: {error}");
+        let row = row(&params, &[21], 5);
+        let error = sample_on(1, &logits, row).expect_err("nothing is possible");
+        assert_eq!(error, SamplingError::NoCandidate { step: 5 }, "{params:?}");
         logits[21] = -3.0;
-        assert_eq!(
-            sampler.sample(0..30, &logits, 5, &[21], false).expect("one is").id,
-            21,
-            "{params:?}"
-        );
+        assert_eq!(sample_on(1, &logits, row).expect("one is").id, 21, "{params:?}");
         logits[21] = f32::NEG_INFINITY;
+    }
+}
+
+#[test]
+fn a_row_without_a_token_does_not_affect_the_others() {
+    let rows = [logits(100, 3), vec![f32::NAN; 100], logits(100, 4)];
+    let variants = [params(1.0), params(0.0), SamplingParams { top_p: 0.5, ..params(1.0) }];
+    let alone: Vec<_> =
+        [0, 2].map(|index| sample_on(1, &rows[index], row(&variants[index], &[], 9))).into();
+    let found = on_ranks(3, |comm| {
+        let mut sampler = Sampler::new(100, comm.clone(), Isa::detect());
+        let of = |index| SampleRow { row: index, ..row(&variants[index], &[], 9) };
+        let empty = SampleRow { mask: Some(&[]), ..of(2) };
+        let rows_of = [of(0), of(1), empty, of(2)];
+        sampler.sample_rows(&part(&*comm, &rows), &rows_of).expect("no rank is lost")
+    });
+    for found in found {
+        assert_eq!((&found[0], &found[3]), (&alone[0], &alone[1]));
+        assert_eq!(found[1], Err(SamplingError::NotFinite { rank: 0, step: 9 }));
+        assert_eq!(found[2], Err(SamplingError::NoCandidate { step: 9 }));
     }
 }
 
@@ -354,66 +551,10 @@ fn a_lost_rank_is_an_error() {
     let mut group = ThreadComm::group(2);
     let (second, first) = (group.remove(1), group.remove(0));
     second.abort("gone");
-    let mut sampler =
-        Sampler::new(params(0.0), 4, Arc::new(first), Isa::detect()).expect("valid parameters");
-    let error = sampler.sample(0..4, &[1.0; 4], 0, &[], false).expect_err("the other rank is gone");
-    assert!(matches!(error, SamplingError::Comm(CommError::PeerFailed { .. })), "{error}");
-}
-
-#[test]
-fn parameters_are_checked() {
-    let base = params(1.0);
-    for (name, params) in [
-        ("temperature", SamplingParams { temperature: -0.1, ..base }),
-        ("temperature", SamplingParams { temperature: f32::NAN, ..base }),
-        ("temperature", SamplingParams { temperature: f32::INFINITY, ..base }),
-        ("top_p", SamplingParams { top_p: 0.0, ..base }),
-        ("top_p", SamplingParams { top_p: 1.01, ..base }),
-        ("top_p", SamplingParams { top_p: f32::NAN, ..base }),
-        ("min_p", SamplingParams { min_p: -0.1, ..base }),
-        ("min_p", SamplingParams { min_p: 1.1, ..base }),
-        ("repetition_penalty", SamplingParams { repetition_penalty: 0.0, ..base }),
-        ("repetition_penalty", SamplingParams { repetition_penalty: f32::INFINITY, ..base }),
-    ] {
-        let error = Sampler::new(params, 10, Arc::new(SoloComm::new()), Isa::detect())
-            .err()
-            .expect("out of range");
-        assert!(
-            matches!(&error, SamplingError::Parameter { name: found, .. } if *found == name),
-            "{error}"
-        );
-        assert!(
-            error.to_string().starts_with(&format!("sampling parameter {name} is ")),
-            "{error}"
-        );
-    }
-}
-
-#[test]
-fn recommended_parameters() {
-    let config = GenerationConfig {
-        do_sample: Some(true),
-        temperature: Some(0.6),
-        top_k: Some(20),
-        top_p: Some(0.95),
-        ..GenerationConfig::default()
-    };
-    let found = SamplingParams::recommended(&config, None, 9);
-    assert_eq!((found.temperature, found.top_k, found.top_p, found.seed), (0.6, 20, 0.95, 9));
-    // Hugging Face's default; of its own accord nobody samples.
-    assert_eq!(
-        SamplingParams::recommended(&GenerationConfig { top_k: None, ..config.clone() }, None, 9)
-            .top_k,
-        50
-    );
-    let greedy = GenerationConfig { do_sample: Some(false), top_k: None, ..config };
-    assert_eq!(SamplingParams::recommended(&greedy, None, 0).temperature, 0.0);
-    let nothing = GenerationConfig::default();
-    assert_eq!(SamplingParams::recommended(&nothing, None, 0), SamplingParams::default());
-    // Whoever has it sample all the same samples as it does.
-    for config in [&greedy, &nothing] {
-        let found = SamplingParams::recommended(config, Some(0.8), 9);
-        assert_eq!((found.temperature, found.top_k), (0.8, 50));
-    }
-    assert_eq!(SamplingParams::recommended(&nothing, Some(0.0), 0), SamplingParams::default());
+    let comm: Arc<dyn Communicator> = Arc::new(first);
+    let mut sampler = Sampler::new(4, comm.clone(), Isa::detect());
+    let error = sampler
+        .sample_rows(&part(&*comm, &[vec![1.0; 4]]), &[row(&params(0.0), &[], 0)])
+        .expect_err("the other rank is gone");
+    assert!(matches!(error, CommError::PeerFailed { .. }), "{error}");
 }

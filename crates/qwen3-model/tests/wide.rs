@@ -7,8 +7,8 @@ use std::sync::Arc;
 use comm::{Communicator, CommunicatorExt, EmulatedComm, Link, SoloComm, ThreadComm};
 use qwen3_model::{
     AttentionAlgorithm, Checkpoint, Config, ExpertSplit, HeadPlan, Imbalance, Isa, LogitRows,
-    MlpSchedule, Model, ModelOptions, ParallelStrategy, Sampler, SamplingParams, TensorRole,
-    WeightFormat, WeightFormats, quantize, tensor_specs,
+    MlpSchedule, Model, ModelOptions, ParallelStrategy, SampleRow, Sampler, SamplingParams,
+    TensorRole, WeightFormat, WeightFormats, quantize, tensor_specs,
 };
 use rand::rngs::StdRng;
 use rand::{RngExt, SeedableRng};
@@ -214,13 +214,9 @@ impl Case {
 /// and these.
 fn run(model: &Model, prompt: &[u32], pieces: &[usize]) -> (Vec<f32>, Vec<u32>) {
     let mut cache = model.new_cache(prompt.len() + DECODED);
-    let mut sampler = Sampler::new(
-        SamplingParams::default(),
-        model.config().vocab_size,
-        model.comm().clone(),
-        model.options().isa,
-    )
-    .unwrap();
+    let vocab_size = model.config().vocab_size;
+    let mut sampler = Sampler::new(vocab_size, model.comm().clone(), model.options().isa);
+    let greedy = SamplingParams::default();
     let (mut logits, mut sequence, mut rest) = (Vec::new(), prompt.to_vec(), prompt);
     let mut pass = |tokens: &[u32]| {
         let own = model.forward(&mut cache, tokens, LogitRows::All).unwrap();
@@ -235,8 +231,16 @@ fn run(model: &Model, prompt: &[u32], pieces: &[usize]) -> (Vec<f32>, Vec<u32>) 
     }
     for step in 0..DECODED {
         let own = last.expect("the prompt is not empty");
-        let row = own.values.row(own.values.nrows() - 1).to_vec();
-        let next = sampler.sample(own.vocab, &row, step as u64, &sequence, false).unwrap().id;
+        let row = SampleRow {
+            row: own.values.nrows() - 1,
+            params: &greedy,
+            prompt,
+            generated: &sequence[prompt.len()..],
+            step: step as u64,
+            mask: None,
+            forced: None,
+        };
+        let next = sampler.sample_rows(&own, &[row]).unwrap()[0].as_ref().unwrap().id;
         sequence.push(next);
         last = Some(pass(&[next]));
     }
