@@ -9,6 +9,7 @@ mod workspace;
 mod mpi;
 mod packages;
 mod setup;
+mod slurm;
 
 mod launch;
 mod demo;
@@ -80,6 +81,10 @@ enum Command {
         #[arg(long, default_value_t = mpi_test::DEADLINE_SECONDS, value_name = "SECONDS")]
         deadline: u64,
     },
+    /// Run the program under a SLURM of two emulated nodes on this machine
+    ///
+    /// Exit status: 3 SLURM is missing and nothing was tested.
+    SlurmTest,
     /// Build the program with MPI and launch it: cargo xtask mpirun -n 2 -- chat --model DIR
     Mpirun {
         /// Number of ranks
@@ -150,6 +155,7 @@ fn run(command: Command) -> Result<ExitCode> {
         Command::MpiTest { ranks, package, deadline } => {
             mpi_test::command(&ranks, package.as_deref(), deadline)
         }
+        Command::SlurmTest => slurm::command(),
         Command::Mpirun { ranks, hostfile, bind, args } => {
             launch::command(ranks, hostfile, bind, &args)
         }
