@@ -6,13 +6,13 @@ use std::io::Read as _;
 use std::path::Path;
 
 use qwen3_model::Config;
+use qwen3_text::{ChatTemplate, Conversation, Tokenizer};
+use ranks::{Failure, Rank};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
-use crate::failure::{CliError, Failure};
-use crate::options::{EngineOptions, misfit};
-use crate::rank::Rank;
-use qwen3_text::{ChatTemplate, Conversation, Tokenizer};
+use crate::failure::CliError;
+use crate::options::EngineOptions;
 
 /// Has rank 0 look at the files and values of a command, with the checkpoint's configuration; all
 /// ranks have the result.
@@ -22,7 +22,7 @@ pub fn look<T: Serialize + DeserializeOwned>(
     work: impl FnOnce(&Config) -> Result<T, CliError>,
 ) -> Result<T, Failure> {
     // A long text takes its time.
-    rank.patiently(|| rank.share(|| work(&Config::read(&engine.model)?)))
+    rank.without_deadline(|| rank.broadcast(|| Ok(work(&Config::read(&engine.model)?)?)))
 }
 
 /// The bytes of a file that can be read; nothing where it is a device or a pipe, which may be read
@@ -48,7 +48,7 @@ pub fn conversation(model: &Path, chat: &Conversation) -> Result<(), CliError> {
     // A model that always thinks has a template that begins the thought itself.
     if chat.enable_thinking == Some(false) && text.trim_end().ends_with("<think>") {
         let found = "the chat template begins a thought all the same";
-        return Err(misfit(
+        return Err(CliError::option(
             "--no-thinking",
             found,
             "a model that can answer at once, or no such option",

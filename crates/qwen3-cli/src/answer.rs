@@ -9,12 +9,12 @@ use qwen3_model::{
     GenerateParams, Generated, KvCache, Model, Progress, SamplingParams, StopReason, eos_token_ids,
     generate,
 };
-
-use crate::failure::{CliError, Failure};
-use crate::interrupt;
-use crate::options::EngineOptions;
-use crate::rank::{Rank, print};
 use qwen3_text::{Detokenizer, Tokenizer};
+use ranks::{Failure, Rank, RankError, print};
+
+use crate::ctrl_c;
+use crate::failure::CliError;
+use crate::options::EngineOptions;
 
 /// How answers are made.
 #[derive(Clone, Debug)]
@@ -36,7 +36,7 @@ impl AnswerOptions {
         max_new_tokens: usize,
     ) -> Result<Self, Failure> {
         // Rank 0's count: the files of others may be of another day.
-        let eos_token_ids = rank.share(|| Ok(eos_token_ids(&engine.model, model.config())?))?;
+        let eos_token_ids = rank.broadcast(|| Ok(eos_token_ids(&engine.model, model.config())?))?;
         let prefill_chunk = engine.chunk;
         let params = GenerateParams {
             sampling,
@@ -71,8 +71,9 @@ impl Answer {
     ) -> Result<Self, Failure> {
         let mut screen = Screen::new(rank, text, options.quiet);
         let generated =
-            generate(model, cache, tokens, &options.params, &mut |progress| screen.show(progress))?;
-        let text = rank.agree_after(|| screen.finish(&generated.ids))?;
+            generate(model, cache, tokens, &options.params, &mut |progress| screen.show(progress))
+                .map_err(Failure::agreed)?;
+        let text = rank.agree_after(|| Ok(screen.finish(&generated.ids)?))?;
         Ok(Self { generated, text })
     }
 }
@@ -100,7 +101,7 @@ struct Screen<'a> {
 
 impl<'a> Screen<'a> {
     fn new(rank: &'a Rank, text: Option<&'a Tokenizer>, quiet: bool) -> Self {
-        let others_wait = rank.speaks() && rank.comm().size() > 1 && !quiet;
+        let others_wait = rank.is_root() && rank.comm().size() > 1 && !quiet;
         let (writer, result) = match others_wait.then(Writer::start).transpose() {
             Ok(writer) => (writer, Ok(())),
             Err(error) => (None, Err(error)),
@@ -119,7 +120,7 @@ impl<'a> Screen<'a> {
             };
             self.result = words.and_then(|words| self.say(words));
         }
-        if self.result.is_err() || interrupt::pressed() {
+        if self.result.is_err() || ctrl_c::pressed() {
             ControlFlow::Break(())
         } else {
             ControlFlow::Continue(())
@@ -129,7 +130,7 @@ impl<'a> Screen<'a> {
     fn say(&mut self, words: String) -> Result<(), CliError> {
         match &mut self.writer {
             Some(writer) => writer.say(words),
-            None => self.rank.say(&words),
+            None => Ok(self.rank.print(&words)?),
         }
     }
 
@@ -151,7 +152,7 @@ impl<'a> Screen<'a> {
 /// for any.
 struct Writer {
     words: Option<mpsc::Sender<String>>,
-    thread: Option<thread::JoinHandle<Result<(), CliError>>>,
+    thread: Option<thread::JoinHandle<Result<(), RankError>>>,
 }
 
 impl Writer {
@@ -161,15 +162,12 @@ impl Writer {
         let write = move || {
             written
                 .iter()
-                .try_for_each(|words| if interrupt::pressed() { Ok(()) } else { print(&words) })
+                .try_for_each(|words| if ctrl_c::pressed() { Ok(()) } else { print(&words) })
         };
-        let thread = thread::Builder::new().name("standard output".into()).spawn(write).map_err(
-            |source| CliError::Launch {
-                problem: format!(
-                    "cannot start the thread that writes to standard output: {source}"
-                ),
-            },
-        )?;
+        let thread = thread::Builder::new()
+            .name("standard output".into())
+            .spawn(write)
+            .map_err(|source| CliError::Thread { purpose: "writes to standard output", source })?;
         Ok(Self { words: Some(words), thread: Some(thread) })
     }
 
@@ -185,7 +183,7 @@ impl Writer {
     fn finish(&mut self) -> Result<(), CliError> {
         self.words = None;
         match self.thread.take().map(thread::JoinHandle::join) {
-            Some(Ok(result)) => result,
+            Some(Ok(result)) => Ok(result?),
             Some(Err(payload)) => panic::resume_unwind(payload),
             None => Ok(()),
         }

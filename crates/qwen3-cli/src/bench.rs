@@ -10,6 +10,7 @@ use qwen3_model::comm::{CommunicatorExt as _, Entry, Phase};
 use qwen3_model::{
     Config, KvCache, KvFormat, LogitRows, MlpSchedule, Model, SampleRow, Sampler, SamplingParams,
 };
+use ranks::{Failure, Rank};
 
 use crate::ahead;
 use crate::allocations::{self, Allocations};
@@ -17,10 +18,9 @@ use crate::bench_limits::{Limits, median};
 use crate::bench_profile::Recording;
 use crate::bench_report::{Measured, Report};
 use crate::bench_trace;
-use crate::failure::{CliError, Failure};
-use crate::options::{EngineOptions, LaunchOptions, misfit, positive};
+use crate::failure::CliError;
+use crate::options::{EngineOptions, LaunchOptions, positive};
 use crate::plan::Workload;
-use crate::rank::Rank;
 use crate::session::{self, Loaded};
 
 /// Measure prefill and decode on token ids made up for the purpose: median and spread, arithmetic,
@@ -77,7 +77,7 @@ impl BenchArgs {
     /// Runs the command on this rank.
     pub fn run(&self, rank: &Rank) -> Result<(), Failure> {
         if self.gen_len == 0 && !self.depth.is_empty() {
-            return Err(Failure::agreed(misfit(
+            return Err(Failure::agreed(CliError::option(
                 "--depth",
                 "nothing is generated there",
                 "a --gen-len above 0",
@@ -92,7 +92,8 @@ impl BenchArgs {
         // A file that cannot be written is found before the measurements, not after.
         let create =
             |path: &PathBuf| File::create(path).map_err(|source| CliError::file(path, source));
-        let mut trace = rank.first(|| self.trace.as_ref().map(create).transpose())?.flatten();
+        let mut trace =
+            rank.on_root(|| Ok(self.trace.as_ref().map(create).transpose()?))?.flatten();
         let mut bench = Bench {
             rank,
             model: &model,
@@ -141,16 +142,17 @@ impl BenchArgs {
         };
         let text = if self.json { report.json() } else { report.table() };
         rank.agree_after(|| {
-            // What was measured is said first, whatever becomes of the file, and the file is
-            // written whoever listens.
-            let said = rank.say(&text);
+            // The figures are printed first, whether or not the file can be written, and the file
+            // is written whether or not the figures can be printed.
+            let printed = rank.print(&text);
             let written = match self.trace.as_deref().zip(trace.as_mut()) {
                 Some((path, file)) => file
                     .write_all(bench_trace::file(&spans).as_bytes())
                     .map_err(|source| CliError::file(path, source)),
                 None => Ok(()),
             };
-            said.and(written)
+            printed?;
+            Ok(written?)
         })
     }
 
@@ -165,7 +167,7 @@ impl BenchArgs {
         let option =
             if longest <= context && !self.depth.is_empty() { "--depth" } else { "--prompt-len" };
         let found = format!("{needed} tokens with what is generated");
-        Err(misfit(option, found, format!("at most {context}, the model's context")))
+        Err(CliError::option(option, found, format!("at most {context}, the model's context")))
     }
 }
 
@@ -182,7 +184,7 @@ struct Memory {
 }
 
 impl Memory {
-    fn of(model: &Model) -> Result<Self, CliError> {
+    fn of(model: &Model) -> Result<Self, Failure> {
         let config = model.config();
         let held = model.comm().all_gather_one(model.weight_bytes() as u64)?;
         let tables = if config.tie_word_embeddings { 1 } else { 2 };
@@ -325,7 +327,7 @@ impl Bench<'_> {
         let last = tokens.div_ceil(self.chunk) - 1;
         for (index, chunk) in ids.chunks(self.chunk).enumerate() {
             let rows = if index == last { LogitRows::Last } else { LogitRows::None };
-            self.model.forward(&mut self.cache, chunk, rows)?;
+            self.model.forward(&mut self.cache, chunk, rows).map_err(Failure::agreed)?;
         }
         Ok(())
     }
@@ -335,7 +337,10 @@ impl Bench<'_> {
         let greedy = SamplingParams::default();
         let mut id = made_up(self.cache.len(), self.model.config().vocab_size);
         for step in 0..tokens {
-            let logits = self.model.forward(&mut self.cache, &[id], LogitRows::Last)?;
+            let logits = self
+                .model
+                .forward(&mut self.cache, &[id], LogitRows::Last)
+                .map_err(Failure::agreed)?;
             let row = SampleRow {
                 row: 0,
                 params: &greedy,
@@ -346,7 +351,7 @@ impl Bench<'_> {
                 forced: None,
             };
             let mut samples = self.sampler.sample_rows(&logits, &[row])?;
-            id = samples.pop().expect("one row was sampled")?.id;
+            id = samples.pop().expect("one row was sampled").map_err(Failure::agreed)?.id;
         }
         Ok(())
     }

@@ -10,13 +10,13 @@ use qwen3_model::{
     AttentionRate, Effort, Groups, HiddenSums, LinkFigures, Machine, Placement, Rate, measure_link,
     measure_speeds,
 };
+use ranks::{Failure, Neighbours, Rank, RankError};
 use serde_json::json;
 
-use crate::affinity::Neighbours;
 use crate::calibration::{Calibration, count, default_path, place, processor};
-use crate::failure::{CliError, Failure};
-use crate::options::{Auto, LaunchOptions, isa, misfit};
-use crate::rank::Rank;
+use crate::failure::CliError;
+use crate::options::{Auto, LaunchOptions};
+use crate::session::isa;
 
 /// Measure these ranks for plan and --strategy auto: latency and bandwidth of sums, memory
 /// bandwidth, arithmetic
@@ -50,10 +50,10 @@ impl CalibrateArgs {
     pub fn run(&self, rank: &Rank) -> Result<(), Failure> {
         let comm = rank.comm();
         // A file that cannot be read is found before the measurements, not after.
-        let file = rank.first(|| self.file())?;
+        let file = rank.on_root(|| Ok(self.file()?))?;
         let isa = isa(rank, Auto(None))?;
         let neighbours = Neighbours::find(rank)?;
-        let threads = neighbours.threads(rank, self.threads);
+        let threads = neighbours.threads(rank, self.threads.map(usize::from));
         let placement = Placement::for_rank(neighbours.index, neighbours.count, threads);
         // The machines of the runs that look the figures up: real ones, emulated ones, or those of
         // COMM_NODES.
@@ -65,7 +65,7 @@ impl CalibrateArgs {
         let effort = if self.quick { Effort::Quick } else { Effort::Thorough };
         let groups = Groups { all: Arc::clone(comm), here, inside, leaders, between };
         let speeds = measure_speeds(&groups, isa, threads, placement, effort)?;
-        rank.agree(Ok(()))?;
+        rank.agree(Ok::<(), CliError>(()))?;
         let typical = Machine::typical(comm.size(), comm.machines(), threads);
         let machine = Machine {
             transport: comm.transport().to_owned(),
@@ -79,12 +79,15 @@ impl CalibrateArgs {
         };
         rank.agree_after(|| {
             let Some((path, mut calibration)) = file else { return Ok(()) };
-            // What was measured is said first, whatever becomes of the file, and the file is
-            // written whoever listens.
-            let said = self.tell(rank, &path, &machine);
+            // The figures are printed first, whether or not the file can be written, and the file
+            // is written whether or not the figures can be printed.
+            let printed = self.print(rank, &path, &machine);
             calibration.save(&path, machine)?;
-            said?;
-            if self.json { Ok(()) } else { rank.say(&format!("saved in {}\n", path.display())) }
+            printed?;
+            if !self.json {
+                rank.print(&format!("saved in {}\n", path.display()))?;
+            }
+            Ok(())
         })
     }
 
@@ -92,7 +95,7 @@ impl CalibrateArgs {
     fn file(&self) -> Result<(PathBuf, Calibration), CliError> {
         let path = match self.output.clone().or_else(default_path) {
             Some(path) => path,
-            None => return Err(misfit("--output", "nothing, and no HOME", "a file")),
+            None => return Err(CliError::option("--output", "nothing, and no HOME", "a file")),
         };
         // A device has nothing to add to, and a pipe would be waited for.
         let calibration = if path.is_file() || path.is_dir() {
@@ -103,10 +106,10 @@ impl CalibrateArgs {
         Ok((path, calibration))
     }
 
-    /// Says what was measured.
-    fn tell(&self, rank: &Rank, path: &Path, machine: &Machine) -> Result<(), CliError> {
+    /// Prints what was measured.
+    fn print(&self, rank: &Rank, path: &Path, machine: &Machine) -> Result<(), RankError> {
         if self.json {
-            return rank.say(&format!(
+            return rank.print(&format!(
                 "{}\n",
                 json!({ "file": path.display().to_string(), "machine": machine })
             ));
@@ -141,6 +144,6 @@ impl CalibrateArgs {
                 "cache   {format:<5}{start_us:.1} µs, {read_gb_s:.1} GB/s one token, {gflops:.0} GFLOP/s many\n"
             );
         }
-        rank.say(&text)
+        rank.print(&text)
     }
 }

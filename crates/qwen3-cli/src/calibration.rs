@@ -4,10 +4,10 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use qwen3_model::{LinkFigures, Machine};
+use ranks::one_line;
 use serde::{Deserialize, Serialize};
 
 use crate::failure::CliError;
-use crate::options::misfit;
 use crate::output_file::part_of;
 
 /// The file's content.
@@ -30,7 +30,7 @@ impl Calibration {
     pub fn read(path: &Path) -> Result<Self, CliError> {
         let text = fs::read_to_string(path).map_err(|source| CliError::file(path, source))?;
         let broken = |found: String| {
-            misfit(
+            CliError::option(
                 "calibration",
                 format!("{}: {found}", path.display()),
                 "a file that this version of qwen3 calibrate wrote (without it, calibrate writes a new one)",
@@ -62,7 +62,7 @@ impl Calibration {
     pub fn save(&mut self, path: &Path, machine: Machine) -> Result<(), CliError> {
         if let Some(flaw) = machine.flaw() {
             let expected = "a positive number; nothing was saved, measure again while the machine is less busy";
-            return Err(misfit("calibration", format!("measured {flaw}"), expected));
+            return Err(CliError::option("calibration", format!("measured {flaw}"), expected));
         }
         self.insert(machine);
         self.write(path)
@@ -124,7 +124,7 @@ impl Calibration {
             return (typical(), "typical, not measured (qwen3 calibrate measures them)".to_owned());
         };
         match Self::read(&path) {
-            Err(error) => (typical(), format!("typical, since {}", error.line())),
+            Err(error) => (typical(), format!("typical, since {}", one_line(&error.to_string()))),
             Ok(calibration) => match calibration.machine(layout) {
                 Some(Machine { processor: Some(other), .. })
                     if Some(&other) != processor().as_ref() =>
@@ -219,7 +219,8 @@ mod tests {
         for (bad, word) in [(f64::INFINITY, "inf"), (f64::NAN, "NaN"), (0.0, "0"), (-3.0, "-3")] {
             let mut noisy = machine.clone();
             noisy.rates[0].read_gb_s = bad;
-            let error = Calibration::read(&path).unwrap().save(&path, noisy).unwrap_err().line();
+            let error =
+                Calibration::read(&path).unwrap().save(&path, noisy).unwrap_err().to_string();
             let expected = format!(
                 "calibration: measured read_gb_s of bf16 is {word}; expected a positive number; "
             );

@@ -5,18 +5,17 @@ use std::time::{SystemTime, UNIX_EPOCH};
 
 use clap::Args;
 use qwen3_model::{GenerationConfig, KvFormat, Model, SamplingParams, StopReason};
+use qwen3_text::{ChatTemplate, Conversation, Tokenizer};
+use ranks::{Failure, LaunchedProcess, Rank};
 use serde_json::{Value, json};
 
 use crate::ahead;
 use crate::answer::{Answer, AnswerOptions};
-use crate::failure::{CliError, Failure};
-use crate::interrupt;
-use crate::options::{EngineOptions, LaunchOptions, SamplingOptions, misfit, positive};
+use crate::ctrl_c;
+use crate::failure::CliError;
+use crate::options::{EngineOptions, LaunchOptions, SamplingOptions, positive};
 use crate::plan::Workload;
-use crate::rank::Rank;
 use crate::session::{self, Loaded};
-use crate::world::World;
-use qwen3_text::{ChatTemplate, Conversation, Tokenizer};
 
 /// Talk with the model: Ctrl-C stops an answer, Ctrl-D leaves
 ///
@@ -66,8 +65,7 @@ impl ChatArgs {
         let speaker =
             texts.map(|(text, template)| Speaker::new(self, text, template, &model)).transpose();
         let mut speaker = rank.agree(speaker)?;
-        interrupt::converse();
-        rank.first(interrupt::watch)?;
+        rank.agree(ctrl_c::handle(rank))?;
 
         let context = model.config().context_length();
         let limit = self.max_new_tokens.unwrap_or(context);
@@ -80,11 +78,11 @@ impl ChatArgs {
             let keep = same.min(tokens.len() - 1).min(cache.len());
             cache.truncate(keep);
             let text = speaker.as_ref().map(|speaker| &speaker.text);
-            interrupt::begin();
+            ctrl_c::begin();
             let answer = Answer::write(rank, &model, &mut cache, &tokens, text, &options)?;
-            interrupt::end();
+            ctrl_c::end();
             rank.agree_after(|| {
-                speaker.as_mut().map_or(Ok(()), |speaker| speaker.heard(rank, &answer))
+                Ok(speaker.as_mut().map_or(Ok(()), |speaker| speaker.heard(rank, &answer))?)
             })?;
             seen = tokens;
             seen.extend(&answer.generated.ids);
@@ -102,7 +100,9 @@ impl ChatArgs {
         rank: &Rank,
         speaker: &mut Option<Speaker>,
     ) -> Result<Option<Vec<u32>>, Failure> {
-        rank.patiently(|| rank.share(|| speaker.as_mut().expect("rank 0 has the texts").next()))
+        rank.without_deadline(|| {
+            rank.broadcast(|| Ok(speaker.as_mut().expect("rank 0 has the texts").next()?))
+        })
     }
 
     /// The conversation up to the answer to its first message.
@@ -122,7 +122,7 @@ impl ChatArgs {
     }
 
     fn params(&self, rank: &Rank) -> Result<SamplingParams, Failure> {
-        let (mut config, seed) = rank.share(|| {
+        let (mut config, seed) = rank.broadcast(|| {
             let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
             Ok((GenerationConfig::read(&self.engine.model)?, now.as_nanos() as u64))
         })?;
@@ -168,13 +168,13 @@ impl Speaker {
             messages,
             room: context - (context / 8).min(256),
             prompts: io::stdin().is_terminal()
-                || World::detect().is_some_and(|world| world.is_many()),
+                || LaunchedProcess::detect().is_some_and(|process| process.has_peers()),
         };
         // Else every message would be too long.
         let least = speaker.encode(args.conversation("").messages)?.len();
         if least > speaker.room {
             let expected = format!("at most {}, which leaves room for an answer", speaker.room);
-            return Err(misfit(
+            return Err(CliError::option(
                 "--system",
                 format!("{least} tokens with an empty message"),
                 expected,
@@ -232,7 +232,7 @@ impl Speaker {
             let tokens = self.encode(self.messages.clone())?;
             if tokens.is_empty() {
                 let expected = "at least one token (chat_template.jinja, or chat_template in tokenizer_config.json)";
-                return Err(misfit(
+                return Err(CliError::option(
                     "chat template",
                     "it makes nothing of this conversation",
                     expected,
@@ -259,7 +259,7 @@ impl Speaker {
     fn heard(&mut self, rank: &Rank, answer: &Answer) -> Result<(), CliError> {
         let stop = answer.generated.stop;
         // An answer that was cut says so: it may look like a whole one.
-        rank.say(match stop {
+        rank.print(match stop {
             StopReason::EndOfSequence => "\n",
             StopReason::MaxNewTokens => " (--max-new-tokens reached)\n",
             StopReason::ContextFull => " (the context is full)\n",

@@ -6,23 +6,25 @@ use std::process::ExitCode;
 
 use clap::error::ErrorKind;
 use clap::{Parser, Subcommand};
+use ranks::{Failure, LaunchedProcess, Rank, RankError, one_line, refuse_start};
 
 use crate::bench::BenchArgs;
 use crate::calibrate::CalibrateArgs;
 use crate::chat::ChatArgs;
 use crate::demo::DemoArgs;
-use crate::failure::{CliError, one_line};
+use crate::failure::CliError;
 use crate::generate::GenerateArgs;
-use crate::launch::{VERSION, launch, refuse};
 use crate::logits::LogitsArgs;
 use crate::options::LaunchOptions;
 use crate::perplexity::PerplexityArgs;
 use crate::plan::PlanArgs;
 use crate::quantize::QuantizeArgs;
-use crate::rank::Rank;
 use crate::synth::SynthArgs;
 use crate::tokenize::TokenizeArgs;
-use crate::world::World;
+
+/// What `--version` prints, and what ranks compare: the version, and the digest of the sources
+/// (`build.rs`).
+const VERSION: &str = concat!(env!("CARGO_PKG_VERSION"), " (sources ", env!("QWEN3_SOURCES"), ")");
 
 /// Qwen3 models on the cores of ordinary machines: alone, on several ranks of one process, or on
 /// MPI ranks.
@@ -78,21 +80,68 @@ fn dispatch(command: &Command) -> ExitCode {
 
 /// A command that only reads and writes files: rank 0 does it.
 fn alone(work: impl Fn(&Rank) -> Result<(), CliError> + Send + Sync) -> ExitCode {
-    launch(&LaunchOptions::alone(), |rank| rank.first(|| work(rank)).map(drop))
+    launch(&LaunchOptions::alone(), |rank| rank.on_root(|| Ok(work(rank)?)).map(drop))
 }
 
-/// Prints the help where it was asked for; otherwise says in one line, once for all processes, what
-/// is wrong.
+/// Runs a command on every rank.
+fn launch(
+    options: &LaunchOptions,
+    command: impl Fn(&Rank) -> Result<(), Failure> + Send + Sync,
+) -> ExitCode {
+    ranks::launch(&options.job(format!("qwen3 {VERSION}")), |rank| {
+        if rank.comm().transport() == "mpi" {
+            same_arguments(rank)?;
+        }
+        command(rank)
+    })
+}
+
+/// Ends every rank if one was started with other arguments than rank 0. A difference that does not
+/// show in the collectives, such as another format of the weights, would otherwise only show in the
+/// answers.
+fn same_arguments(rank: &Rank) -> Result<(), Failure> {
+    let own = shared_arguments(
+        std::env::args_os().skip(1).map(|argument| argument.to_string_lossy().into_owned()),
+    );
+    let of_rank_0 = rank.broadcast(|| Ok(own.clone()))?;
+    rank.agree(if own == of_rank_0 {
+        Ok(())
+    } else {
+        let expected =
+            format!("those of rank 0, {of_rank_0:?} (only {} may differ)", OWN.join(", "));
+        Err(CliError::option("arguments", format!("{own:?}"), expected))
+    })
+}
+
+/// Options that may differ between ranks, as on nodes of different kinds.
+const OWN: [&str; 3] = ["--model", "--threads", "--isa"];
+
+/// The arguments without those that may differ, in one line.
+fn shared_arguments(arguments: impl Iterator<Item = String>) -> String {
+    let mut kept = Vec::new();
+    let mut skip = false;
+    for argument in arguments {
+        let own = OWN.iter().find_map(|option| argument.strip_prefix(option));
+        match own {
+            _ if skip => skip = false,
+            Some("") => skip = true,
+            Some(value) if value.starts_with('=') => {}
+            _ => kept.push(argument),
+        }
+    }
+    kept.join(" ")
+}
+
+/// Prints the help if it was asked for. Otherwise reports what is wrong in one line, once for all
+/// processes.
 fn explain(error: &clap::Error) -> ExitCode {
-    let alone = World { launcher: "none", rank: 0, size: Some(1) };
-    let world = World::detect().unwrap_or(alone);
     if !error.use_stderr() || error.kind() == ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand {
-        if world.rank == 0
+        if LaunchedProcess::detect().is_none_or(|process| process.rank == 0)
             && let Err(source) = error.print()
-            // Nothing is lost when the reader of the help has gone away.
+            // Nothing is lost when the reader of the help has closed it.
             && source.kind() != io::ErrorKind::BrokenPipe
         {
-            return refuse(&world, &CliError::Output { source });
+            return refuse_start(RankError::Output { source }, 1);
         }
         return if error.use_stderr() { ExitCode::FAILURE } else { ExitCode::SUCCESS };
     }
@@ -105,7 +154,7 @@ fn explain(error: &clap::Error) -> ExitCode {
     if error.kind() == ErrorKind::InvalidUtf8 {
         problem = format!("found {}; expected UTF-8", not_unicode(std::env::args_os()));
     }
-    refuse(&world, &CliError::Launch { problem })
+    refuse_start(CliError::Usage { problem }, 1)
 }
 
 /// The arguments that are no text, each with the one before it, which names it as a rule.
@@ -120,8 +169,17 @@ fn not_unicode(arguments: impl Iterator<Item = OsString>) -> String {
 
 #[cfg(test)]
 mod tests {
-    use super::CommandLine;
+    use super::*;
     use clap::CommandFactory as _;
+
+    #[test]
+    fn ranks_may_differ_in_model_threads_and_isa_only() {
+        let shared = |line: &str| shared_arguments(line.split(' ').map(str::to_owned));
+        let line = shared("chat --model /a --threads=4 --wire bf16 --isa avx2 --modelling");
+        assert_eq!(line, "chat --wire bf16 --modelling");
+        assert_eq!(line, shared("chat --threads 2 --wire bf16 --model=/b --modelling"));
+        assert_ne!(line, shared("chat --wire f32 --modelling"));
+    }
 
     #[test]
     fn the_command_line_is_well_formed_and_every_option_has_a_help_text() {

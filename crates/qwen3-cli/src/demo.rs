@@ -2,13 +2,12 @@
 
 use clap::Args;
 use qwen3_model::{KvFormat, SamplingParams, Timing};
+use ranks::{Failure, Rank};
 
 use crate::ahead;
 use crate::answer::{Answer, AnswerOptions};
-use crate::failure::Failure;
 use crate::options::{EngineOptions, LaunchOptions};
 use crate::plan::Workload;
-use crate::rank::Rank;
 use crate::session::{self, Loaded};
 use crate::summary::summary;
 use qwen3_text::{ChatTemplate, Conversation, Tokenizer};
@@ -48,8 +47,12 @@ impl DemoArgs {
         let (mut prefill, mut decode) = (Timing::default(), Timing::default());
         for prompt in QUESTIONS.iter().chain([&SENTENCE]) {
             let sentence = *prompt == SENTENCE;
-            rank.tell(&if sentence { (*prompt).to_owned() } else { format!("> {prompt}\n") })?;
-            let tokens = rank.share(|| {
+            rank.print_and_agree(&if sentence {
+                (*prompt).to_owned()
+            } else {
+                format!("> {prompt}\n")
+            })?;
+            let tokens = rank.broadcast(|| {
                 let (text, template) = texts.as_ref().expect("rank 0 read them");
                 if sentence {
                     return Ok(text.encode(prompt)?);
@@ -62,10 +65,10 @@ impl DemoArgs {
             let answer = Answer::write(rank, &model, &mut cache, &tokens, text, &options)?;
             add(&mut prefill, answer.generated.prefill);
             add(&mut decode, answer.generated.decode);
-            rank.tell("\n\n")?;
+            rank.print_and_agree("\n\n")?;
         }
         let entries = rank.comm().ledger().entries();
-        rank.tell(&summary(&model, reason.as_deref(), prefill, decode, &entries))
+        rank.print_and_agree(&summary(&model, reason.as_deref(), prefill, decode, &entries))
     }
 }
 

@@ -2,15 +2,14 @@
 
 use clap::Args;
 use qwen3_model::{GenerationConfig, KvFormat, SamplingParams};
+use ranks::{Failure, Rank};
 use serde_json::json;
 
 use crate::ahead;
 use crate::answer::{Answer, AnswerOptions, stop_word};
-use crate::failure::Failure;
 use crate::options::{EngineOptions, LaunchOptions, SamplingOptions, positive};
 use crate::plan::Workload;
 use crate::prompt::PromptOptions;
-use crate::rank::Rank;
 use crate::session::{self, Loaded};
 
 /// Continue a prompt: the text comes as it is chosen
@@ -72,7 +71,7 @@ impl GenerateArgs {
             Some(prompt) => (Some(prompt.tokens), prompt.text),
             None => (None, None),
         };
-        let tokens = rank.share(|| Ok(tokens.expect("rank 0 read the prompt")))?;
+        let tokens = rank.broadcast(|| Ok(tokens.expect("rank 0 read the prompt")))?;
         self.prompt
             .check(model.config().context_length(), tokens.len())
             .map_err(Failure::agreed)?;
@@ -95,13 +94,13 @@ impl GenerateArgs {
         } else {
             "\n".to_owned()
         };
-        rank.tell(&end)
+        rank.print_and_agree(&end)
     }
 
     fn params(&self, rank: &Rank) -> Result<SamplingParams, Failure> {
         let base = match self.sampling.temperature {
             Some(temperature) if temperature > 0.0 => {
-                let config = rank.share(|| Ok(GenerationConfig::read(&self.engine.model)?))?;
+                let config = rank.broadcast(|| Ok(GenerationConfig::read(&self.engine.model)?))?;
                 SamplingParams::recommended(&config, Some(temperature), 0)
             }
             _ => SamplingParams::default(),

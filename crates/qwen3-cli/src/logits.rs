@@ -7,14 +7,14 @@ use clap::Args;
 use qwen3_model::comm::CommunicatorExt as _;
 use qwen3_model::tensor::{CheckpointWriter, TensorSpec, WriteError};
 use qwen3_model::{KvFormat, LogitRows, Logits, Model, WeightFormat};
+use ranks::{Failure, Rank};
 
 use crate::ahead;
-use crate::failure::{CliError, Failure};
+use crate::failure::CliError;
 use crate::options::{EngineOptions, LaunchOptions};
 use crate::output_file::part_of;
 use crate::plan::Workload;
 use crate::prompt::PromptOptions;
-use crate::rank::Rank;
 use crate::session::{self, Loaded};
 
 /// Write the logits of every token of a prompt: a safetensors file with `logits`, f32 [tokens,
@@ -53,34 +53,38 @@ impl LogitsArgs {
             Workload { kv: KvFormat::F32, prompt: length, generate: 0 },
             read,
         )?;
-        let tokens = rank.share(|| Ok(tokens.expect("rank 0 read the prompt")))?;
+        let tokens = rank.broadcast(|| Ok(tokens.expect("rank 0 read the prompt")))?;
         self.prompt
             .check(model.config().context_length(), tokens.len())
             .map_err(Failure::agreed)?;
 
         let vocab_size = model.config().vocab_size;
         // Who reads a pipe may take any time.
-        let mut output = rank
-            .patiently(|| rank.first(|| Output::create(&self.output, tokens.len(), vocab_size)))?;
+        let mut output = rank.without_deadline(|| {
+            rank.on_root(|| Ok(Output::create(&self.output, tokens.len(), vocab_size)?))
+        })?;
         let mut cache = model.new_cache(tokens.len());
         for chunk in
             tokens.chunks(model.pass_tokens(self.engine.chunk).min((BLOCK / vocab_size).max(1)))
         {
-            let logits = model.forward(&mut cache, chunk, LogitRows::All)?;
+            let logits =
+                model.forward(&mut cache, chunk, LogitRows::All).map_err(Failure::agreed)?;
             let rows = collect(rank, &model, logits)?;
-            rank.agree_after(|| output.as_mut().map_or(Ok(()), |output| output.write(&rows)))?;
+            rank.agree_after(|| {
+                Ok(output.as_mut().map_or(Ok(()), |output| output.write(&rows))?)
+            })?;
         }
-        rank.agree_after(|| output.map_or(Ok(()), Output::finish))
+        rank.agree_after(|| Ok(output.map_or(Ok(()), Output::finish)?))
     }
 }
 
 /// The whole rows [rows, vocabulary] on rank 0, nothing on the others.
-fn collect(rank: &Rank, model: &Model, logits: Logits) -> Result<Vec<f32>, CliError> {
+fn collect(rank: &Rank, model: &Model, logits: Logits) -> Result<Vec<f32>, Failure> {
     let comm = rank.comm();
     let ends = comm.all_gather_one(logits.vocab.end as u64)?;
     let (rows, vocab_size) = (logits.values.nrows(), model.config().vocab_size);
     let own: Vec<f32> = logits.values.iter().copied().collect();
-    if !rank.speaks() {
+    if !rank.is_root() {
         comm.send(0, &own)?;
         return Ok(Vec::new());
     }

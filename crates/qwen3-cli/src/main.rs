@@ -5,19 +5,15 @@
 // Modules in reading order, lowest first; a module uses only those of its group and of the groups
 // above.
 
-// Ranks: where they come from, how they fail together, what they share.
-mod affinity;
+// Errors, signals, options, files, and what is known of the machine.
 mod failure;
-mod interrupt;
-mod launch;
+mod ctrl_c;
 mod options;
 mod output_file;
 mod calibration;
 mod memory;
 mod plan;
 mod progress;
-mod rank;
-mod world;
 
 // What several commands do.
 mod ahead;

@@ -8,14 +8,12 @@ use clap::Args;
 use clap::builder::{PossibleValuesParser, TypedValueParser};
 use qwen3_model::comm::{Link, WireFormat};
 use qwen3_model::{
-    AttentionAlgorithm, ExpertSplit, Isa, KvFormat, MlpSchedule, ModelOptions, ParallelStrategy,
-    Placement, SamplingParams, WeightFormat,
+    AttentionAlgorithm, ExpertSplit, Isa, KvFormat, MlpSchedule, ParallelStrategy, SamplingParams,
+    WeightFormat,
 };
+use ranks::{Emulation, JobOptions, default_wire};
 
-use crate::affinity::Neighbours;
-use crate::failure::{CliError, Failure};
-use crate::plan::{Workload, choose};
-use crate::rank::Rank;
+use crate::failure::CliError;
 
 /// A value that is one of `names`, which the help lists; `T` reads them.
 pub fn choice<T>(names: &'static [&'static str]) -> impl TypedValueParser<Value = T>
@@ -60,8 +58,8 @@ pub struct LaunchOptions {
 }
 
 impl LaunchOptions {
-    /// For commands that only read and write files: one rank in this process. Under a launcher the
-    /// first rank does the work, which may take any time, while the others wait.
+    /// For commands that only read and write files: one rank in this process. Under a launcher rank
+    /// 0 does the work, which may take any time, while the others wait.
     pub fn alone() -> Self {
         Self {
             ranks: 1,
@@ -72,14 +70,21 @@ impl LaunchOptions {
         }
     }
 
-    /// The same ranks for a command whose figures are to be exact unless the user has it otherwise.
+    /// The same ranks for a command whose figures are exact unless the user chooses a wire format.
     pub fn exact(&self) -> Self {
         Self { wire: Auto(self.wire.0.or(Some(WireFormat::F32))), ..self.clone() }
     }
 
-    /// `--comm-timeout`.
-    pub fn timeout(&self) -> Duration {
-        Duration::from_secs_f64(self.comm_timeout)
+    /// The job of ranks, of the build `program`.
+    pub fn job(&self, program: String) -> JobOptions {
+        let nodes = usize::from(self.emulate_nodes);
+        JobOptions {
+            ranks: usize::from(self.ranks),
+            timeout: Duration::from_secs_f64(self.comm_timeout),
+            wire: self.wire.0,
+            emulation: self.emulate_link.map(|link| Emulation { link, nodes }),
+            program,
+        }
     }
 }
 
@@ -140,15 +145,6 @@ pub struct EngineOptions {
     pub chunk: usize,
 }
 
-/// The instruction set of this rank. The environment decides only where the command line leaves it
-/// open.
-pub fn isa(rank: &Rank, chosen: Auto<Isa>) -> Result<Isa, Failure> {
-    let isa = chosen.0.map_or_else(Isa::from_env, Ok);
-    rank.agree(
-        isa.map_err(|error| misfit("SIMD_KERNELS_ISA", error, "one that is here, or nothing")),
-    )
-}
-
 /// An option that may be left to the program: `None` for `auto`.
 #[derive(Clone, Copy, Debug)]
 pub struct Auto<T>(pub Option<T>);
@@ -165,57 +161,9 @@ impl<T: FromStr<Err: ToString>> FromStr for Auto<T> {
 }
 
 impl Auto<WireFormat> {
-    /// The format between ranks on so many machines. On a machine's memory a shorter one costs more
-    /// than it saves; between machines bf16 keeps logits within 1e-2 of the largest
-    /// (docs/parallelism.md).
+    /// The format between ranks on so many machines.
     pub fn on(self, machines: usize) -> WireFormat {
-        self.0.unwrap_or(if machines > 1 { WireFormat::Bf16 } else { WireFormat::F32 })
-    }
-}
-
-impl EngineOptions {
-    /// What the model has to know for `work`, and why it is split as it is where the plan says so.
-    /// All ranks call this together.
-    pub fn model_options(
-        &self,
-        rank: &Rank,
-        work: Workload,
-    ) -> Result<(ModelOptions, Option<String>), Failure> {
-        let ranks = rank.comm().size();
-        if let Some(ParallelStrategy::Grid { tp, sp }) = self.grid
-            && tp.checked_mul(sp) != Some(ranks)
-        {
-            let found = ParallelStrategy::Grid { tp, sp };
-            let error =
-                misfit("--grid", found, format!("a product of {ranks}, the number of ranks"));
-            return Err(Failure::agreed(error));
-        }
-        let isa = isa(rank, self.isa)?;
-        let neighbours = Neighbours::find(rank)?;
-        let threads = neighbours.threads(rank, self.threads);
-        let kv = self.kv.unwrap_or(work.kv);
-        let experts = self.experts.0;
-        let (strategy, experts, reason) = match self.grid.or(self.strategy.0) {
-            Some(strategy) => (strategy, experts.unwrap_or_default(), None),
-            None if ranks == 1 => (ParallelStrategy::Heads, experts.unwrap_or_default(), None),
-            None => {
-                let (strategy, experts, reason) =
-                    choose(rank, self, threads, Workload { kv, ..work })?;
-                (strategy, experts, Some(reason))
-            }
-        };
-        let options = ModelOptions {
-            strategy,
-            attention: self.attention,
-            mlp: self.mlp,
-            experts,
-            weights: self.weights.0,
-            kv,
-            threads,
-            placement: Placement::for_rank(neighbours.index, neighbours.count, threads),
-            ..ModelOptions::new(isa)
-        };
-        Ok((options, reason))
+        self.0.unwrap_or_else(|| default_wire(machines))
     }
 }
 
@@ -269,7 +217,7 @@ impl SamplingOptions {
             && let Some(option) = self.of_draws()
         {
             let found = "given, while the likeliest token is taken each time";
-            return Err(misfit(option, found, "a --temperature above 0 with it"));
+            return Err(CliError::option(option, found, "a --temperature above 0 with it"));
         }
         Ok(SamplingParams {
             temperature: self.temperature.unwrap_or(base.temperature),
@@ -330,9 +278,4 @@ fn probability(text: &str) -> Result<f32, String> {
 
 fn mass(text: &str) -> Result<f32, String> {
     number(text, "a number above 0, at most 1", |value: f32| value > 0.0 && value <= 1.0)
-}
-
-/// An error about an option's value.
-pub fn misfit(option: &'static str, found: impl ToString, expected: impl ToString) -> CliError {
-    CliError::Option { option, found: found.to_string(), expected: expected.to_string() }
 }

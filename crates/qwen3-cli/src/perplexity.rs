@@ -5,14 +5,14 @@ use std::path::PathBuf;
 
 use clap::Args;
 use qwen3_model::{KvFormat, PerplexityError, perplexity};
+use ranks::{Failure, Rank};
 use serde_json::json;
 
 use crate::ahead;
-use crate::failure::{CliError, Failure};
+use crate::failure::CliError;
 use crate::options::{EngineOptions, LaunchOptions};
 use crate::plan::Workload;
 use crate::progress;
-use crate::rank::Rank;
 use crate::session::{self, Loaded};
 use qwen3_text::Tokenizer;
 
@@ -64,7 +64,7 @@ impl PerplexityArgs {
             Workload { kv: KvFormat::F32, prompt: self.context, generate: 0 },
             read,
         )?;
-        let tokens = rank.share(|| Ok(tokens.expect("rank 0 read the text")))?;
+        let tokens = rank.broadcast(|| Ok(tokens.expect("rank 0 read the text")))?;
         let bar = progress::counting(rank, "tokens");
         bar.set_length(tokens.len() as u64);
         let chunk = self.engine.chunk;
@@ -72,7 +72,8 @@ impl PerplexityArgs {
             bar.set_position(done as u64)
         });
         bar.finish_and_clear();
-        let found = found.map_err(|error| CliError::perplexity(&self.file, error))?;
+        let found =
+            found.map_err(|error| Failure::agreed(CliError::perplexity(&self.file, error)))?;
         let text = if self.json {
             let object = json!({
                 "file": self.file.display().to_string(),
@@ -89,6 +90,6 @@ impl PerplexityArgs {
                 found.perplexity, self.context
             )
         };
-        rank.tell(&text)
+        rank.print_and_agree(&text)
     }
 }

@@ -9,13 +9,13 @@ use qwen3_model::{
     Config, ExpertSplit, KvFormat, LinkFigures, Machine, MlpSchedule, ModelError, ParallelStrategy,
     Plan, PlanInput, Prediction, Share, WeightFormat, WeightFormats, open_weights, plan,
 };
+use ranks::{Failure, Rank};
 use serde_json::{Value, json};
 
 use crate::calibration::{Calibration, Layout, count, place};
-use crate::failure::{CliError, Failure};
+use crate::failure::CliError;
 use crate::memory::available;
-use crate::options::{Auto, EngineOptions, above_zero, choice, from_zero, misfit, positive};
-use crate::rank::Rank;
+use crate::options::{Auto, EngineOptions, above_zero, choice, from_zero, positive};
 
 /// Predict memory, traffic and speed of each way to split a model over ranks, from its headers
 /// alone
@@ -98,7 +98,11 @@ impl PlanArgs {
     pub fn run(&self, rank: &Rank) -> Result<(), CliError> {
         let (ranks, nodes) = (usize::from(self.ranks), usize::from(self.nodes));
         if nodes > ranks {
-            return Err(misfit("--nodes", nodes, format!("at most {ranks}, the number of ranks")));
+            return Err(CliError::option(
+                "--nodes",
+                nodes,
+                format!("at most {ranks}, the number of ranks"),
+            ));
         }
         let (config, weights) = headers(&self.model, self.weights.0)?;
         let context = config.context_length();
@@ -107,7 +111,7 @@ impl PlanArgs {
                 "{} tokens with what is generated",
                 self.prompt.saturating_add(self.generate)
             );
-            return Err(misfit(
+            return Err(CliError::option(
                 "--prompt",
                 found,
                 format!("at most {context}, the model's context"),
@@ -123,11 +127,11 @@ impl PlanArgs {
             all_schedules: self.all,
             ..PlanInput::new(&config, &weights, &machine)
         });
-        rank.say(&if self.json {
+        Ok(rank.print(&if self.json {
             self.object(&plan, &machine, &figures)
         } else {
             self.table(&plan, &machine, weights.main(), &figures)
-        })
+        })?)
     }
 
     /// The machine to plan for, and where its figures come from.
@@ -146,7 +150,7 @@ impl PlanArgs {
             let link =
                 if nodes > 1 && link.is_none() { ", or --alpha-us and --beta-gb-s" } else { "" };
             let wanted = format!("{}{each}{link}", place(ranks, nodes));
-            misfit(
+            CliError::option(
                 "--calibration",
                 format!("{} with {}", path.display(), calibration.content()),
                 wanted,
@@ -294,7 +298,7 @@ pub fn choose(
 ) -> Result<(ParallelStrategy, ExpertSplit, String), Failure> {
     let comm = rank.comm();
     let (ranks, nodes) = (comm.size(), comm.machines());
-    let (name, experts, reason) = rank.share(|| {
+    let (name, experts, reason) = rank.broadcast(|| {
         let whole = engine.experts.0 == Some(ExpertSplit::Ranks);
         let readable = headers(&engine.model, engine.weights.0).ok();
         let fused = engine.mlp.is_none_or(|schedule| schedule == MlpSchedule::Fused);

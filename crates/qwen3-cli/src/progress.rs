@@ -2,8 +2,7 @@
 
 use indicatif::{ProgressBar, ProgressStyle};
 use qwen3_model::ExportProgress;
-
-use crate::rank::Rank;
+use ranks::Rank;
 
 /// A bar that counts `things`; it has no length yet.
 pub fn counting(rank: &Rank, things: &str) -> ProgressBar {
@@ -23,7 +22,7 @@ pub fn writing(rank: &Rank) -> (ProgressBar, impl FnMut(ExportProgress) + use<>)
 
 fn bar(rank: &Rank, template: &str) -> ProgressBar {
     // A bar on standard error hides itself where that is no terminal.
-    let bar = if rank.speaks() { ProgressBar::new(0) } else { ProgressBar::hidden() };
+    let bar = if rank.is_root() { ProgressBar::new(0) } else { ProgressBar::hidden() };
     let style =
         ProgressStyle::with_template(template).expect("the templates are fixed and well formed");
     bar.with_style(style)

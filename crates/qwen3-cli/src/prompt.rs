@@ -5,11 +5,10 @@ use std::path::{Path, PathBuf};
 
 use clap::Args;
 use qwen3_model::{Config, ModelError};
+use qwen3_text::{ChatTemplate, Conversation, Tokenizer};
 
 use crate::ahead;
 use crate::failure::CliError;
-use crate::options::misfit;
-use qwen3_text::{ChatTemplate, Conversation, Tokenizer};
 
 /// Where the prompt comes from; exactly one of the three.
 #[derive(Args, Clone, Debug)]
@@ -106,7 +105,11 @@ impl PromptOptions {
             None => text.encode(&words)?,
         };
         if tokens.is_empty() {
-            return Err(misfit(self.option(), "the prompt is empty", "at least one token"));
+            return Err(CliError::option(
+                self.option(),
+                "the prompt is empty",
+                "at least one token",
+            ));
         }
         let text = Some(text);
         Ok(Prompt { tokens, text })
@@ -118,7 +121,7 @@ impl PromptOptions {
             return Ok(());
         }
         let expected = format!("at most {context}, the model's context");
-        Err(misfit(self.option(), format!("the prompt has {tokens} tokens"), expected))
+        Err(CliError::option(self.option(), format!("the prompt has {tokens} tokens"), expected))
     }
 
     /// The option that holds the prompt, for messages.

@@ -4,11 +4,11 @@ use std::path::PathBuf;
 
 use clap::Args;
 use qwen3_model::{WeightFormat, quantize};
+use ranks::Rank;
 
 use crate::failure::CliError;
 use crate::options::choice;
 use crate::progress;
-use crate::rank::Rank;
 
 /// Write a copy of a checkpoint with its matrices quantized in groups of 32; it loads without the
 /// original
@@ -34,6 +34,11 @@ impl QuantizeArgs {
         let written = quantize(&self.model, &self.out, self.weights, &mut progress);
         bar.finish_and_clear();
         written?;
-        rank.say(&format!("{}: {} in {}\n", self.out.display(), self.model.display(), self.weights))
+        Ok(rank.print(&format!(
+            "{}: {} in {}\n",
+            self.out.display(),
+            self.model.display(),
+            self.weights
+        ))?)
     }
 }

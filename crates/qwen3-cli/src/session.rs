@@ -5,13 +5,15 @@ use std::panic;
 use std::thread;
 use std::time::Duration;
 
-use qwen3_model::{LoadProgress, Model, ModelError, ParallelStrategy};
+use qwen3_model::{
+    Isa, LoadProgress, Model, ModelError, ModelOptions, ParallelStrategy, Placement,
+};
+use ranks::{Failure, Neighbours, Rank};
 
-use crate::failure::{CliError, Failure};
-use crate::options::EngineOptions;
-use crate::plan::Workload;
+use crate::failure::CliError;
+use crate::options::{Auto, EngineOptions};
+use crate::plan::{Workload, choose};
 use crate::progress;
-use crate::rank::Rank;
 
 /// A model on all ranks.
 pub struct Loaded {
@@ -30,18 +32,18 @@ pub fn load_with<T: Send + 'static>(
     work: Workload,
     read: impl FnOnce() -> Result<T, CliError> + Send + 'static,
 ) -> Result<(Loaded, Option<T>), Failure> {
-    let reading = rank.speaks().then(|| thread::spawn(read));
+    let reading = rank.is_root().then(|| thread::spawn(read));
     let loaded = load(rank, engine, work)?;
     let value =
         reading.map(|thread| thread.join().unwrap_or_else(|payload| panic::resume_unwind(payload)));
-    Ok((loaded, rank.agree_after(|| value.transpose())?))
+    Ok((loaded, rank.agree_after(|| Ok(value.transpose()?))?))
 }
 
 /// Loads the model on all ranks, with a progress bar where rank 0 writes to a terminal.
 pub fn load(rank: &Rank, engine: &EngineOptions, work: Workload) -> Result<Loaded, Failure> {
-    let (options, reason) = engine.model_options(rank, work)?;
+    let (options, reason) = model_options(rank, engine, work)?;
     if let Some(reason) = reason.as_ref().filter(|_| options.strategy != ParallelStrategy::Heads)
-        && rank.speaks()
+        && rank.is_root()
         && io::stderr().is_terminal()
     {
         eprintln!("split: {reason}");
@@ -61,11 +63,61 @@ pub fn load(rank: &Rank, engine: &EngineOptions, work: Workload) -> Result<Loade
         // The rank that failed knows why.
         Err(ModelError::PeerLoad { .. }) => Ok(None),
         Err(error @ ModelError::Comm(_)) => return Err(error.into()),
-        Err(error) => Err(error.into()),
+        Err(error) => Err(error),
     };
     let model = rank.agree(loaded)?;
     let model = model.expect(
         "without a model on this rank there is a failure on another, and then none gets here",
     );
     Ok(Loaded { model, reason })
+}
+
+/// The options with which the model is loaded for `work`, and the reason for its split if the plan
+/// chose it. All ranks call this together.
+fn model_options(
+    rank: &Rank,
+    engine: &EngineOptions,
+    work: Workload,
+) -> Result<(ModelOptions, Option<String>), Failure> {
+    let ranks = rank.comm().size();
+    if let Some(ParallelStrategy::Grid { tp, sp }) = engine.grid
+        && tp.checked_mul(sp) != Some(ranks)
+    {
+        let found = ParallelStrategy::Grid { tp, sp };
+        let expected = format!("a product of {ranks}, the number of ranks");
+        return Err(Failure::agreed(CliError::option("--grid", found, expected)));
+    }
+    let isa = isa(rank, engine.isa)?;
+    let neighbours = Neighbours::find(rank)?;
+    let threads = neighbours.threads(rank, engine.threads.map(usize::from));
+    let kv = engine.kv.unwrap_or(work.kv);
+    let experts = engine.experts.0;
+    let (strategy, experts, reason) = match engine.grid.or(engine.strategy.0) {
+        Some(strategy) => (strategy, experts.unwrap_or_default(), None),
+        None if ranks == 1 => (ParallelStrategy::Heads, experts.unwrap_or_default(), None),
+        None => {
+            let (strategy, experts, reason) =
+                choose(rank, engine, threads, Workload { kv, ..work })?;
+            (strategy, experts, Some(reason))
+        }
+    };
+    let options = ModelOptions {
+        strategy,
+        attention: engine.attention,
+        mlp: engine.mlp,
+        experts,
+        weights: engine.weights.0,
+        kv,
+        threads,
+        placement: Placement::for_rank(neighbours.index, neighbours.count, threads),
+        ..ModelOptions::new(isa)
+    };
+    Ok((options, reason))
+}
+
+/// The instruction set of this rank. The environment decides only if the command line does not.
+pub fn isa(rank: &Rank, chosen: Auto<Isa>) -> Result<Isa, Failure> {
+    let isa = chosen.0.map_or_else(Isa::from_env, Ok);
+    let expected = "one that this CPU has, or nothing";
+    rank.agree(isa.map_err(|error| CliError::option("SIMD_KERNELS_ISA", error, expected)))
 }

@@ -4,11 +4,11 @@ use std::path::PathBuf;
 
 use clap::Args;
 use qwen3_model::{Preset, SynthOptions, synthesize};
+use ranks::Rank;
 
 use crate::failure::CliError;
 use crate::options::choice;
 use crate::progress;
-use crate::rank::Rank;
 
 /// Write a random checkpoint with the shape of a published model, to measure speed without its
 /// weights
@@ -43,10 +43,10 @@ impl SynthArgs {
         let written = synthesize(&self.dir, &options, &mut progress);
         bar.finish_and_clear();
         written?;
-        rank.say(&format!(
+        Ok(rank.print(&format!(
             "{}: a random checkpoint with the shape of {}\n",
             self.dir.display(),
             self.preset.name()
-        ))
+        ))?)
     }
 }

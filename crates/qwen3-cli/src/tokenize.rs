@@ -3,11 +3,11 @@
 use std::path::PathBuf;
 
 use clap::Args;
+use qwen3_text::{ChatTemplate, Conversation, Tokenizer};
+use ranks::Rank;
 use serde_json::json;
 
 use crate::failure::CliError;
-use crate::rank::Rank;
-use qwen3_text::{ChatTemplate, Conversation, Tokenizer};
 
 /// Show the token ids of a text, or of a conversation as the chat template writes it
 #[derive(Args, Clone, Debug)]
@@ -50,9 +50,9 @@ impl TokenizeArgs {
             (None, None) => unreachable!("clap requires one of the two"),
         };
         if self.json {
-            return rank.say(&format!("{}\n", json!({ "text": text, "ids": ids })));
+            return Ok(rank.print(&format!("{}\n", json!({ "text": text, "ids": ids })))?);
         }
         let ids: Vec<String> = ids.iter().map(u32::to_string).collect();
-        rank.say(&format!("{text}\n{}\n", ids.join(",")))
+        Ok(rank.print(&format!("{text}\n{}\n", ids.join(",")))?)
     }
 }

@@ -18,7 +18,7 @@ pub enum ModelError {
     #[error(transparent)]
     Checkpoint(#[from] CheckpointError),
     /// A collective failed.
-    #[error(transparent)]
+    #[error("{0}")]
     Comm(#[from] CommError),
     /// Another rank failed to load its share.
     #[error("rank {rank} could not load its share of the model")]

@@ -57,7 +57,7 @@ pub enum PerplexityError {
     #[error(transparent)]
     Model(#[from] ModelError),
     /// A collective failed.
-    #[error(transparent)]
+    #[error("{0}")]
     Comm(#[from] CommError),
 }
 

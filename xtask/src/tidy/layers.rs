@@ -7,14 +7,15 @@ use super::Finding;
 use crate::workspace::Package;
 
 /// Each crate and what it may use of this workspace, lowest first.
-const MAY_USE: [(&str, &[&str]); 8] = [
+const MAY_USE: [(&str, &[&str]); 9] = [
     ("simd-kernels", &[]),
     ("tensor", &[]),
     ("comm", &[]),
+    ("ranks", &["comm"]),
     ("ops", &["simd-kernels", "tensor", "comm"]),
     ("qwen3-model", &["ops", "tensor", "comm"]),
     ("qwen3-text", &[]),
-    ("qwen3-cli", &["qwen3-model", "qwen3-text"]),
+    ("qwen3-cli", &["qwen3-model", "qwen3-text", "ranks"]),
     ("xtask", &[]),
 ];
 

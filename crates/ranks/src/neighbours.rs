@@ -3,39 +3,41 @@
 use std::path::Path;
 use std::{env, fs, thread};
 
-use qwen3_model::comm::{CommunicatorExt as _, digest};
+use comm::{CommError, CommunicatorExt as _, digest};
 
-use crate::failure::CliError;
 use crate::rank::Rank;
 
-/// This rank among those on the same cores of the same machine.
+/// The place of a rank among those on the same cores of the same machine.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Neighbours {
-    /// How many of them come before this one.
+    /// How many of them have a lower rank.
     pub index: usize,
-    /// How many there are, this one included.
+    /// How many there are, with this rank.
     pub count: usize,
 }
 
 impl Neighbours {
-    /// Asks the other ranks; all call this together.
+    /// Asks the other ranks; all ranks call this together.
     ///
-    /// A launcher that binds each process to cores of its own leaves one; in-process ranks and
-    /// unbound processes share.
-    pub fn find(rank: &Rank) -> Result<Self, CliError> {
+    /// Ranks of one process and processes that are not bound share cores. Under a launcher that
+    /// binds each process to cores of its own, each rank is alone.
+    ///
+    /// # Errors
+    /// If a rank fails.
+    pub fn find(rank: &Rank) -> Result<Self, CommError> {
         let mine = digest(place(Path::new("/proc")).bytes().map(u64::from));
         let all = rank.comm().all_gather_one(mine)?;
         let same = |places: &[u64]| places.iter().filter(|&&place| place == mine).count();
         Ok(Self { index: same(&all[..rank.comm().rank()]), count: same(&all) })
     }
 
-    /// The threads of this rank: those asked for, or its share of the cores. Rank 0 says so where
-    /// these are suspiciously few.
-    pub fn threads(self, rank: &Rank, asked: Option<u16>) -> usize {
-        if let Some(asked) = asked {
-            return usize::from(asked);
+    /// The number of threads of this rank: `requested`, or its share of the cores. Rank 0 warns on
+    /// standard error if the launcher bound the ranks to few of the cores.
+    pub fn threads(self, rank: &Rank, requested: Option<usize>) -> usize {
+        if let Some(requested) = requested {
+            return requested;
         }
-        if let Some(warning) = bound_short().filter(|_| rank.speaks()) {
+        if let Some(warning) = binding_warning().filter(|_| rank.is_root()) {
             eprintln!("warning: {warning}");
         }
         let cores = thread::available_parallelism().map_or(1, usize::from);
@@ -43,20 +45,20 @@ impl Neighbours {
     }
 }
 
-/// What the user may not know where Open MPI has bound the ranks of this machine to fewer cores
-/// than its launcher may use: by default it binds each of two to one core.
-fn bound_short() -> Option<String> {
+/// A warning if Open MPI has bound the ranks of this machine to fewer cores than its launcher may
+/// use: by default it binds each of two ranks to one core.
+fn binding_warning() -> Option<String> {
     let local_ranks = env::var("OMPI_COMM_WORLD_LOCAL_SIZE").ok()?.parse().ok()?;
     let (bound, cores) = bound_cores(Path::new("/proc"), local_ranks)?;
     (bound < cores).then(|| {
         format!(
-            "the ranks of this machine are bound to {bound} of the {cores} cores that they could use; mpirun --bind-to none gives them all \
-             (--threads, if this is meant)"
+            "the ranks of this machine are bound to {bound} of the {cores} cores that they could \
+             use; mpirun --bind-to none gives them all (--threads, if this is meant)"
         )
     })
 }
 
-/// Cores of all `local_ranks` ranks of this machine, if each has as many as this one, and those of
+/// Cores of all `local_ranks` ranks of this machine, if each has as many as this one, and cores of
 /// the launcher.
 fn bound_cores(proc: &Path, local_ranks: usize) -> Option<(usize, usize)> {
     let status = |process: &str| fs::read_to_string(proc.join(process).join("status")).ok();
@@ -74,34 +76,31 @@ fn count(cores: &str) -> Option<usize> {
     cores.split(',').map(range).sum()
 }
 
-/// The host, what tells it from others of the same name, and the cores; `proc` is `/proc`, or a
-/// folder with such files. Not the machines that the communicator counts: those of `COMM_NODES` or
-/// of an emulated link share the cores of one.
+/// The host, its boot id, and the cores of this process. `proc` is `/proc`, or a folder with such
+/// files. The machines that the communicator counts do not help here: those of `COMM_NODES` or of
+/// an emulated link share the cores of one.
 ///
-/// What cannot be read counts as equal: then the ranks share, which costs speed but never more
-/// threads than cores.
+/// What cannot be read counts as equal. Then the ranks share cores, which costs speed but never
+/// starts more threads than cores.
 fn place(proc: &Path) -> String {
     let read = |name: &str| fs::read_to_string(proc.join(name)).unwrap_or_default();
-    // Hosts that were never given a name are all called localhost. The kernel makes up the other
-    // one when it starts.
+    // Hosts that were never given a name are all called localhost. The kernel makes up the boot id
+    // when it starts.
     let host = read("sys/kernel/hostname") + &read("sys/kernel/random/boot_id");
     host + allowed_cores(&read("self/status"))
 }
 
 /// The process's cores as `/proc/self/status` lists them, for example `0-3,8`.
 fn allowed_cores(status: &str) -> &str {
-    status
-        .lines()
-        .find_map(|line| line.strip_prefix("Cpus_allowed_list:"))
-        .unwrap_or_default()
-        .trim()
+    let list = status.lines().find_map(|line| line.strip_prefix("Cpus_allowed_list:"));
+    list.unwrap_or_default().trim()
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use qwen3_model::comm::ThreadComm;
-    use std::sync::Arc;
+    use crate::job::{JobOptions, run_in_threads};
+    use std::sync::Mutex;
 
     #[test]
     fn the_list_of_cores_is_found() {
@@ -152,16 +151,14 @@ mod tests {
 
     #[test]
     fn ranks_of_one_process_share_its_cores() {
-        let found = std::thread::scope(|scope| {
-            let ranks: Vec<_> = ThreadComm::group(3)
-                .into_iter()
-                .map(|comm| {
-                    scope.spawn(|| Neighbours::find(&Rank::new(Arc::new(comm), None)).unwrap())
-                })
-                .collect();
-            ranks.into_iter().map(|rank| rank.join().unwrap()).collect::<Vec<_>>()
-        });
-        let expected = [0, 1, 2].map(|index| Neighbours { index, count: 3 });
-        assert_eq!(found, expected);
+        let found = Mutex::new([None; 3]);
+        let options = JobOptions { ranks: 3, ..JobOptions::default() };
+        run_in_threads(&options, |rank| {
+            found.lock().unwrap()[rank.comm().rank()] = Some(Neighbours::find(rank)?);
+            Ok(())
+        })
+        .unwrap();
+        let expected = [0, 1, 2].map(|index| Some(Neighbours { index, count: 3 }));
+        assert_eq!(found.into_inner().unwrap(), expected);
     }
 }

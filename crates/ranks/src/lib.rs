@@ -1,0 +1,23 @@
+//! Jobs of ranks: starting them, agreeing on errors, signals, and ending all of them together.
+#![doc = ""]
+#![doc = include_str!("../README.md")]
+#![forbid(unsafe_code)]
+
+// Modules in reading order, lowest first; a module uses only those above it.
+mod error;
+mod launcher;
+mod signals;
+mod rank;
+mod neighbours;
+mod job;
+mod launch;
+#[cfg(feature = "mpi")]
+mod processes;
+
+pub use error::{BoxError, Failure, RankError, one_line};
+pub use job::{Emulation, JobOptions, default_wire, run_in_threads};
+pub use launch::{launch, refuse_start};
+pub use launcher::LaunchedProcess;
+pub use neighbours::Neighbours;
+pub use rank::{Rank, print};
+pub use signals::{Response, Signal};
