@@ -1,0 +1,38 @@
+//! Asks the bundled model a question on two ranks of this process, and streams its answer.
+
+use std::{ops::ControlFlow, path::Path};
+
+use qwen3_model::{GenerateParams, Isa, Model, ModelOptions, Progress, eos_token_ids, generate};
+use qwen3_text::{ChatTemplate, Conversation, Tokenizer};
+use ranks::{Failure, JobOptions, RankError, run_in_threads};
+
+fn main() -> Result<(), Failure> {
+    answer("What is 17 + 15?", ranks::print)
+}
+
+/// Calls `show` with each piece of the answer to `question`.
+pub fn answer(
+    question: &str,
+    show: impl Fn(&str) -> Result<(), RankError> + Send + Sync,
+) -> Result<(), Failure> {
+    let folder = Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/../../models/austen"));
+    let tokenizer = Tokenizer::open(folder)?;
+    let chat = Conversation::question(question, Some(false));
+    let prompt = tokenizer.encode_rendered(&ChatTemplate::open(folder)?.render(&chat)?)?;
+    run_in_threads(&JobOptions { ranks: 2, ..JobOptions::default() }, |rank| {
+        let options = ModelOptions::new(Isa::from_env()?);
+        let model = Model::load(folder, rank.comm().clone(), &options, &|_| ())?;
+        let eos_token_ids = eos_token_ids(folder, model.config())?;
+        let params = GenerateParams { eos_token_ids, ..GenerateParams::default() };
+        let mut cache = model.new_cache(prompt.len() + params.max_new_tokens);
+        let mut text = tokenizer.detokenizer();
+        let mut shown = Ok(());
+        generate(&model, &mut cache, &prompt, &params, &mut |progress| {
+            if let (true, Progress::Token(id)) = (rank.is_root(), progress) {
+                shown = text.push(id).map_err(Failure::from).and_then(|text| Ok(show(&text)?));
+            }
+            if shown.is_ok() { ControlFlow::Continue(()) } else { ControlFlow::Break(()) }
+        })?;
+        shown
+    })
+}
