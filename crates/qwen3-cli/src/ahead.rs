@@ -46,7 +46,7 @@ pub fn conversation(model: &Path, chat: &Conversation) -> Result<(), CliError> {
     Tokenizer::find(model)?;
     let text = ChatTemplate::open(model)?.render(chat)?;
     // A model that always thinks has a template that begins the thought itself.
-    if chat.enable_thinking == Some(false) && text.trim_end().ends_with("<think>") {
+    if chat.enable_thinking() == Some(false) && text.trim_end().ends_with("<think>") {
         let found = "the chat template begins a thought all the same";
         return Err(CliError::option(
             "--no-thinking",

@@ -5,9 +5,8 @@ use std::time::{SystemTime, UNIX_EPOCH};
 
 use clap::Args;
 use qwen3_model::{GenerationConfig, KvFormat, Model, SamplingParams, StopReason};
-use qwen3_text::{ChatTemplate, Conversation, Tokenizer};
+use qwen3_text::{ChatTemplate, Conversation, Json, Tokenizer};
 use ranks::{Failure, LaunchedProcess, Rank};
-use serde_json::{Value, json};
 
 use crate::ahead;
 use crate::answer::{Answer, AnswerOptions};
@@ -113,8 +112,8 @@ impl ChatArgs {
     }
 
     /// The message that is never forgotten, if there is one.
-    fn system(&self) -> Option<Value> {
-        self.system.as_ref().map(|system| json!({ "role": "system", "content": system }))
+    fn system(&self) -> Option<Json> {
+        self.system.as_ref().map(|system| Json::message("system", system))
     }
 
     fn enable_thinking(&self) -> Option<bool> {
@@ -141,7 +140,7 @@ struct Speaker {
     text: Tokenizer,
     template: ChatTemplate,
     enable_thinking: Option<bool>,
-    messages: Vec<Value>,
+    messages: Vec<Json>,
     /// Messages that are never forgotten: the system's.
     fixed: usize,
     /// Tokens of a prompt that leaves room for an answer.
@@ -183,7 +182,7 @@ impl Speaker {
         Ok(speaker)
     }
 
-    fn encode(&self, messages: Vec<Value>) -> Result<Vec<u32>, CliError> {
+    fn encode(&self, messages: Vec<Json>) -> Result<Vec<u32>, CliError> {
         let chat = Conversation::new(messages, self.enable_thinking);
         Ok(self.text.encode_rendered(&self.template.render(&chat)?)?)
     }
@@ -213,7 +212,7 @@ impl Speaker {
             if words.is_empty() {
                 continue;
             }
-            self.messages.push(json!({ "role": "user", "content": words }));
+            self.messages.push(Json::message("user", words));
             if let Some(tokens) = self.fitting()? {
                 return Ok(Some(tokens));
             }
@@ -271,7 +270,7 @@ impl Speaker {
             self.messages.pop();
             return Ok(());
         }
-        self.messages.push(json!({ "role": "assistant", "content": answer.text }));
+        self.messages.push(Json::message("assistant", &answer.text));
         Ok(())
     }
 }

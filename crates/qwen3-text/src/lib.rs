@@ -8,7 +8,8 @@
 
 // Modules in reading order; a module uses only those above it.
 mod error;
-mod python;
+mod file;
+mod json;
 mod conversation;
 mod template;
 mod tokenizer;
@@ -17,5 +18,6 @@ mod detokenizer;
 pub use conversation::Conversation;
 pub use detokenizer::Detokenizer;
 pub use error::TemplateError;
-pub use template::ChatTemplate;
+pub use json::{Json, JsonError};
+pub use template::{ChatTemplate, TemplateSource};
 pub use tokenizer::{Tokenizer, TokenizerError};
