@@ -2,8 +2,8 @@
 //! threads.
 
 use simd_kernels::{
-    ATTENTION_ROWS, AttentionInput, KV_SPAN, KvHead, MatMut, SoftmaxState, attention_materialized,
-    attention_streaming,
+    ATTENTION_ROWS, AttentionInput, KV_SPAN, KvFormat, KvHead, MatMut, SoftmaxState,
+    attention_materialized, attention_streaming,
 };
 use std::fmt;
 use std::ops::Range;
@@ -11,9 +11,9 @@ use std::str::FromStr;
 use tensor::{Activations, split_granular};
 
 use crate::context::Context;
+use crate::cost::Work;
 use crate::linear::{matrix, reshape, slice_mut};
 use crate::norm::SERIAL_TOKENS;
-use crate::profile::Work;
 
 /// How scores become outputs; both give the same answer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
@@ -87,6 +87,20 @@ impl AttentionShape {
     /// Factor of the scores.
     pub(crate) fn score_scale(&self) -> f32 {
         1.0 / (self.head_dim as f32).sqrt()
+    }
+
+    /// Bytes of the cached keys and values of a position.
+    pub fn position_bytes(&self, kv: KvFormat) -> usize {
+        2 * self.groups.len() * kv.bytes(self.head_dim)
+    }
+
+    /// Attention with `pairs` pairs of a token and a key that it sees, over `keys` cached keys: two
+    /// products for each pair and query head, and one reading of the keys and values.
+    pub fn work(&self, kv: KvFormat, pairs: usize, keys: usize) -> Work {
+        Work {
+            flops: 4.0 * (pairs * self.query_width()) as f64,
+            bytes: (keys * self.position_bytes(kv)) as f64,
+        }
     }
 
     /// Width of a row of the fused projection.
@@ -205,7 +219,7 @@ const TASKS: usize = 4;
 
 /// Rows of queries of a task, where a team of `threads` shares those of `heads` heads and some
 /// tokens.
-pub(crate) fn task_rows(tokens: usize, heads: usize, threads: usize) -> usize {
+fn task_rows(tokens: usize, heads: usize, threads: usize) -> usize {
     (tokens * heads / (TASKS * threads)).clamp(TASK_ROWS.start, TASK_ROWS.end)
 }
 
@@ -302,11 +316,11 @@ impl<'a> Attend<'a> {
         Self { algorithm: spec.algorithm, shape: spec.shape, queries, stride, visible, cache }
     }
 
-    /// Two products of each query with each key it sees; each cached key and value read once.
+    /// What the queries have to do.
     fn work(&self) -> Work {
-        let pairs: usize = self.visible.iter().sum();
-        let bytes: usize = self.cache.iter().map(KvHead::bytes).sum();
-        Work { flops: 4.0 * (pairs * self.shape.query_width()) as f64, bytes: bytes as f64 }
+        let (format, keys) =
+            self.cache.first().map_or((KvFormat::F32, 0), |head| (head.format(), head.len()));
+        self.shape.work(format, self.visible.iter().sum(), keys)
     }
 
     /// The softmax state of one KV head's query heads, rows ordered by token and then by head.

@@ -7,7 +7,6 @@ use crate::attention::{Attend, AttentionScratch, AttentionSpec, attend, norm_and
 use crate::context::Context;
 use crate::kv_cache::LayerCache;
 use crate::linear::{reshape, slice, slice_mut};
-use crate::profile::Work;
 
 /// Attention of the heads of this rank for tokens that follow all those in `cache`, whose keys and
 /// values join it. qkv [tokens, `qkv_width`] is normalized and rotated in place; out [tokens, heads
@@ -48,9 +47,7 @@ fn attend_one(
     reshape(out, 1, shape.query_width());
     let Some(first) = cache.heads().first() else { return };
     let seen = first.len() + 1;
-    let bytes =
-        seen * LayerCache::position_bytes(first.format(), shape.groups.len(), shape.head_dim);
-    let work = Work { flops: (4 * seen * shape.query_width()) as f64, bytes: bytes as f64 };
+    let work = shape.work(first.format(), seen, seen);
     let _operation = ctx.profile.operation("attention", work);
 
     let angles = [rotary.cos, rotary.sin].map(slice);

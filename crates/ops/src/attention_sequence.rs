@@ -16,7 +16,8 @@
 use std::ops::Range;
 use std::slice::from_ref;
 
-use comm::{CommError, CommunicatorExt, ReduceOp};
+use comm::{Collective, CommError, CommunicatorExt, ReduceOp};
+use simd_kernels::KvFormat;
 use tensor::Activations;
 
 use crate::attention::{
@@ -24,6 +25,7 @@ use crate::attention::{
 };
 use crate::attention_headwise::attention_headwise;
 use crate::context::Context;
+use crate::cost::{Call, Cost, F32, Group, Operand};
 use crate::kv_cache::LayerCache;
 use crate::kv_ring::KvRing;
 use crate::kv_wire::KvWire;
@@ -289,4 +291,81 @@ fn attend_past(
 fn columns(rows: &Activations, start: usize, width: usize) -> Vec<f32> {
     let stride = rows.ncols().max(1);
     slice(rows).chunks_exact(stride).flat_map(|row| &row[start..start + width]).copied().collect()
+}
+
+/// The tokens of a pass as attention on one of the ranks that split positions sees them.
+#[derive(Clone, Copy, Debug)]
+pub struct AttentionPass<'a> {
+    /// Where the tokens of the pass lie.
+    pub layout: &'a TokenLayout,
+    /// Ranks that split positions, and this rank among them.
+    pub ranks: usize,
+    /// This rank.
+    pub rank: usize,
+    /// Machines on which these ranks lie.
+    pub machines: usize,
+    /// Positions of earlier passes.
+    pub past: usize,
+    /// Format of the cache.
+    pub kv: KvFormat,
+}
+
+/// The cost of [`attention_sequence`], beside queries, keys and values of this rank's own tokens.
+/// Causal work is taken to be equal on all ranks.
+pub fn attention_cost(shape: &AttentionShape, pass: &AttentionPass<'_>) -> Cost {
+    use Collective::{Allgather, Allgatherv, Allreduce, Recv, ReduceScatter, Send};
+    let AttentionPass { layout, ranks, rank, machines, past, kv } = *pass;
+    let (heads, width) = (shape.heads(), shape.query_width());
+    let (tokens, own) = (layout.tokens(), layout.count(rank));
+    if heads == 0 {
+        return Cost::default();
+    }
+    let here = if layout.is_split() { tokens } else { tokens.div_ceil(ranks) };
+    let pairs = (tokens * past + tokens * (tokens + 1) / 2).div_ceil(ranks);
+    let work = shape.work(kv, pairs, past.div_ceil(ranks) + here);
+    let mut cost = Cost {
+        work: vec![(Operand::Cache(kv), work)],
+        scratch: F32 * own * width,
+        calls: Vec::new(),
+    };
+    if ranks == 1 {
+        return cost;
+    }
+    let mut call = |collective, elements| {
+        cost.calls.push(Call::new(Group::Positions, collective, elements));
+    };
+    let state = 2 * heads + width;
+    if !layout.is_split() {
+        call(Allgather, ranks * tokens * state);
+        cost.scratch += F32 * (ranks + 1) * tokens * state;
+        return cost;
+    }
+    let keys = KvWire::of(kv, machines).width(2 * shape.kv_width());
+    let round = layout.goes_round(machines);
+    if round {
+        // Every block but the next rank's leaves, every block but this rank's own arrives.
+        let block = |number: usize| keys * layout.count((rank + ranks - number) % ranks);
+        for number in 1..ranks {
+            call(Send, block(number - 1));
+            call(Recv, block(number));
+        }
+    } else {
+        call(Allgatherv, tokens * keys);
+    }
+    if past > 0 {
+        call(Allgatherv, tokens * width);
+        call(Allreduce, tokens * heads);
+        call(Allreduce, tokens * heads);
+        call(ReduceScatter, tokens * width);
+    }
+    cost.calls.iter_mut().for_each(|call| call.exact = call.collective == Allreduce);
+    // Keys and values on their way, as numbers, and as a cache holds them; states of own tokens;
+    // queries of all tokens and what they find in earlier passes.
+    let (come, block) = if round { (2 * own, own) } else { (tokens, tokens) };
+    let merged = if round || past > 0 { own * state } else { 0 };
+    let gathered = if past > 0 { 2 * tokens * state + 2 * own * width } else { 0 };
+    let numbers = if keys < 2 * shape.kv_width() { 2 * block * keys } else { 0 };
+    cost.scratch += block * shape.position_bytes(kv)
+        + F32 * ((own + come) * keys + numbers + merged + gathered);
+    cost
 }

@@ -29,11 +29,6 @@ impl LayerCache {
         }
     }
 
-    /// Bytes of a key and a value of each of `heads` KV heads of size `head_dim`.
-    pub fn position_bytes(format: KvFormat, heads: usize, head_dim: usize) -> usize {
-        2 * heads * format.bytes(head_dim)
-    }
-
     /// Makes room for `tokens` in all.
     pub fn reserve(&mut self, tokens: usize) {
         self.heads.iter_mut().for_each(|head| head.reserve(tokens));

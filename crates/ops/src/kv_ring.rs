@@ -8,8 +8,8 @@ use comm::{CommError, CommunicatorExt};
 
 use crate::background::Pending;
 use crate::context::Context;
+use crate::cost::Work;
 use crate::layout::TokenLayout;
-use crate::profile::Work;
 
 /// The keys and values of one rank's tokens as they travel, [tokens, width].
 type Block = Arc<Vec<f32>>;

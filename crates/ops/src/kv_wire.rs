@@ -3,7 +3,7 @@
 
 use std::borrow::Cow;
 
-use simd_kernels::{KvFormat, pack_halves, unpack_halves};
+use simd_kernels::{KvFormat, KvHead, pack_halves, unpack_halves};
 
 use crate::context::Context;
 use crate::kv_cache::LayerCache;
@@ -18,8 +18,13 @@ pub(crate) struct KvWire {
 impl KvWire {
     /// For what is going to be kept in `cache`.
     pub fn new(ctx: &Context, cache: &LayerCache) -> Self {
-        let half = cache.heads().first().is_some_and(|head| head.format() == KvFormat::F16);
-        Self { halves: half && ctx.positions.machines() > 1 }
+        let format = cache.heads().first().map_or(KvFormat::F32, KvHead::format);
+        Self::of(format, ctx.positions.machines())
+    }
+
+    /// For a cache of this format, with ranks on so many machines.
+    pub fn of(format: KvFormat, machines: usize) -> Self {
+        Self { halves: format == KvFormat::F16 && machines > 1 }
     }
 
     /// Places of f32 that the keys and values of a token take, `numbers` in all: as many of the one

@@ -8,6 +8,7 @@
 
 // What every operation is given: the ranks, the threads, and what notes their time.
 mod background;
+mod cost;
 mod profile;
 mod team;
 mod context;
@@ -36,28 +37,29 @@ mod mlp;
 // The head.
 mod lm_head;
 
-// What operations keep in memory, and what the machine allows.
-mod memory;
+// What the machine allows.
 mod limits;
 
 pub use attention::{
     AttentionAlgorithm, AttentionScratch, AttentionShape, AttentionSpec, QkNorm, Rotary,
 };
 pub use attention_headwise::attention_headwise;
-pub use attention_sequence::{SequenceSpan, SequenceSpec, attention_sequence};
+pub use attention_sequence::{
+    AttentionPass, SequenceSpan, SequenceSpec, attention_cost, attention_sequence,
+};
 pub use background::{Background, Pending};
 pub use context::Context;
+pub use cost::{Call, Cost, Group, Operand, Work};
 pub use embedding::Embedding;
 pub use kv_cache::LayerCache;
 pub use layout::TokenLayout;
 pub use limits::LimitsProbe;
-pub use linear::{Linear, gather_columns, reshape};
-pub use lm_head::{LogitRows, lm_head, wanted_rows};
-pub use memory::{AttentionMemory, Bytes, ExpertsMemory, InputMemory, MlpMemory};
-pub use mlp::{Expert, Mlp, MlpScratch, mlp};
+pub use linear::{Linear, MatrixShape, gather_columns, reshape};
+pub use lm_head::{LogitRows, lm_head, wanted_rows, wanted_rows_cost};
+pub use mlp::{Expert, Mlp, MlpScratch, MlpShape, mlp};
 pub use norm::{prepare, rms_norm};
-pub use profile::{Operation, Profile, Span, Work};
-pub use residual::{Residual, linear_mpi};
+pub use profile::{Operation, Profile, Span};
+pub use residual::{Residual, linear_mpi, linear_mpi_cost};
 pub use routing::Router;
 pub use schedule::{ExpertSplit, MlpSchedule};
 pub use simd_kernels::{Input, Isa, IsaError, KvFormat, Store, argmax, exp};

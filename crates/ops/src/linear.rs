@@ -5,10 +5,45 @@ use simd_kernels::{Input, InputKind, Isa, MatMut, PanelData, Panels, Store, matm
 use tensor::{Activations, CheckpointError, Matrix, PackedData, PackedMatrix, WeightFormat};
 
 use crate::context::Context;
-use crate::profile::Work;
+use crate::cost::{Cost, F32, Operand, Work};
 
 // The layout of a panel is a contract between two crates that do not know each other.
 const _: () = assert!(tensor::PANEL == simd_kernels::PANEL && tensor::GROUP == simd_kernels::GROUP);
+
+/// The shape of a linear layer's weights, [rows, cols], as one rank holds them.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct MatrixShape {
+    /// Format in memory.
+    pub format: WeightFormat,
+    /// Output features.
+    pub rows: usize,
+    /// Input features.
+    pub cols: usize,
+}
+
+impl MatrixShape {
+    /// Bytes that the packed weights occupy.
+    pub fn bytes(self) -> usize {
+        self.format.packed_bytes(self.rows, self.cols)
+    }
+
+    /// A product with `tokens` tokens: a multiply-add for each weight and token, and one reading of
+    /// the weights.
+    pub fn work(self, tokens: usize) -> Work {
+        let flops = 2.0 * (self.rows * self.cols * tokens) as f64;
+        Work { flops, bytes: if tokens > 0 { self.bytes() as f64 } else { 0.0 } }
+    }
+
+    /// The cost of preparing `tokens` tokens and of the product with them. A prepared number takes
+    /// at most four bytes.
+    pub fn cost(self, tokens: usize) -> Cost {
+        Cost {
+            work: vec![(Operand::Weights(self.format), self.work(tokens))],
+            scratch: F32 * tokens * (self.rows + self.cols),
+            calls: Vec::new(),
+        }
+    }
+}
 
 /// The weights of a linear layer, [out, in], or the rows or columns of them that this rank owns.
 pub struct Linear {
@@ -72,12 +107,9 @@ impl Linear {
         self.weights.bytes()
     }
 
-    /// What a product with `tokens` tokens has to do.
-    pub fn work(&self, tokens: usize) -> Work {
-        Work {
-            flops: 2.0 * (self.rows() * self.cols() * tokens) as f64,
-            bytes: self.bytes() as f64,
-        }
+    /// The shape of this share.
+    pub fn shape(&self) -> MatrixShape {
+        MatrixShape { format: self.format(), rows: self.rows(), cols: self.cols() }
     }
 
     /// The preparation that `tokens` tokens of input need.

@@ -1,10 +1,11 @@
 //! The output head: this rank's rows of the vocabulary.
 
-use comm::{CommError, CommunicatorExt};
+use comm::{Collective, CommError, CommunicatorExt};
 use simd_kernels::{Input, Store};
 use tensor::Activations;
 
 use crate::context::Context;
+use crate::cost::{Call, Cost, F32, Group};
 use crate::layout::TokenLayout;
 use crate::linear::{Linear, reshape, slice, slice_mut};
 use crate::norm::prepare;
@@ -69,12 +70,28 @@ pub fn wanted_rows(
     Ok(())
 }
 
+/// The cost of [`wanted_rows`] for tokens `hidden` wide.
+pub fn wanted_rows_cost(layout: &TokenLayout, wanted: LogitRows, hidden: usize) -> Cost {
+    let (rows, collective) = match wanted {
+        LogitRows::None => return Cost::default(),
+        LogitRows::Last => (1, Collective::Broadcast),
+        LogitRows::All => (layout.tokens(), Collective::Allgatherv),
+    };
+    let elements = rows * hidden;
+    let call = Call::new(Group::Positions, collective, elements);
+    Cost {
+        scratch: F32 * elements,
+        calls: if layout.is_split() { vec![call] } else { Vec::new() },
+        ..Cost::default()
+    }
+}
+
 /// Logits of normalized tokens `x` [tokens, hidden] for this rank's rows of the vocabulary:
 /// [tokens, own rows].
 pub fn lm_head(ctx: &Context, head: &Linear, x: &Activations, input: &mut Input) -> Activations {
     let mut logits = Activations::zeros((x.nrows(), head.rows()));
     if x.nrows() > 0 {
-        let _operation = ctx.profile.operation("lm_head", head.work(x.nrows()));
+        let _operation = ctx.profile.operation("lm_head", head.shape().work(x.nrows()));
         prepare(ctx, head, x, input);
         head.apply(ctx, input, &mut logits, Store::Set);
     }

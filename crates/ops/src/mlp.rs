@@ -2,16 +2,16 @@
 
 use std::ops::Range;
 
-use comm::{CommError, CommunicatorExt};
+use comm::{Collective, CommError, CommunicatorExt};
 use simd_kernels::{Input, MatMut, Store, matmul, matmul_swiglu};
 use tensor::Activations;
 
 use crate::context::Context;
+use crate::cost::{Call, Cost, F32, Group, Operand, Work};
 use crate::layout::TokenLayout;
-use crate::linear::{Linear, gather_columns, matrix, reshape, slice, slice_mut};
+use crate::linear::{Linear, MatrixShape, gather_columns, matrix, reshape, slice, slice_mut};
 use crate::norm::prepare;
-use crate::profile::Work;
-use crate::residual::Residual;
+use crate::residual::{Residual, sums_cost};
 use crate::routing::{Router, Routing, route};
 use crate::schedule::MlpSchedule;
 use crate::team::{FEW_TOKENS, PIECES, cut_columns};
@@ -269,12 +269,9 @@ impl Mlp {
         weights: impl Fn(&Expert) -> [&Linear; N],
     ) -> Work {
         let visited = routing.groups.iter().flat_map(|(expert, rows)| {
-            weights(&self.experts[*expert]).map(|linear| linear.work(rows.len()))
+            weights(&self.experts[*expert]).map(|linear| linear.shape().work(rows.len()))
         });
-        visited.fold(Work::default(), |sum, one| Work {
-            flops: sum.flops + one.flops,
-            bytes: sum.bytes + one.bytes,
-        })
+        visited.sum()
     }
 
     /// Calls `job(expert, panels, input, out)` for each visited expert and each thread's panels of
@@ -345,5 +342,108 @@ impl Mlp {
                 }
             }
         });
+    }
+}
+
+/// The shape of one rank's share of a feed-forward block.
+#[derive(Clone, Debug, PartialEq)]
+pub struct MlpShape {
+    /// What is exchanged.
+    pub schedule: MlpSchedule,
+    /// The ranks that split the block.
+    pub group: Group,
+    /// How many they are.
+    pub ranks: usize,
+    /// Width of the residual stream.
+    pub hidden: usize,
+    /// Columns of the block, or of each expert, on all ranks together.
+    pub columns: usize,
+    /// Whether each rank owns equally many of the columns, and under `Gathered` of the result's.
+    pub even: [bool; 2],
+    /// Gate, up and down of this rank's experts: runs of experts of equal format and their number.
+    pub experts: Vec<(usize, [MatrixShape; 3])>,
+    /// The router and the experts that each token visits.
+    pub router: Option<(MatrixShape, usize)>,
+}
+
+impl MlpShape {
+    /// Bytes of this rank's weights.
+    pub fn bytes(&self) -> usize {
+        let expert = |(count, matrices): &(usize, [MatrixShape; 3])| {
+            count * matrices.iter().map(|matrix| matrix.bytes()).sum::<usize>()
+        };
+        self.experts.iter().map(expert).sum::<usize>()
+            + self.router.map_or(0, |(router, _)| router.bytes())
+    }
+
+    /// Experts of this rank that `tokens` tokens visit and the rows of each of them. Expected
+    /// values where all choices are equally likely; with whole experts on ranks those of a full
+    /// rank, one standard deviation above the mean.
+    fn visits(&self, tokens: usize) -> (f64, f64) {
+        let here: usize = self.experts.iter().map(|(count, _)| count).sum();
+        let Some((router, visits)) = self.router else { return (here as f64, tokens as f64) };
+        let (all, here) = (router.rows as f64, here as f64);
+        let visited = all * (1.0 - (1.0 - visits as f64 / all).powf(tokens as f64));
+        let share = here / all;
+        let most = visited * share + (visited * share * (1.0 - share)).sqrt();
+        (most.min(here), (tokens * visits) as f64 / visited.max(1.0))
+    }
+
+    /// The cost of [`mlp`] for `parts` of this rank's tokens, each part a pass of its own.
+    pub fn cost(&self, layout: &TokenLayout, parts: &[usize]) -> Cost {
+        let Self { schedule, group, ranks, hidden, columns, even, .. } = *self;
+        let own = parts.iter().sum();
+        let gathers =
+            layout.is_split() && schedule != MlpSchedule::Local && group == Group::Positions;
+        let tokens = if gathers { layout.tokens() } else { own };
+        let mut cost = self.router.map_or(Cost::default(), |(router, _)| router.cost(tokens));
+
+        let (visited, rows) = self.visits(tokens);
+        let here = self.experts.iter().map(|(count, _)| count).sum::<usize>() as f64;
+        for (count, matrices) in &self.experts {
+            let visited = visited / here * *count as f64;
+            for matrix in matrices {
+                let Work { flops, bytes } = matrix.work(1);
+                let work = Work { flops: flops * rows, bytes } * visited;
+                cost.work.push((Operand::Weights(matrix.format), work));
+            }
+        }
+
+        let mut call =
+            |collective, elements| cost.calls.push(Call::new(group, collective, elements));
+        let gather = |even| if even { Collective::Allgather } else { Collective::Allgatherv };
+        if gathers {
+            call(Collective::Allgatherv, tokens * hidden);
+        }
+        // A row for each visit to an expert until the experts' results are combined.
+        let inner = tokens * columns * self.router.map_or(1, |(_, visits)| visits);
+        let reduces = ranks > 1 && schedule != MlpSchedule::Local;
+        match schedule {
+            MlpSchedule::Fused | MlpSchedule::Local => {}
+            MlpSchedule::Naive => (0..2).for_each(|_| call(Collective::Allgatherv, inner)),
+            MlpSchedule::Gathered => (0..3).for_each(|_| call(gather(even[0]), inner)),
+        }
+        match schedule {
+            _ if !reduces => {}
+            MlpSchedule::Gathered => call(gather(even[1]), tokens * hidden),
+            _ if gathers => call(Collective::ReduceScatter, tokens * hidden),
+            _ => cost = cost + sums_cost(group, parts, hidden),
+        }
+        // Inputs and activation of this rank's rows, in a mixture their results; what is gathered.
+        let rows = (visited * rows).ceil() as usize;
+        let [gate, _, down] = self
+            .experts
+            .first()
+            .map_or([(0, 0); 3], |(_, matrices)| matrices.map(|matrix| (matrix.rows, matrix.cols)));
+        let results = if self.router.is_some() { 2 * hidden } else { 0 };
+        let whole = if matches!(schedule, MlpSchedule::Naive | MlpSchedule::Gathered) {
+            4 * inner + tokens * hidden
+        } else {
+            0
+        };
+        let gathered = if gathers { (2 * tokens + own) * hidden } else { 0 };
+        cost.scratch +=
+            F32 * (tokens * hidden + rows * (gate.0 + down.1 + results) + whole + gathered);
+        cost
     }
 }

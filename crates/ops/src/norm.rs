@@ -4,8 +4,8 @@ use simd_kernels::Input;
 use tensor::Activations;
 
 use crate::context::Context;
+use crate::cost::Work;
 use crate::linear::{Linear, reshape, slice, slice_mut};
-use crate::profile::Work;
 
 /// Tokens below which waking the team costs more than it saves.
 pub(crate) const SERIAL_TOKENS: usize = 8;

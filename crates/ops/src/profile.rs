@@ -4,14 +4,7 @@ use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-/// The least that an operation has to do: what its time is measured against.
-#[derive(Clone, Copy, Debug, Default, PartialEq)]
-pub struct Work {
-    /// Floating-point (or integer) operations, a multiply-add counted as two.
-    pub flops: f64,
-    /// Bytes of weights and cache read.
-    pub bytes: f64,
-}
+use crate::cost::Work;
 
 /// A stretch of time.
 #[derive(Clone, Copy, Debug)]

@@ -3,14 +3,14 @@
 
 use std::sync::Arc;
 
-use comm::{CommError, Communicator};
+use comm::{Collective, CommError, Communicator};
 use simd_kernels::{Input, Store};
 use tensor::Activations;
 
 use crate::background::Pending;
 use crate::context::Context;
-use crate::linear::{Linear, reshape, slice, slice_mut};
-use crate::profile::Work;
+use crate::cost::{Call, Cost, F32, Group, Work};
+use crate::linear::{Linear, MatrixShape, reshape, slice, slice_mut};
 
 /// The residual stream of some tokens, [tokens, hidden].
 #[derive(Default)]
@@ -103,4 +103,23 @@ pub fn linear_mpi(
     reshape(partial, tokens, width);
     weights.apply(ctx, x, partial, Store::Set);
     residual.add_sum(ctx, &ctx.heads, partial)
+}
+
+/// The cost of [`linear_mpi`] with this rank's share of the weights on `ranks` ranks, for parts of
+/// so many tokens, each part a call of its own.
+pub fn linear_mpi_cost(weights: MatrixShape, ranks: usize, parts: &[usize]) -> Cost {
+    let cost = weights.cost(parts.iter().sum());
+    if ranks == 1 { cost } else { cost + sums_cost(Group::Heads, parts, weights.rows) }
+}
+
+/// The cost of [`Residual::add_sum`] once for each part of so many tokens, `width` elements each.
+pub(crate) fn sums_cost(group: Group, parts: &[usize], width: usize) -> Cost {
+    let call = |tokens: &usize| Call::new(group, Collective::Allreduce, tokens * width);
+    // A sum in the background lends the next one its memory.
+    let buffers = if parts.len() > 1 { 2 } else { 1 };
+    Cost {
+        scratch: buffers * F32 * width * parts.iter().sum::<usize>(),
+        calls: parts.iter().map(call).collect(),
+        ..Cost::default()
+    }
 }

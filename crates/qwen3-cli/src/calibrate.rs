@@ -3,13 +3,15 @@
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::Duration;
 
 use clap::Args;
-use qwen3_model::comm::Communicator;
-use qwen3_model::{
-    AttentionRate, Effort, Groups, HiddenSums, LinkFigures, Machine, Placement, Rate, measure_link,
-    measure_speeds,
+use planner::{
+    Effort, LinkFigures, Machine, Rate, measure_attention, measure_link, measure_products,
 };
+use qwen3_model::comm::{CommError, Communicator, CommunicatorExt, SoloComm};
+use qwen3_model::ops::Context;
+use qwen3_model::{KvFormat, Placement, WeightFormat};
 use ranks::{Failure, Neighbours, Rank, RankError};
 use serde_json::json;
 
@@ -37,12 +39,43 @@ pub struct CalibrateArgs {
     #[arg(long)]
     quick: bool,
 
+    /// Save the figures even if other programs use the processor meanwhile
+    #[arg(long)]
+    force: bool,
+
     /// Print one JSON object: {"file","machine"}
     #[arg(long)]
     json: bool,
 
     #[command(flatten)]
     pub launch: LaunchOptions,
+}
+
+/// The share of the processor that other programs may use during a measurement.
+const BUSY: f64 = 0.15;
+/// How long the ranks sleep to see what other programs do.
+const LOOK: Duration = Duration::from_millis(300);
+
+/// The share of the processor that other programs use while all ranks sleep, on the busiest
+/// machine; 0 where the system does not tell.
+fn busy_share(comm: &dyn Communicator) -> Result<f64, CommError> {
+    comm.barrier()?;
+    let before = ticks();
+    std::thread::sleep(LOOK);
+    let share = before.zip(ticks()).map_or(0.0, |((work, all), (work_now, all_now))| {
+        (work_now - work) / (all_now - all).max(1.0)
+    });
+    Ok(comm.all_gather_one(share)?.into_iter().fold(0.0, f64::max))
+}
+
+/// Clock ticks of all cores so far: those at work, and all.
+fn ticks() -> Option<(f64, f64)> {
+    let text = std::fs::read_to_string("/proc/stat").ok()?;
+    let fields = text.lines().next()?.strip_prefix("cpu ")?.split_whitespace();
+    // user, nice, system, idle, iowait, irq, softirq, steal; guests are part of the first two.
+    let fields: Vec<f64> = fields.take(8).map_while(|field| field.parse().ok()).collect();
+    let all: f64 = fields.iter().sum();
+    Some((all - fields.get(3)? - fields.get(4)?, all))
 }
 
 impl CalibrateArgs {
@@ -55,26 +88,36 @@ impl CalibrateArgs {
         let neighbours = Neighbours::find(rank)?;
         let threads = neighbours.threads(rank, self.threads.map(usize::from));
         let placement = Placement::for_rank(neighbours.index, neighbours.count, threads);
+        let busy = busy_share(&**comm)?;
         // The machines of the runs that look the figures up: real ones, emulated ones, or those of
         // COMM_NODES.
         let here: Arc<dyn Communicator> = comm.split(comm.machine(), comm.rank())?.into();
         let inside = measure_link(&*here)?;
-        let leaders: Arc<dyn Communicator> =
-            comm.split(usize::from(here.rank() > 0), comm.rank())?.into();
+        let leaders = comm.split(usize::from(here.rank() > 0), comm.rank())?;
         let between = if here.rank() == 0 { measure_link(&*leaders)? } else { None };
         let effort = if self.quick { Effort::Quick } else { Effort::Thorough };
-        let groups = Groups { all: Arc::clone(comm), here, inside, leaders, between };
-        let speeds = measure_speeds(&groups, isa, threads, placement, effort)?;
-        rank.agree(Ok::<(), CliError>(()))?;
+        // A rank's operations run alone, but all ranks are at work at the same time.
+        let ctx = Context::new(isa, Arc::new(SoloComm::new()), 1, threads, placement)?;
+        let (all, share) = (&**comm, here.size());
+        let rates = [
+            WeightFormat::Bf16,
+            WeightFormat::F32,
+            WeightFormat::F16,
+            WeightFormat::Q8,
+            WeightFormat::Q4,
+        ];
+        let rates = rates.map(|format| measure_products(all, &ctx, share, format, effort));
+        let attention = [KvFormat::F16, KvFormat::F32, KvFormat::Q8];
+        let attention = attention.map(|format| measure_attention(all, &ctx, share, format, effort));
+        let busy = busy.max(busy_share(all)?);
         let typical = Machine::typical(comm.size(), comm.machines(), threads);
         let machine = Machine {
             transport: comm.transport().to_owned(),
             processor: processor(),
             inside: inside.map_or(typical.inside, LinkFigures::from),
             between: between.or(inside).map_or(typical.between, LinkFigures::from),
-            hidden: speeds.hidden.unwrap_or(typical.hidden),
-            rates: speeds.rates,
-            attention: speeds.attention,
+            rates: rates.into_iter().collect::<Result<_, _>>()?,
+            attention: attention.into_iter().collect::<Result<_, _>>()?,
             ..typical
         };
         rank.agree_after(|| {
@@ -82,6 +125,13 @@ impl CalibrateArgs {
             // The figures are printed first, whether or not the file can be written, and the file
             // is written whether or not the figures can be printed.
             let printed = self.print(rank, &path, &machine);
+            if busy > BUSY && !self.force {
+                eprintln!(
+                    "warning: other programs use {:.0} % of the processor: the figures are noise, nothing was saved (--force saves them)",
+                    busy * 100.0
+                );
+                return Ok(printed?);
+            }
             calibration.save(&path, machine)?;
             printed?;
             if !self.json {
@@ -114,7 +164,7 @@ impl CalibrateArgs {
                 json!({ "file": path.display().to_string(), "machine": machine })
             ));
         }
-        let Machine { transport, ranks, nodes, threads, inside, between, hidden, .. } = machine;
+        let Machine { transport, ranks, nodes, threads, inside, between, .. } = machine;
         let mut text = format!(
             "{} ({transport}), {} each\n",
             place(*ranks, *nodes),
@@ -128,21 +178,13 @@ impl CalibrateArgs {
         }
         if *nodes > 1 {
             text += &link("between", between);
-            let HiddenSums { link, taken } = hidden;
-            text += &format!(
-                "behind work  {:.2} µs, {:.2} GB/s; takes {:.2} µs, {:.2} GB/s of it\n",
-                link.alpha_us, link.beta_gb_s, taken.alpha_us, taken.beta_gb_s
-            );
         }
-        for Rate { format, start_us, read_gb_s, few_gb_s, gflops } in &machine.rates {
-            text += &format!(
-                "weights {format:<5}{start_us:.1} µs, {read_gb_s:.1} GB/s one token, {few_gb_s:.1} GB/s eight, {gflops:.0} GFLOP/s many\n"
-            );
-        }
-        for AttentionRate { format, start_us, read_gb_s, gflops } in &machine.attention {
-            text += &format!(
-                "cache   {format:<5}{start_us:.1} µs, {read_gb_s:.1} GB/s one token, {gflops:.0} GFLOP/s many\n"
-            );
+        for (what, rates) in [("weights", &machine.rates), ("cache", &machine.attention)] {
+            for Rate { format, start_us, read_gb_s, gflops } in rates {
+                text += &format!(
+                    "{what:<8}{format:<5}{start_us:.1} µs, {read_gb_s:.1} GB/s one token, {gflops:.0} GFLOP/s many\n"
+                );
+            }
         }
         rank.print(&text)
     }

@@ -3,9 +3,10 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use qwen3_model::{LinkFigures, Machine};
+use planner::{LinkFigures, Machine};
 use ranks::one_line;
 use serde::{Deserialize, Serialize};
+use serde_json::Value;
 
 use crate::failure::CliError;
 use crate::output_file::part_of;
@@ -14,7 +15,30 @@ use crate::output_file::part_of;
 #[derive(Clone, Debug, Default, Serialize, Deserialize)]
 pub struct Calibration {
     /// One for each processor, transport and number of ranks, machines and threads.
-    pub machines: Vec<Machine>,
+    machines: Vec<Entry>,
+}
+
+/// A measurement as it was written; fields of other versions are kept.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(try_from = "Value", into = "Value")]
+struct Entry {
+    written: Value,
+    machine: Machine,
+}
+
+impl TryFrom<Value> for Entry {
+    type Error = serde_json::Error;
+
+    fn try_from(written: Value) -> Result<Self, Self::Error> {
+        let machine = Machine::deserialize(&written)?;
+        Ok(Self { written, machine })
+    }
+}
+
+impl From<Entry> for Value {
+    fn from(entry: Entry) -> Self {
+        entry.written
+    }
 }
 
 /// `qwen3/calibration.json` in `$XDG_CONFIG_HOME` or `~/.config`; nothing where there is no home
@@ -37,10 +61,15 @@ impl Calibration {
             )
         };
         let found: Self = serde_json::from_str(&text).map_err(|error| broken(error.to_string()))?;
-        match found.machines.iter().find_map(Machine::flaw) {
+        let flaw = found.machines().find_map(Machine::flaw);
+        match flaw {
             None => Ok(found),
             Some(flaw) => Err(broken(format!("{flaw}, which no measurement gives"))),
         }
+    }
+
+    fn machines(&self) -> impl Iterator<Item = &Machine> {
+        self.machines.iter().map(|entry| &entry.machine)
     }
 
     /// What it has measurements of.
@@ -53,7 +82,7 @@ impl Calibration {
                 m.transport
             )
         };
-        let all: Vec<_> = self.machines.iter().map(each).collect();
+        let all: Vec<_> = self.machines().map(each).collect();
         if all.is_empty() { "nothing".to_owned() } else { all.join("; ") }
     }
 
@@ -72,8 +101,9 @@ impl Calibration {
     fn insert(&mut self, machine: Machine) {
         let key =
             |m: &Machine| (m.processor.clone(), m.transport.clone(), m.ranks, m.nodes, m.threads);
-        self.machines.retain(|other| key(other) != key(&machine));
-        self.machines.push(machine);
+        self.machines.retain(|other| key(&other.machine) != key(&machine));
+        let written = serde_json::to_value(&machine).expect("keys are strings");
+        self.machines.push(Entry { written, machine });
     }
 
     /// Writes the file as a whole: a reader sees the old one or the new one.
@@ -92,17 +122,20 @@ impl Calibration {
         write().map_err(|source| CliError::file(path, source))
     }
 
-    /// The measurement for these ranks, with the layout's own link; of several one on this
-    /// processor, then the one with its transport. Where the link between machines is given, a
-    /// measurement on one machine will do.
+    /// The measurement for these ranks and their transport, with the layout's own link; of several
+    /// the one on this processor. With a given link between machines, a measurement on one machine
+    /// is enough.
     pub fn machine(&self, layout: &Layout<'_>) -> Option<Machine> {
         let Layout { transport, ranks, nodes, threads, link } = *layout;
-        let fits =
-            |m: &&Machine| m.ranks == ranks && threads.is_none_or(|threads| m.threads == threads);
+        let fits = |m: &&Machine| {
+            m.ranks == ranks
+                && threads.is_none_or(|threads| m.threads == threads)
+                && transport.is_none_or(|transport| m.transport == transport)
+        };
         let here = processor();
         let on = |nodes| {
-            let fits = self.machines.iter().filter(fits).filter(|m| m.nodes == nodes);
-            fits.max_by_key(|m| (m.processor == here, transport == Some(&*m.transport)))
+            let fits = self.machines().filter(fits).filter(|m| m.nodes == nodes);
+            fits.max_by_key(|m| m.processor == here)
         };
         // Emulated machines share one: what was measured on it, all ranks at work, is nearest.
         let found = if link.is_some() { on(1).or_else(|| on(nodes)) } else { on(nodes) };
@@ -178,7 +211,7 @@ pub fn place(ranks: usize, nodes: usize) -> String {
 /// What a measurement is wanted for.
 #[derive(Clone, Copy, Debug)]
 pub struct Layout<'a> {
-    /// What carries the data, where it matters.
+    /// What carries the data; any if not given.
     pub transport: Option<&'a str>,
     /// Ranks, and the machines on which they lie.
     pub ranks: usize,
@@ -196,7 +229,6 @@ impl Layout<'_> {
         machine.nodes = self.nodes;
         if let Some(link) = self.link {
             machine.between = link;
-            machine.hidden.link = link;
             if self.nodes == 1 {
                 machine.inside = link;
             }
@@ -227,6 +259,30 @@ mod tests {
             assert!(error.starts_with(&expected), "{error}");
             assert_eq!(fs::read_to_string(&path).unwrap(), old, "the file was touched for {bad}");
         }
-        assert_eq!(Calibration::read(&path).unwrap().machines, [machine]);
+        assert!(Calibration::read(&path).unwrap().machines().eq([&machine]));
+    }
+
+    #[test]
+    fn figures_of_thread_ranks_are_not_those_of_mpi_ranks() {
+        let mut calibration = Calibration::default();
+        let machine = |transport: &str| Machine {
+            transport: transport.to_owned(),
+            ..Machine::typical(2, 1, 1)
+        };
+        let link = Some(LinkFigures { alpha_us: 1.0, beta_gb_s: 1.0 });
+        let base =
+            Layout { transport: Some("mpi"), ranks: 2, nodes: 1, threads: Some(1), link: None };
+        let layouts = [base, Layout { nodes: 2, link, ..base }];
+        calibration.insert(machine("threads"));
+        for layout in layouts {
+            assert_eq!(calibration.machine(&layout), None);
+            let any = Layout { transport: None, ..layout };
+            assert_eq!(calibration.machine(&any).map(|m| m.transport).as_deref(), Some("threads"));
+        }
+        calibration.insert(machine("mpi"));
+        for layout in layouts {
+            let found = calibration.machine(&layout).map(|machine| machine.transport);
+            assert_eq!(found.as_deref(), Some("mpi"));
+        }
     }
 }

@@ -1,13 +1,15 @@
 //! `qwen3 plan`: what each way to split a model over ranks costs, and the choice of `--strategy
 //! auto`.
 
+use std::fs;
 use std::path::{Path, PathBuf};
 
-use clap::Args;
+use clap::{ArgGroup, Args};
+use planner::{LinkFigures, Machine, PassCost, Plan, PlanInput, Prediction, Rate, Share, plan};
 use qwen3_model::comm::WireFormat;
 use qwen3_model::{
-    Config, ExpertSplit, KvFormat, LinkFigures, Machine, MlpSchedule, ModelError, ParallelStrategy,
-    Plan, PlanInput, Prediction, Share, WeightFormat, WeightFormats, open_weights, plan,
+    Config, ExpertSplit, KvFormat, MlpSchedule, ModelError, ParallelStrategy, Preset, WeightFormat,
+    WeightFormats, open_weights,
 };
 use ranks::{Failure, Rank};
 use serde_json::{Value, json};
@@ -17,13 +19,18 @@ use crate::failure::CliError;
 use crate::memory::available;
 use crate::options::{Auto, EngineOptions, above_zero, choice, from_zero, positive};
 
-/// Predict memory, traffic and speed of each way to split a model over ranks, from its headers
-/// alone
+/// Predict memory, traffic and speed of each way to split a model over ranks, without loading it
 #[derive(Args, Clone, Debug)]
+#[command(group(ArgGroup::new("source").required(true).args(["model", "preset"])))]
 pub struct PlanArgs {
-    /// Folder of the checkpoint: config.json and the headers of *.safetensors are read
-    #[arg(long, value_name = "DIR")]
-    model: PathBuf,
+    /// Folder of a checkpoint, of which config.json and the headers of *.safetensors are read, or a
+    /// config.json alone
+    #[arg(long, value_name = "PATH")]
+    model: Option<PathBuf>,
+
+    /// A published model instead of files
+    #[arg(long, value_name = "NAME", value_parser = choice::<Preset>(&["0.6b", "1.7b", "4b", "8b", "14b", "32b", "30b-a3b", "tiny", "tiny-moe"]))]
+    preset: Option<Preset>,
 
     /// Ranks that would share the model
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=1024))]
@@ -54,7 +61,8 @@ pub struct PlanArgs {
     #[arg(long, value_name = "N", default_value_t = 256)]
     generate: usize,
 
-    /// Format of the weights in memory; auto keeps what the checkpoint stores
+    /// Format of the weights in memory; auto keeps what the checkpoint stores, or without one takes
+    /// the config's dtype (bf16 if it has none)
     #[arg(long, default_value = "auto", value_parser = choice::<Auto<WeightFormat>>(&["auto", "f32", "bf16", "f16", "q8", "q4"]))]
     weights: Auto<WeightFormat>,
 
@@ -83,6 +91,7 @@ pub struct PlanArgs {
     json: bool,
 }
 
+/// The config and the formats of a checkpoint's weights.
 fn headers(
     dir: &Path,
     weights: Option<WeightFormat>,
@@ -94,6 +103,38 @@ fn headers(
 }
 
 impl PlanArgs {
+    /// The model's name, its config, and the formats of its weights.
+    fn source(&self) -> Result<(String, Config, WeightFormats), CliError> {
+        let (name, value) = match (&self.preset, &self.model) {
+            (Some(preset), _) => (preset.name().to_owned(), preset.config(None)),
+            (None, Some(path)) if path.is_file() => {
+                let text = fs::read(path).map_err(|source| CliError::file(path, source))?;
+                let value = serde_json::from_slice(&text).map_err(|error| {
+                    CliError::option(
+                        "--model",
+                        format!("{}: {error}", path.display()),
+                        "a config.json",
+                    )
+                })?;
+                (path.display().to_string(), value)
+            }
+            (None, path) => {
+                let dir = path.as_deref().unwrap_or(Path::new("."));
+                let (config, formats) = headers(dir, self.weights.0)?;
+                return Ok((dir.display().to_string(), config, formats));
+            }
+        };
+        let config = Config::from_json(Path::new(&name), &value).map_err(ModelError::from)?;
+        let dtype = ["dtype", "torch_dtype"].iter().find_map(|field| value[field].as_str());
+        let stored = match dtype {
+            Some("float32") => WeightFormat::F32,
+            Some("float16") => WeightFormat::F16,
+            _ => WeightFormat::Bf16,
+        };
+        let formats = WeightFormats::uniform(&config, self.weights.0.unwrap_or(stored), stored);
+        Ok((name, config, formats))
+    }
+
     /// Runs the command on rank 0.
     pub fn run(&self, rank: &Rank) -> Result<(), CliError> {
         let (ranks, nodes) = (usize::from(self.ranks), usize::from(self.nodes));
@@ -104,7 +145,7 @@ impl PlanArgs {
                 format!("at most {ranks}, the number of ranks"),
             ));
         }
-        let (config, weights) = headers(&self.model, self.weights.0)?;
+        let (name, config, weights) = self.source()?;
         let context = config.context_length();
         if self.prompt.saturating_add(self.generate) > context {
             let found = format!(
@@ -128,7 +169,7 @@ impl PlanArgs {
             ..PlanInput::new(&config, &weights, &machine)
         });
         Ok(rank.print(&if self.json {
-            self.object(&plan, &machine, &figures)
+            self.object(&name, &plan, &machine, &figures)
         } else {
             self.table(&plan, &machine, weights.main(), &figures)
         })?)
@@ -141,7 +182,10 @@ impl PlanArgs {
             .alpha_us
             .zip(self.beta_gb_s)
             .map(|(alpha_us, beta_gb_s)| LinkFigures { alpha_us, beta_gb_s });
-        let layout = Layout { transport: None, ranks, nodes, threads, link };
+        // Ranks on several machines are MPI processes. A file that the user names may have figures
+        // of any ranks.
+        let transport = (nodes > 1 && self.calibration.is_none()).then_some("mpi");
+        let layout = Layout { transport, ranks, nodes, threads, link };
         let Some(path) = &self.calibration else { return Ok(Calibration::by_itself(&layout)) };
         let calibration = Calibration::read(path)?;
         let machine = calibration.machine(&layout).ok_or_else(|| {
@@ -160,11 +204,11 @@ impl PlanArgs {
         Ok((machine, figures))
     }
 
-    fn object(&self, plan: &Plan, machine: &Machine, figures: &str) -> String {
+    fn object(&self, name: &str, plan: &Plan, machine: &Machine, figures: &str) -> String {
         let ways: Vec<Value> = plan.ways.iter().map(|way| self.way(way)).collect();
         let best = &plan.ways[plan.best];
         let object = json!({
-            "model": self.model.display().to_string(),
+            "model": name,
             "ranks": self.ranks,
             "nodes": self.nodes,
             "figures": figures,
@@ -183,7 +227,7 @@ impl PlanArgs {
             json!({ "most": most, "least": least, "sum": sum, "total": total, "imbalance": share.imbalance() })
         };
         let imbalance = &way.imbalance;
-        let pass = |pass: &qwen3_model::PassCost, tokens: usize| {
+        let pass = |pass: &PassCost, tokens: usize| {
             json!({
                 "calls": pass.calls, "bytes": pass.bytes, "work_ms": pass.work_seconds * 1e3,
                 "collectives_ms": pass.collective_seconds * 1e3, "tokens_per_s": tokens as f64 / pass.seconds(),
@@ -207,9 +251,7 @@ impl PlanArgs {
 
     fn table(&self, plan: &Plan, machine: &Machine, format: WeightFormat, figures: &str) -> String {
         let (ranks, nodes) = (usize::from(self.ranks), usize::from(self.nodes));
-        let (rate, most) = (machine.rate(format), |bytes: &[usize]| {
-            bytes.iter().max().copied().unwrap_or(0) as f64 / 1e6
-        });
+        let most = |bytes: &[usize]| bytes.iter().max().copied().unwrap_or(0) as f64 / 1e6;
         let mut text = format!(
             "{}; prompt {}, answer {} tokens\n",
             place(ranks, nodes),
@@ -227,9 +269,9 @@ impl PlanArgs {
         {
             text += &format!("  {name}: {alpha_us:.2} µs, {beta_gb_s:.3} GB/s\n");
         }
+        let Rate { format, read_gb_s, gflops, .. } = machine.rate(format);
         text += &format!(
-            "  a rank with {} weights: {:.1} GB/s for one token, {:.0} GFLOP/s for many\n\n",
-            rate.format, rate.read_gb_s, rate.gflops
+            "  a rank with {format} weights: {read_gb_s:.1} GB/s for one token, {gflops:.0} GFLOP/s for many\n\n"
         );
         text += "way                            MB weights  MB cache  MB activations  imbalance  calls/token  bytes/token  calls/prompt  MB/prompt  prompt tok/s  decode tok/s\n";
         for way in &plan.ways {

@@ -4,6 +4,7 @@ mod program;
 
 use std::fs;
 use std::path::Path;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use program::{AUSTEN, assert_one_line, json, keys, program, read_json, run, run_with};
 use serde_json::{Value, json};
@@ -20,11 +21,11 @@ fn bench(extra: &[&str]) -> Value {
 /// A file of `calibrate` for `ranks` ranks with these GB/s.
 fn calibration(ranks: usize, nodes: usize, read: Value) -> Value {
     let link = json!({"alpha_us": 1.0, "beta_gb_s": 10.0});
-    let rate = json!({"format": "bf16", "start_us": 1.0, "read_gb_s": read, "few_gb_s": 5.0, "gflops": 50.0});
+    let rate = json!({"format": "bf16", "start_us": 1.0, "read_gb_s": read, "gflops": 50.0});
     let attention = json!({"format": "f16", "start_us": 1.0, "read_gb_s": 10.0, "gflops": 30.0});
     json!({"machines": [{
         "transport": "threads", "processor": null, "ranks": ranks, "nodes": nodes, "threads": 1, "inside": link, "between": link,
-        "hidden": {"link": link, "taken": link},
+        "a field of another version": {},
         "rates": [rate], "attention": [attention],
     }]})
 }
@@ -178,6 +179,7 @@ fn calibrations_of_several_layouts_are_kept_in_one_file() {
         json(&[
             "calibrate",
             "--quick",
+            "--force",
             "--json",
             "--threads",
             "1",
@@ -218,8 +220,16 @@ fn calibrations_of_several_layouts_are_kept_in_one_file() {
     assert_eq!(read(), json!({"machines": [kept, again["machine"]]}));
 
     // A pipe is written and not read.
-    let piped =
-        run(&["calibrate", "--quick", "--json", "--threads", "1", "--output", "/dev/stdout"]);
+    let piped = run(&[
+        "calibrate",
+        "--quick",
+        "--force",
+        "--json",
+        "--threads",
+        "1",
+        "--output",
+        "/dev/stdout",
+    ]);
     assert!(piped.success && piped.stderr.is_empty(), "{piped:?}");
     let (said, written) = piped.stdout.split_once('\n').unwrap();
     let [said, written]: [Value; 2] =
@@ -234,6 +244,58 @@ fn calibrations_of_several_layouts_are_kept_in_one_file() {
         "[]",
         "what could not be read is not overwritten"
     );
+}
+
+#[test]
+fn figures_of_a_busy_machine_are_not_saved() {
+    let dir = tempfile::tempdir().unwrap();
+    let file = dir.path().join("calibration.json");
+    let done = AtomicBool::new(false);
+    let run = std::thread::scope(|scope| {
+        for _ in 0..std::thread::available_parallelism().unwrap().get() {
+            scope.spawn(|| {
+                while !done.load(Ordering::Relaxed) {
+                    std::hint::spin_loop();
+                }
+            });
+        }
+        let output = file.to_str().unwrap();
+        let run = run(&["calibrate", "--quick", "--threads", "1", "--output", output]);
+        done.store(true, Ordering::Relaxed);
+        run
+    });
+    assert!(run.success && run.stdout.contains("GFLOP/s"), "{run:?}");
+    assert!(run.stderr.starts_with("warning: other programs use "), "{run:?}");
+    assert!(!file.exists(), "noise was saved");
+}
+
+#[test]
+fn a_preset_or_a_config_alone_can_be_planned() {
+    let preset = json(&["plan", "--json", "--preset", "32b", "--ranks", "4", "--nodes", "4"]);
+    assert_eq!(preset["model"], "32b");
+    // 64 layers and the head of the published shape in bf16; the embedding stays in the file.
+    let layer = 5120 * (2 * (8192 + 1024) + 3 * 25_600);
+    let bytes: u64 = 2 * (64 * layer + 151_936 * 5120);
+    let held = |found: &Value| -> u64 {
+        let weights = found["ways"][0]["weight_bytes"].as_array().unwrap();
+        weights.iter().map(|bytes| bytes.as_u64().unwrap()).sum()
+    };
+    assert_eq!(held(&preset), bytes);
+
+    // The bundled model's config alone gives the plan of the whole folder.
+    let dir = tempfile::tempdir().unwrap();
+    let config = dir.path().join("config.json");
+    fs::copy(Path::new(AUSTEN).join("config.json"), &config).unwrap();
+    let alone = json(&["plan", "--json", "--model", config.to_str().unwrap(), "--ranks", "3"]);
+    assert_eq!(alone["ways"], plan(&["--ranks", "3"])["ways"]);
+    let fails = |extra: &[&str], words: &[&str]| {
+        assert_one_line(&run(&[&["plan", "--ranks", "2"], extra].concat()), words);
+    };
+    fails(&["--preset", "33b"], &["--preset", "33b"]);
+    let broken = write(dir.path(), "broken.json", "{");
+    fails(&["--model", &broken], &["--model", "broken.json"]);
+    let empty = write(dir.path(), "empty.json", "{}");
+    fails(&["--model", &empty], &["empty.json"]);
 }
 
 #[test]

@@ -6,7 +6,6 @@ use ops::{ExpertSplit, MlpSchedule};
 use tensor::{split_granular, split_range};
 
 use crate::config::Config;
-use crate::options::Division;
 
 /// The attention heads of one rank.
 ///
@@ -112,83 +111,6 @@ impl BlockShare {
             MlpSchedule::Fused | MlpSchedule::Naive => (own.clone(), (hidden, own)),
         };
         Self { experts: 0..shape.experts.unwrap_or(1), inner, down }
-    }
-}
-
-/// How unevenly one kind of work lies on the ranks.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub struct Share {
-    /// The most that a rank has.
-    pub most: usize,
-    /// The least that a rank has.
-    pub least: usize,
-    /// The sum over the ranks; more than there is where something is replicated.
-    pub sum: usize,
-    /// What there is.
-    pub total: usize,
-    ranks: usize,
-}
-
-impl Share {
-    fn of(total: usize, parts: impl Iterator<Item = usize>) -> Self {
-        let empty = Self { most: 0, least: usize::MAX, sum: 0, total, ranks: 0 };
-        parts.fold(empty, |share, part| Self {
-            most: share.most.max(part),
-            least: share.least.min(part),
-            sum: share.sum + part,
-            total,
-            ranks: share.ranks + 1,
-        })
-    }
-
-    /// The time lost to it: the largest part relative to an equal share of the total, 1 where all
-    /// are equal and nothing is replicated.
-    pub fn imbalance(&self) -> f64 {
-        if self.total == 0 { 1.0 } else { self.most as f64 * self.ranks as f64 / self.total as f64 }
-    }
-}
-
-/// How evenly a model lies on a number of ranks.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub struct Imbalance {
-    /// Query heads.
-    pub query_heads: Share,
-    /// KV heads; replication shows as a sum above the total.
-    pub kv_heads: Share,
-    /// Columns of dense feed-forward blocks, or in a model that has only sparse ones those of all
-    /// experts together; of one rank where each works through all of them for its own positions.
-    pub columns: Share,
-    /// Rows of the vocabulary.
-    pub vocabulary: Share,
-}
-
-impl Imbalance {
-    /// The shares of `ranks` ranks, with feed-forward columns cut at multiples of `granularity`.
-    pub fn new(config: &Config, division: Division, ranks: usize, granularity: usize) -> Self {
-        let (tp, _) = division.strategy.grid(ranks);
-        let heads = |count: fn(&HeadPlan) -> usize| {
-            (0..tp).map(move |rank| count(&HeadPlan::new(config, tp, rank)))
-        };
-        let dense = (0..config.num_hidden_layers).find(|layer| !config.is_sparse(*layer));
-        let shape = BlockShape::new(config, dense.unwrap_or(0), granularity);
-        let blocks = match division.schedule {
-            MlpSchedule::Local if tp == 1 => 1,
-            _ => division.block_ranks(ranks),
-        };
-        let columns = (0..blocks).map(|rank| {
-            let share = BlockShare::new(shape, division.schedule, division.experts, blocks, rank);
-            share.experts.len() * share.inner.len()
-        });
-        let vocabulary = (0..ranks).map(|rank| split_range(config.vocab_size, ranks, rank).len());
-        Self {
-            query_heads: Share::of(
-                config.num_attention_heads,
-                heads(|plan| plan.query_heads.len()),
-            ),
-            kv_heads: Share::of(config.num_key_value_heads, heads(|plan| plan.kv_heads.len())),
-            columns: Share::of(shape.experts.unwrap_or(1) * shape.columns, columns),
-            vocabulary: Share::of(config.vocab_size, vocabulary),
-        }
     }
 }
 

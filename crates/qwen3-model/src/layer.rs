@@ -96,7 +96,7 @@ impl DecoderLayer {
         prepare(ctx, &self.qkv_proj, normed, input);
         reshape(qkv, tokens, pass.shape.qkv_width());
         {
-            let _operation = ctx.profile.operation("qkv_proj", self.qkv_proj.work(tokens));
+            let _operation = ctx.profile.operation("qkv_proj", self.qkv_proj.shape().work(tokens));
             self.qkv_proj.apply(ctx, input, qkv, Store::Set);
         }
 
@@ -109,7 +109,7 @@ impl DecoderLayer {
         let spec = SequenceSpec { attention: spec, span: pass.span };
         attention_sequence(ctx, &spec, qkv, cache, attention, attended)?;
         prepare(ctx, &self.o_proj, attended, input);
-        let _operation = ctx.profile.operation("o_proj", self.o_proj.work(tokens));
+        let _operation = ctx.profile.operation("o_proj", self.o_proj.shape().work(tokens));
         linear_mpi(ctx, &self.o_proj, input, partial, x)
     }
 }

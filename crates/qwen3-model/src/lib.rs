@@ -15,17 +15,11 @@ mod error;
 mod options;
 mod heads;
 mod overlap;
-mod traffic;
+mod formats;
+mod shape;
 mod deterministic;
 mod candidates;
 mod sampling;
-mod plan_machine;
-mod plan_weights;
-mod plan_experts;
-mod plan_input;
-mod plan_memory;
-mod plan_pass;
-mod plan;
 mod presets;
 mod shards;
 mod synth;
@@ -34,8 +28,6 @@ mod cache;
 mod layer;
 mod model;
 mod load;
-mod plan_link;
-mod plan_measure;
 mod generation;
 mod perplexity;
 
@@ -44,37 +36,32 @@ pub use comm;
 pub use config::{Config, MoeConfig};
 pub use error::ModelError;
 pub use fields::ConfigError;
+pub use formats::WeightFormats;
 pub use generation::{
     GenerateError, GenerateParams, Generated, Progress, StopReason, Timing, generate,
 };
 pub use generation_config::{GenerationConfig, eos_token_ids};
-pub use heads::{HeadPlan, Imbalance, Share};
+pub use heads::HeadPlan;
 pub use load::LoadProgress;
 pub use model::{Logits, Model};
 pub use names::{
     EMBEDDING, FINAL_NORM, LM_HEAD, LayerNames, MlpNames, TensorRole, TensorSpec, open_weights,
     tensor_specs,
 };
+pub use ops;
 pub use ops::{
     AttentionAlgorithm, ExpertSplit, Isa, IsaError, KvFormat, LimitsProbe, LogitRows, MlpSchedule,
     Placement, Profile, Span, Work,
 };
-pub use options::{Division, ModelOptions, ParallelStrategy};
+pub use options::{Division, ModelOptions, OVERLAP_TOKENS, ParallelStrategy, pass_tokens};
 pub use perplexity::{Perplexity, PerplexityError, perplexity};
-pub use plan::{Plan, Prediction, plan};
-pub use plan_input::PlanInput;
-pub use plan_link::{Groups, measure_link};
-pub use plan_machine::{AttentionRate, HiddenSums, LinkFigures, Machine, Rate};
-pub use plan_measure::{Effort, Speeds, measure_speeds};
-pub use plan_pass::PassCost;
-pub use plan_weights::WeightFormats;
 pub use presets::{Preset, UnknownPreset};
 pub use quantize::quantize;
 pub use rope_config::{RopeConfig, RopeScaling, Yarn};
 pub use rotary::RotaryTable;
 pub use sampling::{SampleRow, SampledToken, Sampler, SamplingError, SamplingParams};
+pub use shape::{ForwardCost, LayerShape, ModelShape, PassShape};
 pub use shards::{ExportError, ExportProgress};
 pub use synth::{SynthOptions, synthesize};
 pub use tensor;
 pub use tensor::{Checkpoint, CheckpointError, WeightFormat};
-pub use traffic::{Traffic, TrafficModel};

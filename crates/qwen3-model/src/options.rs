@@ -90,12 +90,13 @@ impl fmt::Display for Division {
     }
 }
 
-/// From this many tokens on, the products of half of them run at the speed of all.
-pub(crate) const OVERLAP_TOKENS: usize = 128;
+/// From this many tokens on, the products of half of them run at the speed of all: the default of
+/// [`ModelOptions::overlap`].
+pub const OVERLAP_TOKENS: usize = 128;
 
 /// Tokens of a pass that gives each of the ranks that split positions at most `chunk` of them, and
 /// at least one.
-pub(crate) fn pass_tokens(chunk: usize, positions: usize) -> usize {
+pub fn pass_tokens(chunk: usize, positions: usize) -> usize {
     chunk.max(1).saturating_mul(positions)
 }
 

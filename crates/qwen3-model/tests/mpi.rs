@@ -2,6 +2,7 @@
 
 mod cases;
 mod suite;
+mod traffic;
 
 use std::sync::Arc;
 

@@ -3,6 +3,7 @@
 
 mod cases;
 mod suite;
+mod traffic;
 
 use std::sync::Arc;
 

@@ -72,8 +72,15 @@ pub fn measure(
                 let value = answer(&mut launcher::command(mpi, &cluster, program), args, files)?;
                 Ok(json!({ "answer": value, "network_bytes": cluster.traffic()? - before }))
             };
-            let calibrated =
-                on_cluster(&["calibrate", "--json", "--threads", "1", "--output", &file])?;
+            let calibrated = on_cluster(&[
+                "calibrate",
+                "--json",
+                "--force",
+                "--threads",
+                "1",
+                "--output",
+                &file,
+            ])?;
             let mut network =
                 Network::of(&calibrated["answer"]["machine"], gbit, usize::from(ranks))?;
             let count = ranks.to_string();

@@ -44,7 +44,10 @@ impl Layout {
         let file = lab.file(&format!("calibration-{kind}-{}x{threads}.json", ranks.count()));
         std::fs::remove_file(&file).ok();
         let threads = threads.to_string();
-        lab.json_on(ranks, &["calibrate", "--json", "--threads", &threads, "--output", &file])?;
+        lab.json_on(
+            ranks,
+            &["calibrate", "--json", "--force", "--threads", &threads, "--output", &file],
+        )?;
         Ok(Self { ranks, threads, file })
     }
 
@@ -202,7 +205,7 @@ fn summary(rows: &[Row]) -> String {
     let within = errors.iter().filter(|error| **error <= ASKED).count();
     format!(
         "\nOf {} predictions {within} are within {ASKED:.0} % of the measurement; the median error is {median:.1} %, the largest {largest:.1} %. \
-         `--strategy auto` leaves `heads` only for a way that promises less time by the margin in `crates/qwen3-model/src/plan.rs`.\n",
+         `--strategy auto` leaves `heads` only for a way that promises less time by the margin in `crates/planner/src/plan.rs`.\n",
         errors.len()
     )
 }

@@ -6,16 +6,21 @@ use std::path::Path;
 use super::Finding;
 use crate::workspace::Package;
 
-/// Each crate and what it may use of this workspace, lowest first.
-const MAY_USE: [(&str, &[&str]); 9] = [
+/// Each crate of the design, existing or planned, and what it may use of this workspace, lowest
+/// first.
+const MAY_USE: [(&str, &[&str]); 13] = [
     ("simd-kernels", &[]),
     ("tensor", &[]),
     ("comm", &[]),
-    ("ranks", &["comm"]),
     ("ops", &["simd-kernels", "tensor", "comm"]),
-    ("qwen3-model", &["ops", "tensor", "comm"]),
+    ("checkpoint", &["tensor"]),
+    ("qwen3-model", &["ops", "checkpoint", "tensor", "comm"]),
     ("qwen3-text", &[]),
-    ("qwen3-cli", &["qwen3-model", "qwen3-text", "ranks"]),
+    ("ranks", &["comm"]),
+    ("planner", &["qwen3-model"]),
+    ("engine", &["qwen3-model", "ranks"]),
+    ("qwen3-server", &["engine", "qwen3-text"]),
+    ("qwen3-cli", &["qwen3-server", "planner", "engine", "ranks", "qwen3-text", "qwen3-model"]),
     ("xtask", &[]),
 ];
 

@@ -7,11 +7,12 @@ use std::sync::Arc;
 use qwen3_model::comm::Communicator;
 use qwen3_model::{
     AttentionAlgorithm, ExpertSplit, Isa, LogitRows, MlpSchedule, Model, ModelOptions,
-    ParallelStrategy, Traffic, TrafficModel, WeightFormat,
+    ParallelStrategy, WeightFormat,
 };
 use safetensors::SafeTensors;
 
 use crate::cases::folder;
+use crate::traffic::{Statement, Traffic};
 
 /// The largest distance of a logit, relative to the largest reference logit (the numeric contract).
 const TOLERANCE: f32 = 2e-4;
@@ -89,18 +90,17 @@ pub struct Reference {
     pub greedy_ids: Vec<u32>,
 }
 
-/// The ledger counts what the formulas predict: a first pass, one that follows others, and a
+/// The ledger counts what the operations state: a first pass, one that follows others, and a
 /// decoded token.
 fn check_traffic(model: &Model, prompt: &[u32], label: &str) {
     let (comm, options) = (model.comm(), model.options());
-    let prediction = TrafficModel {
+    let statement = Statement {
         config: model.config(),
         ranks: comm.size(),
         nodes: comm.machines(),
         rank: comm.rank(),
-        strategy: options.strategy,
-        schedule: options.schedule(),
-        granularity: 1,
+        division: options.division(),
+        weights: WeightFormat::F32,
         kv: options.kv,
         overlap: options.overlap,
     };
@@ -124,7 +124,7 @@ fn check_traffic(model: &Model, prompt: &[u32], label: &str) {
                 payload_bytes: entry.payload_bytes,
             })
             .collect();
-        let predicted = prediction.forward(tokens.len(), range.start, rows);
+        let predicted = statement.forward(tokens.len(), range.start, rows);
         assert_eq!(counted, predicted, "{label}: traffic of tokens {range:?}, {rows:?}");
     }
 }

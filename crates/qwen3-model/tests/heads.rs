@@ -2,18 +2,8 @@
 
 use std::path::Path;
 
-use qwen3_model::{
-    Config, Division, ExpertSplit, HeadPlan, Imbalance, MlpSchedule, ParallelStrategy, TensorRole,
-    tensor_specs,
-};
+use qwen3_model::{Config, HeadPlan, TensorRole, tensor_specs};
 use serde_json::json;
-
-const INSIDE: ExpertSplit = ExpertSplit::Inside;
-const FUSED: Division = Division {
-    strategy: ParallelStrategy::Heads,
-    schedule: MlpSchedule::Fused,
-    experts: ExpertSplit::Inside,
-};
 
 fn config(heads: usize, kv_heads: usize, columns: usize, vocabulary: usize) -> Config {
     let value = json!({
@@ -25,19 +15,10 @@ fn config(heads: usize, kv_heads: usize, columns: usize, vocabulary: usize) -> C
 }
 
 fn sparse() -> Config {
-    mixture(&[1])
-}
-
-fn all_sparse() -> Config {
-    mixture(&[])
-}
-
-/// A mixture of experts with the given dense layers.
-fn mixture(dense: &[usize]) -> Config {
     let value = json!({
         "model_type": "qwen3_moe", "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3,
         "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "vocab_size": 100, "num_experts": 5,
-        "num_experts_per_tok": 2, "moe_intermediate_size": 40, "mlp_only_layers": dense,
+        "num_experts_per_tok": 2, "moe_intermediate_size": 40, "mlp_only_layers": [1],
         "max_position_embeddings": 128, "rms_norm_eps": 1e-6, "rope_theta": 1e4
     });
     Config::from_json(Path::new("config.json"), &value).expect("a valid configuration")
@@ -94,51 +75,6 @@ fn kv_heads_are_replicated_where_ranks_share_one() {
         (middle.query_heads, middle.kv_heads, middle.groups),
         (3..6, 0..2, vec![0..1, 1..3])
     );
-}
-
-#[test]
-fn whole_experts_on_ranks() {
-    let split =
-        |experts| Imbalance::new(&all_sparse(), Division { experts, ..FUSED }, 2, 32).columns;
-    // 40 columns are a group of 32 and a short one; 5 experts are 3 and 2.
-    assert_eq!(
-        (split(INSIDE).most, split(INSIDE).least, split(INSIDE).total),
-        (5 * 32, 5 * 8, 5 * 40)
-    );
-    assert_eq!((split(ExpertSplit::Ranks).most, split(ExpertSplit::Ranks).least), (3 * 40, 2 * 40));
-}
-
-#[test]
-fn imbalance_is_the_largest_share_over_an_equal_one() {
-    let config = config(16, 8, 200, 331);
-    let even = Imbalance::new(&config, FUSED, 4, 1);
-    assert_eq!(
-        (even.query_heads.imbalance(), even.kv_heads.imbalance(), even.columns.imbalance()),
-        (1.0, 1.0, 1.0)
-    );
-    assert_eq!((even.vocabulary.most, even.vocabulary.least), (83, 82));
-    let uneven = Imbalance::new(&config, FUSED, 12, 32);
-    assert_eq!((uneven.query_heads.most, uneven.query_heads.least), (2, 1));
-    assert_eq!(uneven.query_heads.imbalance(), 1.5);
-    // 16 heads on 12 ranks: 8 of the ranks share their KV head with a neighbour.
-    assert_eq!((uneven.kv_heads.sum, uneven.kv_heads.total), (12, 8));
-    // 7 granules of 32 columns: one each for 7 ranks, none for 5.
-    assert_eq!((uneven.columns.most, uneven.columns.least), (32, 0));
-
-    // Ranks that split positions divide the feed-forward blocks as well, or each goes through the
-    // whole of them for its positions. Where ranks split heads alone, all of them do so for the
-    // same ones.
-    let columns = |strategy, schedule| {
-        let columns =
-            Imbalance::new(&config, Division { strategy, schedule, experts: INSIDE }, 4, 32)
-                .columns;
-        (columns.most, columns.least, columns.sum, columns.imbalance())
-    };
-    let (sequence, grid) = (ParallelStrategy::Sequence, ParallelStrategy::Grid { tp: 2, sp: 2 });
-    assert_eq!(columns(sequence, MlpSchedule::Fused), (64, 8, 200, 64.0 * 4.0 / 200.0));
-    assert_eq!(columns(sequence, MlpSchedule::Local), (200, 200, 200, 1.0));
-    assert_eq!(columns(grid, MlpSchedule::Fused), (128, 72, 200, 1.28));
-    assert_eq!(columns(ParallelStrategy::Heads, MlpSchedule::Local), (200, 200, 800, 4.0));
 }
 
 #[test]

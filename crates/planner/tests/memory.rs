@@ -3,11 +3,13 @@
 use std::path::Path;
 use std::sync::{Arc, Barrier};
 
-use comm::{Communicator, EmulatedComm, Link, ThreadComm};
 use peak_alloc::PeakAlloc;
+use planner::{Machine, PlanInput, plan};
+use qwen3_model::comm::{Communicator, EmulatedComm, Link, ThreadComm};
+use qwen3_model::tensor::{Checkpoint, WeightFormat};
 use qwen3_model::{
-    Checkpoint, Config, Division, Isa, KvFormat, LogitRows, Machine, Model, ModelOptions,
-    PlanInput, Preset, SynthOptions, WeightFormat, WeightFormats, plan, synthesize,
+    Config, Division, Isa, KvFormat, LogitRows, Model, ModelOptions, Preset, SynthOptions,
+    WeightFormats, synthesize,
 };
 
 #[global_allocator]
@@ -107,7 +109,7 @@ fn a_pass_allocates_what_is_planned() {
                     let mut found = 0;
                     for _ in 0..3 {
                         found = allocated(&dir, options, ranks, nodes, chunk * sp).max(found);
-                        if 5 * found >= 4 * planned {
+                        if 4 * found >= 3 * planned {
                             break;
                         }
                     }
@@ -117,7 +119,7 @@ fn a_pass_allocates_what_is_planned() {
                         preset.name()
                     );
                     assert!(
-                        (0.8..1.1).contains(&share),
+                        (0.66..1.05).contains(&share),
                         "{label}: {found} bytes, planned {planned}"
                     );
                 }

@@ -1,15 +1,18 @@
-//! The predicted collectives, against figures worked out by hand and against what the ledger
-//! counts.
+//! The collectives that operations state, against figures worked out by hand and against what the
+//! ledger counts.
+
+mod traffic;
 
 use std::path::Path;
 use std::sync::Arc;
 
 use comm::{Collective, EmulatedComm, Link, ThreadComm};
 use qwen3_model::{
-    Config, Isa, KvFormat, LogitRows, MlpSchedule, Model, ModelOptions, ParallelStrategy, Preset,
-    SynthOptions, Traffic, TrafficModel, WeightFormat, synthesize,
+    Config, Division, ExpertSplit, Isa, KvFormat, LogitRows, MlpSchedule, Model, ModelOptions,
+    ParallelStrategy, Preset, SynthOptions, WeightFormat, synthesize,
 };
 use serde_json::json;
+use traffic::{Statement, Traffic};
 
 fn config(hidden: usize, columns: usize, layers: usize) -> Config {
     let value = json!({
@@ -35,17 +38,15 @@ fn model(
     ranks: usize,
     strategy: ParallelStrategy,
     schedule: MlpSchedule,
-) -> TrafficModel<'_> {
-    let kv = KvFormat::F32;
-    TrafficModel {
+) -> Statement<'_> {
+    Statement {
         config,
         ranks,
         nodes: 1,
         rank: 0,
-        strategy,
-        schedule,
-        granularity: 1,
-        kv,
+        division: Division { strategy, schedule, experts: ExpertSplit::Inside },
+        weights: WeightFormat::F32,
+        kv: KvFormat::F32,
         overlap: 0,
     }
 }
@@ -82,7 +83,7 @@ fn halves() {
     let config = config(1024, 3072, 28);
     let traffic = |schedule, tokens| {
         let base = model(&config, 3, ParallelStrategy::Heads, schedule);
-        TrafficModel { nodes: 2, overlap: 128, ..base }.forward(tokens, 0, LogitRows::Last)
+        Statement { nodes: 2, overlap: 128, ..base }.forward(tokens, 0, LogitRows::Last)
     };
     // Two calls for one, and the same bytes, also of an odd number of tokens.
     assert_eq!(traffic(MlpSchedule::Fused, 129), [entry(Allreduce, 112, 56 * 129 * 4096)]);
@@ -94,11 +95,11 @@ fn halves() {
     let sparse = sparse();
     let calls = |tokens| {
         let base = model(&sparse, 2, ParallelStrategy::Heads, MlpSchedule::Fused);
-        TrafficModel { nodes: 2, overlap: 128, ..base }.forward(tokens, 0, LogitRows::None)[0].calls
+        Statement { nodes: 2, overlap: 128, ..base }.forward(tokens, 0, LogitRows::None)[0].calls
     };
     assert_eq!((calls(319), calls(320)), (6, 12));
     let grid = model(&config, 4, ParallelStrategy::Grid { tp: 2, sp: 2 }, MlpSchedule::Fused);
-    let halved = TrafficModel { nodes: 2, overlap: 128, ..grid }.forward(512, 0, LogitRows::Last);
+    let halved = Statement { nodes: 2, overlap: 128, ..grid }.forward(512, 0, LogitRows::Last);
     assert_eq!(halved, grid.forward(512, 0, LogitRows::Last));
 }
 
@@ -119,7 +120,7 @@ fn groups_are_not_cut() {
     // 96 columns divide by 2, 3 groups of 32 do not; the hidden columns are not grouped.
     let config = config(64, 96, 1);
     let base = model(&config, 2, ParallelStrategy::Heads, MlpSchedule::Gathered);
-    let found = TrafficModel { granularity: 32, ..base }.forward(1, 0, LogitRows::Last);
+    let found = Statement { weights: WeightFormat::Q8, ..base }.forward(1, 0, LogitRows::Last);
     let expected =
         [entry(Allreduce, 1, 256), entry(Allgather, 1, 256), entry(Allgatherv, 3, 3 * 96 * 4)];
     assert_eq!(found, expected);
@@ -161,7 +162,7 @@ fn sequence() {
     // Between machines keys and values of a long pass go round: 3 of 4 blocks leave a rank, and 3
     // arrive.
     use Collective::{Recv, Send};
-    let apart = TrafficModel { nodes: 2, ..base };
+    let apart = Statement { nodes: 2, ..base };
     let bytes = |tokens: u64| 2 * tokens * 2048 * 4;
     let three = bytes(3 * 512);
     assert_eq!(
@@ -171,12 +172,12 @@ fn sequence() {
     assert_eq!(apart.forward(2047, 0, LogitRows::None), [entry(Allgatherv, 2, bytes(2047))]);
     // 2049 tokens are 8 chunks, of which rank 0's first is one longer: that one does not come to
     // rank 0 and does not leave rank 3.
-    let of = |rank| TrafficModel { rank, ..apart }.forward(2049, 0, LogitRows::None);
+    let of = |rank| Statement { rank, ..apart }.forward(2049, 0, LogitRows::None);
     assert_eq!(of(0), [entry(Send, 6, three + bytes(1)), entry(Recv, 6, three)]);
     assert_eq!(of(3), [entry(Send, 6, three), entry(Recv, 6, three + bytes(1))]);
     // A cache in half precision: half the bytes, but not within a machine.
     let halves = |nodes, tokens| {
-        TrafficModel { kv: KvFormat::F16, nodes, ..base }.forward(tokens, 0, LogitRows::None)
+        Statement { kv: KvFormat::F16, nodes, ..base }.forward(tokens, 0, LogitRows::None)
     };
     assert_eq!(halves(2, 2048), [entry(Send, 6, three / 2), entry(Recv, 6, three / 2)]);
     assert_eq!(halves(2, 2047), [entry(Allgatherv, 2, bytes(2047) / 2)]);
@@ -187,8 +188,10 @@ fn sequence() {
         [entry(Allgather, 2, 2 * 4 * (32 + 2048) * 4)]
     );
     // Split weights: tokens are gathered, results scattered.
-    let found =
-        TrafficModel { schedule: MlpSchedule::Fused, ..base }.forward(64, 0, LogitRows::All);
+    let found = {
+        let division = Division { schedule: MlpSchedule::Fused, ..base.division };
+        Statement { division, ..base }.forward(64, 0, LogitRows::All)
+    };
     let (hidden, keys) = (64 * 1024 * 4, 64 * 2048 * 4);
     assert_eq!(
         found,
@@ -309,7 +312,7 @@ fn the_ledger_counts_what_was_predicted_for_quantized_weights() {
                     counted(&dir, (ranks, 1), options, &passes).into_iter().enumerate()
                 {
                     let base = model(&config, ranks, strategy, schedule);
-                    let model = TrafficModel { rank, granularity: 32, ..base };
+                    let model = Statement { rank, weights: WeightFormat::Q8, ..base };
                     let mut past = 0;
                     for (counted, (tokens, rows)) in counted.into_iter().zip(passes) {
                         let predicted = model.forward(tokens, past, rows);
@@ -350,7 +353,7 @@ fn the_ledger_counts_keys_that_go_round() {
             counted(&dir, (ranks, nodes), options, &passes).into_iter().enumerate()
         {
             let base = model(&config, ranks, strategy, schedule);
-            let model = TrafficModel { nodes, rank, kv, ..base };
+            let model = Statement { nodes, rank, kv, ..base };
             assert!(
                 counted[0].iter().any(|entry| entry.collective == Collective::Send),
                 "{strategy} {ranks} {nodes}"
