@@ -12,7 +12,7 @@ use crate::ahead;
 use crate::failure::CliError;
 use crate::options::{EngineOptions, LaunchOptions};
 use crate::plan::Workload;
-use crate::progress;
+use crate::progress::{Progress, Unit};
 use crate::session::{self, Loaded};
 use qwen3_text::Tokenizer;
 
@@ -65,13 +65,12 @@ impl PerplexityArgs {
             read,
         )?;
         let tokens = rank.broadcast(|| Ok(tokens.expect("rank 0 read the text")))?;
-        let bar = progress::counting(rank, "tokens");
-        bar.set_length(tokens.len() as u64);
+        let progress = Progress::new(rank, "scoring", Unit::Count("tokens"));
         let chunk = self.engine.chunk;
         let found = perplexity(&model, &tokens, self.context, chunk, &mut |done| {
-            bar.set_position(done as u64)
+            progress.update(done as u64, tokens.len() as u64)
         });
-        bar.finish_and_clear();
+        drop(progress);
         let found =
             found.map_err(|error| Failure::agreed(CliError::perplexity(&self.file, error)))?;
         let text = if self.json {

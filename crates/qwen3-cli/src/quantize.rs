@@ -8,7 +8,7 @@ use ranks::Rank;
 
 use crate::failure::CliError;
 use crate::options::choice;
-use crate::progress;
+use crate::progress::{Progress, Unit};
 
 /// Write a copy of a checkpoint with its matrices quantized in groups of 32; it loads without the
 /// original
@@ -30,10 +30,11 @@ pub struct QuantizeArgs {
 impl QuantizeArgs {
     /// Runs the command on rank 0.
     pub fn run(&self, rank: &Rank) -> Result<(), CliError> {
-        let (bar, mut progress) = progress::writing(rank);
-        let written = quantize(&self.model, &self.out, self.weights, &mut progress);
-        bar.finish_and_clear();
-        written?;
+        let progress = Progress::new(rank, "writing", Unit::Bytes);
+        quantize(&self.model, &self.out, self.weights, &mut |shown| {
+            progress.update(shown.written, shown.total)
+        })?;
+        drop(progress);
         Ok(rank.print(&format!(
             "{}: {} in {}\n",
             self.out.display(),

@@ -3,7 +3,6 @@
 use std::io::{self, IsTerminal as _};
 use std::panic;
 use std::thread;
-use std::time::Duration;
 
 use qwen3_model::{
     Isa, LoadProgress, Model, ModelError, ModelOptions, ParallelStrategy, Placement,
@@ -13,7 +12,7 @@ use ranks::{Failure, Neighbours, Rank};
 use crate::failure::CliError;
 use crate::options::{Auto, EngineOptions};
 use crate::plan::{Workload, choose};
-use crate::progress;
+use crate::progress::{Progress, Unit};
 
 /// A model on all ranks.
 pub struct Loaded {
@@ -39,7 +38,7 @@ pub fn load_with<T: Send + 'static>(
     Ok((loaded, rank.agree_after(|| Ok(value.transpose()?))?))
 }
 
-/// Loads the model on all ranks, with a progress bar where rank 0 writes to a terminal.
+/// Loads the model on all ranks, and shows the progress.
 pub fn load(rank: &Rank, engine: &EngineOptions, work: Workload) -> Result<Loaded, Failure> {
     let (options, reason) = model_options(rank, engine, work)?;
     if let Some(reason) = reason.as_ref().filter(|_| options.strategy != ParallelStrategy::Heads)
@@ -48,16 +47,10 @@ pub fn load(rank: &Rank, engine: &EngineOptions, work: Workload) -> Result<Loade
     {
         eprintln!("split: {reason}");
     }
-    let bar = progress::counting(rank, "layers");
-    let progress = |progress: LoadProgress| {
-        // A bar that is gone at once only flickers.
-        if bar.elapsed() > Duration::from_millis(300) {
-            bar.set_length(progress.of as u64);
-            bar.set_position(progress.layers as u64);
-        }
-    };
+    let shown = Progress::new(rank, "loading", Unit::Count("layers"));
+    let progress = |LoadProgress { layers, of }| shown.update(layers as u64, of as u64);
     let loaded = Model::load(&engine.model, rank.comm().clone(), &options, &progress);
-    bar.finish_and_clear();
+    drop(shown);
     let loaded = match loaded {
         Ok(model) => Ok(Some(model)),
         // The rank that failed knows why.

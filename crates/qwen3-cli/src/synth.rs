@@ -8,7 +8,7 @@ use ranks::Rank;
 
 use crate::failure::CliError;
 use crate::options::choice;
-use crate::progress;
+use crate::progress::{Progress, Unit};
 
 /// Write a random checkpoint with the shape of a published model, to measure speed without its
 /// weights
@@ -39,10 +39,9 @@ impl SynthArgs {
             layers: self.layers.map(usize::from),
             seed: self.seed,
         };
-        let (bar, mut progress) = progress::writing(rank);
-        let written = synthesize(&self.dir, &options, &mut progress);
-        bar.finish_and_clear();
-        written?;
+        let progress = Progress::new(rank, "writing", Unit::Bytes);
+        synthesize(&self.dir, &options, &mut |shown| progress.update(shown.written, shown.total))?;
+        drop(progress);
         Ok(rank.print(&format!(
             "{}: a random checkpoint with the shape of {}\n",
             self.dir.display(),
