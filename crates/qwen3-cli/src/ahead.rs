@@ -56,37 +56,3 @@ pub fn conversation(model: &Path, chat: &Conversation) -> Result<(), CliError> {
     }
     Ok(())
 }
-
-/// Whether a file can be written, without touching one that is there; a device or a pipe is not
-/// opened.
-pub fn output(path: &Path) -> Result<(), CliError> {
-    let create = || match fs::metadata(path) {
-        Ok(found) if !found.is_file() && !found.is_dir() => Ok(()),
-        found => {
-            File::options().append(true).create(true).open(path)?;
-            // A link may lead to a file that was not there; it stays.
-            if found.is_err() { fs::remove_file(path.canonicalize()?) } else { Ok(()) }
-        }
-    };
-    create().map_err(|source| CliError::file(path, source))
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_look_at_an_output_leaves_everything_as_it_was() {
-        let dir = tempfile::tempdir().unwrap();
-        let (file, link, target) =
-            (dir.path().join("file"), dir.path().join("link"), dir.path().join("target"));
-        std::os::unix::fs::symlink(&target, &link).unwrap();
-        output(&file).unwrap();
-        output(&link).unwrap();
-        assert!(!file.exists() && link.is_symlink() && !target.exists());
-        fs::write(&target, "text").unwrap();
-        output(&link).unwrap();
-        assert_eq!(fs::read_to_string(&target).unwrap(), "text");
-        assert!(output(&dir.path().join("no/such/folder")).is_err() && output(dir.path()).is_err());
-    }
-}

@@ -1,7 +1,5 @@
 //! `qwen3 bench`: tokens a second of prefill and decode, and what the ranks exchange meanwhile.
 
-use std::fs::File;
-use std::io::Write as _;
 use std::path::PathBuf;
 use std::time::Instant;
 
@@ -20,6 +18,7 @@ use crate::bench_report::{Measured, Report};
 use crate::bench_trace;
 use crate::failure::CliError;
 use crate::options::{EngineOptions, LaunchOptions, positive};
+use crate::output_file::OutputFile;
 use crate::plan::Workload;
 use crate::session::{self, Loaded};
 
@@ -85,15 +84,13 @@ impl BenchArgs {
         }
         let depths = if self.depth.is_empty() { &self.prompt_len[..1] } else { &self.depth };
         let needed = ahead::look(rank, &self.engine, |config| {
-            self.trace.as_deref().map_or(Ok(()), ahead::output)?;
+            self.trace.as_deref().map_or(Ok(()), OutputFile::check)?;
             self.check(config.context_length(), depths)
         })?;
         let Loaded { model, reason } = session::load(rank, &self.engine, self.workload())?;
         // A file that cannot be written is found before the measurements, not after.
-        let create =
-            |path: &PathBuf| File::create(path).map_err(|source| CliError::file(path, source));
-        let mut trace =
-            rank.on_root(|| Ok(self.trace.as_ref().map(create).transpose()?))?.flatten();
+        let create = || self.trace.as_deref().map(OutputFile::create).transpose();
+        let trace = rank.on_root(|| Ok(create()?))?.flatten();
         let mut bench = Bench {
             rank,
             model: &model,
@@ -145,14 +142,11 @@ impl BenchArgs {
             // The figures are printed first, whether or not the file can be written, and the file
             // is written whether or not the figures can be printed.
             let printed = rank.print(&text);
-            let written = match self.trace.as_deref().zip(trace.as_mut()) {
-                Some((path, file)) => file
-                    .write_all(bench_trace::file(&spans).as_bytes())
-                    .map_err(|source| CliError::file(path, source)),
-                None => Ok(()),
-            };
-            printed?;
-            Ok(written?)
+            if let Some(mut file) = trace {
+                file.write_all(bench_trace::file(&spans).as_bytes())?;
+                file.finish()?;
+            }
+            Ok(printed?)
         })
     }
 

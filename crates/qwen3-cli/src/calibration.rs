@@ -9,7 +9,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use crate::failure::CliError;
-use crate::output_file::part_of;
+use crate::output_file::OutputFile;
 
 /// The file's content.
 #[derive(Clone, Debug, Default, Serialize, Deserialize)]
@@ -108,18 +108,15 @@ impl Calibration {
 
     /// Writes the file as a whole: a reader sees the old one or the new one.
     fn write(&self, path: &Path) -> Result<(), CliError> {
-        let write = || {
-            if let Some(folder) = path.parent().filter(|folder| !folder.as_os_str().is_empty()) {
-                fs::create_dir_all(folder)?;
-            }
-            let text = serde_json::to_string_pretty(self)
-                .expect("figures are finite and keys are strings")
-                + "\n";
-            let Some(part) = part_of(path) else { return fs::write(path, text) };
-            fs::write(&part, text)?;
-            fs::rename(part, path)
-        };
-        write().map_err(|source| CliError::file(path, source))
+        if let Some(folder) = path.parent().filter(|folder| !folder.as_os_str().is_empty()) {
+            fs::create_dir_all(folder).map_err(|source| CliError::file(path, source))?;
+        }
+        let text = serde_json::to_string_pretty(self)
+            .expect("figures are finite and keys are strings")
+            + "\n";
+        let mut file = OutputFile::create(path)?;
+        file.write_all(text.as_bytes())?;
+        file.finish()
     }
 
     /// The measurement for these ranks and their transport, with the layout's own link; of several

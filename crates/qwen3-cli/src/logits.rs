@@ -12,7 +12,7 @@ use ranks::{Failure, Rank};
 use crate::ahead;
 use crate::failure::CliError;
 use crate::options::{EngineOptions, LaunchOptions};
-use crate::output_file::part_of;
+use crate::output_file::OutputFile;
 use crate::plan::Workload;
 use crate::prompt::PromptOptions;
 use crate::session::{self, Loaded};
@@ -43,7 +43,7 @@ impl LogitsArgs {
     pub fn run(&self, rank: &Rank) -> Result<(), Failure> {
         let (prompt, dir) = (self.prompt.clone(), self.engine.model.clone());
         let length = ahead::look(rank, &self.engine, |config| {
-            ahead::output(part_of(&self.output).as_deref().unwrap_or(&self.output))?;
+            self.check_output()?;
             prompt.look(&dir, config, None)
         })?;
         let read = move || Ok(prompt.read(&dir, None)?.tokens);
@@ -78,6 +78,26 @@ impl LogitsArgs {
     }
 }
 
+impl LogitsArgs {
+    /// Checks that the output can be written, and is no file of the model.
+    fn check_output(&self) -> Result<(), CliError> {
+        let model = &self.engine.model;
+        // An existing file in the folder, or a file to which a link in the folder leads.
+        let is_in = |place: &Path| {
+            let paths = self.output.canonicalize().ok().zip(place.canonicalize().ok());
+            paths.is_some_and(|(output, place)| output.starts_with(place))
+        };
+        let files = model.read_dir().into_iter().flatten().flatten();
+        if self.output.is_file()
+            && (is_in(model) || files.map(|entry| entry.path()).any(|file| is_in(&file)))
+        {
+            let found = format!("{} is a file of the model", self.output.display());
+            return Err(CliError::option("--output", found, "another file"));
+        }
+        OutputFile::check(&self.output)
+    }
+}
+
 /// The whole rows [rows, vocabulary] on rank 0, nothing on the others.
 fn collect(rank: &Rank, model: &Model, logits: Logits) -> Result<Vec<f32>, Failure> {
     let comm = rank.comm();
@@ -105,62 +125,42 @@ fn collect(rank: &Rank, model: &Model, logits: Logits) -> Result<Vec<f32>, Failu
     Ok(all)
 }
 
-/// A safetensors file in the making: its header is known before its numbers. One that is not
-/// finished is removed.
+/// A safetensors file that is being written: its header is known before its numbers.
 struct Output {
     path: PathBuf,
-    /// What it is called until then; nothing once it is finished, and where the name belongs to a
-    /// device or a pipe.
-    part: Option<PathBuf>,
-    /// Nothing before its start and after its end.
-    file: Option<CheckpointWriter>,
+    file: OutputFile,
+    writer: CheckpointWriter,
 }
 
 impl Output {
-    /// Starts a file beside `path`; it takes that name when it is whole.
+    /// Starts the file `path` with the logits [rows, cols].
     fn create(path: &Path, rows: usize, cols: usize) -> Result<Self, CliError> {
-        let mut output = Self { path: path.to_owned(), part: part_of(path), file: None };
         let logits = TensorSpec {
             name: "logits".to_owned(),
             format: WeightFormat::F32,
             shape: vec![rows, cols],
         };
-        let file = CheckpointWriter::create(output.part.as_deref().unwrap_or(path), &[logits], &[]);
-        output.file = Some(file.map_err(|error| output.failed(error))?);
-        Ok(output)
+        let file = OutputFile::create(path)?;
+        let writer = CheckpointWriter::create(file.written_path(), &[logits], &[])
+            .map_err(|error| file_error(path, error))?;
+        Ok(Self { path: path.to_owned(), file, writer })
     }
 
     fn write(&mut self, values: &[f32]) -> Result<(), CliError> {
-        let file = self.file.as_mut().expect("only the end takes it");
-        file.write("logits", values).map_err(|error| self.failed(error))
+        self.writer.write("logits", values).map_err(|error| file_error(&self.path, error))
     }
 
-    fn finish(mut self) -> Result<(), CliError> {
-        let file = self.file.take().expect("there is one end");
-        file.finish().map_err(|error| self.failed(error))?;
-        if let Some(part) = &self.part {
-            std::fs::rename(part, &self.path)
-                .map_err(|source| CliError::file(&self.path, source))?;
-        }
-        self.part = None;
-        Ok(())
-    }
-
-    /// The error under the name that the user gave, which the writer may not know.
-    fn failed(&self, error: WriteError) -> CliError {
-        let source = match error {
-            WriteError::Io { source, .. } => source,
-            error => io::Error::other(error),
-        };
-        CliError::file(&self.path, source)
+    fn finish(self) -> Result<(), CliError> {
+        self.writer.finish().map_err(|error| file_error(&self.path, error))?;
+        self.file.finish()
     }
 }
 
-impl Drop for Output {
-    fn drop(&mut self) {
-        if let Some(part) = &self.part {
-            // Why it is not finished is said elsewhere; on a full disk its space is needed.
-            std::fs::remove_file(part).ok();
-        }
-    }
+/// The error under the name that the user gave, which the writer does not know.
+fn file_error(path: &Path, error: WriteError) -> CliError {
+    let source = match error {
+        WriteError::Io { source, .. } => source,
+        error => io::Error::other(error),
+    };
+    CliError::file(path, source)
 }

@@ -118,7 +118,9 @@ mod tests {
         assert_eq!(at(42.0, 28), None);
         let writing = progress("writing", Unit::Bytes);
         assert_eq!(
-            writing.line(&mut Duration::default(), Duration::from_secs(4), 3 << 20, 5 << 30).as_deref(),
+            writing
+                .line(&mut Duration::default(), Duration::from_secs(4), 3 << 20, 5 << 30)
+                .as_deref(),
             Some("writing: 3.00 MiB of 5.00 GiB, 4 s")
         );
     }

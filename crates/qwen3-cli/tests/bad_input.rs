@@ -359,6 +359,23 @@ fn checkpoints_are_not_written_over() {
 }
 
 #[test]
+fn logits_do_not_overwrite_the_model() {
+    let copy = Copy::new();
+    let elsewhere = tempfile::tempdir().unwrap();
+    let weights = elsewhere.path().join("blob");
+    fs::rename(copy.file("model.safetensors"), &weights).unwrap();
+    std::os::unix::fs::symlink(&weights, copy.file("model.safetensors")).unwrap();
+    let before = fs::metadata(&weights).unwrap().len();
+    for output in [&weights, &copy.file("model.safetensors"), &copy.file("config.json")] {
+        let output = output.to_str().unwrap();
+        let run = run(&["logits", "--model", copy.path(), "--tokens", "1", "--output", output]);
+        assert_one_line(&run, &["--output", output, "is a file of the model"]);
+    }
+    assert_eq!(fs::metadata(&weights).unwrap().len(), before);
+    assert!(copy.file("model.safetensors").is_symlink());
+}
+
+#[test]
 fn what_an_interrupt_left_of_a_checkpoint_is_in_nobodys_way() {
     let folder = tempfile::tempdir().unwrap();
     let out = folder.path().to_str().unwrap();
