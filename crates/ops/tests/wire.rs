@@ -4,10 +4,12 @@ use std::sync::Arc;
 use std::{iter, thread};
 
 use comm::{Communicator, ThreadComm, WireFormat};
-use ops::{
-    AttentionAlgorithm, AttentionScratch, AttentionShape, AttentionSpec, Context, Isa, LayerCache,
-    Placement, QkNorm, Rotary, SequenceSpan, SequenceSpec, TokenLayout, attention_sequence,
+use ops::attention::{
+    AttentionAlgorithm, AttentionScratch, AttentionShape, AttentionSpec, QkNorm, Rotary,
 };
+use ops::attention_sequence::{SequenceSpan, SequenceSpec};
+use ops::layout::TokenLayout;
+use ops::{Context, Isa, LayerCache, Placement, attention_sequence};
 use simd_kernels::KvFormat;
 use tensor::Activations;
 

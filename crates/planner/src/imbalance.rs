@@ -1,7 +1,9 @@
 //! How unevenly a model lies on its ranks.
 
-use qwen3_model::ops::MlpSchedule;
-use qwen3_model::{Config, Division, ModelShape};
+use qwen3_model::Config;
+use qwen3_model::ops::schedule::MlpSchedule;
+use qwen3_model::options::Division;
+use qwen3_model::shape::ModelShape;
 
 /// How unevenly one kind of work lies on the ranks.
 #[derive(Clone, Copy, Debug, PartialEq)]

@@ -1,9 +1,9 @@
 //! What ranks can do: how fast they read and multiply, and the links between them, measured or
 //! typical.
 
-use qwen3_model::KvFormat;
 use qwen3_model::comm::{Cluster, Link};
-use qwen3_model::ops::Work;
+use qwen3_model::ops::cost::Work;
+use qwen3_model::options::KvFormat;
 use qwen3_model::tensor::WeightFormat;
 use serde::{Deserialize, Serialize};
 

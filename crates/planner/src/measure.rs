@@ -4,11 +4,19 @@
 use std::time::Instant;
 
 use qwen3_model::comm::{CommError, Communicator, CommunicatorExt, Link, ReduceOp};
-use qwen3_model::ops::{
-    AttentionAlgorithm, AttentionScratch, AttentionShape, AttentionSpec, Context, Expert, Input,
-    KvFormat, LayerCache, Linear, Mlp, MlpSchedule, MlpScratch, QkNorm, Residual, Rotary, Store,
-    TokenLayout, Work, attention_headwise, mlp, prepare, reshape, rms_norm,
+use qwen3_model::ops::attention::{
+    AttentionAlgorithm, AttentionScratch, AttentionShape, AttentionSpec, QkNorm, Rotary,
 };
+use qwen3_model::ops::attention_headwise::attention_headwise;
+use qwen3_model::ops::cost::Work;
+use qwen3_model::ops::kernels::{Input, Store};
+use qwen3_model::ops::layout::TokenLayout;
+use qwen3_model::ops::linear::reshape;
+use qwen3_model::ops::mlp::{Expert, Mlp, MlpScratch};
+use qwen3_model::ops::norm::prepare;
+use qwen3_model::ops::residual::Residual;
+use qwen3_model::ops::schedule::MlpSchedule;
+use qwen3_model::ops::{Context, KvFormat, LayerCache, Linear, mlp, rms_norm};
 use qwen3_model::tensor::{Activations, WeightFormat};
 
 use crate::machine::Rate;

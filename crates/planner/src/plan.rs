@@ -5,11 +5,13 @@
 //! [`comm::Link`](qwen3_model::comm::Link).
 
 use qwen3_model::comm::{Cluster, Collective, WireFormat, node_of};
-use qwen3_model::ops::{Call, Group, KvFormat, LogitRows, MlpSchedule, Operand};
-use qwen3_model::{
-    Config, Division, ExpertSplit, ModelShape, OVERLAP_TOKENS, ParallelStrategy, PassShape,
-    WeightFormats, pass_tokens,
-};
+use qwen3_model::formats::WeightFormats;
+use qwen3_model::ops::cost::{Call, Group, Operand};
+use qwen3_model::ops::schedule::MlpSchedule;
+use qwen3_model::ops::{KvFormat, LogitRows};
+use qwen3_model::options::{Division, ExpertSplit, OVERLAP_TOKENS, pass_tokens};
+use qwen3_model::shape::{ModelShape, PassShape};
+use qwen3_model::{Config, ParallelStrategy};
 
 use crate::imbalance::Imbalance;
 use crate::machine::Machine;

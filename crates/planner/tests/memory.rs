@@ -6,11 +6,12 @@ use std::sync::{Arc, Barrier};
 use peak_alloc::PeakAlloc;
 use planner::{Machine, PlanInput, plan};
 use qwen3_model::comm::{Communicator, EmulatedComm, Link, ThreadComm};
+use qwen3_model::formats::WeightFormats;
+use qwen3_model::options::{Division, KvFormat};
+use qwen3_model::presets::Preset;
+use qwen3_model::synth::{SynthOptions, synthesize};
 use qwen3_model::tensor::{Checkpoint, WeightFormat};
-use qwen3_model::{
-    Config, Division, Isa, KvFormat, LogitRows, Model, ModelOptions, Preset, SynthOptions,
-    WeightFormats, synthesize,
-};
+use qwen3_model::{Config, Isa, LogitRows, Model, ModelOptions};
 
 #[global_allocator]
 static ALLOCATED: PeakAlloc = PeakAlloc;

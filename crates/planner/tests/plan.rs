@@ -5,12 +5,14 @@ use std::sync::Arc;
 
 use planner::{Imbalance, LinkFigures, Machine, Plan, PlanInput, plan};
 use qwen3_model::comm::{Communicator as _, ThreadComm, WireFormat};
+use qwen3_model::formats::WeightFormats;
+use qwen3_model::names::{TensorRole, TensorSpec, tensor_specs};
+use qwen3_model::options::{Division, ExpertSplit, KvFormat, MlpSchedule};
+use qwen3_model::presets::Preset;
+use qwen3_model::shape::ModelShape;
+use qwen3_model::synth::{SynthOptions, synthesize};
 use qwen3_model::tensor::WeightFormat;
-use qwen3_model::{
-    Config, Division, ExpertSplit, Isa, KvFormat, LogitRows, MlpSchedule, Model, ModelOptions,
-    ModelShape, ParallelStrategy, Preset, SynthOptions, TensorRole, TensorSpec, WeightFormats,
-    synthesize, tensor_specs,
-};
+use qwen3_model::{Config, Isa, LogitRows, Model, ModelOptions, ParallelStrategy};
 use serde_json::json;
 
 const FUSED: Division = Division {

@@ -2,7 +2,9 @@
 
 use std::{ops::ControlFlow, path::Path};
 
-use qwen3_model::{GenerateParams, Isa, Model, ModelOptions, Progress, eos_token_ids, generate};
+use qwen3_model::generation::Progress;
+use qwen3_model::generation_config::eos_token_ids;
+use qwen3_model::{GenerateParams, Isa, Model, ModelOptions, generate};
 use qwen3_text::{ChatTemplate, Conversation, Tokenizer};
 use ranks::{Failure, JobOptions, RankError, run_in_threads};
 

@@ -5,10 +5,9 @@ use std::sync::mpsc;
 use std::time::{Duration, Instant};
 use std::{panic, thread};
 
-use qwen3_model::{
-    GenerateParams, Generated, KvCache, Model, Progress, SamplingParams, StopReason, eos_token_ids,
-    generate,
-};
+use qwen3_model::generation::{Generated, Progress, StopReason};
+use qwen3_model::generation_config::eos_token_ids;
+use qwen3_model::{GenerateParams, KvCache, Model, SamplingParams, generate};
 use qwen3_text::{Detokenizer, Tokenizer};
 use ranks::{Failure, Rank, RankError, print};
 

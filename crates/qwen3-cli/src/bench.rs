@@ -5,9 +5,9 @@ use std::time::Instant;
 
 use clap::Args;
 use qwen3_model::comm::{CommunicatorExt as _, Entry, Phase};
-use qwen3_model::{
-    Config, KvCache, KvFormat, LogitRows, MlpSchedule, Model, SampleRow, Sampler, SamplingParams,
-};
+use qwen3_model::options::{KvFormat, MlpSchedule};
+use qwen3_model::sampling::SampleRow;
+use qwen3_model::{Config, KvCache, LogitRows, Model, Sampler, SamplingParams};
 use ranks::{Failure, Rank};
 
 use crate::ahead;

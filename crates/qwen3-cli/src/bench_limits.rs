@@ -3,8 +3,9 @@
 
 use std::time::Duration;
 
+use qwen3_model::Model;
 use qwen3_model::comm::{CommError, CommunicatorExt as _, Phase};
-use qwen3_model::{LimitsProbe, Model};
+use qwen3_model::ops::limits::LimitsProbe;
 
 /// How long one window of a look takes. A bench takes a look before, between and after the
 /// repetitions of each measurement.

@@ -3,8 +3,9 @@
 use std::fmt::Write as _;
 use std::time::{Duration, Instant};
 
+use qwen3_model::Model;
 use qwen3_model::comm::{Phase, TracedCall};
-use qwen3_model::{Model, Span};
+use qwen3_model::ops::profile::Span;
 use serde_json::{Value, json};
 
 /// A collective, and when it began on the clock of the spans.
@@ -162,8 +163,8 @@ fn row_of<'a>(rows: &'a mut Vec<Row>, operation: &'static str) -> &'a mut Row {
 
 #[cfg(test)]
 pub mod tests {
-    use qwen3_model::Work;
     use qwen3_model::comm::Collective;
+    use qwen3_model::ops::cost::Work;
 
     use super::*;
 

@@ -11,7 +11,7 @@ use planner::{
 };
 use qwen3_model::comm::{CommError, Communicator, CommunicatorExt, SoloComm};
 use qwen3_model::ops::Context;
-use qwen3_model::{KvFormat, Placement, WeightFormat};
+use qwen3_model::options::{KvFormat, Placement, WeightFormat};
 use ranks::{Failure, Neighbours, Rank, RankError};
 use serde_json::json;
 

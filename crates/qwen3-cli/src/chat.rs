@@ -4,7 +4,10 @@ use std::io::{self, BufRead as _, IsTerminal as _};
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use clap::Args;
-use qwen3_model::{GenerationConfig, KvFormat, Model, SamplingParams, StopReason};
+use qwen3_model::generation::StopReason;
+use qwen3_model::generation_config::GenerationConfig;
+use qwen3_model::options::KvFormat;
+use qwen3_model::{Model, SamplingParams};
 use qwen3_text::{ChatTemplate, Conversation, Json, Tokenizer};
 use ranks::{Failure, LaunchedProcess, Rank};
 

@@ -1,7 +1,9 @@
 //! `qwen3 demo`: three questions, a sentence to continue, and what they cost.
 
 use clap::Args;
-use qwen3_model::{KvFormat, SamplingParams, Timing};
+use qwen3_model::SamplingParams;
+use qwen3_model::generation::Timing;
+use qwen3_model::options::KvFormat;
 use ranks::{Failure, Rank};
 
 use crate::ahead;

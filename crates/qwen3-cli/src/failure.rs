@@ -2,7 +2,10 @@
 
 use std::path::{Path, PathBuf};
 
-use qwen3_model::{ConfigError, ExportError, ModelError, PerplexityError};
+use qwen3_model::ModelError;
+use qwen3_model::config::ConfigError;
+use qwen3_model::perplexity::PerplexityError;
+use qwen3_model::shards::ExportError;
 use ranks::RankError;
 
 use qwen3_text::{TemplateError, TokenizerError};

@@ -1,7 +1,9 @@
 //! `qwen3 generate`: the continuation of a prompt.
 
 use clap::Args;
-use qwen3_model::{GenerationConfig, KvFormat, SamplingParams};
+use qwen3_model::SamplingParams;
+use qwen3_model::generation_config::GenerationConfig;
+use qwen3_model::options::KvFormat;
 use ranks::{Failure, Rank};
 use serde_json::json;
 

@@ -5,8 +5,9 @@ use std::path::{Path, PathBuf};
 
 use clap::Args;
 use qwen3_model::comm::CommunicatorExt as _;
+use qwen3_model::options::{KvFormat, WeightFormat};
 use qwen3_model::tensor::{CheckpointWriter, TensorSpec, WriteError};
-use qwen3_model::{KvFormat, LogitRows, Logits, Model, WeightFormat};
+use qwen3_model::{LogitRows, Logits, Model};
 use ranks::{Failure, Rank};
 
 use crate::ahead;

@@ -7,10 +7,8 @@ use std::time::Duration;
 use clap::Args;
 use clap::builder::{PossibleValuesParser, TypedValueParser};
 use qwen3_model::comm::{Link, WireFormat};
-use qwen3_model::{
-    AttentionAlgorithm, ExpertSplit, Isa, KvFormat, MlpSchedule, ParallelStrategy, SamplingParams,
-    WeightFormat,
-};
+use qwen3_model::options::{AttentionAlgorithm, ExpertSplit, KvFormat, MlpSchedule, WeightFormat};
+use qwen3_model::{Isa, ParallelStrategy, SamplingParams};
 use ranks::{Emulation, JobOptions, default_wire};
 
 use crate::failure::CliError;

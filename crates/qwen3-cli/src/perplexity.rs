@@ -4,7 +4,8 @@ use std::fs;
 use std::path::PathBuf;
 
 use clap::Args;
-use qwen3_model::{KvFormat, PerplexityError, perplexity};
+use qwen3_model::options::KvFormat;
+use qwen3_model::perplexity::{PerplexityError, perplexity};
 use ranks::{Failure, Rank};
 use serde_json::json;
 

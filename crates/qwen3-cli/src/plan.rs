@@ -7,10 +7,11 @@ use std::path::{Path, PathBuf};
 use clap::{ArgGroup, Args};
 use planner::{LinkFigures, Machine, PassCost, Plan, PlanInput, Prediction, Rate, Share, plan};
 use qwen3_model::comm::WireFormat;
-use qwen3_model::{
-    Config, ExpertSplit, KvFormat, MlpSchedule, ModelError, ParallelStrategy, Preset, WeightFormat,
-    WeightFormats, open_weights,
-};
+use qwen3_model::formats::WeightFormats;
+use qwen3_model::names::open_weights;
+use qwen3_model::options::{ExpertSplit, KvFormat, MlpSchedule, WeightFormat};
+use qwen3_model::presets::Preset;
+use qwen3_model::{Config, ModelError, ParallelStrategy};
 use ranks::{Failure, Rank};
 use serde_json::{Value, json};
 

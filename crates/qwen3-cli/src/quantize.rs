@@ -3,7 +3,8 @@
 use std::path::PathBuf;
 
 use clap::Args;
-use qwen3_model::{WeightFormat, quantize};
+use qwen3_model::options::WeightFormat;
+use qwen3_model::quantize::quantize;
 use ranks::Rank;
 
 use crate::failure::CliError;

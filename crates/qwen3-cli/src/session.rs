@@ -4,9 +4,9 @@ use std::io::{self, IsTerminal as _};
 use std::panic;
 use std::thread;
 
-use qwen3_model::{
-    Isa, LoadProgress, Model, ModelError, ModelOptions, ParallelStrategy, Placement,
-};
+use qwen3_model::load::LoadProgress;
+use qwen3_model::options::Placement;
+use qwen3_model::{Isa, Model, ModelError, ModelOptions, ParallelStrategy};
 use ranks::{Failure, Neighbours, Rank};
 
 use crate::failure::CliError;

@@ -1,7 +1,8 @@
 //! What an answer cost: speed, collectives and bytes a token.
 
+use qwen3_model::Model;
 use qwen3_model::comm::{Collective, Entry, Phase};
-use qwen3_model::{Model, Timing};
+use qwen3_model::generation::Timing;
 
 use crate::calibration::count;
 

@@ -3,7 +3,8 @@
 use std::path::PathBuf;
 
 use clap::Args;
-use qwen3_model::{Preset, SynthOptions, synthesize};
+use qwen3_model::presets::Preset;
+use qwen3_model::synth::{SynthOptions, synthesize};
 use ranks::Rank;
 
 use crate::failure::CliError;

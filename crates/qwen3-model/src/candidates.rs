@@ -4,7 +4,8 @@
 use std::cmp::Ordering;
 use std::ops::Range;
 
-use ops::{Isa, argmax};
+use ops::Isa;
+use ops::kernels::argmax;
 
 use crate::deterministic::Noise;
 

@@ -5,7 +5,8 @@ use std::path::Path;
 
 use serde_json::Value;
 
-use crate::fields::{ConfigError, Fields, read_json};
+pub use crate::fields::ConfigError;
+use crate::fields::{Fields, read_json};
 use crate::rope_config::{RopeConfig, RopeScaling};
 
 /// What a Qwen3 checkpoint's `config.json` says; the names are that file's.

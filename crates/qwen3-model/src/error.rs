@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 
 use comm::CommError;
-use ops::MlpSchedule;
+use ops::schedule::MlpSchedule;
 use tensor::CheckpointError;
 
 use crate::fields::ConfigError;

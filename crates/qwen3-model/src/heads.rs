@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 
-use ops::{ExpertSplit, MlpSchedule};
+use ops::schedule::{ExpertSplit, MlpSchedule};
 use tensor::{split_granular, split_range};
 
 use crate::config::Config;

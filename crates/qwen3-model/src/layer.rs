@@ -1,11 +1,16 @@
 //! One decoder layer: the formula of the architecture, for one rank of many.
 
 use comm::CommError;
-use ops::{
-    AttentionAlgorithm, AttentionScratch, AttentionShape, AttentionSpec, Context, Input,
-    LayerCache, Linear, Mlp, MlpScratch, QkNorm, Residual, Rotary, SequenceSpan, SequenceSpec,
-    Store, attention_sequence, linear_mpi, mlp, prepare, reshape, rms_norm,
+use ops::attention::{
+    AttentionAlgorithm, AttentionScratch, AttentionShape, AttentionSpec, QkNorm, Rotary,
 };
+use ops::attention_sequence::{SequenceSpan, SequenceSpec};
+use ops::kernels::{Input, Store};
+use ops::linear::reshape;
+use ops::mlp::{Mlp, MlpScratch};
+use ops::norm::prepare;
+use ops::residual::Residual;
+use ops::{Context, LayerCache, Linear, attention_sequence, linear_mpi, mlp, rms_norm};
 use tensor::Activations;
 
 /// The weights of one layer that this rank owns.

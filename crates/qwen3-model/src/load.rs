@@ -5,9 +5,11 @@ use std::path::Path;
 use std::sync::{Arc, Mutex};
 
 use comm::{Communicator, CommunicatorExt, Phase, digest};
-use ops::{
-    AttentionShape, Context, Embedding, Expert, ExpertSplit, Linear, Mlp, MlpSchedule, Router,
-};
+use ops::attention::AttentionShape;
+use ops::mlp::{Expert, Mlp};
+use ops::routing::Router;
+use ops::schedule::{ExpertSplit, MlpSchedule};
+use ops::{Context, Embedding, Linear};
 use tensor::{Checkpoint, CheckpointError, GROUP, Matrix, WeightFormat, split_range};
 
 use crate::config::Config;

@@ -5,10 +5,12 @@ use std::sync::{Arc, Mutex};
 
 use comm::{CommError, Communicator, ReduceOp};
 use ndarray::Axis;
-use ops::{
-    AttentionShape, Context, Embedding, LayerCache, Linear, LogitRows, Profile, SequenceSpan,
-    TokenLayout, gather_columns, lm_head, rms_norm, wanted_rows,
-};
+use ops::attention::AttentionShape;
+use ops::attention_sequence::SequenceSpan;
+use ops::layout::TokenLayout;
+use ops::linear::gather_columns;
+use ops::lm_head::wanted_rows;
+use ops::{Context, Embedding, LayerCache, Linear, LogitRows, Profile, lm_head, rms_norm};
 use tensor::{Activations, split_range};
 
 use crate::cache::KvCache;

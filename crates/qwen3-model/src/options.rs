@@ -3,8 +3,11 @@
 use std::fmt;
 use std::str::FromStr;
 
-use ops::{AttentionAlgorithm, ExpertSplit, Isa, KvFormat, MlpSchedule, Placement};
-use tensor::WeightFormat;
+pub use ops::attention::AttentionAlgorithm;
+pub use ops::kernels::IsaError;
+pub use ops::schedule::{ExpertSplit, MlpSchedule};
+pub use ops::{Isa, KvFormat, Placement};
+pub use tensor::WeightFormat;
 
 /// What the ranks divide among themselves.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]

@@ -11,7 +11,7 @@
 
 use std::ops::Range;
 
-use ops::MlpSchedule;
+use ops::schedule::MlpSchedule;
 use tensor::split_range;
 
 use crate::config::Config;

@@ -2,10 +2,15 @@
 //! operations state.
 
 use comm::node_of;
-use ops::{
-    AttentionPass, AttentionShape, Cost, Group, KvFormat, LogitRows, MatrixShape, MlpShape,
-    TokenLayout, attention_cost, linear_mpi_cost, wanted_rows_cost,
-};
+use ops::attention::AttentionShape;
+use ops::attention_sequence::{AttentionPass, attention_cost};
+use ops::cost::Group;
+use ops::layout::TokenLayout;
+use ops::linear::MatrixShape;
+use ops::lm_head::wanted_rows_cost;
+use ops::mlp::MlpShape;
+use ops::residual::linear_mpi_cost;
+use ops::{Cost, KvFormat, LogitRows};
 use tensor::split_range;
 
 use crate::config::Config;

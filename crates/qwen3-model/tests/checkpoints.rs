@@ -5,10 +5,15 @@ use std::sync::Arc;
 use std::thread;
 
 use comm::{SoloComm, ThreadComm};
-use qwen3_model::{
-    Config, ConfigError, ExportError, GenerationConfig, Isa, LogitRows, Model, ModelOptions,
-    Preset, SynthOptions, TensorSpec, WeightFormat, quantize, synthesize, tensor_specs,
-};
+use qwen3_model::config::ConfigError;
+use qwen3_model::generation_config::GenerationConfig;
+use qwen3_model::names::{TensorSpec, tensor_specs};
+use qwen3_model::options::WeightFormat;
+use qwen3_model::presets::Preset;
+use qwen3_model::quantize::quantize;
+use qwen3_model::shards::ExportError;
+use qwen3_model::synth::{SynthOptions, synthesize};
+use qwen3_model::{Config, Isa, LogitRows, Model, ModelOptions};
 use tensor::{Checkpoint, CheckpointWriter};
 
 fn tiny(preset: Preset, seed: u64) -> SynthOptions {

@@ -2,7 +2,9 @@
 
 use std::path::Path;
 
-use qwen3_model::{Config, ConfigError, RopeScaling};
+use qwen3_model::Config;
+use qwen3_model::config::ConfigError;
+use qwen3_model::rope_config::RopeScaling;
 use serde_json::{Value, json};
 
 fn dense() -> Value {

@@ -5,9 +5,11 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use comm::{Communicator, Phase, SoloComm, ThreadComm};
+use qwen3_model::generation::{GenerateError, Generated, Progress, StopReason};
+use qwen3_model::perplexity::{PerplexityError, perplexity};
 use qwen3_model::{
-    GenerateError, GenerateParams, Generated, Isa, LogitRows, Model, ModelError, ModelOptions,
-    ParallelStrategy, PerplexityError, Progress, SamplingParams, StopReason, generate, perplexity,
+    GenerateParams, Isa, LogitRows, Model, ModelError, ModelOptions, ParallelStrategy,
+    SamplingParams, generate,
 };
 use serde_json::Value;
 

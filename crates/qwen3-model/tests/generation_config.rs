@@ -2,7 +2,9 @@
 
 use std::path::Path;
 
-use qwen3_model::{Config, ConfigError, GenerationConfig, eos_token_ids};
+use qwen3_model::Config;
+use qwen3_model::config::ConfigError;
+use qwen3_model::generation_config::{GenerationConfig, eos_token_ids};
 use serde_json::json;
 
 #[test]

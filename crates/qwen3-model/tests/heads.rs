@@ -2,7 +2,9 @@
 
 use std::path::Path;
 
-use qwen3_model::{Config, HeadPlan, TensorRole, tensor_specs};
+use qwen3_model::Config;
+use qwen3_model::heads::HeadPlan;
+use qwen3_model::names::{TensorRole, tensor_specs};
 use serde_json::json;
 
 fn config(heads: usize, kv_heads: usize, columns: usize, vocabulary: usize) -> Config {

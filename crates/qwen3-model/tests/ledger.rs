@@ -7,10 +7,10 @@ use std::path::Path;
 use std::sync::Arc;
 
 use comm::{Collective, EmulatedComm, Link, ThreadComm};
-use qwen3_model::{
-    Config, Division, ExpertSplit, Isa, KvFormat, LogitRows, MlpSchedule, Model, ModelOptions,
-    ParallelStrategy, Preset, SynthOptions, WeightFormat, synthesize,
-};
+use qwen3_model::options::{Division, ExpertSplit, KvFormat, MlpSchedule, WeightFormat};
+use qwen3_model::presets::Preset;
+use qwen3_model::synth::{SynthOptions, synthesize};
+use qwen3_model::{Config, Isa, LogitRows, Model, ModelOptions, ParallelStrategy};
 use serde_json::json;
 use traffic::{Statement, Traffic};
 

@@ -9,7 +9,8 @@ use std::sync::Arc;
 
 use cases::CASES;
 use qwen3_model::comm::{Communicator, EmulatedComm, Link, ThreadComm, WireFormat};
-use qwen3_model::{LogitRows, Model, ModelOptions, ParallelStrategy, WeightFormat};
+use qwen3_model::options::WeightFormat;
+use qwen3_model::{LogitRows, Model, ModelOptions, ParallelStrategy};
 
 fn check_ranks(
     reference: &suite::Reference,

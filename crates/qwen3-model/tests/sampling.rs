@@ -4,7 +4,8 @@
 use std::sync::Arc;
 
 use comm::{CommError, Communicator, SoloComm, ThreadComm};
-use qwen3_model::{Isa, Logits, SampleRow, SampledToken, Sampler, SamplingError, SamplingParams};
+use qwen3_model::sampling::{SampleRow, SampledToken, SamplingError};
+use qwen3_model::{Isa, Logits, Sampler, SamplingParams};
 use tensor::{Activations, split_range};
 
 fn params(temperature: f32) -> SamplingParams {

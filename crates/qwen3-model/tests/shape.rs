@@ -5,10 +5,11 @@ mod cases;
 use std::sync::Arc;
 
 use comm::ThreadComm;
-use qwen3_model::{
-    Checkpoint, Config, ExpertSplit, Isa, MlpSchedule, Model, ModelOptions, ModelShape,
-    ParallelStrategy, WeightFormat, WeightFormats,
-};
+use qwen3_model::formats::WeightFormats;
+use qwen3_model::options::{ExpertSplit, MlpSchedule, WeightFormat};
+use qwen3_model::shape::ModelShape;
+use qwen3_model::tensor::Checkpoint;
+use qwen3_model::{Config, Isa, Model, ModelOptions, ParallelStrategy};
 
 #[test]
 fn memory_is_what_loading_takes() {

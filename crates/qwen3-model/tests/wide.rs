@@ -5,10 +5,16 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use comm::{Communicator, CommunicatorExt, EmulatedComm, Link, SoloComm, ThreadComm};
+use qwen3_model::formats::WeightFormats;
+use qwen3_model::heads::HeadPlan;
+use qwen3_model::names::{TensorRole, tensor_specs};
+use qwen3_model::options::{AttentionAlgorithm, ExpertSplit, MlpSchedule, WeightFormat};
+use qwen3_model::quantize::quantize;
+use qwen3_model::sampling::SampleRow;
+use qwen3_model::shape::ModelShape;
+use qwen3_model::tensor::Checkpoint;
 use qwen3_model::{
-    AttentionAlgorithm, Checkpoint, Config, ExpertSplit, HeadPlan, Isa, LogitRows, MlpSchedule,
-    Model, ModelOptions, ModelShape, ParallelStrategy, SampleRow, Sampler, SamplingParams,
-    TensorRole, WeightFormat, WeightFormats, quantize, tensor_specs,
+    Config, Isa, LogitRows, Model, ModelOptions, ParallelStrategy, Sampler, SamplingParams,
 };
 use rand::rngs::StdRng;
 use rand::{RngExt, SeedableRng};

@@ -6,12 +6,22 @@ use std::path::Path;
 use std::sync::Arc;
 
 use comm::Communicator;
+use ops::attention::{
+    AttentionAlgorithm, AttentionScratch, AttentionShape, AttentionSpec, QkNorm, Rotary,
+};
+use ops::attention_headwise::attention_headwise;
+use ops::attention_sequence::{SequenceSpan, SequenceSpec};
+use ops::kernels::Input;
+use ops::layout::TokenLayout;
+use ops::lm_head::wanted_rows;
+use ops::mlp::{Expert, Mlp, MlpScratch};
+use ops::norm::prepare;
+use ops::residual::Residual;
+use ops::routing::Router;
+use ops::schedule::{ExpertSplit, MlpSchedule};
 use ops::{
-    AttentionAlgorithm, AttentionScratch, AttentionShape, AttentionSpec, Context, Expert,
-    ExpertSplit, Input, Isa, KvFormat, LayerCache, Linear, LogitRows, Mlp, MlpSchedule, MlpScratch,
-    Placement, QkNorm, Residual, Rotary, Router, SequenceSpan, SequenceSpec, TokenLayout,
-    attention_headwise, attention_sequence, linear_mpi, lm_head, mlp, prepare, rms_norm,
-    wanted_rows,
+    Context, Isa, KvFormat, LayerCache, Linear, LogitRows, Placement, attention_sequence,
+    linear_mpi, lm_head, mlp, rms_norm,
 };
 use rand::rngs::StdRng;
 use rand::{RngExt, SeedableRng};

@@ -80,7 +80,7 @@ fn sum_exp(isa: Isa, logits: &[f32], max: f32) -> f64 {
     for logits in logits.chunks(block.len()) {
         let block = &mut block[..logits.len()];
         block.iter_mut().zip(logits).for_each(|(x, logit)| *x = logit - max);
-        ops::exp(isa, block);
+        ops::kernels::exp(isa, block);
         sum += block.iter().map(|&x| f64::from(x)).sum::<f64>();
     }
     sum

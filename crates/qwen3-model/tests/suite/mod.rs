@@ -5,10 +5,8 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use qwen3_model::comm::Communicator;
-use qwen3_model::{
-    AttentionAlgorithm, ExpertSplit, Isa, LogitRows, MlpSchedule, Model, ModelOptions,
-    ParallelStrategy, WeightFormat,
-};
+use qwen3_model::options::{AttentionAlgorithm, ExpertSplit, MlpSchedule, WeightFormat};
+use qwen3_model::{Isa, LogitRows, Model, ModelOptions, ParallelStrategy};
 use safetensors::SafeTensors;
 
 use crate::cases::folder;

@@ -1,9 +1,10 @@
 //! The stated collectives of a forward pass, in the form of the ledger's entries.
 
 use comm::{Collective, WireFormat};
-use qwen3_model::{
-    Config, Division, KvFormat, LogitRows, ModelShape, PassShape, WeightFormat, WeightFormats,
-};
+use qwen3_model::formats::WeightFormats;
+use qwen3_model::options::{Division, KvFormat, WeightFormat};
+use qwen3_model::shape::{ModelShape, PassShape};
+use qwen3_model::{Config, LogitRows};
 
 /// Calls of a collective and the payload bytes of all of them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
