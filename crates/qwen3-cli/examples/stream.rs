@@ -5,7 +5,7 @@ use std::{ops::ControlFlow, path::Path};
 use qwen3_model::generation::Progress;
 use qwen3_model::generation_config::eos_token_ids;
 use qwen3_model::{GenerateParams, Isa, Model, ModelOptions, generate};
-use qwen3_text::{ChatTemplate, Conversation, Tokenizer};
+use qwen3_text::{ChatTemplate, ControlTokens, Conversation, Tokenizer};
 use ranks::{Failure, JobOptions, RankError, run_in_threads};
 
 fn main() -> Result<(), Failure> {
@@ -20,7 +20,8 @@ pub fn answer(
     let folder = Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/../../models/austen"));
     let tokenizer = Tokenizer::open(folder)?;
     let chat = Conversation::question(question, Some(false));
-    let prompt = tokenizer.encode_rendered(&ChatTemplate::open(folder)?.render(&chat)?)?;
+    let template = ChatTemplate::open(folder)?;
+    let prompt = template.prompt(&tokenizer, &chat, ControlTokens::Literal)?.tokens;
     run_in_threads(&JobOptions { ranks: 2, ..JobOptions::default() }, |rank| {
         let options = ModelOptions::new(Isa::from_env()?);
         let model = Model::load(folder, rank.comm().clone(), &options, &|_| ())?;
@@ -31,7 +32,7 @@ pub fn answer(
         let mut shown = Ok(());
         generate(&model, &mut cache, &prompt, &params, &mut |progress| {
             if let (true, Progress::Token(id)) = (rank.is_root(), progress) {
-                shown = text.push(id).map_err(Failure::from).and_then(|text| Ok(show(&text)?));
+                shown = show(&text.push(id)).map_err(Failure::from);
             }
             if shown.is_ok() { ControlFlow::Continue(()) } else { ControlFlow::Break(()) }
         })?;

@@ -114,7 +114,7 @@ impl<'a> Screen<'a> {
             && !self.quiet
         {
             let words = match &mut self.stream {
-                Some(stream) => stream.push(id).map_err(CliError::from),
+                Some(stream) => Ok(stream.push(id)),
                 None => Ok(format!("{id} ")),
             };
             self.result = words.and_then(|words| self.say(words));
@@ -139,10 +139,10 @@ impl<'a> Screen<'a> {
         if let Some(stream) = self.stream.take()
             && !self.quiet
         {
-            self.say(stream.finish()?)?;
+            self.say(stream.finish())?;
         }
         self.writer.as_mut().map_or(Ok(()), Writer::finish)?;
-        Ok(self.text.map(|text| text.decode(ids)).transpose()?.unwrap_or_default())
+        Ok(self.text.map(|text| text.decode(ids)).unwrap_or_default())
     }
 }
 

@@ -8,7 +8,7 @@ use qwen3_model::generation::StopReason;
 use qwen3_model::generation_config::GenerationConfig;
 use qwen3_model::options::KvFormat;
 use qwen3_model::{Model, SamplingParams};
-use qwen3_text::{ChatTemplate, Conversation, Json, Tokenizer};
+use qwen3_text::{ChatTemplate, ControlTokens, Conversation, Json, Tokenizer};
 use ranks::{Failure, LaunchedProcess, Rank};
 
 use crate::ahead;
@@ -17,6 +17,7 @@ use crate::ctrl_c;
 use crate::failure::CliError;
 use crate::options::{EngineOptions, LaunchOptions, SamplingOptions, positive};
 use crate::plan::Workload;
+use crate::prompt::TextOptions;
 use crate::session::{self, Loaded};
 
 /// Talk with the model: Ctrl-C stops an answer, Ctrl-D leaves
@@ -41,6 +42,9 @@ pub struct ChatArgs {
     /// The most tokens of an answer [default: as many as the context holds]
     #[arg(long, value_name = "N", value_parser = positive)]
     max_new_tokens: Option<usize>,
+
+    #[command(flatten)]
+    text: TextOptions,
 
     #[command(flatten)]
     sampling: SamplingOptions,
@@ -142,6 +146,7 @@ impl ChatArgs {
 struct Speaker {
     text: Tokenizer,
     template: ChatTemplate,
+    control: ControlTokens,
     enable_thinking: Option<bool>,
     messages: Vec<Json>,
     /// Messages that are never forgotten: the system's.
@@ -165,6 +170,7 @@ impl Speaker {
         let speaker = Self {
             text,
             template,
+            control: args.text.control(),
             enable_thinking: args.enable_thinking(),
             fixed: messages.len(),
             messages,
@@ -187,7 +193,7 @@ impl Speaker {
 
     fn encode(&self, messages: Vec<Json>) -> Result<Vec<u32>, CliError> {
         let chat = Conversation::new(messages, self.enable_thinking);
-        Ok(self.text.encode_rendered(&self.template.render(&chat)?)?)
+        Ok(self.template.prompt(&self.text, &chat, self.control)?.tokens)
     }
 
     /// Reads messages until one fits the model.

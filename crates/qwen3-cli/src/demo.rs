@@ -12,7 +12,7 @@ use crate::options::{EngineOptions, LaunchOptions};
 use crate::plan::Workload;
 use crate::session::{self, Loaded};
 use crate::summary::summary;
-use qwen3_text::{ChatTemplate, Conversation, Tokenizer};
+use qwen3_text::{ChatTemplate, ControlTokens, Conversation, Tokenizer};
 
 /// Answer three questions and continue a sentence, then say what it cost
 #[derive(Args, Clone, Debug)]
@@ -60,7 +60,7 @@ impl DemoArgs {
                     return Ok(text.encode(prompt)?);
                 }
                 let chat = Conversation::question(prompt, Some(false));
-                Ok(text.encode_rendered(&template.render(&chat)?)?)
+                Ok(template.prompt(text, &chat, ControlTokens::Literal)?.tokens)
             })?;
             let mut cache = model.new_cache(tokens.len() + TOKENS);
             let text = texts.as_ref().map(|(text, _)| text);

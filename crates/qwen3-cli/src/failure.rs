@@ -8,7 +8,7 @@ use qwen3_model::perplexity::PerplexityError;
 use qwen3_model::shards::ExportError;
 use ranks::RankError;
 
-use qwen3_text::{TemplateError, TokenizerError};
+use qwen3_text::{PromptError, TemplateError, TokenizerError};
 
 /// Why a command ends early. Each message is one line.
 #[derive(Debug, thiserror::Error)]
@@ -43,6 +43,9 @@ pub enum CliError {
     /// The chat template fails.
     #[error(transparent)]
     Template(#[from] TemplateError),
+    /// A conversation has no prompt.
+    #[error(transparent)]
+    Prompt(#[from] PromptError),
     /// `generation_config.json` is wrong.
     #[error(transparent)]
     Config(#[from] ConfigError),

@@ -11,7 +11,7 @@ use crate::ahead;
 use crate::answer::{Answer, AnswerOptions, stop_word};
 use crate::options::{EngineOptions, LaunchOptions, SamplingOptions, positive};
 use crate::plan::Workload;
-use crate::prompt::PromptOptions;
+use crate::prompt::{PromptForm, PromptOptions, TextOptions};
 use crate::session::{self, Loaded};
 
 /// Continue a prompt: the text comes as it is chosen
@@ -40,6 +40,9 @@ pub struct GenerateArgs {
     max_new_tokens: usize,
 
     #[command(flatten)]
+    text: TextOptions,
+
+    #[command(flatten)]
     sampling: SamplingOptions,
 
     /// Go on after a token that ends a text
@@ -59,10 +62,11 @@ impl GenerateArgs {
     /// Runs the command on this rank.
     pub fn run(&self, rank: &Rank) -> Result<(), Failure> {
         let chat = self.chat.then(|| self.no_thinking.then_some(false));
+        let form = PromptForm { chat, control: self.text.control() };
         let (prompt, dir) = (self.prompt.clone(), self.engine.model.clone());
-        let length = ahead::look(rank, &self.engine, |config| prompt.look(&dir, config, chat))?;
+        let length = ahead::look(rank, &self.engine, |config| prompt.look(&dir, config, form))?;
         let sampling = self.params(rank)?;
-        let read = move || prompt.read(&dir, chat);
+        let read = move || prompt.read(&dir, form);
         let (Loaded { model, .. }, prompt) = session::load_with(
             rank,
             &self.engine,

@@ -15,7 +15,7 @@ use crate::failure::CliError;
 use crate::options::{EngineOptions, LaunchOptions};
 use crate::output_file::OutputFile;
 use crate::plan::Workload;
-use crate::prompt::PromptOptions;
+use crate::prompt::{PromptForm, PromptOptions};
 use crate::session::{self, Loaded};
 
 /// Write the logits of every token of a prompt: a safetensors file with `logits`, f32 [tokens,
@@ -43,11 +43,12 @@ impl LogitsArgs {
     /// Runs the command on this rank.
     pub fn run(&self, rank: &Rank) -> Result<(), Failure> {
         let (prompt, dir) = (self.prompt.clone(), self.engine.model.clone());
+        let form = PromptForm::TEXT;
         let length = ahead::look(rank, &self.engine, |config| {
             self.check_output()?;
-            prompt.look(&dir, config, None)
+            prompt.look(&dir, config, form)
         })?;
-        let read = move || Ok(prompt.read(&dir, None)?.tokens);
+        let read = move || Ok(prompt.read(&dir, form)?.tokens);
         let (Loaded { model, .. }, tokens) = session::load_with(
             rank,
             &self.engine,

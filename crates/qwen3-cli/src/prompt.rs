@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 
 use clap::Args;
 use qwen3_model::{Config, ModelError};
-use qwen3_text::{ChatTemplate, Conversation, Tokenizer};
+use qwen3_text::{ChatTemplate, ControlTokens, Conversation, Tokenizer};
 
 use crate::ahead;
 use crate::failure::CliError;
@@ -27,6 +27,35 @@ pub struct PromptOptions {
     tokens: Option<Vec<u32>>,
 }
 
+/// How text that a user writes is encoded.
+#[derive(Args, Clone, Copy, Debug)]
+pub struct TextOptions {
+    /// Encode text such as <|im_start|> as plain text; without this option it becomes the token
+    #[arg(long)]
+    literal_special_tokens: bool,
+}
+
+impl TextOptions {
+    /// What becomes of control tokens in a user's text.
+    pub fn control(self) -> ControlTokens {
+        if self.literal_special_tokens { ControlTokens::Literal } else { ControlTokens::Trusted }
+    }
+}
+
+/// How the text of a prompt becomes tokens.
+#[derive(Clone, Copy, Debug)]
+pub struct PromptForm {
+    /// The text is a user's message in the chat template; `Some(false)` means "do not think".
+    pub chat: Option<Option<bool>>,
+    /// What becomes of control tokens in the text.
+    pub control: ControlTokens,
+}
+
+impl PromptForm {
+    /// A text that the model continues, with its control tokens.
+    pub const TEXT: Self = Self { chat: None, control: ControlTokens::Trusted };
+}
+
 /// Bytes of a token of a usual text, more or less.
 const TOKEN_BYTES: u64 = 4;
 /// Tokens of a prompt of which nothing is known yet.
@@ -43,12 +72,7 @@ pub struct Prompt {
 impl PromptOptions {
     /// Whether the model can take the prompt, as far as that is known before it is loaded, and
     /// about how many tokens it has. The options are those of `read`.
-    pub fn look(
-        &self,
-        model: &Path,
-        config: &Config,
-        chat: Option<Option<bool>>,
-    ) -> Result<usize, CliError> {
+    pub fn look(&self, model: &Path, config: &Config, form: PromptForm) -> Result<usize, CliError> {
         let context = config.context_length();
         if let Some(tokens) = &self.tokens {
             ModelError::check_tokens(tokens, config.vocab_size)?;
@@ -61,7 +85,7 @@ impl PromptOptions {
                 file.as_deref().and_then(|file| ahead::input(file).transpose()).transpose()?
             }
         };
-        match chat {
+        match form.chat {
             Some(enable_thinking) => {
                 ahead::conversation(model, &Conversation::question("Hello", enable_thinking))?
             }
@@ -71,7 +95,7 @@ impl PromptOptions {
         // can hardly be too long: a token has a byte at least.
         match bytes {
             Some(bytes) if bytes == 0 || bytes > context as u64 => {
-                let tokens = self.read(model, chat)?.tokens.len();
+                let tokens = self.read(model, form)?.tokens.len();
                 self.check(context, tokens)?;
                 Ok(tokens)
             }
@@ -80,9 +104,8 @@ impl PromptOptions {
         }
     }
 
-    /// Reads the prompt. With `chat` it is a user's message in the chat template, `Some(false)`
-    /// being "do not think".
-    pub fn read(&self, model: &Path, chat: Option<Option<bool>>) -> Result<Prompt, CliError> {
+    /// Reads and encodes the prompt.
+    pub fn read(&self, model: &Path, form: PromptForm) -> Result<Prompt, CliError> {
         if let Some(tokens) = &self.tokens {
             // A checkpoint of weights alone answers in ids.
             let text = model.join("tokenizer.json").is_file();
@@ -97,12 +120,13 @@ impl PromptOptions {
             (None, None) => unreachable!("clap requires one of the three"),
         };
         let text = Tokenizer::open(model)?;
-        let tokens = match chat {
-            Some(enable_thinking) => {
+        let tokens = match (form.chat, form.control) {
+            (Some(enable_thinking), control) => {
                 let chat = Conversation::question(&words, enable_thinking);
-                text.encode_rendered(&ChatTemplate::open(model)?.render(&chat)?)?
+                ChatTemplate::open(model)?.prompt(&text, &chat, control)?.tokens
             }
-            None => text.encode(&words)?,
+            (None, ControlTokens::Trusted) => text.encode(&words)?,
+            (None, ControlTokens::Literal) => text.encode_literal(&words)?,
         };
         if tokens.is_empty() {
             return Err(CliError::option(

@@ -3,11 +3,12 @@
 use std::path::PathBuf;
 
 use clap::Args;
-use qwen3_text::{ChatTemplate, Conversation, Tokenizer};
+use qwen3_text::{ChatTemplate, ControlTokens, Conversation, Prompt, Tokenizer};
 use ranks::Rank;
 use serde_json::json;
 
 use crate::failure::CliError;
+use crate::prompt::TextOptions;
 
 /// Show the token ids of a text, or of a conversation as the chat template writes it
 #[derive(Args, Clone, Debug)]
@@ -18,6 +19,9 @@ pub struct TokenizeArgs {
 
     #[command(flatten)]
     input: Input,
+
+    #[command(flatten)]
+    text: TextOptions,
 
     /// Print one JSON object: {"text","ids"}
     #[arg(long)]
@@ -31,7 +35,8 @@ struct Input {
     #[arg(long, value_name = "T")]
     text: Option<String>,
 
-    /// A JSON file with messages, and optionally tools, enable_thinking and add_generation_prompt
+    /// A JSON file with messages and, optionally, tools, add_generation_prompt,
+    /// continue_final_message and variables of the chat template such as enable_thinking
     #[arg(long, value_name = "FILE")]
     chat: Option<PathBuf>,
 }
@@ -39,13 +44,19 @@ struct Input {
 impl TokenizeArgs {
     /// Runs the command on rank 0.
     pub fn run(&self, rank: &Rank) -> Result<(), CliError> {
-        let (text, ids) = match (&self.input.text, &self.input.chat) {
-            (Some(text), _) => (text.clone(), Tokenizer::open(&self.model)?.encode(text)?),
+        let tokenizer = Tokenizer::open(&self.model)?;
+        let control = self.text.control();
+        let Prompt { text, tokens: ids } = match (&self.input.text, &self.input.chat) {
+            (Some(text), _) => {
+                let tokens = match control {
+                    ControlTokens::Trusted => tokenizer.encode(text)?,
+                    ControlTokens::Literal => tokenizer.encode_literal(text)?,
+                };
+                Prompt { text: text.clone(), tokens }
+            }
             (None, Some(file)) => {
                 let chat = Conversation::open(file)?;
-                let rendered = ChatTemplate::open(&self.model)?.render(&chat)?;
-                let ids = Tokenizer::open(&self.model)?.encode_rendered(&rendered)?;
-                (rendered, ids)
+                ChatTemplate::open(&self.model)?.prompt(&tokenizer, &chat, control)?
             }
             (None, None) => unreachable!("clap requires one of the two"),
         };

@@ -14,10 +14,12 @@ mod conversation;
 mod template;
 mod tokenizer;
 mod detokenizer;
+mod prompt;
 
 pub use conversation::Conversation;
 pub use detokenizer::Detokenizer;
 pub use error::TemplateError;
 pub use json::{Json, JsonError};
+pub use prompt::{ControlTokens, Prompt, PromptError};
 pub use template::{ChatTemplate, TemplateSource};
 pub use tokenizer::{Tokenizer, TokenizerError};
