@@ -42,7 +42,7 @@ fn decode(criterion: &mut Criterion) {
             let rows = BYTES / bytes(format, granule, COLS) * granule;
             let w = weights.panels(format, rows, COLS, 0);
             let mut input = Input::new();
-            input.prepare(isa, InputKind::of(isa, &w.data(), tokens), &x, tokens, COLS);
+            input.prepare(isa, InputKind::of(isa, &w.data()), &x, tokens, COLS);
             let mut out = vec![0.0; tokens * rows];
             group.throughput(Throughput::Bytes(bytes(format, rows, COLS) as u64));
             group.bench_function(format, |b| {

@@ -54,7 +54,7 @@ fn prefill(criterion: &mut Criterion) {
                 b.iter(|| {
                     index += 1;
                     let w = weights.panels(format, ROWS, COLS, index);
-                    input.prepare(isa, InputKind::of(isa, &w.data(), tokens), &x, tokens, COLS);
+                    input.prepare(isa, InputKind::of(isa, &w.data()), &x, tokens, COLS);
                     let out = MatMut::new(&mut out, tokens, ROWS, ROWS);
                     matmul(isa, w, 0..w.count(), &input, out, Store::Set);
                 });
@@ -68,7 +68,7 @@ fn prefill(criterion: &mut Criterion) {
                     index += 2;
                     let gate = weights.panels(format, ROWS, COLS, index);
                     let up = weights.panels(format, ROWS, COLS, index + 1);
-                    input.prepare(isa, InputKind::of(isa, &gate.data(), tokens), &x, tokens, COLS);
+                    input.prepare(isa, InputKind::of(isa, &gate.data()), &x, tokens, COLS);
                     let out = MatMut::new(&mut out, tokens, ROWS, ROWS);
                     matmul_swiglu(isa, gate, up, 0..gate.count(), &input, out);
                 });

@@ -120,7 +120,7 @@ pub fn check_matmul(isa: Isa, format: &str, w: Panels<'_>, tokens: usize) {
     let rows = w.rows_in(&panels);
     let run = |isa: Isa| {
         let (mut input, mut out) = (Input::new(), vec![f32::NAN; tokens * rows]);
-        input.prepare(isa, InputKind::of(isa, &w.data(), tokens), &x, tokens, cols);
+        input.prepare(isa, InputKind::of(isa, &w.data()), &x, tokens, cols);
         matmul(
             isa,
             w,
@@ -131,7 +131,7 @@ pub fn check_matmul(isa: Isa, format: &str, w: Panels<'_>, tokens: usize) {
         );
         out
     };
-    let [kind, reference] = [isa, Isa::scalar()].map(|isa| InputKind::of(isa, &w.data(), tokens));
+    let [kind, reference] = [isa, Isa::scalar()].map(|isa| InputKind::of(isa, &w.data()));
     let steps = if kind == reference { 0.0 } else { 3.0 * 0.5 / 127.0 };
     let tolerance = 8.0 * cols as f32 * f32::EPSILON + steps;
     assert_close(format, &run(isa), &run(Isa::scalar()), |expected| tolerance * expected);

@@ -322,12 +322,9 @@ fn fold(op: ReduceOp, index: usize) -> Fold {
     }
 }
 
-pub(crate) fn fold_values(fold: Fold, values: &[f32], into: &mut [f32]) {
-    WireFormat::F32.decode(bytemuck::cast_slice(values), into, fold);
-}
-
 /// Combines a block of the inputs of all ranks in rank order: `own` is that of this rank, with its
-/// number; those of the others are encoded.
+/// number, and is rounded as if it had travelled; those of the others are encoded. All start at a
+/// multiple of [`WIRE_GROUP`].
 pub(crate) fn fold_block<'a>(
     wire: WireFormat,
     op: ReduceOp,
@@ -338,14 +335,15 @@ pub(crate) fn fold_block<'a>(
 ) {
     for peer in 0..size {
         if peer == own.0 {
-            fold_values(fold(op, peer), own.1, sum);
+            wire.fold_rounded(own.1, sum, fold(op, peer));
         } else {
             wire.decode(other(peer), sum, fold(op, peer));
         }
     }
 }
 
-/// Combines the inputs of all ranks in rank order, and puts the result into `output` or adds it.
+/// Combines the inputs of all ranks in rank order, rounds the result as if it had travelled, and
+/// puts it into `output` or adds it.
 pub(crate) fn fold_all<'a>(
     wire: WireFormat,
     op: ReduceOp,
@@ -362,7 +360,7 @@ pub(crate) fn fold_all<'a>(
         for rank in 0..size {
             wire.decode(&input(rank)[skip..], sum, fold(op, rank));
         }
-        fold_values(if add { Fold::Add } else { Fold::Set }, sum, output);
+        wire.fold_rounded(sum, output, if add { Fold::Add } else { Fold::Set });
     }
 }
 

@@ -85,4 +85,4 @@ pub use ledger::{Activity, Collective, Entry, Ledger, Phase, TracedCall};
 pub use mpi_comm::{MpiComm, MpiOptions};
 pub use solo::SoloComm;
 pub use threads::ThreadComm;
-pub use wire::{UnknownWireFormat, WireFormat};
+pub use wire::{UnknownWireFormat, WIRE_GROUP, WireFormat};

@@ -185,7 +185,7 @@ impl Collectives for Machines {
         })?;
         self.local(call, |group, call| group.broadcast(call, 0, bytemuck::cast_slice_mut(sum)))?;
         if let Some(sum) = scratch {
-            group::fold_values(Fold::Add, &sum, output);
+            WireFormat::F32.fold_rounded(&sum, output, Fold::Add);
         }
         Ok(())
     }

@@ -7,6 +7,11 @@ use std::str::FromStr;
 pub const WIRE_GROUP: usize = 32;
 
 /// The encoding of f32 sums between ranks. Sums are formed in f32 whatever travels.
+///
+/// An Allreduce rounds the input of each rank to this format, adds them in rank order, and rounds
+/// the result, whether or not these numbers travel. A sum is therefore the same whatever its place
+/// in a message and the length of that message. Groups of `Q8` start at multiples of 32 elements:
+/// where rows must not influence each other, they are padded to whole groups.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, Default)]
 #[repr(u8)]
 pub enum WireFormat {
@@ -80,6 +85,19 @@ impl WireFormat {
                     encode_group(rest, last);
                 }
             }
+        }
+    }
+
+    /// Folds `values` into `into` as they are after they have travelled: encoded and decoded.
+    pub(crate) fn fold_rounded(self, values: &[f32], into: &mut [f32], fold: Fold) {
+        if self == WireFormat::F32 {
+            return self.decode(bytemuck::cast_slice(values), into, fold);
+        }
+        const BLOCK: usize = 8 * WIRE_GROUP;
+        let mut bytes = [0; 4 * BLOCK];
+        for (values, into) in values.chunks(BLOCK).zip(into.chunks_mut(BLOCK)) {
+            self.encode(values, &mut bytes);
+            self.decode(&bytes, into, fold);
         }
     }
 

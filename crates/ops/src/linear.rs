@@ -112,9 +112,9 @@ impl Linear {
         MatrixShape { format: self.format(), rows: self.rows(), cols: self.cols() }
     }
 
-    /// The preparation that `tokens` tokens of input need.
-    pub fn input_kind(&self, isa: Isa, tokens: usize) -> InputKind {
-        InputKind::of(isa, &self.panels().data(), tokens)
+    /// How the activations that these weights multiply are prepared.
+    pub fn input_kind(&self, isa: Isa) -> InputKind {
+        InputKind::of(isa, &self.panels().data())
     }
 
     /// The weights as the kernels see them.

@@ -33,7 +33,7 @@ pub fn rms_norm(ctx: &Context, x: &Activations, weight: &[f32], eps: f32, out: &
 /// format: packed, or quantized.
 pub fn prepare(ctx: &Context, weights: &Linear, x: &Activations, input: &mut Input) {
     let (tokens, cols) = x.dim();
-    let kind = weights.input_kind(ctx.isa, tokens);
+    let kind = weights.input_kind(ctx.isa);
     let _operation = ctx.profile.operation("prepare", Work::default());
     if tokens < SERIAL_TOKENS {
         return input.prepare(ctx.isa, kind, slice(x), tokens, cols);

@@ -3,7 +3,7 @@
 
 use std::sync::Arc;
 
-use comm::{Collective, CommError, Communicator};
+use comm::{Collective, CommError, Communicator, ReduceOp, WIRE_GROUP, WireFormat};
 use simd_kernels::{Input, Store};
 use tensor::Activations;
 
@@ -58,13 +58,13 @@ impl Residual {
         partial: &mut Activations,
     ) -> Result<(), CommError> {
         if !self.overlap {
-            return comm.all_reduce_add(slice(partial), slice_mut(&mut self.tokens));
+            return add_sum_of_rows(&**comm, partial, &mut self.tokens);
         }
         assert!(self.sum.is_none(), "a sum is on its way already");
         let partial = std::mem::replace(partial, std::mem::take(&mut self.spare));
         let mut tokens = std::mem::take(&mut self.tokens);
         self.sum = Some(ctx.background.start(comm, move |comm| {
-            comm.all_reduce_add(slice(&partial), slice_mut(&mut tokens))?;
+            add_sum_of_rows(comm, &partial, &mut tokens)?;
             Ok((partial, tokens))
         }));
         Ok(())
@@ -81,6 +81,30 @@ impl Residual {
         }
         Ok(())
     }
+}
+
+/// Adds the sum over the ranks of `partial` to `rows`, both [rows, width]. Rows that travel in q8 are
+/// padded to whole groups, so that no group spans two rows: the bits of a row do not depend on the
+/// others.
+fn add_sum_of_rows(
+    comm: &dyn Communicator,
+    partial: &Activations,
+    rows: &mut Activations,
+) -> Result<(), CommError> {
+    let (count, width) = rows.dim();
+    if comm.wire() != WireFormat::Q8 || width % WIRE_GROUP == 0 {
+        return comm.all_reduce_add(slice(partial), slice_mut(rows));
+    }
+    let stride = width.next_multiple_of(WIRE_GROUP);
+    let mut padded = vec![0.0; count * stride];
+    for (padded, row) in padded.chunks_mut(stride).zip(slice(partial).chunks(width)) {
+        padded[..width].copy_from_slice(row);
+    }
+    comm.all_reduce(&mut padded, ReduceOp::Sum)?;
+    for (row, sum) in slice_mut(rows).chunks_mut(width).zip(padded.chunks(stride)) {
+        row.iter_mut().zip(sum).for_each(|(x, sum)| *x += sum);
+    }
+    Ok(())
 }
 
 /// A linear layer whose *input* features are split over the ranks that split heads: `residual += Σᵣ
@@ -121,5 +145,42 @@ pub(crate) fn sums_cost(group: Group, parts: &[usize], width: usize) -> Cost {
         scratch: buffers * F32 * width * parts.iter().sum::<usize>(),
         calls: parts.iter().map(call).collect(),
         ..Cost::default()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::thread;
+
+    use comm::ThreadComm;
+
+    use super::*;
+
+    /// Rows of a width that is no multiple of the group of q8, on three ranks.
+    #[test]
+    fn the_sum_of_a_row_does_not_depend_on_the_other_rows() {
+        const WIDTH: usize = 40;
+        const ROWS: usize = 9;
+        for wire in WireFormat::ALL {
+            thread::scope(|scope| {
+                for comm in ThreadComm::group(3) {
+                    scope.spawn(move || {
+                        comm.set_wire(wire);
+                        let value = |i: usize| ((i * 37 + comm.rank() * 11) % 101) as f32 / 7.0;
+                        let partial = Activations::from_shape_fn((ROWS, WIDTH), |(row, i)| {
+                            (1 << row) as f32 * value(row * WIDTH + i)
+                        });
+                        let mut together = Activations::ones((ROWS, WIDTH));
+                        add_sum_of_rows(&comm, &partial, &mut together).expect("all ranks call");
+                        for (row, expected) in partial.outer_iter().zip(together.outer_iter()) {
+                            let row = Activations::from_shape_fn((1, WIDTH), |(_, i)| row[i]);
+                            let mut alone = Activations::ones((1, WIDTH));
+                            add_sum_of_rows(&comm, &row, &mut alone).expect("all ranks call");
+                            assert_eq!(alone.row(0), expected, "{wire}");
+                        }
+                    });
+                }
+            });
+        }
     }
 }

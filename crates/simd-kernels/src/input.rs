@@ -7,26 +7,28 @@ use crate::isa::Isa;
 use crate::pack::{pack_float, pack_int8, pack_int16};
 use crate::panels::{GROUP, PanelData};
 
-/// How activations are prepared; the weight format decides, and for Q8 what is fastest.
+/// How activations are prepared. The weight format and the instruction set decide, and never the
+/// number of tokens: the result for a token does not depend on the tokens beside it.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum InputKind {
     /// f32, for F32, Bf16 and F16 weights.
     Float,
-    /// int16 in -32767..=32767 with an f32 scale per token and group of 32, for Q8 weights. The
-    /// rounding error is 2^-16 of the group's largest value, far below that of the weights.
+    /// int16 in -32767..=32767 with an f32 scale per token and group of 32, for Q8 weights without
+    /// AVX-512. The rounding error is 2^-16 of the group's largest value, far below that of the
+    /// weights.
     Int16,
-    /// int8 in -127..=127 with an f32 scale per token and group of 32, for Q4 weights, and for many
-    /// tokens and Q8 weights with AVX-512, which multiplies twice as many of them. The rounding
-    /// error is that of Q8 weights.
+    /// int8 in -127..=127 with an f32 scale per token and group of 32, for Q4 weights, and for Q8
+    /// weights with AVX-512, which multiplies twice as many of them. The rounding error is that of
+    /// Q8 weights.
     Int8,
 }
 
 impl InputKind {
-    /// The kind that weights of this format multiply when there are so many tokens.
-    pub fn of(isa: Isa, data: &PanelData<'_>, tokens: usize) -> InputKind {
+    /// The kind that weights of this format multiply.
+    pub fn of(isa: Isa, data: &PanelData<'_>) -> InputKind {
         match data {
             PanelData::F32(_) | PanelData::Bf16(_) | PanelData::F16(_) => InputKind::Float,
-            PanelData::Q8(_) if isa.has_avx512() && tokens > Input::TILE => InputKind::Int8,
+            PanelData::Q8(_) if isa.has_avx512() => InputKind::Int8,
             PanelData::Q8(_) => InputKind::Int16,
             PanelData::Q4(_) => InputKind::Int8,
         }

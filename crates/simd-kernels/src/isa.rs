@@ -32,8 +32,8 @@ impl Isa {
         Isa(Kind::Scalar)
     }
 
-    /// The same, but for products of many tokens with float weights: these are the crate
-    /// `matrixmultiply`'s, which chooses instructions by itself. The best there is without AVX2.
+    /// The same, but for products with float weights: these are the crate `matrixmultiply`'s, which
+    /// chooses instructions by itself. The best there is without AVX2.
     pub fn portable() -> Isa {
         Isa(Kind::Portable)
     }
@@ -61,10 +61,10 @@ impl Isa {
         None
     }
 
-    /// AVX-512 with BW, VL and VNNI beside AVX2, for products of many tokens and attention of many
-    /// rows (the rest is AVX2's with the VNNI of AVX-512); `None` when the CPU or the operating
-    /// system lacks one of them. The results are those of AVX2 to the last bit, but for products of
-    /// many tokens with Q8, whose activations are rounded to int8 instead of int16.
+    /// AVX-512 with BW, VL and VNNI beside AVX2, for products and attention of many rows (the rest
+    /// is AVX2's with the VNNI of AVX-512); `None` when the CPU or the operating system lacks one
+    /// of them. The results are those of AVX2 to the last bit, except for products with Q8, whose
+    /// activations are rounded to int8 instead of int16.
     pub fn avx512() -> Option<Isa> {
         #[cfg(target_arch = "x86_64")]
         if Isa::avx2().is_some()

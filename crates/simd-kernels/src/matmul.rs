@@ -8,7 +8,14 @@ use crate::matrix::MatMut;
 use crate::panels::Panels;
 
 #[cfg(target_arch = "x86_64")]
+mod finish;
+#[cfg(target_arch = "x86_64")]
+mod formats;
+
+#[cfg(target_arch = "x86_64")]
 mod avx2;
+#[cfg(target_arch = "x86_64")]
+mod avx512;
 mod scalar;
 
 /// What happens to the old contents of an output.
@@ -23,11 +30,12 @@ pub enum Store {
 /// `out[t, c] = Σ_k w[16 panels.start + c, k] x[t, k]`, or `+=` with [`Store::Add`].
 ///
 /// `out` is `[x.tokens(), rows that the panels cover]`; the last panel of the matrix may be short.
-/// With AVX2 few tokens read the weights once, as two streams; many meet parts of panels that stay
-/// in the L1 cache, widened there for all of them where that pays: f16, and Q8 without VNNI, from
-/// 12 tiles of tokens on. With AVX-512 four panels of floats, or two of Q8 and Q4, meet six tokens
-/// at a time, to the same sums of the same activations (see [`InputKind::of`]); f16 and bf16 are
-/// widened from 4 tiles on, Q8 and Q4 always.
+///
+/// The bits of a row of `out` depend on the row of `x`, the weights and the instruction set, and
+/// not on the other rows: with float weights, sums are formed in parts of 256 columns, each in the
+/// order of columns, and the parts are added in order; with Q8 and Q4, sums within a group are
+/// exact, and groups are added in order. AVX2 and AVX-512 give the same bits from the same
+/// activations (see [`InputKind::of`]).
 ///
 /// # Panics
 /// When shapes differ, or `x` was prepared for another kind of weights.
@@ -42,6 +50,11 @@ pub fn matmul(
     check(isa, w, &panels, x, &out);
     if out.rows() == 0 || out.cols() == 0 {
         return;
+    }
+    #[cfg(target_arch = "x86_64")]
+    if isa.has_avx512() {
+        // SAFETY: the instruction set proves the target features.
+        return unsafe { avx512::matmul(w, panels, x, out, store) };
     }
     let general = isa.has_matrixmultiply();
     dispatch!(isa, avx2::matmul, scalar::matmul, (w, panels, x, out, store), avx2: (isa), scalar: (general))
@@ -68,12 +81,17 @@ pub fn matmul_swiglu(
     if out.rows() == 0 || out.cols() == 0 {
         return;
     }
+    #[cfg(target_arch = "x86_64")]
+    if isa.has_avx512() {
+        // SAFETY: the instruction set proves the target features.
+        return unsafe { avx512::matmul_swiglu(gate, up, panels, x, out) };
+    }
     let general = isa.has_matrixmultiply();
     dispatch!(isa, avx2::matmul_swiglu, scalar::matmul_swiglu, (gate, up, panels, x, out), avx2: (isa), scalar: (general))
 }
 
 fn check(isa: Isa, w: Panels<'_>, panels: &Range<usize>, x: &Input, out: &MatMut<'_>) {
-    let (rows, kind) = (w.rows_in(panels), InputKind::of(isa, &w.data(), x.tokens()));
+    let (rows, kind) = (w.rows_in(panels), InputKind::of(isa, &w.data()));
     assert!(x.kind() == kind, "the weights take {kind:?} activations, got {:?}", x.kind());
     assert!(w.cols() == x.cols(), "weights of {} columns, activations of {}", w.cols(), x.cols());
     assert!(

@@ -1,6 +1,6 @@
 //! Allreduce and reduce-scatter.
 
-use comm::{Collective, Communicator, CommunicatorExt, Phase, ReduceOp, WireFormat};
+use comm::{Collective, Communicator, CommunicatorExt, Phase, ReduceOp, WIRE_GROUP, WireFormat};
 
 use super::{Check, LENGTHS, assert_sum, same_everywhere, values};
 
@@ -9,6 +9,7 @@ pub const CHECKS: &[Check] = &[
     ("all_reduce adds in rank order where memory is shared", all_reduce_keeps_rank_order),
     ("all_reduce finds the largest", all_reduce_finds_the_largest),
     ("all_reduce_add adds the sum to the residual", all_reduce_add),
+    ("a sum has the same bits in messages of any length", sums_do_not_depend_on_the_message),
     ("calls that follow each other at once stay apart", quick_succession),
     ("reduce_scatter gives each rank its block", reduce_scatter),
     ("narrow wires round no more than they say", narrow_wires),
@@ -107,6 +108,35 @@ fn quick_succession(comm: &dyn Communicator) {
             );
         }
     }
+}
+
+/// A row of whole groups, alone and at any place of a long message.
+fn sums_do_not_depend_on_the_message(comm: &dyn Communicator) {
+    const WIDTH: usize = 3 * WIRE_GROUP;
+    const ROWS: usize = 700;
+    let all = values(comm.rank(), 1, ROWS * WIDTH);
+    for wire in WireFormat::ALL {
+        comm.set_wire(wire);
+        let mut alone = all.clone();
+        for row in alone.chunks_mut(WIDTH).step_by(37) {
+            comm.all_reduce(row, ReduceOp::Sum).unwrap();
+        }
+        for rows in [2, 75, ROWS] {
+            let mut together = all[..rows * WIDTH].to_vec();
+            comm.all_reduce(&mut together, ReduceOp::Sum).unwrap();
+            let mut residual = vec![1.0; rows * WIDTH];
+            comm.all_reduce_add(&all[..rows * WIDTH], &mut residual).unwrap();
+            for row in (0..rows).step_by(37) {
+                let row = row * WIDTH..(row + 1) * WIDTH;
+                assert_eq!(together[row.clone()], alone[row.clone()], "{wire}, {rows} rows");
+                assert!(
+                    residual[row.clone()].iter().zip(&alone[row]).all(|(r, x)| *r == 1.0 + x),
+                    "{wire}, {rows} rows, added"
+                );
+            }
+        }
+    }
+    comm.set_wire(WireFormat::F32);
 }
 
 /// Uneven counts with zeros among them.

@@ -1,5 +1,5 @@
-//! The reference products in plain Rust, and where that is wanted `matrixmultiply` for many tokens
-//! of float weights.
+//! The reference products in plain Rust, and where the instruction set asks for it
+//! `matrixmultiply` for float weights.
 
 use std::ops::Range;
 
@@ -13,18 +13,15 @@ use crate::panels::{
 };
 use crate::swiglu::scalar::gated1;
 
-/// Tokens from which packing for a general matrix product pays.
-const MANY_TOKENS: usize = 16;
-
 pub(super) fn matmul(
     w: Panels<'_>,
     panels: Range<usize>,
     x: &Input,
     mut out: MatMut<'_>,
     store: Store,
-    general_pays: bool,
+    use_general: bool,
 ) {
-    if general_pays && x.kind() == InputKind::Float && x.tokens() >= MANY_TOKENS && x.cols() > 0 {
+    if use_general && x.kind() == InputKind::Float && x.cols() > 0 {
         return general(w, panels, x, out, store);
     }
     let mut widened = vec![0.0; if x.kind() == InputKind::Float { w.cols() * PANEL } else { 0 }];
@@ -62,7 +59,7 @@ pub(super) fn matmul_swiglu(
     panels: Range<usize>,
     x: &Input,
     mut out: MatMut<'_>,
-    general_pays: bool,
+    use_general: bool,
 ) {
     let (tokens, rows) = (out.rows(), out.cols());
     let mut products = vec![0.0; tokens * rows];
@@ -72,9 +69,9 @@ pub(super) fn matmul_swiglu(
         x,
         MatMut::new(&mut products, tokens, rows, rows),
         Store::Set,
-        general_pays,
+        use_general,
     );
-    matmul(gate, panels, x, out.reborrow(), Store::Set, general_pays);
+    matmul(gate, panels, x, out.reborrow(), Store::Set, use_general);
     for (token, up) in products.chunks_exact(rows).enumerate() {
         for (out, &up) in out.row_mut(token).iter_mut().zip(up) {
             *out = gated1(*out, up);
@@ -130,7 +127,8 @@ fn dot_q4(panel: &[u8], x: IntTile<'_>, token: usize) -> [f32; PANEL] {
 /// little.
 const PANELS_AT_ONCE: usize = 8;
 
-/// Float weights and many tokens: widen some panels side by side, then one general matrix product.
+/// Float weights: widens some panels side by side, then calls one general matrix product. For any
+/// number of tokens, since its sums are formed in another order than those above.
 fn general(w: Panels<'_>, panels: Range<usize>, x: &Input, mut out: MatMut<'_>, store: Store) {
     let (tokens, cols) = (x.tokens(), x.cols());
     // [tokens, cols]

@@ -11,77 +11,36 @@
 //! 1. Six tokens make twelve accumulators; with two registers of weights and one broadcast that is
 //!    15 of 16. Twelve also cover the latency of two FMA units (4 cycles each), so the loop runs at
 //!    their full rate.
-//! 2. With fewer tokens there are several sets of accumulators, for columns k, k + 1, ..., added at
-//!    the end: one token and one set would wait for the previous sum in each step.
+//! 2. The order of additions is part of the contract: the accumulators start at zero, take the
+//!    columns of a part one after the other, and are then added to the sums. It is the same for any
+//!    number of tokens, and in AVX-512. With few tokens several panels hide the latency.
 //! 3. Packing has put a tile's activations in the order of use, one stream next to the stream of
 //!    weights.
 //! 4. Bf16, and f16 where tiles are few (`wide`), are widened in registers each time a tile passes.
 //!    That takes two instructions next to twelve multiply-adds, on other ports; widening once into
-//!    a buffer was slower (0.93 of the multiply-add rate against 0.98 on a Zen 5), because it needs
-//!    stores, and because f32 fills the L1 cache twice as fast. For bf16 the two are shuffles: a
-//!    shift and a mask cost 5 % on Intel's cores, whose shifts share the ports of multiply-adds.
+//!    a buffer was slower, because it needs stores, and because f32 fills the L1 cache twice as
+//!    fast. For bf16 the two are shuffles: shifts share the ports of multiply-adds on Intel's
+//!    cores.
 //! 5. What comes next from a slower cache or from memory is prefetched: weights, and the
 //!    activations of the next tile. The processor's own prefetchers stop at each 4 KiB page, and at
 //!    the end of each tile's part of the columns, and need a few misses to start again.
 
 use std::arch::x86_64::*;
-use std::sync::atomic::{Ordering, compiler_fence};
 
 use super::{Ahead, prefetch_weights};
 use crate::lanes::{LINE, load, prefetch, store};
+use crate::matmul::formats::{Column, Width};
 use crate::panels::PANEL;
 
-/// How the sixteen weights of a column are held.
-pub(super) trait Column {
-    /// One weight.
-    type Bits: Copy;
-    const WIDTH: Width;
-}
-
-/// What `widen` has to do.
-pub(super) enum Width {
-    F32,
-    Bf16,
-    F16,
-}
-
-/// `PanelData::F32`.
-pub(super) struct F32;
-/// `PanelData::Bf16`.
-pub(super) struct Bf16;
-/// `PanelData::F16`.
-pub(super) struct F16;
-
-impl Column for F32 {
-    type Bits = f32;
-    const WIDTH: Width = Width::F32;
-}
-
-impl Column for Bf16 {
-    type Bits = u16;
-    const WIDTH: Width = Width::Bf16;
-}
-
-impl Column for F16 {
-    type Bits = u16;
-    const WIDTH: Width = Width::F16;
-}
-
-/// Columns of a round, a multiple of every number of sets.
+/// Columns of a round.
 const STEP: usize = 4;
 
-/// `acc[p][m] += Σ_k panels[p][k] x[k][m]`, where a panel is `[k, 16]` and `x` is `[k, M]`; column
-/// k adds to set k % SETS. Also asks for what is `ahead`: as many bytes as the panels have
-/// (`STREAM`), or a share of weights and as many activations as `x` has.
+/// `acc[p][m] += Σ_k panels[p][k] x[k][m]`, where a panel is `[k, 16]` and `x` is `[k, M]`. Also
+/// prefetches what is `ahead`: as many bytes as the panels have (`STREAM`), or a share of weights
+/// and as many activations as `x` has.
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c")]
-pub(super) fn add_products<
-    C: Column,
-    const P: usize,
-    const M: usize,
-    const SETS: usize,
-    const STREAM: bool,
->(
+pub(super) fn add_products<C: Column, const P: usize, const M: usize, const STREAM: bool>(
     panels: [&[[C::Bits; PANEL]]; P],
     x: &[f32],
     acc: &mut [[[f32; PANEL]; M]; P],
@@ -96,7 +55,7 @@ pub(super) fn add_products<
             x.len()
         );
     }
-    let mut sums = [[[[_mm256_setzero_ps(); 2]; M]; SETS]; P];
+    let mut sums = [[[_mm256_setzero_ps(); 2]; M]; P];
     let (rounds, last_x) = x.as_chunks::<STEP>();
     let stride = ahead.stride(rounds.len());
     for (round, x) in rounds.iter().enumerate() {
@@ -115,12 +74,7 @@ pub(super) fn add_products<
                 if STREAM && (k * size_of_val(column)).is_multiple_of(LINE) {
                     prefetch_weights(weights.wrapping_add(k * size_of_val(column)));
                 }
-                step::<C, M>(column, x, &mut sums[k % SETS]);
-                // Else the compiler may load the columns of all sets first and keep sums on the
-                // stack: three tokens took longer than six.
-                if SETS > 1 && !STREAM {
-                    compiler_fence(Ordering::SeqCst);
-                }
+                step::<C, M>(column, x, sums);
             }
             if STREAM {
                 *weights = weights.wrapping_add(size_of_val(columns));
@@ -129,17 +83,13 @@ pub(super) fn add_products<
     }
     for (columns, sums) in panels.into_iter().zip(&mut sums) {
         for (column, x) in columns[rounds.len() * STEP..].iter().zip(last_x) {
-            step::<C, M>(column, x, &mut sums[0]);
+            step::<C, M>(column, x, sums);
         }
     }
-    for (sets, acc) in sums.iter().zip(acc) {
-        for (m, acc) in acc.iter_mut().enumerate() {
-            for (half, acc) in acc.as_chunks_mut().0.iter_mut().enumerate() {
-                let mut sum = load(acc);
-                for set in sets {
-                    sum = _mm256_add_ps(sum, set[m][half]);
-                }
-                store(acc, sum);
+    for (sums, acc) in sums.iter().zip(acc) {
+        for (sums, acc) in sums.iter().zip(acc) {
+            for (sum, acc) in sums.iter().zip(acc.as_chunks_mut().0) {
+                store(acc, _mm256_add_ps(load(acc), *sum));
             }
         }
     }

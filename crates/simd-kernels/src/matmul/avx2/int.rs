@@ -41,7 +41,7 @@ const MAGIC: f32 = 32_768.0;
 const _: () = assert!(MAGIC * f32::EPSILON == 0.5 / EXCESS);
 
 /// Bytes of a packed group.
-pub(super) const fn block_bytes(q4: bool) -> usize {
+const fn block_bytes(q4: bool) -> usize {
     if q4 { Q4_BLOCK } else { Q8_BLOCK }
 }
 
