@@ -83,9 +83,9 @@ impl Residual {
     }
 }
 
-/// Adds the sum over the ranks of `partial` to `rows`, both [rows, width]. Rows that travel in q8 are
-/// padded to whole groups, so that no group spans two rows: the bits of a row do not depend on the
-/// others.
+/// Adds the sum over the ranks of `partial` to `rows`, both [rows, width]. Rows that travel in q8
+/// are padded to whole groups, so that no group spans two rows: the bits of a row do not depend on
+/// the others.
 fn add_sum_of_rows(
     comm: &dyn Communicator,
     partial: &Activations,
