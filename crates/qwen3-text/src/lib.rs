@@ -15,11 +15,15 @@ mod template;
 mod tokenizer;
 mod detokenizer;
 mod prompt;
+mod answer;
+mod stop;
 
+pub use answer::{AnswerEvent, AnswerOptions, AnswerParser};
 pub use conversation::Conversation;
 pub use detokenizer::Detokenizer;
 pub use error::TemplateError;
 pub use json::{Json, JsonError};
 pub use prompt::{ControlTokens, Prompt, PromptError};
+pub use stop::{StopError, StopStrings};
 pub use template::{ChatTemplate, TemplateSource};
 pub use tokenizer::{Tokenizer, TokenizerError};
