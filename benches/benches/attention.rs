@@ -8,8 +8,9 @@ use std::cell::Cell;
 
 use criterion::{Criterion, Throughput, criterion_group, criterion_main};
 use simd_kernels::{
-    AttentionInput, Isa, KvFormat, KvHead, MULTIPLY_ADD_FLOPS, SoftmaxState,
-    attention_materialized, attention_streaming, multiply_add, read,
+    AttentionArithmetic, AttentionInput, Isa, KV_SPAN, KvFormat, KvHead, KvLayout, KvMemory,
+    KvSpan, MULTIPLY_ADD_FLOPS, SoftmaxState, attention_materialized, attention_streaming,
+    multiply_add, read,
 };
 
 use benches::{Weights, assert_close, noise};
@@ -24,12 +25,29 @@ const ALGORITHMS: [(&str, Algorithm); 2] =
     [("streaming", attention_streaming), ("materialized", attention_materialized)];
 const FORMATS: [KvFormat; 3] = [KvFormat::F32, KvFormat::F16, KvFormat::Q8];
 
-fn cache(isa: Isa, format: KvFormat, tokens: usize) -> KvHead {
-    let mut kv = KvHead::new(format, HEAD_DIM);
-    kv.reserve(tokens);
-    let (keys, values) = (noise(tokens * HEAD_DIM, 1), noise(tokens * HEAD_DIM, 2));
-    kv.push_many(isa, &keys, &values, tokens, HEAD_DIM);
-    kv
+/// Memory for `heads` KV heads of `tokens` positions each.
+fn cache(isa: Isa, format: KvFormat, heads: usize, tokens: usize) -> KvMemory {
+    let groups = tokens.div_ceil(KV_SPAN);
+    let layout = KvLayout::new(format, HEAD_DIM);
+    let mut memory = KvMemory::new(layout, heads, groups).expect("memory");
+    fill(isa, &mut memory, &noise(tokens * HEAD_DIM, 1), &noise(tokens * HEAD_DIM, 2));
+    memory
+}
+
+/// Stores positions, keys and values [tokens, HEAD_DIM], in each head.
+fn fill(isa: Isa, memory: &mut KvMemory, keys: &[f32], values: &[f32]) {
+    let tokens = keys.len() / HEAD_DIM;
+    let (heads, groups) = (memory.heads(), (0..tokens.div_ceil(KV_SPAN)).collect::<Vec<_>>());
+    for (index, span) in memory.split(&groups).0.iter_mut().enumerate() {
+        let first = index / heads * KV_SPAN;
+        let rows = (&keys[first * HEAD_DIM..], &values[first * HEAD_DIM..]);
+        span.store_many(isa, 0, KV_SPAN.min(tokens - first), rows, HEAD_DIM);
+    }
+}
+
+/// The spans of a head.
+fn spans(memory: &KvMemory, head: usize) -> Vec<KvSpan<'_>> {
+    (0..memory.groups()).map(|group| memory.reader().span(group, head)).collect()
 }
 
 /// The attention of all rows.
@@ -46,11 +64,11 @@ fn answers(isa: Isa, run: Algorithm, input: &AttentionInput<'_>) -> Vec<f32> {
 }
 
 /// Fails when an algorithm is not the scalar reference. Averages of values below 1, with weights
-/// that are exponentials of sums of HEAD_DIM products; many rows round to int16 unless the cache is
-/// in f32 (see the tests of the kernel, which bound that).
+/// that are exponentials of sums of HEAD_DIM products; int16 rounds more (see the tests of the
+/// kernel, which bound that).
 fn check(isa: Isa, input: &AttentionInput<'_>) {
     let expected = answers(Isa::scalar(), attention_materialized, input);
-    let integers = input.visible.len() > 12 && input.kv.format() != KvFormat::F32;
+    let integers = input.arithmetic == AttentionArithmetic::Int16;
     for (name, run) in ALGORITHMS {
         let allowed = 4.0 * HEAD_DIM as f32 * f32::EPSILON + if integers { 1.0e-3 } else { 0.0 };
         assert_close(name, &answers(isa, run, input), &expected, |_| allowed);
@@ -76,13 +94,15 @@ fn prefill(criterion: &mut Criterion) {
             (4 * HEAD_DIM * visible.iter().sum::<usize>()) as u64,
         ));
         for format in FORMATS {
-            let kv = cache(isa, format, context);
+            let memory = cache(isa, format, 1, context);
+            let spans = spans(&memory, 0);
             let input = AttentionInput {
                 q: &q,
                 visible: &visible,
-                kv: &kv,
+                kv: KvHead::new(memory.layout(), &spans, context),
                 keys: 0..context,
                 scale: SCALE,
+                arithmetic: AttentionArithmetic::Int16,
             };
             check(isa, &input);
             for (name, run) in ALGORITHMS {
@@ -105,33 +125,35 @@ fn decode(criterion: &mut Criterion) {
     let context = 4096;
     let memory = Weights::new(BYTES);
     for format in FORMATS {
-        let first = cache(isa, format, context);
-        let heads: Vec<KvHead> = (0..BYTES / first.bytes()).map(|_| first.clone()).collect();
+        let bytes = KvLayout::new(format, HEAD_DIM).bytes(context);
+        let kv = cache(isa, format, BYTES / bytes, context);
+        let heads: Vec<_> = (0..kv.heads()).map(|head| spans(&kv, head)).collect();
         let name = format!("decode, {context} keys in {format}, {}", isa.name());
         let mut group = criterion.benchmark_group(name);
-        group.throughput(Throughput::Bytes(first.bytes() as u64));
+        group.throughput(Throughput::Bytes(bytes as u64));
 
         let turn = Cell::new(0);
         let next = || turn.replace((turn.get() + 1) % heads.len());
         group.bench_function("limit", |b| {
-            let floats = first.bytes() / 4;
+            let floats = bytes / 4;
             b.iter(|| read(isa, &memory.floats()[next() * floats..][..floats]));
         });
         for rows in [1, 2, 4, 8] {
             let (q, visible) = (noise(rows * HEAD_DIM, 3), vec![context; rows]);
-            let input = |kv| AttentionInput {
+            let input = |head: usize| AttentionInput {
                 q: &q,
                 visible: &visible,
-                kv,
+                kv: KvHead::new(kv.layout(), &heads[head], context),
                 keys: 0..context,
                 scale: SCALE,
+                arithmetic: AttentionArithmetic::Float,
             };
-            check(isa, &input(&first));
+            check(isa, &input(0));
             let mut state = SoftmaxState::new();
             group.bench_function(format!("{rows} query heads"), |b| {
                 b.iter(|| {
                     state.reset(rows, HEAD_DIM);
-                    attention_streaming(isa, &input(&heads[next()]), &mut state);
+                    attention_streaming(isa, &input(next()), &mut state);
                 });
             });
         }
@@ -140,24 +162,20 @@ fn decode(criterion: &mut Criterion) {
 }
 
 /// Filling a cache.
-fn push(criterion: &mut Criterion) {
+fn store(criterion: &mut Criterion) {
     let isa = Isa::detect();
     let tokens = 512;
     let (keys, values) = (noise(tokens * HEAD_DIM, 1), noise(tokens * HEAD_DIM, 2));
-    let mut group = criterion.benchmark_group(format!("push {tokens} tokens, {}", isa.name()));
+    let mut group = criterion.benchmark_group(format!("store {tokens} tokens, {}", isa.name()));
     group.throughput(Throughput::Elements(tokens as u64));
     for format in FORMATS {
-        let mut kv = KvHead::new(format, HEAD_DIM);
-        kv.reserve(tokens);
+        let mut memory = cache(isa, format, 1, tokens);
         group.bench_function(format!("{format}"), |b| {
-            b.iter(|| {
-                kv.truncate(0);
-                kv.push_many(isa, &keys, &values, tokens, HEAD_DIM);
-            });
+            b.iter(|| fill(isa, &mut memory, &keys, &values));
         });
     }
     group.finish();
 }
 
-criterion_group!(name = all; config = benches::criterion(); targets = prefill, decode, push);
+criterion_group!(name = all; config = benches::criterion(); targets = prefill, decode, store);
 criterion_main!(all);

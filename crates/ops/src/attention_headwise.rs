@@ -1,88 +1,198 @@
-//! Attention where each rank owns heads: local, without any collective.
+//! Attention of a batch to the pages of this rank, without any collective: all positions where each
+//! rank owns heads, the rank's own positions where these are split.
 
-use simd_kernels::{AttentionInput, KvHead, SoftmaxState, norm_rope};
+use std::ops::Range;
+
+use simd_kernels::{AttentionArithmetic, KvSpanMut};
 use tensor::Activations;
 
-use crate::attention::{Attend, AttentionScratch, AttentionSpec, attend, norm_and_rotate, pieces};
+use crate::attention::{AttentionShape, AttentionSpec, norm_and_rotate};
+use crate::attention_tasks::{
+    AttentionTasks, Fresh, Partial, Queries, RowSpan, TaskScratch, attend,
+};
 use crate::context::Context;
-use crate::kv_cache::LayerCache;
-use crate::linear::{reshape, slice, slice_mut};
+use crate::linear::slice;
+use crate::pages::{LayerPages, PAGE_POSITIONS, PageId, PageOwners};
 
-/// Attention of the heads of this rank for tokens that follow all those in `cache`, whose keys and
-/// values join it. qkv [tokens, `qkv_width`] is normalized and rotated in place; out [tokens, heads
-/// * head_dim].
+/// Tokens of one sequence in a pass.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct TokenSpan {
+    /// Number of tokens.
+    pub tokens: usize,
+    /// Position of the first one. Keys and values of all earlier positions are in the pages.
+    pub start: usize,
+    /// Pages of the sequence, in order, at least up to the last token. Where ranks split positions,
+    /// each number counts in the arena of the page's rank.
+    pub pages: Vec<PageId>,
+    /// The rank of the first page, among those that split positions; 0 where they are not split.
+    pub first_rank: usize,
+    /// Whether a model has generated the tokens: then queries meet a cache of 16 or 8 bits in f32,
+    /// also when the tokens are computed again, several at once. Those of a prompt meet it in
+    /// int16, also a single one.
+    pub generated: bool,
+}
+
+impl TokenSpan {
+    /// The position after the last token.
+    pub fn end(&self) -> usize {
+        self.start + self.tokens
+    }
+
+    /// How its queries meet keys of 16 or 8 bits.
+    pub(crate) fn arithmetic(&self) -> AttentionArithmetic {
+        if self.generated { AttentionArithmetic::Float } else { AttentionArithmetic::Int16 }
+    }
+
+    /// Which of its pages lie on `rank`, of `ranks` that split positions.
+    pub(crate) fn owners(&self, rank: usize, ranks: usize) -> PageOwners {
+        PageOwners { first: self.first_rank, ranks, rank }
+    }
+
+    /// The pages on the owners' rank that hold the first `positions` positions.
+    pub(crate) fn local_pages(&self, owners: PageOwners, positions: usize) -> Vec<PageId> {
+        owners.pages(&self.pages[..positions.div_ceil(PAGE_POSITIONS)])
+    }
+}
+
+/// Attention of a pass whose tokens this rank has all: computed once for all layers.
+pub struct AttentionPlan {
+    tasks: AttentionTasks,
+    /// Pages that spans of one token write, ascending.
+    written: Vec<PageId>,
+    /// Rows of spans of several tokens, which are normalized, rotated and stored before attention.
+    several: Vec<Range<usize>>,
+    /// Where these are stored, by page ascending.
+    stores: Vec<Rows>,
+}
+
+/// Rows that are stored in one page.
+struct Rows {
+    page: PageId,
+    /// Position of the first one in the page.
+    position: usize,
+    rows: Range<usize>,
+}
+
+impl AttentionPlan {
+    /// The plan for spans whose tokens are the rows of the pass, in order.
+    ///
+    /// # Panics
+    /// When the pages of a span end before its last token.
+    pub fn new(ctx: &Context, shape: &AttentionShape, spans: &[TokenSpan]) -> Self {
+        let (rank, ranks) = (ctx.positions.rank(), ctx.positions.size());
+        let (mut written, mut several, mut stores) = (Vec::new(), Vec::new(), Vec::new());
+        let mut first = 0;
+        let mut fresh = Vec::with_capacity(spans.len());
+        for span in spans {
+            let owners = span.owners(rank, ranks);
+            let rows = first..first + span.tokens;
+            first = rows.end;
+            let runs = owners.runs(span.start..span.end()).map(|(page, run)| Rows {
+                page: span.pages[page],
+                position: run.start % PAGE_POSITIONS,
+                rows: rows.start + run.start - span.start..rows.start + run.end - span.start,
+            });
+            let runs: Vec<_> = runs.collect();
+            if span.tokens == 1 {
+                let store = runs.first().map(|run| (run.page, run.position));
+                written.extend(store.map(|(page, _)| page));
+                fresh.push(Some(store));
+            } else {
+                several.push(rows);
+                stores.extend(runs);
+                fresh.push(None);
+            }
+        }
+        written.sort_unstable();
+        stores.sort_unstable_by_key(|rows: &Rows| rows.page);
+        let mut first = 0;
+        let rows = spans.iter().zip(fresh).map(|(span, fresh)| {
+            let owners = span.owners(rank, ranks);
+            let rows = first..first + span.tokens;
+            first = rows.end;
+            let place = |(page, position): (PageId, usize)| {
+                (written.binary_search(&page).expect("a page that is written"), position)
+            };
+            RowSpan {
+                rows,
+                visible: (span.start + 1..=span.end()).map(|end| owners.positions(end)).collect(),
+                pages: span.local_pages(owners, span.end()),
+                arithmetic: span.arithmetic(),
+                fresh: fresh.map(|store| Fresh { store: store.map(place) }),
+            }
+        });
+        let tasks = AttentionTasks::new(shape, ctx.team.threads(), rows.collect());
+        Self { tasks, written, several, stores }
+    }
+}
+
+/// Working memory of attention, kept from layer to layer.
+#[derive(Default)]
+pub struct AttentionScratch {
+    pub(crate) tasks: TaskScratch,
+    pub(crate) partial: Partial,
+    pub(crate) past: Activations,
+    pub(crate) message: Vec<f32>,
+    pub(crate) gathered: Vec<f32>,
+    pub(crate) block: Option<simd_kernels::KvMemory>,
+}
+
+/// Attention of the heads of this rank, with all of its pages. The keys and values of the rows, as
+/// far as the rank owns their positions, are stored in `pages` first. qkv [tokens, `qkv_width`] is
+/// normalized and rotated, in place where a span has several tokens; out [tokens, heads *
+/// head_dim].
 pub fn attention_headwise(
     ctx: &Context,
     spec: &AttentionSpec<'_>,
+    plan: &AttentionPlan,
     qkv: &mut Activations,
-    cache: &mut LayerCache,
+    pages: &mut LayerPages<'_>,
     scratch: &mut AttentionScratch,
     out: &mut Activations,
 ) {
-    let past = cache.heads().first().map_or(0, KvHead::len);
-    if qkv.nrows() == 1 && pieces(cache.heads().len(), past + 1, ctx.team.threads()) == 1 {
-        return attend_one(ctx, spec, qkv, cache, &mut scratch.tasks.states, out);
-    }
-    norm_and_rotate(ctx, spec, qkv);
-    cache.push(ctx, slice(qkv), spec.shape, 0..qkv.nrows());
-    let visible: Vec<_> = (past + 1..=past + qkv.nrows()).collect();
-    let task = Attend::new(spec, slice(qkv), qkv.ncols(), &visible, cache.heads());
-    attend(ctx, &task, &mut scratch.tasks, out, None);
+    attend_own(ctx, spec, plan, qkv, pages, &mut scratch.tasks, (out, None));
 }
 
-/// Attention of one token, with a fork of the team where its steps take three: a KV head's norms,
-/// its rotations, its place in the cache and its attention are one task, and one operation of the
-/// profile.
-fn attend_one(
+/// As [`attention_headwise`]; with a [`Partial`], out is left undivided.
+pub(crate) fn attend_own(
     ctx: &Context,
     spec: &AttentionSpec<'_>,
+    plan: &AttentionPlan,
     qkv: &mut Activations,
-    cache: &mut LayerCache,
-    states: &mut Vec<SoftmaxState>,
-    out: &mut Activations,
+    pages: &mut LayerPages<'_>,
+    scratch: &mut TaskScratch,
+    out: (&mut Activations, Option<&mut Partial>),
 ) {
-    let AttentionSpec { algorithm, shape, norm, rotary } = *spec;
-    assert_eq!(qkv.ncols(), shape.qkv_width(), "the projection's width against the shape's");
-    assert_eq!(cache.heads().len(), shape.groups.len(), "cached heads against the shape's");
-    reshape(out, 1, shape.query_width());
-    let Some(first) = cache.heads().first() else { return };
-    let seen = first.len() + 1;
-    let work = shape.work(first.format(), seen, seen);
-    let _operation = ctx.profile.operation("attention", work);
+    assert_eq!(qkv.ncols(), spec.shape.qkv_width(), "the projection's width against the shape's");
+    if !plan.several.is_empty() {
+        norm_and_rotate(ctx, spec, qkv, &plan.several);
+        store(ctx, spec.shape, &plan.stores, slice(qkv), pages);
+    }
+    let (written, keys) = pages.split(&plan.written);
+    let queries = Queries { rows: slice(qkv), stride: qkv.ncols() };
+    attend(ctx, spec, &plan.tasks, queries, (&keys, written), scratch, out);
+}
 
-    let angles = [rotary.cos, rotary.sin].map(slice);
-    let norm_rope = |heads: &mut [f32], weight: &[f32]| {
-        norm_rope(ctx.isa, heads, weight, norm.eps, angles[0], angles[1])
-    };
-    let (mut queries, rest) = slice_mut(qkv).split_at_mut(shape.query_width());
-    let (keys, values) = rest.split_at_mut(shape.kv_width());
-    let (keys, values) =
-        (keys.chunks_exact_mut(shape.head_dim), values.chunks_exact(shape.head_dim));
-    let mut out = slice_mut(out);
-    states.resize_with(shape.groups.len(), SoftmaxState::new);
-    let heads = cache.heads_mut().iter_mut().zip(states).zip(keys.zip(values)).zip(&shape.groups);
-    let parts = heads.map(|(((kv, state), (key, value)), group)| {
-        let width = group.len() * shape.head_dim;
-        let (q, o);
-        (q, queries) = std::mem::take(&mut queries).split_at_mut(width);
-        (o, out) = std::mem::take(&mut out).split_at_mut(width);
-        (kv, state, key, value, q, o)
-    });
-    ctx.team.each(parts.collect(), |(kv, state, key, value, q, o)| {
-        norm_rope(q, norm.q);
-        norm_rope(key, norm.k);
-        kv.push(ctx.isa, key, value);
-        let visible = vec![kv.len(); q.len() / shape.head_dim];
-        let input = AttentionInput {
-            q,
-            visible: &visible,
-            kv,
-            keys: 0..kv.len(),
-            scale: shape.score_scale(),
-        };
-        algorithm.run(ctx, &input, state);
-        o.chunks_exact_mut(shape.head_dim)
-            .enumerate()
-            .for_each(|(row, o)| state.write(ctx.isa, row, o));
+/// Stores keys and values of rows [tokens, `qkv_width`].
+fn store(
+    ctx: &Context,
+    shape: &AttentionShape,
+    stores: &[Rows],
+    qkv: &[f32],
+    pages: &mut LayerPages<'_>,
+) {
+    if shape.groups.is_empty() {
+        return;
+    }
+    let (width, size) = (shape.qkv_width(), shape.head_dim);
+    let written: Vec<_> = stores.iter().map(|rows| rows.page).collect();
+    let (spans, _) = pages.split(&written);
+    let targets =
+        stores.iter().flat_map(|rows| (0..shape.groups.len()).map(move |head| (rows, head)));
+    let parts: Vec<_> = targets.zip(spans).collect();
+    ctx.team.each(parts, |((rows, head), mut span): ((&Rows, usize), KvSpanMut<'_>)| {
+        let keys = &qkv[rows.rows.start * width + shape.query_width() + head * size..];
+        let values = &keys[shape.kv_width()..];
+        span.store_many(ctx.isa, rows.position, rows.rows.len(), (keys, values), width);
     });
 }

@@ -1,131 +1,123 @@
-//! Attention where each rank owns positions: queries meet the keys of all earlier positions, on
-//! whichever rank these are.
+//! Attention where each rank owns pages of positions: queries meet the keys of all earlier
+//! positions, on whichever rank these are.
 //!
-//! Split tokens (prefill): each rank attends its own queries to the keys and values of the whole
+//! Split tokens (a prompt): each rank attends its own queries to the keys and values of the whole
 //! pass. On one machine these are gathered first; between machines they go round in a ring, and a
 //! rank attends to one block of them while the next one travels. Since each rank has an early and a
-//! late part of the pass, every block is the same work for it. Keys of earlier passes stay where
-//! they are; the queries are gathered instead, each rank attends all of them to the keys that it
-//! holds, and the partial results merge by their softmax state `(m, s, o)`: `m = max mᵢ`, `s = Σ
-//! sᵢ·e^(mᵢ−m)`, `o = Σ oᵢ·e^(mᵢ−m) / s` (an Allreduce of the maxima, one of the rescaled sums, a
-//! Reduce-scatter of the rescaled rest).
+//! late part of the pass, every block is the same work for it. Each rank stores the keys and values
+//! of the positions that it owns as they come by. Keys of earlier passes stay where they are; the
+//! queries are gathered instead, each rank attends all of them to the keys that it holds, and the
+//! partial results merge by their softmax state `(m, s, o)`: `m = max mᵢ`, `s = Σ sᵢ·e^(mᵢ−m)`,
+//! `o = Σ oᵢ·e^(mᵢ−m) / s` (an Allreduce of the maxima, one of the rescaled sums, a Reduce-scatter
+//! of the rescaled rest).
 //!
-//! Replicated tokens (decode): each rank attends to the keys that it holds, and one Allgather of
-//! the states lets every rank merge them all.
-
-use std::ops::Range;
-use std::slice::from_ref;
+//! Replicated tokens (decode, and any batch of several spans): each rank attends to the keys that
+//! it holds, and one Allgather of the states lets every rank merge them all, in rank order.
 
 use comm::{Collective, CommError, CommunicatorExt, ReduceOp};
-use simd_kernels::KvFormat;
+use simd_kernels::{KvFormat, KvMemory};
 use tensor::Activations;
 
-use crate::attention::{
-    Attend, AttentionScratch, AttentionShape, AttentionSpec, attend, norm_and_rotate,
+use crate::attention::{AttentionShape, AttentionSpec, norm_and_rotate};
+use crate::attention_headwise::{
+    AttentionPlan, AttentionScratch, TokenSpan, attend_own, attention_headwise,
 };
-use crate::attention_headwise::attention_headwise;
+use crate::attention_tasks::{AttentionTasks, Queries, RowSpan, attend};
 use crate::context::Context;
 use crate::cost::{Call, Cost, F32, Group, Operand};
-use crate::kv_cache::LayerCache;
 use crate::kv_ring::KvRing;
 use crate::kv_wire::KvWire;
 use crate::layout::TokenLayout;
 use crate::linear::{reshape, slice, slice_mut};
 use crate::merged::Merged;
+use crate::pages::{Keys, LayerPages, PAGE_POSITIONS, PageId};
 
-/// The tokens of a pass among all positions of their sequence.
-#[derive(Clone, Copy)]
-pub struct SequenceSpan<'a> {
-    /// Where the tokens of the pass lie.
-    pub layout: &'a TokenLayout,
-    /// Position of the first of them.
-    pub start: usize,
-    /// The earlier positions that this rank's cache holds, ascending.
-    pub held: &'a [u32],
+/// A pass as attention sees it, computed once for all layers.
+pub struct PassPlan {
+    layout: TokenLayout,
+    way: Way,
 }
 
-impl SequenceSpan<'_> {
-    /// The positions of the pass that join this rank's cache, ascending: its own where the tokens
-    /// are split, every `ranks`-th where they are replicated.
-    pub fn kept(&self, rank: usize, ranks: usize) -> Vec<u32> {
-        let position = |index| (self.start + index) as u32;
-        if self.layout.is_split() {
-            self.layout.indices(rank).map(position).collect()
-        } else {
-            (0..self.layout.tokens())
-                .map(position)
-                .filter(|position| *position as usize % ranks == rank)
-                .collect()
+/// Where the tokens of a pass are.
+enum Way {
+    /// All on this rank.
+    Here(AttentionPlan),
+    /// Those of one sequence, split over ranks.
+    Split(TokenSpan),
+}
+
+impl PassPlan {
+    /// The plan of a pass: its tokens are those of the spans, in order. A single span of at least
+    /// two tokens for each rank that splits positions is split over these; any other pass is
+    /// computed on each of them.
+    ///
+    /// # Panics
+    /// When the pages of a span end before its last token.
+    pub fn new(ctx: &Context, shape: &AttentionShape, spans: &[TokenSpan]) -> Self {
+        let tokens = spans.iter().map(|span| span.tokens).sum();
+        if let [span] = spans {
+            let layout = TokenLayout::balanced(tokens, ctx.positions.size());
+            if layout.is_split() {
+                return Self { layout, way: Way::Split(span.clone()) };
+            }
         }
+        let plan = AttentionPlan::new(ctx, shape, spans);
+        Self { layout: TokenLayout::Replicated { tokens }, way: Way::Here(plan) }
+    }
+
+    /// Where the tokens of the pass are.
+    pub fn layout(&self) -> &TokenLayout {
+        &self.layout
     }
 }
 
-/// What attention over positions needs to know besides the data.
-#[derive(Clone, Copy)]
-pub struct SequenceSpec<'a> {
-    /// What attention of one rank needs to know.
-    pub attention: AttentionSpec<'a>,
-    /// The tokens of the pass.
-    pub span: SequenceSpan<'a>,
-}
-
 /// Attention of this rank's tokens to all positions up to theirs. qkv [own tokens, `qkv_width`] is
-/// normalized and rotated in place; the kept keys and values join `cache`; out [own tokens, heads *
-/// head_dim]. Where one rank has all positions this is [`attention_headwise`], without any
-/// collective.
+/// normalized and rotated; keys and values of the positions that this rank owns are stored in
+/// `pages`; out [own tokens, heads * head_dim]. Where one rank has all positions this is
+/// [`attention_headwise`], without any collective.
 ///
 /// # Errors
 /// When a collective fails.
 pub fn attention_sequence(
     ctx: &Context,
-    spec: &SequenceSpec<'_>,
+    spec: &AttentionSpec<'_>,
+    plan: &PassPlan,
     qkv: &mut Activations,
-    cache: &mut LayerCache,
+    pages: &mut LayerPages<'_>,
     scratch: &mut AttentionScratch,
     out: &mut Activations,
 ) -> Result<(), CommError> {
-    let SequenceSpec { attention, span } = spec;
-    if ctx.positions.size() == 1 {
-        attention_headwise(ctx, attention, qkv, cache, scratch, out);
-        return Ok(());
-    }
-    if attention.shape.heads() == 0 {
+    match &plan.way {
+        Way::Here(plan) if ctx.positions.size() == 1 => {
+            attention_headwise(ctx, spec, plan, qkv, pages, scratch, out);
+            Ok(())
+        }
         // More ranks split heads than there are: those that share positions with this one have none
         // either.
-        reshape(out, qkv.nrows(), 0);
-        return Ok(());
-    }
-    norm_and_rotate(ctx, attention, qkv);
-    if span.layout.is_split() {
-        attend_split(ctx, spec, qkv, cache, scratch, out)
-    } else {
-        attend_replicated(ctx, spec, qkv, cache, scratch, out)
+        _ if spec.shape.heads() == 0 => {
+            reshape(out, qkv.nrows(), 0);
+            Ok(())
+        }
+        Way::Here(plan) => attend_replicated(ctx, spec, plan, qkv, pages, scratch, out),
+        Way::Split(span) => {
+            let rows = 0..qkv.nrows();
+            norm_and_rotate(ctx, spec, qkv, &[rows]);
+            attend_split(ctx, spec, (span, &plan.layout), qkv, pages, scratch, out)
+        }
     }
 }
 
 fn attend_replicated(
     ctx: &Context,
-    spec: &SequenceSpec<'_>,
-    qkv: &Activations,
-    cache: &mut LayerCache,
+    spec: &AttentionSpec<'_>,
+    plan: &AttentionPlan,
+    qkv: &mut Activations,
+    pages: &mut LayerPages<'_>,
     scratch: &mut AttentionScratch,
     out: &mut Activations,
 ) -> Result<(), CommError> {
-    let SequenceSpec { attention, span } = spec;
-    let kept = span.kept(ctx.positions.rank(), ctx.positions.size());
-    for position in &kept {
-        let index = *position as usize - span.start;
-        cache.push(ctx, slice(qkv), attention.shape, index..index + 1);
-    }
-    let visible: Vec<_> = (0..qkv.nrows())
-        .map(|index| {
-            span.held.len()
-                + kept.partition_point(|position| *position as usize <= span.start + index)
-        })
-        .collect();
-    let task = Attend::new(attention, slice(qkv), qkv.ncols(), &visible, cache.heads());
     let AttentionScratch { tasks, partial, message, gathered, .. } = scratch;
-    attend(ctx, &task, tasks, out, Some(partial));
+    attend_own(ctx, spec, plan, qkv, pages, tasks, (out, Some(partial)));
     message.clear();
     for part in [&partial.max, &partial.sum, out] {
         message.extend_from_slice(slice(part));
@@ -133,7 +125,7 @@ fn attend_replicated(
     gathered.resize(message.len() * ctx.positions.size(), 0.0);
     ctx.positions.all_gather(message, gathered)?;
     let rows = partial.max.len();
-    let mut merged = Merged::new(ctx, qkv.nrows(), attention.shape);
+    let mut merged = Merged::new(ctx, qkv.nrows(), spec.shape);
     for state in gathered.chunks_exact(message.len().max(1)) {
         let (max, rest) = state.split_at(rows);
         let (sum, acc) = rest.split_at(rows);
@@ -145,38 +137,36 @@ fn attend_replicated(
 
 fn attend_split(
     ctx: &Context,
-    spec: &SequenceSpec<'_>,
+    spec: &AttentionSpec<'_>,
+    (span, layout): (&TokenSpan, &TokenLayout),
     qkv: &Activations,
-    cache: &mut LayerCache,
+    pages: &mut LayerPages<'_>,
     scratch: &mut AttentionScratch,
     out: &mut Activations,
 ) -> Result<(), CommError> {
-    let SequenceSpec { attention, span } = spec;
-    let (shape, layout) = (attention.shape, span.layout);
-    let (numbers, wire) = (2 * shape.kv_width(), KvWire::new(ctx, cache));
+    let shape = spec.shape;
+    let (numbers, wire) =
+        (2 * shape.kv_width(), KvWire::of(pages.layout().format(), ctx.positions.machines()));
     let width = wire.width(numbers);
     let own: Vec<_> = layout.indices(ctx.positions.rank()).collect();
     let keys = wire.pack(ctx, columns(qkv, shape.query_width(), numbers));
+    let mut block = scratch.block.take();
     if layout.goes_round(ctx.positions.machines()) {
         let mut ring = KvRing::new(ctx, layout, width, keys);
         let mut merged = if span.start == 0 {
             Merged::new(ctx, own.len(), shape)
         } else {
-            attend_past(ctx, spec, qkv, cache, scratch, Some(&mut ring))?
+            attend_past(ctx, spec, (span, layout), qkv, pages, scratch, Some(&mut ring))?
         };
         while let Some((owner, keys)) = ring.next()? {
-            let block = block_of(
-                ctx,
-                shape,
-                cache,
-                &wire.unpack(ctx, &keys),
-                from_ref(&(0..layout.count(owner))),
-            );
+            let keys = wire.unpack(ctx, &keys);
             let held: Vec<_> = layout.indices(owner).collect();
+            let rows: Vec<_> = (0..held.len()).collect();
+            store_own(ctx, shape, span, &held, &keys, pages);
             let visible: Vec<_> =
                 own.iter().map(|index| held.partition_point(|key| key <= index)).collect();
-            let task = Attend::new(attention, slice(qkv), qkv.ncols(), &visible, block.heads());
-            attend(ctx, &task, &mut scratch.tasks, out, Some(&mut scratch.partial));
+            let block = fill(ctx, shape, pages, &mut block, &keys, &rows);
+            attend_block(ctx, spec, span, qkv, (block, visible), scratch, (out, true));
             merged.add(ctx, slice(&scratch.partial.max), slice(&scratch.partial.sum), slice(out));
         }
         merged.write(ctx, out);
@@ -187,73 +177,153 @@ fn attend_split(
             &layout.lengths(ctx.positions.size(), width),
             &mut gathered,
         )?;
-        let block =
-            block_of(ctx, shape, cache, &wire.unpack(ctx, &gathered), &layout.gathered_ranges());
+        let keys = wire.unpack(ctx, &gathered);
+        let order: Vec<_> = layout.gathered_ranges().into_iter().flatten().collect();
+        store_own(ctx, shape, span, &layout.gathered_order(), &keys, pages);
         let visible: Vec<_> = own.iter().map(|index| index + 1).collect();
-        let task = Attend::new(attention, slice(qkv), qkv.ncols(), &visible, block.heads());
+        let filled = fill(ctx, shape, pages, &mut block, &keys, &order);
         if span.start == 0 {
-            attend(ctx, &task, &mut scratch.tasks, out, None);
+            attend_block(ctx, spec, span, qkv, (filled, visible), scratch, (out, false));
         } else {
-            let mut merged = attend_past(ctx, spec, qkv, cache, scratch, None)?;
-            attend(ctx, &task, &mut scratch.tasks, out, Some(&mut scratch.partial));
+            let mut merged = attend_past(ctx, spec, (span, layout), qkv, pages, scratch, None)?;
+            attend_block(ctx, spec, span, qkv, (filled, visible), scratch, (out, true));
             merged.add(ctx, slice(&scratch.partial.max), slice(&scratch.partial.sum), slice(out));
             merged.write(ctx, out);
         }
     }
-    cache.push(ctx, slice(qkv), shape, 0..qkv.nrows());
+    scratch.block = block;
     Ok(())
 }
 
-/// Keys and values of some tokens, stored as `cache` stores them: the given ranges of rows `keys`,
-/// [tokens, 2 * `kv_width`].
-fn block_of(
+/// Attention of this rank's tokens to a block of the pass's keys, of which each sees the first
+/// `visible`.
+fn attend_block(
+    ctx: &Context,
+    spec: &AttentionSpec<'_>,
+    span: &TokenSpan,
+    qkv: &Activations,
+    (block, visible): (&KvMemory, Vec<usize>),
+    scratch: &mut AttentionScratch,
+    (out, partial): (&mut Activations, bool),
+) {
+    let keys = visible.iter().copied().max().unwrap_or(0);
+    let rows = RowSpan {
+        rows: 0..qkv.nrows(),
+        visible,
+        pages: (0..keys.div_ceil(PAGE_POSITIONS) as u32).map(PageId).collect(),
+        arithmetic: span.arithmetic(),
+        fresh: None,
+    };
+    let tasks = AttentionTasks::new(spec.shape, ctx.team.threads(), vec![rows]);
+    let queries = Queries { rows: slice(qkv), stride: qkv.ncols() };
+    let AttentionScratch { tasks: task_scratch, partial: sums, .. } = scratch;
+    let out = (out, partial.then_some(sums));
+    attend(ctx, spec, &tasks, queries, (&Keys::of(block), Vec::new()), task_scratch, out);
+}
+
+/// Keys and values of some tokens of the pass in memory of their own, stored as the pages store
+/// them: those of the given rows of `keys`, [tokens, 2 * `kv_width`].
+fn fill<'a>(
     ctx: &Context,
     shape: &AttentionShape,
-    cache: &LayerCache,
+    pages: &LayerPages<'_>,
+    memory: &'a mut Option<KvMemory>,
     keys: &[f32],
-    rows: &[Range<usize>],
-) -> LayerCache {
-    // The same heads without their queries.
-    let bare = AttentionShape { groups: vec![0..0; shape.groups.len()], head_dim: shape.head_dim };
-    let mut block = cache.empty_like();
-    block.reserve(keys.len() / bare.qkv_width().max(1));
-    rows.iter().for_each(|rows| block.push(ctx, keys, &bare, rows.clone()));
-    block
+    rows: &[usize],
+) -> &'a KvMemory {
+    let (layout, heads) = (pages.layout(), shape.groups.len());
+    let groups = rows.len().div_ceil(PAGE_POSITIONS);
+    let fits = |memory: &KvMemory| {
+        memory.layout() == layout && memory.heads() == heads && memory.groups() >= groups
+    };
+    if !memory.as_ref().is_some_and(fits) {
+        *memory = None;
+    }
+    let memory = memory.get_or_insert_with(|| {
+        KvMemory::new(layout, heads, groups).unwrap_or_else(|error| panic!("{error}"))
+    });
+    let all: Vec<_> = (0..groups).collect();
+    let (spans, _) = memory.split(&all);
+    let (width, size) = (2 * shape.kv_width(), shape.head_dim);
+    let runs = rows.chunks(PAGE_POSITIONS);
+    let targets = runs.flat_map(|rows| (0..heads).map(move |head| (rows, head)));
+    ctx.team.each(targets.zip(spans).collect(), |((rows, head), mut span): ((&[usize], _), _)| {
+        for (position, row) in rows.iter().enumerate() {
+            let key = &keys[row * width + head * size..];
+            let value = &key[shape.kv_width()..][..size];
+            simd_kernels::KvSpanMut::store(&mut span, ctx.isa, position, &key[..size], value);
+        }
+    });
+    memory
+}
+
+/// Stores keys and values of the positions that this rank owns: of token `indices[i]` of the pass
+/// row i of `keys`, [tokens, 2 * `kv_width`].
+fn store_own(
+    ctx: &Context,
+    shape: &AttentionShape,
+    span: &TokenSpan,
+    indices: &[usize],
+    keys: &[f32],
+    pages: &mut LayerPages<'_>,
+) {
+    let owners = span.owners(ctx.positions.rank(), ctx.positions.size());
+    // The page, the position in it and the row.
+    let mut places: Vec<(PageId, usize, usize)> = Vec::new();
+    for (row, index) in indices.iter().enumerate() {
+        let (page, position) =
+            ((span.start + index) / PAGE_POSITIONS, (span.start + index) % PAGE_POSITIONS);
+        if owners.owns(page) {
+            places.push((span.pages[page], position, row));
+        }
+    }
+    places.sort_unstable();
+    let runs: Vec<_> = places.chunk_by(|a, b| a.0 == b.0).collect();
+    let written: Vec<_> = runs.iter().map(|run| run[0].0).collect();
+    let (spans, _) = pages.split(&written);
+    let (width, size) = (2 * shape.kv_width(), shape.head_dim);
+    let targets = runs.iter().flat_map(|run| (0..shape.groups.len()).map(move |head| (*run, head)));
+    ctx.team.each(targets.zip(spans).collect(), |((run, head), mut span): ((&[_], _), _)| {
+        for &(_, position, row) in run {
+            let key = &keys[row * width + head * size..];
+            let value = &key[shape.kv_width()..][..size];
+            simd_kernels::KvSpanMut::store(&mut span, ctx.isa, position, &key[..size], value);
+        }
+    });
 }
 
 /// What this rank's queries find in all keys of earlier passes, wherever they are. A block of
 /// `ring` travels meanwhile.
 fn attend_past(
     ctx: &Context,
-    spec: &SequenceSpec<'_>,
+    spec: &AttentionSpec<'_>,
+    (span, layout): (&TokenSpan, &TokenLayout),
     qkv: &Activations,
-    cache: &LayerCache,
+    pages: &LayerPages<'_>,
     scratch: &mut AttentionScratch,
     mut ring: Option<&mut KvRing<'_>>,
 ) -> Result<Merged, CommError> {
-    let SequenceSpec { attention, span } = spec;
-    let (heads, head_dim, width) =
-        (attention.shape.heads(), attention.shape.head_dim, attention.shape.query_width());
-    let tokens = span.layout.tokens();
+    let shape = spec.shape;
+    let (heads, head_dim, width) = (shape.heads(), shape.head_dim, shape.query_width());
+    let tokens = layout.tokens();
     let AttentionScratch { tasks, partial, past, gathered, .. } = scratch;
     gathered.resize(tokens * width, 0.0);
     let own = columns(qkv, 0, width);
-    ctx.positions.all_gather_v(
-        &own,
-        &span.layout.lengths(ctx.positions.size(), width),
-        gathered,
-    )?;
-    let visible = vec![span.held.len(); tokens];
+    ctx.positions.all_gather_v(&own, &layout.lengths(ctx.positions.size(), width), gathered)?;
     if let Some(ring) = &mut ring {
         ring.pass_on();
     }
-    attend(
-        ctx,
-        &Attend::new(attention, gathered, width, &visible, cache.heads()),
-        tasks,
-        past,
-        Some(partial),
-    );
+    let owners = span.owners(ctx.positions.rank(), ctx.positions.size());
+    let rows = RowSpan {
+        rows: 0..tokens,
+        visible: vec![owners.positions(span.start); tokens],
+        pages: span.local_pages(owners, span.start),
+        arithmetic: span.arithmetic(),
+        fresh: None,
+    };
+    let list = AttentionTasks::new(shape, ctx.team.threads(), vec![rows]);
+    let queries = Queries { rows: gathered, stride: width };
+    attend(ctx, spec, &list, queries, (&pages.keys(), Vec::new()), tasks, (past, Some(partial)));
     if let Some(ring) = &mut ring {
         ring.settle()?;
     }
@@ -272,17 +342,17 @@ fn attend_past(
         acc.iter_mut().for_each(|acc| *acc *= factor);
     }
     ctx.positions.all_reduce(slice_mut(&mut partial.sum), ReduceOp::ExactSum)?;
-    let own = span.layout.count(ctx.positions.rank());
+    let own = layout.count(ctx.positions.rank());
     let mut acc = vec![0.0; own * width];
     ctx.positions.reduce_scatter(
         slice(past),
-        &span.layout.lengths(ctx.positions.size(), width),
+        &layout.lengths(ctx.positions.size(), width),
         &mut acc,
     )?;
 
-    let first: usize = (0..ctx.positions.rank()).map(|rank| span.layout.count(rank)).sum();
+    let first: usize = (0..ctx.positions.rank()).map(|rank| layout.count(rank)).sum();
     let rows = first * heads..(first + own) * heads;
-    let mut merged = Merged::new(ctx, own, attention.shape);
+    let mut merged = Merged::new(ctx, own, shape);
     merged.add(ctx, &slice(&partial.max)[rows.clone()], &slice(&partial.sum)[rows], &acc);
     Ok(merged)
 }

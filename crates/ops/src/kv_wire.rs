@@ -3,10 +3,9 @@
 
 use std::borrow::Cow;
 
-use simd_kernels::{KvFormat, KvHead, pack_halves, unpack_halves};
+use simd_kernels::{KvFormat, pack_halves, unpack_halves};
 
 use crate::context::Context;
-use crate::kv_cache::LayerCache;
 
 /// How keys and values go to other ranks.
 #[derive(Clone, Copy)]
@@ -16,13 +15,7 @@ pub(crate) struct KvWire {
 }
 
 impl KvWire {
-    /// For what is going to be kept in `cache`.
-    pub fn new(ctx: &Context, cache: &LayerCache) -> Self {
-        let format = cache.heads().first().map_or(KvFormat::F32, KvHead::format);
-        Self::of(format, ctx.positions.machines())
-    }
-
-    /// For a cache of this format, with ranks on so many machines.
+    /// For numbers that are going to be kept in this format, with ranks on so many machines.
     pub fn of(format: KvFormat, machines: usize) -> Self {
         Self { halves: format == KvFormat::F16 && machines > 1 }
     }

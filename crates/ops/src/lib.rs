@@ -21,7 +21,8 @@ pub mod norm;
 
 // Attention and what it reads.
 pub mod attention;
-mod kv_cache;
+pub mod pages;
+mod attention_tasks;
 pub mod attention_headwise;
 mod kv_ring;
 mod kv_wire;
@@ -45,11 +46,11 @@ pub use comm;
 pub use context::Context;
 pub use cost::Cost;
 pub use embedding::Embedding;
-pub use kv_cache::LayerCache;
 pub use linear::Linear;
 pub use lm_head::{LogitRows, lm_head};
 pub use mlp::mlp;
 pub use norm::rms_norm;
+pub use pages::{KvArena, PAGE_POSITIONS, PageId};
 pub use profile::Profile;
 pub use residual::linear_mpi;
 pub use simd_kernels::{Isa, KvFormat};
@@ -58,5 +59,5 @@ pub use tensor;
 
 /// Names of the crate `simd-kernels` that operations take or return.
 pub mod kernels {
-    pub use simd_kernels::{Input, IsaError, Store, argmax, exp};
+    pub use simd_kernels::{Input, IsaError, KvMemoryError, Store, argmax, exp};
 }

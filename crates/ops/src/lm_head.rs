@@ -21,51 +21,59 @@ pub enum LogitRows {
     All,
 }
 
-/// Gives every rank the wanted rows of `x` [own tokens, hidden], in token order.
+/// Gives every rank the wanted rows of `x` [own tokens, hidden]: `wanted` are tokens of the pass,
+/// ascending; out [wanted, hidden].
 ///
-/// Where the tokens are split: one Broadcast of a row, or one Allgatherv of all.
+/// Where the tokens are split: one Broadcast of a single row, or one Allgatherv of several.
 ///
 /// # Errors
 /// When the collective fails.
+///
+/// # Panics
+/// When the pass has no such token.
 pub fn wanted_rows(
     ctx: &Context,
     x: &Activations,
     layout: &TokenLayout,
-    wanted: LogitRows,
+    wanted: &[usize],
     out: &mut Activations,
 ) -> Result<(), CommError> {
-    let (tokens, width) = (layout.tokens(), x.ncols());
+    let (width, ranks) = (x.ncols(), ctx.positions.size());
+    reshape(out, wanted.len(), width);
+    if !layout.is_split() {
+        for (row, index) in slice_mut(out).chunks_exact_mut(width).zip(wanted) {
+            row.copy_from_slice(&slice(x)[index * width..(index + 1) * width]);
+        }
+        return Ok(());
+    }
+    // The wanted rows of each rank: their places among its own tokens and in `out`.
+    let own = |rank: usize| {
+        let tokens = layout.indices(rank).enumerate();
+        tokens.filter_map(|(row, index)| Some((row, wanted.binary_search(&index).ok()?)))
+    };
+    let rows: Vec<f32> = own(ctx.positions.rank())
+        .flat_map(|(row, _)| &slice(x)[row * width..(row + 1) * width])
+        .copied()
+        .collect();
     match wanted {
-        LogitRows::Last if tokens > 0 => {
-            reshape(out, 1, width);
-            let owner = (0..ctx.positions.size())
-                .find(|rank| layout.indices(*rank).any(|index| index + 1 == tokens));
-            let owner = owner.expect("the last token is on some rank");
-            if !layout.is_split() || owner == ctx.positions.rank() {
-                // Ascending order: a rank that holds the last token holds it as its last row.
-                out.row_mut(0).assign(&x.row(x.nrows() - 1));
+        [] => {}
+        [_] => {
+            let owner = (0..ranks).find(|rank| own(*rank).next().is_some());
+            let owner = owner.expect("each token is on some rank");
+            if owner == ctx.positions.rank() {
+                slice_mut(out).copy_from_slice(&rows);
             }
-            if layout.is_split() {
-                ctx.positions.broadcast(owner, slice_mut(out))?;
-            }
+            ctx.positions.broadcast(owner, slice_mut(out))?;
         }
-        LogitRows::All if layout.is_split() => {
-            let mut gathered = vec![0.0; tokens * width];
-            ctx.positions.all_gather_v(
-                slice(x),
-                &layout.lengths(ctx.positions.size(), width),
-                &mut gathered,
-            )?;
-            reshape(out, tokens, width);
-            for (row, index) in gathered.chunks_exact(width).zip(layout.gathered_order()) {
-                slice_mut(out)[index * width..(index + 1) * width].copy_from_slice(row);
+        _ => {
+            let lengths: Vec<_> = (0..ranks).map(|rank| own(rank).count() * width).collect();
+            let mut gathered = vec![0.0; wanted.len() * width];
+            ctx.positions.all_gather_v(&rows, &lengths, &mut gathered)?;
+            let places = (0..ranks).flat_map(own).map(|(_, place)| place);
+            for (row, place) in gathered.chunks_exact(width).zip(places) {
+                slice_mut(out)[place * width..(place + 1) * width].copy_from_slice(row);
             }
         }
-        LogitRows::All => {
-            reshape(out, tokens, width);
-            slice_mut(out).copy_from_slice(slice(x));
-        }
-        LogitRows::None | LogitRows::Last => reshape(out, 0, width),
     }
     Ok(())
 }

@@ -4,12 +4,10 @@ use std::sync::Arc;
 use std::{iter, thread};
 
 use comm::{Communicator, ThreadComm, WireFormat};
-use ops::attention::{
-    AttentionAlgorithm, AttentionScratch, AttentionShape, AttentionSpec, QkNorm, Rotary,
-};
-use ops::attention_sequence::{SequenceSpan, SequenceSpec};
-use ops::layout::TokenLayout;
-use ops::{Context, Isa, LayerCache, Placement, attention_sequence};
+use ops::attention::{AttentionAlgorithm, AttentionShape, AttentionSpec, QkNorm, Rotary};
+use ops::attention_headwise::{AttentionScratch, TokenSpan};
+use ops::attention_sequence::PassPlan;
+use ops::{Context, Isa, KvArena, PAGE_POSITIONS, PageId, Placement, attention_sequence};
 use simd_kernels::KvFormat;
 use tensor::Activations;
 
@@ -53,12 +51,15 @@ fn attend(comm: Arc<dyn Communicator>) {
     let ctx = Context::new(Isa::detect(), comm, 1, 1, Placement::Free).expect("the grid forms");
     let shape = AttentionShape { groups: iter::once(0..2).collect(), head_dim: HEAD_DIM };
     let norm = vec![2.0; HEAD_DIM];
-    let mut cache = LayerCache::new(KvFormat::F32, 1, HEAD_DIM);
-    let (mut scratch, mut start, mut held) = (AttentionScratch::default(), 0, Vec::new());
+    let pages = PASSES.iter().sum::<usize>().div_ceil(PAGE_POSITIONS);
+    let mut arena = KvArena::new(KvFormat::F32, 1, 1, HEAD_DIM, pages).expect("memory");
+    let (mut scratch, mut start) = (AttentionScratch::default(), 0);
     for tokens in PASSES {
-        let layout = TokenLayout::balanced(tokens, 2);
+        let pages = (0..pages as u32).map(PageId).collect();
+        let span = TokenSpan { tokens, start, pages, first_rank: 1, generated: false };
+        let plan = PassPlan::new(&ctx, &shape, &[span]);
         let own: Vec<usize> =
-            layout.indices(ctx.positions.rank()).map(|index| start + index).collect();
+            plan.layout().indices(ctx.positions.rank()).map(|index| start + index).collect();
         let mut qkv = Activations::default((own.len(), 4 * HEAD_DIM));
         for (place, token) in own.iter().enumerate() {
             qkv.row_mut(place).iter_mut().zip(row(*token)).for_each(|(to, from)| *to = from);
@@ -68,23 +69,15 @@ fn attend(comm: Arc<dyn Communicator>) {
             Activations::ones((own.len(), HEAD_DIM / 2)),
             Activations::zeros((own.len(), HEAD_DIM / 2)),
         );
-        let attention = AttentionSpec {
+        let spec = AttentionSpec {
             algorithm: AttentionAlgorithm::Streaming,
             shape: &shape,
             norm: QkNorm { q: &norm, k: &norm, eps: 1e-6 },
             rotary: Rotary { cos: &cos, sin: &sin },
         };
-        let span = SequenceSpan { layout: &layout, start, held: &held };
-        let mut out = Activations::default((0, 0));
-        attention_sequence(
-            &ctx,
-            &SequenceSpec { attention, span },
-            &mut qkv,
-            &mut cache,
-            &mut scratch,
-            &mut out,
-        )
-        .expect("all ranks are there");
+        let (pages, mut out) = (&mut arena.layer(0), Activations::default((0, 0)));
+        attention_sequence(&ctx, &spec, &plan, &mut qkv, pages, &mut scratch, &mut out)
+            .expect("all ranks are there");
         for (token, out) in own.iter().zip(out.outer_iter()).filter(|(token, _)| **token >= SOUGHT)
         {
             for index in 0..HEAD_DIM {
@@ -99,7 +92,6 @@ fn attend(comm: Arc<dyn Communicator>) {
                 }
             }
         }
-        held.extend(span.kept(ctx.comm.rank(), 2));
         start += tokens;
     }
 }

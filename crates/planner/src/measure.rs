@@ -5,9 +5,11 @@ use std::time::Instant;
 
 use qwen3_model::comm::{CommError, Communicator, CommunicatorExt, Link, ReduceOp};
 use qwen3_model::ops::attention::{
-    AttentionAlgorithm, AttentionScratch, AttentionShape, AttentionSpec, QkNorm, Rotary,
+    AttentionAlgorithm, AttentionShape, AttentionSpec, QkNorm, Rotary,
 };
-use qwen3_model::ops::attention_headwise::attention_headwise;
+use qwen3_model::ops::attention_headwise::{
+    AttentionPlan, AttentionScratch, TokenSpan, attention_headwise,
+};
 use qwen3_model::ops::cost::Work;
 use qwen3_model::ops::kernels::{Input, Store};
 use qwen3_model::ops::layout::TokenLayout;
@@ -16,7 +18,7 @@ use qwen3_model::ops::mlp::{Expert, Mlp, MlpScratch};
 use qwen3_model::ops::norm::prepare;
 use qwen3_model::ops::residual::Residual;
 use qwen3_model::ops::schedule::MlpSchedule;
-use qwen3_model::ops::{Context, KvFormat, LayerCache, Linear, mlp, rms_norm};
+use qwen3_model::ops::{Context, KvArena, KvFormat, Linear, PAGE_POSITIONS, PageId, mlp, rms_norm};
 use qwen3_model::tensor::{Activations, WeightFormat};
 
 use crate::machine::Rate;
@@ -207,17 +209,11 @@ pub fn measure_attention(
     let ([shallow, middle, deep], tokens) = (DEPTHS, many_tokens(ctx));
     let groups = (0..KV_HEADS).map(|head| head * GROUP..(head + 1) * GROUP).collect();
     let shape = AttentionShape { groups, head_dim: HEAD_DIM };
-    let past = Activations::ones((deep, shape.qkv_width()));
-    // Each by the team, whose threads first touch it, as in a model.
-    let cache = || {
-        let mut cache = LayerCache::new(format, KV_HEADS, HEAD_DIM);
-        cache.reserve(deep + 1);
-        cache.push(ctx, past.as_slice().expect("rows are contiguous"), &shape, 0..deep);
-        cache
-    };
     let (mut scratch, mut out) = (AttentionScratch::default(), Activations::default((0, 0)));
     let ones = vec![1.0; HEAD_DIM];
-    let mut seconds = |caches: &mut [LayerCache], depth, tokens: usize, rounds| {
+    // The layers of one arena in turn: of each the same pages.
+    let pages = (deep + 1).max(middle + tokens).div_ceil(PAGE_POSITIONS);
+    let mut seconds = |arena: &mut KvArena, layers, depth, tokens: usize, rounds| {
         let angles = Activations::zeros((tokens, HEAD_DIM / 2));
         let spec = AttentionSpec {
             algorithm: AttentionAlgorithm::Streaming,
@@ -225,23 +221,33 @@ pub fn measure_attention(
             norm: QkNorm { q: &ones, k: &ones, eps: 1e-6 },
             rotary: Rotary { cos: &angles, sin: &angles },
         };
+        let span = TokenSpan {
+            tokens,
+            start: depth,
+            pages: (0..pages as u32).map(PageId).collect(),
+            first_rank: 0,
+            generated: tokens == 1,
+        };
+        let plan = AttentionPlan::new(ctx, &shape, &[span]);
         let mut qkv = Activations::ones((tokens, shape.qkv_width()));
         let pass = || {
-            for cache in &mut *caches {
-                cache.truncate(depth);
-                attention_headwise(ctx, &spec, &mut qkv, cache, &mut scratch, &mut out);
+            for layer in 0..layers {
+                let pages = &mut arena.layer(layer);
+                attention_headwise(ctx, &spec, &plan, &mut qkv, pages, &mut scratch, &mut out);
             }
             Ok(())
         };
-        Ok::<_, CommError>(median(comm, rounds, pass)? / caches.len() as f64)
+        Ok::<_, CommError>(median(comm, rounds, pass)? / layers as f64)
     };
     let (memory, rounds, few) = effort.values();
-    let mut caches = vec![cache()];
     let bytes = |keys| shape.work(format, 0, keys).bytes;
-    caches.resize_with((memory / here).div_ceil(bytes(deep) as usize), cache);
-    let long = seconds(&mut caches, deep, 1, rounds)?;
-    let many = seconds(&mut caches[..1], middle, tokens, few)?;
-    let short = seconds(&mut caches, shallow, 1, rounds)?;
+    let layers = (memory / here).div_ceil(bytes(deep) as usize);
+    let mut arena =
+        KvArena::new(format, layers, KV_HEADS, HEAD_DIM, pages).expect("memory for a measurement");
+    arena.touch(ctx);
+    let long = seconds(&mut arena, layers, deep, 1, rounds)?;
+    let many = seconds(&mut arena, 1, middle, tokens, few)?;
+    let short = seconds(&mut arena, layers, shallow, 1, rounds)?;
     // The line through both, unless with noise starting seems to take less than nothing.
     let (all, part) = (bytes(deep + 1), bytes(shallow + 1));
     let rate = ((all - part) / (long - short).max(1e-9)).min(all / long * 2.0);

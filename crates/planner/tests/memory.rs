@@ -11,7 +11,7 @@ use qwen3_model::options::{Division, KvFormat};
 use qwen3_model::presets::Preset;
 use qwen3_model::synth::{SynthOptions, synthesize};
 use qwen3_model::tensor::{Checkpoint, WeightFormat};
-use qwen3_model::{Config, Isa, LogitRows, Model, ModelOptions};
+use qwen3_model::{Config, Isa, LogitRows, Model, ModelOptions, Sequence};
 
 #[global_allocator]
 static ALLOCATED: PeakAlloc = PeakAlloc;
@@ -36,26 +36,27 @@ fn allocated(
         let comm =
             if nodes > 1 { Arc::new(EmulatedComm::new(comm, link, nodes).unwrap()) } else { comm };
         let model = Model::load(dir, comm, &options, &|_| ()).unwrap();
-        let mut caches = [model.new_cache(PROMPT + 1), model.new_cache(PROMPT + 1)];
+        let mut cache = Sequence::new(&model, PROMPT + 1).expect("memory");
         let prompt: Vec<u32> = (0..PROMPT as u32).map(|index| index * 7 % 500).collect();
-        let mut forward = |cache: usize| {
+        let mut forward = || {
+            cache.truncate(0);
             for pass in prompt.chunks(tokens) {
-                model.forward(&mut caches[cache], pass, LogitRows::Last).unwrap();
+                cache.forward(&model, pass, LogitRows::Last).unwrap();
             }
-            model.forward(&mut caches[cache], &[3], LogitRows::Last).unwrap();
+            cache.forward(&model, &[3], LogitRows::Last).unwrap();
         };
         ready.wait();
         let before = ALLOCATED.current_usage();
         ready.wait();
         // What grows is there twice for a moment, which is the measuring allocator's doing: large
         // memory grows in place otherwise.
-        forward(0);
+        forward();
         ready.wait();
         if first {
             ALLOCATED.reset_peak_usage();
         }
         ready.wait();
-        forward(1);
+        forward();
         ready.wait();
         ALLOCATED.peak_usage() - before
     };

@@ -12,7 +12,7 @@ use qwen3_model::presets::Preset;
 use qwen3_model::shape::ModelShape;
 use qwen3_model::synth::{SynthOptions, synthesize};
 use qwen3_model::tensor::WeightFormat;
-use qwen3_model::{Config, Isa, LogitRows, Model, ModelOptions, ParallelStrategy};
+use qwen3_model::{Config, Isa, LogitRows, Model, ModelOptions, ParallelStrategy, Sequence};
 use serde_json::json;
 
 const FUSED: Division = Division {
@@ -86,14 +86,14 @@ fn bytes_of_chunks_on_a_shorter_wire_are_those_of_the_ledger() {
             let counted = |comm: ThreadComm| {
                 comm.set_wire(WireFormat::Bf16);
                 let model = Model::load(&dir, Arc::new(comm), &options, &|_| ()).unwrap();
-                let mut cache = model.new_cache(prompt);
+                let mut cache = Sequence::new(&model, prompt).expect("memory");
                 let ledger = model.comm().ledger();
                 ledger.reset();
                 let passes: Vec<_> = [3; 64].chunks(model.pass_tokens(chunk)).collect();
                 for (i, tokens) in passes.iter().enumerate() {
                     let rows =
                         if i + 1 == passes.len() { LogitRows::Last } else { LogitRows::None };
-                    model.forward(&mut cache, tokens, rows).unwrap();
+                    cache.forward(&model, tokens, rows).unwrap();
                 }
                 let entries = ledger.entries();
                 entries.iter().fold((0, 0), |(calls, bytes), entry| {

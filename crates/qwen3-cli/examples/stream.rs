@@ -4,7 +4,7 @@ use std::{ops::ControlFlow, path::Path};
 
 use qwen3_model::generation::Progress;
 use qwen3_model::generation_config::eos_token_ids;
-use qwen3_model::{GenerateParams, Isa, Model, ModelOptions, generate};
+use qwen3_model::{GenerateParams, Isa, Model, ModelOptions, Sequence, generate};
 use qwen3_text::{ChatTemplate, ControlTokens, Conversation, Tokenizer};
 use ranks::{Failure, JobOptions, RankError, run_in_threads};
 
@@ -27,7 +27,7 @@ pub fn answer(
         let model = Model::load(folder, rank.comm().clone(), &options, &|_| ())?;
         let eos_token_ids = eos_token_ids(folder, model.config())?;
         let params = GenerateParams { eos_token_ids, ..GenerateParams::default() };
-        let mut cache = model.new_cache(prompt.len() + params.max_new_tokens);
+        let mut cache = Sequence::new(&model, prompt.len() + params.max_new_tokens)?;
         let mut text = tokenizer.detokenizer();
         let mut shown = Ok(());
         generate(&model, &mut cache, &prompt, &params, &mut |progress| {

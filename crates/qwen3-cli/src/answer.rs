@@ -7,7 +7,7 @@ use std::{panic, thread};
 
 use qwen3_model::generation::{Generated, Progress, StopReason};
 use qwen3_model::generation_config::eos_token_ids;
-use qwen3_model::{GenerateParams, KvCache, Model, SamplingParams, generate};
+use qwen3_model::{GenerateParams, Model, SamplingParams, Sequence, generate};
 use qwen3_text::{Detokenizer, Tokenizer};
 use ranks::{Failure, Rank, RankError, print};
 
@@ -63,7 +63,7 @@ impl Answer {
     pub fn write(
         rank: &Rank,
         model: &Model,
-        cache: &mut KvCache,
+        cache: &mut Sequence,
         tokens: &[u32],
         text: Option<&Tokenizer>,
         options: &AnswerOptions,

@@ -7,7 +7,7 @@ use clap::Args;
 use qwen3_model::comm::{CommunicatorExt as _, Entry, Phase};
 use qwen3_model::options::{KvFormat, MlpSchedule};
 use qwen3_model::sampling::SampleRow;
-use qwen3_model::{Config, KvCache, LogitRows, Model, Sampler, SamplingParams};
+use qwen3_model::{Config, LogitRows, Model, Sampler, SamplingParams, Sequence};
 use ranks::{Failure, Rank};
 
 use crate::ahead;
@@ -95,7 +95,7 @@ impl BenchArgs {
             rank,
             model: &model,
             chunk: model.pass_tokens(self.engine.chunk),
-            cache: model.new_cache(needed),
+            cache: Sequence::new(&model, needed)?,
             sampler: Sampler::new(
                 model.config().vocab_size,
                 rank.comm().clone(),
@@ -204,7 +204,7 @@ struct Bench<'a> {
     model: &'a Model,
     /// Prompt tokens of a pass.
     chunk: usize,
-    cache: KvCache,
+    cache: Sequence,
     sampler: Sampler,
     memory: Memory,
     limits: Limits<'a>,
@@ -321,7 +321,7 @@ impl Bench<'_> {
         let last = tokens.div_ceil(self.chunk) - 1;
         for (index, chunk) in ids.chunks(self.chunk).enumerate() {
             let rows = if index == last { LogitRows::Last } else { LogitRows::None };
-            self.model.forward(&mut self.cache, chunk, rows).map_err(Failure::agreed)?;
+            self.cache.forward(self.model, chunk, rows).map_err(Failure::agreed)?;
         }
         Ok(())
     }
@@ -331,10 +331,7 @@ impl Bench<'_> {
         let greedy = SamplingParams::default();
         let mut id = made_up(self.cache.len(), self.model.config().vocab_size);
         for step in 0..tokens {
-            let logits = self
-                .model
-                .forward(&mut self.cache, &[id], LogitRows::Last)
-                .map_err(Failure::agreed)?;
+            let logits = self.cache.decode(self.model, id).map_err(Failure::agreed)?;
             let row = SampleRow {
                 row: 0,
                 params: &greedy,

@@ -7,7 +7,7 @@ use clap::Args;
 use qwen3_model::generation::StopReason;
 use qwen3_model::generation_config::GenerationConfig;
 use qwen3_model::options::KvFormat;
-use qwen3_model::{Model, SamplingParams};
+use qwen3_model::{Model, SamplingParams, Sequence};
 use qwen3_text::{ChatTemplate, ControlTokens, Conversation, Json, Tokenizer};
 use ranks::{Failure, LaunchedProcess, Rank};
 
@@ -76,7 +76,7 @@ impl ChatArgs {
         let context = model.config().context_length();
         let limit = self.max_new_tokens.unwrap_or(context);
         let mut options = AnswerOptions::new(rank, &model, &self.engine, sampling, limit)?;
-        let mut cache = model.new_cache(context);
+        let mut cache = Sequence::new(&model, context)?;
         let mut seen: Vec<u32> = Vec::new();
         while let Some(tokens) = self.next(rank, &mut speaker)? {
             // What the template left as it was is still in the cache.

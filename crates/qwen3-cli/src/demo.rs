@@ -1,9 +1,9 @@
 //! `qwen3 demo`: three questions, a sentence to continue, and what they cost.
 
 use clap::Args;
-use qwen3_model::SamplingParams;
 use qwen3_model::generation::Timing;
 use qwen3_model::options::KvFormat;
+use qwen3_model::{SamplingParams, Sequence};
 use ranks::{Failure, Rank};
 
 use crate::ahead;
@@ -62,7 +62,7 @@ impl DemoArgs {
                 let chat = Conversation::question(prompt, Some(false));
                 Ok(template.prompt(text, &chat, ControlTokens::Literal)?.tokens)
             })?;
-            let mut cache = model.new_cache(tokens.len() + TOKENS);
+            let mut cache = Sequence::new(&model, tokens.len() + TOKENS)?;
             let text = texts.as_ref().map(|(text, _)| text);
             let answer = Answer::write(rank, &model, &mut cache, &tokens, text, &options)?;
             add(&mut prefill, answer.generated.prefill);

@@ -1,9 +1,9 @@
 //! `qwen3 generate`: the continuation of a prompt.
 
 use clap::Args;
-use qwen3_model::SamplingParams;
 use qwen3_model::generation_config::GenerationConfig;
 use qwen3_model::options::KvFormat;
+use qwen3_model::{SamplingParams, Sequence};
 use ranks::{Failure, Rank};
 use serde_json::json;
 
@@ -85,7 +85,7 @@ impl GenerateArgs {
             AnswerOptions::new(rank, &model, &self.engine, sampling, self.max_new_tokens)?;
         options.quiet = self.json;
         options.params.ignore_eos = self.ignore_eos;
-        let mut cache = model.new_cache(tokens.len().saturating_add(self.max_new_tokens));
+        let mut cache = Sequence::new(&model, tokens.len().saturating_add(self.max_new_tokens))?;
         let answer = Answer::write(rank, &model, &mut cache, &tokens, text.as_ref(), &options)?;
         let end = if self.json {
             let object = json!({

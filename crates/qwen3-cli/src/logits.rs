@@ -7,7 +7,7 @@ use clap::Args;
 use qwen3_model::comm::CommunicatorExt as _;
 use qwen3_model::options::{KvFormat, WeightFormat};
 use qwen3_model::tensor::{CheckpointWriter, TensorSpec, WriteError};
-use qwen3_model::{LogitRows, Logits, Model};
+use qwen3_model::{LogitRows, Logits, Model, Sequence};
 use ranks::{Failure, Rank};
 
 use crate::ahead;
@@ -65,12 +65,11 @@ impl LogitsArgs {
         let mut output = rank.without_deadline(|| {
             rank.on_root(|| Ok(Output::create(&self.output, tokens.len(), vocab_size)?))
         })?;
-        let mut cache = model.new_cache(tokens.len());
+        let mut cache = Sequence::new(&model, tokens.len())?;
         for chunk in
             tokens.chunks(model.pass_tokens(self.engine.chunk).min((BLOCK / vocab_size).max(1)))
         {
-            let logits =
-                model.forward(&mut cache, chunk, LogitRows::All).map_err(Failure::agreed)?;
+            let logits = cache.forward(&model, chunk, LogitRows::All).map_err(Failure::agreed)?;
             let rows = collect(rank, &model, logits)?;
             rank.agree_after(|| {
                 Ok(output.as_mut().map_or(Ok(()), |output| output.write(&rows))?)

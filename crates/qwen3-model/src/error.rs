@@ -3,9 +3,11 @@
 use std::path::PathBuf;
 
 use comm::CommError;
+use ops::kernels::KvMemoryError;
 use ops::schedule::MlpSchedule;
 use tensor::CheckpointError;
 
+use crate::batch::BatchError;
 use crate::fields::ConfigError;
 
 /// Why a model cannot be loaded or run.
@@ -82,7 +84,13 @@ pub enum ModelError {
         /// Tokens of the vocabulary.
         vocab_size: usize,
     },
-    /// The sequence would grow beyond its cache.
+    /// The batch does not fit the model or the arena.
+    #[error(transparent)]
+    Batch(#[from] BatchError),
+    /// There is no memory for keys and values.
+    #[error(transparent)]
+    Memory(#[from] KvMemoryError),
+    /// The sequence would grow beyond its capacity.
     #[error("{tokens} tokens do not fit: {cached} of {capacity} positions are taken")]
     ContextFull {
         /// Tokens to add.

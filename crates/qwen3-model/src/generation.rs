@@ -3,13 +3,13 @@
 use std::ops::ControlFlow;
 use std::time::{Duration, Instant};
 
-use comm::Phase;
+use comm::{CommError, Communicator, Phase, ReduceOp};
 use ops::LogitRows;
 
-use crate::cache::KvCache;
 use crate::error::ModelError;
 use crate::model::{Logits, Model};
 use crate::sampling::{SampleRow, Sampler, SamplingError, SamplingParams};
+use crate::sequence::Sequence;
 
 /// How a sequence is continued; the same on every rank.
 #[derive(Clone, Debug, PartialEq)]
@@ -57,7 +57,7 @@ pub enum StopReason {
 /// What a continuation's callback is told, and may break at.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Progress {
-    /// Some more layers of the prompt are done: at least once a chunk, and about twice a second.
+    /// A chunk of the prompt is about to run.
     Prompt,
     /// A token was chosen.
     Token(u32),
@@ -132,16 +132,16 @@ pub enum GenerateError {
 /// `cache` already (none for a new sequence, all but the latest message in a conversation). All
 /// ranks call it with the same arguments.
 ///
-/// `on_progress` sees each new token as it is chosen, on every rank, and is asked now and then
-/// while the prompt runs. Where it breaks on any rank, all ranks stop before the next token, or
-/// together within the prompt. The wish travels in an Allreduce of four bytes, before each token
-/// and every few layers of the prompt, so that no rank is left waiting.
+/// `on_progress` sees each new token as it is chosen, on every rank, and is asked before each chunk
+/// of the prompt. Where it breaks on any rank, all ranks stop before the next token or chunk. The
+/// request travels in an Allreduce of four bytes, before each token and before each chunk of the
+/// prompt, so that no rank is left waiting.
 ///
 /// Afterwards `cache` holds the prompt and the new tokens except the last one, which has not been
 /// run; of a prompt that was stopped, the chunks that are complete.
 pub fn generate(
     model: &Model,
-    cache: &mut KvCache,
+    cache: &mut Sequence,
     prompt: &[u32],
     params: &GenerateParams,
     on_progress: &mut dyn FnMut(Progress) -> ControlFlow<()>,
@@ -157,7 +157,7 @@ pub fn generate(
 
 fn run(
     model: &Model,
-    cache: &mut KvCache,
+    cache: &mut Sequence,
     prompt: &[u32],
     params: &GenerateParams,
     sampler: &mut Sampler,
@@ -193,9 +193,9 @@ fn run(
             if cache.len() == cache.capacity() {
                 break StopReason::ContextFull;
             }
-            logits = model.forward(cache, &history[history.len() - 1..], LogitRows::Last)?;
+            logits = cache.decode(model, history[history.len() - 1])?;
         }
-        if model.any_rank_agrees(wishes_to_stop).map_err(ModelError::from)? {
+        if any_rank_requests_stop(&**model.comm(), wishes_to_stop).map_err(ModelError::from)? {
             // The wish took effect after the last token was run. On one rank that token is not run:
             // without it the cache is the same on any number of ranks.
             cache.truncate(history.len() - 1);
@@ -234,7 +234,7 @@ fn run(
 /// before.
 fn prefill(
     model: &Model,
-    cache: &mut KvCache,
+    cache: &mut Sequence,
     tokens: &[u32],
     chunk: usize,
     stop: &mut dyn FnMut() -> bool,
@@ -243,11 +243,24 @@ fn prefill(
     loop {
         let chunk = chunks.next().expect("a checked prompt has new tokens");
         let rows = if chunks.peek().is_some() { LogitRows::None } else { LogitRows::Last };
-        let logits = model.forward_unless(cache, chunk, rows, stop)?;
-        if rows == LogitRows::Last || logits.is_none() {
-            return Ok(logits);
+        if any_rank_requests_stop(&**model.comm(), stop())? {
+            return Ok(None);
+        }
+        let logits = cache.forward(model, chunk, rows)?;
+        if rows == LogitRows::Last {
+            return Ok(Some(logits));
         }
     }
+}
+
+/// Returns true on every rank if `here` is true on at least one.
+fn any_rank_requests_stop(comm: &dyn Communicator, here: bool) -> Result<bool, CommError> {
+    if comm.size() == 1 {
+        return Ok(here);
+    }
+    let mut requests = [f32::from(u8::from(here))];
+    comm.all_reduce(&mut requests, ReduceOp::Max)?;
+    Ok(requests[0] > 0.0)
 }
 
 fn check_prompt(

@@ -1,17 +1,15 @@
 //! One decoder layer: the formula of the architecture, for one rank of many.
 
 use comm::CommError;
-use ops::attention::{
-    AttentionAlgorithm, AttentionScratch, AttentionShape, AttentionSpec, QkNorm, Rotary,
-};
-use ops::attention_sequence::{SequenceSpan, SequenceSpec};
-use ops::kernels::{Input, Store};
+use ops::attention::{AttentionAlgorithm, AttentionShape, AttentionSpec, QkNorm, Rotary};
+use ops::kernels::Store;
 use ops::linear::reshape;
-use ops::mlp::{Mlp, MlpScratch};
+use ops::mlp::Mlp;
 use ops::norm::prepare;
-use ops::residual::Residual;
-use ops::{Context, LayerCache, Linear, attention_sequence, linear_mpi, mlp, rms_norm};
-use tensor::Activations;
+use ops::pages::LayerPages;
+use ops::{Context, Linear, attention_sequence, linear_mpi, mlp, rms_norm};
+
+use crate::workspace::{LayerBuffers, Part};
 
 /// The weights of one layer that this rank owns.
 pub(crate) struct DecoderLayer {
@@ -31,27 +29,7 @@ pub(crate) struct Pass<'a> {
     pub ctx: &'a Context,
     pub algorithm: AttentionAlgorithm,
     pub shape: &'a AttentionShape,
-    pub span: SequenceSpan<'a>,
     pub eps: f32,
-}
-
-/// Tokens that go through the layers together: all of this rank's, or half of them. Kept from pass
-/// to pass for its memory.
-#[derive(Default)]
-pub(crate) struct Part {
-    /// [tokens, hidden]
-    pub x: Residual,
-    /// Rotary factors, each [tokens, head_dim / 2].
-    pub cos: Activations,
-    pub sin: Activations,
-    pub normed: Activations,
-    pub wanted: Activations,
-    pub input: Input,
-    qkv: Activations,
-    attended: Activations,
-    partial: Activations,
-    attention: AttentionScratch,
-    mlp: MlpScratch,
 }
 
 impl DecoderLayer {
@@ -66,23 +44,20 @@ impl DecoderLayer {
     pub fn forward(
         &self,
         pass: &Pass<'_>,
-        cache: &mut LayerCache,
+        pages: &mut LayerPages<'_>,
         parts: &mut [Part],
     ) -> Result<(), CommError> {
+        let Pass { ctx, eps, .. } = *pass;
         for part in &mut *parts {
-            part.x.settle(pass.ctx)?;
-            self.attention(pass, cache, part)?;
+            part.x.settle(ctx)?;
+            self.attention(pass, pages, part)?;
         }
         for part in parts {
-            part.x.settle(pass.ctx)?;
-            rms_norm(
-                pass.ctx,
-                part.x.tokens(),
-                &self.post_attention_norm,
-                pass.eps,
-                &mut part.normed,
-            );
-            mlp(pass.ctx, &self.mlp, &part.normed, pass.span.layout, &mut part.mlp, &mut part.x)?;
+            part.x.settle(ctx)?;
+            let normed = &mut part.layer.normed;
+            rms_norm(ctx, part.x.tokens(), &self.post_attention_norm, eps, normed);
+            let layout = part.plan.as_ref().expect("a pass has a plan").layout();
+            mlp(ctx, &self.mlp, normed, layout, &mut part.scratch.mlp, &mut part.x)?;
         }
         Ok(())
     }
@@ -90,31 +65,28 @@ impl DecoderLayer {
     fn attention(
         &self,
         pass: &Pass<'_>,
-        cache: &mut LayerCache,
+        pages: &mut LayerPages<'_>,
         part: &mut Part,
     ) -> Result<(), CommError> {
-        let Pass { ctx, eps, .. } = *pass;
-        let Part { x, cos, sin, normed, input, qkv, attended, partial, attention, .. } = part;
+        let Pass { ctx, eps, shape, algorithm } = *pass;
+        let Part { x, plan, cos, sin, layer, scratch } = part;
+        let LayerBuffers { normed, input, qkv, attended } = layer;
         let tokens = x.tokens().nrows();
 
         rms_norm(ctx, x.tokens(), &self.input_norm, eps, normed);
         prepare(ctx, &self.qkv_proj, normed, input);
-        reshape(qkv, tokens, pass.shape.qkv_width());
+        reshape(qkv, tokens, shape.qkv_width());
         {
             let _operation = ctx.profile.operation("qkv_proj", self.qkv_proj.shape().work(tokens));
             self.qkv_proj.apply(ctx, input, qkv, Store::Set);
         }
 
-        let spec = AttentionSpec {
-            algorithm: pass.algorithm,
-            shape: pass.shape,
-            norm: QkNorm { q: &self.q_norm, k: &self.k_norm, eps },
-            rotary: Rotary { cos, sin },
-        };
-        let spec = SequenceSpec { attention: spec, span: pass.span };
-        attention_sequence(ctx, &spec, qkv, cache, attention, attended)?;
+        let norm = QkNorm { q: &self.q_norm, k: &self.k_norm, eps };
+        let spec = AttentionSpec { algorithm, shape, norm, rotary: Rotary { cos, sin } };
+        let plan = plan.as_ref().expect("a pass has a plan");
+        attention_sequence(ctx, &spec, plan, qkv, pages, &mut scratch.attention, attended)?;
         prepare(ctx, &self.o_proj, attended, input);
         let _operation = ctx.profile.operation("o_proj", self.o_proj.shape().work(tokens));
-        linear_mpi(ctx, &self.o_proj, input, partial, x)
+        linear_mpi(ctx, &self.o_proj, input, &mut scratch.partial, x)
     }
 }

@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 use std::path::Path;
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 
 use comm::{Communicator, CommunicatorExt, Phase, digest};
 use ops::attention::AttentionShape;
@@ -149,7 +149,6 @@ fn load_share(
         shape: share.shape,
         weight_format: lm_head.format(),
         options: *options,
-        parts: Mutex::default(),
         config,
         ctx,
         layers,

@@ -10,6 +10,7 @@ use ops::LogitRows;
 
 use crate::error::ModelError;
 use crate::model::{Logits, Model};
+use crate::sequence::Sequence;
 
 /// Logits that a rank computes at once: 64 MiB of f32.
 const LOGITS_AT_ONCE: usize = 1 << 24;
@@ -101,7 +102,7 @@ fn score(
     // The same on every rank, although their slices of the vocabulary differ by one.
     let slice = model.config().vocab_size.div_ceil(model.comm().size());
     let chunk = (LOGITS_AT_ONCE / slice).clamp(1, model.pass_tokens(chunk));
-    let mut cache = model.new_cache(context.min(tokens.len()));
+    let mut cache = Sequence::new(model, context.min(tokens.len()))?;
     let (mut scored, mut sum, mut done) = (0, 0.0, 0);
     for window in tokens.chunks(context) {
         // The logits of the last token predict nothing within the window, so it need not run.
@@ -109,7 +110,7 @@ fn score(
         let targets = &window[1..];
         cache.truncate(0);
         for (inputs, targets) in inputs.chunks(chunk).zip(targets.chunks(chunk)) {
-            let logits = model.forward(&mut cache, inputs, LogitRows::All)?;
+            let logits = cache.forward(model, inputs, LogitRows::All)?;
             sum += negative_log_likelihood(&**model.comm(), &logits, targets)?;
             scored += targets.len();
             progress(done + cache.len());

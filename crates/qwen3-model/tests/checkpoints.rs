@@ -13,7 +13,7 @@ use qwen3_model::presets::Preset;
 use qwen3_model::quantize::quantize;
 use qwen3_model::shards::ExportError;
 use qwen3_model::synth::{SynthOptions, synthesize};
-use qwen3_model::{Config, Isa, LogitRows, Model, ModelOptions};
+use qwen3_model::{Config, Isa, LogitRows, Model, ModelOptions, Sequence};
 use tensor::{Checkpoint, CheckpointWriter};
 
 fn tiny(preset: Preset, seed: u64) -> SynthOptions {
@@ -28,8 +28,8 @@ fn logits(dir: &Path) -> Vec<f32> {
     let model =
         Model::load(dir, Arc::new(SoloComm::new()), &ModelOptions::new(Isa::scalar()), &|_| ());
     let model = model.expect("the checkpoint loads");
-    let mut cache = model.new_cache(16);
-    let logits = model.forward(&mut cache, &[1, 7, 42, 300, 511], LogitRows::All).expect("logits");
+    let mut cache = Sequence::new(&model, 16).expect("memory");
+    let logits = cache.forward(&model, &[1, 7, 42, 300, 511], LogitRows::All).expect("logits");
     logits.values.into_raw_vec_and_offset().0
 }
 

@@ -9,7 +9,7 @@ use qwen3_model::generation::{GenerateError, Generated, Progress, StopReason};
 use qwen3_model::perplexity::{PerplexityError, perplexity};
 use qwen3_model::{
     GenerateParams, Isa, LogitRows, Model, ModelError, ModelOptions, ParallelStrategy,
-    SamplingParams, generate,
+    SamplingParams, Sequence, generate,
 };
 use serde_json::Value;
 
@@ -72,7 +72,7 @@ fn greedy(max_new_tokens: usize) -> GenerateParams {
 }
 
 fn run(model: &Model, prompt: &[u32], params: &GenerateParams) -> Generated {
-    let mut cache = model.new_cache(256);
+    let mut cache = Sequence::new(model, 256).expect("memory");
     let mut seen = Vec::new();
     let result = generate(model, &mut cache, prompt, params, &mut |progress| {
         if let Progress::Token(id) = progress {
@@ -133,7 +133,7 @@ fn ranks_and_chunks_do_not_change_the_tokens() {
 fn a_conversation_goes_on_in_its_cache() {
     let model = solo();
     let (prompt, ids) = expected().swap_remove(1);
-    let mut cache = model.new_cache(256);
+    let mut cache = Sequence::new(&model, 256).expect("memory");
     let first =
         generate(&model, &mut cache, &prompt, &greedy(4), &mut |_| ControlFlow::Continue(()));
     let mut sequence = prompt.clone();
@@ -159,7 +159,7 @@ fn reasons_to_stop() {
     assert_eq!(past.ids[..ids.len()], ids);
 
     // A cache with room for two more tokens: the third is chosen but cannot be run.
-    let mut cache = model.new_cache(prompt.len() + 2);
+    let mut cache = Sequence::new(&model, prompt.len() + 2).expect("memory");
     let full =
         generate(&model, &mut cache, &prompt, &greedy(48), &mut |_| ControlFlow::Continue(()))
             .expect("some tokens");
@@ -174,7 +174,7 @@ fn a_callback_stops_all_ranks() {
         [1, 2, 3].into_iter().flat_map(|ranks| STRATEGIES.map(|strategy| (ranks, strategy)))
     {
         on_split(ranks, strategy, |model| {
-            let mut cache = model.new_cache(256);
+            let mut cache = Sequence::new(model, 256).expect("memory");
             // One stop after the other, so that of split positions the last one is on another rank
             // each time.
             for (so_far, stop) in [(0, 4), (4, 5), (5, 7)] {
@@ -209,7 +209,7 @@ fn a_callback_stops_all_ranks_within_the_prompt() {
     for ranks in [1, 2, 3] {
         on_ranks(ranks, |model| {
             let mut asked = 0;
-            let mut cache = model.new_cache(256);
+            let mut cache = Sequence::new(model, 256).expect("memory");
             // Only the last rank wants it, when the third chunk is to begin.
             let stopped = generate(model, &mut cache, &prompt, &params, &mut |_| {
                 asked += 1;
@@ -262,9 +262,9 @@ fn the_ledger_tells_phases_apart() {
 fn prompts_are_checked() {
     let model = solo();
     let fails = |prompt: &[u32], capacity: usize, cached: &[u32]| {
-        let mut cache = model.new_cache(capacity);
+        let mut cache = Sequence::new(&model, capacity).expect("memory");
         if !cached.is_empty() {
-            model.forward(&mut cache, cached, LogitRows::None).expect("room");
+            cache.forward(&model, cached, LogitRows::None).expect("room");
         }
         generate(&model, &mut cache, prompt, &greedy(1), &mut |_| ControlFlow::Continue(()))
             .expect_err("a bad prompt")
@@ -290,7 +290,7 @@ fn prompts_are_checked() {
         sampling: SamplingParams { temperature: -1.0, ..SamplingParams::default() },
         ..greedy(1)
     };
-    let mut cache = model.new_cache(8);
+    let mut cache = Sequence::new(&model, 8).expect("memory");
     let error = generate(&model, &mut cache, &[1], &hot, &mut |_| ControlFlow::Continue(()));
     assert!(matches!(error, Err(GenerateError::Sampling(_))));
 }
@@ -309,8 +309,8 @@ fn perplexity_is_the_mean_over_windows() {
 
     let (mut sum, mut scored) = (0.0, 0);
     for window in tokens.chunks(50) {
-        let mut cache = model.new_cache(50);
-        let logits = model.forward(&mut cache, window, LogitRows::All).expect("logits");
+        let mut cache = Sequence::new(&model, 50).expect("memory");
+        let logits = cache.forward(&model, window, LogitRows::All).expect("logits");
         for (row, &target) in logits.values.outer_iter().zip(&window[1..]) {
             let all: f64 = row.iter().map(|&x| f64::from(x).exp()).sum();
             sum += all.ln() - f64::from(row[target as usize]);

@@ -10,7 +10,7 @@ use comm::{Collective, EmulatedComm, Link, ThreadComm};
 use qwen3_model::options::{Division, ExpertSplit, KvFormat, MlpSchedule, WeightFormat};
 use qwen3_model::presets::Preset;
 use qwen3_model::synth::{SynthOptions, synthesize};
-use qwen3_model::{Config, Isa, LogitRows, Model, ModelOptions, ParallelStrategy};
+use qwen3_model::{Config, Isa, LogitRows, Model, ModelOptions, ParallelStrategy, Sequence};
 use serde_json::json;
 use traffic::{Statement, Traffic};
 
@@ -228,10 +228,11 @@ fn counted(
     passes: &[(usize, LogitRows)],
 ) -> Vec<Vec<Vec<Traffic>>> {
     on_ranks(dir, layout, options, |model| {
-        let mut cache = model.new_cache(passes.iter().map(|(tokens, _)| tokens).sum());
+        let mut cache =
+            Sequence::new(model, passes.iter().map(|(tokens, _)| tokens).sum()).expect("memory");
         let count = |&(tokens, rows): &(usize, LogitRows)| {
             model.comm().ledger().reset();
-            model.forward(&mut cache, &vec![3; tokens], rows).expect("a pass");
+            cache.forward(model, &vec![3; tokens], rows).expect("a pass");
             let entries = model.comm().ledger().entries();
             let entries = entries.iter().filter(|entry| entry.calls > 0);
             entries
@@ -258,10 +259,10 @@ fn keys_travel_as_they_are_kept() {
         };
         let logits = |nodes| {
             on_ranks(&dir, (3, nodes), options, |model| {
-                let mut cache = model.new_cache(50);
+                let mut cache = Sequence::new(model, 50).expect("memory");
                 let tokens: Vec<u32> = (0..50).collect();
                 let [first, second] = [&tokens[..31], &tokens[31..]].map(|tokens| {
-                    model.forward(&mut cache, tokens, LogitRows::All).expect("a pass").values
+                    cache.forward(model, tokens, LogitRows::All).expect("a pass").values
                 });
                 (
                     first,

@@ -10,7 +10,7 @@ use std::sync::Arc;
 use cases::CASES;
 use qwen3_model::comm::{Communicator, EmulatedComm, Link, ThreadComm, WireFormat};
 use qwen3_model::options::WeightFormat;
-use qwen3_model::{LogitRows, Model, ModelOptions, ParallelStrategy};
+use qwen3_model::{LogitRows, Model, ModelOptions, ParallelStrategy, Sequence};
 
 fn check_ranks(
     reference: &suite::Reference,
@@ -104,7 +104,8 @@ fn sums_in_bf16_keep_logits_within_a_hundredth() {
                                     &|_| (),
                                 )
                                 .unwrap();
-                                let mut cache = model.new_cache(reference.input_ids.len());
+                                let mut cache = Sequence::new(&model, reference.input_ids.len())
+                                    .expect("memory");
                                 let mut rows = Vec::new();
                                 // Two passes: of split positions, those of the second meet keys on
                                 // all ranks.
@@ -113,7 +114,7 @@ fn sums_in_bf16_keep_logits_within_a_hundredth() {
                                     .chunks(reference.input_ids.len().div_ceil(2))
                                 {
                                     let logits =
-                                        model.forward(&mut cache, part, LogitRows::All).unwrap();
+                                        cache.forward(&model, part, LogitRows::All).unwrap();
                                     rows.extend_from_slice(
                                         model.gather_logits(&logits).unwrap().as_slice().unwrap(),
                                     );

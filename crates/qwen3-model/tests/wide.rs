@@ -15,6 +15,7 @@ use qwen3_model::shape::ModelShape;
 use qwen3_model::tensor::Checkpoint;
 use qwen3_model::{
     Config, Isa, LogitRows, Model, ModelOptions, ParallelStrategy, Sampler, SamplingParams,
+    Sequence,
 };
 use rand::rngs::StdRng;
 use rand::{RngExt, SeedableRng};
@@ -98,8 +99,8 @@ impl Case {
         };
         let model = case.load(weights);
         (case.logits, case.greedy) = run(&model, &case.prompt, &[usize::MAX]);
-        let mut cache = model.new_cache(1);
-        model.forward(&mut cache, &[1], LogitRows::None).unwrap();
+        let mut cache = Sequence::new(&model, 1).expect("memory");
+        cache.forward(&model, &[1], LogitRows::None).unwrap();
         case.head_bytes = cache.bytes() / case.config.num_key_value_heads;
         case
     }
@@ -192,8 +193,8 @@ impl Case {
 
         let (tp, _) = options.strategy.grid(ranks);
         let heads = HeadPlan::new(config, tp, rank % tp);
-        let mut cache = model.new_cache(1);
-        let logits = model.forward(&mut cache, &[1], LogitRows::Last).unwrap();
+        let mut cache = Sequence::new(model, 1).expect("memory");
+        let logits = cache.forward(model, &[1], LogitRows::Last).unwrap();
         assert_eq!(
             logits.vocab,
             split_range(config.vocab_size, ranks, rank),
@@ -213,13 +214,13 @@ impl Case {
 /// The logits of the prompt, run in pieces of the given sizes, and of the greedy tokens after it;
 /// and these.
 fn run(model: &Model, prompt: &[u32], pieces: &[usize]) -> (Vec<f32>, Vec<u32>) {
-    let mut cache = model.new_cache(prompt.len() + DECODED);
+    let mut cache = Sequence::new(model, prompt.len() + DECODED).expect("memory");
     let vocab_size = model.config().vocab_size;
     let mut sampler = Sampler::new(vocab_size, model.comm().clone(), model.options().isa);
     let greedy = SamplingParams::default();
     let (mut logits, mut sequence, mut rest) = (Vec::new(), prompt.to_vec(), prompt);
     let mut pass = |tokens: &[u32]| {
-        let own = model.forward(&mut cache, tokens, LogitRows::All).unwrap();
+        let own = cache.forward(model, tokens, LogitRows::All).unwrap();
         logits.extend_from_slice(model.gather_logits(&own).unwrap().as_slice().unwrap());
         own
     };

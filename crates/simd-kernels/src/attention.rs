@@ -18,6 +18,19 @@ use std::ops::Range;
 /// taken in parts.
 pub const ATTENTION_ROWS: usize = 528;
 
+/// How queries meet a cache of 16 or 8 bits with AVX2. A cache in f32 is always attended in f32,
+/// and without AVX2 any cache is.
+///
+/// The two round differently. The caller chooses, and not the number of rows, so that the bits of a
+/// row do not depend on the rows that come with it.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum AttentionArithmetic {
+    /// f32, in tiles of up to 12 rows that read the cache as it lies: for few rows.
+    Float,
+    /// Both products in int16, keys and values rounded once for all rows of a tile: for many rows.
+    Int16,
+}
+
 /// Rows of queries over a range of one KV head's keys.
 #[derive(Clone)]
 pub struct AttentionInput<'a> {
@@ -27,11 +40,13 @@ pub struct AttentionInput<'a> {
     /// beyond the cache.
     pub visible: &'a [usize],
     /// The keys and values.
-    pub kv: &'a KvHead,
+    pub kv: KvHead<'a>,
     /// The keys to go over, at most `kv.len()`; may be empty.
     pub keys: Range<usize>,
     /// Factor of the scores, 1 / sqrt(head_dim) as a rule.
     pub scale: f32,
+    /// How queries meet a cache of 16 or 8 bits.
+    pub arithmetic: AttentionArithmetic,
 }
 
 impl AttentionInput<'_> {
@@ -70,8 +85,11 @@ impl AttentionInput<'_> {
 /// values is read once for all of them. Tiles that no row sees are skipped.
 ///
 /// NaN and infinity in a query, or in a key or value that a row sees, reach its result, as NaN or
-/// infinity; in one that it does not see they do not. Only a score of −∞ weighs nothing; many rows
-/// over a cache of 16 or 8 bits may have NaN for one, if the key is infinite.
+/// infinity; in one that it does not see they do not. Only a score of −∞ weighs nothing; with
+/// [`AttentionArithmetic::Int16`] a row may have NaN for one, if the key is infinite.
+///
+/// The bits of a row depend on its query, its keys and `input.arithmetic` only, and on where
+/// `input.keys` begins; not on the other rows.
 ///
 /// # Panics
 /// When the shapes of `input` and `state` do not fit together, or `input.keys` reaches beyond the

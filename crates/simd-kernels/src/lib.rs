@@ -47,14 +47,18 @@ mod fork_join;
 mod limits;
 
 pub use attention::{
-    ATTENTION_ROWS, AttentionInput, SoftmaxState, attention_materialized, attention_streaming,
+    ATTENTION_ROWS, AttentionArithmetic, AttentionInput, SoftmaxState, attention_materialized,
+    attention_streaming,
 };
 pub use exp::exp;
 pub use fork_join::{ForkJoin, ThreadError};
 pub use halves::{pack_halves, unpack_halves};
 pub use input::{Input, InputKind, InputPart};
 pub use isa::{Isa, IsaError};
-pub use kv::{KV_SPAN, KvFormat, KvHead, UnknownKvFormat};
+pub use kv::{
+    KV_SPAN, KvFormat, KvHead, KvLayout, KvMemory, KvMemoryError, KvPart, KvReader, KvSpan,
+    KvSpanMut, UnknownKvFormat,
+};
 pub use limits::{MULTIPLY_ADD_FLOPS, multiply_add, read};
 pub use matmul::{Store, matmul, matmul_swiglu};
 pub use matrix::MatMut;

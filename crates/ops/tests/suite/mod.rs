@@ -6,11 +6,9 @@ use std::path::Path;
 use std::sync::Arc;
 
 use comm::Communicator;
-use ops::attention::{
-    AttentionAlgorithm, AttentionScratch, AttentionShape, AttentionSpec, QkNorm, Rotary,
-};
-use ops::attention_headwise::attention_headwise;
-use ops::attention_sequence::{SequenceSpan, SequenceSpec};
+use ops::attention::{AttentionAlgorithm, AttentionShape, AttentionSpec, QkNorm, Rotary};
+use ops::attention_headwise::{AttentionPlan, AttentionScratch, TokenSpan, attention_headwise};
+use ops::attention_sequence::PassPlan;
 use ops::kernels::Input;
 use ops::layout::TokenLayout;
 use ops::lm_head::wanted_rows;
@@ -20,7 +18,7 @@ use ops::residual::Residual;
 use ops::routing::Router;
 use ops::schedule::{ExpertSplit, MlpSchedule};
 use ops::{
-    Context, Isa, KvFormat, LayerCache, Linear, LogitRows, Placement, attention_sequence,
+    Context, Isa, KvArena, KvFormat, Linear, PAGE_POSITIONS, PageId, Placement, attention_sequence,
     linear_mpi, lm_head, mlp, rms_norm,
 };
 use rand::rngs::StdRng;
@@ -320,10 +318,10 @@ struct AttentionData {
 const EPS: f32 = 1e-6;
 
 impl AttentionData {
-    fn new(tokens: usize) -> Self {
-        let angles = activations(6, tokens, HEAD_DIM / 2);
+    fn new(tokens: usize, seed: u64) -> Self {
+        let angles = activations(seed + 6, tokens, HEAD_DIM / 2);
         Self {
-            qkv: activations(5, tokens, (HEADS + 2 * KV_HEADS) * HEAD_DIM),
+            qkv: activations(seed + 5, tokens, (HEADS + 2 * KV_HEADS) * HEAD_DIM),
             norm: random(7, HEAD_DIM),
             cos: angles.mapv(f32::cos),
             sin: angles.mapv(f32::sin),
@@ -395,22 +393,93 @@ impl AttentionData {
 const ALGORITHMS: [AttentionAlgorithm; 2] =
     [AttentionAlgorithm::Materialized, AttentionAlgorithm::Streaming];
 
-/// Passes of these many tokens, one after the other, into one cache.
-const PASSES: [&[usize]; 4] = [&[23], &[1, 1, 1, 1], &[16, 1, 9, 1, 1], &[7, 30, 2]];
+/// The spans of a batch: of each the sequence and how many tokens follow its earlier ones.
+type Spans = &'static [(usize, usize)];
 
-/// Passes, for each algorithm. Long ones, which take their time, only where threads cut the cache
-/// of a head then: of one rank into as many pieces as share it evenly, or fewer, and of three ranks
-/// each its positions.
-fn passes(ctx: &Context) -> impl Iterator<Item = (AttentionAlgorithm, &'static [usize])> {
-    let long: &[&[usize]] = match (ctx.positions.size(), ctx.team.threads()) {
-        (1, 2 | 16) if ctx.comm.size() == 1 => &[&[510, 1, 1, 3]],
-        (3, 2) => &[&[1600, 1, 2]],
+/// Batches, one after the other: of one sequence, and of several that join, go on and pause.
+const PASSES: [&[Spans]; 5] = [
+    &[&[(0, 23)]],
+    &[&[(0, 1)], &[(0, 1)], &[(0, 1)]],
+    &[&[(0, 16)], &[(0, 1)], &[(0, 9)], &[(0, 1)]],
+    &[&[(0, 7), (1, 1), (2, 30)], &[(2, 1), (0, 2), (1, 1)], &[(1, 1)], &[(0, 1), (3, 4), (2, 1)]],
+    // Across pages.
+    &[&[(0, 125), (1, 127)], &[(0, 2), (1, 1)], &[(0, 1), (1, 1)], &[(1, 140), (0, 1)]],
+];
+
+/// Passes, for each algorithm. Long ones, which take their time, only where threads share the cache
+/// of a head then, and on three ranks.
+fn passes(ctx: &Context) -> impl Iterator<Item = (AttentionAlgorithm, &'static [Spans])> {
+    let long: &[&[Spans]] = match (ctx.positions.size(), ctx.team.threads()) {
+        (1, 2 | 16) if ctx.comm.size() == 1 => {
+            &[&[&[(0, 1100), (1, 3)], &[(1, 1), (0, 1)], &[(0, 1)], &[(0, 3)]]]
+        }
+        (3, 2) => &[&[&[(0, 1600)], &[(0, 1), (1, 300)], &[(1, 2)], &[(0, 2), (1, 1)]]],
         _ => &[],
     };
     let long = if ctx.isa == Isa::detect() { long } else { &[] };
     ALGORITHMS
         .into_iter()
         .flat_map(move |a| PASSES.iter().chain(long).map(move |passes| (a, *passes)))
+}
+
+/// Sequences whose pages lie mixed in the arenas of ranks that split positions.
+struct Sequences {
+    data: Vec<AttentionData>,
+    lengths: Vec<usize>,
+    ranks: usize,
+}
+
+impl Sequences {
+    fn new(passes: &[Spans], ranks: usize) -> Self {
+        let count = passes.iter().copied().flatten().map(|(sequence, _)| sequence + 1).max();
+        let tokens = |sequence| -> usize {
+            let spans = passes.iter().copied().flatten();
+            spans.filter(|span| span.0 == sequence).map(|span| span.1).sum()
+        };
+        let data = (0..count.unwrap_or(0))
+            .map(|sequence| AttentionData::new(tokens(sequence), 10 * sequence as u64));
+        let data: Vec<_> = data.collect();
+        Self { lengths: vec![0; data.len()], data, ranks }
+    }
+
+    /// An arena that holds all of their pages.
+    fn arena(&self, heads: usize) -> KvArena {
+        let most = self.data.iter().map(|data| data.qkv.nrows()).max().unwrap_or(0);
+        let pages = (most.div_ceil(PAGE_POSITIONS) + 1) * self.data.len();
+        KvArena::new(KvFormat::F32, 2, heads, HEAD_DIM, pages).expect("memory")
+    }
+
+    /// The next batch as attention sees it, and the sequence and the position of each token.
+    fn next(&mut self, spans: Spans) -> (Vec<TokenSpan>, Vec<(usize, usize)>) {
+        let mut tokens = Vec::new();
+        let span = |&(sequence, count): &(usize, usize)| {
+            let start = self.lengths[sequence];
+            self.lengths[sequence] += count;
+            tokens.extend((start..start + count).map(|position| (sequence, position)));
+            let pages = (start + count).div_ceil(PAGE_POSITIONS);
+            // Page i of a sequence that starts on rank f is the ⌊i / ranks⌋-th one there.
+            let page =
+                |index: usize| PageId((index / self.ranks * self.data.len() + sequence) as u32);
+            TokenSpan {
+                tokens: count,
+                start,
+                pages: (0..pages).map(page).collect(),
+                first_rank: sequence % self.ranks,
+                generated: count == 1,
+            }
+        };
+        (spans.iter().map(span).collect(), tokens)
+    }
+
+    /// The given tokens' rows of projections, cosines and sines.
+    fn rows(&self, tokens: &[(usize, usize)]) -> [Activations; 3] {
+        let pick = |of: fn(&AttentionData) -> &Activations| {
+            let rows: Vec<_> =
+                tokens.iter().map(|(sequence, at)| of(&self.data[*sequence]).row(*at)).collect();
+            ndarray::stack(ndarray::Axis(0), &rows).unwrap_or_default()
+        };
+        [pick(|data| &data.qkv), pick(|data| &data.cos), pick(|data| &data.sin)]
+    }
 }
 
 fn heads_match_the_formula(rank: &Rank) {
@@ -424,34 +493,30 @@ fn heads_match_the_formula(rank: &Rank) {
         .collect();
     let shape = AttentionShape { groups, head_dim: HEAD_DIM };
     for (algorithm, passes) in passes(ctx) {
-        let data = AttentionData::new(passes.iter().sum());
-        let mut cache = LayerCache::new(KvFormat::F32, kv.len(), HEAD_DIM);
-        let (mut scratch, mut start) = (AttentionScratch::default(), 0);
-        for &tokens in passes {
+        let mut sequences = Sequences::new(passes, 1);
+        let mut arena = sequences.arena(kv.len());
+        let mut scratch = AttentionScratch::default();
+        for &spans in passes {
             let (k, v) = (HEADS, HEADS + KV_HEADS);
             let columns: Vec<usize> =
                 [own.clone(), k + kv.start..k + kv.end, v + kv.start..v + kv.end]
                     .into_iter()
                     .flat_map(|heads| heads.start * HEAD_DIM..heads.end * HEAD_DIM)
                     .collect();
-            let mut qkv = rows_of(&data.qkv, start..start + tokens)
-                .select(ndarray::Axis(1), &columns)
-                .as_standard_layout()
-                .into_owned();
-            let cos = rows_of(&data.cos, start..start + tokens);
-            let sin = rows_of(&data.sin, start..start + tokens);
-            let spec = data.spec(algorithm, &shape, Rotary { cos: &cos, sin: &sin });
-            let mut out = Activations::default((0, 0));
-            attention_headwise(ctx, &spec, &mut qkv, &mut cache, &mut scratch, &mut out);
-            let expected: Vec<f64> = (start..start + tokens)
-                .flat_map(|t| own.clone().flat_map(|h| data.output(t, h)).collect::<Vec<_>>())
+            let (batch, tokens) = sequences.next(spans);
+            let [qkv, cos, sin] = sequences.rows(&tokens);
+            let mut qkv = qkv.select(ndarray::Axis(1), &columns).as_standard_layout().into_owned();
+            let rotary = Rotary { cos: &cos, sin: &sin };
+            let spec = sequences.data[0].spec(algorithm, &shape, rotary);
+            let plan = AttentionPlan::new(ctx, &shape, &batch);
+            let (pages, mut out) = (&mut arena.layer(1), Activations::default((0, 0)));
+            attention_headwise(ctx, &spec, &plan, &mut qkv, pages, &mut scratch, &mut out);
+            let expected: Vec<f64> = tokens
+                .iter()
+                .flat_map(|(s, t)| own.clone().flat_map(|h| sequences.data[*s].output(*t, h)))
                 .collect();
-            assert_close(
-                &format!("{algorithm}, {passes:?} at {start}"),
-                out.as_slice().unwrap(),
-                &expected,
-            );
-            start += tokens;
+            let found = out.as_slice().unwrap();
+            assert_close(&format!("{algorithm}, {passes:?} at {spans:?}"), found, &expected);
         }
     }
 }
@@ -462,32 +527,25 @@ fn sequence_matches_the_formula(rank: &Rank) {
     let groups = (0..KV_HEADS).map(|k| k * group..(k + 1) * group).collect();
     let shape = AttentionShape { groups, head_dim: HEAD_DIM };
     for (algorithm, passes) in passes(ctx) {
-        let data = AttentionData::new(passes.iter().sum());
-        let mut cache = LayerCache::new(KvFormat::F32, KV_HEADS, HEAD_DIM);
-        let (mut scratch, mut start, mut held) = (AttentionScratch::default(), 0, Vec::new());
-        for &tokens in passes {
-            let layout = TokenLayout::balanced(tokens, ctx.positions.size());
-            let own: Vec<usize> =
-                layout.indices(ctx.positions.rank()).map(|index| start + index).collect();
-            let mut qkv = rows_of(&data.qkv, own.iter().copied());
-            let (cos, sin) =
-                (rows_of(&data.cos, own.iter().copied()), rows_of(&data.sin, own.iter().copied()));
-            let attention = data.spec(algorithm, &shape, Rotary { cos: &cos, sin: &sin });
-            let span = SequenceSpan { layout: &layout, start, held: &held };
-            let mut out = Activations::default((0, 0));
-            let spec = SequenceSpec { attention, span };
-            attention_sequence(ctx, &spec, &mut qkv, &mut cache, &mut scratch, &mut out).unwrap();
+        let mut sequences = Sequences::new(passes, ctx.positions.size());
+        let mut arena = sequences.arena(KV_HEADS);
+        let mut scratch = AttentionScratch::default();
+        for &spans in passes {
+            let (batch, tokens) = sequences.next(spans);
+            let plan = PassPlan::new(ctx, &shape, &batch);
+            let own: Vec<_> =
+                plan.layout().indices(ctx.positions.rank()).map(|index| tokens[index]).collect();
+            let [mut qkv, cos, sin] = sequences.rows(&own);
+            let rotary = Rotary { cos: &cos, sin: &sin };
+            let spec = sequences.data[0].spec(algorithm, &shape, rotary);
+            let (pages, mut out) = (&mut arena.layer(1), Activations::default((0, 0)));
+            attention_sequence(ctx, &spec, &plan, &mut qkv, pages, &mut scratch, &mut out).unwrap();
             let expected: Vec<f64> = own
                 .iter()
-                .flat_map(|t| (0..HEADS).flat_map(|h| data.output(*t, h)).collect::<Vec<_>>())
+                .flat_map(|(s, t)| (0..HEADS).flat_map(|h| sequences.data[*s].output(*t, h)))
                 .collect();
-            assert_close(
-                &format!("{algorithm}, {passes:?} at {start}"),
-                out.as_slice().unwrap(),
-                &expected,
-            );
-            held.extend(span.kept(ctx.comm.rank(), ctx.comm.size()));
-            start += tokens;
+            let found = out.as_slice().unwrap();
+            assert_close(&format!("{algorithm}, {passes:?} at {spans:?}"), found, &expected);
         }
     }
 }
@@ -498,9 +556,15 @@ fn head_scores_the_wanted_rows(rank: &Rank) {
     let head =
         rank.linear(rank.matrix("gate.0", INTERMEDIATE, HIDDEN).slice(own.clone(), 0..HIDDEN));
     let w = rank.whole("gate.0", INTERMEDIATE, HIDDEN);
-    for (tokens, wanted) in
-        [(1, LogitRows::Last), (13, LogitRows::Last), (13, LogitRows::All), (13, LogitRows::None)]
-    {
+    let wanted: [(usize, &[usize]); 6] = [
+        (1, &[0]),
+        (13, &[12]),
+        (13, &[0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12]),
+        (13, &[]),
+        (13, &[2, 3, 11]),
+        (13, &[5]),
+    ];
+    for (tokens, wanted) in wanted {
         for layout in [
             TokenLayout::Replicated { tokens },
             TokenLayout::balanced(tokens, ctx.positions.size()),
@@ -518,18 +582,16 @@ fn head_scores_the_wanted_rows(rank: &Rank) {
             .unwrap();
             rms_norm(ctx, &rows, &[1.0; HIDDEN], EPS, &mut normed);
             let logits = lm_head(ctx, &head, &normed, &mut Input::new());
-            let expected: Vec<f64> = match wanted {
-                LogitRows::None => 0..0,
-                LogitRows::Last => tokens - 1..tokens,
-                LogitRows::All => 0..tokens,
-            }
-            .flat_map(|t| {
-                let x = wide(x.row(t).as_slice().unwrap());
-                let mean: f64 = x.iter().map(|x| x * x).sum::<f64>() / HIDDEN as f64;
-                let x: Vec<f64> = x.iter().map(|x| x / (mean + f64::from(EPS)).sqrt()).collect();
-                product(&w[own.start * HIDDEN..own.end * HIDDEN], &x)
-            })
-            .collect();
+            let expected: Vec<f64> = wanted
+                .iter()
+                .flat_map(|t| {
+                    let x = wide(x.row(*t).as_slice().unwrap());
+                    let mean: f64 = x.iter().map(|x| x * x).sum::<f64>() / HIDDEN as f64;
+                    let x: Vec<f64> =
+                        x.iter().map(|x| x / (mean + f64::from(EPS)).sqrt()).collect();
+                    product(&w[own.start * HIDDEN..own.end * HIDDEN], &x)
+                })
+                .collect();
             assert_close(&format!("{wanted:?}, {layout:?}"), logits.as_slice().unwrap(), &expected);
         }
     }

@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use qwen3_model::comm::Communicator;
 use qwen3_model::options::{AttentionAlgorithm, ExpertSplit, MlpSchedule, WeightFormat};
-use qwen3_model::{Isa, LogitRows, Model, ModelOptions, ParallelStrategy};
+use qwen3_model::{Isa, LogitRows, Model, ModelOptions, ParallelStrategy, Sequence};
 use safetensors::SafeTensors;
 
 use crate::cases::folder;
@@ -102,7 +102,7 @@ fn check_traffic(model: &Model, prompt: &[u32], label: &str) {
         kv: options.kv,
         overlap: options.overlap,
     };
-    let mut cache = model.new_cache(prompt.len());
+    let mut cache = Sequence::new(model, prompt.len()).expect("memory");
     let middle = prompt.len() - 12;
     for (range, rows) in [
         (0..middle, LogitRows::All),
@@ -111,7 +111,7 @@ fn check_traffic(model: &Model, prompt: &[u32], label: &str) {
     ] {
         comm.ledger().reset();
         let tokens = &prompt[range.clone()];
-        model.forward(&mut cache, tokens, rows).unwrap();
+        cache.forward(model, tokens, rows).unwrap();
         let counted: Vec<_> = comm
             .ledger()
             .entries()
@@ -174,8 +174,9 @@ impl Reference {
         let prompt = &self.input_ids;
         check_traffic(&model, prompt, &label);
 
-        let mut cache = model.new_cache(prompt.len() + self.greedy_ids.len());
-        let whole = model.forward(&mut cache, prompt, LogitRows::All).unwrap();
+        let mut cache =
+            Sequence::new(&model, prompt.len() + self.greedy_ids.len()).expect("memory");
+        let whole = cache.forward(&model, prompt, LogitRows::All).unwrap();
         let whole = model.gather_logits(&whole).unwrap();
         self.assert_close(&label, "one chunk", whole.as_slice().unwrap());
 
@@ -184,7 +185,7 @@ impl Reference {
         let mut rest = &prompt[..];
         for size in [1, 13, 2, 5, usize::MAX] {
             let (piece, tail) = rest.split_at(size.min(rest.len()));
-            let logits = model.forward(&mut cache, piece, LogitRows::All).unwrap();
+            let logits = cache.forward(&model, piece, LogitRows::All).unwrap();
             pieces.extend_from_slice(model.gather_logits(&logits).unwrap().as_slice().unwrap());
             rest = tail;
         }
@@ -195,7 +196,7 @@ impl Reference {
         let mut next = prompt[prompt.len() - 1];
         let greedy: Vec<u32> = (0..self.greedy_ids.len())
             .map(|_| {
-                let logits = model.forward(&mut cache, &[next], LogitRows::Last).unwrap();
+                let logits = cache.forward(&model, &[next], LogitRows::Last).unwrap();
                 let logits = model.gather_logits(&logits).unwrap();
                 let best = logits.iter().enumerate().max_by(|a, b| a.1.total_cmp(b.1)).unwrap();
                 next = best.0 as u32;

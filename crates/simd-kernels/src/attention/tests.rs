@@ -5,20 +5,24 @@ use super::*;
 use crate::guarded::noise;
 use crate::isa::witness::assert_entered;
 use crate::kv::KvFormat;
+use crate::kv::filled::Filled;
 use proptest::prelude::*;
 
 mod instruction_sets;
 
 const FORMATS: [KvFormat; 3] = [KvFormat::F32, KvFormat::F16, KvFormat::Q8];
 
+type Algorithm = fn(Isa, &AttentionInput<'_>, &mut SoftmaxState);
+
 /// A problem: a filled cache, queries, and what each row sees.
 #[derive(Clone)]
 struct Case {
-    kv: KvHead,
+    kv: Filled,
     q: Vec<f32>,
     visible: Vec<usize>,
     keys: Range<usize>,
     scale: f32,
+    arithmetic: AttentionArithmetic,
 }
 
 impl Case {
@@ -29,17 +33,23 @@ impl Case {
         visible: Vec<usize>,
         keys: Range<usize>,
     ) -> Case {
-        let mut kv = KvHead::new(format, head_dim);
+        let mut kv = Filled::new(format, head_dim);
         let seed = (head_dim * 1000 + tokens) as u64;
         let (k, v) = (noise(tokens * head_dim, seed), noise(tokens * head_dim, seed + 1));
-        kv.push_many(Isa::scalar(), &k, &v, tokens, head_dim);
+        kv.push_many(Isa::scalar(), &k, &v, tokens);
         // Scores of a few units, as trained models have them, so that no key drowns the others.
         let q = noise(visible.len() * head_dim, seed + 2).iter().map(|x| x * 6.0).collect();
-        Case { kv, q, visible, keys, scale: 1.0 / (head_dim as f32).sqrt() }
+        let (scale, arithmetic) = (1.0 / (head_dim as f32).sqrt(), AttentionArithmetic::Float);
+        Case { kv, q, visible, keys, scale, arithmetic }
     }
 
-    fn input(&self, keys: Range<usize>) -> AttentionInput<'_> {
-        AttentionInput { q: &self.q, visible: &self.visible, kv: &self.kv, keys, scale: self.scale }
+    /// Adds the keys of a range to `state`.
+    fn attend(&self, run: Algorithm, isa: Isa, keys: Range<usize>, state: &mut SoftmaxState) {
+        let Case { q, visible, scale, arithmetic, .. } = self;
+        self.kv.with(|kv| {
+            let (scale, arithmetic) = (*scale, *arithmetic);
+            run(isa, &AttentionInput { q, visible, kv, keys, scale, arithmetic }, state);
+        });
     }
 
     fn state(&self) -> SoftmaxState {
@@ -77,7 +87,7 @@ impl Case {
         Some((attention, most + sum.ln(), rounding))
     }
 
-    /// What int16 may cost a row where it is used: in a score, and in an element of the attention.
+    /// What int16 may cost a row: in a score, and in an element of the attention.
     ///
     /// Each element of q and k is off by half a step, of a length that keeps their norms below
     /// 65000 and 32500. Each weight of 128 keys by up to half of 1/32767 of the largest, as random
@@ -85,7 +95,10 @@ impl Case {
     /// of its largest.
     fn integers(&self, isa: Isa, row: usize) -> (f64, f64) {
         let head_dim = self.kv.head_dim();
-        if self.kv.format() == KvFormat::F32 || !isa.has_avx2() || self.visible.len() <= 12 {
+        if self.kv.format() == KvFormat::F32
+            || !isa.has_avx2()
+            || self.arithmetic == AttentionArithmetic::Float
+        {
             return (0.0, 0.0);
         }
         let norm = |x: &[f32]| x.iter().map(|&x| f64::from(x).powi(2)).sum::<f64>().sqrt();
@@ -149,8 +162,16 @@ impl Case {
         }
     }
 
-    /// Both algorithms, whole and in parts.
+    /// Both algorithms, whole and in parts, with both arithmetics.
     fn check_all(&self, isa: Isa, cut: usize) {
+        self.check_algorithms(isa, cut);
+        if self.kv.format() != KvFormat::F32 {
+            Case { arithmetic: AttentionArithmetic::Int16, ..self.clone() }
+                .check_algorithms(isa, cut);
+        }
+    }
+
+    fn check_algorithms(&self, isa: Isa, cut: usize) {
         let cut = cut.clamp(self.keys.start, self.keys.end);
         let what = |name: &str| {
             format!(
@@ -162,20 +183,20 @@ impl Case {
             )
         };
         for (name, run) in [
-            ("streaming", attention_streaming as fn(Isa, &AttentionInput<'_>, &mut SoftmaxState)),
+            ("streaming", attention_streaming as Algorithm),
             ("materialized", attention_materialized),
         ] {
             let mut whole = self.state();
-            run(isa, &self.input(self.keys.clone()), &mut whole);
+            self.attend(run, isa, self.keys.clone(), &mut whole);
             self.check(isa, &whole, &what(name));
 
             let (mut left, mut right) = (self.state(), self.state());
-            run(isa, &self.input(self.keys.start..cut), &mut left);
-            run(isa, &self.input(cut..self.keys.end), &mut right);
+            self.attend(run, isa, self.keys.start..cut, &mut left);
+            self.attend(run, isa, cut..self.keys.end, &mut right);
             let mut continued = left.clone();
             left.merge(isa, &right);
             self.check(isa, &left, &what(&format!("{name}, merged")));
-            run(isa, &self.input(cut..self.keys.end), &mut continued);
+            self.attend(run, isa, cut..self.keys.end, &mut continued);
             self.check(isa, &continued, &what(&format!("{name}, continued")));
         }
     }
@@ -273,7 +294,7 @@ fn what_lies_beyond_the_visible_keys_does_not_matter() {
                 let poison = [f32::NAN; 24];
                 let clean = {
                     let mut state = case.state();
-                    attention_streaming(isa, &case.input(5..70), &mut state);
+                    case.attend(attention_streaming, isa, 5..70, &mut state);
                     state
                 };
                 let (keys, values): (Vec<_>, Vec<_>) = (0..90)
@@ -284,7 +305,7 @@ fn what_lies_beyond_the_visible_keys_does_not_matter() {
                         (key, value)
                     })
                     .unzip();
-                let mut kv = KvHead::new(format, 24);
+                let mut kv = Filled::new(format, 24);
                 for i in 0..70 {
                     if i < 5 {
                         kv.push(isa, &poison, &[f32::INFINITY; 24]);
@@ -298,10 +319,10 @@ fn what_lies_beyond_the_visible_keys_does_not_matter() {
                 kv.truncate(75);
                 case.kv = kv;
                 let mut state = case.state();
-                attention_streaming(isa, &case.input(5..70), &mut state);
+                case.attend(attention_streaming, isa, 5..70, &mut state);
                 let mut cut = case.state();
                 case.kv.truncate(70);
-                attention_streaming(isa, &case.input(5..70), &mut cut);
+                case.attend(attention_streaming, isa, 5..70, &mut cut);
                 assert_eq!(state.acc, cut.acc);
                 // Q8 rounds twice here; the others read back exactly.
                 if format != KvFormat::Q8 {
@@ -320,7 +341,7 @@ fn what_lies_beyond_the_visible_keys_does_not_matter() {
 fn scores_of_minus_infinity_weigh_nothing() {
     for isa in Isa::all() {
         for rows in [1, 2, 13] {
-            let mut kv = KvHead::new(KvFormat::F32, 4);
+            let mut kv = Filled::new(KvFormat::F32, 4);
             for i in 0..40 {
                 let far = if i % 3 == 0 { f32::NEG_INFINITY } else { 0.5 };
                 kv.push(isa, &[far, 0.0, 0.0, 0.0], &[i as f32; 4]);
@@ -329,10 +350,14 @@ fn scores_of_minus_infinity_weigh_nothing() {
             let mut state = SoftmaxState::new();
             for (keys, expected) in [(0..1, 0.0), (0..2, 1.0), (0..3, 1.5), (3..4, 0.0)] {
                 let visible = vec![40; rows];
-                let input = AttentionInput { q: &q, visible: &visible, kv: &kv, keys, scale: 1.0 };
-                for run in [attention_streaming, attention_materialized] {
+                for run in [attention_streaming as Algorithm, attention_materialized] {
                     state.reset(rows, 4);
-                    run(isa, &input, &mut state);
+                    kv.with(|kv| {
+                        let arithmetic = AttentionArithmetic::Float;
+                        let (q, visible, keys) = (&q, &visible, keys.clone());
+                        let input = AttentionInput { q, visible, kv, keys, scale: 1.0, arithmetic };
+                        run(isa, &input, &mut state);
+                    });
                     let mut out = [f32::NAN; 4];
                     state.write(isa, rows - 1, &mut out);
                     assert_eq!(out, [expected; 4]);
@@ -367,7 +392,7 @@ fn check_not_finite(format: KvFormat, visible: impl Fn(usize) -> usize) {
                     "all keys" => keys.fill(bad),
                     _ => values[at * head_dim..][..head_dim].fill(bad),
                 }
-                case.kv.push_many(isa, &keys, &values, tokens, head_dim);
+                case.kv.push_many(isa, &keys, &values, tokens);
                 case.check_all(isa, 129);
             }
         }
@@ -417,8 +442,8 @@ fn the_largest_sums_of_integers_fit() {
                     (0..head_dim).map(|d| if one && d > 0 { 0.0 } else { 3.0 }).collect();
                 let (keys, values) = (vector.repeat(256), vec![-0.75; 256 * head_dim]);
                 for format in FORMATS {
-                    let mut kv = KvHead::new(format, head_dim);
-                    kv.push_many(isa, &keys, &values, 256, head_dim);
+                    let mut kv = Filled::new(format, head_dim);
+                    kv.push_many(isa, &keys, &values, 256);
                     let scale = 1.0 / (head_dim as f32).sqrt();
                     let case = Case {
                         kv,
@@ -426,6 +451,7 @@ fn the_largest_sums_of_integers_fit() {
                         visible: vec![256; 13],
                         keys: 0..256,
                         scale,
+                        arithmetic: AttentionArithmetic::Float,
                     };
                     case.check_all(isa, 128);
                 }
@@ -442,12 +468,13 @@ fn a_key_of_large_weight_and_small_value_costs_the_others_nothing() {
         let (mut keys, mut values) = (vec![0.0; tokens * head_dim], noise(tokens * head_dim, 5));
         keys[0] = 4000.0f32.ln();
         values[..head_dim].iter_mut().for_each(|x| *x *= 1.0e-4);
-        let mut kv = KvHead::new(KvFormat::F16, head_dim);
-        kv.push_many(isa, &keys, &values, tokens, head_dim);
+        let mut kv = Filled::new(KvFormat::F16, head_dim);
+        kv.push_many(isa, &keys, &values, tokens);
         let q: Vec<f32> = (0..13 * head_dim).map(|i| f32::from(i % head_dim == 0)).collect();
-        let case = Case { kv, q, visible: vec![tokens; 13], keys: 0..tokens, scale: 1.0 };
+        let (visible, arithmetic) = (vec![tokens; 13], AttentionArithmetic::Int16);
+        let case = Case { kv, q, visible, keys: 0..tokens, scale: 1.0, arithmetic };
         let mut state = case.state();
-        attention_streaming(isa, &case.input(0..tokens), &mut state);
+        case.attend(attention_streaming, isa, 0..tokens, &mut state);
         let (exact, ..) = case.exact(3).expect("every row sees all keys");
         let mut out = vec![f32::NAN; head_dim];
         state.write(isa, 3, &mut out);
@@ -459,13 +486,49 @@ fn a_key_of_large_weight_and_small_value_costs_the_others_nothing() {
     }
 }
 
+/// The bits of a row are the same whatever rows come with it, and whatever they see.
+#[test]
+fn rows_do_not_change_each_other() {
+    let arithmetics = [AttentionArithmetic::Float, AttentionArithmetic::Int16];
+    let numbers = |isa: Isa, case: &Case| {
+        let mut state = case.state();
+        case.attend(attention_streaming, isa, case.keys.clone(), &mut state);
+        state
+    };
+    for isa in Isa::all() {
+        for (format, arithmetic) in
+            FORMATS.into_iter().flat_map(|format| arithmetics.map(|one| (format, one)))
+        {
+            for head_dim in [40, 128] {
+                let case = Case::new(format, head_dim, 300, ragged(40, 300), 128..300);
+                let case = Case { arithmetic, ..case };
+                let all = numbers(isa, &case);
+                for rows in [1, 2, 3, 4, 5, 6, 7, 8, 9, 12, 13, 17, 33] {
+                    let first = 40 - rows;
+                    let part = Case {
+                        q: case.q[first * head_dim..].to_vec(),
+                        visible: case.visible[first..].to_vec(),
+                        ..case.clone()
+                    };
+                    let part = numbers(isa, &part);
+                    let what =
+                        format!("{isa} {format} {arithmetic:?}, head_dim {head_dim}, {rows} rows");
+                    assert!(part.max == all.max[first..], "{what}: maxima");
+                    assert!(part.sum == all.sum[first..], "{what}: sums");
+                    assert!(part.acc == all.acc[first * head_dim..], "{what}: accumulators");
+                }
+            }
+        }
+    }
+}
+
 #[test]
 fn states_merge_in_any_order() {
     for isa in Isa::all() {
         let case = Case::new(KvFormat::F32, 20, 100, ragged(7, 100), 0..100);
         let part = |keys| {
             let mut state = case.state();
-            attention_streaming(isa, &case.input(keys), &mut state);
+            case.attend(attention_streaming, isa, keys, &mut state);
             state
         };
         let parts = [part(0..40), part(40..41), part(41..41), part(41..90), part(90..100)];

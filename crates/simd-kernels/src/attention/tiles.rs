@@ -8,17 +8,20 @@
 //!     acc += P V                   panels x chunks of 16 elements
 //! ```
 //!
-//! 1. Few rows (decode) read the cache as it lies: every key and value is loaded once, for all rows
-//!    of the group, and widened in registers. There the time is that of the memory.
+//! 1. Up to 12 rows (decode) read the cache as it lies: every key and value is loaded once, for all
+//!    rows of the group, and widened in registers. There the time is that of the memory.
 //! 2. Many rows (prefill) over a cache in f32 share values gathered once per tile as [16-element
 //!    chunk][key][16]; so both products stream from L1. There the time is that of the FMAs.
-//! 3. Many rows over a cache in f16 or q8, in tiles of 528 and not by panels, share keys and values
-//!    rounded to int16 once per tile (`int`): the products of integers are faster, and what they
-//!    round is less than what the cache has.
+//! 3. Where the caller chooses `AttentionArithmetic::Int16`, rows over a cache in f16 or q8, in
+//!    tiles of 528 and not by panels, share keys and values rounded to int16 once per tile (`int`):
+//!    the products of integers are faster, and they round less than the cache has rounded.
 //! 4. A panel leaves out the blocks of keys that none of its rows sees; only rows that see part of
 //!    a tile are masked, by zeros in P behind what they see. Where a value there is NaN or
 //!    infinite, which times 0 is NaN, each row takes what it sees by itself.
-//! 5. The rows' `acc` is a copy padded to chunks of 16, so that no kernel has a tail in that
+//! 5. Each sum has one accumulator, to which elements or keys are added in order, so that the bits
+//!    of a row do not depend on the height of its panel. A panel of few rows has too few sums to
+//!    hide the latency of the FMA; it takes several blocks of keys, or chunks of values, at once.
+//! 6. The rows' `acc` is a copy padded to chunks of 16, so that no kernel has a tail in that
 //!    direction.
 
 mod int;
@@ -26,11 +29,11 @@ mod kernels;
 mod widen;
 
 use super::state::Scratch;
-use super::{ATTENTION_ROWS, AttentionInput, SoftmaxState};
+use super::{ATTENTION_ROWS, AttentionArithmetic, AttentionInput, SoftmaxState};
 use crate::isa::Isa;
 use crate::kv::{BLOCK, KV_GROUP, KV_SPAN, KvFormat, KvHead};
 use crate::lanes::{LANES, load, store};
-use kernels::{Element, PANEL_ROWS, Values, blend, scores, soften};
+use kernels::{Ahead, Block, Element, PANEL_ROWS, Values, blend, scores, soften};
 use std::arch::x86_64::*;
 use std::ops::Range;
 use widen::half;
@@ -45,13 +48,13 @@ const FLOAT_ROWS: usize = ATTENTION_ROWS / 2;
 const _: () = assert!(ROW_TILE.is_multiple_of(2 * LANES) && FLOAT_ROWS.is_multiple_of(PANEL_ROWS));
 /// Keys of a tile: a span of the cache.
 const KEY_TILE: usize = KV_SPAN;
-/// Up to so many rows the cache is read as it lies; more rows than this would widen each number
-/// again and again. Their panels have four to six rows.
+/// Up to so many rows the cache is read as it lies. More rows of a cache in f32, and so in panels
+/// of four to six, first gather the values of a tile.
 const DIRECT_ROWS: usize = 2 * PANEL_ROWS;
 
 /// One tile of rows, and where its softmax stands.
 struct RowTile<'a> {
-    kv: &'a KvHead,
+    kv: KvHead<'a>,
     /// First row of each panel, and the number of rows last.
     panels: &'a [usize],
     /// The key after the last one that each row sees.
@@ -81,7 +84,7 @@ struct KeyTile<'a, T> {
 
 impl<'a, T: Element> KeyTile<'a, T> {
     /// As it lies in the cache.
-    fn stored(kv: &'a KvHead, positions: Range<usize>, skip: usize) -> KeyTile<'a, T> {
+    fn stored(kv: KvHead<'a>, positions: Range<usize>, skip: usize) -> KeyTile<'a, T> {
         let block = positions.start / BLOCK;
         KeyTile {
             positions,
@@ -93,14 +96,14 @@ impl<'a, T: Element> KeyTile<'a, T> {
     }
 
     /// Run `n`: its values, and of scaled ones the scales [groups][16].
-    fn run(&self, kv: &'a KvHead, n: usize) -> (&'a [[T; BLOCK]], &'a [[u16; BLOCK]]) {
+    fn run(&self, kv: KvHead<'a>, n: usize) -> (&'a [[T; BLOCK]], &'a [[u16; BLOCK]]) {
         let values = &self.values[n * kv.value_step::<T>()..][..self.run * kv.width() / BLOCK];
         (values, if T::SCALED { kv.value_scales(self.positions.start / BLOCK + n) } else { &[] })
     }
 
     /// Whether the values of some keys, counted from the first one of the tile, are finite.
     #[target_feature(enable = "avx2,fma,f16c")]
-    fn is_finite(&self, kv: &'a KvHead, keys: Range<usize>) -> bool {
+    fn is_finite(&self, kv: KvHead<'a>, keys: Range<usize>) -> bool {
         let mut zeros = [_mm256_setzero_ps(); 2];
         for key in keys {
             let (values, scales) = self.run(kv, key / self.run);
@@ -127,9 +130,10 @@ impl<'a, T: Element> KeyTile<'a, T> {
 #[target_feature(enable = "avx2,fma,f16c")]
 pub(super) fn attention(input: &AttentionInput<'_>, state: &mut SoftmaxState, isa: Isa) {
     let rows = input.visible.len();
-    let (most, step) = match input.kv.format() {
-        KvFormat::F32 => (FLOAT_ROWS, PANEL_ROWS),
-        KvFormat::F16 | KvFormat::Q8 => (ROW_TILE, 2 * LANES),
+    let (most, step) = match (input.kv.format(), input.arithmetic) {
+        (KvFormat::F32, _) => (FLOAT_ROWS, PANEL_ROWS),
+        (KvFormat::F16 | KvFormat::Q8, AttentionArithmetic::Float) => (DIRECT_ROWS, PANEL_ROWS),
+        (KvFormat::F16 | KvFormat::Q8, AttentionArithmetic::Int16) => (ROW_TILE, 2 * LANES),
     };
     let tile_rows = rows.div_ceil(rows.div_ceil(most).max(1)).next_multiple_of(step);
     let mut scratch = std::mem::take(&mut state.scratch);
@@ -163,7 +167,7 @@ fn attend(
         let keys = span * KV_SPAN..end.min((span + 1) * KV_SPAN);
         (input.keys.start.saturating_sub(keys.start), keys)
     });
-    if rows.len() > DIRECT_ROWS && kv.format() != KvFormat::F32 {
+    if input.arithmetic == AttentionArithmetic::Int16 && kv.format() != KvFormat::F32 {
         int::attend(input, (rows, limits), spans, state, scratch, isa);
     } else {
         attend_float(input, (rows, limits), spans, state, scratch);
@@ -230,7 +234,7 @@ fn attend_float(
 }
 
 /// Values of a cache in f32 as [chunk of 16 elements][KEY_TILE][16].
-fn gather_values(kv: &KvHead, keys: &Range<usize>, out: &mut [[f32; BLOCK]]) {
+fn gather_values(kv: KvHead<'_>, keys: &Range<usize>, out: &mut [[f32; BLOCK]]) {
     for (b, from) in (0..keys.len()).step_by(BLOCK).enumerate() {
         let block = kv.value_block::<f32>(keys.start / BLOCK + b);
         for (values, out) in block.chunks_exact(BLOCK).zip(out.chunks_exact_mut(KEY_TILE)) {
@@ -251,6 +255,16 @@ fn pack_queries(q: &[f32], panels: &[usize], head_dim: usize, scale: f32, packed
                 *packed = x * scale;
             }
         }
+    }
+}
+
+/// Blocks of keys that meet a panel of so many rows at once: sums enough to hide the latency of the
+/// FMA, in the registers that there are.
+fn together(rows: usize) -> usize {
+    match rows {
+        1 => 4,
+        2 | 3 => 2,
+        _ => 1,
     }
 }
 
@@ -279,20 +293,38 @@ impl RowTile<'_> {
         let count = self.panels.len() - 1;
         let cover = &self.cover(keys)[..count];
 
-        for b in skip / BLOCK..keys.len().div_ceil(BLOCK) {
-            let block = &tile.keys[b * kv.key_step::<T>()..][..head_dim];
-            let scales = if T::SCALED { kv.key_scales(first_block + b) } else { &[] };
-            for p in (0..count).filter(|&p| cover[p] > b * BLOCK) {
+        let ahead = Ahead::new(&kv, keys.start / KV_SPAN);
+        let block = |b: usize| Block {
+            keys: &tile.keys[b * kv.key_step::<T>()..][..head_dim],
+            scales: if T::SCALED { kv.key_scales(first_block + b) } else { &[] },
+        };
+        let least = (0..count).map(|p| self.panels[p + 1] - self.panels[p]).min().unwrap_or(1);
+        let end = keys.len().div_ceil(BLOCK);
+        for b in (skip / BLOCK..end).step_by(together(least)) {
+            for (p, cover) in cover.iter().enumerate() {
                 let (first, rows) = (self.panels[p], self.panels[p + 1] - self.panels[p]);
                 let q = &q[first * head_dim..(first + rows) * head_dim];
-                let out = &mut self.scores[first * KEY_TILE + b * BLOCK..];
-                match rows {
-                    1 => scores::<T, 1, 4, STREAM>(block, scales, q, out, KEY_TILE),
-                    2 => scores::<T, 2, 2, STREAM>(block, scales, q, out, KEY_TILE),
-                    3 => scores::<T, 3, 2, STREAM>(block, scales, q, out, KEY_TILE),
-                    4 => scores::<T, 4, 1, STREAM>(block, scales, q, out, KEY_TILE),
-                    5 => scores::<T, 5, 1, STREAM>(block, scales, q, out, KEY_TILE),
-                    _ => scores::<T, PANEL_ROWS, 1, STREAM>(block, scales, q, out, KEY_TILE),
+                let mut b = b;
+                let end = end.min(b + together(least)).min(cover.div_ceil(BLOCK));
+                while b < end {
+                    let out = &mut self.scores[first * KEY_TILE + b * BLOCK..];
+                    let all = b + together(rows) <= end;
+                    let (one, two) = (|| [block(b)], || [block(b), block(b + 1)]);
+                    match (rows, all) {
+                        (1, true) => {
+                            let four = [0, 1, 2, 3].map(|i| block(b + i));
+                            scores::<T, 1, 4, STREAM>(four, q, (out, KEY_TILE), ahead);
+                        }
+                        (1, false) => scores::<T, 1, 1, STREAM>(one(), q, (out, KEY_TILE), ahead),
+                        (2, true) => scores::<T, 2, 2, STREAM>(two(), q, (out, KEY_TILE), ahead),
+                        (2, false) => scores::<T, 2, 1, STREAM>(one(), q, (out, KEY_TILE), ahead),
+                        (3, true) => scores::<T, 3, 2, STREAM>(two(), q, (out, KEY_TILE), ahead),
+                        (3, false) => scores::<T, 3, 1, STREAM>(one(), q, (out, KEY_TILE), ahead),
+                        (4, _) => scores::<T, 4, 1, STREAM>(one(), q, (out, KEY_TILE), ahead),
+                        (5, _) => scores::<T, 5, 1, STREAM>(one(), q, (out, KEY_TILE), ahead),
+                        _ => scores::<T, 6, 1, STREAM>(one(), q, (out, KEY_TILE), ahead),
+                    }
+                    b += if all { together(rows) } else { 1 };
                 }
             }
         }
@@ -317,11 +349,11 @@ impl RowTile<'_> {
         // Values that many panels share stay in L1 a chunk at a time; as they lie, the chunks of a
         // run are one stream.
         let (run, chunks) = (tile.run, width / BLOCK);
-        let together = if STREAM { chunks } else { 1 };
+        let at_once = if STREAM { chunks } else { 1 };
         for (n, from) in (0..keys.len()).step_by(run).enumerate() {
             let (values, scales) = tile.run(kv, n);
-            for c in (0..chunks).step_by(together) {
-                let chunks = &values[c * run..][..together * run];
+            for c in (0..chunks).step_by(at_once) {
+                let chunks = &values[c * run..][..at_once * run];
                 for (p, &shared) in shared[..count].iter().enumerate() {
                     let (first, rows) = (self.panels[p], self.panels[p + 1] - self.panels[p]);
                     let taken = skip.saturating_sub(from)..shared.saturating_sub(from).min(run);
@@ -331,15 +363,14 @@ impl RowTile<'_> {
                     let values = Values { chunks, scales, run, from: taken.start, to: taken.end };
                     let weights = &self.scores[first * KEY_TILE + from..];
                     let acc = &mut self.acc[first * width + c * BLOCK..];
+                    let (weights, acc) = ((weights, KEY_TILE), (acc, width));
                     match rows {
-                        1 => blend::<T, 1, 4, STREAM>(values, weights, KEY_TILE, acc, width),
-                        2 => blend::<T, 2, 2, STREAM>(values, weights, KEY_TILE, acc, width),
-                        3 => blend::<T, 3, 2, STREAM>(values, weights, KEY_TILE, acc, width),
-                        4 => blend::<T, 4, 1, STREAM>(values, weights, KEY_TILE, acc, width),
-                        5 => blend::<T, 5, 1, STREAM>(values, weights, KEY_TILE, acc, width),
-                        _ => {
-                            blend::<T, PANEL_ROWS, 1, STREAM>(values, weights, KEY_TILE, acc, width)
-                        }
+                        1 => blend::<T, 1, 4, STREAM>(values, weights, acc, ahead),
+                        2 => blend::<T, 2, 2, STREAM>(values, weights, acc, ahead),
+                        3 => blend::<T, 3, 2, STREAM>(values, weights, acc, ahead),
+                        4 => blend::<T, 4, 1, STREAM>(values, weights, acc, ahead),
+                        5 => blend::<T, 5, 1, STREAM>(values, weights, acc, ahead),
+                        _ => blend::<T, PANEL_ROWS, 1, STREAM>(values, weights, acc, ahead),
                     }
                 }
             }
@@ -360,7 +391,8 @@ impl RowTile<'_> {
             let (start, end) = (keys.start.saturating_sub(from), (keys.end - from).min(tile.run));
             let values = Values { chunks, scales, run: tile.run, from: start, to: end };
             let weights = &self.scores[row * KEY_TILE + from..];
-            blend::<T, 1, 1, false>(values, weights, KEY_TILE, &mut self.acc[row * width..], width);
+            let (weights, acc) = ((weights, KEY_TILE), (&mut self.acc[row * width..], width));
+            blend::<T, 1, 1, false>(values, weights, acc, Ahead::new(&self.kv, 0));
         }
     }
 

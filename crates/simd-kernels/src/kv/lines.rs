@@ -1,12 +1,12 @@
 //! Memory in whole cache lines, seen as slices of numbers.
 
-use std::alloc::{Layout, alloc, dealloc, handle_alloc_error};
+use std::alloc::{Layout, alloc, alloc_zeroed, dealloc, handle_alloc_error};
 use std::ptr::NonNull;
 
 /// One cache line. The alignment keeps every 32-byte load of the attention kernels inside one line.
 #[derive(Clone, Copy)]
 #[repr(C, align(64))]
-struct Line([u8; LINE]);
+pub(crate) struct Line([u8; LINE]);
 
 /// Bytes of a line.
 pub(crate) const LINE: usize = 64;
@@ -85,22 +85,95 @@ impl Lines {
         unsafe { start.copy_from_nonoverlapping(old.start, old.len) };
     }
 
+    /// All lines.
+    fn lines(&self) -> &[Line] {
+        // SAFETY: the first `len` lines are written and ours for the borrow.
+        unsafe { std::slice::from_raw_parts(self.start.as_ptr(), self.len) }
+    }
+
     /// Lines `from..` as numbers.
+    #[cfg(test)]
     pub(crate) fn view<T: Plain>(&self, from: usize) -> &[T] {
         assert!(from <= self.len, "line {from} of {}", self.len);
-        let count = (self.len - from) * LINE / size_of::<T>();
-        // SAFETY: lines from..len are written and ours for the borrow, `Plain` allows any bytes, a
-        // line is aligned for T, and the length is rounded down to whole T.
-        unsafe { std::slice::from_raw_parts(self.start.add(from).as_ptr().cast(), count) }
+        numbers(&self.lines()[from..])
     }
 
     /// Lines `from..` as numbers to write.
     pub(crate) fn view_mut<T: Plain>(&mut self, from: usize) -> &mut [T] {
         assert!(from <= self.len, "line {from} of {}", self.len);
-        let count = (self.len - from) * LINE / size_of::<T>();
-        // SAFETY: as in `view`; the borrow is exclusive, and any T written is a valid pattern of
-        // bytes.
-        unsafe { std::slice::from_raw_parts_mut(self.start.add(from).as_ptr().cast(), count) }
+        // SAFETY: as in `lines`; the borrow is exclusive.
+        let lines = unsafe { std::slice::from_raw_parts_mut(self.start.as_ptr(), self.len) };
+        numbers_mut(&mut lines[from..])
+    }
+}
+
+/// Whole lines as the numbers in them.
+pub(crate) fn numbers<T: Plain>(lines: &[Line]) -> &[T] {
+    let count = size_of_val(lines) / size_of::<T>();
+    // SAFETY: `Plain` allows any bytes, a line is aligned for T, and the length is rounded down to
+    // whole T.
+    unsafe { std::slice::from_raw_parts(lines.as_ptr().cast(), count) }
+}
+
+/// Whole lines as the numbers in them, to write.
+pub(crate) fn numbers_mut<T: Plain>(lines: &mut [Line]) -> &mut [T] {
+    let count = size_of_val(lines) / size_of::<T>();
+    // SAFETY: as in `numbers`; the borrow is exclusive, and any T written is a valid pattern of
+    // bytes.
+    unsafe { std::slice::from_raw_parts_mut(lines.as_mut_ptr().cast(), count) }
+}
+
+/// A fixed number of lines, zero until they are written, on huge pages where there are enough of
+/// them. The system provides memory for a page only when it is first written or read.
+pub(crate) struct ZeroedLines {
+    /// What was allocated, and how.
+    allocation: NonNull<u8>,
+    layout: Layout,
+    start: NonNull<Line>,
+    len: usize,
+}
+
+// SAFETY: `ZeroedLines` owns its memory, like a `Vec`.
+unsafe impl Send for ZeroedLines {}
+// SAFETY: as above; all writing goes through `&mut self`.
+unsafe impl Sync for ZeroedLines {}
+
+impl ZeroedLines {
+    /// `len` lines of zeros; `None` where the system refuses the memory.
+    pub(crate) fn new(len: usize) -> Option<ZeroedLines> {
+        let bytes = len.checked_mul(LINE)?;
+        let align = if bytes >= HUGE { HUGE } else { LINE };
+        // An alignment of more than 16 would have the allocator write the zeros at once, so the
+        // lines start at the first aligned place of a larger allocation.
+        let layout = Layout::from_size_align(bytes.checked_add(align)?, 16).ok()?;
+        // SAFETY: the layout is not empty, the alignment being a part of it.
+        let allocation = NonNull::new(unsafe { alloc_zeroed(layout) })?;
+        let skip = allocation.as_ptr().align_offset(align);
+        assert!(skip <= align, "an aligned place within the first {align} bytes");
+        // SAFETY: skip + bytes are inside the allocation, by the assertion above.
+        let start: NonNull<u8> = unsafe { allocation.add(skip) };
+        advise_huge(start, bytes);
+        Some(ZeroedLines { allocation, layout, start: start.cast(), len })
+    }
+
+    /// All lines.
+    pub(crate) fn lines(&self) -> &[Line] {
+        // SAFETY: `len` lines lie inside the allocation, which is initialized with zeros and
+        // aligned for a line.
+        unsafe { std::slice::from_raw_parts(self.start.as_ptr(), self.len) }
+    }
+
+    /// All lines, to write.
+    pub(crate) fn lines_mut(&mut self) -> &mut [Line] {
+        // SAFETY: as in `lines`; the borrow is exclusive.
+        unsafe { std::slice::from_raw_parts_mut(self.start.as_ptr(), self.len) }
+    }
+}
+
+impl Drop for ZeroedLines {
+    fn drop(&mut self) {
+        // SAFETY: allocated in `new` with this layout.
+        unsafe { dealloc(self.allocation.as_ptr(), self.layout) };
     }
 }
 
@@ -114,7 +187,7 @@ impl Clone for Lines {
     fn clone(&self) -> Lines {
         let mut copy = Lines::default();
         copy.resize(self.len);
-        copy.view_mut::<u16>(0).copy_from_slice(self.view(0));
+        copy.view_mut::<u16>(0).copy_from_slice(numbers(self.lines()));
         copy
     }
 }
@@ -188,6 +261,20 @@ mod tests {
             buffer.resize(lines);
             assert_eq!(buffer.view::<u16>(0).as_ptr() as usize % align, 0);
         }
+    }
+
+    #[test]
+    fn fixed_buffers_start_with_zeros_on_lines_or_huge_pages() {
+        for (len, align) in [(0, 1), (1, LINE), (100, LINE), (HUGE / LINE, HUGE), (40_000, HUGE)] {
+            let mut buffer = ZeroedLines::new(len).expect("memory");
+            assert_eq!(buffer.lines().as_ptr() as usize % align, 0);
+            let all = numbers_mut::<i32>(buffer.lines_mut());
+            assert!(all.len() == len * LINE / 4 && all.iter().all(|&x| x == 0));
+            all.fill(7);
+            assert!(numbers::<i32>(buffer.lines()).iter().all(|&x| x == 7));
+        }
+        assert!(ZeroedLines::new(usize::MAX / LINE).is_none());
+        assert!(ZeroedLines::new(usize::MAX).is_none());
     }
 
     #[test]

@@ -1,6 +1,6 @@
-//! The cache gives back what was pushed, in every format, whatever was pushed, cut and pushed again
-//! before.
+//! A cache gives back what was stored, in every format, whatever was stored there before.
 
+use super::filled::Filled;
 use super::*;
 use crate::guarded::noise;
 use proptest::prelude::*;
@@ -17,7 +17,7 @@ fn rounding(format: KvFormat, x: f32, most: f32) -> f32 {
     }
 }
 
-fn check(kv: &KvHead, expected: &[(Vec<f32>, Vec<f32>)]) {
+fn check(kv: &Filled, expected: &[(Vec<f32>, Vec<f32>)]) {
     assert_eq!(kv.len(), expected.len());
     let mut out = vec![f32::NAN; kv.head_dim()];
     for (i, (key, value)) in expected.iter().enumerate() {
@@ -52,7 +52,7 @@ fn every_head_size_reads_back() {
     for isa in Isa::all() {
         for format in FORMATS {
             for head_dim in (1..=40).chain([64, 72, 80, 96, 127, 128, 130, 256]) {
-                let mut kv = KvHead::new(format, head_dim);
+                let mut kv = Filled::new(format, head_dim);
                 let tokens: Vec<_> = (0..35).map(|i| token(head_dim, i)).collect();
                 for (key, value) in &tokens {
                     kv.push(isa, key, value);
@@ -64,57 +64,100 @@ fn every_head_size_reads_back() {
 }
 
 #[test]
-fn strided_pushes_equal_single_ones() {
+fn strided_positions_equal_single_ones() {
     for isa in Isa::all() {
         for format in FORMATS {
-            let (head_dim, stride, tokens) = (24, 61, 37);
-            let (keys, values) = (noise(stride * tokens, 1), noise(stride * tokens, 2));
-            let mut one = KvHead::new(format, head_dim);
-            let mut many = KvHead::new(format, head_dim);
-            for t in 0..tokens {
-                one.push(isa, &keys[t * stride..][..head_dim], &values[t * stride..][..head_dim]);
+            let (head_dim, stride, count) = (24, 61, 37);
+            let (keys, values) = (noise(stride * count, 1), noise(stride * count, 2));
+            let layout = KvLayout::new(format, head_dim);
+            let [mut one, mut many] = [1, 1].map(|n| KvMemory::new(layout, n, 1).expect("memory"));
+            let mut spans = one.split(&[0]).0;
+            for i in 0..count {
+                let row = i * stride..i * stride + head_dim;
+                spans[0].store(isa, 50 + i, &keys[row.clone()], &values[row]);
             }
+            let mut spans = many.split(&[0]).0;
             for (from, count) in [(0, 0), (0, 5), (5, 30), (35, 2)] {
-                many.push_many(
-                    isa,
-                    &keys[from * stride..],
-                    &values[from * stride..],
-                    count,
-                    stride,
-                );
+                let rows = (&keys[from * stride..], &values[from * stride..]);
+                spans[0].store_many(isa, 50 + from, count, rows, stride);
             }
-            assert_eq!(one.len(), many.len());
-            assert_eq!(one.spans.view::<i8>(0), many.spans.view::<i8>(0));
+            let [one, many] =
+                [one, many].map(|memory| memory.reader().span(0, 0).numbers::<i8>().to_vec());
+            assert!(one == many, "{isa} {format}");
         }
     }
 }
 
 #[test]
-fn sizes_that_overflow_are_refused() {
-    for (tokens, stride) in [(9, 1 << 61), (usize::MAX, 0), (1 << 62, 0)] {
-        let mut kv = KvHead::new(KvFormat::F32, 8);
-        kv.push(Isa::scalar(), &[1.0; 8], &[1.0; 8]);
-        let push =
-            AssertUnwindSafe(|| kv.push_many(Isa::scalar(), &[0.0; 8], &[0.0; 8], tokens, stride));
-        assert!(catch_unwind(push).is_err(), "{tokens} tokens at a stride of {stride}");
-        assert_eq!(kv.len(), 1);
+fn positions_and_lengths_that_do_not_fit_are_refused() {
+    let layout = KvLayout::new(KvFormat::F32, 8);
+    let (row, short) = ([1.0; 8], [1.0; 7]);
+    for (position, key, value) in
+        [(KV_SPAN, &row[..], &row[..]), (0, &short, &row), (0, &row, &short)]
+    {
+        let mut memory = KvMemory::new(layout, 1, 1).expect("memory");
+        let store = AssertUnwindSafe(|| {
+            memory.split(&[0]).0[0].store(Isa::scalar(), position, key, value);
+        });
+        assert!(catch_unwind(store).is_err(), "position {position}");
+    }
+    let memory = KvMemory::new(layout, 1, 1).expect("memory");
+    let spans = [memory.reader().span(0, 0)];
+    let other = KvLayout::new(KvFormat::F16, 8);
+    for (layout, len) in [(layout, KV_SPAN + 1), (other, 1)] {
+        assert!(catch_unwind(|| KvHead::new(layout, &spans, len)).is_err(), "{len}");
     }
 }
 
 #[test]
-fn reserved_memory_is_not_counted_and_not_moved() {
-    let mut kv = KvHead::new(KvFormat::F16, 128);
-    kv.reserve(100);
-    assert_eq!(kv.bytes(), 0);
-    kv.push(Isa::scalar(), &[0.5; 128], &[0.25; 128]);
-    assert_eq!(kv.bytes(), 2 * 16 * 128 * 2);
-    let place = kv.key_block::<u16>(0).as_ptr();
-    for _ in 1..100 {
-        kv.push(Isa::scalar(), &[0.5; 128], &[0.25; 128]);
+fn bytes_are_those_of_whole_blocks() {
+    let layout = KvLayout::new(KvFormat::F16, 128);
+    assert_eq!(layout.bytes(0), 0);
+    assert_eq!(layout.bytes(1), 2 * 16 * 128 * 2);
+    assert_eq!((layout.bytes(128), layout.span_bytes()), (2 * 128 * 128 * 2, 2 * 128 * 128 * 2));
+}
+
+#[test]
+fn groups_are_written_while_others_are_read() {
+    let (heads, groups) = (3, 6);
+    let layout = KvLayout::new(KvFormat::F32, 4);
+    let mut memory = KvMemory::new(layout, heads, groups).expect("memory");
+    let key = |group: usize, head: usize| [(10 * group + head) as f32; 4];
+    let all: Vec<_> = (0..groups).collect();
+    for (i, span) in memory.split(&all).0.iter_mut().enumerate() {
+        span.store(Isa::scalar(), 127, &key(i / heads, i % heads), &[1.0; 4]);
     }
-    assert_eq!(kv.key_block::<u16>(0).as_ptr(), place);
-    kv.truncate(0);
-    assert!(kv.is_empty() && kv.bytes() == 0);
+    memory.parts(4).into_iter().next().expect("a part").clear();
+    memory.copy(4, 0, 2);
+    let written = [2, 5];
+    let (mut spans, reader) = memory.split(&written);
+    assert_eq!(spans.len(), 2 * heads);
+    spans[4].store(Isa::scalar(), 127, &[-1.0; 4], &[1.0; 4]);
+    let read = |span: KvSpan<'_>| {
+        let mut out = [0.0; 4];
+        KvHead::new(layout, &[span], KV_SPAN).key(127, &mut out);
+        out
+    };
+    assert_eq!(read(spans[1].as_span()), key(2, 1));
+    assert_eq!(read(spans[4].as_span()), [-1.0; 4]);
+    for (group, from) in [(0, 4), (1, 5), (3, 3), (4, 4)] {
+        for head in 0..heads {
+            assert_eq!(read(reader.span(group, head)), key(from, head), "group {group}");
+        }
+    }
+    for (group, head) in [(2, 0), (5, 0), (6, 0), (0, heads)] {
+        let read = AssertUnwindSafe(|| read(reader.span(group, head)));
+        assert!(catch_unwind(read).is_err(), "group {group}, head {head}");
+    }
+    drop((spans, reader));
+    for written in [&[1, 1][..], &[3, 2], &[6]] {
+        let split = AssertUnwindSafe(|| drop(memory.split(written)));
+        assert!(catch_unwind(split).is_err(), "{written:?}");
+    }
+    let error = KvMemory::new(layout, usize::MAX, 2).err().expect("more than any memory");
+    assert_eq!(error.groups, 2);
+    let none = KvMemory::new(layout, 0, 7).expect("nothing");
+    assert_eq!((none.groups(), none.reader().layout()), (7, layout));
 }
 
 #[test]
@@ -135,7 +178,7 @@ proptest! {
         vector in any::<bool>(),
     ) {
         let isa = if vector { Isa::avx2().unwrap_or(Isa::scalar()) } else { Isa::scalar() };
-        let mut kv = KvHead::new(format, head_dim);
+        let mut kv = Filled::new(format, head_dim);
         let mut expected = Vec::new();
         let mut seed = 0;
         for (push, n) in steps {

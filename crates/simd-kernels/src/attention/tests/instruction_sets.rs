@@ -8,7 +8,7 @@ fn bits(isa: Isa, case: &Case) -> Vec<u32> {
     let mut state = case.state();
     let middle = case.keys.start.midpoint(case.keys.end);
     for keys in [case.keys.start..middle, middle..case.keys.end] {
-        attention_streaming(isa, &case.input(keys), &mut state);
+        case.attend(attention_streaming, isa, keys, &mut state);
     }
     let numbers = [state.acc, state.max, state.sum].concat();
     numbers.iter().map(|x| if x.is_nan() { f32::NAN.to_bits() } else { x.to_bits() }).collect()
@@ -26,19 +26,20 @@ fn check(case: &Case) {
     for (key, value, what) in [(f32::NAN, 1.0, "a key of NaN"), (1.0, f32::NAN, "a value of NaN")] {
         case.kv.truncate(290);
         for _ in 290..300 {
-            case.kv.push_many(
-                Isa::scalar(),
-                &vec![key; head_dim],
-                &vec![value; head_dim],
-                1,
-                head_dim,
-            );
+            case.kv.push_many(Isa::scalar(), &vec![key; head_dim], &vec![value; head_dim], 1);
         }
         compare(&case, what);
     }
 }
 
 fn compare(case: &Case, what: &str) {
+    for arithmetic in [AttentionArithmetic::Float, AttentionArithmetic::Int16] {
+        let case = Case { arithmetic, ..case.clone() };
+        compare_sets(&case, &format!("{what}, {arithmetic:?}"));
+    }
+}
+
+fn compare_sets(case: &Case, what: &str) {
     let mut sets = Isa::all().filter(|isa| isa.has_avx2());
     let Some(first) = sets.next().map(|isa| bits(isa, case)) else { return };
     for isa in sets {

@@ -182,10 +182,10 @@ pub(super) fn attend(
     let weights = scratch.weights.scratch(KEY_TILE / 2 * VECTORS * lanes);
     let mut spans = spans.peekable();
     while let Some((skip, positions)) = spans.next() {
-        let next =
-            if spans.peek().is_some() { kv.span(positions.start / KV_SPAN + 1) } else { &[] };
+        let next = spans.peek().and_then(|_| kv.span(positions.start / KV_SPAN + 1));
+        let next = next.map_or(&[][..], |span| span.numbers());
         let each = next.len().div_ceil(groups * KEY_TILE / kernel.keys);
-        let tile = IntTile::of(kv, (skip, positions), block, keys, values);
+        let tile = IntTile::of(&kv, (skip, positions), block, keys, values);
         let mut room = Room { scores, weights, ahead: next.iter(), each };
         for group in (0..groups).map(group) {
             let Some(seen) =
@@ -238,7 +238,7 @@ impl<'a> IntTile<'a> {
     /// Positions of a cache, of a span at most. `block` is room for one block of keys or values.
     #[target_feature(enable = "avx2,fma,f16c")]
     fn of(
-        kv: &KvHead,
+        kv: &KvHead<'_>,
         (skip, positions): (usize, Range<usize>),
         block: &mut [[f32; BLOCK]],
         keys: &'a mut [[Pair; BLOCK]],

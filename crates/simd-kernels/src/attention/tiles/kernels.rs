@@ -2,7 +2,7 @@
 
 use crate::attention::state::sum_without_maximum;
 use crate::exp::exp256;
-use crate::kv::{BLOCK, KV_GROUP, LINE, Plain};
+use crate::kv::{BLOCK, KV_GROUP, KvHead, LINE, Plain};
 use crate::lanes::{self, LANES, first, load, load_tail, prefetch, store, store_tail};
 use std::arch::x86_64::*;
 
@@ -82,91 +82,122 @@ impl Element for i8 {
     }
 }
 
-/// Sums of R rows and sixteen lanes, in S parts.
-type Sums<const R: usize, const S: usize> = [[[__m256; 2]; R]; S];
+/// Sums of N blocks of keys, or chunks of values, for R rows and sixteen lanes.
+type Sums<const R: usize, const N: usize> = [[[__m256; 2]; R]; N];
 
-/// The S parts of a row's sums together.
-#[inline]
-#[target_feature(enable = "avx2,fma,f16c")]
-fn total<const R: usize, const S: usize>(sums: &Sums<R, S>, row: usize) -> [__m256; 2] {
-    let mut total = sums[0][row];
-    for part in &sums[1..] {
-        total = [_mm256_add_ps(total[0], part[row][0]), _mm256_add_ps(total[1], part[row][1])];
-    }
-    total
+/// Where a stream goes on behind the end of a span.
+#[derive(Clone, Copy)]
+pub(super) struct Ahead {
+    /// Address behind the span, and from there to the start of the next one. Behind the last span
+    /// the stream ends; its own start is asked for, which costs nothing.
+    end: usize,
+    jump: usize,
 }
 
-/// Asks for the lines [`AHEAD`](Element::AHEAD) of the `index`-th of some numbers, once per line.
-#[inline]
-#[target_feature(enable = "avx2,fma,f16c")]
-fn prefetch_stream<T: Element>(x: &[T; BLOCK], index: usize) {
-    if (index * size_of::<[T; BLOCK]>()).is_multiple_of(LINE) {
-        let line = x.as_ptr().cast::<u8>();
-        prefetch::<_MM_HINT_T0>(line.wrapping_add(T::AHEAD[0]));
-        prefetch::<_MM_HINT_T1>(line.wrapping_add(T::AHEAD[1]));
+impl Ahead {
+    /// For a stream through span `n` and then the next one.
+    pub(super) fn new(kv: &KvHead<'_>, n: usize) -> Ahead {
+        let range = |n: usize| kv.span(n).map(|span| span.numbers::<i8>().as_ptr_range());
+        let Some(own) = range(n) else { return Ahead { end: usize::MAX, jump: 0 } };
+        let (end, next) = (own.end as usize, range(n + 1).unwrap_or(own.clone()));
+        Ahead { end, jump: (next.start as usize).wrapping_sub(end) }
+    }
+
+    /// Asks for the lines [`AHEAD`](Element::AHEAD) of the `index`-th of some numbers, once per
+    /// line.
+    #[inline]
+    #[target_feature(enable = "avx2,fma,f16c")]
+    fn prefetch<T: Element>(self, x: &[T; BLOCK], index: usize) {
+        if (index * size_of::<[T; BLOCK]>()).is_multiple_of(LINE) {
+            let line = x.as_ptr().cast::<u8>();
+            let [near, far] = T::AHEAD.map(|bytes| {
+                let ahead = line.wrapping_add(bytes);
+                if ahead.addr() >= self.end { ahead.wrapping_add(self.jump) } else { ahead }
+            });
+            prefetch::<_MM_HINT_T0>(near);
+            prefetch::<_MM_HINT_T1>(far);
+        }
     }
 }
 
-/// out[r * stride + j] = Σ_d q[d][r] keys[d][j], for R rows and the sixteen keys of a block.
+/// A block of keys as stored: [head_dim][16], and the scales [groups][16] of scaled ones.
+#[derive(Clone, Copy)]
+pub(super) struct Block<'a, K> {
+    pub keys: &'a [[K; BLOCK]],
+    pub scales: &'a [[u16; BLOCK]],
+}
+
+/// out[r * stride + 16 b + j] = Σ_d q[d][r] keys_b[d][j], for R rows and the sixteen keys of each
+/// of B blocks.
 ///
-/// keys: [head_dim][16], q: [head_dim][R], scales: [groups][16] of scaled keys. Few rows leave few
-/// sums, too few to hide the latency of the FMA: then S elements of the head in turn go to sums of
-/// their own. STREAM: the keys come from memory.
+/// q: [head_dim][R]. STREAM: the keys come from memory.
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c")]
-pub(super) fn scores<K: Element, const R: usize, const S: usize, const STREAM: bool>(
-    keys: &[[K; BLOCK]],
-    scales: &[[u16; BLOCK]],
+pub(super) fn scores<K: Element, const R: usize, const B: usize, const STREAM: bool>(
+    blocks: [Block<'_, K>; B],
     q: &[f32],
-    out: &mut [f32],
-    stride: usize,
+    (out, stride): (&mut [f32], usize),
+    ahead: Ahead,
 ) {
     let (q, _) = q.as_chunks::<R>();
     if !K::SCALED {
-        let sums = products::<K, R, S, STREAM>(keys, q);
-        for r in 0..R {
-            put(&mut out[r * stride..], total(&sums, r));
+        let sums = products::<K, R, B, STREAM>(blocks.map(|block| block.keys), q, ahead);
+        for (b, sums) in sums.into_iter().enumerate() {
+            for (r, sum) in sums.into_iter().enumerate() {
+                put(&mut out[r * stride + b * BLOCK..], sum);
+            }
         }
         return;
     }
     for r in 0..R {
-        out[r * stride..][..BLOCK].fill(0.0);
+        out[r * stride..][..B * BLOCK].fill(0.0);
     }
-    for ((keys, q), scale) in keys.chunks(KV_GROUP).zip(q.chunks(KV_GROUP)).zip(scales) {
-        let sums = products::<K, R, S, STREAM>(keys, q);
-        // SAFETY: the target features of this function are those that `widen` needs.
-        let scale = unsafe { u16::widen(scale) };
-        for r in 0..R {
-            let (group, before) = (total(&sums, r), get(&out[r * stride..]));
-            let after = [
-                _mm256_fmadd_ps(scale[0], group[0], before[0]),
-                _mm256_fmadd_ps(scale[1], group[1], before[1]),
-            ];
-            put(&mut out[r * stride..], after);
+    for (g, q) in q.chunks(KV_GROUP).enumerate() {
+        let keys = blocks.map(|block| &block.keys[g * KV_GROUP..][..q.len()]);
+        let sums = products::<K, R, B, STREAM>(keys, q, ahead);
+        for (b, sums) in sums.into_iter().enumerate() {
+            // SAFETY: the target features of this function are those that `widen` needs.
+            let scale = unsafe { u16::widen(&blocks[b].scales[g]) };
+            for (r, group) in sums.into_iter().enumerate() {
+                let out = &mut out[r * stride + b * BLOCK..];
+                let before = get(out);
+                let after = [
+                    _mm256_fmadd_ps(scale[0], group[0], before[0]),
+                    _mm256_fmadd_ps(scale[1], group[1], before[1]),
+                ];
+                put(out, after);
+            }
         }
     }
 }
 
-/// Σ_d q[d][r] keys[d][j].
+/// Σ_d q[d][r] keys_b[d][j].
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c")]
-fn products<K: Element, const R: usize, const S: usize, const STREAM: bool>(
-    keys: &[[K; BLOCK]],
+fn products<K: Element, const R: usize, const B: usize, const STREAM: bool>(
+    keys: [&[[K; BLOCK]]; B],
     q: &[[f32; R]],
-) -> Sums<R, S> {
-    let mut sums = [[[_mm256_setzero_ps(); 2]; R]; S];
-    let (keys_u, keys_rest) = keys.as_chunks::<UNROLL>();
+    ahead: Ahead,
+) -> Sums<R, B> {
+    let mut sums = [[[_mm256_setzero_ps(); 2]; R]; B];
+    let keys = keys.map(|keys| &keys[..q.len()]);
     let (q_u, q_rest) = q.as_chunks::<UNROLL>();
-    for (keys, q) in keys_u.iter().zip(q_u) {
+    let keys_u = keys.map(|keys| &keys.as_chunks::<UNROLL>().0[..q_u.len()]);
+    for (i, q) in q_u.iter().enumerate() {
         for u in 0..UNROLL {
-            if STREAM {
-                prefetch_stream(&keys[u], u);
+            for (keys, sums) in keys_u.iter().zip(&mut sums) {
+                if STREAM {
+                    ahead.prefetch(&keys[i][u], u);
+                }
+                add_scores(&keys[i][u], &q[u], sums);
             }
-            add_scores(&keys[u], &q[u], &mut sums[u % S]);
         }
     }
-    for (keys, q) in keys_rest.iter().zip(q_rest) {
-        add_scores(keys, q, &mut sums[0]);
+    let done = q_u.len() * UNROLL;
+    for (i, q) in q_rest.iter().enumerate() {
+        for (keys, sums) in keys.iter().zip(&mut sums) {
+            add_scores(&keys[done + i], q, sums);
+        }
     }
     sums
 }
@@ -203,98 +234,115 @@ pub(super) struct Values<'a, V> {
 }
 
 /// acc[r * acc_stride + 16 c + i] += Σ_j weights[r * weight_stride + j] values[c][j][i], for R rows
-/// and chunks c of sixteen elements.
-///
-/// As with [`scores`], few rows leave too few sums; then S keys in turn go to sums of their own.
+/// and chunks c of sixteen elements, of which C meet the weights at once.
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c")]
-pub(super) fn blend<V: Element, const R: usize, const S: usize, const STREAM: bool>(
+pub(super) fn blend<V: Element, const R: usize, const C: usize, const STREAM: bool>(
     values: Values<'_, V>,
-    weights: &[f32],
-    weight_stride: usize,
-    acc: &mut [f32],
-    acc_stride: usize,
+    (weights, weight_stride): (&[f32], usize),
+    (acc, acc_stride): (&mut [f32], usize),
+    ahead: Ahead,
 ) {
-    for (c, chunk) in values.chunks.chunks_exact(values.run).enumerate() {
-        let acc = &mut acc[c * BLOCK..];
-        if !V::SCALED {
-            let weights = &weights[values.from..];
-            add_chunk::<V, R, S, STREAM>(
-                &chunk[values.from..values.to],
-                weights,
-                weight_stride,
-                acc,
-                acc_stride,
-            );
-            continue;
-        }
+    let chunks = values.chunks.len() / values.run;
+    let weights = (weights, weight_stride);
+    let mut c = 0;
+    while c + C <= chunks {
+        add_chunks::<V, R, C, STREAM>(values, c, weights, (acc, acc_stride), ahead);
+        c += C;
+    }
+    while c < chunks {
+        add_chunks::<V, R, 1, STREAM>(values, c, weights, (acc, acc_stride), ahead);
+        c += 1;
+    }
+}
+
+/// Chunks `first..first + C` of [`blend`].
+#[inline]
+#[target_feature(enable = "avx2,fma,f16c")]
+fn add_chunks<V: Element, const R: usize, const C: usize, const STREAM: bool>(
+    values: Values<'_, V>,
+    first: usize,
+    (weights, weight_stride): (&[f32], usize),
+    (acc, acc_stride): (&mut [f32], usize),
+    ahead: Ahead,
+) {
+    let Values { run, from, to, .. } = values;
+    let chunk = |c: usize| &values.chunks[(first + c) * run..][from..to];
+    let chunks: [&[[V; BLOCK]]; C] = std::array::from_fn(chunk);
+    let acc = &mut acc[first * BLOCK..];
+    if !V::SCALED {
+        let weights = [(&weights[from..], weight_stride); C];
+        return add_weighted::<V, R, C, STREAM>(chunks, weights, (acc, acc_stride), ahead);
+    }
+    let mut scaled = [[[0.0; BLOCK]; R]; C];
+    for (c, scaled) in scaled.iter_mut().enumerate() {
         // SAFETY: the target features of this function are those that `widen` needs.
-        let scale = unsafe { u16::widen(&values.scales[c * BLOCK / KV_GROUP]) };
-        let mut scaled = [[0.0; BLOCK]; R];
+        let scale = unsafe { u16::widen(&values.scales[(first + c) * BLOCK / KV_GROUP]) };
         for (r, scaled) in scaled.iter_mut().enumerate() {
             let weights = get(&weights[r * weight_stride..]);
             put(scaled, [_mm256_mul_ps(weights[0], scale[0]), _mm256_mul_ps(weights[1], scale[1])]);
         }
-        let weights = &scaled.as_flattened()[values.from..];
-        add_chunk::<V, R, S, STREAM>(
-            &chunk[values.from..values.to],
-            weights,
-            BLOCK,
-            acc,
-            acc_stride,
-        );
     }
+    let weights = scaled.each_ref().map(|scaled| (&scaled.as_flattened()[from..], BLOCK));
+    add_weighted::<V, R, C, STREAM>(chunks, weights, (acc, acc_stride), ahead);
 }
 
-/// One chunk of [`blend`].
+/// acc[r * acc_stride + 16 c + i] += Σ_j weights_c[r * stride_c + j] values_c[j][i].
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c")]
-fn add_chunk<V: Element, const R: usize, const S: usize, const STREAM: bool>(
-    values: &[[V; BLOCK]],
-    weights: &[f32],
-    weight_stride: usize,
-    acc: &mut [f32],
-    acc_stride: usize,
+fn add_weighted<V: Element, const R: usize, const C: usize, const STREAM: bool>(
+    values: [&[[V; BLOCK]]; C],
+    weights: [(&[f32], usize); C],
+    (acc, acc_stride): (&mut [f32], usize),
+    ahead: Ahead,
 ) {
-    let last = (R - 1) * weight_stride + values.len();
-    assert!(last <= weights.len(), "{R} rows of weights reach to {last} of {}", weights.len());
-    let mut sums: Sums<R, S> = [[[_mm256_setzero_ps(); 2]; R]; S];
-    for (r, sums) in sums[0].iter_mut().enumerate() {
-        *sums = get(&acc[r * acc_stride..]);
+    let keys = values[0].len();
+    let values = values.map(|values| &values[..keys]);
+    for (weights, stride) in weights {
+        let last = (R - 1) * stride + keys;
+        assert!(last <= weights.len(), "{R} rows of weights reach to {last} of {}", weights.len());
     }
-    let (values_u, values_rest) = values.as_chunks::<UNROLL>();
-    for (j, values) in values_u.iter().enumerate() {
-        for u in 0..UNROLL {
-            if STREAM {
-                prefetch_stream(&values[u], u);
-            }
-            // SAFETY: UNROLL j + u is below the number of values, and the assert above bounds the
-            // weights by it.
-            unsafe {
-                add_values(&values[u], weights, UNROLL * j + u, weight_stride, &mut sums[u % S])
-            };
+    let mut sums: Sums<R, C> = [[[_mm256_setzero_ps(); 2]; R]; C];
+    for (c, sums) in sums.iter_mut().enumerate() {
+        for (r, sum) in sums.iter_mut().enumerate() {
+            *sum = get(&acc[r * acc_stride + c * BLOCK..]);
         }
     }
-    for (j, value) in values_rest.iter().enumerate() {
-        // SAFETY: as above.
-        unsafe {
-            add_values(value, weights, UNROLL * values_u.len() + j, weight_stride, &mut sums[0])
-        };
+    let values_u = values.map(|values| &values.as_chunks::<UNROLL>().0[..keys / UNROLL]);
+    for j in 0..keys / UNROLL {
+        for u in 0..UNROLL {
+            for ((values, weights), sums) in values_u.iter().zip(weights).zip(&mut sums) {
+                let value = &values[j][u];
+                if STREAM {
+                    ahead.prefetch(value, u);
+                }
+                // SAFETY: UNROLL j + u is below the number of values, and the assert above bounds
+                // the weights by it.
+                unsafe { add_values(value, weights, UNROLL * j + u, sums) };
+            }
+        }
     }
-    for r in 0..R {
-        put(&mut acc[r * acc_stride..], total(&sums, r));
+    for j in keys / UNROLL * UNROLL..keys {
+        for ((values, weights), sums) in values.iter().zip(weights).zip(&mut sums) {
+            // SAFETY: as above.
+            unsafe { add_values(&values[j], weights, j, sums) };
+        }
+    }
+    for (c, sums) in sums.into_iter().enumerate() {
+        for (r, sum) in sums.into_iter().enumerate() {
+            put(&mut acc[r * acc_stride + c * BLOCK..], sum);
+        }
     }
 }
 
 /// # Safety
-/// `(R - 1) * stride + j` is inside `weights`.
+/// `(R - 1) * stride + j` is inside the weights.
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c")]
 unsafe fn add_values<V: Element, const R: usize>(
     value: &[V; BLOCK],
-    weights: &[f32],
+    (weights, stride): (&[f32], usize),
     j: usize,
-    stride: usize,
     sums: &mut [[__m256; 2]; R],
 ) {
     // SAFETY: the target features of this function are those that `widen` needs.

@@ -6,7 +6,7 @@ use std::arch::x86_64::*;
 
 /// Block `b` of keys; out: [head_dim][16].
 #[target_feature(enable = "avx2,fma,f16c")]
-pub(super) fn keys(kv: &KvHead, b: usize, out: &mut [[f32; BLOCK]]) {
+pub(super) fn keys(kv: &KvHead<'_>, b: usize, out: &mut [[f32; BLOCK]]) {
     match kv.format() {
         KvFormat::F32 => copy(kv.key_block::<f32>(b), out),
         KvFormat::F16 => copy(kv.key_block::<u16>(b), out),
@@ -28,7 +28,7 @@ pub(super) fn keys(kv: &KvHead, b: usize, out: &mut [[f32; BLOCK]]) {
 
 /// Block `b` of values; out: [chunk of 16 elements][16 keys][16].
 #[target_feature(enable = "avx2,fma,f16c")]
-pub(super) fn values(kv: &KvHead, b: usize, out: &mut [[f32; BLOCK]]) {
+pub(super) fn values(kv: &KvHead<'_>, b: usize, out: &mut [[f32; BLOCK]]) {
     match kv.format() {
         KvFormat::F32 => copy(kv.value_block::<f32>(b), out),
         KvFormat::F16 => copy(kv.value_block::<u16>(b), out),
