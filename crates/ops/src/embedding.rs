@@ -1,6 +1,6 @@
 //! Token embeddings, read from the checkpoint row by row as they are needed.
 
-use tensor::{Activations, CheckpointError, Matrix};
+use tensor::{Activations, MatrixSource};
 
 use crate::linear::reshape;
 
@@ -8,13 +8,13 @@ use crate::linear::reshape;
 ///
 /// It stays in the file: a token needs one row of it, the system's page cache keeps the rows that
 /// are used, and no rank holds the table in memory or asks another rank for a row.
-pub struct Embedding {
-    table: Matrix,
+pub struct Embedding<M> {
+    table: M,
 }
 
-impl Embedding {
+impl<M: MatrixSource> Embedding<M> {
     /// An embedding that reads the rows of `table` [vocabulary, hidden].
-    pub fn new(table: Matrix) -> Self {
+    pub fn new(table: M) -> Self {
         Self { table }
     }
 
@@ -22,16 +22,18 @@ impl Embedding {
     /// vocabulary's size.
     ///
     /// # Errors
-    /// When the checkpoint can no longer be read.
+    /// When the table can no longer be read.
     pub fn lookup(
         &self,
         tokens: impl ExactSizeIterator<Item = u32>,
         out: &mut Activations,
-    ) -> Result<(), CheckpointError> {
+    ) -> Result<(), M::Error> {
         reshape(out, tokens.len(), self.table.cols());
+        let mut scratch = M::Scratch::default();
         for (row, token) in out.outer_iter_mut().zip(tokens) {
             let row = row.into_slice().expect("rows of activations are contiguous");
-            self.table.read_row(token as usize, row)?;
+            let token = token as usize;
+            self.table.read_f32(token..token + 1, row, &mut scratch)?;
         }
         Ok(())
     }

@@ -2,7 +2,7 @@
 
 use comm::{CommError, Communicator, CommunicatorExt};
 use simd_kernels::{Input, InputKind, Isa, MatMut, PanelData, Panels, Store, matmul};
-use tensor::{Activations, CheckpointError, Matrix, PackedData, PackedMatrix, WeightFormat};
+use tensor::{Activations, MatrixSource, PackedData, PackedMatrix, WeightFormat};
 
 use crate::context::Context;
 use crate::cost::{Cost, F32, Operand, Work};
@@ -55,14 +55,14 @@ impl Linear {
     /// packs, and so first touches, the panels that it will read (of many tokens: read first).
     ///
     /// # Errors
-    /// When the stack cannot be read from the checkpoint.
-    pub fn load(
+    /// When the stack cannot be read, or does not fit the format.
+    pub fn load<M: MatrixSource>(
         ctx: &Context,
         format: WeightFormat,
-        stack: &[Matrix],
-    ) -> Result<Self, CheckpointError> {
-        let rows = stack.iter().map(Matrix::rows).sum();
-        let cols = stack.first().map_or(0, Matrix::cols);
+        stack: &[M],
+    ) -> Result<Self, M::Error> {
+        let rows = stack.iter().map(M::rows).sum();
+        let cols = stack.first().map_or(0, M::cols);
         let mut weights = PackedMatrix::allocate(format, rows, cols);
         let chunks = weights.split_panels(&ctx.team.panel_ranges(rows));
         let failed = std::sync::Mutex::new(None);

@@ -5,12 +5,14 @@ use std::sync::{Arc, Barrier};
 
 use peak_alloc::PeakAlloc;
 use planner::{Machine, PlanInput, plan};
+use qwen3_model::ModelSource;
+use qwen3_model::checkpoint::Checkpoint;
 use qwen3_model::comm::{Communicator, EmulatedComm, Link, ThreadComm};
 use qwen3_model::formats::WeightFormats;
 use qwen3_model::options::{Division, KvFormat};
 use qwen3_model::presets::Preset;
 use qwen3_model::synth::{SynthOptions, synthesize};
-use qwen3_model::tensor::{Checkpoint, WeightFormat};
+use qwen3_model::tensor::WeightFormat;
 use qwen3_model::{Config, Isa, LogitRows, Model, ModelOptions, Sequence};
 
 #[global_allocator]
@@ -35,7 +37,8 @@ fn allocated(
         let link = Link::from_us_gb_s(0.0, 1e6);
         let comm =
             if nodes > 1 { Arc::new(EmulatedComm::new(comm, link, nodes).unwrap()) } else { comm };
-        let model = Model::load(dir, comm, &options, &|_| ()).unwrap();
+        let model = Model::load(&ModelSource::open(dir).expect("a model"), comm, &options, &|_| ())
+            .unwrap();
         let mut cache = Sequence::new(&model, PROMPT + 1).expect("memory");
         let prompt: Vec<u32> = (0..PROMPT as u32).map(|index| index * 7 % 500).collect();
         let mut forward = || {
@@ -73,7 +76,7 @@ fn a_pass_allocates_what_is_planned() {
     for preset in [Preset::Tiny, Preset::TinyMoe] {
         let dir = folder.path().join(preset.name());
         synthesize(&dir, &SynthOptions { preset, layers: None, seed: 1 }, &mut |_| ()).unwrap();
-        let config = Config::read(&dir).unwrap();
+        let config = Config::read(&ModelSource::open(&dir).expect("a model")).unwrap();
         let checkpoint = Checkpoint::open(&dir).unwrap();
         for (ranks, nodes, chunk) in [
             (1, 1, 1024),

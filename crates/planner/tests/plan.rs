@@ -4,6 +4,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use planner::{Imbalance, LinkFigures, Machine, Plan, PlanInput, plan};
+use qwen3_model::ModelSource;
 use qwen3_model::comm::{Communicator as _, ThreadComm, WireFormat};
 use qwen3_model::formats::WeightFormats;
 use qwen3_model::names::{TensorRole, TensorSpec, tensor_specs};
@@ -85,7 +86,13 @@ fn bytes_of_chunks_on_a_shorter_wire_are_those_of_the_ledger() {
             };
             let counted = |comm: ThreadComm| {
                 comm.set_wire(WireFormat::Bf16);
-                let model = Model::load(&dir, Arc::new(comm), &options, &|_| ()).unwrap();
+                let model = Model::load(
+                    &ModelSource::open(&dir).expect("a model"),
+                    Arc::new(comm),
+                    &options,
+                    &|_| (),
+                )
+                .unwrap();
                 let mut cache = Sequence::new(&model, prompt).expect("memory");
                 let ledger = model.comm().ledger();
                 ledger.reset();

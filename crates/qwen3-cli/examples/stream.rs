@@ -1,10 +1,10 @@
 //! Asks the bundled model a question on two ranks of this process, and streams its answer.
 
-use std::{ops::ControlFlow, path::Path};
+use std::ops::ControlFlow;
 
 use qwen3_model::generation::Progress;
 use qwen3_model::generation_config::eos_token_ids;
-use qwen3_model::{GenerateParams, Isa, Model, ModelOptions, Sequence, generate};
+use qwen3_model::{GenerateParams, Isa, Model, ModelOptions, ModelSource, Sequence, generate};
 use qwen3_text::{ChatTemplate, ControlTokens, Conversation, Tokenizer};
 use ranks::{Failure, JobOptions, RankError, run_in_threads};
 
@@ -17,15 +17,15 @@ pub fn answer(
     question: &str,
     show: impl Fn(&str) -> Result<(), RankError> + Send + Sync,
 ) -> Result<(), Failure> {
-    let folder = Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/../../models/austen"));
-    let tokenizer = Tokenizer::open(folder)?;
+    let source = ModelSource::open(concat!(env!("CARGO_MANIFEST_DIR"), "/../../models/austen"))?;
+    let tokenizer = Tokenizer::open(source.folder())?;
     let chat = Conversation::question(question, Some(false));
-    let template = ChatTemplate::open(folder)?;
+    let template = ChatTemplate::open(source.folder())?;
     let prompt = template.prompt(&tokenizer, &chat, ControlTokens::Literal)?.tokens;
     run_in_threads(&JobOptions { ranks: 2, ..JobOptions::default() }, |rank| {
         let options = ModelOptions::new(Isa::from_env()?);
-        let model = Model::load(folder, rank.comm().clone(), &options, &|_| ())?;
-        let eos_token_ids = eos_token_ids(folder, model.config())?;
+        let model = Model::load(&source, rank.comm().clone(), &options, &|_| ())?;
+        let eos_token_ids = eos_token_ids(&source, model.config())?;
         let params = GenerateParams { eos_token_ids, ..GenerateParams::default() };
         let mut cache = Sequence::new(&model, prompt.len() + params.max_new_tokens)?;
         let mut text = tokenizer.detokenizer();

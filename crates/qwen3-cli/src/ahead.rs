@@ -6,12 +6,13 @@ use std::io::Read as _;
 use std::path::Path;
 
 use qwen3_model::Config;
-use qwen3_text::{ChatTemplate, Conversation, Tokenizer};
+use qwen3_text::Conversation;
 use ranks::{Failure, Rank};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
 use crate::failure::CliError;
+use crate::model_path::ModelPath;
 use crate::options::EngineOptions;
 
 /// Has rank 0 look at the files and values of a command, with the checkpoint's configuration; all
@@ -22,7 +23,7 @@ pub fn look<T: Serialize + DeserializeOwned>(
     work: impl FnOnce(&Config) -> Result<T, CliError>,
 ) -> Result<T, Failure> {
     // A long text takes its time.
-    rank.without_deadline(|| rank.broadcast(|| Ok(work(&Config::read(&engine.model)?)?)))
+    rank.without_deadline(|| rank.broadcast(|| Ok(work(&Config::read(&*engine.model.open()?)?)?)))
 }
 
 /// The bytes of a file that can be read; nothing where it is a device or a pipe, which may be read
@@ -42,9 +43,9 @@ pub fn input(path: &Path) -> Result<Option<u64>, CliError> {
 
 /// Whether a checkpoint has what a conversation needs besides its weights, and takes one that
 /// begins like this.
-pub fn conversation(model: &Path, chat: &Conversation) -> Result<(), CliError> {
-    Tokenizer::find(model)?;
-    let text = ChatTemplate::open(model)?.render(chat)?;
+pub fn conversation(model: &ModelPath, chat: &Conversation) -> Result<(), CliError> {
+    model.open()?.find_tokenizer()?;
+    let text = model.template()?.render(chat)?;
     // A model that always thinks has a template that begins the thought itself.
     if chat.enable_thinking() == Some(false) && text.trim_end().ends_with("<think>") {
         let found = "the chat template begins a thought all the same";

@@ -35,7 +35,8 @@ impl AnswerOptions {
         max_new_tokens: usize,
     ) -> Result<Self, Failure> {
         // Rank 0's count: the files of others may be of another day.
-        let eos_token_ids = rank.broadcast(|| Ok(eos_token_ids(&engine.model, model.config())?))?;
+        let eos_token_ids =
+            rank.broadcast(|| Ok(eos_token_ids(&*engine.model.open()?, model.config())?))?;
         let prefill_chunk = engine.chunk;
         let params = GenerateParams {
             sampling,

@@ -56,12 +56,12 @@ pub struct ChatArgs {
 impl ChatArgs {
     /// Runs the command on this rank.
     pub fn run(&self, rank: &Rank) -> Result<(), Failure> {
-        let dir = self.engine.model.clone();
+        let path = self.engine.model.clone();
         ahead::look(rank, &self.engine, |_| {
-            ahead::conversation(&dir, &self.conversation("Hello"))
+            ahead::conversation(&path, &self.conversation("Hello"))
         })?;
         let sampling = self.params(rank)?;
-        let read = move || Ok((Tokenizer::open(&dir)?, ChatTemplate::open(&dir)?));
+        let read = move || Ok((path.tokenizer()?, path.template()?));
         let (Loaded { model, .. }, texts) = session::load_with(
             rank,
             &self.engine,
@@ -130,7 +130,7 @@ impl ChatArgs {
     fn params(&self, rank: &Rank) -> Result<SamplingParams, Failure> {
         let (mut config, seed) = rank.broadcast(|| {
             let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
-            Ok((GenerationConfig::read(&self.engine.model)?, now.as_nanos() as u64))
+            Ok((GenerationConfig::read(&*self.engine.model.open()?)?, now.as_nanos() as u64))
         })?;
         if config.do_sample.is_none() && config.temperature.is_none() {
             // What Qwen3's publisher recommends for thinking.

@@ -12,7 +12,7 @@ use crate::options::{EngineOptions, LaunchOptions};
 use crate::plan::Workload;
 use crate::session::{self, Loaded};
 use crate::summary::summary;
-use qwen3_text::{ChatTemplate, ControlTokens, Conversation, Tokenizer};
+use qwen3_text::{ControlTokens, Conversation};
 
 /// Answer three questions and continue a sentence, then say what it cost
 #[derive(Args, Clone, Debug)]
@@ -33,10 +33,10 @@ const TOKENS: usize = 64;
 impl DemoArgs {
     /// Runs the command on this rank.
     pub fn run(&self, rank: &Rank) -> Result<(), Failure> {
-        let dir = self.engine.model.clone();
+        let path = self.engine.model.clone();
         let any = Conversation::question(QUESTIONS[0], None);
-        ahead::look(rank, &self.engine, |_| ahead::conversation(&dir, &any))?;
-        let read = move || Ok((Tokenizer::open(&dir)?, ChatTemplate::open(&dir)?));
+        ahead::look(rank, &self.engine, |_| ahead::conversation(&path, &any))?;
+        let read = move || Ok((path.tokenizer()?, path.template()?));
         let (Loaded { model, reason }, texts) = session::load_with(
             rank,
             &self.engine,

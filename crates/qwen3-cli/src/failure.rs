@@ -3,6 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use qwen3_model::ModelError;
+use qwen3_model::checkpoint::{DocumentError, OpenError};
 use qwen3_model::config::ConfigError;
 use qwen3_model::perplexity::PerplexityError;
 use qwen3_model::shards::ExportError;
@@ -43,6 +44,12 @@ pub enum CliError {
     /// The chat template fails.
     #[error(transparent)]
     Template(#[from] TemplateError),
+    /// `--model` is not a model.
+    #[error("--model: {0}")]
+    Open(#[from] OpenError),
+    /// A file of the model cannot be read.
+    #[error(transparent)]
+    Document(#[from] DocumentError),
     /// A conversation has no prompt.
     #[error(transparent)]
     Prompt(#[from] PromptError),

@@ -63,10 +63,10 @@ impl GenerateArgs {
     pub fn run(&self, rank: &Rank) -> Result<(), Failure> {
         let chat = self.chat.then(|| self.no_thinking.then_some(false));
         let form = PromptForm { chat, control: self.text.control() };
-        let (prompt, dir) = (self.prompt.clone(), self.engine.model.clone());
-        let length = ahead::look(rank, &self.engine, |config| prompt.look(&dir, config, form))?;
+        let (prompt, path) = (self.prompt.clone(), self.engine.model.clone());
+        let length = ahead::look(rank, &self.engine, |config| prompt.look(&path, config, form))?;
         let sampling = self.params(rank)?;
-        let read = move || prompt.read(&dir, form);
+        let read = move || prompt.read(&path, form);
         let (Loaded { model, .. }, prompt) = session::load_with(
             rank,
             &self.engine,
@@ -106,7 +106,8 @@ impl GenerateArgs {
     fn params(&self, rank: &Rank) -> Result<SamplingParams, Failure> {
         let base = match self.sampling.temperature {
             Some(temperature) if temperature > 0.0 => {
-                let config = rank.broadcast(|| Ok(GenerationConfig::read(&self.engine.model)?))?;
+                let config =
+                    rank.broadcast(|| Ok(GenerationConfig::read(&*self.engine.model.open()?)?))?;
                 SamplingParams::recommended(&config, Some(temperature), 0)
             }
             _ => SamplingParams::default(),

@@ -4,9 +4,9 @@ use std::io;
 use std::path::{Path, PathBuf};
 
 use clap::Args;
+use qwen3_model::checkpoint::{CheckpointWriter, TensorSpec, WriteError};
 use qwen3_model::comm::CommunicatorExt as _;
 use qwen3_model::options::{KvFormat, WeightFormat};
-use qwen3_model::tensor::{CheckpointWriter, TensorSpec, WriteError};
 use qwen3_model::{LogitRows, Logits, Model, Sequence};
 use ranks::{Failure, Rank};
 
@@ -42,13 +42,13 @@ const BLOCK: usize = 1 << 24;
 impl LogitsArgs {
     /// Runs the command on this rank.
     pub fn run(&self, rank: &Rank) -> Result<(), Failure> {
-        let (prompt, dir) = (self.prompt.clone(), self.engine.model.clone());
+        let (prompt, path) = (self.prompt.clone(), self.engine.model.clone());
         let form = PromptForm::TEXT;
         let length = ahead::look(rank, &self.engine, |config| {
             self.check_output()?;
-            prompt.look(&dir, config, form)
+            prompt.look(&path, config, form)
         })?;
-        let read = move || Ok(prompt.read(&dir, form)?.tokens);
+        let read = move || Ok(prompt.read(&path, form)?.tokens);
         let (Loaded { model, .. }, tokens) = session::load_with(
             rank,
             &self.engine,
@@ -82,7 +82,8 @@ impl LogitsArgs {
 impl LogitsArgs {
     /// Checks that the output can be written, and is no file of the model.
     fn check_output(&self) -> Result<(), CliError> {
-        let model = &self.engine.model;
+        let source = self.engine.model.open()?;
+        let model = source.folder();
         // An existing file in the folder, or a file to which a link in the folder leads.
         let is_in = |place: &Path| {
             let paths = self.output.canonicalize().ok().zip(place.canonicalize().ok());

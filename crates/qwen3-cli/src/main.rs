@@ -8,6 +8,7 @@
 // Errors, signals, options, files, and what is known of the machine.
 mod failure;
 mod ctrl_c;
+mod model_path;
 mod options;
 mod output_file;
 mod calibration;

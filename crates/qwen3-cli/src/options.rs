@@ -1,6 +1,5 @@
 //! The options that commands share: how many ranks, how each computes, how tokens are chosen.
 
-use std::path::PathBuf;
 use std::str::FromStr;
 use std::time::Duration;
 
@@ -12,6 +11,7 @@ use qwen3_model::{Isa, ParallelStrategy, SamplingParams};
 use ranks::{Emulation, JobOptions, default_wire};
 
 use crate::failure::CliError;
+use crate::model_path::ModelPath;
 
 /// A value that is one of `names`, which the help lists; `T` reads them.
 pub fn choice<T>(names: &'static [&'static str]) -> impl TypedValueParser<Value = T>
@@ -89,10 +89,9 @@ impl LaunchOptions {
 /// Which model, and how a rank computes.
 #[derive(Args, Clone, Debug)]
 pub struct EngineOptions {
-    /// Folder of the checkpoint, as published on Hugging Face: config.json, *.safetensors,
-    /// tokenizer.json
-    #[arg(long, value_name = "DIR")]
-    pub model: PathBuf,
+    /// The model: a folder as published on Hugging Face, or the name of a model in the local cache
+    #[arg(long, value_name = "MODEL")]
+    pub model: ModelPath,
 
     /// Threads of each rank [default: the cores this process may use, shared among the ranks that
     /// use them]

@@ -15,7 +15,6 @@ use crate::options::{EngineOptions, LaunchOptions};
 use crate::plan::Workload;
 use crate::progress::{Progress, Unit};
 use crate::session::{self, Loaded};
-use qwen3_text::Tokenizer;
 
 /// Measure how well the model predicts a text, in windows that do not see each other
 #[derive(Args, Clone, Debug)]
@@ -42,7 +41,7 @@ pub struct PerplexityArgs {
 impl PerplexityArgs {
     /// Runs the command on this rank.
     pub fn run(&self, rank: &Rank) -> Result<(), Failure> {
-        let (file, dir) = (self.file.clone(), self.engine.model.clone());
+        let (file, path) = (self.file.clone(), self.engine.model.clone());
         ahead::look(rank, &self.engine, |config| {
             let (found, context_length) = (self.context, config.context_length());
             if !(2..=context_length).contains(&found) {
@@ -52,12 +51,12 @@ impl PerplexityArgs {
                 ));
             }
             ahead::input(&file)?;
-            Tokenizer::find(&dir)?;
+            path.open()?.find_tokenizer()?;
             Ok(())
         })?;
         let read = move || {
             let text = fs::read_to_string(&file).map_err(|source| CliError::file(&file, source))?;
-            Ok(Tokenizer::open(&dir)?.encode(&text)?)
+            Ok(path.tokenizer()?.encode(&text)?)
         };
         let (Loaded { model, .. }, tokens) = session::load_with(
             rank,

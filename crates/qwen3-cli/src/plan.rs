@@ -18,6 +18,7 @@ use serde_json::{Value, json};
 use crate::calibration::{Calibration, Layout, count, place};
 use crate::failure::CliError;
 use crate::memory::available;
+use crate::model_path::ModelPath;
 use crate::options::{Auto, EngineOptions, above_zero, choice, from_zero, positive};
 
 /// Predict memory, traffic and speed of each way to split a model over ranks, without loading it
@@ -27,7 +28,7 @@ pub struct PlanArgs {
     /// Folder of a checkpoint, of which config.json and the headers of *.safetensors are read, or a
     /// config.json alone
     #[arg(long, value_name = "PATH")]
-    model: Option<PathBuf>,
+    model: Option<ModelPath>,
 
     /// A published model instead of files
     #[arg(long, value_name = "NAME", value_parser = choice::<Preset>(&["0.6b", "1.7b", "4b", "8b", "14b", "32b", "30b-a3b", "tiny", "tiny-moe"]))]
@@ -92,14 +93,20 @@ pub struct PlanArgs {
     json: bool,
 }
 
+/// Whether the path is a `config.json` instead of a model.
+fn is_config(path: &Path) -> bool {
+    path.is_file() && path.extension().is_some_and(|extension| extension == "json")
+}
+
 /// The config and the formats of a checkpoint's weights.
 fn headers(
-    dir: &Path,
+    model: &ModelPath,
     weights: Option<WeightFormat>,
-) -> Result<(Config, WeightFormats), ModelError> {
-    let config = Config::read(dir)?;
-    let formats =
-        WeightFormats::read(&config, &open_weights::<ModelError>(dir, &config)?, weights)?;
+) -> Result<(Config, WeightFormats), CliError> {
+    let source = model.open()?;
+    let config = Config::read(&source)?;
+    let weights_of = open_weights::<ModelError>(&source, &config)?;
+    let formats = WeightFormats::read(&config, weights_of, weights).map_err(ModelError::from)?;
     Ok((config, formats))
 }
 
@@ -108,7 +115,8 @@ impl PlanArgs {
     fn source(&self) -> Result<(String, Config, WeightFormats), CliError> {
         let (name, value) = match (&self.preset, &self.model) {
             (Some(preset), _) => (preset.name().to_owned(), preset.config(None)),
-            (None, Some(path)) if path.is_file() => {
+            (None, Some(model)) if is_config(model.path()) => {
+                let path = model.path();
                 let text = fs::read(path).map_err(|source| CliError::file(path, source))?;
                 let value = serde_json::from_slice(&text).map_err(|error| {
                     CliError::option(
@@ -119,11 +127,11 @@ impl PlanArgs {
                 })?;
                 (path.display().to_string(), value)
             }
-            (None, path) => {
-                let dir = path.as_deref().unwrap_or(Path::new("."));
-                let (config, formats) = headers(dir, self.weights.0)?;
-                return Ok((dir.display().to_string(), config, formats));
+            (None, Some(model)) => {
+                let (config, formats) = headers(model, self.weights.0)?;
+                return Ok((model.display().to_string(), config, formats));
             }
+            (None, None) => unreachable!("clap requires one of the two"),
         };
         let config = Config::from_json(Path::new(&name), &value).map_err(ModelError::from)?;
         let dtype = ["dtype", "torch_dtype"].iter().find_map(|field| value[field].as_str());
@@ -398,8 +406,8 @@ mod tests {
 
     #[test]
     fn a_way_without_the_memory_says_so_however_fast_it_is() {
-        let model = Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/../../models/austen"));
-        let (config, weights) = headers(model, None).unwrap();
+        let model = concat!(env!("CARGO_MANIFEST_DIR"), "/../../models/austen");
+        let (config, weights) = headers(&std::ffi::OsString::from(model).into(), None).unwrap();
         let machine = Machine::typical(2, 1, 1);
         let base = PlanInput::new(&config, &weights, &machine);
         let ways = plan(&PlanInput { prompt: 16, generate: 4, ..base }).ways;

@@ -1,14 +1,15 @@
 //! The prompt of a command: a text, a file or token ids, read by rank 0.
 
 use std::fs;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 use clap::Args;
 use qwen3_model::{Config, ModelError};
-use qwen3_text::{ChatTemplate, ControlTokens, Conversation, Tokenizer};
+use qwen3_text::{ControlTokens, Conversation, Tokenizer};
 
 use crate::ahead;
 use crate::failure::CliError;
+use crate::model_path::ModelPath;
 
 /// Where the prompt comes from; exactly one of the three.
 #[derive(Args, Clone, Debug)]
@@ -72,7 +73,12 @@ pub struct Prompt {
 impl PromptOptions {
     /// Whether the model can take the prompt, as far as that is known before it is loaded, and
     /// about how many tokens it has. The options are those of `read`.
-    pub fn look(&self, model: &Path, config: &Config, form: PromptForm) -> Result<usize, CliError> {
+    pub fn look(
+        &self,
+        model: &ModelPath,
+        config: &Config,
+        form: PromptForm,
+    ) -> Result<usize, CliError> {
         let context = config.context_length();
         if let Some(tokens) = &self.tokens {
             ModelError::check_tokens(tokens, config.vocab_size)?;
@@ -89,7 +95,7 @@ impl PromptOptions {
             Some(enable_thinking) => {
                 ahead::conversation(model, &Conversation::question("Hello", enable_thinking))?
             }
-            None => drop(Tokenizer::find(model)?),
+            None => model.open()?.find_tokenizer()?,
         }
         // To read the tokenizer takes a while, and is left to the time of loading where the text
         // can hardly be too long: a token has a byte at least.
@@ -105,11 +111,11 @@ impl PromptOptions {
     }
 
     /// Reads and encodes the prompt.
-    pub fn read(&self, model: &Path, form: PromptForm) -> Result<Prompt, CliError> {
+    pub fn read(&self, model: &ModelPath, form: PromptForm) -> Result<Prompt, CliError> {
         if let Some(tokens) = &self.tokens {
             // A checkpoint of weights alone answers in ids.
-            let text = model.join("tokenizer.json").is_file();
-            let text = text.then(|| Tokenizer::open(model)).transpose()?;
+            let text = model.open()?.has_tokenizer();
+            let text = text.then(|| model.tokenizer()).transpose()?;
             return Ok(Prompt { tokens: tokens.clone(), text });
         }
         let words = match (&self.prompt, &self.prompt_file) {
@@ -119,11 +125,11 @@ impl PromptOptions {
             }
             (None, None) => unreachable!("clap requires one of the three"),
         };
-        let text = Tokenizer::open(model)?;
+        let text = model.tokenizer()?;
         let tokens = match (form.chat, form.control) {
             (Some(enable_thinking), control) => {
                 let chat = Conversation::question(&words, enable_thinking);
-                ChatTemplate::open(model)?.prompt(&text, &chat, control)?.tokens
+                model.template()?.prompt(&text, &chat, control)?.tokens
             }
             (None, ControlTokens::Trusted) => text.encode(&words)?,
             (None, ControlTokens::Literal) => text.encode_literal(&words)?,

@@ -8,6 +8,7 @@ use qwen3_model::quantize::quantize;
 use ranks::Rank;
 
 use crate::failure::CliError;
+use crate::model_path::ModelPath;
 use crate::options::choice;
 use crate::progress::{Progress, Unit};
 
@@ -15,9 +16,9 @@ use crate::progress::{Progress, Unit};
 /// original
 #[derive(Args, Clone, Debug)]
 pub struct QuantizeArgs {
-    /// Folder of the checkpoint
-    #[arg(long, value_name = "DIR")]
-    model: PathBuf,
+    /// The model: a folder as published on Hugging Face, or the name of a model in the local cache
+    #[arg(long, value_name = "MODEL")]
+    model: ModelPath,
 
     /// The new format: q8 takes 8.5 bits a weight, q4 takes 4.5
     #[arg(long, value_parser = choice::<WeightFormat>(&["q8", "q4"]))]
@@ -32,7 +33,7 @@ impl QuantizeArgs {
     /// Runs the command on rank 0.
     pub fn run(&self, rank: &Rank) -> Result<(), CliError> {
         let progress = Progress::new(rank, "writing", Unit::Bytes);
-        quantize(&self.model, &self.out, self.weights, &mut |shown| {
+        quantize(&*self.model.open()?, &self.out, self.weights, &mut |shown| {
             progress.update(shown.written, shown.total)
         })?;
         drop(progress);

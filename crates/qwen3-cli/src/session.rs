@@ -47,9 +47,10 @@ pub fn load(rank: &Rank, engine: &EngineOptions, work: Workload) -> Result<Loade
     {
         eprintln!("split: {reason}");
     }
+    let source = rank.agree(engine.model.open())?;
     let shown = Progress::new(rank, "loading", Unit::Count("layers"));
     let progress = |LoadProgress { layers, of }| shown.update(layers as u64, of as u64);
-    let loaded = Model::load(&engine.model, rank.comm().clone(), &options, &progress);
+    let loaded = Model::load(&source, rank.comm().clone(), &options, &progress);
     drop(shown);
     let loaded = match loaded {
         Ok(model) => Ok(Some(model)),

@@ -3,19 +3,20 @@
 use std::path::PathBuf;
 
 use clap::Args;
-use qwen3_text::{ChatTemplate, ControlTokens, Conversation, Prompt, Tokenizer};
+use qwen3_text::{ControlTokens, Conversation, Prompt};
 use ranks::Rank;
 use serde_json::json;
 
 use crate::failure::CliError;
+use crate::model_path::ModelPath;
 use crate::prompt::TextOptions;
 
 /// Show the token ids of a text, or of a conversation as the chat template writes it
 #[derive(Args, Clone, Debug)]
 pub struct TokenizeArgs {
     /// Folder of the checkpoint; tokenizer.json and the chat template are all it needs
-    #[arg(long, value_name = "DIR")]
-    model: PathBuf,
+    #[arg(long, value_name = "MODEL")]
+    model: ModelPath,
 
     #[command(flatten)]
     input: Input,
@@ -44,7 +45,7 @@ struct Input {
 impl TokenizeArgs {
     /// Runs the command on rank 0.
     pub fn run(&self, rank: &Rank) -> Result<(), CliError> {
-        let tokenizer = Tokenizer::open(&self.model)?;
+        let tokenizer = self.model.tokenizer()?;
         let control = self.text.control();
         let Prompt { text, tokens: ids } = match (&self.input.text, &self.input.chat) {
             (Some(text), _) => {
@@ -56,7 +57,7 @@ impl TokenizeArgs {
             }
             (None, Some(file)) => {
                 let chat = Conversation::open(file)?;
-                ChatTemplate::open(&self.model)?.prompt(&tokenizer, &chat, control)?
+                self.model.template()?.prompt(&tokenizer, &chat, control)?
             }
             (None, None) => unreachable!("clap requires one of the two"),
         };

@@ -188,7 +188,7 @@ fn what_cannot_be_tokenized_is_one_line() {
     );
     assert_one_line(
         &run(&["tokenize", "--model", "nowhere", "--text", "x"]),
-        &["nowhere/tokenizer.json"],
+        &["--model", "nowhere does not exist"],
     );
     assert_one_line(&run(&["tokenize", "--model", AUSTEN]), &["--text", "--chat"]);
 

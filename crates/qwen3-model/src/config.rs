@@ -3,10 +3,11 @@
 
 use std::path::Path;
 
+use checkpoint::ModelSource;
 use serde_json::Value;
 
 pub use crate::fields::ConfigError;
-use crate::fields::{Fields, read_json};
+use crate::fields::{Fields, parse_json};
 use crate::rope_config::{RopeConfig, RopeScaling};
 
 /// What a Qwen3 checkpoint's `config.json` says; the names are that file's.
@@ -68,10 +69,13 @@ pub struct MoeConfig {
 }
 
 impl Config {
-    /// Reads `config.json` in the folder `dir`.
-    pub fn read(dir: &Path) -> Result<Self, ConfigError> {
-        let file = dir.join("config.json");
-        Self::from_json(&file, &read_json(&file)?)
+    /// Reads the `config.json` of a model.
+    ///
+    /// # Errors
+    /// When it is absent or does not describe a model that this crate runs.
+    pub fn read(source: &ModelSource) -> Result<Self, ConfigError> {
+        let document = source.config()?;
+        Self::from_json(&document.file, &parse_json(document)?)
     }
 
     /// Reads a parsed `config.json`; errors name `file`.

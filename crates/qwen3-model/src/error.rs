@@ -2,10 +2,10 @@
 
 use std::path::PathBuf;
 
+use checkpoint::CheckpointError;
 use comm::CommError;
 use ops::kernels::KvMemoryError;
 use ops::schedule::MlpSchedule;
-use tensor::CheckpointError;
 
 use crate::batch::BatchError;
 use crate::fields::ConfigError;

@@ -4,6 +4,7 @@
 use std::fmt::Display;
 use std::path::{Path, PathBuf};
 
+use checkpoint::{Document, DocumentError};
 use serde_json::{Map, Value};
 
 /// The largest size or count that a configuration may state: 2³¹ − 1, so that the product of two of
@@ -14,13 +15,8 @@ pub(crate) const MAX_SIZE: usize = i32::MAX as usize;
 #[derive(Debug, thiserror::Error)]
 pub enum ConfigError {
     /// The file is missing or unreadable.
-    #[error("{}: cannot be read: {source}", file.display())]
-    Read {
-        /// The file.
-        file: PathBuf,
-        /// What the system reported.
-        source: std::io::Error,
-    },
+    #[error(transparent)]
+    Document(#[from] DocumentError),
     /// The file is not JSON.
     #[error("{}: is not JSON: {source}", file.display())]
     Json {
@@ -91,12 +87,10 @@ pub enum ConfigError {
     },
 }
 
-/// Reads `file` as JSON.
-pub(crate) fn read_json(file: &Path) -> Result<Value, ConfigError> {
-    let bytes = std::fs::read(file)
-        .map_err(|source| ConfigError::Read { file: file.to_owned(), source })?;
-    serde_json::from_slice(&bytes)
-        .map_err(|source| ConfigError::Json { file: file.to_owned(), source })
+/// Parses a document as JSON.
+pub(crate) fn parse_json(document: &Document) -> Result<Value, ConfigError> {
+    serde_json::from_slice(&document.bytes)
+        .map_err(|source| ConfigError::Json { file: document.file.clone(), source })
 }
 
 /// One JSON object of a file. An absent field and a `null` are the same, as in the configurations

@@ -3,7 +3,8 @@
 
 use std::ops::Range;
 
-use tensor::{Checkpoint, CheckpointError, GROUP, WeightFormat};
+use checkpoint::{Checkpoint, CheckpointError};
+use tensor::{GROUP, WeightFormat};
 
 use crate::config::Config;
 use crate::names::{LayerNames, head};

@@ -2,13 +2,12 @@
 
 use std::path::Path;
 
+use checkpoint::ModelSource;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use crate::config::Config;
-use crate::fields::{ConfigError, Fields, read_json};
-
-const FILE: &str = "generation_config.json";
+use crate::fields::{ConfigError, Fields, parse_json};
 
 /// The publisher's recommendation; what the file leaves out is `None` or empty.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
@@ -30,9 +29,12 @@ pub struct GenerationConfig {
 }
 
 impl GenerationConfig {
-    /// Reads `generation_config.json` in the folder `dir`; a folder without one recommends nothing.
-    pub fn read(dir: &Path) -> Result<Self, ConfigError> {
-        read_if_there(dir, Self::from_json)
+    /// Reads the `generation_config.json` of a model; one without it recommends nothing.
+    ///
+    /// # Errors
+    /// When the file is there and is not valid.
+    pub fn read(source: &ModelSource) -> Result<Self, ConfigError> {
+        read_if_there(source, Self::from_json)
     }
 
     /// Reads a parsed `generation_config.json`; errors name `file`.
@@ -68,38 +70,35 @@ impl GenerationConfig {
     }
 }
 
-/// What `parse` makes of the file in the folder `dir`; of no file, the default.
+/// What `parse` makes of the file; without a file, the default.
 fn read_if_there<T: Default>(
-    dir: &Path,
+    source: &ModelSource,
     parse: impl FnOnce(&Path, &Value) -> Result<T, ConfigError>,
 ) -> Result<T, ConfigError> {
-    let file = dir.join(FILE);
-    match read_json(&file) {
-        Ok(value) => parse(&file, &value),
-        Err(ConfigError::Read { source, .. }) if source.kind() == std::io::ErrorKind::NotFound => {
-            Ok(T::default())
-        }
-        Err(error) => Err(error),
+    match source.generation_config()? {
+        Some(document) => parse(&document.file, &parse_json(document)?),
+        None => Ok(T::default()),
     }
 }
 
-/// Ids that end an answer of the model in the folder `dir`: those of `generation_config.json`, else
-/// of its `config`.
+/// Ids that end an answer: those of `generation_config.json`, else of the model's `config`.
 ///
 /// # Errors
 /// When the file is there and its ids cannot be read, or an id is beyond the vocabulary: an answer
 /// would go on past its end. Its other fields are for those who sample.
-pub fn eos_token_ids(dir: &Path, config: &Config) -> Result<Vec<u32>, ConfigError> {
-    let ids =
-        read_if_there(dir, |file, value| Fields::top(file, value)?.token_ids("eos_token_id"))?;
-    if let Some(id) = ids.iter().max().filter(|&&id| id as usize >= config.vocab_size) {
-        return Err(ConfigError::Contradiction {
-            file: dir.join(FILE),
-            field: "eos_token_id".into(),
-            found: id.to_string(),
-            other: format!("vocab_size = {} of config.json", config.vocab_size),
-            expected: "ids below it".into(),
-        });
-    }
+pub fn eos_token_ids(source: &ModelSource, config: &Config) -> Result<Vec<u32>, ConfigError> {
+    let ids = read_if_there(source, |file, value| {
+        let ids = Fields::top(file, value)?.token_ids("eos_token_id")?;
+        match ids.iter().max().filter(|&&id| id as usize >= config.vocab_size) {
+            None => Ok(ids),
+            Some(id) => Err(ConfigError::Contradiction {
+                file: file.to_owned(),
+                field: "eos_token_id".into(),
+                found: id.to_string(),
+                other: format!("vocab_size = {} of config.json", config.vocab_size),
+                expected: "ids below it".into(),
+            }),
+        }
+    })?;
     Ok(if ids.is_empty() { config.eos_token_ids.clone() } else { ids })
 }

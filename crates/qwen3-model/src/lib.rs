@@ -34,6 +34,8 @@ pub mod generation;
 pub mod perplexity;
 
 pub use batch::{Batch, Output, Span, Wanted};
+pub use checkpoint;
+pub use checkpoint::ModelSource;
 pub use comm;
 pub use config::Config;
 pub use error::ModelError;

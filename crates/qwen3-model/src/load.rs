@@ -1,19 +1,20 @@
 //! Loading: which rows and columns of the checkpoint become this rank's share of the model.
 
 use std::ops::Range;
-use std::path::Path;
 use std::sync::Arc;
 
+use checkpoint::{Checkpoint, CheckpointError, Matrix, ModelSource};
 use comm::{Communicator, CommunicatorExt, Phase, digest};
 use ops::attention::AttentionShape;
 use ops::mlp::{Expert, Mlp};
 use ops::routing::Router;
 use ops::schedule::{ExpertSplit, MlpSchedule};
 use ops::{Context, Embedding, Linear};
-use tensor::{Checkpoint, CheckpointError, GROUP, Matrix, WeightFormat, split_range};
+use tensor::{GROUP, WeightFormat, split_range};
 
 use crate::config::Config;
 use crate::error::ModelError;
+use crate::fields::ConfigError;
 use crate::heads::{BlockShape, BlockShare, HeadPlan};
 use crate::layer::DecoderLayer;
 use crate::model::Model;
@@ -38,14 +39,14 @@ pub struct LoadProgress {
 }
 
 impl Model {
-    /// Loads this rank's share of the checkpoint in the folder `dir`. All ranks call it; if one
+    /// Loads this rank's share of a model. All ranks call it; if one
     /// fails, all fail, and each says why.
     ///
     /// # Errors
     /// When the config or the weights cannot be read, contradict each other or those of another
     /// rank, or a rank is lost.
     pub fn load(
-        dir: &Path,
+        source: &ModelSource,
         comm: Arc<dyn Communicator>,
         options: &ModelOptions,
         progress: &dyn Fn(LoadProgress),
@@ -60,7 +61,7 @@ impl Model {
             return Err(ModelError::ExpertSchedule { schedule });
         }
         let ctx = Context::new(options.isa, comm.clone(), tp, options.threads, options.placement)?;
-        let loaded = load_share(dir, ctx, options, progress);
+        let loaded = load_share(source, ctx, options, progress);
         let own = match &loaded {
             Err(_) => [1, 0, 0, 0],
             Ok((model, weights)) => {
@@ -119,18 +120,20 @@ fn first_rows(config: &Config, checkpoint: &Checkpoint) -> Result<u64, Checkpoin
 }
 
 fn load_share(
-    dir: &Path,
+    source: &ModelSource,
     ctx: Context,
     options: &ModelOptions,
     progress: &dyn Fn(LoadProgress),
 ) -> Result<(Model, u64), ModelError> {
-    let config = Config::read(dir)?;
+    let config = Config::read(source)?;
     if options.experts == ExpertSplit::Ranks && config.moe.is_none() {
-        return Err(ModelError::NoExperts { file: dir.join("config.json") });
+        return Err(ModelError::NoExperts {
+            file: source.config().map_err(ConfigError::from)?.file.clone(),
+        });
     }
-    let checkpoint = open_weights::<ModelError>(dir, &config)?;
+    let checkpoint = open_weights::<ModelError>(source, &config)?;
     let embedding = checkpoint.matrix(EMBEDDING, config.vocab_size, config.hidden_size)?;
-    let share = Share::new(&ctx, &config, &checkpoint, options);
+    let share = Share::new(&ctx, &config, checkpoint, options);
 
     let mut layers = Vec::with_capacity(config.num_hidden_layers);
     for index in 0..config.num_hidden_layers {
@@ -138,11 +141,11 @@ fn load_share(
         progress(LoadProgress { layers: index + 1, of: config.num_hidden_layers });
     }
     let head =
-        checkpoint.matrix(head(&config, &checkpoint), config.vocab_size, config.hidden_size)?;
+        checkpoint.matrix(head(&config, checkpoint), config.vocab_size, config.hidden_size)?;
     let vocab = split_range(config.vocab_size, ctx.comm.size(), ctx.comm.rank());
     let lm_head = share.linear(&[head.slice(vocab.clone(), 0..config.hidden_size)])?;
     let norm = checkpoint.vector(FINAL_NORM, config.hidden_size)?;
-    let weights = if ctx.comm.size() > 1 { first_rows(&config, &checkpoint)? } else { 0 };
+    let weights = if ctx.comm.size() > 1 { first_rows(&config, checkpoint)? } else { 0 };
     let model = Model {
         rotary: RotaryTable::new(&config.rope, config.head_dim),
         embedding: Embedding::new(embedding),

@@ -4,6 +4,7 @@
 use std::ops::Range;
 use std::sync::Arc;
 
+use checkpoint::Matrix;
 use comm::{CommError, Communicator};
 use ndarray::Axis;
 use ops::attention::AttentionShape;
@@ -30,7 +31,7 @@ pub struct Model {
     pub(crate) ctx: Context,
     pub(crate) shape: AttentionShape,
     pub(crate) rotary: RotaryTable,
-    pub(crate) embedding: Embedding,
+    pub(crate) embedding: Embedding<Matrix>,
     pub(crate) layers: Vec<DecoderLayer>,
     pub(crate) norm: Vec<f32>,
     pub(crate) lm_head: Linear,

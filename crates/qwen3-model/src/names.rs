@@ -1,8 +1,6 @@
 //! Names and shapes of the tensors of a published Qwen3 checkpoint.
 
-use std::path::Path;
-
-use tensor::{Checkpoint, CheckpointError};
+use checkpoint::{Checkpoint, CheckpointError, ModelSource};
 
 use crate::config::Config;
 use crate::fields::ConfigError;
@@ -121,19 +119,22 @@ impl TensorSpec {
     }
 }
 
-/// The weights in the folder `dir`, if they are those of its configuration: all tensors are there
-/// in their shapes, so that whatever is sized by the configuration afterwards is no larger than the
-/// files, and there are no more layers, since the answers of the first few would look like answers.
-/// Only headers are read.
-pub fn open_weights<E: From<ConfigError> + From<CheckpointError>>(
-    dir: &Path,
+/// The weights of a model, if they are those of its configuration: all tensors are there in their
+/// shapes, so that whatever is sized by the configuration afterwards is no larger than the files,
+/// and there are no more layers, since the answers of the first few would look like answers. Only
+/// headers are read.
+///
+/// # Errors
+/// When the headers cannot be read, or contradict the configuration.
+pub fn open_weights<'a, E: From<ConfigError> + From<CheckpointError>>(
+    source: &'a ModelSource,
     config: &Config,
-) -> Result<Checkpoint, E> {
-    let checkpoint = Checkpoint::open(dir)?;
+) -> Result<&'a Checkpoint, E> {
+    let checkpoint = source.weights()?;
     let beyond = LayerNames::new(config.num_hidden_layers).input_layernorm;
     if let Some(file) = checkpoint.file(&beyond) {
         return Err(E::from(ConfigError::Contradiction {
-            file: dir.join("config.json"),
+            file: source.config().map_err(ConfigError::from)?.file.clone(),
             field: "num_hidden_layers".into(),
             found: config.num_hidden_layers.to_string(),
             other: format!("tensor {beyond} in {}", file.display()),

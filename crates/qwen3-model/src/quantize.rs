@@ -2,16 +2,17 @@
 //! bytes are read.
 
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::thread;
 
-use serde_json::json;
-use tensor::{
-    Checkpoint, EncodeError, Matrix, TensorSpec as StoredSpec, WeightFormat, WriteError,
-    encode_rows,
+use checkpoint::{
+    Checkpoint, DocumentError, Matrix, ModelSource, TensorSpec as StoredSpec, WriteError,
 };
+use serde_json::json;
+use tensor::{EncodeError, WeightFormat, encode_rows};
 
 use crate::config::Config;
-use crate::fields::{ConfigError, read_json};
+use crate::fields::parse_json;
 use crate::names::{
     EMBEDDING, LM_HEAD, TensorRole, TensorSpec, head_spec, open_weights, tensor_specs,
 };
@@ -35,12 +36,12 @@ const COMPANIONS: [&str; 9] = [
 /// The folder of more such files.
 const TEMPLATES: &str = "additional_chat_templates";
 
-/// Writes the checkpoint in the folder `source` into the folder `target` with its matrices
+/// Writes the model `source` into the folder `target` with its matrices
 /// quantized to `format`, `Q8` or `Q4`. Norms and routers keep their stored precision. The
 /// tokenizer's files are copied, and `config.json` gains `"quantization_config": {"quant_method":
 /// "group32", "bits": 8 or 4}`. `target` is created and must not hold a checkpoint.
 pub fn quantize(
-    source: &Path,
+    source: &ModelSource,
     target: &Path,
     format: WeightFormat,
     progress: &mut dyn FnMut(ExportProgress),
@@ -50,14 +51,14 @@ pub fn quantize(
         WeightFormat::Q4 => 4,
         found => return Err(ExportError::Format { found }),
     };
-    let config_file = source.join("config.json");
-    let mut value = read_json(&config_file)?;
-    let config = Config::from_json(&config_file, &value)?;
+    let document = source.config()?;
+    let mut value = parse_json(document)?;
+    let config = Config::from_json(&document.file, &value)?;
     if let Some(bits) = config.quantization_bits {
-        return Err(ExportError::AlreadyQuantized { dir: source.to_owned(), bits });
+        return Err(ExportError::AlreadyQuantized { dir: source.folder().to_owned(), bits });
     }
     let checkpoint = open_weights::<ExportError>(source, &config)?;
-    let own_head = has_own_head(&checkpoint, &config)?;
+    let own_head = has_own_head(checkpoint, &config)?;
     let tensors = tensor_specs(&config)
         .chain(own_head.then(|| head_spec(&config)))
         .map(|spec| {
@@ -96,7 +97,7 @@ pub fn quantize(
             }
         }
     }
-    copy_companions(source, target)?;
+    copy_companions(source.folder(), target)?;
     value["quantization_config"] = json!({"quant_method": "group32", "bits": bits});
     writer.finish(&value)
 }
@@ -105,7 +106,7 @@ pub fn quantize(
 fn copy_companions(source: &Path, target: &Path) -> Result<(), ExportError> {
     let read_error = |file: &Path| {
         let file = file.to_owned();
-        move |source| ConfigError::Read { file, source }
+        move |source| DocumentError::Read { file, source: Arc::new(source) }
     };
     let mut names: Vec<PathBuf> = COMPANIONS.map(PathBuf::from).into();
     let templates = source.join(TEMPLATES);

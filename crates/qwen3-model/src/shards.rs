@@ -5,8 +5,10 @@ use std::fs::{File, TryLockError};
 use std::io;
 use std::path::{Path, PathBuf};
 
+use checkpoint::{
+    CheckpointError, CheckpointWriter, DocumentError, TensorSpec as StoredSpec, WriteError,
+};
 use serde_json::{Map, Value, json};
-use tensor::{CheckpointError, CheckpointWriter, TensorSpec as StoredSpec, WriteError};
 
 use crate::fields::ConfigError;
 
@@ -56,6 +58,9 @@ pub enum ExportError {
     /// The configuration is not valid.
     #[error(transparent)]
     Config(#[from] ConfigError),
+    /// A file of the source cannot be read.
+    #[error(transparent)]
+    Document(#[from] DocumentError),
     /// The source's weights cannot be read.
     #[error(transparent)]
     Checkpoint(#[from] CheckpointError),

@@ -4,7 +4,8 @@
 use std::path::Path;
 use std::thread;
 
-use tensor::{TensorSpec as StoredSpec, WeightFormat, encode_rows};
+use checkpoint::TensorSpec as StoredSpec;
+use tensor::{WeightFormat, encode_rows};
 
 use crate::config::Config;
 use crate::deterministic::mix;
@@ -142,7 +143,7 @@ fn normal_quantile(p: f64) -> f64 {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use tensor::Checkpoint;
+    use checkpoint::Checkpoint;
 
     #[test]
     fn the_table_has_the_moments_of_the_distribution() {

@@ -5,6 +5,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use comm::ThreadComm;
+use qwen3_model::ModelSource;
 use qwen3_model::batch::BatchError;
 use qwen3_model::options::KvFormat;
 use qwen3_model::presets::Preset;
@@ -33,7 +34,13 @@ fn on_ranks<T: Send>(
     job: impl Fn(&Model) -> T + Sync,
 ) -> Vec<T> {
     let run = |comm: ThreadComm| {
-        job(&Model::load(dir, Arc::new(comm), &options, &|_| ()).expect("the model loads"))
+        job(&Model::load(
+            &ModelSource::open(dir).expect("a model"),
+            Arc::new(comm),
+            &options,
+            &|_| (),
+        )
+        .expect("the model loads"))
     };
     std::thread::scope(|scope| {
         let group = ThreadComm::group(ranks).into_iter();

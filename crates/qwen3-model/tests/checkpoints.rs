@@ -4,7 +4,9 @@ use std::path::Path;
 use std::sync::Arc;
 use std::thread;
 
+use checkpoint::{Checkpoint, CheckpointWriter};
 use comm::{SoloComm, ThreadComm};
+use qwen3_model::ModelSource;
 use qwen3_model::config::ConfigError;
 use qwen3_model::generation_config::GenerationConfig;
 use qwen3_model::names::{TensorSpec, tensor_specs};
@@ -14,7 +16,6 @@ use qwen3_model::quantize::quantize;
 use qwen3_model::shards::ExportError;
 use qwen3_model::synth::{SynthOptions, synthesize};
 use qwen3_model::{Config, Isa, LogitRows, Model, ModelOptions, Sequence};
-use tensor::{Checkpoint, CheckpointWriter};
 
 fn tiny(preset: Preset, seed: u64) -> SynthOptions {
     SynthOptions { preset, layers: None, seed }
@@ -25,8 +26,12 @@ fn synth(dir: &Path, options: &SynthOptions) {
 }
 
 fn logits(dir: &Path) -> Vec<f32> {
-    let model =
-        Model::load(dir, Arc::new(SoloComm::new()), &ModelOptions::new(Isa::scalar()), &|_| ());
+    let model = Model::load(
+        &ModelSource::open(dir).expect("a model"),
+        Arc::new(SoloComm::new()),
+        &ModelOptions::new(Isa::scalar()),
+        &|_| (),
+    );
     let model = model.expect("the checkpoint loads");
     let mut cache = Sequence::new(&model, 16).expect("memory");
     let logits = cache.forward(&model, &[1, 7, 42, 300, 511], LogitRows::All).expect("logits");
@@ -96,10 +101,16 @@ fn a_made_up_checkpoint_is_complete() {
         assert_eq!(last.written, last.total);
         assert!(progress.is_sorted_by_key(|now| now.written));
 
-        let config = Config::read(&dir).expect("a valid configuration");
+        let config = Config::read(&ModelSource::open(&dir).expect("a model"))
+            .expect("a valid configuration");
         assert_eq!(config.num_hidden_layers, layers.unwrap_or(3));
         assert_eq!(last.total, 2 * config.parameters());
-        assert_eq!(GenerationConfig::read(&dir).expect("valid").eos_token_ids, [1, 0]);
+        assert_eq!(
+            GenerationConfig::read(&ModelSource::open(&dir).expect("a model"))
+                .expect("valid")
+                .eos_token_ids,
+            [1, 0]
+        );
         let checkpoint = Checkpoint::open(&dir).expect("a valid checkpoint");
         for spec in tensor_specs(&config) {
             assert_eq!(checkpoint.shape(&spec.name), Some(&spec.shape[..]), "{}", spec.name);
@@ -169,14 +180,18 @@ fn quantized_checkpoints() {
         for (format, bits, bound) in [(WeightFormat::Q8, 8, 0.008), (WeightFormat::Q4, 4, 0.1)] {
             let target = folder.path().join(format!("{preset}-{format}"));
             let mut last = None;
-            quantize(&source, &target, format, &mut |now| last = Some(now)).expect("quantized");
+            quantize(&ModelSource::open(&source).expect("a model"), &target, format, &mut |now| {
+                last = Some(now)
+            })
+            .expect("quantized");
             let last = last.expect("progress");
             assert_eq!(last.written, last.total);
-            let config = Config::read(&target).expect("a valid configuration");
+            let config = Config::read(&ModelSource::open(&target).expect("a model"))
+                .expect("a valid configuration");
             assert_eq!(config.quantization_bits, Some(bits));
             assert_eq!(
                 Config { quantization_bits: None, ..config.clone() },
-                Config::read(&source).expect("valid")
+                Config::read(&ModelSource::open(&source).expect("a model")).expect("valid")
             );
             assert!(
                 target.join("tokenizer.json").exists()
@@ -211,7 +226,7 @@ fn quantized_checkpoints() {
             );
         }
         let again = quantize(
-            &folder.path().join(format!("{preset}-q8")),
+            &ModelSource::open(folder.path().join(format!("{preset}-q8"))).expect("a model"),
             &folder.path().join("x"),
             WeightFormat::Q4,
             &mut |_| (),
@@ -236,7 +251,8 @@ fn a_tied_model_may_have_a_head_of_its_own() {
     let own = logits(&source);
     edit_config(&source, "tie_word_embeddings", true.into());
     assert_eq!(logits(&source), own);
-    quantize(&source, &target, WeightFormat::Q8, &mut |_| ()).expect("quantized");
+    quantize(&ModelSource::open(&source).expect("a model"), &target, WeightFormat::Q8, &mut |_| ())
+        .expect("quantized");
     let distance = distance(&logits(&target), &own);
     assert!(distance < 0.04, "relative distance {distance}");
 
@@ -244,11 +260,13 @@ fn a_tied_model_may_have_a_head_of_its_own() {
     let twice = folder.path().join("twice");
     std::fs::create_dir(&twice).expect("a folder");
     std::fs::copy(source.join("config.json"), twice.join("config.json")).expect("copied");
-    let (config, checkpoint) =
-        (Config::read(&source).expect("valid"), Checkpoint::open(&source).expect("valid"));
+    let (config, checkpoint) = (
+        Config::read(&ModelSource::open(&source).expect("a model")).expect("valid"),
+        Checkpoint::open(&source).expect("valid"),
+    );
     let mut specs: Vec<_> = tensor_specs(&config).map(|spec| (spec.name.clone(), spec)).collect();
     specs.push(("lm_head.weight".to_owned(), specs[0].1.clone()));
-    let stored = |(name, spec): &(String, TensorSpec)| tensor::TensorSpec {
+    let stored = |(name, spec): &(String, TensorSpec)| checkpoint::TensorSpec {
         name: name.clone(),
         format: WeightFormat::Bf16,
         shape: spec.shape.clone(),
@@ -264,8 +282,13 @@ fn a_tied_model_may_have_a_head_of_its_own() {
         writer.write(name, &values).expect("writable");
     }
     writer.finish().expect("complete");
-    quantize(&twice, &folder.path().join("once"), WeightFormat::Q8, &mut |_| ())
-        .expect("quantized");
+    quantize(
+        &ModelSource::open(&twice).expect("a model"),
+        &folder.path().join("once"),
+        WeightFormat::Q8,
+        &mut |_| (),
+    )
+    .expect("quantized");
     let once = Checkpoint::open(folder.path().join("once")).expect("valid");
     assert!(
         Checkpoint::open(&twice).expect("valid").contains("lm_head.weight")
@@ -290,12 +313,22 @@ fn sizes_beyond_the_weights_are_refused_before_anything_is_sized_by_them() {
         synth(&dir, &tiny(preset, 1));
         fields.iter().for_each(|field| edit_config(&dir, field, huge.into()));
         let options = ModelOptions::new(Isa::scalar());
-        let error = Model::load(&dir, Arc::new(SoloComm::new()), &options, &|_| ())
-            .err()
-            .expect("too few weights");
+        let error = Model::load(
+            &ModelSource::open(&dir).expect("a model"),
+            Arc::new(SoloComm::new()),
+            &options,
+            &|_| (),
+        )
+        .err()
+        .expect("too few weights");
         assert!(error.to_string().contains(tensor), "{error}");
-        let error = quantize(&dir, &folder.path().join("x"), WeightFormat::Q8, &mut |_| ())
-            .expect_err("too few");
+        let error = quantize(
+            &ModelSource::open(&dir).expect("a model"),
+            &folder.path().join("x"),
+            WeightFormat::Q8,
+            &mut |_| (),
+        )
+        .expect_err("too few");
         assert!(error.to_string().contains(tensor), "{error}");
     }
 }
@@ -305,8 +338,14 @@ fn load_pair(dirs: [&Path; 2], isas: [Isa; 2]) -> Vec<Option<String>> {
     thread::scope(|scope| {
         let ranks = ThreadComm::group(2).into_iter().zip(dirs.into_iter().zip(isas)).map(
             |(comm, (dir, isa))| {
-                let load =
-                    move || Model::load(dir, Arc::new(comm), &ModelOptions::new(isa), &|_| ());
+                let load = move || {
+                    Model::load(
+                        &ModelSource::open(dir).expect("a model"),
+                        Arc::new(comm),
+                        &ModelOptions::new(isa),
+                        &|_| (),
+                    )
+                };
                 scope.spawn(move || load().err().map(|error| error.to_string()))
             },
         );
@@ -375,7 +414,12 @@ fn nothing_is_written_over() {
     synth(folder.path(), &tiny(Preset::Tiny, 1));
     for result in [
         synthesize(folder.path(), &tiny(Preset::Tiny, 1), &mut |_| ()),
-        quantize(folder.path(), folder.path(), WeightFormat::Q8, &mut |_| ()),
+        quantize(
+            &ModelSource::open(folder.path()).expect("a model"),
+            folder.path(),
+            WeightFormat::Q8,
+            &mut |_| (),
+        ),
     ] {
         let error = result.expect_err("a checkpoint is there already");
         assert!(matches!(error, ExportError::Exists { .. }), "{error}");
@@ -397,13 +441,18 @@ fn what_cannot_be_written() {
     assert!(matches!(error, ExportError::Io { .. }), "{error}");
 
     let error = quantize(
-        &folder.path().join("absent"),
+        &ModelSource::open(folder.path()).expect("a folder"),
         &folder.path().join("x"),
         WeightFormat::Q8,
         &mut |_| (),
     );
-    assert!(matches!(error, Err(ExportError::Config(ConfigError::Read { .. }))));
-    let error = quantize(folder.path(), &folder.path().join("x"), WeightFormat::Bf16, &mut |_| ());
+    assert!(matches!(error, Err(ExportError::Document(_))));
+    let error = quantize(
+        &ModelSource::open(folder.path()).expect("a model"),
+        &folder.path().join("x"),
+        WeightFormat::Bf16,
+        &mut |_| (),
+    );
     assert!(matches!(error, Err(ExportError::Format { found: WeightFormat::Bf16 })));
 
     // Weights that are missing, and weights that no quantized format expresses.
@@ -411,8 +460,13 @@ fn what_cannot_be_written() {
     synth(&source, &tiny(Preset::Tiny, 1));
     std::fs::create_dir_all(folder.path().join("way/tokenizer.json")).expect("a folder");
     std::fs::write(source.join("tokenizer.json"), "{}").expect("writable");
-    let error = quantize(&source, &folder.path().join("way"), WeightFormat::Q8, &mut |_| ())
-        .expect_err("in the way");
+    let error = quantize(
+        &ModelSource::open(&source).expect("a model"),
+        &folder.path().join("way"),
+        WeightFormat::Q8,
+        &mut |_| (),
+    )
+    .expect_err("in the way");
     assert!(
         matches!(&error, ExportError::Io { file, .. } if file.ends_with("way/tokenizer.json")),
         "{error}"
@@ -429,8 +483,13 @@ fn what_cannot_be_written() {
     for (low, read, found) in [(0xc0, false, "NaN"), (0x00, true, "17014118")] {
         bytes[end - 2 * 96 - 2] = low;
         std::fs::write(&weights, &bytes).expect("writable");
-        let error = quantize(&source, &folder.path().join("nan"), WeightFormat::Q8, &mut |_| ())
-            .expect_err(found);
+        let error = quantize(
+            &ModelSource::open(&source).expect("a model"),
+            &folder.path().join("nan"),
+            WeightFormat::Q8,
+            &mut |_| (),
+        )
+        .expect_err(found);
         let message = error.to_string();
         let expected = if read {
             matches!(error, ExportError::Write(_))
@@ -445,18 +504,33 @@ fn what_cannot_be_written() {
     }
     let left = std::fs::read_dir(folder.path().join("nan")).expect("a folder").count();
     assert_eq!(left, 0, "what is not finished does not stay");
-    let error =
-        quantize(&source, &file, WeightFormat::Q8, &mut |_| ()).expect_err("a file in the way");
+    let error = quantize(
+        &ModelSource::open(&source).expect("a model"),
+        &file,
+        WeightFormat::Q8,
+        &mut |_| (),
+    )
+    .expect_err("a file in the way");
     assert!(matches!(error, ExportError::Exists { .. }), "{error}");
 
     // Weights of more layers than the configuration has.
     edit_config(&source, "num_hidden_layers", 2.into());
-    let error = quantize(&source, &folder.path().join("y"), WeightFormat::Q8, &mut |_| ())
-        .expect_err("a third layer");
+    let error = quantize(
+        &ModelSource::open(&source).expect("a model"),
+        &folder.path().join("y"),
+        WeightFormat::Q8,
+        &mut |_| (),
+    )
+    .expect_err("a third layer");
     assert!(matches!(error, ExportError::Config(ConfigError::Contradiction { .. })), "{error}");
 
     std::fs::remove_file(&weights).expect("removable");
-    let error = quantize(&source, &folder.path().join("y"), WeightFormat::Q8, &mut |_| ())
-        .expect_err("no weights");
+    let error = quantize(
+        &ModelSource::open(&source).expect("a model"),
+        &folder.path().join("y"),
+        WeightFormat::Q8,
+        &mut |_| (),
+    )
+    .expect_err("no weights");
     assert!(matches!(error, ExportError::Checkpoint(_)), "{error}");
 }

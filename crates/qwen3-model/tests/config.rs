@@ -3,6 +3,7 @@
 use std::path::Path;
 
 use qwen3_model::Config;
+use qwen3_model::ModelSource;
 use qwen3_model::config::ConfigError;
 use qwen3_model::rope_config::RopeScaling;
 use serde_json::{Value, json};
@@ -268,7 +269,7 @@ fn rejected(base: fn() -> Value, cases: &[(Value, &str, &str)]) {
             ConfigError::Range { field, .. } => ("range", field),
             ConfigError::Contradiction { field, .. } => ("contradiction", field),
             ConfigError::Unsupported { field, .. } => ("unsupported", field),
-            ConfigError::Read { .. } | ConfigError::Json { .. } => panic!("{fields}: {error}"),
+            ConfigError::Document(_) | ConfigError::Json { .. } => panic!("{fields}: {error}"),
         };
         assert_eq!((found, field.as_str()), (*variant, *name), "{fields}: {error}");
         let message = error.to_string();
@@ -490,19 +491,27 @@ fn unsupported_variants() {
 #[test]
 fn files_that_cannot_be_read() {
     let folder = tempfile::tempdir().expect("a folder");
-    let error = Config::read(folder.path()).expect_err("no file");
+    let error =
+        Config::read(&ModelSource::open(folder.path()).expect("a model")).expect_err("no file");
     assert!(
-        matches!(&error, ConfigError::Read { file, .. } if file.ends_with("config.json")),
+        matches!(&error, ConfigError::Document(_)) && error.to_string().contains("no config.json"),
         "{error}"
     );
     for text in ["{\"hidden_size\": ", "", "\u{feff}{}", "not json", "{\"a\": NaN}"] {
         std::fs::write(folder.path().join("config.json"), text).expect("writable");
-        let error = Config::read(folder.path()).expect_err("not JSON");
+        let error = Config::read(&ModelSource::open(folder.path()).expect("a model"))
+            .expect_err("not JSON");
         assert!(matches!(&error, ConfigError::Json { .. }), "{text:?}: {error}");
         assert!(error.to_string().contains("config.json: is not JSON: "), "{error}");
     }
     std::fs::write(folder.path().join("config.json"), [0xff, 0xfe, 0x00]).expect("writable");
-    assert!(matches!(Config::read(folder.path()), Err(ConfigError::Json { .. })));
+    assert!(matches!(
+        Config::read(&ModelSource::open(folder.path()).expect("a model")),
+        Err(ConfigError::Json { .. })
+    ));
     std::fs::write(folder.path().join("config.json"), dense().to_string()).expect("writable");
-    assert_eq!(Config::read(folder.path()).expect("valid"), parse(&dense()).expect("valid"));
+    assert_eq!(
+        Config::read(&ModelSource::open(folder.path()).expect("a model")).expect("valid"),
+        parse(&dense()).expect("valid")
+    );
 }

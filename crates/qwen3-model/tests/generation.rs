@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use comm::{Communicator, Phase, SoloComm, ThreadComm};
+use qwen3_model::ModelSource;
 use qwen3_model::generation::{GenerateError, Generated, Progress, StopReason};
 use qwen3_model::perplexity::{PerplexityError, perplexity};
 use qwen3_model::{
@@ -21,7 +22,8 @@ fn folder() -> PathBuf {
 
 fn load(comm: Arc<dyn Communicator>, strategy: ParallelStrategy) -> Model {
     let options = ModelOptions { strategy, ..ModelOptions::new(Isa::scalar()) };
-    Model::load(&folder(), comm, &options, &|_| ()).expect("the bundled model loads")
+    Model::load(&ModelSource::open(folder()).expect("a model"), comm, &options, &|_| ())
+        .expect("the bundled model loads")
 }
 
 fn solo() -> Model {

@@ -3,6 +3,7 @@
 use std::path::Path;
 
 use qwen3_model::Config;
+use qwen3_model::ModelSource;
 use qwen3_model::config::ConfigError;
 use qwen3_model::generation_config::{GenerationConfig, eos_token_ids};
 use serde_json::json;
@@ -11,7 +12,8 @@ use serde_json::json;
 fn generation_config() {
     let folder = tempfile::tempdir().expect("a folder");
     assert_eq!(
-        GenerationConfig::read(folder.path()).expect("absent is fine"),
+        GenerationConfig::read(&ModelSource::open(folder.path()).expect("a model"))
+            .expect("absent is fine"),
         GenerationConfig::default()
     );
     let published = json!({
@@ -20,7 +22,8 @@ fn generation_config() {
     });
     std::fs::write(folder.path().join("generation_config.json"), published.to_string())
         .expect("writable");
-    let config = GenerationConfig::read(folder.path()).expect("published");
+    let config = GenerationConfig::read(&ModelSource::open(folder.path()).expect("a model"))
+        .expect("published");
     assert_eq!(config.eos_token_ids, [151645, 151643]);
     assert_eq!((config.do_sample, config.temperature), (Some(true), Some(0.6)));
     assert_eq!((config.top_k, config.top_p), (Some(20), Some(0.95)));
@@ -48,8 +51,17 @@ fn generation_config() {
     let broken = json!({"top_p": 0.0, "eos_token_id": 3});
     std::fs::write(folder.path().join("generation_config.json"), broken.to_string())
         .expect("writable");
-    assert_eq!(eos_token_ids(folder.path(), &model).expect("ids"), [3]);
+    assert_eq!(
+        eos_token_ids(&ModelSource::open(folder.path()).expect("a model"), &model).expect("ids"),
+        [3]
+    );
     std::fs::write(folder.path().join("generation_config.json"), "{").expect("writable");
-    assert!(matches!(eos_token_ids(folder.path(), &model), Err(ConfigError::Json { .. })));
-    assert!(matches!(GenerationConfig::read(folder.path()), Err(ConfigError::Json { .. })));
+    assert!(matches!(
+        eos_token_ids(&ModelSource::open(folder.path()).expect("a model"), &model),
+        Err(ConfigError::Json { .. })
+    ));
+    assert!(matches!(
+        GenerationConfig::read(&ModelSource::open(folder.path()).expect("a model")),
+        Err(ConfigError::Json { .. })
+    ));
 }

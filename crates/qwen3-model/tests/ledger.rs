@@ -7,6 +7,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use comm::{Collective, EmulatedComm, Link, ThreadComm};
+use qwen3_model::ModelSource;
 use qwen3_model::options::{Division, ExpertSplit, KvFormat, MlpSchedule, WeightFormat};
 use qwen3_model::presets::Preset;
 use qwen3_model::synth::{SynthOptions, synthesize};
@@ -211,7 +212,15 @@ fn on_ranks<T: Send>(
     let run = |comm: ThreadComm| {
         let comm =
             EmulatedComm::new(Arc::new(comm), link, nodes).expect("no more nodes than ranks");
-        work(&Model::load(dir, Arc::new(comm), &options, &|_| ()).expect("the model loads"))
+        work(
+            &Model::load(
+                &ModelSource::open(dir).expect("a model"),
+                Arc::new(comm),
+                &options,
+                &|_| (),
+            )
+            .expect("the model loads"),
+        )
     };
     std::thread::scope(|scope| {
         let threads: Vec<_> =
@@ -301,7 +310,7 @@ fn the_ledger_counts_what_was_predicted_for_quantized_weights() {
         let dir = folder.path().join(preset.name());
         synthesize(&dir, &SynthOptions { preset, layers: Some(2), seed: 1 }, &mut |_| ())
             .expect("written");
-        let config = Config::read(&dir).expect("valid");
+        let config = Config::read(&ModelSource::open(&dir).expect("a model")).expect("valid");
         for strategy in [ParallelStrategy::Heads, ParallelStrategy::Sequence] {
             for (schedule, ranks) in
                 schedules.into_iter().flat_map(|schedule| [(schedule, 2), (schedule, 3)])
@@ -336,7 +345,7 @@ fn the_ledger_counts_keys_that_go_round() {
     let dir = folder.path().join("tiny");
     synthesize(&dir, &SynthOptions { preset: Preset::Tiny, layers: Some(2), seed: 1 }, &mut |_| ())
         .expect("written");
-    let config = Config::read(&dir).expect("valid");
+    let config = Config::read(&ModelSource::open(&dir).expect("a model")).expect("valid");
     let passes = [(1541, None), (1600, All), (100, Last), (1, Last)];
     let grid = ParallelStrategy::Grid { tp: 2, sp: 2 };
     let sequence = ParallelStrategy::Sequence;

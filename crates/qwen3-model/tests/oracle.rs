@@ -8,6 +8,7 @@ mod traffic;
 use std::sync::Arc;
 
 use cases::CASES;
+use qwen3_model::ModelSource;
 use qwen3_model::comm::{Communicator, EmulatedComm, Link, ThreadComm, WireFormat};
 use qwen3_model::options::WeightFormat;
 use qwen3_model::{LogitRows, Model, ModelOptions, ParallelStrategy, Sequence};
@@ -98,7 +99,7 @@ fn sums_in_bf16_keep_logits_within_a_hundredth() {
                             comm.set_wire(wire);
                             scope.spawn(|| {
                                 let model = Model::load(
-                                    &reference.folder,
+                                    &ModelSource::open(&reference.folder).expect("a model"),
                                     Arc::new(comm),
                                     &options,
                                     &|_| (),

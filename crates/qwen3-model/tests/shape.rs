@@ -5,17 +5,18 @@ mod cases;
 use std::sync::Arc;
 
 use comm::ThreadComm;
+use qwen3_model::ModelSource;
+use qwen3_model::checkpoint::Checkpoint;
 use qwen3_model::formats::WeightFormats;
 use qwen3_model::options::{ExpertSplit, MlpSchedule, WeightFormat};
 use qwen3_model::shape::ModelShape;
-use qwen3_model::tensor::Checkpoint;
 use qwen3_model::{Config, Isa, Model, ModelOptions, ParallelStrategy};
 
 #[test]
 fn memory_is_what_loading_takes() {
     for case in cases::CASES {
         let dir = cases::folder(case);
-        let config = Config::read(&dir).unwrap();
+        let config = Config::read(&ModelSource::open(&dir).unwrap()).unwrap();
         let checkpoint = Checkpoint::open(&dir).unwrap();
         for (weights, ranks) in
             [None, Some(WeightFormat::Q8)].into_iter().flat_map(|w| (1..=5).map(move |r| (w, r)))
@@ -48,7 +49,7 @@ fn memory_is_what_loading_takes() {
                         for (rank, comm) in ThreadComm::group(ranks).into_iter().enumerate() {
                             let (dir, formats, config) = (&dir, &formats, &config);
                             scope.spawn(move || {
-                                let model = Model::load(dir, Arc::new(comm), &options, &|_| ()).unwrap();
+                                let model = Model::load(&ModelSource::open(dir).unwrap(), Arc::new(comm), &options, &|_| ()).unwrap();
                                 let shape =
                                     ModelShape::new(config, formats, options.division(), ranks, rank);
                                 let label =

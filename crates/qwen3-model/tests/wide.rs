@@ -4,7 +4,10 @@
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use checkpoint::{CheckpointWriter, TensorSpec};
 use comm::{Communicator, CommunicatorExt, EmulatedComm, Link, SoloComm, ThreadComm};
+use qwen3_model::ModelSource;
+use qwen3_model::checkpoint::Checkpoint;
 use qwen3_model::formats::WeightFormats;
 use qwen3_model::heads::HeadPlan;
 use qwen3_model::names::{TensorRole, tensor_specs};
@@ -12,7 +15,6 @@ use qwen3_model::options::{AttentionAlgorithm, ExpertSplit, MlpSchedule, WeightF
 use qwen3_model::quantize::quantize;
 use qwen3_model::sampling::SampleRow;
 use qwen3_model::shape::ModelShape;
-use qwen3_model::tensor::Checkpoint;
 use qwen3_model::{
     Config, Isa, LogitRows, Model, ModelOptions, ParallelStrategy, Sampler, SamplingParams,
     Sequence,
@@ -20,7 +22,7 @@ use qwen3_model::{
 use rand::rngs::StdRng;
 use rand::{RngExt, SeedableRng};
 use serde_json::{Value, json};
-use tensor::{CheckpointWriter, TensorSpec, split_range};
+use tensor::split_range;
 
 /// The numeric contract, relative to the largest logit.
 const TOLERANCE: f32 = 2e-4;
@@ -79,12 +81,12 @@ impl Case {
         let folder = tempfile::tempdir().unwrap();
         write_checkpoint(folder.path(), value, &[WeightFormat::F32]);
         let dir = folder.path().join("quantized");
-        quantize(folder.path(), &dir, format, &mut |_| ()).unwrap();
+        quantize(&ModelSource::open(folder.path()).unwrap(), &dir, format, &mut |_| ()).unwrap();
         Self::of(folder, dir, None)
     }
 
     fn of(folder: tempfile::TempDir, dir: PathBuf, weights: Option<WeightFormat>) -> Self {
-        let config = Config::read(&dir).unwrap();
+        let config = Config::read(&ModelSource::open(&dir).expect("a model")).unwrap();
         let mut rng = StdRng::seed_from_u64(7);
         let prompt = (0..PROMPT).map(|_| rng.random_range(0..config.vocab_size as u32)).collect();
         let mut case = Self {
@@ -109,7 +111,13 @@ impl Case {
     fn load(&self, weights: Option<WeightFormat>) -> Model {
         let options =
             ModelOptions { weights, ..self.options(ParallelStrategy::Heads, Isa::scalar()) };
-        Model::load(&self.dir, Arc::new(SoloComm::new()), &options, &|_| ()).unwrap()
+        Model::load(
+            &ModelSource::open(&self.dir).expect("a model"),
+            Arc::new(SoloComm::new()),
+            &options,
+            &|_| (),
+        )
+        .unwrap()
     }
 
     fn options(&self, strategy: ParallelStrategy, isa: Isa) -> ModelOptions {
@@ -159,8 +167,9 @@ impl Case {
             options.schedule(),
             options.experts
         );
-        let model = Model::load(&self.dir, comm, options, &|_| ())
-            .unwrap_or_else(|e| panic!("{label}: {e}"));
+        let model =
+            Model::load(&ModelSource::open(&self.dir).expect("a model"), comm, options, &|_| ())
+                .unwrap_or_else(|e| panic!("{label}: {e}"));
         self.check_shares(&model, &label);
         let tolerance = if model.weight_format().is_quantized() { QUANTIZED } else { TOLERANCE };
         for pieces in [&[usize::MAX][..], &[1, 14, 2, usize::MAX]] {
@@ -252,7 +261,7 @@ fn run(model: &Model, prompt: &[u32], pieces: &[usize]) -> (Vec<f32>, Vec<u32>) 
 /// the given formats by turns.
 fn write_checkpoint(dir: &Path, value: &Value, formats: &[WeightFormat]) {
     std::fs::write(dir.join("config.json"), value.to_string()).unwrap();
-    let config = Config::read(dir).unwrap();
+    let config = Config::read(&ModelSource::open(dir).expect("a model")).unwrap();
     let specs: Vec<_> = tensor_specs(&config).collect();
     let stored = specs.iter().zip(formats.iter().cycle()).map(|(spec, format)| TensorSpec {
         name: spec.name.clone(),
@@ -342,7 +351,7 @@ fn long_prompts_on_several_machines() {
     let mut case = Case::new(&config(4, 2, 40, 50), None);
     case.prompt = (0..1637).map(|index| (index * index + 3 * index) % 50).collect();
     let model = Model::load(
-        &case.dir,
+        &ModelSource::open(&case.dir).expect("a model"),
         Arc::new(SoloComm::new()),
         &case.options(ParallelStrategy::Heads, Isa::scalar()),
         &|_| (),
@@ -375,7 +384,12 @@ fn whole_experts_are_refused_where_they_have_no_meaning() {
     let error = |case: &Case, mlp| {
         let options =
             ModelOptions { experts: ExpertSplit::Ranks, mlp, ..ModelOptions::new(Isa::scalar()) };
-        let loaded = Model::load(&case.dir, Arc::new(SoloComm::new()), &options, &|_| ());
+        let loaded = Model::load(
+            &ModelSource::open(&case.dir).expect("a model"),
+            Arc::new(SoloComm::new()),
+            &options,
+            &|_| (),
+        );
         loaded.err().expect("no such model").to_string()
     };
     let found = error(&dense, None);

@@ -1,4 +1,4 @@
-//! Rows of f32 to the bytes that a checkpoint stores.
+//! Rows of f32 to the bytes that a checkpoint stores, and back.
 
 use half::{
     bf16, f16,
@@ -7,7 +7,9 @@ use half::{
 
 use crate::{
     GROUP, WeightFormat,
-    quantize::{quantize_group_q4, quantize_group_q8, store_q4, store_q8},
+    quantize::{
+        dequantize_q4, dequantize_q8, quantize_group_q4, quantize_group_q8, store_q4, store_q8,
+    },
 };
 
 /// A weight that a format cannot express: in Q8 and Q4 one that is not finite, or beyond 127 and 7
@@ -89,6 +91,50 @@ pub fn encode_rows(
         }
     }
     Ok(())
+}
+
+/// Reads one row back from its stored form, the inverse of [`encode_rows`]: `bytes` has
+/// [`WeightFormat::stored_row_bytes`] for the `out.len()` weights.
+///
+/// # Panics
+///
+/// If `bytes` is shorter.
+pub fn decode_row(format: WeightFormat, bytes: &[u8], out: &mut [f32]) {
+    let needed = format.stored_row_bytes(out.len());
+    assert!(needed.is_some_and(|needed| needed <= bytes.len()), "{} bytes of a row", bytes.len());
+    match format {
+        WeightFormat::F32 => {
+            for (out, bytes) in out.iter_mut().zip(bytes.as_chunks().0) {
+                *out = f32::from_le_bytes(*bytes);
+            }
+        }
+        WeightFormat::Bf16 => {
+            for (out, bytes) in out.iter_mut().zip(bytes.as_chunks().0) {
+                *out = bf16::from_le_bytes(*bytes).to_f32();
+            }
+        }
+        WeightFormat::F16 => decode_f16(bytes, out),
+        WeightFormat::Q8 | WeightFormat::Q4 => {
+            let size = format.group_bytes().expect("a quantized format");
+            for (out, block) in out.chunks_mut(GROUP).zip(bytes.chunks_exact(size)) {
+                let values = match format {
+                    WeightFormat::Q8 => dequantize_q8(block),
+                    _ => dequantize_q4(block),
+                };
+                out.copy_from_slice(&values[..out.len()]);
+            }
+        }
+    }
+}
+
+/// Half precision in pieces, for which the library has vector instructions.
+fn decode_f16(bytes: &[u8], out: &mut [f32]) {
+    let mut bits = [0_u16; 256];
+    for (out, bytes) in out.chunks_mut(bits.len()).zip(bytes.chunks(2 * bits.len())) {
+        let bits = &mut bits[..out.len()];
+        bytemuck::cast_slice_mut(bits).copy_from_slice(&bytes[..2 * out.len()]);
+        bits.reinterpret_cast::<f16>().convert_to_f32_slice(out);
+    }
 }
 
 /// 16-bit elements, converted in pieces that stay in the cache.

@@ -82,8 +82,8 @@ impl WeightFormat {
         })
     }
 
-    /// Bytes of one weight of an unquantized format (of one code byte for the others).
-    pub(crate) fn element_bytes(self) -> usize {
+    /// Bytes of one weight of an unquantized format, and of one code byte of a quantized one.
+    pub fn element_bytes(self) -> usize {
         match self {
             Self::F32 => 4,
             Self::Bf16 | Self::F16 => 2,
@@ -91,8 +91,8 @@ impl WeightFormat {
         }
     }
 
-    /// Bytes of one group of one row: the scale and the codes.
-    pub(crate) fn group_bytes(self) -> Option<usize> {
+    /// Bytes of one group of one row, the scale and the codes; `None` in unquantized formats.
+    pub fn group_bytes(self) -> Option<usize> {
         match self {
             Self::Q8 => Some(2 + GROUP),
             Self::Q4 => Some(2 + GROUP / 2),

@@ -1,10 +1,9 @@
-//! Activations, weight formats, packed weight matrices, balanced splits and a checkpoint reader
-//! that reads only what a rank owns.
+//! Numbers in memory: activations, weight formats, packed weight matrices and balanced splits.
 #![doc = ""]
 #![doc = include_str!("../README.md")]
 
 #[cfg(target_endian = "big")]
-compile_error!("safetensors files and packed panels are little endian");
+compile_error!("encoded rows and packed panels are little endian");
 
 // Which indices belong to which rank or thread.
 mod split;
@@ -15,26 +14,13 @@ mod format;
 // Groups of 32 weights to 8 or 4 bits and back.
 mod quantize;
 
-// Rows to their stored bytes.
+// Rows to their stored bytes and back.
 mod encode;
 
-// A checkpoint on disk: what can be wrong with it, an open file, its header, a rectangle of a
-// matrix in it, the folder.
-mod error;
-
+// A matrix that gives its weights when asked.
 mod source;
 
-mod header;
-
-mod matrix;
-
-mod checkpoint;
-
-// The other direction.
-mod writer;
-
-// Weights in memory: huge pages, the layout of a panel, the way from a file to a panel, the whole
-// matrix.
+// Weights in memory: huge pages, the layout of a panel, filling a panel, the whole matrix.
 #[allow(unsafe_code)]
 mod buffer;
 
@@ -44,15 +30,12 @@ mod packer;
 
 mod packed;
 
-pub use checkpoint::Checkpoint;
-pub use encode::{EncodeError, encode_rows};
-pub use error::CheckpointError;
+pub use encode::{EncodeError, decode_row, encode_rows};
 pub use format::{GROUP, PANEL, UnknownFormat, WeightFormat};
-pub use matrix::Matrix;
 pub use packed::{PackedData, PackedMatrix, PanelChunk};
 pub use quantize::{GroupQ4, GroupQ8, quantize_group_q4, quantize_group_q8};
+pub use source::{DenseMatrix, MatrixSource};
 pub use split::{split_granular, split_range};
-pub use writer::{CheckpointWriter, TensorSpec, WriteError};
 
 /// Row-major f32 activations, `[tokens, features]`.
 pub type Activations = ndarray::Array2<f32>;

@@ -1,12 +1,11 @@
-//! Weights in memory, in the panel layout of the kernels, loaded in parallel pieces from a
-//! checkpoint.
+//! Weights in memory, in the panel layout of the kernels, filled in parallel pieces.
 
 use std::{fmt, ops::Range};
 
 use half::{bf16, f16};
 
 use crate::{
-    CheckpointError, Matrix, PANEL, WeightFormat,
+    DenseMatrix, EncodeError, MatrixSource, PANEL, WeightFormat,
     buffer::HugeBuffer,
     packer::Packer,
     panel::{slot_bf16, weight_q4, weight_q8},
@@ -64,12 +63,30 @@ impl PackedMatrix {
     /// # Panics
     ///
     /// If the matrices differ in their columns.
-    pub fn load(format: WeightFormat, stack: &[Matrix]) -> Result<Self, CheckpointError> {
-        let rows = stack.iter().map(Matrix::rows).sum();
-        let cols = stack.first().map_or(0, Matrix::cols);
+    pub fn load<M: MatrixSource>(format: WeightFormat, stack: &[M]) -> Result<Self, M::Error> {
+        let rows = stack.iter().map(M::rows).sum();
+        let cols = stack.first().map_or(0, M::cols);
         let mut packed = Self::allocate(format, rows, cols);
         packed.whole().load(stack)?;
         Ok(packed)
+    }
+
+    /// Packs row-major f32 weights `[rows, cols]`, rounded to `format`.
+    ///
+    /// # Errors
+    ///
+    /// If a weight is not finite, or too large for the format.
+    ///
+    /// # Panics
+    ///
+    /// If `weights` has another length than `rows * cols`.
+    pub fn from_f32(
+        format: WeightFormat,
+        weights: &[f32],
+        rows: usize,
+        cols: usize,
+    ) -> Result<Self, EncodeError> {
+        Self::load(format, &[DenseMatrix::new(weights, rows, cols)])
     }
 
     /// The format in memory.
@@ -204,21 +221,16 @@ impl PanelChunk<'_> {
     ///
     /// # Errors
     ///
-    /// If a file cannot be read, or a weight is not finite or too large for the format.
+    /// If weights cannot be read, are not finite, or are too large for the format.
     ///
     /// # Panics
     ///
     /// If the matrices of `stack` do not have the packed matrix's columns, or not its rows in all.
-    pub fn load(self, stack: &[Matrix]) -> Result<(), CheckpointError> {
-        let rows: usize = stack.iter().map(Matrix::rows).sum();
+    pub fn load<M: MatrixSource>(self, stack: &[M]) -> Result<(), M::Error> {
+        let rows: usize = stack.iter().map(M::rows).sum();
         assert_eq!(rows, self.rows, "rows of the stack, rows of the packed matrix");
         for matrix in stack {
-            assert_eq!(
-                matrix.cols(),
-                self.cols,
-                "columns of {}, columns of the packed matrix",
-                matrix.name()
-            );
+            assert_eq!(matrix.cols(), self.cols, "columns of the stack, of the packed matrix");
         }
         if self.data.is_empty() {
             return Ok(());

@@ -1,4 +1,4 @@
-//! Fills one panel at a time from the file: read 16 rows, convert them if need be, interleave.
+//! Fills one panel at a time: read 16 rows, round them if need be, interleave.
 
 use half::{
     bf16, f16,
@@ -6,103 +6,87 @@ use half::{
 };
 
 use crate::{
-    CheckpointError, GROUP, Matrix, PANEL, WeightFormat,
-    matrix::Scratch,
+    EncodeError, GROUP, MatrixSource, PANEL, WeightFormat,
     panel::{BLOCK_Q4, BLOCK_Q8, interleave, interleave_bf16, pack_q4, pack_q8},
     quantize::{GroupQ8, load_q4, load_q8, quantize_group_q4, quantize_group_q8},
 };
 
-/// One thread's way from stored rows to panels. Its memory is that of one panel, in two or three
-/// forms.
-pub(crate) struct Packer<'a> {
+/// One thread's way from the rows of a source to panels. Its memory is that of one panel, in two or
+/// three forms.
+pub(crate) struct Packer<'a, M: MatrixSource> {
     format: WeightFormat,
     cols: usize,
-    stack: &'a [Matrix],
-    route: Route,
-    scratch: Scratch,
-    /// `[16, cols]` in the form that the route needs.
+    stack: &'a [M],
+    /// Whether every matrix represents its weights exactly in `format`; then they are copied in
+    /// their encoded form.
+    exact: bool,
+    scratch: M::Scratch,
+    /// `[16, cols]`, unless all are exact.
     floats: Vec<f32>,
+    /// `[16, cols]` 16-bit patterns.
     bits: Vec<u16>,
-    /// `[16, groups]` stored groups.
+    /// `[16, groups]` encoded groups.
     blocks: Vec<u8>,
 }
 
-/// What a panel goes through.
-#[derive(Clone, Copy)]
-enum Route {
-    /// 16-bit patterns, kept as they are.
-    Bits,
-    /// Stored groups, kept as they are.
-    Groups,
-    /// f32, converted where the format asks for it.
-    Floats,
-}
-
-impl<'a> Packer<'a> {
+impl<'a, M: MatrixSource> Packer<'a, M> {
     /// For panels in `format` of the rows of `stack`, which all have `cols` columns.
-    pub(crate) fn new(format: WeightFormat, cols: usize, stack: &'a [Matrix]) -> Self {
-        let same = stack.iter().all(|matrix| matrix.format() == format);
-        let route = match format {
-            WeightFormat::Bf16 | WeightFormat::F16 if same => Route::Bits,
-            WeightFormat::Q8 | WeightFormat::Q4
-                if same && stack.iter().all(Matrix::starts_on_group) =>
-            {
-                Route::Groups
-            }
-            _ => Route::Floats,
-        };
+    pub(crate) fn new(format: WeightFormat, cols: usize, stack: &'a [M]) -> Self {
+        let exact = format != WeightFormat::F32
+            && stack.iter().all(|matrix| matrix.exact_format() == format);
         let mut packer = Self {
             format,
             cols,
             stack,
-            route,
-            scratch: Scratch::default(),
+            exact,
+            scratch: M::Scratch::default(),
             floats: Vec::new(),
             bits: Vec::new(),
             blocks: Vec::new(),
         };
-        match route {
-            Route::Bits => packer.bits = vec![0; PANEL * cols],
-            Route::Groups => packer.blocks = vec![0; format.panel_bytes(cols)],
-            Route::Floats => packer.floats = vec![0.0; PANEL * cols],
+        match (exact, format.is_quantized()) {
+            (true, false) => packer.bits = vec![0; PANEL * cols],
+            (true, true) => packer.blocks = vec![0; format.panel_bytes(cols)],
+            (false, _) => packer.floats = vec![0.0; PANEL * cols],
         }
         packer
     }
 
     /// Reads the rows of panel `panel` and writes `data`, the panel's bytes.
-    pub(crate) fn pack(&mut self, panel: usize, data: &mut [u8]) -> Result<(), CheckpointError> {
+    pub(crate) fn pack(&mut self, panel: usize, data: &mut [u8]) -> Result<(), M::Error> {
         self.read(panel)?;
         let cols = self.cols;
-        match (self.route, self.format) {
+        match (self.exact, self.format) {
             (_, WeightFormat::F32) => {
-                interleave(&self.floats, cols, bytemuck::cast_slice_mut(data))
+                interleave(&self.floats, cols, bytemuck::cast_slice_mut(data));
             }
-            (Route::Bits, _) => self.interleave_bits(data),
-            (Route::Groups, WeightFormat::Q8) => {
-                for (g, block) in data.chunks_exact_mut(BLOCK_Q8).enumerate() {
-                    pack_q8(
-                        &std::array::from_fn(|r| {
-                            mask_q8(load_q8(self.block(r, g)), cols - g * GROUP)
-                        }),
-                        block,
-                    );
+            (exact, WeightFormat::Bf16 | WeightFormat::F16) => {
+                if !exact {
+                    self.round(panel)?;
+                }
+                let panel = bytemuck::cast_slice_mut(data);
+                match self.format {
+                    WeightFormat::Bf16 => interleave_bf16(&self.bits, cols, panel),
+                    _ => interleave(&self.bits, cols, panel),
                 }
             }
-            (Route::Groups, _) => {
+            (true, WeightFormat::Q8) => {
+                for (g, block) in data.chunks_exact_mut(BLOCK_Q8).enumerate() {
+                    let group = |r| mask_q8(load_q8(self.block(r, g)), cols - g * GROUP);
+                    pack_q8(&std::array::from_fn(group), block);
+                }
+            }
+            (true, WeightFormat::Q4) => {
                 for (g, block) in data.chunks_exact_mut(BLOCK_Q4).enumerate() {
                     pack_q4(&std::array::from_fn(|r| load_q4(self.block(r, g))), block);
                 }
             }
-            (Route::Floats, WeightFormat::Bf16 | WeightFormat::F16) => {
-                self.round(panel)?;
-                self.interleave_bits(data);
-            }
-            (Route::Floats, WeightFormat::Q8) => {
+            (false, WeightFormat::Q8) => {
                 for (g, block) in data.chunks_exact_mut(BLOCK_Q8).enumerate() {
                     pack_q8(&self.quantize(panel, g, quantize_group_q8)?, block);
                 }
             }
-            (Route::Floats, WeightFormat::Q4) => {
+            (false, WeightFormat::Q4) => {
                 for (g, block) in data.chunks_exact_mut(BLOCK_Q4).enumerate() {
                     pack_q4(&self.quantize(panel, g, quantize_group_q4)?, block);
                 }
@@ -111,9 +95,9 @@ impl<'a> Packer<'a> {
         Ok(())
     }
 
-    /// Reads the panel's rows into the tile of the route; rows beyond the stack become zero
-    /// weights.
-    fn read(&mut self, panel: usize) -> Result<(), CheckpointError> {
+    /// Reads the panel's rows; rows beyond the stack become zero weights.
+    fn read(&mut self, panel: usize) -> Result<(), M::Error> {
+        let (cols, row_bytes) = (self.cols, self.blocks.len() / PANEL);
         let mut filled = 0;
         let mut above = 0;
         for matrix in self.stack {
@@ -126,54 +110,40 @@ impl<'a> Packer<'a> {
             }
             let tile = filled..filled + end - start;
             filled = tile.end;
-            match self.route {
-                Route::Bits => {
-                    let tile = &mut self.bits[tile.start * self.cols..tile.end * self.cols];
-                    matrix.read_bits(start..end, tile, &mut self.scratch)?;
-                }
-                Route::Groups => {
-                    let bytes = self.blocks.len() / PANEL;
-                    let tile = &mut self.blocks[tile.start * bytes..tile.end * bytes];
-                    matrix.read_groups(start..end, tile, &mut self.scratch)?;
-                }
-                Route::Floats => {
-                    let tile = &mut self.floats[tile.start * self.cols..tile.end * self.cols];
-                    matrix.read_f32(start..end, tile, &mut self.scratch)?;
-                }
+            let scratch = &mut self.scratch;
+            if !self.exact {
+                let tile = &mut self.floats[tile.start * cols..tile.end * cols];
+                matrix.read_f32(start..end, tile, scratch)?;
+            } else if self.format.is_quantized() {
+                let tile = &mut self.blocks[tile.start * row_bytes..tile.end * row_bytes];
+                matrix.read_encoded(start..end, tile, scratch)?;
+            } else {
+                let tile = &mut self.bits[tile.start * cols..tile.end * cols];
+                matrix.read_encoded(start..end, bytemuck::cast_slice_mut(tile), scratch)?;
             }
         }
         if filled < PANEL {
-            let row_bytes = self.blocks.len() / PANEL;
-            match self.route {
-                Route::Bits => self.bits[filled * self.cols..].fill(0),
-                Route::Floats => self.floats[filled * self.cols..].fill(0.0),
-                // Scales of 0.
-                Route::Groups => self.blocks[filled * row_bytes..].fill(0),
-            }
+            // Encoded groups of zero bytes have scale 0.
+            self.blocks[filled * row_bytes..].fill(0);
+            let elements = |len: usize| (filled * cols).min(len);
+            let (bits, floats) = (elements(self.bits.len()), elements(self.floats.len()));
+            self.bits[bits..].fill(0);
+            self.floats[floats..].fill(0.0);
         }
         Ok(())
     }
 
-    fn interleave_bits(&self, data: &mut [u8]) {
-        let panel = bytemuck::cast_slice_mut(data);
-        match self.format {
-            WeightFormat::Bf16 => interleave_bf16(&self.bits, self.cols, panel),
-            _ => interleave(&self.bits, self.cols, panel),
-        }
-    }
-
-    /// The f32 tile to 16-bit patterns.
-    fn round(&mut self, panel: usize) -> Result<(), CheckpointError> {
+    /// Rounds the f32 tile to 16-bit patterns.
+    fn round(&mut self, panel: usize) -> Result<(), M::Error> {
         self.bits.resize(self.floats.len(), 0);
         if self.format == WeightFormat::Bf16 {
             self.bits.reinterpret_cast_mut::<bf16>().convert_from_f32_slice(&self.floats);
-            return Ok(());
+        } else {
+            self.bits.reinterpret_cast_mut::<f16>().convert_from_f32_slice(&self.floats);
         }
-        self.bits.reinterpret_cast_mut::<f16>().convert_from_f32_slice(&self.floats);
-        // A bf16 or f32 weight beyond 65504 would silently become infinite.
-        let lost =
-            |(&from, &to): (&f32, &u16)| from.is_finite() && f16::from_bits(to).is_infinite();
-        match self.floats.iter().zip(&self.bits).position(lost) {
+        // A weight beyond the format's range would silently become infinite.
+        let infinite = if self.format == WeightFormat::Bf16 { 0x7f80 } else { 0x7c00 };
+        match self.bits.iter().position(|bits| bits & 0x7fff == infinite) {
             Some(index) => {
                 Err(self.not_representable(panel, index / self.cols, self.floats[index]))
             }
@@ -187,7 +157,7 @@ impl<'a> Packer<'a> {
         panel: usize,
         g: usize,
         quantize_group: impl Fn(&[f32; GROUP]) -> Option<G>,
-    ) -> Result<[G; PANEL], CheckpointError> {
+    ) -> Result<[G; PANEL], M::Error> {
         let cols = g * GROUP..((g + 1) * GROUP).min(self.cols);
         let mut groups = [G::default(); PANEL];
         for (r, group) in groups.iter_mut().enumerate() {
@@ -208,17 +178,12 @@ impl<'a> Packer<'a> {
         &self.blocks[r * row_bytes + g * group..][..group]
     }
 
-    fn not_representable(&self, panel: usize, r: usize, found: f32) -> CheckpointError {
+    fn not_representable(&self, panel: usize, r: usize, found: f32) -> M::Error {
         let mut row = panel * PANEL + r;
         for matrix in self.stack {
             if row < matrix.rows() {
-                return CheckpointError::NotRepresentable {
-                    file: matrix.file().to_owned(),
-                    tensor: matrix.name().to_owned(),
-                    row: matrix.stored_row(row),
-                    found,
-                    format: self.format,
-                };
+                let format = self.format;
+                return matrix.not_representable(EncodeError { row, found, format });
             }
             row -= matrix.rows();
         }

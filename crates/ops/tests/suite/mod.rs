@@ -5,6 +5,7 @@ use std::ops::Range;
 use std::path::Path;
 use std::sync::Arc;
 
+use checkpoint::{Checkpoint, CheckpointWriter, Matrix, TensorSpec};
 use comm::Communicator;
 use ops::attention::{AttentionAlgorithm, AttentionShape, AttentionSpec, QkNorm, Rotary};
 use ops::attention_headwise::{AttentionPlan, AttentionScratch, TokenSpan, attention_headwise};
@@ -23,9 +24,7 @@ use ops::{
 };
 use rand::rngs::StdRng;
 use rand::{RngExt, SeedableRng};
-use tensor::{
-    Activations, Checkpoint, CheckpointWriter, Matrix, TensorSpec, WeightFormat, split_range,
-};
+use tensor::{Activations, WeightFormat, split_range};
 
 /// Sums of f32 products differ by their order: a few times the length times the rounding unit, for
 /// inputs within ±1, is far below this, and a wrong element is far above.

@@ -4,6 +4,7 @@
 use std::path::PathBuf;
 use std::sync::Arc;
 
+use qwen3_model::ModelSource;
 use qwen3_model::comm::Communicator;
 use qwen3_model::options::{AttentionAlgorithm, ExpertSplit, MlpSchedule, WeightFormat};
 use qwen3_model::{Isa, LogitRows, Model, ModelOptions, ParallelStrategy, Sequence};
@@ -169,8 +170,13 @@ impl Reference {
             overlap: 2,
             ..ModelOptions::new(what.isa)
         };
-        let model = Model::load(&self.folder, comm, &options, &|_| ())
-            .unwrap_or_else(|error| panic!("{label}: {error}"));
+        let model = Model::load(
+            &ModelSource::open(&self.folder).expect("a model"),
+            comm,
+            &options,
+            &|_| (),
+        )
+        .unwrap_or_else(|error| panic!("{label}: {error}"));
         let prompt = &self.input_ids;
         check_traffic(&model, prompt, &label);
 

@@ -5,16 +5,19 @@
 //! bytes of JSON that maps names to `{dtype, shape, data_offsets}`, then the data that the offsets
 //! count into. The data must be covered exactly.
 
-use std::{collections::HashMap, fmt, path::Path};
+use std::{collections::HashMap, fmt, marker::PhantomData, path::Path};
 
 use safetensors::Dtype;
-use serde::de::{Deserialize, Deserializer, MapAccess, Visitor};
-use serde_json::Value;
+use serde::de::{Deserialize, Deserializer, IgnoredAny, MapAccess, Visitor};
+use serde_json::{Value, value::RawValue};
 
-use crate::{CheckpointError, source::Source};
+use crate::{CheckpointError, file::WeightFile};
 
 /// The format's own limit for headers (safetensors `MAX_HEADER_SIZE`).
 const MAX_HEADER: u64 = 100_000_000;
+
+/// Tensors of one file, several times those of the largest mixture of experts in 4 bits.
+const MAX_TENSORS: usize = 1 << 18;
 
 /// Where a tensor lies in its file.
 #[derive(Clone, Debug)]
@@ -35,7 +38,7 @@ pub(crate) struct Header {
 }
 
 /// Reads and checks the header of `source`.
-pub(crate) fn read_header(source: &Source) -> Result<Header, CheckpointError> {
+pub(crate) fn read_header(source: &WeightFile) -> Result<Header, CheckpointError> {
     let file = source.path();
     if source.len() < 8 {
         return Err(CheckpointError::NoHeader { file: file.to_owned(), found: source.len() });
@@ -57,18 +60,36 @@ pub(crate) fn read_header(source: &Source) -> Result<Header, CheckpointError> {
 
 /// Checks the JSON of a header whose file has `available` bytes of data behind it.
 fn parse_header(file: &Path, json: &[u8], available: u64) -> Result<Header, CheckpointError> {
-    let Fields(fields) = serde_json::from_slice(json).map_err(|error| {
-        CheckpointError::HeaderJson { file: file.to_owned(), reason: error.to_string() }
-    })?;
+    let wrong = |error: serde_json::Error| CheckpointError::HeaderJson {
+        file: file.to_owned(),
+        reason: error.to_string(),
+    };
+    let Fields { fields, complete } = serde_json::from_slice(json).map_err(wrong)?;
+    if !complete {
+        return Err(CheckpointError::TooManyTensors { file: file.to_owned(), limit: MAX_TENSORS });
+    }
     let mut metadata = HashMap::new();
     let mut tensors = Vec::with_capacity(fields.len());
-    for (name, value) in fields {
+    let mut end = 0;
+    for (name, text) in fields {
+        // One value at a time: the text is compact, and its tree is not.
+        let text: &RawValue = text;
+        let value = serde_json::from_str(text.get()).map_err(wrong)?;
         if name == "__metadata__" {
             metadata = parse_metadata(file, value)?;
             continue;
         }
-        let entry = parse_entry(file, &name, &value, available, 8 + json.len() as u64)?;
+        let entry = parse_entry(file, &name, &value, 8 + json.len() as u64)?;
+        end = end.max(entry.offset.saturating_add(entry.bytes));
         tensors.push((name, entry));
+    }
+    let len = 8 + json.len() as u64 + available;
+    if end > len {
+        return Err(CheckpointError::Truncated {
+            file: file.to_owned(),
+            found: len,
+            expected: end,
+        });
     }
     // Before the cover: a repeated name is also an overlap, and the less telling message.
     let mut names: Vec<&str> =
@@ -102,7 +123,6 @@ fn parse_entry(
     file: &Path,
     tensor: &str,
     value: &Value,
-    available: u64,
     data_start: u64,
 ) -> Result<Entry, CheckpointError> {
     let field = |field: &'static str, expected: &'static str| CheckpointError::HeaderField {
@@ -127,9 +147,9 @@ fn parse_entry(
         Some(&[start, end]) => (start as u64, end as u64),
         _ => return Err(field("data_offsets", "two byte offsets")),
     };
-    if start > end || end > available {
+    if start > end || data_start.checked_add(end).is_none() {
         let (file, tensor) = (file.to_owned(), tensor.to_owned());
-        return Err(CheckpointError::OutOfRange { file, tensor, start, end, available });
+        return Err(CheckpointError::OutOfRange { file, tensor, start, end });
     }
     // A zero would hide that the size of a row does not fit.
     let product = shape
@@ -216,27 +236,37 @@ pub(crate) fn excerpt(value: Option<&Value>) -> String {
     }
 }
 
-/// A JSON object with its repeated keys, which a map would silently drop.
-pub(crate) struct Fields(pub(crate) Vec<(String, Value)>);
+/// A JSON object with its repeated keys, which a map would silently drop, up to [`MAX_TENSORS`].
+pub(crate) struct Fields<T> {
+    pub(crate) fields: Vec<(String, T)>,
+    /// Whether these are all of them.
+    pub(crate) complete: bool,
+}
 
-impl<'de> Deserialize<'de> for Fields {
+impl<'de, T: Deserialize<'de>> Deserialize<'de> for Fields<T> {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        struct Pairs;
-        impl<'de> Visitor<'de> for Pairs {
-            type Value = Fields;
+        struct Pairs<T>(PhantomData<T>);
+        impl<'de, T: Deserialize<'de>> Visitor<'de> for Pairs<T> {
+            type Value = Fields<T>;
 
             fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
                 f.write_str("an object")
             }
 
-            fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Fields, A::Error> {
-                let mut fields = Vec::with_capacity(map.size_hint().unwrap_or(0));
-                while let Some(field) = map.next_entry()? {
+            fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Fields<T>, A::Error> {
+                let mut fields = Vec::new();
+                while fields.len() < MAX_TENSORS
+                    && let Some(field) = map.next_entry()?
+                {
                     fields.push(field);
                 }
-                Ok(Fields(fields))
+                let mut complete = true;
+                while map.next_entry::<IgnoredAny, IgnoredAny>()?.is_some() {
+                    complete = false;
+                }
+                Ok(Fields { fields, complete })
             }
         }
-        deserializer.deserialize_map(Pairs)
+        deserializer.deserialize_map(Pairs(PhantomData))
     }
 }

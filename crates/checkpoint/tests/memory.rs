@@ -4,8 +4,9 @@
 
 mod folder;
 
+use checkpoint::{Checkpoint, CheckpointWriter, TensorSpec};
 use folder::{Folder, weights};
-use tensor::{Checkpoint, CheckpointWriter, PackedMatrix, TensorSpec, WeightFormat, split_range};
+use tensor::{PackedMatrix, WeightFormat, split_range};
 
 /// A field of /proc/self/status, in bytes.
 fn status(field: &str) -> usize {

@@ -8,11 +8,9 @@ use std::{
 
 use serde_json::{Map, Value, json};
 
-use crate::{
-    EncodeError, WeightFormat,
-    checkpoint::{MARK, mark},
-    encode_rows,
-};
+use tensor::{EncodeError, WeightFormat, encode_rows};
+
+use crate::checkpoint::{MARK, mark};
 
 /// Values encoded at once.
 const PIECE: usize = 1 << 18;
@@ -99,7 +97,7 @@ pub enum WriteError {
 ///
 /// Quantized tensors are stored as U8 `[rows, bytes of a row]`, groups of 32 weights one after the
 /// other: an f16 scale and 32 signed bytes (Q8), or a word of scale and zero point
-/// ([`PackedMatrix::data`](crate::PackedMatrix::data)) and 16 bytes of which byte i holds codes i
+/// ([`PackedMatrix::data`](tensor::PackedMatrix::data)) and 16 bytes of which byte i holds codes i
 /// (low nibble) and i + 16 (Q4). The file's metadata has `group32.NAME` = `q8 ROWSxCOLS` for each,
 /// from which [`Checkpoint`](crate::Checkpoint) knows them.
 #[derive(Debug)]

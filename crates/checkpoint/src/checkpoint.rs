@@ -11,17 +11,24 @@ use std::{
 };
 
 use safetensors::Dtype;
-use serde_json::Value;
+use serde_json::{Value, value::RawValue};
+use tensor::WeightFormat;
 
 use crate::{
-    CheckpointError, Matrix, WeightFormat,
+    CheckpointError, Document, DocumentError, Matrix,
+    file::WeightFile,
     header::{Entry, Fields, excerpt, read_header},
     matrix::Stored,
-    source::Source,
+    names::Renaming,
+    region::Region,
+    stored::{Float, Group32},
 };
 
 const SINGLE: &str = "model.safetensors";
 const INDEX: &str = "model.safetensors.index.json";
+
+/// Bytes of an index, several times those of the largest published models.
+const MAX_INDEX: u64 = 64 << 20;
 
 /// Prefix of the metadata keys that mark quantized tensors: `group32.NAME` = `q8 ROWSxCOLS`.
 pub(crate) const MARK: &str = "group32.";
@@ -37,6 +44,9 @@ pub(crate) fn mark(format: WeightFormat, rows: usize, cols: usize) -> String {
 
 /// The weights of a model on disk. Opening reads and checks the headers of all files; weights are
 /// read when asked for, and only those asked for. Cheap to share between threads.
+///
+/// Tensors have the names that causal language models of transformers give them, such as
+/// `model.layers.0.mlp.up_proj.weight`, whatever prefix the files use.
 #[derive(Debug)]
 pub struct Checkpoint {
     folder: PathBuf,
@@ -46,7 +56,9 @@ pub struct Checkpoint {
 
 #[derive(Debug)]
 struct Tensor {
-    source: Arc<Source>,
+    file: Arc<WeightFile>,
+    /// The name in the file.
+    name: Arc<str>,
     entry: Entry,
     /// Set for quantized tensors: the format, rows and columns behind the stored bytes.
     mark: Option<(WeightFormat, [usize; 2])>,
@@ -61,18 +73,20 @@ impl Checkpoint {
     /// Anything wrong with the folder, the index or a header; see [`CheckpointError`].
     pub fn open(folder: impl AsRef<Path>) -> Result<Self, CheckpointError> {
         let folder = folder.as_ref();
-        if !folder.is_dir() {
-            return Err(CheckpointError::NoFolder { folder: folder.to_owned() });
-        }
         let mut checkpoint =
             Self { folder: folder.to_owned(), tensors: HashMap::new(), bytes_read: Arc::default() };
+        let present = |name: &str| folder.join(name).symlink_metadata().is_ok();
         // A folder with both is read as Hugging Face's transformers does: the single file counts.
-        if folder.join(SINGLE).exists() {
+        if present(SINGLE) {
             checkpoint.add_file(folder.join(SINGLE))?;
-        } else if folder.join(INDEX).exists() {
+        } else if present(INDEX) {
             checkpoint.open_index(&folder.join(INDEX))?;
         } else {
             return Err(CheckpointError::NoWeights { folder: folder.to_owned() });
+        }
+        let renaming = Renaming::new(|name| checkpoint.tensors.contains_key(name));
+        for (name, tensor) in std::mem::take(&mut checkpoint.tensors) {
+            checkpoint.insert(renaming.apply(name), tensor)?;
         }
         Ok(checkpoint)
     }
@@ -94,18 +108,19 @@ impl Checkpoint {
         self.tensors.get(name).map(Tensor::shape)
     }
 
-    /// The format in which a tensor is stored.
+    /// The packed format in which a tensor is kept unless the user chooses one; see
+    /// [`Matrix::format`].
     ///
     /// # Errors
     ///
-    /// If the tensor is absent or its dtype is none of the weight formats.
+    /// If the tensor is absent or cannot be weights.
     pub fn stored_format(&self, name: &str) -> Result<WeightFormat, CheckpointError> {
-        self.tensor(name)?.format(name)
+        self.tensor(name)?.format()
     }
 
     /// The file that holds a tensor.
     pub fn file(&self, name: &str) -> Option<&Path> {
-        self.tensors.get(name).map(|tensor| tensor.source.path())
+        self.tensors.get(name).map(|tensor| tensor.file.path())
     }
 
     /// Bytes read from the files so far, headers included, by this checkpoint and all matrices it
@@ -121,10 +136,9 @@ impl Checkpoint {
     /// If it is absent, has another shape or dtype, or cannot be read.
     pub fn vector(&self, name: &str, len: usize) -> Result<Vec<f32>, CheckpointError> {
         let tensor = self.tensor(name)?;
-        tensor.expect_shape(name, &[len])?;
-        let format = tensor.format(name)?;
+        tensor.expect_shape(&[len])?;
         let mut out = vec![0.0; len];
-        tensor.matrix(name, format, 1, len).read_row(0, &mut out)?;
+        tensor.matrix(1, len)?.read_row(0, &mut out)?;
         Ok(out)
     }
 
@@ -135,8 +149,8 @@ impl Checkpoint {
     /// If it is absent or has another shape, or a dtype that cannot be weights.
     pub fn matrix(&self, name: &str, rows: usize, cols: usize) -> Result<Matrix, CheckpointError> {
         let tensor = self.tensor(name)?;
-        tensor.expect_shape(name, &[rows, cols])?;
-        Ok(tensor.matrix(name, tensor.format(name)?, rows, cols))
+        tensor.expect_shape(&[rows, cols])?;
+        tensor.matrix(rows, cols)
     }
 
     /// Checks that a tensor is there and has this shape.
@@ -145,7 +159,7 @@ impl Checkpoint {
     ///
     /// If it is absent or has another shape.
     pub fn expect_shape(&self, name: &str, shape: &[usize]) -> Result<(), CheckpointError> {
-        self.tensor(name)?.expect_shape(name, shape)
+        self.tensor(name)?.expect_shape(shape)
     }
 
     fn tensor(&self, name: &str) -> Result<&Tensor, CheckpointError> {
@@ -194,24 +208,31 @@ impl Checkpoint {
     }
 
     fn add_file(&mut self, path: PathBuf) -> Result<(), CheckpointError> {
-        let source = Arc::new(Source::open(path, Arc::clone(&self.bytes_read))?);
-        let header = read_header(&source)?;
+        let file = Arc::new(WeightFile::open(path, Arc::clone(&self.bytes_read))?);
+        let header = read_header(&file)?;
         self.tensors.reserve(header.tensors.len());
         for (name, entry) in header.tensors {
             let mark = match header.metadata.get(&format!("{MARK}{name}")) {
-                Some(mark) => Some(parse_mark(source.path(), &name, mark, &entry)?),
+                Some(mark) => Some(parse_mark(file.path(), &name, mark, &entry)?),
                 None => None,
             };
-            if let Some(other) = self.tensors.get(&name) {
-                return Err(CheckpointError::DuplicateTensor {
-                    tensor: name,
-                    file: other.source.path().to_owned(),
-                    other: source.path().to_owned(),
-                });
-            }
-            self.tensors.insert(name, Tensor { source: Arc::clone(&source), entry, mark });
+            let tensor =
+                Tensor { file: Arc::clone(&file), name: name.as_str().into(), entry, mark };
+            self.insert(name, tensor)?;
         }
         Ok(())
+    }
+
+    fn insert(&mut self, name: String, tensor: Tensor) -> Result<(), CheckpointError> {
+        let file = tensor.file.path().to_owned();
+        match self.tensors.insert(name.clone(), tensor) {
+            None => Ok(()),
+            Some(other) => Err(CheckpointError::DuplicateTensor {
+                tensor: name,
+                file: other.file.path().to_owned(),
+                other: file,
+            }),
+        }
     }
 }
 
@@ -223,42 +244,49 @@ impl Tensor {
         }
     }
 
-    fn expect_shape(&self, name: &str, expected: &[usize]) -> Result<(), CheckpointError> {
+    fn expect_shape(&self, expected: &[usize]) -> Result<(), CheckpointError> {
         if self.shape() == expected {
             return Ok(());
         }
         Err(CheckpointError::Shape {
-            file: self.source.path().to_owned(),
-            tensor: name.to_owned(),
+            file: self.file.path().to_owned(),
+            tensor: self.name.to_string(),
             found: self.shape().to_vec(),
             expected: expected.to_vec(),
         })
     }
 
-    fn format(&self, name: &str) -> Result<WeightFormat, CheckpointError> {
+    fn format(&self) -> Result<WeightFormat, CheckpointError> {
         match (self.mark, self.entry.dtype) {
             (Some((format, _)), _) => Ok(format),
             (None, Dtype::F32) => Ok(WeightFormat::F32),
             (None, Dtype::BF16) => Ok(WeightFormat::Bf16),
             (None, Dtype::F16) => Ok(WeightFormat::F16),
             (None, other) => Err(CheckpointError::Dtype {
-                file: self.source.path().to_owned(),
-                tensor: name.to_owned(),
+                file: self.file.path().to_owned(),
+                tensor: self.name.to_string(),
                 found: other.to_string(),
                 expected: "F32, BF16, F16, or U8 marked as group32 in the file's metadata",
             }),
         }
     }
 
-    fn matrix(&self, name: &str, format: WeightFormat, rows: usize, cols: usize) -> Matrix {
-        Matrix::new(Stored::new(
-            Arc::clone(&self.source),
-            name,
-            format,
-            self.entry.offset,
+    /// The tensor as `[rows, cols]`, which its shape was checked to be, or to flatten to.
+    fn matrix(&self, rows: usize, cols: usize) -> Result<Matrix, CheckpointError> {
+        let format = self.format()?;
+        let region = Region {
+            file: Arc::clone(&self.file),
+            name: Arc::clone(&self.name),
+            offset: self.entry.offset,
             rows,
-            cols,
-        ))
+            row_bytes: format.stored_row_bytes(cols).expect("checked with the header"),
+        };
+        let stored: Arc<dyn Stored> = if format.is_quantized() {
+            Arc::new(Group32::new(region, format, cols))
+        } else {
+            Arc::new(Float::new(region, format, cols))
+        };
+        Ok(Matrix::new(stored))
     }
 }
 
@@ -267,12 +295,16 @@ fn read_weight_map(
     index: &Path,
     bytes_read: &Arc<AtomicU64>,
 ) -> Result<Vec<(String, String)>, CheckpointError> {
-    let text = std::fs::read(index)
-        .map_err(|source| CheckpointError::Open { file: index.to_owned(), source })?;
+    let Some(Document { bytes: text, .. }) = Document::read(index, MAX_INDEX)? else {
+        let source = Arc::new(io::ErrorKind::NotFound.into());
+        return Err(DocumentError::Read { file: index.to_owned(), source }.into());
+    };
     bytes_read.fetch_add(text.len() as u64, Ordering::Relaxed);
-    let Fields(fields) = serde_json::from_slice(&text).map_err(|error| {
-        CheckpointError::IndexJson { file: index.to_owned(), reason: error.to_string() }
-    })?;
+    let wrong = |error: serde_json::Error| CheckpointError::IndexJson {
+        file: index.to_owned(),
+        reason: error.to_string(),
+    };
+    let top: Fields<&RawValue> = serde_json::from_slice(&text).map_err(wrong)?;
     let field =
         |field: &str, found: Option<&Value>, expected: &'static str| CheckpointError::IndexField {
             file: index.to_owned(),
@@ -280,26 +312,48 @@ fn read_weight_map(
             found: excerpt(found),
             expected,
         };
-    let map = fields.iter().find(|(key, _)| key == "weight_map").map(|(_, value)| value);
-    let object = map
-        .and_then(Value::as_object)
-        .filter(|object| !object.is_empty())
-        .ok_or_else(|| field("weight_map", map, "an object that maps tensors to files"))?;
-    let mut weight_map = Vec::with_capacity(object.len());
-    for (tensor, file) in object {
-        let name = file.as_str().filter(|name| stays_in_folder(name)).ok_or_else(|| {
-            field(&format!("weight_map[{tensor:?}]"), Some(file), "a file name inside the folder")
+    let map = top.fields.iter().find(|(key, _)| key == "weight_map").map(|(_, text)| *text);
+    let Some(map) = map.filter(|map| map.get().starts_with('{')) else {
+        let found = map.map(|map| serde_json::from_str(map.get())).transpose().map_err(wrong)?;
+        return Err(field("weight_map", found.as_ref(), "an object that maps tensors to files"));
+    };
+    let Fields { fields, complete } = serde_json::from_str(map.get()).map_err(wrong)?;
+    if !complete {
+        let (file, limit) = (index.to_owned(), fields.len());
+        return Err(CheckpointError::TooManyTensors { file, limit });
+    }
+    if fields.is_empty() {
+        return Err(field(
+            "weight_map",
+            Some(&Value::Object(Default::default())),
+            "an object that maps tensors to files",
+        ));
+    }
+    let mut weight_map = Vec::with_capacity(fields.len());
+    for (tensor, text) in fields {
+        let text: &RawValue = text;
+        let file: Value = serde_json::from_str(text.get()).map_err(wrong)?;
+        let name = file.as_str().and_then(inside_folder).ok_or_else(|| {
+            field(&format!("weight_map[{tensor:?}]"), Some(&file), "a file name inside the folder")
         })?;
-        weight_map.push((tensor.clone(), name.to_owned()));
+        weight_map.push((tensor, name));
     }
     weight_map.sort_unstable();
     Ok(weight_map)
 }
 
-/// An index from elsewhere must not make us open other files of the machine.
-fn stays_in_folder(name: &str) -> bool {
-    let mut parts = Path::new(name).components().peekable();
-    parts.peek().is_some() && parts.all(|part| matches!(part, Component::Normal(_)))
+/// A file name of an index, without `./`. An index from elsewhere must not make this program open
+/// other files of the machine.
+fn inside_folder(name: &str) -> Option<String> {
+    let mut parts = Vec::new();
+    for part in Path::new(name).components() {
+        match part {
+            Component::Normal(part) => parts.push(part.to_str()?),
+            Component::CurDir => {}
+            _ => return None,
+        }
+    }
+    (!parts.is_empty()).then(|| parts.join("/"))
 }
 
 /// Reads a mark such as `q8 1024x3072` and holds it against the stored bytes.

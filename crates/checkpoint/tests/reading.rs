@@ -2,9 +2,10 @@
 
 mod folder;
 
+use checkpoint::Checkpoint;
 use folder::{Folder, rounded, stored, weights};
 use proptest::prelude::*;
-use tensor::{Checkpoint, WeightFormat};
+use tensor::WeightFormat;
 
 const FLOATS: [(&str, WeightFormat); 3] =
     [("F32", WeightFormat::F32), ("BF16", WeightFormat::Bf16), ("F16", WeightFormat::F16)];

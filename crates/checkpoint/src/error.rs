@@ -1,20 +1,152 @@
-//! What can be wrong with a checkpoint folder, and how each case is told to its user.
+//! What can be wrong with the files of a model, and how each case is told to its user.
 
-use std::{io, path::PathBuf};
+use std::{io, path::PathBuf, sync::Arc};
 
-use crate::WeightFormat;
+use tensor::WeightFormat;
+
+/// Why a path is not a model.
+#[derive(Clone, Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum OpenError {
+    /// There is nothing at the path.
+    #[error("{} does not exist; expected the folder of a model", path.display())]
+    Missing {
+        /// The path.
+        path: PathBuf,
+    },
+    /// A `~` that the shell left as it is.
+    #[error("{} does not exist: the shell replaces ~ only outside of quotes; write $HOME instead", path.display())]
+    Tilde {
+        /// The path.
+        path: PathBuf,
+    },
+    /// The path is a link to nothing.
+    #[error("{} is a link to {}, which does not exist", path.display(), target.display())]
+    DanglingLink {
+        /// The path.
+        path: PathBuf,
+        /// Where the link leads.
+        target: PathBuf,
+    },
+    /// The name of a model on the hub that was not downloaded.
+    #[error("{name} is neither a folder nor in the local cache {}; download it with `hf download {name}`, or give its folder", cache.display())]
+    HubName {
+        /// The name.
+        name: String,
+        /// The cache of Hugging Face's programs.
+        cache: PathBuf,
+    },
+    /// The path is one file of a model that is a folder.
+    #[error("{} is one file of a model; expected the folder that holds all of its files: {}", path.display(), folder.display())]
+    FileOfModel {
+        /// The path.
+        path: PathBuf,
+        /// The file's folder.
+        folder: PathBuf,
+    },
+    /// A GGUF file.
+    #[error("{} is a GGUF file, which this version does not read; expected a folder with config.json and *.safetensors", path.display())]
+    Gguf {
+        /// The path.
+        path: PathBuf,
+    },
+    /// The path is a pipe, a socket or a device.
+    #[error("{} is neither a folder nor a regular file; expected the folder of a model", path.display())]
+    NotRegular {
+        /// The path.
+        path: PathBuf,
+    },
+    /// The path is a file of another kind.
+    #[error("{} is not a file of a model; expected the folder of a model", path.display())]
+    NotModel {
+        /// The path.
+        path: PathBuf,
+    },
+    /// The path is the cache of Hugging Face's programs, or the folder above it.
+    #[error("{} is a cache of many models; expected one of them, such as {}", path.display(), models.iter().map(|model| model.display().to_string()).collect::<Vec<_>>().join(" or "))]
+    CacheRoot {
+        /// The path.
+        path: PathBuf,
+        /// Some models in it.
+        models: Vec<PathBuf>,
+    },
+    /// A model in the cache whose snapshots leave open which one is meant.
+    #[error("{} has the snapshots {found:?}, of which refs/main names none; expected the path of one of them", path.display())]
+    Snapshots {
+        /// The folder `models--…`.
+        path: PathBuf,
+        /// The names of its snapshots.
+        found: Vec<String>,
+    },
+    /// The path cannot be looked at.
+    #[error("{}: cannot be read: {source}", path.display())]
+    Read {
+        /// The path.
+        path: PathBuf,
+        /// The system's reason.
+        source: Arc<io::Error>,
+    },
+}
+
+/// Why a small file of a model cannot be used.
+#[derive(Clone, Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum DocumentError {
+    /// A folder without `config.json`.
+    #[error("{} has no config.json; expected the folder of a model, with config.json and *.safetensors", folder.display())]
+    NoConfig {
+        /// The folder.
+        folder: PathBuf,
+    },
+    /// A model without `tokenizer.json`.
+    #[error("{}: no such file; expected the model's tokenizer", file.display())]
+    NoTokenizer {
+        /// Where it should be.
+        file: PathBuf,
+    },
+    /// The file cannot be read.
+    #[error("{}: cannot be read: {source}", file.display())]
+    Read {
+        /// The file.
+        file: PathBuf,
+        /// The system's reason.
+        source: Arc<io::Error>,
+    },
+    /// The file is larger than any of its kind.
+    #[error("{} has {found} bytes or more, expected at most {limit}", file.display())]
+    TooLarge {
+        /// The file.
+        file: PathBuf,
+        /// Its size, as far as it was read.
+        found: u64,
+        /// The limit in bytes.
+        limit: u64,
+    },
+    /// The file is not text.
+    #[error("{}: the byte at offset {offset} is not UTF-8", file.display())]
+    Encoding {
+        /// The file.
+        file: PathBuf,
+        /// The first such byte.
+        offset: usize,
+    },
+    /// A folder holds too many files.
+    #[error("{} holds {found} files, expected at most {limit}", folder.display())]
+    TooMany {
+        /// The folder.
+        folder: PathBuf,
+        /// How many.
+        found: usize,
+        /// The limit.
+        limit: usize,
+    },
+}
 
 /// Why a checkpoint cannot be opened or read. Every variant names the file, and the tensor where
 /// there is one, with what was found and what was expected.
-#[derive(Debug, thiserror::Error)]
+#[derive(Clone, Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum CheckpointError {
-    /// The folder does not exist or is not a folder.
-    #[error("checkpoint folder {} does not exist or is not a folder", folder.display())]
-    NoFolder {
-        /// The path as given.
-        folder: PathBuf,
-    },
     /// The folder holds no weights under the names that Hugging Face uses.
     #[error("{} holds neither model.safetensors nor model.safetensors.index.json", folder.display())]
     NoWeights {
@@ -27,7 +159,7 @@ pub enum CheckpointError {
         /// The file.
         file: PathBuf,
         /// The system's reason.
-        source: io::Error,
+        source: Arc<io::Error>,
     },
     /// A file could not be read.
     #[error("cannot read {bytes} bytes at offset {offset} of {} for {what}: {source}", file.display())]
@@ -41,7 +173,7 @@ pub enum CheckpointError {
         /// How many bytes were wanted.
         bytes: usize,
         /// The system's reason; `UnexpectedEof` if the file became shorter after it was opened.
-        source: io::Error,
+        source: Arc<io::Error>,
     },
     /// A file is too short for the length of its header.
     #[error("{} has {found} bytes, a safetensors file has at least 8", file.display())]
@@ -111,8 +243,29 @@ pub enum CheckpointError {
         /// Its shape.
         shape: Vec<usize>,
     },
-    /// The data offsets run backwards or beyond the file.
-    #[error("tensor {tensor} in {}: data offsets {start}..{end} do not lie within the file's {available} bytes of data", file.display())]
+    /// The file ends before the data that its header describes.
+    #[error("{} is shorter than its header says: it has {found} bytes, expected {expected}; download it again", file.display())]
+    Truncated {
+        /// The file.
+        file: PathBuf,
+        /// Its size in bytes.
+        found: u64,
+        /// The size that the header describes.
+        expected: u64,
+    },
+    /// More tensors than any model has.
+    #[error("the header of {} has more than {limit} entries", file.display())]
+    TooManyTensors {
+        /// The file.
+        file: PathBuf,
+        /// The limit.
+        limit: usize,
+    },
+    /// An index that is larger than any model's.
+    #[error(transparent)]
+    Index(#[from] DocumentError),
+    /// The data offsets run backwards, or overflow.
+    #[error("tensor {tensor} in {}: data offsets {start}..{end} are not a range of bytes", file.display())]
     OutOfRange {
         /// The file.
         file: PathBuf,
@@ -122,8 +275,6 @@ pub enum CheckpointError {
         start: u64,
         /// Byte after the last.
         end: u64,
-        /// Bytes that the file has after its header.
-        available: u64,
     },
     /// The data offsets do not span the size that shape and dtype ask for.
     #[error("tensor {tensor} in {}: its offsets span {found} bytes, {dtype} {shape:?} needs {expected}", file.display())]

@@ -3,12 +3,13 @@
 
 mod folder;
 
+use checkpoint::{Checkpoint, CheckpointWriter, Matrix, TensorSpec};
 use folder::{Folder, rounded, weights};
 use half::{bf16, f16};
 use proptest::prelude::*;
 use tensor::{
-    Checkpoint, CheckpointWriter, GROUP, Matrix, PANEL, PackedData, PackedMatrix, TensorSpec,
-    WeightFormat, quantize_group_q4, quantize_group_q8, split_range,
+    GROUP, PANEL, PackedData, PackedMatrix, WeightFormat, quantize_group_q4, quantize_group_q8,
+    split_range,
 };
 
 const DTYPES: [&str; 3] = ["F32", "BF16", "F16"];

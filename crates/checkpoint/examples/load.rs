@@ -1,9 +1,10 @@
 //! Loads all matrices of a checkpoint folder into packed form and says how fast:
-//! `cargo run --release -p tensor --example load -- FOLDER [FORMAT] [THREADS]`.
+//! `cargo run --release -p checkpoint --example load -- FOLDER [FORMAT] [THREADS]`.
 
 use std::{error::Error, time::Instant};
 
-use tensor::{Checkpoint, Matrix, PackedMatrix, PanelChunk, WeightFormat, split_range};
+use checkpoint::{Checkpoint, Matrix};
+use tensor::{PackedMatrix, PanelChunk, WeightFormat, split_range};
 
 fn main() -> Result<(), Box<dyn Error>> {
     let mut arguments = std::env::args().skip(1);

@@ -4,12 +4,10 @@ mod folder;
 
 use std::path::Path;
 
+use checkpoint::{Checkpoint, CheckpointWriter, TensorSpec, WriteError};
 use folder::{Folder, rounded, weights};
 use proptest::prelude::*;
-use tensor::{
-    Checkpoint, CheckpointWriter, GROUP, PackedData, PackedMatrix, TensorSpec, WeightFormat,
-    WriteError, encode_rows,
-};
+use tensor::{GROUP, PackedData, PackedMatrix, WeightFormat, encode_rows};
 
 fn spec(name: &str, format: WeightFormat, shape: &[usize]) -> TensorSpec {
     TensorSpec { name: name.to_owned(), format, shape: shape.to_vec() }
@@ -207,7 +205,7 @@ fn an_unfinished_file_does_not_open() {
     drop(writer);
     assert!(matches!(
         Checkpoint::open(folder.path()),
-        Err(tensor::CheckpointError::OutOfRange { .. })
+        Err(checkpoint::CheckpointError::Truncated { .. })
     ));
 }
 

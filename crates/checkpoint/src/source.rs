@@ -1,0 +1,185 @@
+//! A model on disk, opened once and shared by everything that reads a part of it.
+
+use std::{
+    fs,
+    path::{Path, PathBuf},
+    sync::{Arc, OnceLock},
+};
+
+use crate::{
+    Checkpoint, CheckpointError, Document, DocumentError, OpenError,
+    locate::{Place, locate},
+};
+
+// Limits on the sizes of files, several times those of the largest published models.
+const MAX_CONFIG: u64 = 4 << 20;
+const MAX_TOKENIZER: u64 = 128 << 20;
+const MAX_TOKENIZER_CONFIG: u64 = 16 << 20;
+const MAX_TEMPLATE: u64 = 4 << 20;
+/// Files that `additional_chat_templates` may hold.
+const MAX_TEMPLATES: usize = 64;
+
+type Kept<T> = OnceLock<Result<T, DocumentError>>;
+
+/// A model on disk. Opening it finds out what the path is; each file is read when it is first asked
+/// for, and only once, however many ranks of the process ask.
+#[derive(Debug)]
+pub struct ModelSource {
+    path: PathBuf,
+    place: Place,
+    config: Kept<Document>,
+    generation_config: Kept<Option<Document>>,
+    tokenizer_config: Kept<Option<Document>>,
+    templates: Kept<Vec<(String, Document)>>,
+    weights: OnceLock<Result<Checkpoint, CheckpointError>>,
+}
+
+impl ModelSource {
+    /// Opens the model at `path`: a folder as published on Hugging Face, a folder of its cache
+    /// (`models--…` or a snapshot in it), or the name of a model in the local cache, such as
+    /// `Qwen/Qwen3-0.6B`.
+    ///
+    /// # Errors
+    ///
+    /// [`OpenError`] says what the path is instead of a model.
+    pub fn open(path: impl AsRef<Path>) -> Result<Arc<Self>, OpenError> {
+        let path = path.as_ref();
+        let place = locate(path)?;
+        Ok(Arc::new(Self {
+            path: path.to_owned(),
+            place,
+            config: OnceLock::new(),
+            generation_config: OnceLock::new(),
+            tokenizer_config: OnceLock::new(),
+            templates: OnceLock::new(),
+            weights: OnceLock::new(),
+        }))
+    }
+
+    /// The path as given to [`open`](Self::open).
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// The folder that holds the files.
+    pub fn folder(&self) -> &Path {
+        let Place::Folder(folder) = &self.place;
+        folder
+    }
+
+    /// `config.json`.
+    ///
+    /// # Errors
+    ///
+    /// If it is absent or cannot be read.
+    pub fn config(&self) -> Result<&Document, DocumentError> {
+        let read = || {
+            let file = self.folder().join("config.json");
+            Document::read(&file, MAX_CONFIG)?
+                .ok_or_else(|| DocumentError::NoConfig { folder: self.folder().to_owned() })
+        };
+        self.config.get_or_init(read).as_ref().map_err(Clone::clone)
+    }
+
+    /// `generation_config.json`, if there is one.
+    ///
+    /// # Errors
+    ///
+    /// If it cannot be read.
+    pub fn generation_config(&self) -> Result<Option<&Document>, DocumentError> {
+        let read = || Document::read(&self.folder().join("generation_config.json"), MAX_CONFIG);
+        kept(self.generation_config.get_or_init(read))
+    }
+
+    /// `tokenizer_config.json`, if there is one.
+    ///
+    /// # Errors
+    ///
+    /// If it cannot be read.
+    pub fn tokenizer_config(&self) -> Result<Option<&Document>, DocumentError> {
+        let file = self.folder().join("tokenizer_config.json");
+        let read = || Document::read(&file, MAX_TOKENIZER_CONFIG);
+        kept(self.tokenizer_config.get_or_init(read))
+    }
+
+    /// Whether the model has a tokenizer.
+    pub fn has_tokenizer(&self) -> bool {
+        self.folder().join("tokenizer.json").symlink_metadata().is_ok()
+    }
+
+    /// Checks that the tokenizer is there and can be opened, without reading it.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`tokenizer`](Self::tokenizer), except that the file may change in between.
+    pub fn find_tokenizer(&self) -> Result<(), DocumentError> {
+        let file = self.folder().join("tokenizer.json");
+        if Document::check(&file, MAX_TOKENIZER)? {
+            Ok(())
+        } else {
+            Err(DocumentError::NoTokenizer { file })
+        }
+    }
+
+    /// `tokenizer.json`. It is read at each call, since one rank needs it once, and it is large.
+    ///
+    /// # Errors
+    ///
+    /// If it is absent or cannot be read.
+    pub fn tokenizer(&self) -> Result<Document, DocumentError> {
+        let file = self.folder().join("tokenizer.json");
+        Document::read(&file, MAX_TOKENIZER)?.ok_or(DocumentError::NoTokenizer { file })
+    }
+
+    /// The chat templates in files of their own: `chat_template.jinja` as `default`, then those of
+    /// `additional_chat_templates` by name. Where there are none, a field of
+    /// [`tokenizer_config`](Self::tokenizer_config) may hold templates.
+    ///
+    /// # Errors
+    ///
+    /// If one cannot be read, or there are more than 64.
+    pub fn chat_templates(&self) -> Result<&[(String, Document)], DocumentError> {
+        let templates = self.templates.get_or_init(|| read_templates(self.folder()));
+        templates.as_deref().map_err(Clone::clone)
+    }
+
+    /// The weights: all headers read and checked.
+    ///
+    /// # Errors
+    ///
+    /// If an index or a header cannot be read or is wrong.
+    pub fn weights(&self) -> Result<&Checkpoint, CheckpointError> {
+        let open = || Checkpoint::open(self.folder());
+        self.weights.get_or_init(open).as_ref().map_err(Clone::clone)
+    }
+}
+
+fn kept(
+    document: &Result<Option<Document>, DocumentError>,
+) -> Result<Option<&Document>, DocumentError> {
+    document.as_ref().map(Option::as_ref).map_err(Clone::clone)
+}
+
+fn read_templates(folder: &Path) -> Result<Vec<(String, Document)>, DocumentError> {
+    let Some(main) = Document::read(&folder.join("chat_template.jinja"), MAX_TEMPLATE)? else {
+        return Ok(Vec::new());
+    };
+    let mut templates = vec![("default".to_owned(), main)];
+    let folder = folder.join("additional_chat_templates");
+    let Ok(entries) = fs::read_dir(&folder) else { return Ok(templates) };
+    let mut files: Vec<PathBuf> = entries
+        .filter_map(|entry| Some(entry.ok()?.path()))
+        .filter(|file| file.extension().is_some_and(|extension| extension == "jinja"))
+        .collect();
+    if files.len() > MAX_TEMPLATES {
+        return Err(DocumentError::TooMany { folder, found: files.len(), limit: MAX_TEMPLATES });
+    }
+    files.sort_unstable();
+    for file in files {
+        let name = file.file_stem().unwrap_or_default().to_string_lossy().into_owned();
+        if let Some(document) = Document::read(&file, MAX_TEMPLATE)? {
+            templates.push((name, document));
+        }
+    }
+    Ok(templates)
+}
