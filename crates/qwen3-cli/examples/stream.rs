@@ -6,17 +6,14 @@ use qwen3_model::generation::Progress;
 use qwen3_model::generation_config::eos_token_ids;
 use qwen3_model::{GenerateParams, Isa, Model, ModelOptions, ModelSource, Sequence, generate};
 use qwen3_text::{ChatTemplate, ControlTokens, Conversation, Tokenizer};
-use ranks::{Failure, JobOptions, RankError, run_in_threads};
+use ranks::{Failure, JobOptions, run_in_threads};
 
 fn main() -> Result<(), Failure> {
-    answer("What is 17 + 15?", ranks::print)
+    answer("What is 17 + 15?", &|text| ranks::print(text).is_ok())
 }
 
-/// Calls `show` with each piece of the answer to `question`.
-pub fn answer(
-    question: &str,
-    show: impl Fn(&str) -> Result<(), RankError> + Send + Sync,
-) -> Result<(), Failure> {
+/// Calls `show` with each piece of the answer to `question`, until it returns false.
+pub fn answer(question: &str, show: &(dyn Fn(&str) -> bool + Sync)) -> Result<(), Failure> {
     let source = ModelSource::open(concat!(env!("CARGO_MANIFEST_DIR"), "/../../models/austen"))?;
     let tokenizer = Tokenizer::open(source.folder())?;
     let chat = Conversation::question(question, Some(false));
@@ -29,13 +26,12 @@ pub fn answer(
         let params = GenerateParams { eos_token_ids, ..GenerateParams::default() };
         let mut cache = Sequence::new(&model, prompt.len() + params.max_new_tokens)?;
         let mut text = tokenizer.detokenizer();
-        let mut shown = Ok(());
-        generate(&model, &mut cache, &prompt, &params, &mut |progress| {
-            if let (true, Progress::Token(id)) = (rank.is_root(), progress) {
-                shown = show(&text.push(id)).map_err(Failure::from);
+        generate(&model, &mut cache, &prompt, &params, &mut |progress| match progress {
+            Progress::Token(id) if rank.is_root() && !show(&text.push(id)) => {
+                ControlFlow::Break(())
             }
-            if shown.is_ok() { ControlFlow::Continue(()) } else { ControlFlow::Break(()) }
+            _ => ControlFlow::Continue(()),
         })?;
-        shown
+        Ok(())
     })
 }

@@ -12,6 +12,7 @@ use qwen3_text::{Detokenizer, Tokenizer};
 use ranks::{Failure, Rank, RankError, print};
 
 use crate::ctrl_c;
+use crate::empty_thought::EmptyThought;
 use crate::failure::CliError;
 use crate::options::EngineOptions;
 
@@ -22,6 +23,8 @@ pub struct AnswerOptions {
     pub params: GenerateParams,
     /// Nothing is shown before the end.
     pub quiet: bool,
+    /// A thought without content at the start of an answer is not shown.
+    pub hide_empty_thought: bool,
 }
 
 impl AnswerOptions {
@@ -45,7 +48,7 @@ impl AnswerOptions {
             ignore_eos: false,
             prefill_chunk,
         };
-        Ok(Self { params, quiet: false })
+        Ok(Self { params, quiet: false, hide_empty_thought: false })
     }
 }
 
@@ -69,7 +72,7 @@ impl Answer {
         text: Option<&Tokenizer>,
         options: &AnswerOptions,
     ) -> Result<Self, Failure> {
-        let mut screen = Screen::new(rank, text, options.quiet);
+        let mut screen = Screen::new(rank, text, options);
         let generated =
             generate(model, cache, tokens, &options.params, &mut |progress| screen.show(progress))
                 .map_err(Failure::agreed)?;
@@ -93,6 +96,7 @@ struct Screen<'a> {
     rank: &'a Rank,
     text: Option<&'a Tokenizer>,
     stream: Option<Detokenizer>,
+    filter: Option<EmptyThought>,
     quiet: bool,
     writer: Option<Writer>,
     /// The first thing that went wrong; it ends the answer on all ranks.
@@ -100,13 +104,16 @@ struct Screen<'a> {
 }
 
 impl<'a> Screen<'a> {
-    fn new(rank: &'a Rank, text: Option<&'a Tokenizer>, quiet: bool) -> Self {
+    fn new(rank: &'a Rank, text: Option<&'a Tokenizer>, options: &AnswerOptions) -> Self {
+        let quiet = options.quiet;
         let others_wait = rank.is_root() && rank.comm().size() > 1 && !quiet;
         let (writer, result) = match others_wait.then(Writer::start).transpose() {
             Ok(writer) => (writer, Ok(())),
             Err(error) => (None, Err(error)),
         };
-        Self { rank, text, stream: text.map(Tokenizer::detokenizer), quiet, writer, result }
+        let stream = text.map(Tokenizer::detokenizer);
+        let filter = options.hide_empty_thought.then(EmptyThought::default);
+        Self { rank, text, stream, filter, quiet, writer, result }
     }
 
     fn show(&mut self, progress: Progress) -> ControlFlow<()> {
@@ -118,7 +125,10 @@ impl<'a> Screen<'a> {
                 Some(stream) => Ok(stream.push(id)),
                 None => Ok(format!("{id} ")),
             };
-            self.result = words.and_then(|words| self.say(words));
+            self.result = words.and_then(|words| {
+                let shown = self.filter.as_mut().map(|filter| filter.push(&words));
+                self.print(shown.unwrap_or(words))
+            });
         }
         if self.result.is_err() || ctrl_c::pressed() {
             ControlFlow::Break(())
@@ -127,9 +137,9 @@ impl<'a> Screen<'a> {
         }
     }
 
-    fn say(&mut self, words: String) -> Result<(), CliError> {
+    fn print(&mut self, words: String) -> Result<(), CliError> {
         match &mut self.writer {
-            Some(writer) => writer.say(words),
+            Some(writer) => writer.write(words),
             None => Ok(self.rank.print(&words)?),
         }
     }
@@ -140,7 +150,9 @@ impl<'a> Screen<'a> {
         if let Some(stream) = self.stream.take()
             && !self.quiet
         {
-            self.say(stream.finish())?;
+            let words = stream.finish();
+            let shown = self.filter.as_mut().map(|filter| filter.push(&words) + &filter.finish());
+            self.print(shown.unwrap_or(words))?;
         }
         self.writer.as_mut().map_or(Ok(()), Writer::finish)?;
         Ok(self.text.map(|text| text.decode(ids)).unwrap_or_default())
@@ -172,7 +184,7 @@ impl Writer {
     }
 
     /// Has `words` written soon. An error is that of words before them.
-    fn say(&mut self, words: String) -> Result<(), CliError> {
+    fn write(&mut self, words: String) -> Result<(), CliError> {
         match &self.words {
             Some(channel) if channel.send(words).is_ok() => Ok(()),
             _ => self.finish(),

@@ -1,15 +1,19 @@
 //! `qwen3 chat`: a conversation in the terminal.
 
-use std::io::{self, BufRead as _, IsTerminal as _};
+mod dialogue;
+mod input;
+
+use std::path::Path;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use clap::Args;
-use qwen3_model::generation::StopReason;
 use qwen3_model::generation_config::GenerationConfig;
 use qwen3_model::options::KvFormat;
 use qwen3_model::{Model, SamplingParams, Sequence};
-use qwen3_text::{ChatTemplate, ControlTokens, Conversation, Json, Tokenizer};
-use ranks::{Failure, LaunchedProcess, Rank};
+use qwen3_text::{ChatTemplate, Conversation, Json, Tokenizer};
+use ranks::{Failure, Rank};
+
+use self::dialogue::{Dialogue, Form};
 
 use crate::ahead;
 use crate::answer::{Answer, AnswerOptions};
@@ -21,6 +25,10 @@ use crate::prompt::TextOptions;
 use crate::session::{self, Loaded};
 
 /// Talk with the model: Ctrl-C stops an answer, Ctrl-D leaves
+///
+/// On a terminal, messages are edited in a line editor with a history
+/// ($XDG_STATE_HOME/qwen3/chat_history). /help lists its keys and the commands. Elsewhere each line
+/// of standard input is a message.
 ///
 /// Tokens are chosen as the checkpoint's generation_config.json recommends, where the options below
 /// say nothing else. The history is kept; when it outgrows the model's context, its oldest messages
@@ -68,27 +76,32 @@ impl ChatArgs {
             Workload { kv: KvFormat::F16, prompt: 512, generate: 256 },
             read,
         )?;
-        let speaker =
-            texts.map(|(text, template)| Speaker::new(self, text, template, &model)).transpose();
-        let mut speaker = rank.agree(speaker)?;
+        let dialogue =
+            texts.map(|(text, template)| self.dialogue(text, template, &model)).transpose();
+        let mut dialogue = rank.agree(dialogue)?;
         rank.agree(ctrl_c::handle(rank))?;
+        if let Some(dialogue) = &dialogue {
+            let source = self.engine.model.open()?;
+            dialogue.greet(&model_name(source.folder()), rank.comm().size());
+        }
 
         let context = model.config().context_length();
         let limit = self.max_new_tokens.unwrap_or(context);
         let mut options = AnswerOptions::new(rank, &model, &self.engine, sampling, limit)?;
+        options.hide_empty_thought = true;
         let mut cache = Sequence::new(&model, context)?;
         let mut seen: Vec<u32> = Vec::new();
-        while let Some(tokens) = self.next(rank, &mut speaker)? {
+        while let Some(tokens) = self.next(rank, &mut dialogue)? {
             // What the template left as it was is still in the cache.
             let same = seen.iter().zip(&tokens).take_while(|(old, new)| old == new).count();
             let keep = same.min(tokens.len() - 1).min(cache.len());
             cache.truncate(keep);
-            let text = speaker.as_ref().map(|speaker| &speaker.text);
+            let text = dialogue.as_ref().map(Dialogue::tokenizer);
             ctrl_c::begin();
             let answer = Answer::write(rank, &model, &mut cache, &tokens, text, &options)?;
             ctrl_c::end();
             rank.agree_after(|| {
-                Ok(speaker.as_mut().map_or(Ok(()), |speaker| speaker.heard(rank, &answer))?)
+                Ok(dialogue.as_mut().map_or(Ok(()), |dialogue| dialogue.keep(rank, &answer))?)
             })?;
             seen = tokens;
             seen.extend(&answer.generated.ids);
@@ -104,11 +117,26 @@ impl ChatArgs {
     fn next(
         &self,
         rank: &Rank,
-        speaker: &mut Option<Speaker>,
+        dialogue: &mut Option<Dialogue>,
     ) -> Result<Option<Vec<u32>>, Failure> {
         rank.without_deadline(|| {
-            rank.broadcast(|| Ok(speaker.as_mut().expect("rank 0 has the texts").next()?))
+            rank.broadcast(|| Ok(dialogue.as_mut().expect("rank 0 has the texts").next()?))
         })
+    }
+
+    fn dialogue(
+        &self,
+        text: Tokenizer,
+        template: ChatTemplate,
+        model: &Model,
+    ) -> Result<Dialogue, CliError> {
+        let form = Form {
+            text,
+            template,
+            control: self.text.control(),
+            enable_thinking: self.enable_thinking(),
+        };
+        Dialogue::new(self.system(), form, model)
     }
 
     /// The conversation up to the answer to its first message.
@@ -142,144 +170,34 @@ impl ChatArgs {
     }
 }
 
-/// Rank 0's side of the conversation.
-struct Speaker {
-    text: Tokenizer,
-    template: ChatTemplate,
-    control: ControlTokens,
-    enable_thinking: Option<bool>,
-    messages: Vec<Json>,
-    /// Messages that are never forgotten: the system's.
-    fixed: usize,
-    /// Tokens of a prompt that leaves room for an answer.
-    room: usize,
-    /// Whether to say that it is the user's turn. A launcher passes a terminal on as a pipe, so
-    /// below one it is always said.
-    prompts: bool,
+/// The name of the model in the folder `path`: the repository of a Hugging Face cache, or the name
+/// of the folder.
+fn model_name(path: &Path) -> String {
+    let path = path.canonicalize().unwrap_or_else(|_| path.to_owned());
+    let name = |path: Option<&Path>| {
+        path.and_then(Path::file_name).map(|name| name.to_string_lossy().into_owned())
+    };
+    let repository = name(path.parent().and_then(Path::parent));
+    let repository = repository.as_deref().and_then(|name| name.strip_prefix("models--"));
+    let in_cache = name(path.parent()).is_some_and(|name| name == "snapshots");
+    match repository.filter(|_| in_cache) {
+        Some(repository) => repository.replacen("--", "/", 1),
+        None => name(Some(&path)).unwrap_or_else(|| path.display().to_string()),
+    }
 }
 
-impl Speaker {
-    fn new(
-        args: &ChatArgs,
-        text: Tokenizer,
-        template: ChatTemplate,
-        model: &Model,
-    ) -> Result<Self, CliError> {
-        let messages = Vec::from_iter(args.system());
-        let context = model.config().context_length();
-        let speaker = Self {
-            text,
-            template,
-            control: args.text.control(),
-            enable_thinking: args.enable_thinking(),
-            fixed: messages.len(),
-            messages,
-            room: context - (context / 8).min(256),
-            prompts: io::stdin().is_terminal()
-                || LaunchedProcess::detect().is_some_and(|process| process.has_peers()),
-        };
-        // Else every message would be too long.
-        let least = speaker.encode(args.conversation("").messages)?.len();
-        if least > speaker.room {
-            let expected = format!("at most {}, which leaves room for an answer", speaker.room);
-            return Err(CliError::option(
-                "--system",
-                format!("{least} tokens with an empty message"),
-                expected,
-            ));
-        }
-        Ok(speaker)
-    }
+#[cfg(test)]
+mod tests {
+    use super::*;
 
-    fn encode(&self, messages: Vec<Json>) -> Result<Vec<u32>, CliError> {
-        let chat = Conversation::new(messages, self.enable_thinking);
-        Ok(self.template.prompt(&self.text, &chat, self.control)?.tokens)
-    }
-
-    /// Reads messages until one fits the model.
-    fn next(&mut self) -> Result<Option<Vec<u32>>, CliError> {
-        loop {
-            if self.prompts {
-                eprint!("> ");
-            }
-            let mut line = Vec::new();
-            if io::stdin()
-                .lock()
-                .read_until(b'\n', &mut line)
-                .map_err(|source| CliError::Input { source })?
-                == 0
-            {
-                if self.prompts {
-                    eprintln!();
-                }
-                return Ok(None);
-            }
-            // A key that is no character here, or half of one, is no reason to lose the
-            // conversation.
-            let line = String::from_utf8_lossy(&line);
-            let words = line.trim();
-            if words.is_empty() {
-                continue;
-            }
-            self.messages.push(Json::message("user", words));
-            if let Some(tokens) = self.fitting()? {
-                return Ok(Some(tokens));
-            }
-            self.messages.truncate(self.fixed);
-            eprintln!(
-                "(this message is longer than the model's context; it is dropped, with the history)"
-            );
-        }
-    }
-
-    /// The conversation's tokens, without the oldest messages where there is no room; `None` if the
-    /// last one alone is too long.
-    fn fitting(&mut self) -> Result<Option<Vec<u32>>, CliError> {
-        let mut forgotten = 0;
-        loop {
-            let tokens = self.encode(self.messages.clone())?;
-            if tokens.is_empty() {
-                let expected = "at least one token (chat_template.jinja, or chat_template in tokenizer_config.json)";
-                return Err(CliError::option(
-                    "chat template",
-                    "it makes nothing of this conversation",
-                    expected,
-                ));
-            }
-            if tokens.len() <= self.room {
-                if forgotten > 0 {
-                    eprintln!(
-                        "(the history is longer than the model's context; its oldest {forgotten} messages are forgotten)"
-                    );
-                }
-                return Ok(Some(tokens));
-            }
-            if self.messages.len() <= self.fixed + 1 {
-                return Ok(None);
-            }
-            // A question goes together with its answer.
-            let end = (self.fixed + 2).min(self.messages.len() - 1);
-            forgotten += self.messages.drain(self.fixed..end).len();
-        }
-    }
-
-    /// Keeps an answer. The template drops its thinking when the next question comes.
-    fn heard(&mut self, rank: &Rank, answer: &Answer) -> Result<(), CliError> {
-        let stop = answer.generated.stop;
-        // An answer that was cut says so: it may look like a whole one.
-        rank.print(match stop {
-            StopReason::EndOfSequence => "\n",
-            StopReason::MaxNewTokens => " (--max-new-tokens reached)\n",
-            StopReason::ContextFull => " (the context is full)\n",
-            StopReason::Callback => " (stopped)\n",
-        })?;
-        if stop == StopReason::Callback && answer.generated.ids.is_empty() {
-            // Stopped while the prompt was read: the conversation goes on as if the message had not
-            // been sent.
-            self.messages.pop();
-            return Ok(());
-        }
-        self.messages.push(Json::message("assistant", &answer.text));
-        Ok(())
+    #[test]
+    fn a_model_is_named_after_its_folder_or_its_repository() {
+        let dir = tempfile::tempdir().unwrap();
+        let snapshot = dir.path().join("models--Qwen--Qwen3-0.6B/snapshots/c1899de");
+        std::fs::create_dir_all(&snapshot).unwrap();
+        assert_eq!(model_name(&snapshot), "Qwen/Qwen3-0.6B");
+        assert_eq!(model_name(&snapshot.join("..")), "snapshots");
+        let bundled = Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/../../models/austen/"));
+        assert_eq!(model_name(bundled), "austen");
     }
 }

@@ -18,6 +18,7 @@ mod progress;
 
 // What several commands do.
 mod ahead;
+mod empty_thought;
 mod answer;
 mod prompt;
 mod session;

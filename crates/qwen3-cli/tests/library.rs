@@ -10,9 +10,9 @@ use std::sync::Mutex;
 fn a_program_of_forty_lines_streams_an_answer() {
     assert!(include_str!("../examples/stream.rs").lines().count() <= 40);
     let pieces = Mutex::new(Vec::new());
-    stream::answer("What is 17 + 15?", |text| {
+    stream::answer("What is 17 + 15?", &|text| {
         pieces.lock().unwrap().push(text.to_owned());
-        Ok(())
+        true
     })
     .unwrap();
     let pieces = pieces.into_inner().unwrap();

@@ -6,6 +6,8 @@ use std::io;
 
 use comm::CommError;
 
+use crate::terminal::one_line;
+
 /// An error of any type that can pass between threads.
 pub type BoxError = Box<dyn Error + Send + Sync>;
 
@@ -174,23 +176,9 @@ impl fmt::Debug for Failure {
     }
 }
 
-/// `text` on one line: its lines are joined by blanks, and every other control character becomes
-/// U+FFFD, so that a file cannot send escape sequences to a terminal through its error message.
-pub fn one_line(text: &str) -> String {
-    let lines = text.lines().map(str::trim).filter(|line| !line.is_empty());
-    let text = lines.collect::<Vec<_>>().join(" ");
-    text.replace('\t', " ").replace(char::is_control, "\u{FFFD}")
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn messages_are_one_line_without_control_characters() {
-        let text = "\n  first\u{1b}]52;c;AAAA\u{7}\n\n second\tthird\u{9b}31m\r\n";
-        assert_eq!(one_line(text), "first\u{FFFD}]52;c;AAAA\u{FFFD} second third\u{FFFD}31m");
-    }
 
     #[test]
     fn a_failed_collective_is_never_agreed() {

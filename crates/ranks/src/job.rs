@@ -9,9 +9,10 @@ use std::time::Duration;
 use comm::{Communicator, EmulatedComm, Link, SoloComm, ThreadComm, WireFormat};
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 
-use crate::error::{Failure, RankError, one_line};
+use crate::error::{Failure, RankError};
 use crate::rank::Rank;
 use crate::signals;
+use crate::terminal::one_line;
 
 /// How a job of ranks runs.
 #[derive(Clone, Debug)]

@@ -7,10 +7,11 @@ use std::process::ExitCode;
 use std::thread;
 use std::time::Duration;
 
-use crate::error::{BoxError, Failure, RankError, one_line};
+use crate::error::{BoxError, Failure, RankError};
 use crate::job::{JobOptions, keep_panic, run_in_threads};
 use crate::launcher::LaunchedProcess;
 use crate::rank::Rank;
+use crate::terminal::one_line;
 
 /// How long a failed rank waits for rank 0 to report the error: the end of this rank may make a
 /// launcher end all ranks.

@@ -4,6 +4,7 @@
 #![forbid(unsafe_code)]
 
 // Modules in reading order, lowest first; a module uses only those above it.
+mod terminal;
 mod error;
 mod launcher;
 mod signals;
@@ -14,10 +15,11 @@ mod launch;
 #[cfg(feature = "mpi")]
 mod processes;
 
-pub use error::{BoxError, Failure, RankError, one_line};
+pub use error::{BoxError, Failure, RankError};
 pub use job::{Emulation, JobOptions, default_wire, run_in_threads};
 pub use launch::{launch, refuse_start};
 pub use launcher::LaunchedProcess;
 pub use neighbours::Neighbours;
 pub use rank::{Rank, print};
 pub use signals::{Response, Signal};
+pub use terminal::{one_line, printable};

@@ -1,6 +1,6 @@
 //! One rank of a job: what rank 0 reads reaches the others, and an error of one ends all.
 
-use std::io::{self, Write as _};
+use std::io::{self, IsTerminal as _, Write as _};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -8,15 +8,17 @@ use comm::{Communicator, CommunicatorExt as _, Link};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
-use crate::error::{BoxError, Failure, RankError, is_closed_output, one_line};
+use crate::error::{BoxError, Failure, RankError, is_closed_output};
 use crate::signals::{self, Response, Signal};
+use crate::terminal::{one_line, printable};
 
-/// Writes to standard output at once.
+/// Writes to standard output at once; to a terminal without control characters.
 pub fn print(text: &str) -> Result<(), RankError> {
     if text.is_empty() {
         return Ok(());
     }
     let mut out = io::stdout().lock();
+    let text = if out.is_terminal() { printable(text) } else { text.to_owned() };
     let written = out.write_all(text.as_bytes()).and_then(|()| out.flush());
     written.map_err(|source| RankError::Output { source })
 }
