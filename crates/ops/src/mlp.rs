@@ -12,7 +12,7 @@ use crate::layout::TokenLayout;
 use crate::linear::{Linear, MatrixShape, gather_columns, matrix, reshape, slice, slice_mut};
 use crate::norm::prepare;
 use crate::residual::{Residual, sums_cost};
-use crate::routing::{Router, Routing, route};
+use crate::routing::{Router, Routing, route, visited_experts};
 use crate::schedule::MlpSchedule;
 use crate::team::{FEW_TOKENS, PIECES, cut_columns};
 
@@ -382,9 +382,9 @@ impl MlpShape {
     fn visits(&self, tokens: usize) -> (f64, f64) {
         let here: usize = self.experts.iter().map(|(count, _)| count).sum();
         let Some((router, visits)) = self.router else { return (here as f64, tokens as f64) };
-        let (all, here) = (router.rows as f64, here as f64);
-        let visited = all * (1.0 - (1.0 - visits as f64 / all).powf(tokens as f64));
-        let share = here / all;
+        let visited = visited_experts(router.rows, visits, tokens);
+        let here = here as f64;
+        let share = here / router.rows as f64;
         let most = visited * share + (visited * share * (1.0 - share)).sqrt();
         (most.min(here), (tokens * visits) as f64 / visited.max(1.0))
     }

@@ -96,6 +96,13 @@ impl Routing {
     }
 }
 
+/// Experts that `tokens` tokens visit on average, `visits` of `experts` each, where all choices are
+/// equally likely.
+pub fn visited_experts(experts: usize, visits: usize, tokens: usize) -> f64 {
+    let missed = 1.0 - visits as f64 / experts as f64;
+    experts as f64 * (1.0 - missed.powf(tokens as f64))
+}
+
 /// Rows that one thread takes of so many: at least one.
 fn part_rows(ctx: &Context, count: usize) -> usize {
     let threads = if count < SERIAL_TOKENS { 1 } else { ctx.team.threads() };

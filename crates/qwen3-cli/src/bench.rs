@@ -240,7 +240,7 @@ impl Bench<'_> {
         let Repeated { seconds, limit, allocations } =
             self.repeat(what, |bench| bench.fill(tokens))?;
         let config = self.model.config();
-        let flops = config.forward_flops(tokens, 0, 1) as f64;
+        let flops = config.forward_flops(tokens, 0, LogitRows::Last);
         let pass = |tokens| self.memory.pass(config, tokens);
         let last = tokens % self.chunk;
         let bytes = (tokens / self.chunk) as f64 * pass(self.chunk)
@@ -264,7 +264,8 @@ impl Bench<'_> {
         let Repeated { seconds, limit, allocations } =
             self.repeat(what, |bench| bench.generate(tokens))?;
         let config = self.model.config();
-        let flops = (0..tokens).map(|step| config.forward_flops(1, depth + step, 1) as f64).sum();
+        let flops =
+            (0..tokens).map(|step| config.forward_flops(1, depth + step, LogitRows::Last)).sum();
         let per_position = self.cache_bytes()? / self.cache.len() as f64;
         let positions = (0..tokens).map(|step| (depth + step + 1) as f64).sum::<f64>();
         let bytes = tokens as f64 * self.memory.pass(config, 1) + per_position * positions;

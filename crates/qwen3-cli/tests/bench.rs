@@ -101,6 +101,7 @@ fn what_was_measured_is_said_though_its_file_cannot_be_written() {
     let calibrate = [
         "calibrate",
         "--quick",
+        "--force",
         "--json",
         "--ranks",
         "2",

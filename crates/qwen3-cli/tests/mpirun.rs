@@ -67,8 +67,14 @@ fn a_calibration_is_found_by_the_runs_on_the_same_machines() {
         assert!(run.success, "{run:?}");
         serde_json::from_str(&run.stdout).unwrap()
     };
-    let machine =
-        &on_two_machines(&["calibrate", "--quick", "--json", "--threads", "1"])["machine"];
+    let machine = &on_two_machines(&[
+        "calibrate",
+        "--quick",
+        "--force",
+        "--json",
+        "--threads",
+        "1",
+    ])["machine"];
     assert_eq!((&machine["ranks"], &machine["nodes"]), (&2.into(), &2.into()));
     let quick = ["--prompt-len", "16", "--gen-len", "4", "--reps", "1", "--threads", "1"];
     let found = on_two_machines(&[&["bench", "--json", "--model", AUSTEN][..], &quick].concat());

@@ -54,30 +54,9 @@ impl WeightFormats {
         checkpoint: &Checkpoint,
         chosen: Option<WeightFormat>,
     ) -> Result<Self, CheckpointError> {
-        let stored = |name: &str| checkpoint.stored_format(name);
-        let head = chosen.map_or_else(|| stored(head(config, checkpoint)), Ok)?;
-        Self::of(config, head, |name, router| {
-            if router { stored(name) } else { chosen.map_or_else(|| stored(name), Ok) }
-        })
-    }
-
-    /// `format` everywhere, and `router` for routers: for a model without files.
-    pub fn uniform(config: &Config, format: WeightFormat, router: WeightFormat) -> Self {
-        let formats = Self::of(config, format, |_, is_router| {
-            Ok::<_, std::convert::Infallible>(if is_router { router } else { format })
-        });
-        formats.unwrap_or_else(|never| match never {})
-    }
-
-    /// `format_of(name, is_router)` states the format of a matrix.
-    fn of<E>(
-        config: &Config,
-        head: WeightFormat,
-        format_of: impl Fn(&str, bool) -> Result<WeightFormat, E>,
-    ) -> Result<Self, E> {
-        let format = |name: &String| format_of(name, false);
+        let format = |name: &String| chosen.map_or_else(|| checkpoint.stored_format(name), Ok);
         // What is packed together, or multiplied in one go, has one format.
-        let common = |names: &[&String]| -> Result<WeightFormat, E> {
+        let common = |names: &[&String]| -> Result<WeightFormat, CheckpointError> {
             let formats = names.iter().map(|name| format(name)).collect::<Result<Vec<_>, _>>()?;
             Ok(WeightFormat::common(formats))
         };
@@ -94,12 +73,28 @@ impl WeightFormats {
             let formats = LayerFormats {
                 qkv: common(&[&names.q_proj, &names.k_proj, &names.v_proj])?,
                 output: format(&names.o_proj)?,
-                router: moe.map(|_| format_of(&names.router(), true)).transpose()?,
+                router: moe.map(|_| checkpoint.stored_format(&names.router())).transpose()?,
                 experts,
             };
             extend(&mut layers, index, formats);
         }
-        Ok(Self { layers, head })
+        Ok(Self { layers, head: format(&head(config, checkpoint).to_owned())? })
+    }
+
+    /// `format` everywhere, and `router` for routers: for a model without files.
+    pub fn uniform(config: &Config, format: WeightFormat, router: WeightFormat) -> Self {
+        let mut layers = Vec::new();
+        for index in 0..config.num_hidden_layers {
+            let moe = config.moe_of(index);
+            let formats = LayerFormats {
+                qkv: format,
+                output: format,
+                router: moe.map(|_| router),
+                experts: vec![(0..moe.map_or(1, |moe| moe.num_experts), [format; 3])],
+            };
+            extend(&mut layers, index, formats);
+        }
+        Self { layers, head: format }
     }
 
     /// The format of the head, which reports name as that of the weights.

@@ -7,7 +7,6 @@
 mod fields;
 pub mod rope_config;
 pub mod config;
-mod counts;
 pub mod generation_config;
 pub mod names;
 pub mod rotary;
@@ -18,6 +17,7 @@ pub mod heads;
 mod overlap;
 pub mod formats;
 pub mod shape;
+mod counts;
 mod deterministic;
 mod candidates;
 pub mod sampling;
