@@ -15,7 +15,7 @@ use crate::setup;
 use crate::workspace::{self, Executable};
 
 /// The packages that have such tests, lowest first.
-const PACKAGES: [&str; 3] = ["comm", "ops", "qwen3-model"];
+const PACKAGES: [&str; 4] = ["comm", "ops", "qwen3-model", "engine"];
 
 /// Tests that no launcher starts: the package, and the test's name. Some start their own jobs; the
 /// package's own name stands for the tests in its sources, of which `cargo test` sees only those

@@ -125,6 +125,10 @@ pub trait Communicator: Send + Sync {
     /// Returns when all ranks have called it.
     fn barrier(&self) -> Result<(), CommError>;
 
+    /// Returns the failure of the job, if a rank has failed, died or left, without a call of the
+    /// other ranks. For a rank that makes no calls for a while.
+    fn check(&self) -> Result<(), CommError>;
+
     /// Forms one group per `color`; within it ranks are ordered by `key`, then by rank here.
     fn split(&self, color: usize, key: usize) -> Result<Box<dyn Communicator>, CommError>;
 

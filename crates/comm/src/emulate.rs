@@ -240,6 +240,10 @@ impl Communicator for EmulatedComm {
         self.all(Collective::Barrier, 0, || self.inner.barrier())
     }
 
+    fn check(&self) -> Result<(), CommError> {
+        self.inner.check()
+    }
+
     fn split(&self, color: usize, key: usize) -> Result<Box<dyn Communicator>, CommError> {
         let (inner, nodes) = self.all(Collective::Split, 0, || {
             let inner: Arc<dyn Communicator> = self.inner.split(color, key)?.into();

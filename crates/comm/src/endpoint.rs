@@ -409,6 +409,25 @@ impl<E: End> Communicator for E {
         })
     }
 
+    fn check(&self) -> Result<(), CommError> {
+        let end = self.end();
+        // As in a call: threads do not look for failures at the same time.
+        let _state = end.state.lock().unwrap_or_else(PoisonError::into_inner);
+        let alarm = &end.membership.alarm;
+        let departed = || {
+            let rank = end.world.iter().copied().find(|rank| alarm.departed(*rank))?;
+            Some((rank, "it left while others still needed it".to_owned()))
+        };
+        match alarm.raised().or_else(|| alarm.probe()).or_else(departed) {
+            None => Ok(()),
+            Some((rank, reason)) => {
+                let Activity { phase, layer, .. } = end.ledger.activity();
+                let place = Place { collective: Collective::Barrier, phase, layer };
+                Err(CommError::PeerFailed { place, rank, reason, missing: vec![] })
+            }
+        }
+    }
+
     fn split(&self, color: usize, key: usize) -> Result<Box<dyn Communicator>, CommError> {
         let end = self.end();
         let header = Header::new(Collective::Split, 0);

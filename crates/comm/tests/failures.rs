@@ -153,6 +153,21 @@ fn a_rank_that_leaves_is_not_waited_for() {
 }
 
 #[test]
+fn a_check_finds_failures_without_a_call_of_the_others() {
+    let mut group = ThreadComm::group(3);
+    assert_eq!(SoloComm::new().check(), Ok(()));
+    assert!(group.iter().all(|comm| comm.check() == Ok(())));
+    drop(group.pop());
+    for comm in &group {
+        let Err(CommError::PeerFailed { rank: 2, reason, .. }) = comm.check() else { panic!() };
+        assert!(reason.contains("left"), "{reason}");
+    }
+    group[1].abort("out of memory");
+    let Err(CommError::PeerFailed { rank: 1, reason, .. }) = group[0].check() else { panic!() };
+    assert_eq!(reason, "out of memory");
+}
+
+#[test]
 fn the_last_call_of_a_rank_that_leaves_still_counts() {
     for _ in 0..200 {
         let results = on_ranks(2, |comm| {
