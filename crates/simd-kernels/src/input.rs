@@ -42,17 +42,6 @@ impl InputKind {
             InputKind::Int8 => GROUP / 4,
         }
     }
-
-    /// Bytes that an [`Input`] of `tokens` tokens with `cols` columns takes.
-    pub fn bytes(self, tokens: usize, cols: usize) -> usize {
-        // With the words of a group goes its scale, and with those of int8 where their sums start.
-        let beside = match self {
-            InputKind::Float => return size_of::<f32>() * tokens * cols,
-            InputKind::Int16 => 1,
-            InputKind::Int8 => 2,
-        };
-        size_of::<i32>() * tokens * cols.div_ceil(GROUP) * (self.words_per_group() + beside)
-    }
 }
 
 /// Activations `[tokens, cols]` in the order in which the kernels read them. Reusable; owns its
