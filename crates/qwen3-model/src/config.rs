@@ -10,6 +10,11 @@ pub use crate::fields::ConfigError;
 use crate::fields::{Fields, parse_json};
 use crate::rope_config::{RopeConfig, RopeScaling};
 
+/// Layers and experts of a layer that a configuration may state, several times those of the largest
+/// published models: work before loading is proportional to them.
+const MAX_LAYERS: usize = 1024;
+const MAX_EXPERTS: usize = 8192;
+
 /// What a Qwen3 checkpoint's `config.json` says; the names are that file's.
 ///
 /// Every size is at least 1 and at most 2³¹ − 1, `num_attention_heads` is a multiple of
@@ -85,9 +90,14 @@ impl Config {
         reject_variants(&fields)?;
 
         let hidden_size = fields.size("hidden_size")?;
-        let num_hidden_layers = fields.size("num_hidden_layers")?;
+        let num_hidden_layers = fields.size_up_to("num_hidden_layers", MAX_LAYERS)?;
         let num_attention_heads = fields.size("num_attention_heads")?;
-        let num_key_value_heads = fields.size("num_key_value_heads")?;
+        // As in transformers, `null` stands for as many as query heads.
+        let num_key_value_heads = match fields.count("num_key_value_heads", 1)? {
+            None if fields.has("num_key_value_heads") => num_attention_heads,
+            Some(heads) => heads,
+            None => return Err(fields.missing("num_key_value_heads", "a whole number, at least 1")),
+        };
         if !num_attention_heads.is_multiple_of(num_key_value_heads) {
             return Err(fields.contradiction(
                 ("num_attention_heads", num_attention_heads),
@@ -125,12 +135,6 @@ impl Config {
         } else {
             fields.count("intermediate_size", 0)?.unwrap_or(0)
         };
-        // An answer would go on past its end.
-        if let Some(id) = config.eos_token_ids.iter().find(|&&id| id as usize >= config.vocab_size)
-        {
-            let vocab_size = ("vocab_size", config.vocab_size);
-            return Err(fields.contradiction(("eos_token_id", id), vocab_size, "ids below it"));
-        }
         config.check_sliding_window(&fields, sparse)?;
         config.check_dual_chunk(&fields)?;
         config.check_total(&fields)?;
@@ -282,6 +286,10 @@ impl MoeConfig {
                     .or(newer)
                     .ok_or_else(|| fields.missing("num_experts", "a whole number, at least 1"))?,
             };
+        if num_experts > MAX_EXPERTS {
+            let expected = format!("a whole number in 1..={MAX_EXPERTS}");
+            return Err(fields.range("num_experts", num_experts, &expected));
+        }
         let num_experts_per_tok = fields.size("num_experts_per_tok")?;
         if num_experts_per_tok > num_experts {
             return Err(fields.contradiction(
@@ -297,6 +305,11 @@ impl MoeConfig {
                 let list = value
                     .as_array()
                     .ok_or_else(|| fields.mistyped("mlp_only_layers", value, expected))?;
+                if list.len() > MAX_LAYERS {
+                    let found = format!("a list of {}", list.len());
+                    let expected = format!("at most {MAX_LAYERS} layer numbers");
+                    return Err(fields.range("mlp_only_layers", found, &expected));
+                }
                 let layer = |value: &Value| {
                     let number = value.as_u64().and_then(|layer| usize::try_from(layer).ok());
                     number.ok_or_else(|| fields.mistyped("mlp_only_layers", value, expected))
@@ -378,20 +391,42 @@ fn dtype(fields: &Fields<'_>) -> Result<Option<String>, ConfigError> {
     Ok(newer.or(older).map(str::to_owned))
 }
 
+/// The values of `quant_method` whose weights can be read.
+const METHODS: &str = "\"fp8\", \"gptq\", \"awq\", \"compressed-tensors\" or \"group32\"";
+
+/// The bits of weights that this project quantized; checks that weights of other programs can be
+/// read.
 fn quantization_bits(fields: &Fields<'_>) -> Result<Option<u32>, ConfigError> {
-    let Some(quantization) = fields.object("quantization_config")? else {
+    let Some(quantization) = fields.object("quantization_config")?.filter(|own| !own.is_empty())
+    else {
         return Ok(None);
     };
     match quantization.string("quant_method")? {
         Some("group32") => {}
-        Some(other) => {
-            return Err(quantization.unsupported(
-                "quant_method",
-                format!("{other:?}"),
-                "\"group32\"",
-            ));
+        Some("fp8" | "gptq") => return Ok(None),
+        Some("awq") => {
+            return match quantization.string("version")? {
+                None | Some("gemm" | "GEMM") => Ok(None),
+                Some(other) => {
+                    Err(quantization.unsupported("version", format!("{other:?}"), "\"gemm\""))
+                }
+            };
         }
-        None => return Err(quantization.missing("quant_method", "\"group32\"")),
+        Some("compressed-tensors") => {
+            let expected = "pack-quantized, int-quantized, float-quantized, naive-quantized, \
+                            nvfp4-pack-quantized, mxfp4-pack-quantized or mixed-precision";
+            return match quantization.string("format")? {
+                None => Ok(None),
+                Some(format) if expected.split([' ', ',']).any(|known| known == format) => Ok(None),
+                Some(other) => {
+                    Err(quantization.unsupported("format", format!("{other:?}"), expected))
+                }
+            };
+        }
+        Some(other) => {
+            return Err(quantization.unsupported("quant_method", format!("{other:?}"), METHODS));
+        }
+        None => return Err(quantization.missing("quant_method", METHODS)),
     }
     match quantization.count("bits", 0)? {
         Some(8) => Ok(Some(8)),

@@ -84,6 +84,16 @@ pub enum ModelError {
         /// Tokens of the vocabulary.
         vocab_size: usize,
     },
+    /// Logits are not finite.
+    #[error("the logits of token {token} of sequence {sequence} are not finite: {cause}")]
+    NotFinite {
+        /// The sequence.
+        sequence: u64,
+        /// The position of the token in its sequence.
+        token: usize,
+        /// What may have overflowed, and what to do.
+        cause: &'static str,
+    },
     /// The batch does not fit the model or the arena.
     #[error(transparent)]
     Batch(#[from] BatchError),

@@ -181,6 +181,36 @@ impl<'a> Fields<'a> {
         }
     }
 
+    /// Whether the object has no fields.
+    pub fn is_empty(&self) -> bool {
+        self.object.is_empty()
+    }
+
+    /// A size in `1..=high` that must be stated.
+    pub fn size_up_to(&self, field: &str, high: usize) -> Result<usize, ConfigError> {
+        let size = self.size(field)?;
+        if size > high {
+            return Err(self.range(field, size, &format!("a whole number in 1..={high}")));
+        }
+        Ok(size)
+    }
+
+    /// As [`count`](Self::count), also of a number such as `64.0`, which some programs write.
+    pub fn count_or_float(&self, field: &str, low: usize) -> Result<Option<usize>, ConfigError> {
+        match self.value(field).and_then(Value::as_f64) {
+            Some(number) if self.object[field].is_f64() && number.fract() == 0.0 => {
+                let whole = (low as f64..=MAX_SIZE as f64).contains(&number);
+                let expected = format!("a whole number in {low}..={MAX_SIZE}");
+                if whole {
+                    Ok(Some(number as usize))
+                } else {
+                    Err(self.range(field, number, &expected))
+                }
+            }
+            _ => self.count(field, low),
+        }
+    }
+
     /// A size that must be stated and cannot be zero.
     pub fn size(&self, field: &str) -> Result<usize, ConfigError> {
         match self.count(field, 1)? {

@@ -87,18 +87,21 @@ fn read_if_there<T: Default>(
 /// When the file is there and its ids cannot be read, or an id is beyond the vocabulary: an answer
 /// would go on past its end. Its other fields are for those who sample.
 pub fn eos_token_ids(source: &ModelSource, config: &Config) -> Result<Vec<u32>, ConfigError> {
+    let checked = |file: &Path, ids: Vec<u32>| match ids.iter().max() {
+        Some(id) if *id as usize >= config.vocab_size => Err(ConfigError::Contradiction {
+            file: file.to_owned(),
+            field: "eos_token_id".into(),
+            found: id.to_string(),
+            other: format!("vocab_size = {} of config.json", config.vocab_size),
+            expected: "ids below it".into(),
+        }),
+        _ => Ok(ids),
+    };
     let ids = read_if_there(source, |file, value| {
-        let ids = Fields::top(file, value)?.token_ids("eos_token_id")?;
-        match ids.iter().max().filter(|&&id| id as usize >= config.vocab_size) {
-            None => Ok(ids),
-            Some(id) => Err(ConfigError::Contradiction {
-                file: file.to_owned(),
-                field: "eos_token_id".into(),
-                found: id.to_string(),
-                other: format!("vocab_size = {} of config.json", config.vocab_size),
-                expected: "ids below it".into(),
-            }),
-        }
+        checked(file, Fields::top(file, value)?.token_ids("eos_token_id")?)
     })?;
-    Ok(if ids.is_empty() { config.eos_token_ids.clone() } else { ids })
+    if !ids.is_empty() {
+        return Ok(ids);
+    }
+    checked(&source.config()?.file, config.eos_token_ids.clone())
 }

@@ -162,7 +162,9 @@ impl Model {
             parts.iter_mut().try_for_each(|part| part.x.settle(ctx))?;
             ctx.comm.ledger().set_layer(None);
         }
-        Ok(self.output(batch, &layout, workspace)?)
+        let output = self.output(batch, &layout, workspace)?;
+        self.check_finite(batch, &output.logits)?;
+        Ok(output)
     }
 
     /// Fills the parts of the workspace with the embeddings of the batch's tokens on this rank.
@@ -227,6 +229,30 @@ impl Model {
         };
         let values = lm_head(ctx, &self.lm_head, normed, input);
         Ok(Output { logits: Logits { vocab, values }, hidden })
+    }
+
+    /// An answer that is chosen from NaN looks like an answer, so the pass fails instead.
+    fn check_finite(&self, batch: &Batch, logits: &Logits) -> Result<(), ModelError> {
+        // NaN and infinity times 0 are NaN, which no sum loses.
+        let finite = |row: &[f32]| row.iter().map(|logit| logit * 0.0).sum::<f32>() == 0.0;
+        let rows = logits.values.rows().into_iter();
+        let found = rows.map(|row| row.to_slice().is_none_or(finite)).position(|finite| !finite);
+        let Some(found) = found else { return Ok(()) };
+        let mut wanted = batch.wanted().filter(|(_, wanted)| *wanted == Wanted::Logits);
+        let (token, _) = wanted.nth(found).expect("each row of logits is a wanted one");
+        let span = batch.spans.iter().find(|span| span.tokens.contains(&token));
+        let span = span.expect("each token belongs to a span");
+        Err(ModelError::NotFinite {
+            sequence: span.sequence,
+            token: span.start + token - span.tokens.start,
+            cause: match self.options.kv {
+                ops::KvFormat::F32 => "a sum overflows f32, so the weights may be damaged",
+                _ => {
+                    "a key or value may not fit the format of the cache, whose numbers end at \
+                     65504 (try f32), or a sum overflows f32"
+                }
+            },
+        })
     }
 
     /// The logits of all the vocabulary, [rows, vocab_size], on every rank: rows · vocab_size · 4

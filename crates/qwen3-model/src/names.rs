@@ -144,7 +144,34 @@ pub fn open_weights<'a, E: From<ConfigError> + From<CheckpointError>>(
     for spec in tensor_specs(config) {
         checkpoint.expect_shape(&spec.name, &spec.shape)?;
     }
+    reject_biases::<E>(source, config, checkpoint)?;
     Ok(checkpoint)
+}
+
+/// Biases would change every answer, and no Qwen3 has them. Some programs write biases of zeros.
+fn reject_biases<E: From<ConfigError> + From<CheckpointError>>(
+    source: &ModelSource,
+    config: &Config,
+    checkpoint: &Checkpoint,
+) -> Result<(), E> {
+    let matrices = tensor_specs(config).filter(|spec| spec.role != TensorRole::Norm);
+    for spec in matrices {
+        let Some(bias) = spec.name.strip_suffix("weight").map(|name| format!("{name}bias")) else {
+            continue;
+        };
+        let Some(file) = checkpoint.file(&bias) else { continue };
+        let values = checkpoint.vector(&bias, spec.shape[0])?;
+        if values.iter().any(|value| *value != 0.0) {
+            return Err(E::from(ConfigError::Contradiction {
+                file: source.config().map_err(ConfigError::from)?.file.clone(),
+                field: "attention_bias".into(),
+                found: "false or absent".into(),
+                other: format!("tensor {bias} in {}", file.display()),
+                expected: "weights without biases".into(),
+            }));
+        }
+    }
+    Ok(())
 }
 
 /// The tensor that is the head. A tied model may have a head that was trained apart all the same;

@@ -117,8 +117,9 @@ fn parse_yarn(
     parameters: &Fields<'_>,
     max_position_embeddings: usize,
 ) -> Result<Yarn, ConfigError> {
-    let original =
-        parameters.count("original_max_position_embeddings", 1)?.unwrap_or(max_position_embeddings);
+    let original = parameters
+        .count_or_float("original_max_position_embeddings", 1)?
+        .unwrap_or(max_position_embeddings);
     let factor = parameters
         .number("factor")?
         .ok_or_else(|| parameters.missing("factor", "a number, at least 1"))?;

@@ -251,6 +251,51 @@ fn windows_and_chunks_without_effect() {
 }
 
 #[test]
+fn sizes_that_would_take_minutes_are_refused_at_once() {
+    for text in [include_str!("data/slow-config.json"), include_str!("data/slow-config-400.json")] {
+        let value: Value = serde_json::from_str(text).expect("JSON");
+        let error = parse(&value).expect_err("2147483647 layers");
+        assert!(matches!(&error, ConfigError::Range { field, .. } if field == "num_hidden_layers"));
+        assert!(error.to_string().contains("2147483647, expected a whole number in 1..=1024"));
+    }
+    let long = json!({"mlp_only_layers": vec![0; 1025]});
+    assert!(matches!(with(sparse(), long), Err(ConfigError::Range { .. })));
+    assert!(matches!(with(sparse(), json!({"num_experts": 8193})), Err(ConfigError::Range { .. })));
+}
+
+#[test]
+fn values_that_programs_write_in_other_forms() {
+    let heads = with(dense(), json!({"num_key_value_heads": null})).expect("as many as queries");
+    assert_eq!(heads.num_key_value_heads, heads.num_attention_heads);
+    let none = with(dense(), json!({"quantization_config": {}})).expect("nothing is quantized");
+    assert_eq!(none.quantization_bits, None);
+    let yarn = json!({"rope_scaling": {"rope_type": "yarn", "factor": 4.0,
+        "original_max_position_embeddings": 64.0}});
+    let RopeScaling::Yarn(yarn) = with(dense(), yarn).expect("a whole number").rope.scaling else {
+        panic!("YaRN is asked for");
+    };
+    assert_eq!(yarn.original_max_position_embeddings, 64);
+    for length in [json!(64.5), json!(0.0), json!(1e12)] {
+        let yarn = json!({"rope_scaling": {"rope_type": "yarn", "factor": 4.0,
+            "original_max_position_embeddings": length}});
+        with(dense(), yarn).expect_err("not a length");
+    }
+    // An id that no answer needs may be beyond the vocabulary.
+    assert_eq!(
+        with(dense(), json!({"eos_token_id": 151936})).expect("ids").eos_token_ids,
+        [151936]
+    );
+    for kind in ["linear", "dynamic"] {
+        let error = with(dense(), json!({"rope_scaling": {"rope_type": kind, "factor": 2.0}}))
+            .expect_err("not computed");
+        assert!(
+            error.to_string().contains(&format!("rope_scaling.rope_type is {kind}")),
+            "{error}"
+        );
+    }
+}
+
+#[test]
 fn quantized_by_this_project() {
     for bits in [4, 8] {
         let fields = json!({"quantization_config": {"quant_method": "group32", "bits": bits}});
@@ -286,7 +331,6 @@ fn missing_fields() {
         "intermediate_size",
         "num_hidden_layers",
         "num_attention_heads",
-        "num_key_value_heads",
         "vocab_size",
         "max_position_embeddings",
         "rms_norm_eps",
@@ -474,7 +518,7 @@ fn unsupported_variants() {
                 "rope_scaling.partial_rotary_factor",
             ),
             (
-                json!({"quantization_config": {"quant_method": "gptq", "bits": 4}}),
+                json!({"quantization_config": {"quant_method": "bitsandbytes", "bits": 4}}),
                 "unsupported",
                 "quantization_config.quant_method",
             ),

@@ -55,6 +55,12 @@ fn generation_config() {
         eos_token_ids(&ModelSource::open(folder.path()).expect("a model"), &model).expect("ids"),
         [3]
     );
+    // Without ids of its own those of the config end an answer.
+    let beyond = Config { eos_token_ids: vec![model.vocab_size as u32], ..model.clone() };
+    std::fs::write(folder.path().join("config.json"), "{}").expect("writable");
+    std::fs::write(folder.path().join("generation_config.json"), "{}").expect("writable");
+    let error = eos_token_ids(&ModelSource::open(folder.path()).expect("a model"), &beyond);
+    assert!(matches!(error, Err(ConfigError::Contradiction { .. })), "{error:?}");
     std::fs::write(folder.path().join("generation_config.json"), "{").expect("writable");
     assert!(matches!(
         eos_token_ids(&ModelSource::open(folder.path()).expect("a model"), &model),

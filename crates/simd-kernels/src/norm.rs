@@ -18,10 +18,20 @@ pub fn rms_norm(isa: Isa, x: &[f32], weight: &[f32], eps: f32, out: &mut [f32]) 
     dispatch!(isa, avx2::rms_norm, scalar::rms_norm, (x, weight, eps, out))
 }
 
-/// 1 / sqrt(sum/n + eps).
+/// 1 / sqrt(mean(x²) + eps), from the sum of the squares of `x`. A sum that overflows is computed
+/// anew in f64, so that huge finite elements have a finite norm.
 #[inline]
-pub(crate) fn inverse_rms(sum_of_squares: f32, n: usize, eps: f32) -> f32 {
-    1.0 / (sum_of_squares / n as f32 + eps).sqrt()
+pub(crate) fn inverse_rms(x: &[f32], sum_of_squares: f32, eps: f32) -> f32 {
+    if sum_of_squares.is_infinite() {
+        return inverse_rms_f64(x, eps);
+    }
+    1.0 / (sum_of_squares / x.len() as f32 + eps).sqrt()
+}
+
+#[cold]
+fn inverse_rms_f64(x: &[f32], eps: f32) -> f32 {
+    let sum: f64 = x.iter().map(|x| f64::from(*x) * f64::from(*x)).sum();
+    (1.0 / (sum / x.len() as f64 + f64::from(eps)).sqrt()) as f32
 }
 
 pub(crate) mod scalar {
@@ -32,7 +42,7 @@ pub(crate) mod scalar {
     }
 
     pub(super) fn rms_norm(x: &[f32], weight: &[f32], eps: f32, out: &mut [f32]) {
-        let factor = inverse_rms(sum_of_squares(x), x.len(), eps);
+        let factor = inverse_rms(x, sum_of_squares(x), eps);
         for ((out, x), weight) in out.iter_mut().zip(x).zip(weight) {
             *out = x * factor * weight;
         }
@@ -67,7 +77,7 @@ pub(crate) mod avx2 {
 
     #[target_feature(enable = "avx2,fma,f16c")]
     pub(super) fn rms_norm(x: &[f32], weight: &[f32], eps: f32, out: &mut [f32]) {
-        let factor = _mm256_set1_ps(inverse_rms(sum_of_squares(x), x.len(), eps));
+        let factor = _mm256_set1_ps(inverse_rms(x, sum_of_squares(x), eps));
         let (x, x_tail) = x.as_chunks();
         let (weight, weight_tail) = weight.as_chunks();
         let (out, out_tail) = out.as_chunks_mut();
@@ -121,6 +131,17 @@ mod tests {
             let mut out = [f32::NAN; 19];
             rms_norm(isa, &[0.0; 19], &[1.0; 19], EPS, &mut out);
             assert_eq!(out, [0.0; 19]);
+        }
+    }
+
+    #[test]
+    fn huge_elements_have_a_finite_norm() {
+        let x: Vec<f32> = noise(67, 6).iter().map(|x| x * 1.0e37).collect();
+        let weight = noise(67, 7);
+        for isa in Isa::all() {
+            let mut out = Guarded::output(67, 0);
+            rms_norm(isa, &x, &weight, EPS, &mut out);
+            out.assert_close(&exact(&x, &weight), tolerance(67));
         }
     }
 

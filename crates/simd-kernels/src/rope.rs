@@ -70,7 +70,7 @@ mod scalar {
 
     pub(super) fn norm_rope(heads: &mut [f32], weight: &[f32], eps: f32, cos: &[f32], sin: &[f32]) {
         for head in heads.chunks_exact_mut(weight.len()) {
-            let factor = inverse_rms(sum_of_squares(head), head.len(), eps);
+            let factor = inverse_rms(head, sum_of_squares(head), eps);
             head.iter_mut().zip(weight).for_each(|(x, w)| *x *= factor * w);
             rope(head, cos, sin);
         }
@@ -94,7 +94,7 @@ mod avx2 {
         let (w_low, w_low_tail) = w_low.as_chunks();
         let (w_high, w_high_tail) = w_high.as_chunks();
         for head in heads.chunks_exact_mut(weight.len()) {
-            let factor = _mm256_set1_ps(inverse_rms(sum_of_squares(head), head.len(), eps));
+            let factor = _mm256_set1_ps(inverse_rms(head, sum_of_squares(head), eps));
             rotate(head, cos, sin, |low, high, i| {
                 let (w_low, w_high) = if i < w_low.len() {
                     (load(&w_low[i]), load(&w_high[i]))
