@@ -17,11 +17,14 @@ use tensor::WeightFormat;
 use crate::{
     CheckpointError, Document, DocumentError, Matrix,
     file::WeightFile,
+    gguf::GgufTensor,
+    gguf_model::tensor_name,
     header::{Entry, Fields, excerpt, read_header},
     matrix::Stored,
     names::Renaming,
+    quantization::{self, Quantization},
     region::Region,
-    stored::{Float, Group32},
+    stored::{Float, Ggml, GgmlType, Group32},
 };
 
 const SINGLE: &str = "model.safetensors";
@@ -51,17 +54,30 @@ pub(crate) fn mark(format: WeightFormat, rows: usize, cols: usize) -> String {
 pub struct Checkpoint {
     folder: PathBuf,
     tensors: HashMap<String, Tensor>,
+    quantization: Quantization,
     bytes_read: Arc<AtomicU64>,
 }
 
+/// A tensor of a file.
 #[derive(Debug)]
-struct Tensor {
-    file: Arc<WeightFile>,
+pub(crate) struct Tensor {
+    pub(crate) file: Arc<WeightFile>,
     /// The name in the file.
-    name: Arc<str>,
-    entry: Entry,
-    /// Set for quantized tensors: the format, rows and columns behind the stored bytes.
-    mark: Option<(WeightFormat, [usize; 2])>,
+    pub(crate) name: Arc<str>,
+    /// The shape; of a quantized tensor the shape of its weights.
+    pub(crate) shape: Vec<usize>,
+    /// From the start of the file.
+    offset: u64,
+    encoding: Encoding,
+}
+
+/// How the elements of a tensor are stored.
+#[derive(Clone, Copy, Debug, PartialEq)]
+enum Encoding {
+    Plain(Dtype),
+    /// Groups of 32, by a mark in the file's metadata.
+    Marked(WeightFormat),
+    Ggml(GgmlType),
 }
 
 impl Checkpoint {
@@ -72,9 +88,19 @@ impl Checkpoint {
     ///
     /// Anything wrong with the folder, the index or a header; see [`CheckpointError`].
     pub fn open(folder: impl AsRef<Path>) -> Result<Self, CheckpointError> {
-        let folder = folder.as_ref();
-        let mut checkpoint =
-            Self { folder: folder.to_owned(), tensors: HashMap::new(), bytes_read: Arc::default() };
+        Self::open_folder(folder.as_ref(), Quantization::default())
+    }
+
+    pub(crate) fn open_folder(
+        folder: &Path,
+        quantization: Quantization,
+    ) -> Result<Self, CheckpointError> {
+        let mut checkpoint = Self {
+            folder: folder.to_owned(),
+            tensors: HashMap::new(),
+            quantization,
+            bytes_read: Arc::default(),
+        };
         let present = |name: &str| folder.join(name).symlink_metadata().is_ok();
         // A folder with both is read as Hugging Face's transformers does: the single file counts.
         if present(SINGLE) {
@@ -91,6 +117,34 @@ impl Checkpoint {
         Ok(checkpoint)
     }
 
+    /// The tensors of GGUF files, the parts of one model.
+    pub(crate) fn of_gguf(
+        path: &Path,
+        parts: &[(Arc<WeightFile>, Vec<GgufTensor>)],
+        bytes_read: Arc<AtomicU64>,
+    ) -> Result<Self, CheckpointError> {
+        let mut checkpoint = Self {
+            folder: path.to_owned(),
+            tensors: HashMap::new(),
+            quantization: Quantization::default(),
+            bytes_read,
+        };
+        for (file, tensors) in parts {
+            for tensor in tensors {
+                let known = tensor_name(&tensor.name).unwrap_or_else(|| tensor.name.clone());
+                let tensor = Tensor {
+                    file: Arc::clone(file),
+                    name: tensor.name.as_str().into(),
+                    shape: tensor.shape.clone(),
+                    offset: tensor.offset,
+                    encoding: Encoding::Ggml(tensor.kind),
+                };
+                checkpoint.insert(known, tensor)?;
+            }
+        }
+        Ok(checkpoint)
+    }
+
     /// Names of all tensors, sorted.
     pub fn names(&self) -> Vec<&str> {
         let mut names: Vec<&str> = self.tensors.keys().map(String::as_str).collect();
@@ -98,14 +152,14 @@ impl Checkpoint {
         names
     }
 
-    /// Whether a tensor of this name exists.
+    /// Whether a tensor of this name exists, or a matrix that is stored as several tensors.
     pub fn contains(&self, name: &str) -> bool {
-        self.tensors.contains_key(name)
+        self.tensors.contains_key(name) || quantization::is_coded(self, name)
     }
 
     /// Shape of a tensor; of a quantized one the shape of the weights, not of the stored bytes.
     pub fn shape(&self, name: &str) -> Option<&[usize]> {
-        self.tensors.get(name).map(Tensor::shape)
+        self.tensors.get(name).map(|tensor| &*tensor.shape)
     }
 
     /// The packed format in which a tensor is kept unless the user chooses one; see
@@ -115,7 +169,13 @@ impl Checkpoint {
     ///
     /// If the tensor is absent or cannot be weights.
     pub fn stored_format(&self, name: &str) -> Result<WeightFormat, CheckpointError> {
-        self.tensor(name)?.format()
+        if let Some(format) = quantization::format_of_parts(self, name) {
+            return Ok(format);
+        }
+        match self.stacked(name) {
+            Some((tensor, _)) => tensor.format(),
+            None => self.tensor(name)?.format(),
+        }
     }
 
     /// The file that holds a tensor.
@@ -138,19 +198,34 @@ impl Checkpoint {
         let tensor = self.tensor(name)?;
         tensor.expect_shape(&[len])?;
         let mut out = vec![0.0; len];
-        tensor.matrix(1, len)?.read_row(0, &mut out)?;
+        Matrix::new(tensor.stored(0, 1, len)?).read_row(0, &mut out)?;
         Ok(out)
     }
 
-    /// A handle to a matrix of shape `[rows, cols]`. Nothing is read yet.
+    /// A handle to a matrix of shape `[rows, cols]`, however it is stored: as one tensor, as codes
+    /// with scales, or as a slice of stacked experts. No weights are read yet.
     ///
     /// # Errors
     ///
     /// If it is absent or has another shape, or a dtype that cannot be weights.
     pub fn matrix(&self, name: &str, rows: usize, cols: usize) -> Result<Matrix, CheckpointError> {
+        if let Some(coded) = quantization::open(self, name, [rows, cols]) {
+            return Ok(Matrix::new(Arc::new(coded?)));
+        }
+        if let Some((tensor, first)) = self.stacked(name) {
+            let [experts, stored, width] = tensor.shape[..] else {
+                return Err(tensor.wrong_shape(&[0, rows, cols]));
+            };
+            // Gate and up may lie one below the other.
+            if width != cols || stored != first.of * rows || first.expert >= experts {
+                return Err(tensor.wrong_shape(&[first.expert + 1, first.of * rows, cols]));
+            }
+            let start = first.expert * stored + first.part * rows;
+            return Ok(Matrix::new(tensor.stored(start, rows, cols)?));
+        }
         let tensor = self.tensor(name)?;
         tensor.expect_shape(&[rows, cols])?;
-        tensor.matrix(rows, cols)
+        Ok(Matrix::new(tensor.stored(0, rows, cols)?))
     }
 
     /// Checks that a tensor is there and has this shape.
@@ -159,14 +234,48 @@ impl Checkpoint {
     ///
     /// If it is absent or has another shape.
     pub fn expect_shape(&self, name: &str, shape: &[usize]) -> Result<(), CheckpointError> {
-        self.tensor(name)?.expect_shape(shape)
+        match *shape {
+            [rows, cols] if !self.tensors.contains_key(name) => {
+                self.matrix(name, rows, cols).map(drop)
+            }
+            _ => self.tensor(name)?.expect_shape(shape),
+        }
+    }
+
+    pub(crate) fn get(&self, name: &str) -> Option<&Tensor> {
+        self.tensors.get(name)
+    }
+
+    pub(crate) fn quantization(&self) -> &Quantization {
+        &self.quantization
+    }
+
+    pub(crate) fn no_tensor(&self, name: &str) -> CheckpointError {
+        CheckpointError::NoTensor { folder: self.folder.clone(), tensor: name.to_owned() }
     }
 
     fn tensor(&self, name: &str) -> Result<&Tensor, CheckpointError> {
-        self.tensors.get(name).ok_or_else(|| CheckpointError::NoTensor {
-            folder: self.folder.clone(),
-            tensor: name.to_owned(),
-        })
+        self.tensors.get(name).ok_or_else(|| self.no_tensor(name))
+    }
+
+    /// The tensor of all experts of a layer that holds the matrix `name` of one, and where.
+    fn stacked(&self, name: &str) -> Option<(&Tensor, Place)> {
+        if self.tensors.contains_key(name) {
+            return None;
+        }
+        let (layer, rest) = name.split_once(".experts.")?;
+        let (expert, matrix) = rest.split_once('.')?;
+        let expert = expert.parse().ok()?;
+        let matrix = matrix.strip_suffix(".weight")?;
+        let stack = |name: &str| {
+            let base = format!("{layer}.experts.{name}");
+            self.tensors.get(&format!("{base}.weight")).or_else(|| self.tensors.get(&base))
+        };
+        if let Some(tensor) = stack(matrix) {
+            return Some((tensor, Place { expert, part: 0, of: 1 }));
+        }
+        let part = ["gate_proj", "up_proj"].iter().position(|name| *name == matrix)?;
+        Some((stack("gate_up_proj")?, Place { expert, part, of: 2 }))
     }
 
     fn open_index(&mut self, index: &Path) -> Result<(), CheckpointError> {
@@ -216,9 +325,13 @@ impl Checkpoint {
                 Some(mark) => Some(parse_mark(file.path(), &name, mark, &entry)?),
                 None => None,
             };
-            let tensor =
-                Tensor { file: Arc::clone(&file), name: name.as_str().into(), entry, mark };
-            self.insert(name, tensor)?;
+            let (shape, encoding) = match mark {
+                Some((format, shape)) => (shape.to_vec(), Encoding::Marked(format)),
+                None => (entry.shape, Encoding::Plain(entry.dtype)),
+            };
+            let (file, stored) = (Arc::clone(&file), name.as_str().into());
+            let offset = entry.offset;
+            self.insert(name, Tensor { file, name: stored, shape, offset, encoding })?;
         }
         Ok(())
     }
@@ -236,57 +349,110 @@ impl Checkpoint {
     }
 }
 
+/// A matrix in a stack of experts: the expert, and which of the parts that lie one below the other.
+#[derive(Clone, Copy)]
+struct Place {
+    expert: usize,
+    part: usize,
+    of: usize,
+}
+
 impl Tensor {
-    fn shape(&self) -> &[usize] {
-        match &self.mark {
-            Some((_, shape)) => shape,
-            None => &self.entry.shape,
+    pub(crate) fn path(&self) -> &Path {
+        self.file.path()
+    }
+
+    /// The dtype of a safetensors tensor that is not quantized in groups of 32.
+    pub(crate) fn dtype(&self) -> Option<Dtype> {
+        match self.encoding {
+            Encoding::Plain(dtype) => Some(dtype),
+            Encoding::Marked(_) | Encoding::Ggml(_) => None,
         }
     }
 
-    fn expect_shape(&self, expected: &[usize]) -> Result<(), CheckpointError> {
-        if self.shape() == expected {
-            return Ok(());
-        }
-        Err(CheckpointError::Shape {
+    pub(crate) fn expect_shape(&self, expected: &[usize]) -> Result<(), CheckpointError> {
+        if self.shape == expected { Ok(()) } else { Err(self.wrong_shape(expected)) }
+    }
+
+    fn wrong_shape(&self, expected: &[usize]) -> CheckpointError {
+        CheckpointError::Shape {
             file: self.file.path().to_owned(),
             tensor: self.name.to_string(),
-            found: self.shape().to_vec(),
+            found: self.shape.clone(),
             expected: expected.to_vec(),
-        })
+        }
+    }
+
+    /// The bytes of the tensor as rows of `row_bytes`; the shape was checked.
+    pub(crate) fn region(&self, rows: usize, row_bytes: usize) -> Region {
+        Region {
+            file: Arc::clone(&self.file),
+            name: Arc::clone(&self.name),
+            offset: self.offset,
+            rows,
+            row_bytes,
+        }
     }
 
     fn format(&self) -> Result<WeightFormat, CheckpointError> {
-        match (self.mark, self.entry.dtype) {
-            (Some((format, _)), _) => Ok(format),
-            (None, Dtype::F32) => Ok(WeightFormat::F32),
-            (None, Dtype::BF16) => Ok(WeightFormat::Bf16),
-            (None, Dtype::F16) => Ok(WeightFormat::F16),
-            (None, other) => Err(CheckpointError::Dtype {
-                file: self.file.path().to_owned(),
-                tensor: self.name.to_string(),
-                found: other.to_string(),
-                expected: "F32, BF16, F16, or U8 marked as group32 in the file's metadata",
-            }),
+        match self.encoding {
+            Encoding::Marked(format) => Ok(format),
+            Encoding::Ggml(kind) => Ok(kind.same_as().unwrap_or(WeightFormat::Q8)),
+            Encoding::Plain(Dtype::F32) => Ok(WeightFormat::F32),
+            Encoding::Plain(Dtype::BF16) => Ok(WeightFormat::Bf16),
+            Encoding::Plain(Dtype::F16) => Ok(WeightFormat::F16),
+            Encoding::Plain(other) => {
+                quantization::format_of(self).ok_or_else(|| CheckpointError::Dtype {
+                    file: self.file.path().to_owned(),
+                    tensor: self.name.to_string(),
+                    found: other.to_string(),
+                    expected: "F32, BF16, F16, or U8 marked as group32 in the file's metadata",
+                })
+            }
         }
     }
 
-    /// The tensor as `[rows, cols]`, which its shape was checked to be, or to flatten to.
-    fn matrix(&self, rows: usize, cols: usize) -> Result<Matrix, CheckpointError> {
-        let format = self.format()?;
-        let region = Region {
-            file: Arc::clone(&self.file),
-            name: Arc::clone(&self.name),
-            offset: self.entry.offset,
-            rows,
-            row_bytes: format.stored_row_bytes(cols).expect("checked with the header"),
+    /// `rows` rows of `cols` columns, from row `first` of all rows of the tensor on.
+    fn stored(
+        &self,
+        first: usize,
+        rows: usize,
+        cols: usize,
+    ) -> Result<Arc<dyn Stored>, CheckpointError> {
+        let row_bytes =
+            |format: WeightFormat| format.stored_row_bytes(cols).expect("checked with the header");
+        let region = |row_bytes: usize| {
+            let mut region = self.region(rows, row_bytes);
+            region.offset += (first * row_bytes) as u64;
+            region
         };
-        let stored: Arc<dyn Stored> = if format.is_quantized() {
+        let format = match self.encoding {
+            Encoding::Ggml(kind) => match kind.same_as() {
+                Some(format) => format,
+                None => {
+                    let (weights, bytes) = kind.block();
+                    let region = region(cols / weights * bytes);
+                    return Ok(Arc::new(Ggml::new(region, kind, cols)));
+                }
+            },
+            Encoding::Plain(Dtype::F32 | Dtype::BF16 | Dtype::F16) | Encoding::Marked(_) => {
+                self.format()?
+            }
+            Encoding::Plain(other) => {
+                return Err(CheckpointError::Dtype {
+                    file: self.file.path().to_owned(),
+                    tensor: self.name.to_string(),
+                    found: other.to_string(),
+                    expected: "F32, BF16, F16, or U8 marked as group32 in the file's metadata",
+                });
+            }
+        };
+        let region = region(row_bytes(format));
+        Ok(if format.is_quantized() {
             Arc::new(Group32::new(region, format, cols))
         } else {
             Arc::new(Float::new(region, format, cols))
-        };
-        Ok(Matrix::new(stored))
+        })
     }
 }
 

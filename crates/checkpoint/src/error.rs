@@ -44,11 +44,21 @@ pub enum OpenError {
         /// The file's folder.
         folder: PathBuf,
     },
-    /// A GGUF file.
-    #[error("{} is a GGUF file, which this version does not read; expected a folder with config.json and *.safetensors", path.display())]
-    Gguf {
+    /// A folder with GGUF files of several models.
+    #[error("{} holds several GGUF files; expected one of them: {}", path.display(), found.join(" or "))]
+    SeveralGguf {
+        /// The folder.
+        path: PathBuf,
+        /// The names of some.
+        found: Vec<String>,
+    },
+    /// A later part of a split GGUF file.
+    #[error("{} is a later part of a split model; expected its first part, {}", path.display(), first.display())]
+    LaterPart {
         /// The path.
         path: PathBuf,
+        /// The first part.
+        first: PathBuf,
     },
     /// The path is a pipe, a socket or a device.
     #[error("{} is neither a folder nor a regular file; expected the folder of a model", path.display())]
@@ -130,6 +140,21 @@ pub enum DocumentError {
         /// The first such byte.
         offset: usize,
     },
+    /// The metadata of a GGUF file does not describe a model.
+    #[error("{}: {key} is {found}, expected {expected}", file.display())]
+    Metadata {
+        /// The file.
+        file: PathBuf,
+        /// The key.
+        key: String,
+        /// Its value, shortened.
+        found: String,
+        /// What would do.
+        expected: String,
+    },
+    /// The header of a GGUF file cannot be read.
+    #[error(transparent)]
+    Header(Arc<CheckpointError>),
     /// A folder holds too many files.
     #[error("{} holds {found} files, expected at most {limit}", folder.display())]
     TooMany {
@@ -260,6 +285,40 @@ pub enum CheckpointError {
         file: PathBuf,
         /// The limit.
         limit: usize,
+    },
+    /// A tensor of a quantized matrix contradicts the matrix or `config.json`.
+    #[error("tensor {tensor} in {}: found {found}, expected {expected}", file.display())]
+    Quantization {
+        /// The file.
+        file: PathBuf,
+        /// The tensor.
+        tensor: String,
+        /// What was found.
+        found: String,
+        /// What would fit.
+        expected: String,
+    },
+    /// A part of a GGUF file's header is wrong.
+    #[error("{}: {what} is {found}, expected {expected}", file.display())]
+    Gguf {
+        /// The file.
+        file: PathBuf,
+        /// The key, the tensor or the part of the header.
+        what: String,
+        /// What was found.
+        found: String,
+        /// What would do.
+        expected: String,
+    },
+    /// A part of a split GGUF model is absent.
+    #[error("{} is part 1 of {count}, and {} does not exist", file.display(), missing.display())]
+    GgufPart {
+        /// The first part.
+        file: PathBuf,
+        /// The number of parts.
+        count: usize,
+        /// The first part that is missing.
+        missing: PathBuf,
     },
     /// An index that is larger than any model's.
     #[error(transparent)]

@@ -1,4 +1,5 @@
-//! Model files: a Hugging Face folder, opened once, of which each rank reads only what it owns.
+//! Model files: a Hugging Face folder or a GGUF file, opened once, of which each rank reads only
+//! what it owns.
 #![doc = ""]
 #![doc = include_str!("../README.md")]
 #![forbid(unsafe_code)]
@@ -13,7 +14,10 @@ mod region;
 mod matrix;
 mod stored;
 mod header;
+mod gguf;
+mod gguf_model;
 mod names;
+mod quantization;
 mod checkpoint;
 mod locate;
 mod source;

@@ -14,6 +14,29 @@ use crate::OpenError;
 pub(crate) enum Place {
     /// A folder as published on Hugging Face.
     Folder(PathBuf),
+    /// A GGUF file, or the first of several.
+    Gguf(PathBuf),
+}
+
+/// The name of a part of a split GGUF model: `BASE-00001-of-00003.gguf`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Split {
+    base: String,
+    pub(crate) part: usize,
+    pub(crate) count: usize,
+}
+
+impl Split {
+    pub(crate) fn of(name: &str) -> Option<Self> {
+        let (rest, count) = name.strip_suffix(".gguf")?.rsplit_once("-of-")?;
+        let (base, part) = rest.rsplit_once('-')?;
+        let number = |text: &str| (text.len() == 5).then(|| text.parse().ok()).flatten();
+        Some(Self { base: base.to_owned(), part: number(part)?, count: number(count)? })
+    }
+
+    pub(crate) fn name(&self, part: usize) -> String {
+        format!("{}-{part:05}-of-{:05}.gguf", self.base, self.count)
+    }
 }
 
 /// Names shown of many.
@@ -40,7 +63,13 @@ pub(crate) fn locate(path: &Path) -> Result<Place, OpenError> {
     }
     let name = path.file_name().unwrap_or_default().to_string_lossy();
     if name.ends_with(".gguf") {
-        return Err(OpenError::Gguf { path: path.to_owned() });
+        return match Split::of(&name) {
+            Some(split) if split.part != 1 => Err(OpenError::LaterPart {
+                path: path.to_owned(),
+                first: path.with_file_name(split.name(1)),
+            }),
+            _ => Ok(Place::Gguf(path.to_owned())),
+        };
     }
     let of_folder = [".safetensors", ".json", ".jinja", ".bin", ".pth", ".pt"];
     if of_folder.iter().any(|ending| name.ends_with(ending)) {
@@ -99,6 +128,18 @@ fn locate_in_folder(folder: &Path) -> Result<Place, OpenError> {
     }
     if folder.join("snapshots").is_dir() {
         return locate_snapshot(folder);
+    }
+    let weights = folder.join("model.safetensors").symlink_metadata().is_ok();
+    let is_first =
+        |name: &str| name.ends_with(".gguf") && Split::of(name).is_none_or(|split| split.part == 1);
+    let mut gguf = names(folder, is_first)?;
+    match gguf.len() {
+        1 if !weights => return Ok(Place::Gguf(folder.join(&gguf[0]))),
+        2.. if !weights => {
+            gguf.truncate(SHOWN);
+            return Err(OpenError::SeveralGguf { path: folder.to_owned(), found: gguf });
+        }
+        _ => {}
     }
     // The cache itself, or the folder that holds it.
     for cache in [folder.to_owned(), folder.join("hub")] {

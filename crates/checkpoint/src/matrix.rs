@@ -9,6 +9,9 @@ use crate::{CheckpointError, region::Buffer};
 /// Rows that [`Matrix::read_rows`] decodes at once are at most about this many bytes as f32.
 const PIECE: usize = 256 << 10;
 
+/// Rows that are decoded at once of a matrix that is stored by columns.
+const TILE: usize = 128;
+
 /// A whole stored matrix in one of the formats of files. Each format is one implementation.
 pub(crate) trait Stored: fmt::Debug + Send + Sync {
     /// The tensor's name, as the model asks for it.
@@ -26,6 +29,12 @@ pub(crate) trait Stored: fmt::Debug + Send + Sync {
 
     /// The smallest packed format that represents the weights of the columns `cols` exactly.
     fn exact_format(&self, cols: &Range<usize>) -> WeightFormat;
+
+    /// Whether the file stores columns one after the other, so that few rows are read about as
+    /// slowly as many.
+    fn by_columns(&self) -> bool {
+        false
+    }
 
     /// Reads a rectangle as f32, exactly as the format defines the weights.
     fn read_f32(
@@ -66,6 +75,17 @@ pub struct Scratch {
     pub(crate) encoded: Buffer,
     /// Weights of a row beyond the wanted columns.
     pub(crate) values: Vec<f32>,
+    /// Rows of a matrix that is stored by columns.
+    tile: Tile,
+}
+
+/// Some rows of a rectangle, decoded.
+#[derive(Debug, Default)]
+struct Tile {
+    stored: Option<Arc<dyn Stored>>,
+    rows: Range<usize>,
+    cols: Range<usize>,
+    values: Vec<f32>,
 }
 
 impl Matrix {
@@ -152,6 +172,33 @@ impl Matrix {
         Ok(())
     }
 
+    /// Reads rows out of a tile of more rows, which the next calls are likely to want.
+    fn read_tiled(
+        &self,
+        rows: Range<usize>,
+        out: &mut [f32],
+        scratch: &mut Scratch,
+    ) -> Result<(), CheckpointError> {
+        let mut tile = std::mem::take(&mut scratch.tile);
+        let same = tile.stored.as_ref().is_some_and(|other| Arc::ptr_eq(other, &self.stored));
+        if !(same
+            && tile.cols == self.cols
+            && tile.rows.start <= rows.start
+            && rows.end <= tile.rows.end)
+        {
+            let end = (rows.start + TILE).min(self.rows.end);
+            tile.stored = Some(Arc::clone(&self.stored));
+            (tile.rows, tile.cols) = (rows.start..end, self.cols.clone());
+            tile.values.resize(tile.rows.len() * self.cols(), 0.0);
+            let (rows, cols) = (tile.rows.clone(), tile.cols.clone());
+            self.stored.read_f32(rows, cols, &mut tile.values, scratch)?;
+        }
+        let first = (rows.start - tile.rows.start) * self.cols();
+        out.copy_from_slice(&tile.values[first..][..out.len()]);
+        scratch.tile = tile;
+        Ok(())
+    }
+
     fn stored_rows(&self, rows: Range<usize>, out: usize, expected: Option<usize>) -> Range<usize> {
         assert_eq!(Some(out), expected, "the output for rows {rows:?} of {}", self.name());
         narrow("rows", &self.rows, rows)
@@ -183,6 +230,9 @@ impl MatrixSource for Matrix {
         let rows = self.stored_rows(rows.clone(), out.len(), rows.len().checked_mul(self.cols()));
         if out.is_empty() {
             return Ok(());
+        }
+        if self.stored.by_columns() && rows.len() < TILE {
+            return self.read_tiled(rows, out, scratch);
         }
         self.stored.read_f32(rows, self.cols.clone(), out, scratch)
     }

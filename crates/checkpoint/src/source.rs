@@ -1,14 +1,19 @@
 //! A model on disk, opened once and shared by everything that reads a part of it.
 
 use std::{
+    collections::HashMap,
     fs,
     path::{Path, PathBuf},
-    sync::{Arc, OnceLock},
+    sync::{Arc, OnceLock, atomic::AtomicU64},
 };
 
 use crate::{
     Checkpoint, CheckpointError, Document, DocumentError, OpenError,
-    locate::{Place, locate},
+    file::WeightFile,
+    gguf::{self, GgufTensor, Value},
+    gguf_model::GgufModel,
+    locate::{Place, Split, locate},
+    quantization::Quantization,
 };
 
 // Limits on the sizes of files, several times those of the largest published models.
@@ -31,13 +36,14 @@ pub struct ModelSource {
     generation_config: Kept<Option<Document>>,
     tokenizer_config: Kept<Option<Document>>,
     templates: Kept<Vec<(String, Document)>>,
+    gguf: OnceLock<Result<GgufFiles, CheckpointError>>,
     weights: OnceLock<Result<Checkpoint, CheckpointError>>,
 }
 
 impl ModelSource {
     /// Opens the model at `path`: a folder as published on Hugging Face, a folder of its cache
-    /// (`models--…` or a snapshot in it), or the name of a model in the local cache, such as
-    /// `Qwen/Qwen3-0.6B`.
+    /// (`models--…` or a snapshot in it), the name of a model in the local cache, such as
+    /// `Qwen/Qwen3-0.6B`, a GGUF file or the first part of one, or a folder with one GGUF file.
     ///
     /// # Errors
     ///
@@ -52,6 +58,7 @@ impl ModelSource {
             generation_config: OnceLock::new(),
             tokenizer_config: OnceLock::new(),
             templates: OnceLock::new(),
+            gguf: OnceLock::new(),
             weights: OnceLock::new(),
         }))
     }
@@ -63,8 +70,25 @@ impl ModelSource {
 
     /// The folder that holds the files.
     pub fn folder(&self) -> &Path {
-        let Place::Folder(folder) = &self.place;
-        folder
+        match &self.place {
+            Place::Folder(folder) => folder,
+            Place::Gguf(file) => match file.parent() {
+                Some(folder) if !folder.as_os_str().is_empty() => folder,
+                _ => Path::new("."),
+            },
+        }
+    }
+
+    /// The headers of a GGUF model, read once.
+    fn gguf(&self) -> Result<Option<&GgufFiles>, CheckpointError> {
+        let Place::Gguf(file) = &self.place else { return Ok(None) };
+        self.gguf.get_or_init(|| GgufFiles::open(file)).as_ref().map(Some).map_err(Clone::clone)
+    }
+
+    /// The metadata of a GGUF model.
+    fn metadata(&self) -> Result<Option<GgufModel<'_>>, DocumentError> {
+        let files = self.gguf().map_err(|error| DocumentError::Header(Arc::new(error)))?;
+        Ok(files.map(GgufFiles::model))
     }
 
     /// `config.json`.
@@ -74,6 +98,13 @@ impl ModelSource {
     /// If it is absent or cannot be read.
     pub fn config(&self) -> Result<&Document, DocumentError> {
         let read = || {
+            if let Some(model) = self.metadata()? {
+                let weights =
+                    self.weights().map_err(|error| DocumentError::Header(Arc::new(error)))?;
+                let rows = weights.shape("model.embed_tokens.weight").and_then(<[usize]>::first);
+                let tied = !weights.contains("lm_head.weight");
+                return model.config(tied, rows.copied().unwrap_or(0));
+            }
             let file = self.folder().join("config.json");
             Document::read(&file, MAX_CONFIG)?
                 .ok_or_else(|| DocumentError::NoConfig { folder: self.folder().to_owned() })
@@ -87,7 +118,12 @@ impl ModelSource {
     ///
     /// If it cannot be read.
     pub fn generation_config(&self) -> Result<Option<&Document>, DocumentError> {
-        let read = || Document::read(&self.folder().join("generation_config.json"), MAX_CONFIG);
+        let read = || match self.place {
+            Place::Gguf(_) => Ok(None),
+            Place::Folder(_) => {
+                Document::read(&self.folder().join("generation_config.json"), MAX_CONFIG)
+            }
+        };
         kept(self.generation_config.get_or_init(read))
     }
 
@@ -98,12 +134,18 @@ impl ModelSource {
     /// If it cannot be read.
     pub fn tokenizer_config(&self) -> Result<Option<&Document>, DocumentError> {
         let file = self.folder().join("tokenizer_config.json");
-        let read = || Document::read(&file, MAX_TOKENIZER_CONFIG);
+        let read = || match self.metadata()? {
+            Some(model) => model.tokenizer_config().map(Some),
+            None => Document::read(&file, MAX_TOKENIZER_CONFIG),
+        };
         kept(self.tokenizer_config.get_or_init(read))
     }
 
     /// Whether the model has a tokenizer.
     pub fn has_tokenizer(&self) -> bool {
+        if let Place::Gguf(_) = self.place {
+            return self.metadata().is_ok_and(|model| model.is_some_and(|own| own.has_tokenizer()));
+        }
         self.folder().join("tokenizer.json").symlink_metadata().is_ok()
     }
 
@@ -113,6 +155,9 @@ impl ModelSource {
     ///
     /// Those of [`tokenizer`](Self::tokenizer), except that the file may change in between.
     pub fn find_tokenizer(&self) -> Result<(), DocumentError> {
+        if self.metadata()?.is_some_and(|model| model.has_tokenizer()) {
+            return Ok(());
+        }
         let file = self.folder().join("tokenizer.json");
         if Document::check(&file, MAX_TOKENIZER)? {
             Ok(())
@@ -127,6 +172,9 @@ impl ModelSource {
     ///
     /// If it is absent or cannot be read.
     pub fn tokenizer(&self) -> Result<Document, DocumentError> {
+        if let Some(model) = self.metadata()? {
+            return model.tokenizer();
+        }
         let file = self.folder().join("tokenizer.json");
         Document::read(&file, MAX_TOKENIZER)?.ok_or(DocumentError::NoTokenizer { file })
     }
@@ -139,8 +187,19 @@ impl ModelSource {
     ///
     /// If one cannot be read, or there are more than 64.
     pub fn chat_templates(&self) -> Result<&[(String, Document)], DocumentError> {
-        let templates = self.templates.get_or_init(|| read_templates(self.folder()));
+        let read = || match self.metadata()? {
+            Some(model) => model.templates(),
+            None => read_templates(self.folder()),
+        };
+        let templates = self.templates.get_or_init(read);
         templates.as_deref().map_err(Clone::clone)
+    }
+
+    /// What the config says of quantized weights; nothing if it cannot be read, which is reported
+    /// to those who ask for it.
+    fn quantization(&self) -> Quantization {
+        let config = self.config().ok().and_then(|own| serde_json::from_slice(&own.bytes).ok());
+        config.as_ref().map_or_else(Quantization::default, Quantization::parse)
     }
 
     /// The weights: all headers read and checked.
@@ -149,8 +208,55 @@ impl ModelSource {
     ///
     /// If an index or a header cannot be read or is wrong.
     pub fn weights(&self) -> Result<&Checkpoint, CheckpointError> {
-        let open = || Checkpoint::open(self.folder());
+        let open = || match self.gguf()? {
+            Some(files) => files.checkpoint(),
+            None => Checkpoint::open_folder(self.folder(), self.quantization()),
+        };
         self.weights.get_or_init(open).as_ref().map_err(Clone::clone)
+    }
+}
+
+/// The files of a GGUF model, and the metadata of the first.
+#[derive(Debug)]
+struct GgufFiles {
+    path: PathBuf,
+    metadata: HashMap<String, Value>,
+    parts: Vec<(Arc<WeightFile>, Vec<GgufTensor>)>,
+    bytes_read: Arc<AtomicU64>,
+}
+
+impl GgufFiles {
+    /// Reads the headers of `path` and, if it is the first part of a split model, of the others.
+    fn open(path: &Path) -> Result<Self, CheckpointError> {
+        let bytes_read = Arc::<AtomicU64>::default();
+        let open = |path: PathBuf| {
+            let file = Arc::new(WeightFile::open(path, Arc::clone(&bytes_read))?);
+            let gguf = gguf::read(&file)?;
+            Ok::<_, CheckpointError>((file, gguf))
+        };
+        let (file, first) = open(path.to_owned())?;
+        let mut parts = vec![(file, first.tensors)];
+        let name = path.file_name().unwrap_or_default().to_string_lossy();
+        if let Some(split) = Split::of(&name) {
+            for part in 2..=split.count {
+                let other = path.with_file_name(split.name(part));
+                if !other.exists() {
+                    let (file, count) = (path.to_owned(), split.count);
+                    return Err(CheckpointError::GgufPart { file, count, missing: other });
+                }
+                let (file, gguf) = open(other)?;
+                parts.push((file, gguf.tensors));
+            }
+        }
+        Ok(Self { path: path.to_owned(), metadata: first.metadata, parts, bytes_read })
+    }
+
+    fn model(&self) -> GgufModel<'_> {
+        GgufModel { file: &self.path, metadata: &self.metadata }
+    }
+
+    fn checkpoint(&self) -> Result<Checkpoint, CheckpointError> {
+        Checkpoint::of_gguf(&self.path, &self.parts, Arc::clone(&self.bytes_read))
     }
 }
 

@@ -89,7 +89,8 @@ impl LaunchOptions {
 /// Which model, and how a rank computes.
 #[derive(Args, Clone, Debug)]
 pub struct EngineOptions {
-    /// The model: a folder as published on Hugging Face, or the name of a model in the local cache
+    /// The model: a folder as published on Hugging Face, a GGUF file, or the name of a model in the
+    /// local cache
     #[arg(long, value_name = "MODEL")]
     pub model: ModelPath,
 

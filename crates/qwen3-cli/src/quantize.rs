@@ -16,7 +16,8 @@ use crate::progress::{Progress, Unit};
 /// original
 #[derive(Args, Clone, Debug)]
 pub struct QuantizeArgs {
-    /// The model: a folder as published on Hugging Face, or the name of a model in the local cache
+    /// The model: a folder as published on Hugging Face, a GGUF file, or the name of a model in the
+    /// local cache
     #[arg(long, value_name = "MODEL")]
     model: ModelPath,
 
