@@ -127,7 +127,9 @@ fn multiply_block<const N: usize>(
     let (together, depth) = match x.kind() {
         InputKind::Float => (columns::PANELS, columns::DEPTH),
         // One tile needs no part of a panel twice.
-        InputKind::Int16 | InputKind::Int8 if streams => (codes::PANELS, x.cols().max(1)),
+        InputKind::Int16 | InputKind::Int8 if streams => {
+            (codes::stream_panels(&ws[0].data(), x.tokens()), x.cols().max(1))
+        }
         InputKind::Int16 | InputKind::Int8 => (codes::PANELS, codes::DEPTH),
     };
     let groups = Groups {
@@ -150,6 +152,7 @@ fn multiply_block<const N: usize>(
                     InputKind::Float if left >= 4 => add_floats::<N, 4>(&slots, slot, &part, block),
                     InputKind::Float if left >= 2 => add_floats::<N, 2>(&slots, slot, &part, block),
                     InputKind::Float => add_floats::<N, 1>(&slots, slot, &part, block),
+                    _ if streams && left >= 4 => stream_codes::<N, 4>(&slots, slot, &part, block),
                     _ if left >= 2 => add_codes::<N, 2>(&slots, slot, &part, block),
                     _ => add_codes::<N, 1>(&slots, slot, &part, block),
                 };
@@ -186,6 +189,20 @@ fn add_codes<const N: usize, const P: usize>(
     let sums = block.sums[slot..].first_chunk_mut::<P>().expect("as many sums as slots");
     let (weights, ahead) = (parts_of(slots, slot, &part.columns), ahead_of(slots, slot, part));
     codes::add_tiles(weights, part, sums, ahead, &mut block.codes);
+    P
+}
+
+/// The same for one tile of Q8 and Q4.
+#[target_feature(enable = "avx512bw,avx512vl,avx512vnni")]
+fn stream_codes<const N: usize, const P: usize>(
+    slots: &Slots<'_, N>,
+    slot: usize,
+    part: &Part<'_>,
+    block: &mut Block,
+) -> usize {
+    let sums = block.sums[slot..].first_chunk_mut::<P>().expect("as many sums as slots");
+    let (weights, ahead) = (parts_of(slots, slot, &part.columns), ahead_of(slots, slot, part));
+    codes::stream(weights, part, sums, ahead);
     P
 }
 

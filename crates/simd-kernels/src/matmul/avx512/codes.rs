@@ -77,8 +77,7 @@ pub(super) fn add_tiles<const P: usize>(
     crate::isa::witness::record("codes::add_tiles");
     let panels = bytes(weights);
     match (weights[0], part.tiles.len()) {
-        (PanelData::Q8(_), 1) => add_form::<Q8, P, true>(panels, part, sums, ahead),
-        (PanelData::Q4(_), 1) => add_form::<Q4, P, true>(panels, part, sums, ahead),
+        (_, 1) => stream(weights, part, sums, ahead),
         (PanelData::Q8(_), 2..=DIRECT_TILES) => {
             add_form::<Q8, P, false>(panels, part, sums, ahead);
         }
@@ -94,6 +93,28 @@ pub(super) fn add_tiles<const P: usize>(
             let panels = first_groups(&scratch.0, groups);
             add_form::<CODES, P, false>(panels, part, sums, ahead);
         }
+    }
+}
+
+/// The panels that one tile of so many tokens meets together: with few tokens of Q8, more streams
+/// are slower.
+pub(super) fn stream_panels(data: &PanelData<'_>, tokens: usize) -> usize {
+    if matches!(data, PanelData::Q8(_)) && tokens < 3 { 2 } else { 4 }
+}
+
+/// As [`add_tiles`], of one tile.
+#[target_feature(enable = "avx512bw,avx512vl,avx512vnni")]
+pub(super) fn stream<const P: usize>(
+    weights: [PanelData<'_>; P],
+    part: &Part<'_>,
+    sums: &mut [[Tile; TILES]; P],
+    ahead: Ahead<P>,
+) {
+    let panels = bytes(weights);
+    if let PanelData::Q4(_) = weights[0] {
+        add_form::<Q4, P, true>(panels, part, sums, ahead)
+    } else {
+        add_form::<Q8, P, true>(panels, part, sums, ahead)
     }
 }
 
