@@ -1,5 +1,7 @@
 //! What every operation needs besides its data: the instruction set, the team and the other ranks.
 
+use std::fmt;
+use std::str::FromStr;
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -10,6 +12,38 @@ use crate::background::Background;
 use crate::profile::Profile;
 use crate::team::{Placement, Team};
 
+/// The numbers in which activations meet bf16 weights. Weights of other formats are not concerned.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub enum ActivationFormat {
+    /// f32: products round only in their sums.
+    #[default]
+    F32,
+    /// bf16, for instruction sets with dot products of bf16 ([`Isa::has_bf16_dot`]): twice the rate
+    /// of f32, and an error of up to 2^-9 of each activation.
+    Bf16,
+}
+
+impl fmt::Display for ActivationFormat {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(match self {
+            Self::F32 => "f32",
+            Self::Bf16 => "bf16",
+        })
+    }
+}
+
+impl FromStr for ActivationFormat {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        match text {
+            "f32" => Ok(Self::F32),
+            "bf16" => Ok(Self::Bf16),
+            _ => Err(format!("found `{text}`, expected f32 or bf16")),
+        }
+    }
+}
+
 /// The surroundings of one rank's operations.
 ///
 /// The ranks form a grid: those of a row hold the same positions and split the heads and the
@@ -18,6 +52,9 @@ use crate::team::{Placement, Team};
 pub struct Context {
     /// The instruction set of the kernels.
     pub isa: Isa,
+    /// The activations of products with bf16 weights: f32 unless set. `Bf16` needs an instruction
+    /// set with dot products of bf16, or products panic.
+    pub activations: ActivationFormat,
     /// The threads of this rank.
     pub team: Team,
     /// All ranks that share the model.
@@ -59,7 +96,8 @@ impl Context {
         let background = Background::new(comm.clone())?;
         let profile = Arc::new(Profile::new(Instant::now()));
         let team = Team::new(threads, placement, profile.clone())?;
-        Ok(Self { isa, team, comm, heads, positions, background, profile })
+        let activations = ActivationFormat::F32;
+        Ok(Self { isa, activations, team, comm, heads, positions, background, profile })
     }
 
     /// The ranks over which the feed-forward block is split: those that split the heads, or, where

@@ -43,7 +43,7 @@ pub mod limits;
 
 pub use attention_sequence::attention_sequence;
 pub use comm;
-pub use context::Context;
+pub use context::{ActivationFormat, Context};
 pub use cost::Cost;
 pub use embedding::Embedding;
 pub use linear::Linear;

@@ -1,10 +1,10 @@
 //! Matrix products with packed weights: this rank's share, and columns gathered from all ranks.
 
 use comm::{CommError, Communicator, CommunicatorExt};
-use simd_kernels::{Input, InputKind, Isa, MatMut, PanelData, Panels, Store, matmul};
+use simd_kernels::{Input, InputKind, MatMut, PanelData, Panels, Store, matmul};
 use tensor::{Activations, MatrixSource, PackedData, PackedMatrix, WeightFormat};
 
-use crate::context::Context;
+use crate::context::{ActivationFormat, Context};
 use crate::cost::{Cost, F32, Operand, Work};
 
 // The layout of a panel is a contract between two crates that do not know each other.
@@ -113,8 +113,17 @@ impl Linear {
     }
 
     /// How the activations that these weights multiply are prepared.
-    pub fn input_kind(&self, isa: Isa) -> InputKind {
-        InputKind::of(isa, &self.panels().data())
+    pub fn input_kind(&self, ctx: &Context) -> InputKind {
+        match (self.format(), ctx.activations) {
+            (WeightFormat::Bf16, ActivationFormat::Bf16) => InputKind::Bf16,
+            _ => self.exact_input_kind(ctx),
+        }
+    }
+
+    /// The same for products that take f32 activations where the format allows it, whatever
+    /// `ctx.activations` says.
+    pub(crate) fn exact_input_kind(&self, ctx: &Context) -> InputKind {
+        InputKind::of(ctx.isa, &self.panels().data())
     }
 
     /// The weights as the kernels see them.

@@ -326,7 +326,7 @@ impl Mlp {
         let width = x.ncols();
         let parts: Vec<_> = routing.groups.iter().zip(inputs).collect();
         ctx.team.each(parts, |((expert, rows), input)| {
-            let kind = weights(&self.experts[*expert]).input_kind(ctx.isa);
+            let kind = weights(&self.experts[*expert]).input_kind(ctx);
             match tokens {
                 Some(tokens) => {
                     input.prepare_rows(ctx.isa, kind, slice(x), &tokens[rows.clone()], width)

@@ -1,6 +1,6 @@
 //! RMSNorm of tokens, and the preparation of a matmul's input from them.
 
-use simd_kernels::Input;
+use simd_kernels::{Input, InputKind};
 use tensor::Activations;
 
 use crate::context::Context;
@@ -32,8 +32,12 @@ pub fn rms_norm(ctx: &Context, x: &Activations, weight: &[f32], eps: f32, out: &
 /// Prepares `x` [tokens, features] as the input of matmuls with `weights` and others of their
 /// format: packed, or quantized.
 pub fn prepare(ctx: &Context, weights: &Linear, x: &Activations, input: &mut Input) {
+    prepare_as(ctx, weights.input_kind(ctx), x, input);
+}
+
+/// As [`prepare`], as the given kind.
+pub(crate) fn prepare_as(ctx: &Context, kind: InputKind, x: &Activations, input: &mut Input) {
     let (tokens, cols) = x.dim();
-    let kind = weights.input_kind(ctx.isa);
     let _operation = ctx.profile.operation("prepare", Work::default());
     if tokens < SERIAL_TOKENS {
         return input.prepare(ctx.isa, kind, slice(x), tokens, cols);

@@ -7,7 +7,7 @@ use tensor::Activations;
 
 use crate::context::Context;
 use crate::linear::{Linear, reshape, slice, slice_mut};
-use crate::norm::{SERIAL_TOKENS, prepare};
+use crate::norm::{SERIAL_TOKENS, prepare_as};
 
 /// The router of a mixture-of-experts block; every rank holds all of it and routes alike.
 pub struct Router {
@@ -137,7 +137,8 @@ pub(crate) fn route(
     input: &mut Input,
     scores: &mut Activations,
 ) -> Routing {
-    prepare(ctx, &router.weights, x, input);
+    // Small errors would choose other experts.
+    prepare_as(ctx, router.weights.exact_input_kind(ctx), x, input);
     reshape(scores, x.nrows(), router.weights.rows());
     router.weights.apply(ctx, input, scores, Store::Set);
     let mut choices = vec![Vec::new(); x.nrows()];

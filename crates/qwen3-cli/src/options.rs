@@ -6,7 +6,9 @@ use std::time::Duration;
 use clap::Args;
 use clap::builder::{PossibleValuesParser, TypedValueParser};
 use qwen3_model::comm::{Link, WireFormat};
-use qwen3_model::options::{AttentionAlgorithm, ExpertSplit, KvFormat, MlpSchedule, WeightFormat};
+use qwen3_model::options::{
+    ActivationFormat, AttentionAlgorithm, ExpertSplit, KvFormat, MlpSchedule, WeightFormat,
+};
 use qwen3_model::{Isa, ParallelStrategy, SamplingParams};
 use ranks::{Emulation, JobOptions, default_wire};
 
@@ -136,6 +138,11 @@ pub struct EngineOptions {
     /// Format of cached keys and values [default: f16; f32 for logits and perplexity]
     #[arg(long, value_parser = choice::<KvFormat>(&["f32", "f16", "q8"]), help_heading = "Computing")]
     pub kv: Option<KvFormat>,
+
+    /// Activations of products with bf16 weights: bf16 is faster on CPUs with AVX512-BF16, which
+    /// all ranks must have, and rounds them to 8 bits of precision
+    #[arg(long, default_value = "f32", value_parser = choice::<ActivationFormat>(&["f32", "bf16"]), help_heading = "Computing")]
+    pub activations: ActivationFormat,
 
     /// Prompt tokens that one pass takes at most, for each rank of those that split positions:
     /// fewer need less memory, more are faster

@@ -102,6 +102,7 @@ fn model_options(
         experts,
         weights: engine.weights.0,
         kv,
+        activations: engine.activations,
         threads,
         placement: Placement::for_rank(neighbours.index, neighbours.count, threads),
         ..ModelOptions::new(isa)

@@ -52,6 +52,20 @@ pub enum ModelError {
         /// The lowest such rank.
         rank: usize,
     },
+    /// A rank was told to use other activations than rank 0.
+    #[error("rank {rank} has other activations than rank 0, expected f32 or bf16 on all ranks")]
+    OtherActivations {
+        /// The lowest such rank.
+        rank: usize,
+    },
+    /// A rank has no dot products of bf16, which the option asks for.
+    #[error(
+        "rank {rank} computes without AVX512-BF16, expected it on all ranks for activations in bf16"
+    )]
+    NoBf16Dot {
+        /// The lowest such rank.
+        rank: usize,
+    },
     /// A grid of another size than the number of ranks.
     #[error("grid tp={tp},sp={sp} has {} ranks, expected {ranks}", tp * sp)]
     Grid {

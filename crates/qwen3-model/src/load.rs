@@ -9,7 +9,7 @@ use ops::attention::AttentionShape;
 use ops::mlp::{Expert, Mlp};
 use ops::routing::Router;
 use ops::schedule::{ExpertSplit, MlpSchedule};
-use ops::{Context, Embedding, Linear};
+use ops::{ActivationFormat, Context, Embedding, Linear};
 use tensor::{GROUP, WeightFormat, split_range};
 
 use crate::config::Config;
@@ -60,10 +60,12 @@ impl Model {
         if options.experts == ExpertSplit::Ranks && schedule != MlpSchedule::Fused {
             return Err(ModelError::ExpertSchedule { schedule });
         }
-        let ctx = Context::new(options.isa, comm.clone(), tp, options.threads, options.placement)?;
+        let mut ctx =
+            Context::new(options.isa, comm.clone(), tp, options.threads, options.placement)?;
+        ctx.activations = options.activations;
         let loaded = load_share(source, ctx, options, progress);
         let own = match &loaded {
-            Err(_) => [1, 0, 0, 0],
+            Err(_) => [1, 0, 0, 0, 0],
             Ok((model, weights)) => {
                 // Experts are chosen on each rank, by sums that other kernels round otherwise.
                 // AVX-VNNI and AVX-512 round as AVX2 does, unless a router is quantized, which this
@@ -72,7 +74,9 @@ impl Model {
                 let isa = options.isa.without_avx512().to_string();
                 let isa = if chooses { isa.trim_end_matches("-vnni") } else { "" };
                 let of = |text: &str| digest(text.bytes().map(u64::from));
-                [0, of(&format!("{:?}", model.config)), of(isa), *weights]
+                let dot = u64::from(options.isa.has_bf16_dot());
+                let activations = 2 * options.activations as u64 + dot;
+                [0, of(&format!("{:?}", model.config)), of(isa), *weights, activations]
             }
         };
         let mut all = vec![0u64; own.len() * comm.size()];
@@ -82,21 +86,28 @@ impl Model {
         comm.set_timeout(timeout);
         gathered?;
         comm.ledger().set_phase(Phase::Other);
-        let all = all.as_chunks::<4>().0;
-        let first = |differs: &dyn Fn(&[u64; 4]) -> bool| all.iter().position(differs);
+        let all = all.as_chunks::<5>().0;
+        let first = |differs: &dyn Fn(&[u64; 5]) -> bool| all.iter().position(differs);
         let (model, _) = match (loaded, first(&|[failed, ..]| *failed != 0)) {
             (Ok(_), Some(rank)) => return Err(ModelError::PeerLoad { rank }),
             (loaded, _) => loaded?,
         };
-        let [_, config, isa, weights] = all[0];
+        let [_, config, isa, weights, activations] = all[0];
         if let Some(rank) = first(&|[_, other, ..]| *other != config) {
             return Err(ModelError::OtherConfig { rank });
         }
-        if let Some(rank) = first(&|[.., other]| *other != weights) {
+        if let Some(rank) = first(&|[.., other, _]| *other != weights) {
             return Err(ModelError::OtherWeights { rank });
         }
-        if let Some(rank) = first(&|[.., other, _]| *other != isa) {
+        if let Some(rank) = first(&|[.., other, _, _]| *other != isa) {
             return Err(ModelError::OtherIsa { rank });
+        }
+        if let Some(rank) = first(&|[.., other]| other / 2 != activations / 2) {
+            return Err(ModelError::OtherActivations { rank });
+        }
+        let bf16 = options.activations == ActivationFormat::Bf16;
+        if let Some(rank) = first(&|[.., other]| bf16 && other % 2 == 0) {
+            return Err(ModelError::NoBf16Dot { rank });
         }
         Ok(model)
     }

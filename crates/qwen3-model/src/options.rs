@@ -6,7 +6,7 @@ use std::str::FromStr;
 pub use ops::attention::AttentionAlgorithm;
 pub use ops::kernels::IsaError;
 pub use ops::schedule::{ExpertSplit, MlpSchedule};
-pub use ops::{Isa, KvFormat, Placement};
+pub use ops::{ActivationFormat, Isa, KvFormat, Placement};
 pub use tensor::WeightFormat;
 
 /// What the ranks divide among themselves.
@@ -118,6 +118,8 @@ pub struct ModelOptions {
     pub weights: Option<WeightFormat>,
     /// The format of cached keys and values.
     pub kv: KvFormat,
+    /// The activations of products with bf16 weights. `Bf16` needs AVX512-BF16 on all ranks.
+    pub activations: ActivationFormat,
     /// The least tokens of a pass (in a mixture of experts, of an expert on average) that goes
     /// through the layers in halves, so that between machines the sums of one half travel while the
     /// other computes.
@@ -132,7 +134,7 @@ pub struct ModelOptions {
 
 impl ModelOptions {
     /// The defaults with the given instruction set: `Heads`, `Streaming`, experts split `Inside`,
-    /// the checkpoint's weights, an f32 cache, one thread.
+    /// the checkpoint's weights, an f32 cache, f32 activations, one thread.
     pub fn new(isa: Isa) -> Self {
         Self {
             strategy: ParallelStrategy::default(),
@@ -141,6 +143,7 @@ impl ModelOptions {
             experts: ExpertSplit::default(),
             weights: None,
             kv: KvFormat::F32,
+            activations: ActivationFormat::F32,
             overlap: OVERLAP_TOKENS,
             isa,
             threads: 1,

@@ -5,6 +5,15 @@ pub(crate) fn bf16_to_f32(bits: u16) -> f32 {
     f32::from_bits(u32::from(bits) << 16)
 }
 
+/// The nearest bfloat16 bits, ties to even.
+#[inline]
+pub(crate) fn f32_to_bf16(value: f32) -> u16 {
+    let bits = value.to_bits();
+    let nearest = (bits.wrapping_add(0x7fff + (bits >> 16 & 1)) >> 16) as u16;
+    // Rounding could carry a NaN's payload away and leave an infinity.
+    if value.is_nan() { (bits >> 16) as u16 | 0x40 } else { nearest }
+}
+
 /// The value of IEEE 754 half-precision bits; exact.
 pub(crate) fn f16_to_f32(bits: u16) -> f32 {
     let sign = u32::from(bits & 0x8000) << 16;
@@ -54,6 +63,16 @@ mod tests {
             let nan = bits & 0x7fff > 0x7c00;
             assert_eq!(back, if nan { bits | 0x200 } else { bits }, "{bits:#06x}");
         }
+    }
+
+    #[test]
+    fn bf16_rounds_to_nearest_even_and_keeps_what_is_not_finite() {
+        let rounded = |bits: u32| f32_to_bf16(f32::from_bits(bits));
+        assert_eq!(rounded(0x3f80_8000), 0x3f80);
+        assert_eq!(rounded(0x3f81_8000), 0x3f82);
+        assert_eq!(rounded(0x3f80_8001), 0x3f81);
+        assert_eq!(rounded(0xff80_0000), 0xff80);
+        assert!(bf16_to_f32(rounded(0x7f80_0001)).is_nan());
     }
 
     #[test]

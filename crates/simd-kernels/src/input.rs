@@ -4,7 +4,7 @@
 use std::ops::Range;
 
 use crate::isa::Isa;
-use crate::pack::{pack_float, pack_int8, pack_int16};
+use crate::pack::{pack_bf16, pack_float, pack_int8, pack_int16};
 use crate::panels::{GROUP, PanelData};
 
 /// How activations are prepared. The weight format and the instruction set decide, and never the
@@ -13,6 +13,10 @@ use crate::panels::{GROUP, PanelData};
 pub enum InputKind {
     /// f32, for F32, Bf16 and F16 weights.
     Float,
+    /// bf16, the nearest even of two, for Bf16 weights where AVX512-BF16 multiplies pairs of them
+    /// ([`Isa::has_bf16_dot`]), by choice of the caller. The rounding error is 2^-9 of each
+    /// activation.
+    Bf16,
     /// int16 in -32767..=32767 with an f32 scale per token and group of 32, for Q8 weights without
     /// AVX-512. The rounding error is 2^-16 of the group's largest value, far below that of the
     /// weights.
@@ -24,7 +28,8 @@ pub enum InputKind {
 }
 
 impl InputKind {
-    /// The kind that weights of this format multiply.
+    /// The kind that weights of this format multiply, unless the caller chooses
+    /// [`InputKind::Bf16`].
     pub fn of(isa: Isa, data: &PanelData<'_>) -> InputKind {
         match data {
             PanelData::F32(_) | PanelData::Bf16(_) | PanelData::F16(_) => InputKind::Float,
@@ -38,7 +43,7 @@ impl InputKind {
     pub(crate) fn words_per_group(self) -> usize {
         match self {
             InputKind::Float => 0,
-            InputKind::Int16 => GROUP / 2,
+            InputKind::Int16 | InputKind::Bf16 => GROUP / 2,
             InputKind::Int8 => GROUP / 4,
         }
     }
@@ -49,6 +54,8 @@ impl InputKind {
 ///
 /// Six tokens make a tile (the last one may be shorter, `m` tokens). A tile is contiguous:
 /// - Float: `x[m k + i]` for column k and token i of the tile;
+/// - Bf16: as Float, where the bits of each number are those of columns `2 k` and `2 k + 1`, the
+///   lower one in the low half; the last group is filled up with zeros;
 /// - quantized: words of 32 bits, which the kernels broadcast: `words[m (k / 2) + i]` holds the
 ///   int16 of columns `k` and `k + 1` (the lower one in the low half), `words[m (k / 4) + i]` the
 ///   int8 of four columns; and `scales[m (k / 32) + i]`. The last group is filled up with zeros.
@@ -172,6 +179,7 @@ impl Input {
         let groups = tokens * cols.div_ceil(GROUP);
         match kind {
             InputKind::Float => self.float.resize(tokens * cols, 0.0),
+            InputKind::Bf16 => self.float.resize(groups * kind.words_per_group(), 0.0),
             InputKind::Int16 | InputKind::Int8 => {
                 self.words.resize(groups * kind.words_per_group(), 0);
                 self.scales.resize(groups, 0.0);
@@ -217,6 +225,7 @@ impl Input {
         let words = groups * self.kind.words_per_group();
         let data = match self.kind {
             InputKind::Float => PartData::Float(&mut self.float[..self.tokens * self.cols]),
+            InputKind::Bf16 => PartData::Bf16(&mut self.float[..words]),
             InputKind::Int16 => {
                 PartData::Int16(&mut self.words[..words], &mut self.scales[..groups])
             }
@@ -249,11 +258,17 @@ impl Input {
         self.int_part(tile, &(0..self.cols))
     }
 
-    /// Some columns of a tile, from the first column of a group on.
+    /// Some columns of a tile, from the first column of a group on; of bf16 pairs of them.
     #[inline]
     pub(crate) fn float_part(&self, tile: usize, columns: &Range<usize>) -> FloatTile<'_> {
         let (t, m) = (tile * Input::TILE, Input::TILE.min(self.tokens - tile * Input::TILE));
-        let start = t * self.cols;
+        let (start, columns) = match self.kind {
+            InputKind::Bf16 => {
+                let words = self.cols.div_ceil(GROUP) * self.kind.words_per_group();
+                (t * words, columns.start / 2..columns.end.div_ceil(2))
+            }
+            _ => (t * self.cols, columns.clone()),
+        };
         FloatTile { x: &self.float[start + m * columns.start..start + m * columns.end], m }
     }
 
@@ -262,7 +277,7 @@ impl Input {
     #[inline]
     pub(crate) fn start(&self, tile: usize, columns: &Range<usize>) -> *const u8 {
         match self.kind {
-            InputKind::Float => self.float_part(tile, columns).x.as_ptr().cast(),
+            InputKind::Float | InputKind::Bf16 => self.float_part(tile, columns).x.as_ptr().cast(),
             InputKind::Int16 | InputKind::Int8 => {
                 self.int_part(tile, columns).words.as_ptr().cast()
             }
@@ -296,6 +311,7 @@ pub struct InputPart<'a> {
 #[derive(Debug)]
 enum PartData<'a> {
     Float(&'a mut [f32]),
+    Bf16(&'a mut [f32]),
     Int16(&'a mut [i32], &'a mut [f32]),
     Int8(&'a mut [i32], &'a mut [f32], &'a mut [f32]),
 }
@@ -327,6 +343,12 @@ impl<'a> InputPart<'a> {
                     pack_float(isa, rows, cols, out);
                 }
             }
+            PartData::Bf16(out) => {
+                let out = out.chunks_mut(groups * InputKind::Bf16.words_per_group());
+                for (rows, out) in rows.zip(out) {
+                    pack_bf16(isa, rows, cols, out);
+                }
+            }
             PartData::Int16(words, scales) => {
                 let words = words.chunks_mut(groups * InputKind::Int16.words_per_group());
                 for (rows, (words, scales)) in rows.zip(words.zip(scales.chunks_mut(groups))) {
@@ -350,6 +372,10 @@ impl<'a> InputPart<'a> {
             PartData::Float(x) => {
                 let (a, b) = x.split_at_mut(tokens * cols);
                 (PartData::Float(a), PartData::Float(b))
+            }
+            PartData::Bf16(x) => {
+                let (a, b) = x.split_at_mut(groups * InputKind::Bf16.words_per_group());
+                (PartData::Bf16(a), PartData::Bf16(b))
             }
             PartData::Int16(words, scales) => {
                 let (a, b) = words.split_at_mut(groups * InputKind::Int16.words_per_group());
@@ -378,7 +404,7 @@ mod tests {
     fn parts_filled_side_by_side_equal_the_whole() {
         let cols = 50;
         for isa in Isa::all() {
-            for kind in [InputKind::Float, InputKind::Int16, InputKind::Int8] {
+            for kind in [InputKind::Float, InputKind::Bf16, InputKind::Int16, InputKind::Int8] {
                 for tokens in [0, 1, 5, 6, 7, 12, 13, 40] {
                     let x = noise(tokens * cols, 6);
                     let (mut whole, mut parts) = (Input::new(), Input::new());
@@ -406,7 +432,7 @@ mod tests {
         let copies: Vec<_> =
             rows.iter().flat_map(|row| &x[row * cols..][..cols]).copied().collect();
         for isa in Isa::all() {
-            for kind in [InputKind::Float, InputKind::Int16, InputKind::Int8] {
+            for kind in [InputKind::Float, InputKind::Bf16, InputKind::Int16, InputKind::Int8] {
                 for tokens in 0..=rows.len() {
                     let (mut whole, mut picked) = (Input::new(), Input::new());
                     whole.prepare(isa, kind, &copies[..tokens * cols], tokens, cols);
@@ -426,8 +452,11 @@ mod tests {
     fn assert_same(a: &Input, b: &Input) {
         assert_eq!((a.kind(), a.tokens(), a.cols()), (b.kind(), b.tokens(), b.cols()));
         for tile in 0..a.tiles() {
-            if a.kind() == InputKind::Float {
-                assert_eq!(a.float_tile(tile).x, b.float_tile(tile).x);
+            if matches!(a.kind(), InputKind::Float | InputKind::Bf16) {
+                let bits = |x: &Input| -> Vec<u32> {
+                    x.float_part(tile, &(0..x.cols())).x.iter().map(|x| x.to_bits()).collect()
+                };
+                assert_eq!(bits(a), bits(b));
             } else {
                 let (a, b) = (a.int_tile(tile), b.int_tile(tile));
                 assert_eq!((a.words, a.scales, a.starts), (b.words, b.scales, b.starts));

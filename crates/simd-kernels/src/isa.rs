@@ -78,6 +78,15 @@ impl Isa {
         None
     }
 
+    /// Whether it is AVX-512 and the CPU multiplies pairs of bf16 besides (AVX512-BF16), so that
+    /// [`InputKind::Bf16`](crate::InputKind::Bf16) may be chosen.
+    pub fn has_bf16_dot(self) -> bool {
+        #[cfg(target_arch = "x86_64")]
+        return self.has_avx512() && is_x86_feature_detected!("avx512bf16");
+        #[cfg(not(target_arch = "x86_64"))]
+        false
+    }
+
     /// This instruction set without AVX-512: the yardstick of machines that have it next to those
     /// that have not.
     pub fn without_avx512(self) -> Isa {

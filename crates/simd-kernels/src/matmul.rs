@@ -5,7 +5,7 @@ use std::ops::Range;
 use crate::input::{Input, InputKind};
 use crate::isa::{Isa, dispatch};
 use crate::matrix::MatMut;
-use crate::panels::Panels;
+use crate::panels::{PanelData, Panels};
 
 #[cfg(target_arch = "x86_64")]
 mod finish;
@@ -92,7 +92,12 @@ pub fn matmul_swiglu(
 
 fn check(isa: Isa, w: Panels<'_>, panels: &Range<usize>, x: &Input, out: &MatMut<'_>) {
     let (rows, kind) = (w.rows_in(panels), InputKind::of(isa, &w.data()));
-    assert!(x.kind() == kind, "the weights take {kind:?} activations, got {:?}", x.kind());
+    let pairs = matches!(w.data(), PanelData::Bf16(_)) && isa.has_bf16_dot();
+    assert!(
+        x.kind() == kind || pairs && x.kind() == InputKind::Bf16,
+        "the weights take {kind:?} activations, got {:?}",
+        x.kind()
+    );
     assert!(w.cols() == x.cols(), "weights of {} columns, activations of {}", w.cols(), x.cols());
     assert!(
         out.rows() == x.tokens() && out.cols() == rows,

@@ -1,5 +1,6 @@
 //! Packing one tile of activations, with quantization to int16 or int8 per group of 32.
 
+use crate::half_float::f32_to_bf16;
 use crate::isa::{Isa, dispatch};
 use crate::panels::GROUP;
 
@@ -10,6 +11,29 @@ pub(crate) const EXCESS: f32 = 128.0;
 /// Interleaves `m` rows: `out[m k + i] = rows[i cols + k]`, where `rows` is `[m, cols]`.
 pub(crate) fn pack_float(isa: Isa, rows: &[f32], cols: usize, out: &mut [f32]) {
     dispatch!(isa, avx2::pack_float, scalar::pack_float, (rows, cols, out))
+}
+
+/// Rounds `rows [m, cols]` to bf16 and interleaves pairs of columns, as the bits of floats; see
+/// `Input` for the order. Pairs beyond the columns are zero.
+pub(crate) fn pack_bf16(isa: Isa, rows: &[f32], cols: usize, out: &mut [f32]) {
+    let (m, width) = (rows.len() / cols, cols.div_ceil(GROUP) * GROUP / 2);
+    let mut pairs = vec![0.0; m * width];
+    for (row, pairs) in rows.chunks_exact(cols).zip(pairs.chunks_exact_mut(width)) {
+        let (twos, last) = row.as_chunks::<2>();
+        for (pair, out) in twos.iter().zip(&mut *pairs) {
+            *out = pair_of_bf16(*pair);
+        }
+        if let [last] = last {
+            pairs[twos.len()] = pair_of_bf16([*last, 0.0]);
+        }
+    }
+    pack_float(isa, &pairs, width, out);
+}
+
+/// Two numbers in bf16 as the bits of a float, the first one in the low half.
+#[inline]
+fn pair_of_bf16([low, high]: [f32; 2]) -> f32 {
+    f32::from_bits(u32::from(f32_to_bf16(low)) | u32::from(f32_to_bf16(high)) << 16)
 }
 
 /// Quantizes `rows [m, cols]` to int16 per group and interleaves column pairs; see `Input` for the

@@ -65,7 +65,7 @@ const INTS: usize = 512;
 /// Columns in a part. Those of Q4 are half as large as Q8's.
 fn depth(kind: InputKind) -> usize {
     match kind {
-        InputKind::Float => FLOATS,
+        InputKind::Float | InputKind::Bf16 => FLOATS,
         InputKind::Int16 => INTS,
         InputKind::Int8 => 2 * INTS,
     }

@@ -125,7 +125,7 @@ fn multiply_block<const N: usize>(
 ) {
     let streams = tiles.len() == 1;
     let (together, depth) = match x.kind() {
-        InputKind::Float => (columns::PANELS, columns::DEPTH),
+        InputKind::Float | InputKind::Bf16 => (columns::PANELS, columns::DEPTH),
         // One tile needs no part of a panel twice.
         InputKind::Int16 | InputKind::Int8 if streams => {
             (codes::stream_panels(&ws[0].data(), x.tokens()), x.cols().max(1))
@@ -148,10 +148,11 @@ fn multiply_block<const N: usize>(
             let mut slot = 0;
             while slot < slots.count() {
                 let left = slots.count() - slot;
-                slot += match x.kind() {
-                    InputKind::Float if left >= 4 => add_floats::<N, 4>(&slots, slot, &part, block),
-                    InputKind::Float if left >= 2 => add_floats::<N, 2>(&slots, slot, &part, block),
-                    InputKind::Float => add_floats::<N, 1>(&slots, slot, &part, block),
+                let float = matches!(x.kind(), InputKind::Float | InputKind::Bf16);
+                slot += match float {
+                    true if left >= 4 => add_floats::<N, 4>(&slots, slot, &part, block),
+                    true if left >= 2 => add_floats::<N, 2>(&slots, slot, &part, block),
+                    true => add_floats::<N, 1>(&slots, slot, &part, block),
                     _ if streams && left >= 4 => stream_codes::<N, 4>(&slots, slot, &part, block),
                     _ if left >= 2 => add_codes::<N, 2>(&slots, slot, &part, block),
                     _ => add_codes::<N, 1>(&slots, slot, &part, block),

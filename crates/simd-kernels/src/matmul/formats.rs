@@ -13,6 +13,8 @@ pub(super) enum Width {
     F32,
     Bf16,
     F16,
+    /// None: two columns of bf16 are brought into the order of dot products of pairs.
+    Pairs,
 }
 
 /// Columns of `PanelData::F32`.

@@ -6,7 +6,7 @@ use proptest::prelude::*;
 
 use super::*;
 use crate::guarded::{Guarded, noise};
-use crate::half_float::{f16_to_f32, f32_to_f16};
+use crate::half_float::{bf16_to_f32, f16_to_f32, f32_to_bf16, f32_to_f16};
 use crate::isa::witness::{assert_entered, assert_entered_avx512};
 use crate::panels::{GROUP, PANEL, PanelData, Q4_BLOCK, Q8_BLOCK};
 
@@ -130,6 +130,7 @@ impl Weights {
                 let x = match kind {
                     InputKind::Int16 => round(x, 32767.0),
                     InputKind::Int8 => round(x, 127.0),
+                    InputKind::Bf16 => f64::from(bf16_to_f32(f32_to_bf16(x))),
                     InputKind::Float => f64::from(x),
                 };
                 sum += f64::from(w) * x;
@@ -316,11 +317,11 @@ fn every_range_of_panels() {
 
 /// The bits of the products of `x [tokens, cols]` with all panels, with one matrix and with gate
 /// and up.
-fn bits(isa: Isa, weights: &[Weights; 2], x: &[f32]) -> Vec<u32> {
+fn bits(isa: Isa, kind: InputKind, weights: &[Weights; 2], x: &[f32]) -> Vec<u32> {
     let [gate, up] = weights.each_ref().map(Weights::panels);
     let tokens = x.len() / gate.cols();
     let mut input = Input::new();
-    input.prepare(isa, InputKind::of(isa, &gate.data()), x, tokens, gate.cols());
+    input.prepare(isa, kind, x, tokens, gate.cols());
     let rows = gate.rows();
     let mut out = vec![f32::NAN; 2 * tokens * rows];
     let (products, gated) = MatMut::new(&mut out, tokens, 2 * rows, 2 * rows).split_cols(rows);
@@ -341,13 +342,15 @@ fn a_row_has_the_same_bits_alone_and_among_others() {
             let weights = [5, 6].map(|seed| Weights::new(format, rows, cols, seed));
             let x = noise(most * cols, 7);
             for isa in Isa::all() {
+                let kind = InputKind::of(isa, &weights[0].panels().data());
                 // The reference multiplies row by row and is slow.
                 let scalar = isa == Isa::scalar();
                 let most = if scalar { 13 } else { most };
                 let x = &x[..most * cols];
-                let alone: Vec<u32> = x.chunks(cols).flat_map(|x| bits(isa, &weights, x)).collect();
+                let bits = |x: &[f32]| bits(isa, kind, &weights, x);
+                let alone: Vec<u32> = x.chunks(cols).flat_map(bits).collect();
                 for &tokens in counts.iter().filter(|&&tokens| tokens <= most) {
-                    let found = bits(isa, &weights, &x[..tokens * cols]);
+                    let found = bits(&x[..tokens * cols]);
                     let row = found.iter().zip(&alone).position(|(a, b)| a != b);
                     assert!(
                         row.is_none(),
@@ -359,6 +362,61 @@ fn a_row_has_the_same_bits_alone_and_among_others() {
             }
         }
     }
+}
+
+/// The isa, if its products take activations in bf16.
+fn with_bf16_dot() -> Option<Isa> {
+    let isa = Isa::avx512().filter(|isa| isa.has_bf16_dot());
+    if isa.is_none() {
+        eprintln!("not tested: this CPU has no AVX512-BF16");
+    }
+    isa
+}
+
+#[test]
+fn activations_in_bf16() {
+    let Some(isa) = with_bf16_dot() else { return };
+    for cols in (0..=70).chain([127, 128, 255, 256, 257, 300, 513]) {
+        for tokens in [1, 3, 6, 8, 23, 24, 28] {
+            let rows = 3 * PANEL + 16 * (cols % 3) - 5;
+            let weights = Weights::new(Format::Bf16, rows, cols, cols as u64);
+            let x = noise(tokens * cols, tokens as u64);
+            let mut input = Input::new();
+            input.prepare(isa, InputKind::Bf16, &x, tokens, cols);
+            let mut out = Output::new(tokens, rows, f32::NAN);
+            let panels = weights.panels();
+            matmul(isa, panels, 0..panels.count(), &input, out.block(), Store::Set);
+            out.check(&format!("[{rows}, {cols}] x {tokens} tokens"), |t, c| {
+                weights.dot(c, &x[t * cols..(t + 1) * cols], InputKind::Bf16)
+            });
+        }
+    }
+    assert_entered_avx512("columns::pairs");
+}
+
+#[test]
+fn a_row_in_bf16_has_the_same_bits_alone_and_among_others() {
+    let Some(isa) = with_bf16_dot() else { return };
+    for (rows, cols) in [(7 * PANEL - 5, 549), (2 * PANEL + 1, 1282)] {
+        let weights = [5, 6].map(|seed| Weights::new(Format::Bf16, rows, cols, seed));
+        let x = noise(129 * cols, 7);
+        let bits = |x: &[f32]| bits(isa, InputKind::Bf16, &weights, x);
+        let alone: Vec<u32> = x.chunks(cols).flat_map(bits).collect();
+        for tokens in (2..=40).chain(127..=129) {
+            let found = bits(&x[..tokens * cols]);
+            assert!(found == alone[..found.len()], "[{rows}, {cols}], {tokens} rows");
+        }
+    }
+}
+
+#[test]
+#[should_panic(expected = "the weights take Float activations, got Bf16")]
+fn activations_in_bf16_are_refused_without_the_instruction() {
+    let weights = Weights::new(Format::Bf16, 16, 32, 1);
+    let mut input = Input::new();
+    input.prepare(Isa::scalar(), InputKind::Bf16, &[0.0; 32], 1, 32);
+    let out = &mut [0.0; 16];
+    matmul(Isa::scalar(), weights.panels(), 0..1, &input, MatMut::new(out, 1, 16, 16), Store::Set);
 }
 
 #[test]

@@ -132,6 +132,7 @@ pub(super) fn widen<C: Column>(column: &[C::Bits; PANEL]) -> (__m256, __m256) {
                 _mm256_cvtph_ps(_mm_loadu_si128(start.cast())),
                 _mm256_cvtph_ps(_mm_loadu_si128(start.cast::<u16>().add(8).cast())),
             ),
+            Width::Pairs => unreachable!("these dot products are AVX-512's"),
         }
     }
 }

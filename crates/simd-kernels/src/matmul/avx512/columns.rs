@@ -1,4 +1,5 @@
-//! Products of up to six tokens with panels of float weights, in AVX-512.
+//! Products of up to six tokens with panels of float weights, in AVX-512, and of tokens rounded to
+//! bf16 with bf16 weights, in AVX512-BF16.
 //!
 //! ```text
 //! acc = 0
@@ -15,13 +16,16 @@
 //! 2. bf16 becomes f32 by one shuffle, which also brings the rows in order. It takes a port of the
 //!    multiply-adds on some processors: from [`WIDEN_TILES`] tiles on, bf16 and f16 are widened
 //!    once for all tiles.
-//! 3. Widened weights of four panels fit into the L1 cache for half of the columns of a part. The
+//! 3. With tokens in bf16 (`InputKind::Bf16`), `vdpbf16ps` multiplies two columns at once. What the
+//!    kernel below calls a column is a pair of columns then: for each row the weights of both in 32
+//!    bits, by one shuffle of two stored columns.
+//! 4. Widened weights of four panels fit into the L1 cache for half of the columns of a part. The
 //!    accumulators of the first half are stored and loaded for the second, which changes no bit.
 
 use std::arch::x86_64::*;
 
 use super::{Ahead, Part, TILES, Tile, activations_after, prefetch_stream};
-use crate::input::Input;
+use crate::input::{Input, InputKind};
 use crate::lanes::{LINE, load16, prefetch, store16};
 use crate::matmul::formats::{Bf16, Column, F16, F32, Width};
 use crate::panels::{PANEL, PanelData};
@@ -40,6 +44,52 @@ const WIDEN_TILES: usize = 4;
 
 /// Columns of a round of the inner loop.
 const STEP: usize = 8;
+
+/// How AVX-512 multiplies columns that are stored in one of the formats.
+trait Multiply: Column {
+    /// The columns after they have been widened, or paired, once for many tiles.
+    type Wide: Multiply<Bits = f32>;
+    /// Whether the factors are pairs of bf16.
+    const DOT: bool = false;
+}
+
+impl Multiply for F32 {
+    type Wide = F32;
+}
+
+impl Multiply for Bf16 {
+    type Wide = F32;
+}
+
+impl Multiply for F16 {
+    type Wide = F32;
+}
+
+/// Two columns of `PanelData::Bf16`, one after the other.
+struct StoredPairs;
+
+impl Column for StoredPairs {
+    type Bits = [u16; 2];
+    const WIDTH: Width = Width::Pairs;
+}
+
+impl Multiply for StoredPairs {
+    type Wide = RowPairs;
+    const DOT: bool = true;
+}
+
+/// Two columns of bf16, both weights of a row in the 32 bits of an f32.
+struct RowPairs;
+
+impl Column for RowPairs {
+    type Bits = f32;
+    const WIDTH: Width = Width::F32;
+}
+
+impl Multiply for RowPairs {
+    type Wide = RowPairs;
+    const DOT: bool = true;
+}
 
 /// Memory of a block of tiles.
 #[repr(align(64))]
@@ -71,16 +121,29 @@ pub(super) fn add_tiles<const P: usize>(
     #[cfg(test)]
     crate::isa::witness::record("columns::add_tiles");
     match weights[0] {
-        PanelData::F32(_) => add_format::<F32, P>(floats(weights), part, sums, ahead, scratch),
-        PanelData::Bf16(_) => add_format::<Bf16, P>(halves(weights), part, sums, ahead, scratch),
-        PanelData::F16(_) => add_format::<F16, P>(halves(weights), part, sums, ahead, scratch),
+        PanelData::Bf16(_) if part.x.kind() == InputKind::Bf16 => {
+            #[cfg(test)]
+            crate::isa::witness::record("columns::pairs");
+            let (panels, last) = pairs(weights);
+            add_format::<StoredPairs, P>(panels, last, part, sums, ahead, scratch);
+        }
+        PanelData::F32(_) => {
+            add_format::<F32, P>(floats(weights), None, part, sums, ahead, scratch)
+        }
+        PanelData::Bf16(_) => {
+            add_format::<Bf16, P>(halves(weights), None, part, sums, ahead, scratch)
+        }
+        PanelData::F16(_) => {
+            add_format::<F16, P>(halves(weights), None, part, sums, ahead, scratch)
+        }
         PanelData::Q8(_) | PanelData::Q4(_) => unreachable!("these weights meet integers"),
     }
 }
 
 #[target_feature(enable = "avx512bw,avx512vl,avx512vnni")]
-fn add_format<C: Column, const P: usize>(
+fn add_format<C: Multiply, const P: usize>(
     panels: [&[[C::Bits; PANEL]]; P],
+    last: Last<C, P>,
     part: &Part<'_>,
     sums: &mut [[Tile; TILES]; P],
     ahead: Ahead<P>,
@@ -92,16 +155,18 @@ fn add_format<C: Column, const P: usize>(
     if tiles < WIDEN_TILES {
         let acc = Accumulators { halfway, resume: false, sums, complete: true };
         return if tiles == 1 {
-            add_piece::<C, P, true>(panels, part, acc, ahead)
+            add_piece::<C, P, true>(panels, last, part, acc, ahead)
         } else {
-            add_piece::<C, P, false>(panels, part, acc, ahead)
+            add_piece::<C, P, false>(panels, last, part, acc, ahead)
         };
     }
-    let pieces = part.columns.len().div_ceil(HALF);
+    // Stored columns of a piece: HALF after they have been widened or paired.
+    let width = if C::DOT { 2 * HALF } else { HALF };
+    let pieces = part.columns.len().div_ceil(width);
     let share = ahead.share.div_ceil(pieces);
     for i in 0..pieces {
-        let start = part.columns.start + i * HALF;
-        let end = (start + HALF).min(part.columns.end);
+        let start = part.columns.start + i * width;
+        let end = (start + width).min(part.columns.end);
         let piece = Part { x: part.x, columns: start..end, tiles: part.tiles.clone() };
         let complete = i + 1 == pieces;
         let mut ahead = Ahead { share, ..ahead }.of_tile(i * tiles, ahead.activations);
@@ -113,15 +178,18 @@ fn add_format<C: Column, const P: usize>(
             crate::isa::witness::record("columns::second_half");
         }
         let acc = Accumulators { halfway, resume: i > 0, sums, complete };
-        let panels = some_columns::<C::Bits, P>(panels, i * HALF..i * HALF + (end - start));
+        let panels = some_columns::<C::Bits, P>(panels, i * HALF);
         if let Width::F32 = C::WIDTH {
-            add_piece::<C, P, false>(panels, &piece, acc, ahead);
+            add_piece::<C, P, false>(panels, None, &piece, acc, ahead);
         } else {
-            let panels = widen_all::<C, P>(panels, columns);
-            add_piece::<F32, P, false>(panels, &piece, acc, ahead);
+            let panels = widen_all::<C, P>(panels, if complete { last } else { None }, columns);
+            add_piece::<C::Wide, P, false>(panels, None, &piece, acc, ahead);
         }
     }
 }
+
+/// A column that ends the part and is not among those stored in pairs.
+type Last<C, const P: usize> = Option<[[<C as Column>::Bits; PANEL]; P]>;
 
 /// Where the accumulators of some columns of a part start, and where they go.
 struct Accumulators<'a, const P: usize> {
@@ -137,8 +205,9 @@ struct Accumulators<'a, const P: usize> {
 
 /// Multiplies some columns of a part with all tiles.
 #[target_feature(enable = "avx512bw,avx512vl,avx512vnni")]
-fn add_piece<C: Column, const P: usize, const STREAM: bool>(
+fn add_piece<C: Multiply, const P: usize, const STREAM: bool>(
     panels: [&[[C::Bits; PANEL]]; P],
+    last: Last<C, P>,
     piece: &Part<'_>,
     mut acc: Accumulators<'_, P>,
     ahead: Ahead<P>,
@@ -147,12 +216,12 @@ fn add_piece<C: Column, const P: usize, const STREAM: bool>(
         let ahead = ahead.of_tile(i, activations_after(piece, tile, &ahead));
         let x = piece.x.float_part(tile, &piece.columns);
         match x.m {
-            1 => add_tile::<C, P, 1, STREAM>(panels, x.x, i, &mut acc, ahead),
-            2 => add_tile::<C, P, 2, STREAM>(panels, x.x, i, &mut acc, ahead),
-            3 => add_tile::<C, P, 3, STREAM>(panels, x.x, i, &mut acc, ahead),
-            4 => add_tile::<C, P, 4, STREAM>(panels, x.x, i, &mut acc, ahead),
-            5 => add_tile::<C, P, 5, STREAM>(panels, x.x, i, &mut acc, ahead),
-            _ => add_tile::<C, P, 6, STREAM>(panels, x.x, i, &mut acc, ahead),
+            1 => add_tile::<C, P, 1, STREAM>(panels, last, x.x, i, &mut acc, ahead),
+            2 => add_tile::<C, P, 2, STREAM>(panels, last, x.x, i, &mut acc, ahead),
+            3 => add_tile::<C, P, 3, STREAM>(panels, last, x.x, i, &mut acc, ahead),
+            4 => add_tile::<C, P, 4, STREAM>(panels, last, x.x, i, &mut acc, ahead),
+            5 => add_tile::<C, P, 5, STREAM>(panels, last, x.x, i, &mut acc, ahead),
+            _ => add_tile::<C, P, 6, STREAM>(panels, last, x.x, i, &mut acc, ahead),
         }
     }
 }
@@ -160,8 +229,9 @@ fn add_piece<C: Column, const P: usize, const STREAM: bool>(
 /// Multiplies some columns `panels` with the M tokens `x [columns, M]` of a tile.
 #[inline]
 #[target_feature(enable = "avx512bw,avx512vl,avx512vnni")]
-fn add_tile<C: Column, const P: usize, const M: usize, const STREAM: bool>(
+fn add_tile<C: Multiply, const P: usize, const M: usize, const STREAM: bool>(
     panels: [&[[C::Bits; PANEL]]; P],
+    last: Last<C, P>,
     x: &[f32],
     tile: usize,
     between: &mut Accumulators<'_, P>,
@@ -175,7 +245,7 @@ fn add_tile<C: Column, const P: usize, const M: usize, const STREAM: bool>(
             }
         }
     }
-    add_columns::<C, P, M, STREAM>(panels, x.as_chunks().0, &mut acc, ahead);
+    add_columns::<C, P, M, STREAM>(panels, last, x.as_chunks().0, &mut acc, ahead);
     for (p, acc) in acc.iter().enumerate() {
         for (m, acc) in acc.iter().enumerate() {
             if between.complete {
@@ -191,18 +261,19 @@ fn add_tile<C: Column, const P: usize, const M: usize, const STREAM: bool>(
 /// `acc[p][m] += Σ_k panels[p][k] x[k][m]`.
 #[inline]
 #[target_feature(enable = "avx512bw,avx512vl,avx512vnni")]
-fn add_columns<C: Column, const P: usize, const M: usize, const STREAM: bool>(
+fn add_columns<C: Multiply, const P: usize, const M: usize, const STREAM: bool>(
     panels: [&[[C::Bits; PANEL]]; P],
+    last: Last<C, P>,
     x: &[[f32; M]],
     acc: &mut [[__m512; M]; P],
     ahead: Ahead<P>,
 ) {
+    let stored = x.len() - usize::from(last.is_some());
     assert!(
-        panels.iter().all(|panel| panel.len() == x.len()),
-        "panels have the {} columns of activations",
-        x.len()
+        panels.iter().all(|panel| panel.len() == stored),
+        "panels have the {stored} columns of activations"
     );
-    let (rounds, rest) = x.as_chunks::<STEP>();
+    let (rounds, rest) = x[..stored].as_chunks::<STEP>();
     let stride = if STREAM { 0 } else { ahead.stride(rounds.len()) };
     for (round, x) in rounds.iter().enumerate() {
         if !STREAM {
@@ -229,7 +300,7 @@ fn add_columns<C: Column, const P: usize, const M: usize, const STREAM: bool>(
             for (w, columns) in w.iter_mut().zip(columns) {
                 *w = widen::<C>(&columns[k]);
             }
-            step(w, x, acc);
+            step::<C, P, M>(w, x, acc);
         }
     }
     for (i, x) in rest.iter().enumerate() {
@@ -237,26 +308,61 @@ fn add_columns<C: Column, const P: usize, const M: usize, const STREAM: bool>(
         for (w, panel) in w.iter_mut().zip(panels) {
             *w = widen::<C>(&panel[rounds.len() * STEP + i]);
         }
-        step(w, x, acc);
+        step::<C, P, M>(w, x, acc);
+    }
+    if let (Some(last), Some(x)) = (last, x.get(stored)) {
+        let mut w = [_mm512_setzero_ps(); P];
+        for (w, column) in w.iter_mut().zip(&last) {
+            *w = widen::<C>(column);
+        }
+        step::<C, P, M>(w, x, acc);
     }
 }
 
-/// `acc[p][m] += x[m] * w[p]`.
+/// `acc[p][m] += x[m] * w[p]`, or the sum of the products of two pairs.
 #[inline]
 #[target_feature(enable = "avx512bw,avx512vl,avx512vnni")]
-fn step<const P: usize, const M: usize>(w: [__m512; P], x: &[f32; M], acc: &mut [[__m512; M]; P]) {
+fn step<C: Multiply, const P: usize, const M: usize>(
+    w: [__m512; P],
+    x: &[f32; M],
+    acc: &mut [[__m512; M]; P],
+) {
     for (m, x) in x.iter().enumerate() {
         let x = _mm512_set1_ps(*x);
         for (acc, w) in acc.iter_mut().zip(w) {
-            acc[m] = _mm512_fmadd_ps(x, w, acc[m]);
+            if C::DOT {
+                dot_pairs(&mut acc[m], w, x);
+            } else {
+                acc[m] = _mm512_fmadd_ps(x, w, acc[m]);
+            }
         }
     }
 }
 
-/// Converts columns of P panels to f32, side by side in `room`.
+/// `sum += w.0 * x.0 + w.1 * x.1` of the pairs of bf16 in each lane.
+///
+/// The intrinsic would need functions that enable AVX512-BF16, all the way up from here.
+#[inline]
 #[target_feature(enable = "avx512bw,avx512vl,avx512vnni")]
-fn widen_all<'a, C: Column, const P: usize>(
+fn dot_pairs(sum: &mut __m512, w: __m512, x: __m512) {
+    // SAFETY: `matmul` accepts activations in bf16 only where the CPU has the instruction, which
+    // touches the named registers only.
+    unsafe {
+        std::arch::asm!(
+            "vdpbf16ps {}, {}, {}",
+            inout(zmm_reg) *sum,
+            in(zmm_reg) w,
+            in(zmm_reg) x,
+            options(pure, nomem, nostack, preserves_flags)
+        );
+    }
+}
+
+/// Converts columns of P panels to their wide form, side by side in `room`.
+#[target_feature(enable = "avx512bw,avx512vl,avx512vnni")]
+fn widen_all<'a, C: Multiply, const P: usize>(
     panels: [&[[C::Bits; PANEL]]; P],
+    last: Last<C, P>,
     room: &'a mut [[f32; PANEL]; PANELS * HALF],
 ) -> [&'a [[f32; PANEL]]; P] {
     for (panel, room) in panels.iter().zip(room.chunks_exact_mut(HALF)) {
@@ -264,13 +370,20 @@ fn widen_all<'a, C: Column, const P: usize>(
             store16(room, widen::<C>(column));
         }
     }
-    widened(room, panels[0].len())
+    let mut columns = panels[0].len();
+    if let Some(last) = last {
+        for (column, room) in last.iter().zip(room.chunks_exact_mut(HALF)) {
+            store16(&mut room[columns], widen::<C>(column));
+        }
+        columns += 1;
+    }
+    widened(room, columns)
 }
 
 /// The rows of a column in order.
 #[inline]
 #[target_feature(enable = "avx512bw,avx512vl,avx512vnni")]
-fn widen<C: Column>(column: &[C::Bits; PANEL]) -> __m512 {
+fn widen<C: Multiply>(column: &[C::Bits; PANEL]) -> __m512 {
     // Where in a column of bf16 (`PanelData::Bf16`) row r is, for the upper half of lane r.
     const fn places() -> [u16; 2 * PANEL] {
         let mut places = [0; 2 * PANEL];
@@ -282,9 +395,22 @@ fn widen<C: Column>(column: &[C::Bits; PANEL]) -> __m512 {
         places
     }
     const PLACES: [u16; 2 * PANEL] = places();
+    // Where in two columns of bf16 the two weights of row r are.
+    const fn pair_places() -> [u16; 2 * PANEL] {
+        let mut pairs = [0; 2 * PANEL];
+        let mut r = 0;
+        while r < PANEL {
+            pairs[2 * r] = PLACES[2 * r + 1];
+            pairs[2 * r + 1] = PANEL as u16 + PLACES[2 * r + 1];
+            r += 1;
+        }
+        pairs
+    }
+    const PAIR_PLACES: [u16; 2 * PANEL] = pair_places();
     let start = column.as_ptr();
-    // SAFETY: an array of 16 weights is 64 readable bytes for F32 and 32 for Bf16 and F16, the
-    // types that implement `Column`, and the places are 64; the loads ask for no alignment. The
+    // SAFETY: an array of 16 weights is 64 readable bytes for F32 and RowPairs, 32 for Bf16 and
+    // F16, and 16 pairs are 64 for StoredPairs: these are the types that implement `Multiply`. The
+    // places are 64 bytes; the loads ask for no alignment. The
     // instruction touches the named registers only, and of `bits` moves the sixteen that were
     // loaded.
     unsafe {
@@ -307,6 +433,11 @@ fn widen<C: Column>(column: &[C::Bits; PANEL]) -> __m512 {
                 x
             }
             Width::F16 => _mm512_cvtph_ps(_mm256_loadu_si256(start.cast())),
+            Width::Pairs => {
+                let places = _mm512_loadu_si512(PAIR_PLACES.as_ptr().cast());
+                let columns = _mm512_loadu_si512(start.cast());
+                _mm512_castsi512_ps(_mm512_permutexvar_epi16(places, columns))
+            }
         }
     }
 }
@@ -327,11 +458,25 @@ fn halves<const P: usize>(parts: [PanelData<'_>; P]) -> [&[[u16; PANEL]]; P] {
     })
 }
 
-fn some_columns<B, const P: usize>(
-    panels: [&[[B; PANEL]]; P],
-    columns: std::ops::Range<usize>,
-) -> [&[[B; PANEL]]; P] {
-    panels.map(|panel| &panel[columns.clone()])
+/// The columns from `start` on, at most those of a piece.
+fn some_columns<B, const P: usize>(panels: [&[[B; PANEL]]; P], start: usize) -> [&[[B; PANEL]]; P] {
+    panels.map(|panel| &panel[start..panel.len().min(start + HALF)])
+}
+
+/// Columns of P panels of bf16 in twos.
+type TwoColumns<'a, const P: usize> = [&'a [[[u16; 2]; PANEL]]; P];
+
+/// Stored columns of bf16 in twos, and the last one beside a column of zeros if it is left over.
+fn pairs<const P: usize>(parts: [PanelData<'_>; P]) -> (TwoColumns<'_, P>, Last<StoredPairs, P>) {
+    let columns: [&[[u16; PANEL]]; P] = halves(parts);
+    let last = (columns[0].len() % 2 == 1).then(|| {
+        columns.map(|columns| {
+            let mut two = [0; 2 * PANEL];
+            two[..PANEL].copy_from_slice(&columns[columns.len() - 1]);
+            std::array::from_fn(|i| [two[2 * i], two[2 * i + 1]])
+        })
+    });
+    (columns.map(|columns| columns.as_flattened().as_chunks().0.as_chunks().0), last)
 }
 
 /// The columns of a round.
