@@ -36,6 +36,11 @@ pub fn build_for_tests(mpi: &Mpi) -> Result<PathBuf> {
     build(Some(mpi), workspace::cargo().arg("build"), PROGRAM)
 }
 
+/// The program without MPI, built as the tests are.
+pub fn build_program_for_tests() -> Result<PathBuf> {
+    build(None, workspace::cargo().arg("build"), PROGRAM)
+}
+
 fn build(mpi: Option<&Mpi>, command: &mut Command, what: [&str; 4]) -> Result<PathBuf> {
     let [.., name] = what;
     eprintln!(

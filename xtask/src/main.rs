@@ -15,6 +15,7 @@ mod launch;
 mod demo;
 mod mpi_test;
 // Networks are a section of the report, and are measured with its instruments.
+mod client_test;
 mod netbench;
 mod report;
 mod suite;
@@ -85,6 +86,9 @@ enum Command {
     ///
     /// Exit status: 3 SLURM is missing and nothing was tested.
     SlurmTest,
+    /// Run independent clients against a server with the bundled model: the Python packages
+    /// openai, anthropic, langchain-openai and schemathesis, which are installed into target
+    ClientTest,
     /// Build the program with MPI and launch it: cargo xtask mpirun -n 2 -- chat --model DIR
     Mpirun {
         /// Number of ranks
@@ -156,6 +160,7 @@ fn run(command: Command) -> Result<ExitCode> {
             mpi_test::command(&ranks, package.as_deref(), deadline)
         }
         Command::SlurmTest => slurm::command(),
+        Command::ClientTest => client_test::command(),
         Command::Mpirun { ranks, hostfile, bind, args } => {
             launch::command(ranks, hostfile, bind, &args)
         }

@@ -5,6 +5,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::Result;
 
+use crate::client_test::{self, Outcome};
 use crate::process::{self, Output};
 use crate::{mpi_test, netbench, setup, slurm, workspace};
 
@@ -72,8 +73,16 @@ pub fn command() -> Result<ExitCode> {
         Err(_) => (true, "slurm-test: SKIPPED: no MPI".to_owned()),
     };
 
-    println!("\n{cargo_line}\n{mpi_line}\n{failing_line}\n{slurm_line}");
-    let ok = cargo_ok && mpi_ok && failing_ok && slurm_ok;
+    println!("\ntest: independent clients");
+    let (clients_ok, clients_line) = match client_test::run()? {
+        Outcome::Ran { passed, line } => (passed, format!("client-test: {line}")),
+        Outcome::Skipped(reason) => {
+            (true, format!("client-test: SKIPPED, no independent client was tried: {reason}"))
+        }
+    };
+
+    println!("\n{cargo_line}\n{mpi_line}\n{failing_line}\n{slurm_line}\n{clients_line}");
+    let ok = cargo_ok && mpi_ok && failing_ok && slurm_ok && clients_ok;
     let took = started.elapsed();
     if took > BUDGET {
         println!(

@@ -19,6 +19,7 @@ use crate::options::LaunchOptions;
 use crate::perplexity::PerplexityArgs;
 use crate::plan::PlanArgs;
 use crate::quantize::QuantizeArgs;
+use crate::serve::ServeArgs;
 use crate::synth::SynthArgs;
 use crate::tokenize::TokenizeArgs;
 
@@ -43,6 +44,7 @@ struct CommandLine {
 enum Command {
     Generate(GenerateArgs),
     Chat(ChatArgs),
+    Serve(ServeArgs),
     Logits(LogitsArgs),
     Bench(BenchArgs),
     Perplexity(PerplexityArgs),
@@ -66,6 +68,7 @@ fn dispatch(command: &Command) -> ExitCode {
     match command {
         Command::Generate(args) => launch(&args.launch, |rank| args.run(rank)),
         Command::Chat(args) => launch(&args.launch, |rank| args.run(rank)),
+        Command::Serve(args) => launch(&args.launch, |rank| args.run(rank)),
         Command::Logits(args) => launch(&args.launch.exact(), |rank| args.run(rank)),
         Command::Bench(args) => launch(&args.launch, |rank| args.run(rank)),
         Command::Perplexity(args) => launch(&args.launch.exact(), |rank| args.run(rank)),

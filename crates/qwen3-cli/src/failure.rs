@@ -70,6 +70,9 @@ pub enum CliError {
     /// A checkpoint cannot be written.
     #[error(transparent)]
     Export(#[from] ExportError),
+    /// The server cannot listen.
+    #[error(transparent)]
+    Listen(#[from] qwen3_server::ListenError),
     /// The job of ranks fails.
     #[error("{0}")]
     Rank(#[from] RankError),

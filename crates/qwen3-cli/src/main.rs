@@ -38,6 +38,7 @@ mod generate;
 mod logits;
 mod perplexity;
 mod quantize;
+mod serve;
 mod synth;
 mod tokenize;
 

@@ -1,0 +1,34 @@
+//! The description of the API in OpenAPI's form.
+
+use utoipa::OpenApi;
+
+use crate::routes::{chat, completions, messages, plain, responses};
+
+/// The description.
+#[derive(OpenApi)]
+#[openapi(
+    info(title = "qwen3 serve", description = "Qwen3 models on clusters of CPUs"),
+    paths(
+        chat::create,
+        completions::create,
+        responses::create,
+        messages::create,
+        messages::count,
+        plain::models,
+        plain::model,
+        plain::tokenize,
+        plain::detokenize,
+        plain::apply_template,
+        plain::drain,
+        plain::health,
+        plain::version,
+        plain::metrics,
+        plain::openapi,
+    )
+)]
+struct Description;
+
+/// The description as a value.
+pub fn document() -> utoipa::openapi::OpenApi {
+    Description::openapi()
+}

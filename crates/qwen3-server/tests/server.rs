@@ -1,0 +1,3 @@
+//! Tests of whole servers with the bundled model.
+
+mod suite;
