@@ -195,6 +195,7 @@ fn what_cannot_be_tokenized_is_one_line() {
     let empty = dir.path().to_str().unwrap();
     let file = file.to_str().unwrap();
     fs::write(file, r#"[{"role": "user", "content": "x"}]"#).unwrap();
+    fs::copy(format!("{AUSTEN}/tokenizer.json"), dir.path().join("tokenizer.json")).unwrap();
     assert_one_line(&run(&["tokenize", "--model", empty, "--chat", file]), &["no chat template"]);
     fs::write(dir.path().join("tokenizer.json"), "{}").unwrap();
     assert_one_line(&run(&["tokenize", "--model", empty, "--text", "x"]), &["tokenizer.json"]);

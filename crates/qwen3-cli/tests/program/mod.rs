@@ -98,8 +98,18 @@ pub fn run_read(
     Run {
         success: status.success(),
         stdout: stdout.join().unwrap(),
-        stderr: stderr.join().unwrap(),
+        stderr: without_progress(&stderr.join().unwrap()),
     }
+}
+
+/// Standard error without the lines that tell every few seconds how far a slow machine is.
+fn without_progress(stderr: &str) -> String {
+    let is_progress = |line: &str| {
+        ["loading: ", "scoring: ", "writing: "].iter().any(|verb| line.starts_with(verb))
+            && line.contains(" of ")
+            && line.ends_with(" s")
+    };
+    stderr.split_inclusive('\n').filter(|line| !is_progress(line.trim_end())).collect()
 }
 
 /// Runs the program without input.
