@@ -147,8 +147,8 @@ mod tests {
         let xtask = packages.iter().find(|p| p.name == "xtask").unwrap();
         assert_eq!(xtask.folder, root().join("xtask"));
         assert!(xtask.dependencies.iter().any(|d| d.name == "clap" && !d.dev));
-        let tensor = packages.iter().find(|p| p.name == "tensor").unwrap();
-        assert!(tensor.dependencies.iter().any(|d| d.name == "tempfile" && d.dev));
+        let checkpoint = packages.iter().find(|p| p.name == "checkpoint").unwrap();
+        assert!(checkpoint.dependencies.iter().any(|d| d.name == "tempfile" && d.dev));
         let comm = packages.iter().find(|p| p.name == "comm").unwrap();
         assert!(comm.features.iter().any(|f| f == "mpi"));
         assert!(mpi_features(&packages).unwrap().contains("comm/mpi"));
