@@ -45,5 +45,6 @@ mod tokenize;
 mod command_line;
 
 fn main() -> std::process::ExitCode {
+    qwen3_text::serve_templates();
     command_line::run()
 }

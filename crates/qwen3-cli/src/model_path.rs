@@ -58,6 +58,6 @@ impl ModelPath {
         let origin = source.folder().display().to_string();
         let mut templates = TemplateSource::new(&origin, main, config)?;
         templates.templates.extend(texts.into_iter().skip(1));
-        Ok(ChatTemplate::new(templates)?)
+        Ok(ChatTemplate::isolated(templates)?)
     }
 }

@@ -45,10 +45,10 @@ struct Input {
 impl TokenizeArgs {
     /// Runs the command on rank 0.
     pub fn run(&self, rank: &Rank) -> Result<(), CliError> {
-        let tokenizer = self.model.tokenizer()?;
         let control = self.text.control();
         let Prompt { text, tokens: ids } = match (&self.input.text, &self.input.chat) {
             (Some(text), _) => {
+                let tokenizer = self.model.tokenizer()?;
                 let tokens = match control {
                     ControlTokens::Trusted => tokenizer.encode(text)?,
                     ControlTokens::Literal => tokenizer.encode_literal(text)?,
@@ -57,7 +57,11 @@ impl TokenizeArgs {
             }
             (None, Some(file)) => {
                 let chat = Conversation::open(file)?;
-                self.model.template()?.prompt(&tokenizer, &chat, control)?
+                let template = self.model.template()?;
+                // Rendering first finds a template that fails before the tokenizer is read, which
+                // takes longer.
+                template.render(&chat)?;
+                template.prompt(&self.model.tokenizer()?, &chat, control)?
             }
             (None, None) => unreachable!("clap requires one of the two"),
         };

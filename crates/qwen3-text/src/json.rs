@@ -46,7 +46,16 @@ pub struct JsonError {
 impl Json {
     /// Parses a text that holds exactly one JSON value, nested at most 128 levels deep.
     pub fn parse(text: &str) -> Result<Self, JsonError> {
-        let mut parser = Parser { text, at: 0 };
+        Self::parse_to(text, MAX_DEPTH)
+    }
+
+    /// Parses a message that wraps such a value.
+    pub(crate) fn parse_deep(text: &str) -> Result<Self, JsonError> {
+        Self::parse_to(text, MAX_DEPTH + 8)
+    }
+
+    fn parse_to(text: &str, deepest: usize) -> Result<Self, JsonError> {
+        let mut parser = Parser { text, at: 0, deepest };
         let value = parser.value(0)?;
         parser.skip_space();
         match parser.peek() {
@@ -188,6 +197,7 @@ fn number(text: &str) -> Value {
 struct Parser<'t> {
     text: &'t str,
     at: usize,
+    deepest: usize,
 }
 
 impl Parser<'_> {
@@ -215,7 +225,7 @@ impl Parser<'_> {
 
     fn value(&mut self, depth: usize) -> Result<Json, JsonError> {
         self.skip_space();
-        if depth > MAX_DEPTH {
+        if depth > self.deepest {
             return Err(self.error("nested more than 128 levels deep"));
         }
         match self.peek() {

@@ -5,10 +5,10 @@ use std::hash::{BuildHasher as _, Hasher as _};
 
 use aho_corasick::{AhoCorasick, MatchKind};
 
+use crate::chat_template::ChatTemplate;
 use crate::conversation::Conversation;
 use crate::error::TemplateError;
 use crate::json::Json;
-use crate::template::ChatTemplate;
 use crate::tokenizer::{Added, Tokenizer, TokenizerError};
 
 /// How text that looks like a control token is encoded where a message contains it.

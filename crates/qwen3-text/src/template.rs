@@ -21,7 +21,7 @@ use arguments::refused;
 const MAX_FILE: u64 = 16 << 20;
 /// Work that a template may do, in the engine's units: an instruction costs one, 64 bytes of data
 /// cost one. The published templates use about 3,000 for a conversation of 20 messages.
-const FUEL: u64 = 20_000_000;
+const FUEL: u64 = 5_000_000;
 
 /// The templates of a checkpoint as text, and the special tokens they may name.
 #[derive(Clone, Debug, Default)]
@@ -140,17 +140,16 @@ fn special_tokens(config: &Json) -> Vec<(String, String)> {
         .collect()
 }
 
-/// A compiled chat template.
+/// A compiled template in this process.
 #[derive(Debug)]
-pub struct ChatTemplate {
+pub(crate) struct Compiled {
     environment: Environment<'static>,
     special_tokens: Vec<(String, String)>,
     has_tool_use: bool,
 }
 
-impl ChatTemplate {
-    /// Compiles a template.
-    pub fn new(source: TemplateSource) -> Result<Self, TemplateError> {
+impl Compiled {
+    pub(crate) fn new(source: TemplateSource) -> Result<Self, TemplateError> {
         source.check()?;
         let mut environment = environment();
         let has_tool_use = source.templates.iter().any(|(name, _)| name == "tool_use");
@@ -166,13 +165,7 @@ impl ChatTemplate {
         Ok(Self { environment, special_tokens: source.special_tokens, has_tool_use })
     }
 
-    /// Compiles the template in a checkpoint's folder.
-    pub fn open(folder: &Path) -> Result<Self, TemplateError> {
-        Self::new(TemplateSource::open(folder)?)
-    }
-
-    /// Renders a conversation to the text that the model was trained on.
-    pub fn render(&self, chat: &Conversation) -> Result<String, TemplateError> {
+    pub(crate) fn render(&self, chat: &Conversation) -> Result<String, TemplateError> {
         let name = if chat.tools.is_some() && self.has_tool_use { "tool_use" } else { "default" };
         let tokens = self.special_tokens.iter();
         let mut variables: Vec<(String, Value)> =
@@ -197,7 +190,12 @@ impl ChatTemplate {
             .environment
             .get_template(name)
             .and_then(|template| template.render(Value::from_pairs(variables)))
-            .map_err(|error| TemplateError::Render { problem: error.to_string() })?;
+            .map_err(|error| match error.kind() {
+                ErrorKind::OutOfFuel => {
+                    TemplateError::Limit { problem: "it does too much work".to_owned() }
+                }
+                _ => TemplateError::Render { problem: error.to_string() },
+            })?;
         match tag {
             Some(tag) => cut_at(text, &tag),
             None => Ok(text),

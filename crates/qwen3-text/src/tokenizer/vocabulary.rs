@@ -25,10 +25,8 @@ impl Vocabulary {
             // Ids without a token have no bytes.
             ends.resize(ends.len().max(id as usize), bytes.len() as u32);
             // A character outside of the byte-level alphabet means that the token is text.
-            let level: Option<Vec<u8>> = token
-                .chars()
-                .map(|c| table.iter().position(|&known| known == c).map(|byte| byte as u8))
-                .collect();
+            let level: Option<Vec<u8>> =
+                token.chars().map(|c| table.get(c as usize).copied().flatten()).collect();
             bytes.extend(level.unwrap_or_else(|| token.into_bytes()));
             ends.push(bytes.len() as u32);
         }
@@ -62,17 +60,16 @@ impl Vocabulary {
     }
 }
 
-/// The character that stands for each byte in byte-level BPE (GPT-2, `bytes_to_unicode`): printable
-/// bytes stand for themselves, the others for the characters from U+0100 on.
-fn byte_table() -> Vec<char> {
-    let mut next = 0x100;
-    (0..=255_u8)
-        .map(|byte| {
-            if matches!(byte, b'!'..=b'~' | 0xa1..=0xac | 0xae..=0xff) {
-                return char::from(byte);
-            }
-            next += 1;
-            char::from_u32(next - 1).unwrap_or('\u{FFFD}')
-        })
-        .collect()
+/// The byte that each character stands for in byte-level BPE (GPT-2, `bytes_to_unicode`): printable
+/// bytes are written as themselves, the others as the characters from U+0100 on.
+fn byte_table() -> Vec<Option<u8>> {
+    let mut table = vec![None; 0x100];
+    for byte in 0..=255_u8 {
+        if matches!(byte, b'!'..=b'~' | 0xa1..=0xac | 0xae..=0xff) {
+            table[usize::from(byte)] = Some(byte);
+        } else {
+            table.push(Some(byte));
+        }
+    }
+    table
 }

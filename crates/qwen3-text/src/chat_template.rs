@@ -1,0 +1,53 @@
+//! A chat template, in this process or in one of its own.
+
+use std::path::Path;
+
+use crate::conversation::Conversation;
+use crate::error::TemplateError;
+use crate::process::RenderProcess;
+use crate::template::{Compiled, TemplateSource};
+
+/// A chat template that renders conversations.
+#[derive(Debug)]
+pub struct ChatTemplate {
+    renderer: Renderer,
+}
+
+#[derive(Debug)]
+enum Renderer {
+    Here(Box<Compiled>),
+    Process(RenderProcess),
+}
+
+impl ChatTemplate {
+    /// Compiles a template in this process. The work that a rendering does is limited; a template
+    /// that nests values very deeply may overflow the stack all the same. `isolated` is for
+    /// templates that are not trusted.
+    pub fn new(source: TemplateSource) -> Result<Self, TemplateError> {
+        Ok(Self { renderer: Renderer::Here(Box::new(Compiled::new(source)?)) })
+    }
+
+    /// Compiles the template in a checkpoint's folder in this process.
+    pub fn open(folder: &Path) -> Result<Self, TemplateError> {
+        Self::new(TemplateSource::open(folder)?)
+    }
+
+    /// Compiles and renders a template in a process of its own, which has limits on time, memory
+    /// and stack. The program must call `serve_templates` first in its `main`.
+    pub fn isolated(source: TemplateSource) -> Result<Self, TemplateError> {
+        Ok(Self { renderer: Renderer::Process(RenderProcess::start(source)?) })
+    }
+
+    /// `isolated` with the template in a checkpoint's folder.
+    pub fn open_isolated(folder: &Path) -> Result<Self, TemplateError> {
+        Self::isolated(TemplateSource::open(folder)?)
+    }
+
+    /// Renders a conversation to the text that the model was trained on.
+    pub fn render(&self, chat: &Conversation) -> Result<String, TemplateError> {
+        match &self.renderer {
+            Renderer::Here(compiled) => compiled.render(chat),
+            Renderer::Process(process) => process.render(chat),
+        }
+    }
+}
