@@ -59,5 +59,7 @@ pub use tensor;
 
 /// Names of the crate `simd-kernels` that operations take or return.
 pub mod kernels {
-    pub use simd_kernels::{Input, IsaError, KvMemoryError, Store, argmax, exp};
+    pub use simd_kernels::{
+        Input, InputKind, IsaError, KvMemoryError, PanelData, Panels, Store, argmax, exp,
+    };
 }

@@ -1,7 +1,7 @@
 //! Matrix products with packed weights: this rank's share, and columns gathered from all ranks.
 
 use comm::{CommError, Communicator, CommunicatorExt};
-use simd_kernels::{Input, InputKind, MatMut, PanelData, Panels, Store, matmul};
+use simd_kernels::{Input, InputKind, Isa, MatMut, PanelData, Panels, Store, matmul};
 use tensor::{Activations, MatrixSource, PackedData, PackedMatrix, WeightFormat};
 
 use crate::context::{ActivationFormat, Context};
@@ -128,14 +128,7 @@ impl Linear {
 
     /// The weights as the kernels see them.
     pub fn panels(&self) -> Panels<'_> {
-        let data = match self.weights.data() {
-            PackedData::F32(data) => PanelData::F32(data),
-            PackedData::Bf16(data) => PanelData::Bf16(data),
-            PackedData::F16(data) => PanelData::F16(data),
-            PackedData::Q8(data) => PanelData::Q8(data),
-            PackedData::Q4(data) => PanelData::Q4(data),
-        };
-        Panels::new(data, self.rows(), self.cols())
+        panels(&self.weights)
     }
 
     /// `out = x · Wᵀ` (or `+=`), [tokens, out] of this share, without any collective.
@@ -145,6 +138,41 @@ impl Linear {
             matmul(ctx.isa, self.panels(), panels, x, block, store);
         });
     }
+}
+
+/// A packed matrix as the kernels see it: the same memory.
+pub fn panels(weights: &PackedMatrix) -> Panels<'_> {
+    let data = match weights.data() {
+        PackedData::F32(data) => PanelData::F32(data),
+        PackedData::Bf16(data) => PanelData::Bf16(data),
+        PackedData::F16(data) => PanelData::F16(data),
+        PackedData::Q8(data) => PanelData::Q8(data),
+        PackedData::Q4(data) => PanelData::Q4(data),
+    };
+    Panels::new(data, weights.rows(), weights.cols())
+}
+
+/// `y = W · x` on the calling thread; W [rows, cols], x [cols], y [rows]. Activations are rounded
+/// as the format of the weights asks ([`InputKind::of`]).
+///
+/// # Panics
+/// When `x` has another length than the columns, or `y` than the rows.
+///
+/// ```
+/// use ops::{Isa, linear::gemv, tensor::{PackedMatrix, WeightFormat}};
+///
+/// let weights = PackedMatrix::from_f32(WeightFormat::Bf16, &[1.0, 2.0, 3.0, 4.0], 2, 2)?;
+/// let mut y = [0.0; 2];
+/// gemv(Isa::detect(), &weights, &[1.0, 10.0], &mut y);
+/// assert_eq!(y, [21.0, 43.0]);
+/// # Ok::<(), ops::tensor::EncodeError>(())
+/// ```
+pub fn gemv(isa: Isa, weights: &PackedMatrix, x: &[f32], y: &mut [f32]) {
+    let (w, rows) = (panels(weights), weights.rows());
+    assert!(y.len() == rows, "{rows} rows of weights into {} numbers", y.len());
+    let mut input = Input::new();
+    input.prepare(isa, InputKind::of(isa, &w.data()), x, 1, weights.cols());
+    matmul(isa, w, 0..w.count(), &input, MatMut::new(y, 1, rows, rows), Store::Set);
 }
 
 /// Makes `[tokens, n]` on every rank from each rank's `[tokens, counts[rank]]` columns: one
@@ -208,4 +236,36 @@ pub(crate) fn slice_mut(activations: &mut Activations) -> &mut [f32] {
 pub(crate) fn matrix(activations: &mut Activations) -> MatMut<'_> {
     let (rows, cols) = activations.dim();
     MatMut::new(slice_mut(activations), rows, cols, cols)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Sums of small whole numbers, exact in every float format.
+    #[test]
+    fn a_vector_times_packed_weights() {
+        let (rows, cols) = (37, 50);
+        let value = |i: usize| (i * 7 % 11) as f32 - 5.0;
+        let weights: Vec<f32> = (0..rows * cols).map(value).collect();
+        let x: Vec<f32> = (3..cols + 3).map(value).collect();
+        for isa in Isa::all() {
+            for format in [WeightFormat::F32, WeightFormat::Bf16, WeightFormat::F16] {
+                let packed = PackedMatrix::from_f32(format, &weights, rows, cols).expect("finite");
+                let mut y = vec![f32::NAN; rows];
+                gemv(isa, &packed, &x, &mut y);
+                for (row, y) in weights.chunks(cols).zip(y) {
+                    let expected: f32 = row.iter().zip(&x).map(|(w, x)| w * x).sum();
+                    assert_eq!(y, expected, "{isa} {format}");
+                }
+            }
+        }
+    }
+
+    #[test]
+    #[should_panic(expected = "2 rows of weights into 3 numbers")]
+    fn a_result_of_another_length_is_refused() {
+        let weights = PackedMatrix::from_f32(WeightFormat::F32, &[1.0; 4], 2, 2).expect("finite");
+        gemv(Isa::scalar(), &weights, &[1.0; 2], &mut [0.0; 3]);
+    }
 }

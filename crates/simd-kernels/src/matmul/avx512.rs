@@ -125,7 +125,7 @@ fn multiply_block<const N: usize>(
 ) {
     let streams = tiles.len() == 1;
     let (together, depth) = match x.kind() {
-        InputKind::Float | InputKind::Bf16 => (columns::PANELS, columns::DEPTH),
+        InputKind::Float | InputKind::Bf16 => (columns::stream_panels(x.tokens()), columns::DEPTH),
         // One tile needs no part of a panel twice.
         InputKind::Int16 | InputKind::Int8 if streams => {
             (codes::stream_panels(&ws[0].data(), x.tokens()), x.cols().max(1))

@@ -109,6 +109,11 @@ impl Scratch {
     }
 }
 
+/// The panels that so many tokens meet together: one token reads more than two streams slower.
+pub(super) fn stream_panels(tokens: usize) -> usize {
+    if tokens == 1 { 2 } else { PANELS }
+}
+
 /// Adds the products of the parts of P panels with each tile to `sums`.
 #[target_feature(enable = "avx512bw,avx512vl,avx512vnni")]
 pub(super) fn add_tiles<const P: usize>(
