@@ -31,6 +31,8 @@ pub fn command() -> Result<ExitCode> {
     }
     let mut command = workspace::cargo();
     command.args(["test", "--workspace", "--no-fail-fast"]);
+    // Tests that mutate inputs run for a minute in all instead of a few seconds.
+    command.env("QWEN3_FUZZ_SECONDS", "20");
     let finished = process::run(&mut command, DEADLINE, Output::Shown)?;
     let results = Results::of(&finished.stdout);
     let cargo_ok = finished.ok() && results.failed == 0 && results.passed > 0;
