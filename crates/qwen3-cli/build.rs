@@ -1,8 +1,9 @@
 //! Gives the program the digest of its sources, by which ranks that run another build are told
-//! apart: the version alone stays the same from one commit to the next.
+//! apart: the version alone stays the same from one commit to the next. Gives it the commit, too.
 
 use std::ffi::OsStr;
 use std::path::{Path, PathBuf};
+use std::process::Command;
 use std::{fs, io};
 
 fn main() -> io::Result<()> {
@@ -33,7 +34,26 @@ fn main() -> io::Result<()> {
         }
     }
     println!("cargo:rustc-env=QWEN3_SOURCES={digest:016x}");
+    println!("cargo:rustc-env=QWEN3_COMMIT={}", commit(&own).unwrap_or_default());
     Ok(())
+}
+
+/// The commit of the sources, marked if files differ from it; `None` without git or outside of a
+/// repository.
+fn commit(folder: &Path) -> Option<String> {
+    let git = |args: &[&str]| {
+        let output = Command::new("git").current_dir(folder).args(args).output().ok()?;
+        let text = String::from_utf8(output.stdout).ok().filter(|_| output.status.success())?;
+        Some(text.trim().to_owned())
+    };
+    // The log changes with each commit; a path that does not exist would build anew each time.
+    let log = folder.join(git(&["rev-parse", "--git-path", "logs/HEAD"])?);
+    if log.is_file() {
+        println!("cargo:rerun-if-changed={}", log.display());
+    }
+    let commit = git(&["rev-parse", "--short=12", "HEAD"])?;
+    let changed = git(&["status", "--porcelain", "--untracked-files=no", "."])?;
+    Some(if changed.is_empty() { commit } else { commit + "-changed" })
 }
 
 fn list(folder: &Path, files: &mut Vec<PathBuf>) -> io::Result<()> {

@@ -82,7 +82,7 @@ pub use emulate::EmulatedComm;
 pub use error::{CommError, Place};
 pub use ledger::{Activity, Collective, Entry, Ledger, Phase, TracedCall};
 #[cfg(feature = "mpi")]
-pub use mpi_comm::{MpiComm, MpiOptions};
+pub use mpi_comm::{MpiComm, MpiOptions, mpi_library};
 pub use solo::SoloComm;
 pub use threads::ThreadComm;
 pub use wire::{UnknownWireFormat, WIRE_GROUP, WireFormat};

@@ -169,6 +169,15 @@ fn compare(introductions: &[u64]) -> Result<(), CommError> {
     )))
 }
 
+/// The name and version of the MPI library in use, for example `Open MPI v4.1.6`. MPI need not be
+/// started.
+pub fn mpi_library() -> String {
+    let text = mpi::environment::library_version().unwrap_or_default();
+    // Open MPI writes one line with commas, MPICH a table.
+    let line = text.lines().next().unwrap_or_default().split([',', '\0']).next();
+    line.unwrap_or_default().split_whitespace().collect::<Vec<_>>().join(" ")
+}
+
 impl MpiComm {
     /// Starts MPI, once per process, with the options of the environment.
     pub fn init() -> Result<MpiComm, CommError> {

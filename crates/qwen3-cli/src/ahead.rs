@@ -2,7 +2,7 @@
 //! minutes.
 
 use std::fs::{self, File};
-use std::io::Read as _;
+use std::io::{self, Read as _};
 use std::path::Path;
 
 use qwen3_model::Config;
@@ -39,6 +39,22 @@ pub fn input(path: &Path) -> Result<Option<u64>, CliError> {
         Ok(Some(found.len()))
     };
     bytes().map_err(|source| CliError::file(path, source))
+}
+
+/// Bytes of a text that is read at most: a device may have no end.
+pub const TEXT_BYTES: u64 = 1 << 28;
+
+/// Reads a text file of at most [`TEXT_BYTES`].
+pub fn read_text(path: &Path) -> Result<String, CliError> {
+    let read = || {
+        let mut text = String::new();
+        let file = File::open(path)?;
+        if file.take(TEXT_BYTES + 1).read_to_string(&mut text)? as u64 > TEXT_BYTES {
+            return Err(io::Error::other(format!("longer than {TEXT_BYTES} bytes")));
+        }
+        Ok(text)
+    };
+    read().map_err(|source| CliError::file(path, source))
 }
 
 /// Whether a checkpoint has what a conversation needs besides its weights, and takes one that

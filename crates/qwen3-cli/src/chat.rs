@@ -48,7 +48,7 @@ pub struct ChatArgs {
     no_thinking: bool,
 
     /// The most tokens of an answer [default: as many as the context holds]
-    #[arg(long, value_name = "N", value_parser = positive)]
+    #[arg(long, short = 'n', alias = "max-tokens", value_name = "N", value_parser = positive)]
     max_new_tokens: Option<usize>,
 
     #[command(flatten)]

@@ -5,7 +5,8 @@ use std::io;
 use std::process::ExitCode;
 
 use clap::error::ErrorKind;
-use clap::{Parser, Subcommand};
+use clap::{CommandFactory as _, FromArgMatches as _, Parser, Subcommand};
+use clap_complete::Shell;
 use ranks::{Failure, LaunchedProcess, Rank, RankError, one_line, refuse_start};
 
 use crate::bench::BenchArgs;
@@ -23,9 +24,34 @@ use crate::serve::ServeArgs;
 use crate::synth::SynthArgs;
 use crate::tokenize::TokenizeArgs;
 
-/// What `--version` prints, and what ranks compare: the version, and the digest of the sources
-/// (`build.rs`).
+/// What ranks compare: the version, and the digest of the sources (`build.rs`).
 const VERSION: &str = concat!(env!("CARGO_PKG_VERSION"), " (sources ", env!("QWEN3_SOURCES"), ")");
+
+/// What `--version` prints: the version, the sources, the commit if it is known, and the MPI
+/// library.
+fn long_version() -> String {
+    #[cfg(feature = "mpi")]
+    let mpi = ranks::mpi_library();
+    #[cfg(not(feature = "mpi"))]
+    let mpi = "without MPI";
+    let commit = match env!("QWEN3_COMMIT") {
+        "" => String::new(),
+        commit => format!("commit {commit}, "),
+    };
+    format!("{} ({commit}sources {}, {mpi})", env!("CARGO_PKG_VERSION"), env!("QWEN3_SOURCES"))
+}
+
+/// Examples at the end of `--help`.
+const EXAMPLES: &str = "\
+Examples:
+  qwen3 generate -m models/austen -p 'Elizabeth was' -n 32
+  echo 'What is 17 + 15?' | qwen3 generate -m models/austen --chat --no-thinking
+  qwen3 chat -m ~/models/Qwen3-4B --ranks auto
+  mpirun -n 4 qwen3 generate -m /shared/Qwen3-32B -p 'Once upon a time' --weights q8
+  qwen3 completions bash > ~/.local/share/bash-completion/completions/qwen3
+
+An option of the groups Computing, Ranks and Choosing tokens that is not given is taken from the
+environment: QWEN3_MODEL for --model, QWEN3_THREADS for --threads, and so on.";
 
 /// Qwen3 models on the cores of ordinary machines: alone, on several ranks of one process, or on
 /// MPI ranks.
@@ -34,7 +60,7 @@ const VERSION: &str = concat!(env!("CARGO_PKG_VERSION"), " (sources ", env!("QWE
 /// itself. Rank 0 reads the input and writes the answers. A failure is one line on standard error
 /// and a non-zero status, on every rank.
 #[derive(Parser, Debug)]
-#[command(name = "qwen3", version = VERSION, max_term_width = 100)]
+#[command(name = "qwen3", version, max_term_width = 100, after_help = EXAMPLES)]
 struct CommandLine {
     #[command(subcommand)]
     command: Command,
@@ -54,11 +80,20 @@ enum Command {
     Quantize(QuantizeArgs),
     Tokenize(TokenizeArgs),
     Demo(DemoArgs),
+    /// Print the completions of a shell
+    Completions {
+        /// The shell
+        shell: Shell,
+    },
 }
 
 /// Runs what the command line asks for.
 pub fn run() -> ExitCode {
-    match CommandLine::try_parse() {
+    let parsed = CommandLine::command()
+        .version(&*long_version().leak())
+        .try_get_matches()
+        .and_then(|matches| CommandLine::from_arg_matches(&matches));
+    match parsed {
         Ok(line) => dispatch(&line.command),
         Err(error) => explain(&error),
     }
@@ -78,12 +113,19 @@ fn dispatch(command: &Command) -> ExitCode {
         Command::Quantize(args) => alone(|rank| args.run(rank)),
         Command::Tokenize(args) => alone(|rank| args.run(rank)),
         Command::Demo(args) => launch(&args.launch, |rank| args.run(rank)),
+        Command::Completions { shell } => alone(|rank| completions(*shell, rank)),
     }
 }
 
 /// A command that only reads and writes files: rank 0 does it.
 fn alone(work: impl Fn(&Rank) -> Result<(), CliError> + Send + Sync) -> ExitCode {
     launch(&LaunchOptions::alone(), |rank| rank.on_root(|| Ok(work(rank)?)).map(drop))
+}
+
+fn completions(shell: Shell, rank: &Rank) -> Result<(), CliError> {
+    let mut text = Vec::new();
+    clap_complete::generate(shell, &mut CommandLine::command(), "qwen3", &mut text);
+    Ok(rank.print(&String::from_utf8_lossy(&text))?)
 }
 
 /// Runs a command on every rank.
@@ -103,9 +145,17 @@ fn launch(
 /// show in the collectives, such as another format of the weights, would otherwise only show in the
 /// answers.
 fn same_arguments(rank: &Rank) -> Result<(), Failure> {
-    let own = shared_arguments(
-        std::env::args_os().skip(1).map(|argument| argument.to_string_lossy().into_owned()),
-    );
+    let arguments = std::env::args_os().skip(1);
+    let mut own = shared_arguments(arguments.map(|text| text.to_string_lossy().into_owned()));
+    let mut variables: Vec<_> = std::env::vars_os().collect();
+    variables.sort();
+    for (name, value) in variables {
+        let name = name.to_string_lossy();
+        let option = name.strip_prefix("QWEN3_").map(|name| format!("--{}", name.to_lowercase()));
+        if option.is_some_and(|option| !OWN.contains(&&*option)) {
+            own += &format!(" {name}={}", value.to_string_lossy());
+        }
+    }
     let of_rank_0 = rank.broadcast(|| Ok(own.clone()))?;
     rank.agree(if own == of_rank_0 {
         Ok(())
@@ -117,7 +167,7 @@ fn same_arguments(rank: &Rank) -> Result<(), Failure> {
 }
 
 /// Options that may differ between ranks, as on nodes of different kinds.
-const OWN: [&str; 3] = ["--model", "--threads", "--isa"];
+const OWN: [&str; 5] = ["--model", "--threads", "--isa", "-m", "-t"];
 
 /// The arguments without those that may differ, in one line.
 fn shared_arguments(arguments: impl Iterator<Item = String>) -> String {
@@ -146,18 +196,20 @@ fn explain(error: &clap::Error) -> ExitCode {
         {
             return refuse_start(RankError::Output { source }, 1);
         }
-        return if error.use_stderr() { ExitCode::FAILURE } else { ExitCode::SUCCESS };
+        return if error.use_stderr() { ExitCode::from(2) } else { ExitCode::SUCCESS };
     }
     let text = error.to_string();
-    let lines = text.lines().take_while(|line| {
-        !line.starts_with("Usage:") && !line.starts_with("For more information")
-    });
-    let text = one_line(&lines.collect::<Vec<_>>().join("\n"));
+    let (text, usage) = text.split_once("Usage:").unwrap_or((&text, ""));
+    let usage = one_line(usage.split("\n\n").next().unwrap_or_default());
+    let text = one_line(text.split("For more information").next().unwrap_or_default());
     let mut problem = text.strip_prefix("error: ").unwrap_or(&text).to_owned();
     if error.kind() == ErrorKind::InvalidUtf8 {
         problem = format!("found {}; expected UTF-8", not_unicode(std::env::args_os()));
     }
-    refuse_start(CliError::Usage { problem }, 1)
+    if !usage.is_empty() {
+        problem += &format!(" (Usage: {usage})");
+    }
+    refuse_start(CliError::Usage { problem }, 2)
 }
 
 /// The arguments that are no text, each with the one before it, which names it as a rule.
@@ -173,7 +225,6 @@ fn not_unicode(arguments: impl Iterator<Item = OsString>) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use clap::CommandFactory as _;
 
     #[test]
     fn ranks_may_differ_in_model_threads_and_isa_only() {

@@ -36,7 +36,7 @@ pub struct GenerateArgs {
     no_thinking: bool,
 
     /// The most tokens to generate; the model's context may end before
-    #[arg(long, value_name = "N", default_value_t = 256, value_parser = positive)]
+    #[arg(long, short = 'n', alias = "max-tokens", value_name = "N", default_value_t = 256, value_parser = positive)]
     max_new_tokens: usize,
 
     #[command(flatten)]

@@ -10,7 +10,7 @@ use qwen3_model::options::{
     ActivationFormat, AttentionAlgorithm, ExpertSplit, KvFormat, MlpSchedule, WeightFormat,
 };
 use qwen3_model::{Isa, ParallelStrategy, SamplingParams};
-use ranks::{Emulation, JobOptions, default_wire};
+use ranks::{Emulation, JobOptions, default_wire, numa_domains};
 
 use crate::failure::CliError;
 use crate::model_path::ModelPath;
@@ -29,17 +29,18 @@ where
 #[derive(Args, Clone, Debug)]
 pub struct LaunchOptions {
     /// Ranks inside this process, each with its own threads and its share of the weights. Under
-    /// mpirun or srun the ranks are the processes, and this option has to stay 1
-    #[arg(long, value_name = "R", default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..=1024), help_heading = "Ranks")]
-    pub ranks: u16,
+    /// mpirun or srun the ranks are the processes, and this option has to stay 1; auto starts one
+    /// for each NUMA domain
+    #[arg(long, env = "QWEN3_RANKS", value_name = "R", default_value = "1", value_parser = rank_count, help_heading = "Ranks")]
+    pub ranks: Auto<u16>,
 
     /// How many seconds a rank waits in a collective for a late one before the job fails
-    #[arg(long, value_name = "S", default_value_t = 60.0, allow_negative_numbers = true, value_parser = seconds, help_heading = "Ranks")]
+    #[arg(long, env = "QWEN3_COMM_TIMEOUT", value_name = "S", default_value_t = 60.0, allow_negative_numbers = true, value_parser = seconds, help_heading = "Ranks")]
     pub comm_timeout: f64,
 
     /// How sums travel between ranks: f32 is exact, bf16 halves the bytes, q8 quarters them; auto
     /// takes bf16 between machines and f32 within one (and for logits and perplexity)
-    #[arg(long, default_value = "auto", value_parser = choice::<Auto<WireFormat>>(&["auto", "f32", "bf16", "q8"]), help_heading = "Ranks")]
+    #[arg(long, env = "QWEN3_WIRE", default_value = "auto", value_parser = choice::<Auto<WireFormat>>(&["auto", "f32", "bf16", "q8"]), help_heading = "Ranks")]
     pub wire: Auto<WireFormat>,
 
     /// Make calls between emulated nodes take as long as on a link of so many microseconds and
@@ -62,7 +63,7 @@ impl LaunchOptions {
     /// 0 does the work, which may take any time, while the others wait.
     pub fn alone() -> Self {
         Self {
-            ranks: 1,
+            ranks: Auto(Some(1)),
             comm_timeout: f64::from(u32::MAX),
             wire: Auto(None),
             emulate_link: None,
@@ -79,7 +80,7 @@ impl LaunchOptions {
     pub fn job(&self, program: String) -> JobOptions {
         let nodes = usize::from(self.emulate_nodes);
         JobOptions {
-            ranks: usize::from(self.ranks),
+            ranks: self.ranks.0.map_or_else(numa_domains, usize::from),
             timeout: Duration::from_secs_f64(self.comm_timeout),
             wire: self.wire.0,
             emulation: self.emulate_link.map(|link| Emulation { link, nodes }),
@@ -93,17 +94,17 @@ impl LaunchOptions {
 pub struct EngineOptions {
     /// The model: a folder as published on Hugging Face, a GGUF file, or the name of a model in the
     /// local cache
-    #[arg(long, value_name = "MODEL")]
+    #[arg(long, short = 'm', env = "QWEN3_MODEL", value_name = "MODEL")]
     pub model: ModelPath,
 
     /// Threads of each rank [default: the cores this process may use, shared among the ranks that
     /// use them]
-    #[arg(long, value_name = "T", value_parser = clap::value_parser!(u16).range(1..=1024), help_heading = "Computing")]
+    #[arg(long, short = 't', env = "QWEN3_THREADS", value_name = "T", value_parser = clap::value_parser!(u16).range(1..=1024), help_heading = "Computing")]
     pub threads: Option<u16>,
 
     /// What is split over the ranks: the weights (heads), the positions of the text (sequence), or
     /// what the plan for this command recommends (auto; see qwen3 plan)
-    #[arg(long, default_value = "auto", value_parser = choice::<Auto<ParallelStrategy>>(&["auto", "heads", "sequence"]), help_heading = "Computing")]
+    #[arg(long, env = "QWEN3_STRATEGY", default_value = "auto", value_parser = choice::<Auto<ParallelStrategy>>(&["auto", "heads", "sequence"]), help_heading = "Computing")]
     pub strategy: Auto<ParallelStrategy>,
 
     /// Split both: A ranks share the weights, B such groups share the positions; A times B is the
@@ -112,31 +113,31 @@ pub struct EngineOptions {
     pub grid: Option<ParallelStrategy>,
 
     /// Attention in blocks with a running softmax, or with all scores in memory (the reference)
-    #[arg(long, default_value = "streaming", value_parser = choice::<AttentionAlgorithm>(&["streaming", "materialized"]), help_heading = "Computing")]
+    #[arg(long, env = "QWEN3_ATTENTION", default_value = "streaming", value_parser = choice::<AttentionAlgorithm>(&["streaming", "materialized"]), help_heading = "Computing")]
     pub attention: AttentionAlgorithm,
 
     /// How the feed-forward block is split and what it exchanges [default: fused with --strategy
     /// heads, local with --strategy sequence]
-    #[arg(long, value_parser = choice::<MlpSchedule>(&["fused", "naive", "gathered", "local"]), help_heading = "Computing")]
+    #[arg(long, env = "QWEN3_MLP", value_parser = choice::<MlpSchedule>(&["fused", "naive", "gathered", "local"]), help_heading = "Computing")]
     pub mlp: Option<MlpSchedule>,
 
     /// Of a mixture of experts, what each rank has: a part of every expert (inside), whole experts
     /// (ranks, with --mlp fused), or what the plan recommends (auto; inside where --strategy is
     /// given)
-    #[arg(long, default_value = "auto", value_parser = choice::<Auto<ExpertSplit>>(&["auto", "inside", "ranks"]), help_heading = "Computing")]
+    #[arg(long, env = "QWEN3_EXPERTS", default_value = "auto", value_parser = choice::<Auto<ExpertSplit>>(&["auto", "inside", "ranks"]), help_heading = "Computing")]
     pub experts: Auto<ExpertSplit>,
 
     /// Instruction set; auto takes the best one of this CPU (or what SIMD_KERNELS_ISA says)
-    #[arg(long, default_value = "auto", value_parser = choice::<Auto<Isa>>(&["auto", "scalar", "portable", "avx2", "avx2-vnni", "avx512"]), help_heading = "Computing")]
+    #[arg(long, env = "QWEN3_ISA", default_value = "auto", value_parser = choice::<Auto<Isa>>(&["auto", "scalar", "portable", "avx2", "avx2-vnni", "avx512"]), help_heading = "Computing")]
     pub isa: Auto<Isa>,
 
     /// Format of the weights in memory; auto keeps what the checkpoint stores, q8 and q4 quantize
     /// at load
-    #[arg(long, default_value = "auto", value_parser = choice::<Auto<WeightFormat>>(&["auto", "f32", "bf16", "f16", "q8", "q4"]), help_heading = "Computing")]
+    #[arg(long, env = "QWEN3_WEIGHTS", default_value = "auto", value_parser = choice::<Auto<WeightFormat>>(&["auto", "f32", "bf16", "f16", "q8", "q4"]), help_heading = "Computing")]
     pub weights: Auto<WeightFormat>,
 
     /// Format of cached keys and values [default: f16; f32 for logits and perplexity]
-    #[arg(long, value_parser = choice::<KvFormat>(&["f32", "f16", "q8"]), help_heading = "Computing")]
+    #[arg(long, env = "QWEN3_KV", value_parser = choice::<KvFormat>(&["f32", "f16", "q8"]), help_heading = "Computing")]
     pub kv: Option<KvFormat>,
 
     /// Activations of products with bf16 weights: bf16 is faster on CPUs with AVX512-BF16, which
@@ -146,7 +147,7 @@ pub struct EngineOptions {
 
     /// Prompt tokens that one pass takes at most, for each rank of those that split positions:
     /// fewer need less memory, more are faster
-    #[arg(long, value_name = "N", default_value_t = 512, value_parser = positive, help_heading = "Computing")]
+    #[arg(long, env = "QWEN3_CHUNK", value_name = "N", default_value_t = 512, value_parser = positive, help_heading = "Computing")]
     pub chunk: usize,
 }
 
@@ -176,29 +177,29 @@ impl Auto<WireFormat> {
 #[derive(Args, Clone, Debug)]
 pub struct SamplingOptions {
     /// 0 takes the likeliest token each time; higher is more varied
-    #[arg(long, value_name = "X", allow_negative_numbers = true, value_parser = from_zero::<f32>, help_heading = "Choosing tokens")]
+    #[arg(long, env = "QWEN3_TEMPERATURE", value_name = "X", allow_negative_numbers = true, value_parser = from_zero::<f32>, help_heading = "Choosing tokens")]
     pub temperature: Option<f32>,
 
     /// Choose among the K likeliest tokens; 0 for all
-    #[arg(long, value_name = "K", help_heading = "Choosing tokens")]
+    #[arg(long, env = "QWEN3_TOP_K", value_name = "K", help_heading = "Choosing tokens")]
     pub top_k: Option<usize>,
 
     /// Choose among the likeliest tokens that together have this probability
-    #[arg(long, value_name = "P", allow_negative_numbers = true, value_parser = mass, help_heading = "Choosing tokens")]
+    #[arg(long, env = "QWEN3_TOP_P", value_name = "P", allow_negative_numbers = true, value_parser = mass, help_heading = "Choosing tokens")]
     pub top_p: Option<f32>,
 
     /// Drop tokens less likely than this share of the likeliest one
-    #[arg(long, value_name = "P", allow_negative_numbers = true, value_parser = probability, help_heading = "Choosing tokens")]
+    #[arg(long, env = "QWEN3_MIN_P", value_name = "P", allow_negative_numbers = true, value_parser = probability, help_heading = "Choosing tokens")]
     pub min_p: Option<f32>,
 
     /// Divide the logits of tokens that were already there by this (multiply negative ones); 1 does
     /// nothing
-    #[arg(long, value_name = "X", allow_negative_numbers = true, value_parser = above_zero::<f32>, help_heading = "Choosing tokens")]
+    #[arg(long, env = "QWEN3_REPETITION_PENALTY", value_name = "X", allow_negative_numbers = true, value_parser = above_zero::<f32>, help_heading = "Choosing tokens")]
     pub repetition_penalty: Option<f32>,
 
     /// Seed of the random choice: the same seed gives the same tokens on any number of ranks
     /// [default: 0; the time in chat]
-    #[arg(long, value_name = "N", help_heading = "Choosing tokens")]
+    #[arg(long, env = "QWEN3_SEED", value_name = "N", help_heading = "Choosing tokens")]
     pub seed: Option<u64>,
 }
 
@@ -257,6 +258,16 @@ fn grid(text: &str) -> Result<ParallelStrategy, String> {
 /// At least 1.
 pub fn positive(text: &str) -> Result<usize, String> {
     number(text, "a whole number, at least 1", |value: usize| value >= 1)
+}
+
+fn rank_count(text: &str) -> Result<Auto<u16>, String> {
+    if text == "auto" {
+        return Ok(Auto(None));
+    }
+    let count = number(text, "a whole number from 1 to 1024, or auto", |count: u16| {
+        (1..=1024).contains(&count)
+    })?;
+    Ok(Auto(Some(count)))
 }
 
 fn seconds(text: &str) -> Result<f64, String> {

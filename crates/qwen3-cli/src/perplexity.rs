@@ -1,6 +1,5 @@
 //! `qwen3 perplexity`: how well the model predicts a text.
 
-use std::fs;
 use std::path::PathBuf;
 
 use clap::Args;
@@ -55,7 +54,7 @@ impl PerplexityArgs {
             Ok(())
         })?;
         let read = move || {
-            let text = fs::read_to_string(&file).map_err(|source| CliError::file(&file, source))?;
+            let text = ahead::read_text(&file)?;
             Ok(path.tokenizer()?.encode(&text)?)
         };
         let (Loaded { model, .. }, tokens) = session::load_with(

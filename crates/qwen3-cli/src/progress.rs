@@ -1,5 +1,5 @@
 //! Progress of long work on rank 0's standard error: a bar on a terminal, elsewhere (under most MPI
-//! launchers, in a file) a line every few seconds.
+//! launchers, in a file) loading prints a line every few seconds.
 
 use std::fmt;
 use std::io::{self, IsTerminal as _};
@@ -50,8 +50,14 @@ impl Progress {
                 .expect("the templates are fixed and well formed");
             ProgressBar::new(0).with_style(style)
         });
-        let last_line = (rank.is_root() && !terminal).then(Mutex::default);
-        Self { verb, unit, start: Instant::now(), bar, last_line }
+        Self { verb, unit, start: Instant::now(), bar, last_line: None }
+    }
+
+    /// The same, with lines on a standard error that is no terminal.
+    pub fn with_lines(mut self, rank: &Rank) -> Self {
+        let lines = rank.is_root() && !io::stderr().is_terminal();
+        self.last_line = lines.then(Mutex::default);
+        self
     }
 
     /// `done` of `total` are done.

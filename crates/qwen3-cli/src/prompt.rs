@@ -1,6 +1,6 @@
 //! The prompt of a command: a text, a file or token ids, read by rank 0.
 
-use std::fs;
+use std::io::{self, IsTerminal as _, Read as _};
 use std::path::PathBuf;
 
 use clap::Args;
@@ -11,16 +11,17 @@ use crate::ahead;
 use crate::failure::CliError;
 use crate::model_path::ModelPath;
 
-/// Where the prompt comes from; exactly one of the three.
+/// Where the prompt comes from: at most one of the three, otherwise standard input.
 #[derive(Args, Clone, Debug)]
-#[group(required = true, multiple = false)]
+#[group(multiple = false)]
 pub struct PromptOptions {
     /// The prompt's text, continued as it stands; it may hold special tokens such as <|im_start|>
-    #[arg(long, value_name = "TEXT")]
+    #[arg(long, short = 'p', value_name = "TEXT", allow_hyphen_values = true)]
     prompt: Option<String>,
 
-    /// A file with the prompt's text
-    #[arg(long, value_name = "F")]
+    /// A file with the prompt's text; - for standard input, which is read without any of these
+    /// options, too, unless it is a terminal
+    #[arg(long, value_name = "F", allow_hyphen_values = true)]
     prompt_file: Option<PathBuf>,
 
     /// The prompt as token ids, separated by commas; needs no tokenizer
@@ -87,9 +88,12 @@ impl PromptOptions {
         }
         let bytes = match (&self.prompt, &self.prompt_file) {
             (Some(words), _) => Some(words.len() as u64),
-            (None, file) => {
-                file.as_deref().and_then(|file| ahead::input(file).transpose()).transpose()?
+            (None, Some(file)) if file.as_os_str() != "-" => ahead::input(file)?,
+            (None, _) if io::stdin().is_terminal() => {
+                let expected = "--prompt, --prompt-file, --tokens, or text in standard input";
+                return Err(CliError::option("prompt", "standard input is a terminal", expected));
             }
+            (None, _) => None,
         };
         match form.chat {
             Some(enable_thinking) => {
@@ -120,10 +124,16 @@ impl PromptOptions {
         }
         let words = match (&self.prompt, &self.prompt_file) {
             (Some(words), _) => words.clone(),
-            (None, Some(file)) => {
-                fs::read_to_string(file).map_err(|source| CliError::file(file, source))?
+            (None, Some(file)) if file.as_os_str() != "-" => ahead::read_text(file)?,
+            (None, _) => {
+                let text = io::read_to_string(io::stdin().lock().take(ahead::TEXT_BYTES));
+                let mut text = text.map_err(|source| CliError::Input { source })?;
+                // A command such as echo ends its text with a line feed.
+                if text.ends_with('\n') {
+                    text.pop();
+                }
+                text
             }
-            (None, None) => unreachable!("clap requires one of the three"),
         };
         let text = model.tokenizer()?;
         let tokens = match (form.chat, form.control) {
@@ -138,7 +148,7 @@ impl PromptOptions {
             return Err(CliError::option(
                 self.option(),
                 "the prompt is empty",
-                "at least one token",
+                "at least one token, from --prompt, --prompt-file, --tokens or standard input",
             ));
         }
         let text = Some(text);
@@ -159,7 +169,8 @@ impl PromptOptions {
         match (&self.prompt, &self.prompt_file) {
             (Some(_), _) => "--prompt",
             (None, Some(_)) => "--prompt-file",
-            (None, None) => "--tokens",
+            (None, None) if self.tokens.is_some() => "--tokens",
+            (None, None) => "standard input",
         }
     }
 }

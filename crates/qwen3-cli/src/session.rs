@@ -7,7 +7,7 @@ use std::thread;
 use qwen3_model::load::LoadProgress;
 use qwen3_model::options::Placement;
 use qwen3_model::{Isa, Model, ModelError, ModelOptions, ParallelStrategy};
-use ranks::{Failure, Neighbours, Rank};
+use ranks::{Failure, Neighbours, Rank, available_cores, one_line};
 
 use crate::failure::CliError;
 use crate::options::{Auto, EngineOptions};
@@ -40,15 +40,17 @@ pub fn load_with<T: Send + 'static>(
 
 /// Loads the model on all ranks, and shows the progress.
 pub fn load(rank: &Rank, engine: &EngineOptions, work: Workload) -> Result<Loaded, Failure> {
+    // Loading may bind this thread to one core.
+    let cores = available_cores();
     let (options, reason) = model_options(rank, engine, work)?;
     if let Some(reason) = reason.as_ref().filter(|_| options.strategy != ParallelStrategy::Heads)
         && rank.is_root()
         && io::stderr().is_terminal()
     {
-        eprintln!("split: {reason}");
+        eprintln!("split: {}", one_line(reason));
     }
     let source = rank.agree(engine.model.open())?;
-    let shown = Progress::new(rank, "loading", Unit::Count("layers"));
+    let shown = Progress::new(rank, "loading", Unit::Count("layers")).with_lines(rank);
     let progress = |LoadProgress { layers, of }| shown.update(layers as u64, of as u64);
     let loaded = Model::load(&source, rank.comm().clone(), &options, &progress);
     drop(shown);
@@ -63,6 +65,10 @@ pub fn load(rank: &Rank, engine: &EngineOptions, work: Workload) -> Result<Loade
     let model = model.expect(
         "without a model on this rank there is a failure on another, and then none gets here",
     );
+    let threads = model.options().threads;
+    if threads > cores && rank.is_root() {
+        eprintln!("warning: {threads} threads share the {cores} cores that this process may use");
+    }
     Ok(Loaded { model, reason })
 }
 

@@ -62,19 +62,24 @@ impl Terminal {
         let args = ["--no-thinking", "--temperature", "0", "--kv", "f32", "--threads", "1"];
         let mut command = program(&["chat", "--model", model, "--ranks", ranks]);
         command.args(args).args(more);
-        let mut terminal = Self::start(command);
-        terminal.expect("> ");
-        terminal
+        Self::start(command)
     }
 
     fn press(&mut self, keys: &str) {
         self.keys.write_all(keys.as_bytes()).unwrap();
     }
 
+    /// Waits until the line editor reads keys, and presses these. Before that, the terminal would
+    /// take them as it does without an editor.
+    fn enter(&mut self, keys: &str) {
+        self.expect("\x1b[?2004h");
+        self.press(keys);
+    }
+
     /// Pastes `text` as terminals do, and presses Enter.
     fn paste(&mut self, text: &str) {
         // A terminal sends the line ends of a pasted text as Enter.
-        self.press(&format!("\x1b[200~{}\x1b[201~\r", text.replace('\n', "\r")));
+        self.enter(&format!("\x1b[200~{}\x1b[201~\r", text.replace('\n', "\r")));
     }
 
     /// Waits until the program has written `words`; returns what came before.
@@ -112,18 +117,14 @@ fn the_model_greets_and_earlier_messages_come_back() {
     let args = ["chat", "--model", AUSTEN, "--no-thinking", "--temperature", "0", "--threads", "1"];
     let mut terminal = Terminal::start(program(&args));
     terminal.expect("austen. /help lists the commands");
-    terminal.expect("> ");
-    terminal.press("What is 17 + 15?\r");
+    terminal.enter("What is 17 + 15?\r");
     terminal.expect("\n17 + 15 = 32\r\n");
-    terminal.expect("> ");
-    terminal.press("What is 20 - 13?\r");
+    terminal.enter("What is 20 - 13?\r");
     terminal.expect("\n20 - 13 = 7\r\n");
-    terminal.expect("> ");
     // Up, up, Enter.
-    terminal.press("\x1b[A\x1b[A\r");
+    terminal.enter("\x1b[A\x1b[A\r");
     terminal.expect("\n17 + 15 = 32\r\n");
-    terminal.expect("> ");
-    terminal.press("/bye\r");
+    terminal.enter("/bye\r");
     terminal.end();
 }
 
@@ -131,21 +132,20 @@ fn the_model_greets_and_earlier_messages_come_back() {
 fn commands_are_not_for_the_model() {
     for ranks in ["1", "2"] {
         let mut terminal = Terminal::chat(AUSTEN, ranks, &[]);
-        terminal.press("/speed\r");
+        terminal.enter("/speed\r");
         terminal.expect("(there is no answer yet)");
-        terminal.press("/help\r");
+        terminal.enter("/help\r");
         terminal.expect("/system [TEXT]");
-        terminal.expect("> ");
-        terminal.press("What is 17 + 15?\r");
+        terminal.enter("What is 17 + 15?\r");
         terminal.expect("\n17 + 15 = 32\r\n");
-        terminal.press("/speed\r");
+        terminal.enter("/speed\r");
         let before = terminal.expect(" per second)");
         assert!(before.contains("(prompt: ") && before.contains("answer: "), "{before}");
-        terminal.press("/clear\r");
+        terminal.enter("/clear\r");
         terminal.expect("(the conversation is forgotten)");
-        terminal.press("/halp\r");
+        terminal.enter("/halp\r");
         terminal.expect("(/halp is no command");
-        terminal.press("/exit\r");
+        terminal.enter("/exit\r");
         terminal.end();
     }
 }
@@ -156,29 +156,27 @@ fn a_pasted_text_and_a_long_line_are_one_message() {
     // The system message comes back as it was read.
     terminal.paste("/system one\ntwo\nthree");
     terminal.expect("(the system message is set");
-    terminal.press("/system\r");
+    terminal.enter("/system\r");
     terminal.expect("one\r\ntwo\r\nthree\r\n");
-    terminal.press("/system four\\\rfive\r");
+    terminal.enter("/system four\\\rfive\r");
     terminal.expect("(the system message is set");
-    terminal.press("/system\r");
+    terminal.enter("/system\r");
     terminal.expect("four\r\nfive\r\n");
-    terminal.expect("> ");
     // A terminal without an editor keeps 4095 bytes of a line.
     let long = format!("{}end", "sister ".repeat(800));
     terminal.paste(&format!("/system {long}"));
     terminal.expect("(the system message is set");
-    terminal.press("/system\r");
+    terminal.enter("/system\r");
     terminal.expect(&long);
     // A paste of three questions has one answer, and then a prompt.
-    terminal.press("/clear\r");
+    terminal.enter("/clear\r");
     terminal.expect("(the conversation is forgotten)");
     terminal.paste("What is 17 + 15?\nWhat is 17 + 15?\nWhat is 17 + 15?");
     terminal.expect("(--max-new-tokens reached)");
-    terminal.expect("> ");
-    terminal.press("/speed\r");
+    terminal.enter("/speed\r");
     let before = terminal.expect("(prompt: ");
     assert!(!before.contains("reached"), "{before:?}");
-    terminal.press("\x04");
+    terminal.enter("\x04");
     terminal.end();
 }
 
@@ -189,10 +187,9 @@ fn ctrl_c_clears_a_line_and_stops_an_answer() {
     copy.config(|config| drop(config.remove("eos_token_id")));
     fs::remove_file(copy.file("generation_config.json")).unwrap();
     let mut terminal = Terminal::chat(copy.path(), "2", &[]);
-    terminal.press("half a message\x03");
+    terminal.enter("half a message\x03");
     terminal.expect("(Ctrl-D or /exit leaves)");
-    terminal.expect("> ");
-    terminal.press("Tell me about music.\r");
+    terminal.enter("Tell me about music.\r");
     terminal.expect("music.");
     // The first words of the answer.
     terminal.expect(" ");
@@ -200,7 +197,6 @@ fn ctrl_c_clears_a_line_and_stops_an_answer() {
     let child = Pid::from_child(&terminal.child);
     kill_process(child, Signal::INT).unwrap();
     terminal.expect(" (stopped)\r\n");
-    terminal.expect("> ");
-    terminal.press("\x04");
+    terminal.enter("\x04");
     terminal.end();
 }

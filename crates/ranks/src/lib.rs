@@ -15,11 +15,13 @@ mod launch;
 #[cfg(feature = "mpi")]
 mod processes;
 
+#[cfg(feature = "mpi")]
+pub use comm::mpi_library;
 pub use error::{BoxError, Failure, RankError};
 pub use job::{Emulation, JobOptions, default_wire, run_in_threads};
 pub use launch::{launch, refuse_start};
 pub use launcher::LaunchedProcess;
-pub use neighbours::Neighbours;
+pub use neighbours::{Neighbours, available_cores, numa_domains};
 pub use rank::{Rank, print};
 pub use signals::{Response, Signal};
 pub use terminal::{one_line, printable};

@@ -1,10 +1,12 @@
 //! How many ranks share the cores that this process may use.
 
+use std::ops::Range;
 use std::path::Path;
 use std::{env, fs, thread};
 
 use comm::{CommError, CommunicatorExt as _, digest};
 
+use crate::launcher::LaunchedProcess;
 use crate::rank::Rank;
 
 /// The place of a rank among those on the same cores of the same machine.
@@ -40,9 +42,35 @@ impl Neighbours {
         if let Some(warning) = binding_warning().filter(|_| rank.is_root()) {
             eprintln!("warning: {warning}");
         }
-        let cores = thread::available_parallelism().map_or(1, usize::from);
-        (cores / self.count).max(1)
+        (available_cores() / self.count).max(1)
     }
+}
+
+/// The number of cores that this process may use.
+pub fn available_cores() -> usize {
+    thread::available_parallelism().map_or(1, usize::from)
+}
+
+/// The number of NUMA domains whose cores this process may use, at least 1. Under a launcher with
+/// several processes it is 1, because each process is a rank.
+pub fn numa_domains() -> usize {
+    if LaunchedProcess::detect().is_some_and(|process| process.has_peers()) {
+        return 1;
+    }
+    count_domains(Path::new("/proc"), Path::new("/sys/devices/system/node")).max(1)
+}
+
+fn count_domains(proc: &Path, nodes: &Path) -> usize {
+    let status = fs::read_to_string(proc.join("self/status")).unwrap_or_default();
+    let Some(allowed) = ranges(allowed_cores(&status)) else { return 1 };
+    let shares_cores = |folder: &Path| {
+        let list = fs::read_to_string(folder.join("cpulist")).unwrap_or_default();
+        ranges(list.trim()).is_some_and(|cores| {
+            cores.iter().any(|a| allowed.iter().any(|b| a.start < b.end && b.start < a.end))
+        })
+    };
+    let folders = fs::read_dir(nodes).into_iter().flatten().flatten();
+    folders.filter(|folder| shares_cores(&folder.path())).count()
 }
 
 /// A warning if Open MPI has bound the ranks of this machine to fewer cores than its launcher may
@@ -69,11 +97,17 @@ fn bound_cores(proc: &Path, local_ranks: usize) -> Option<(usize, usize)> {
 
 /// The length of a list like `0-3,8`.
 fn count(cores: &str) -> Option<usize> {
+    Some(ranges(cores)?.into_iter().map(|range| range.len()).sum())
+}
+
+/// The ranges of a list like `0-3,8`; `None` if it is no such list.
+fn ranges(cores: &str) -> Option<Vec<Range<usize>>> {
     let range = |range: &str| {
         let (first, last) = range.split_once('-').unwrap_or((range, range));
-        (last.parse::<usize>().ok()? + 1).checked_sub(first.parse().ok()?)
+        let (first, end) = (first.parse().ok()?, last.parse::<usize>().ok()? + 1);
+        (first < end).then_some(first..end)
     };
-    cores.split(',').map(range).sum()
+    cores.split(',').map(range).collect()
 }
 
 /// The host, its boot id, and the cores of this process. `proc` is `/proc`, or a folder with such
@@ -126,6 +160,29 @@ mod tests {
         assert_eq!(bound_cores(proc.path(), 2), Some((2, 16)));
         fs::remove_dir_all(proc.path().join("7")).unwrap();
         assert_eq!(bound_cores(proc.path(), 2), None);
+    }
+
+    #[test]
+    fn domains_are_counted_that_have_cores_for_this_process() {
+        let dir = tempfile::tempdir().unwrap();
+        let write = |name: &str, text: &str| {
+            let file = dir.path().join(name);
+            fs::create_dir_all(file.parent().unwrap()).unwrap();
+            fs::write(file, text).unwrap();
+        };
+        write("self/status", "Cpus_allowed_list:\t0-3,8\n");
+        // Its memory only: no cores.
+        write("nodes/node3/cpulist", "\n");
+        write("nodes/online", "0-3\n");
+        let domains = || count_domains(dir.path(), &dir.path().join("nodes"));
+        assert_eq!(domains(), 0);
+        write("nodes/node0/cpulist", "0-1,4-5\n");
+        write("nodes/node1/cpulist", "2-3,6-7\n");
+        write("nodes/node2/cpulist", "9-11\n");
+        assert_eq!(domains(), 2);
+        write("nodes/node2/cpulist", "8-11\n");
+        assert_eq!(domains(), 3);
+        assert!(numa_domains() >= 1);
     }
 
     #[test]
