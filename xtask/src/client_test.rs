@@ -1,22 +1,19 @@
 //! `cargo xtask client-test`: independent clients against a server with the bundled model.
 
-use std::io::{BufRead as _, BufReader};
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, ExitCode, Stdio};
-use std::sync::mpsc;
-use std::thread;
+use std::process::{Command, ExitCode};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 use rustix::process::{Pid, kill_process};
 
 use crate::process::{self, Output, Signal};
+use crate::server::Server;
 use crate::{launch, workspace};
 
 /// Installing the clients takes a minute where nothing is cached.
 const INSTALL_DEADLINE: Duration = Duration::from_secs(180);
 const TEST_DEADLINE: Duration = Duration::from_secs(150);
-const START_DEADLINE: Duration = Duration::from_secs(60);
 const END_DEADLINE: Duration = Duration::from_secs(40);
 /// Requests of schemathesis per operation.
 const EXAMPLES: &str = "12";
@@ -56,7 +53,7 @@ pub fn run() -> Result<Outcome> {
         Err(reason) => return Ok(Outcome::Skipped(format!("{reason:#}"))),
     };
     let program = launch::build_program_for_tests()?;
-    let mut server = Server::start(&program)?;
+    let mut server = start(&program)?;
     let started = Instant::now();
     let mut pytest = Command::new(venv.join("bin/python"));
     pytest.args(["-m", "pytest", "-q", "-p", "no:cacheprovider"]).arg(&folder);
@@ -84,7 +81,7 @@ pub fn run() -> Result<Outcome> {
     // Its folder for reports, if it makes one, is no part of the repository.
     schemathesis.current_dir(&venv);
     let fuzz = process::run(&mut schemathesis, TEST_DEADLINE, Output::Shown)?;
-    let ended = server.end()?;
+    let ended = end(&mut server)?;
     let words = |finished: &process::Finished| match finished.ok() {
         true => "passed".to_owned(),
         false => format!("FAILED ({})", finished.reason()),
@@ -124,57 +121,18 @@ fn install(folder: &Path) -> Result<PathBuf> {
     Ok(venv)
 }
 
-/// A running server.
-struct Server {
-    child: Child,
-    url: String,
+/// The bundled model on two ranks of one process.
+fn start(program: &Path) -> Result<Server> {
+    let mut command = Command::new(program);
+    command.args(["serve", "--model"]).arg(workspace::root().join("models/austen"));
+    command.args(["--port", "0", "--ranks", "2", "--threads", "1"]);
+    command.args(["--max-sequences", "16", "--kv-memory", "64M"]);
+    Server::start(&mut command)
 }
 
-impl Server {
-    fn start(program: &Path) -> Result<Self> {
-        let mut command = Command::new(program);
-        command.args(["serve", "--model"]).arg(workspace::root().join("models/austen"));
-        command.args(["--port", "0", "--ranks", "2", "--threads", "1"]);
-        command.args(["--max-sequences", "16", "--kv-memory", "64M"]);
-        command.stdout(Stdio::piped()).stdin(Stdio::null());
-        let mut child = command.spawn().context("cannot start the server")?;
-        let pipe = child.stdout.take().context("the server has no standard output")?;
-        let (sender, lines) = mpsc::channel();
-        thread::spawn(move || {
-            // The thread ends with the server.
-            BufReader::new(pipe).lines().map_while(Result::ok).for_each(|line| {
-                sender.send(line).ok();
-            });
-        });
-        let mut server = Self { child, url: String::new() };
-        let until = Instant::now() + START_DEADLINE;
-        while server.url.is_empty() {
-            let left = until.saturating_duration_since(Instant::now());
-            let line = lines.recv_timeout(left).context("the server does not get ready")?;
-            let ready = line.strip_prefix("ready at ").and_then(|rest| rest.split(' ').next());
-            server.url = ready.unwrap_or_default().to_owned();
-        }
-        Ok(server)
-    }
-
-    /// Ends the server as a service manager does; returns whether it ended with status 0.
-    fn end(&mut self) -> Result<bool> {
-        let id = Pid::from_raw(i32::try_from(self.child.id())?).context("the server has no id")?;
-        kill_process(id, Signal::TERM).context("cannot signal the server")?;
-        let until = Instant::now() + END_DEADLINE;
-        while Instant::now() < until {
-            if let Some(status) = self.child.try_wait()? {
-                return Ok(status.success());
-            }
-            thread::sleep(Duration::from_millis(20));
-        }
-        Ok(false)
-    }
-}
-
-impl Drop for Server {
-    fn drop(&mut self) {
-        self.child.kill().ok();
-        self.child.wait().ok();
-    }
+/// Ends the server as a service manager does; returns whether it ended with status 0.
+fn end(server: &mut Server) -> Result<bool> {
+    let id = Pid::from_raw(i32::try_from(server.id())?).context("the server has no id")?;
+    kill_process(id, Signal::TERM).context("cannot signal the server")?;
+    Ok(server.wait(END_DEADLINE)?.is_some_and(|status| status.success()))
 }

@@ -1,14 +1,27 @@
 //! `cargo xtask demo`: from a fresh clone to a model that answers, on two ranks.
 
+use std::io::{self, IsTerminal as _};
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode};
+use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
+use serde_json::{Value, json};
 
 use crate::mpi::{Bind, Mpi};
+use crate::server::Server;
 use crate::{launch, setup, workspace};
 
-/// Builds the program and has it show itself; without MPI on ranks that are threads of one process.
+/// What the bundled model was trained on: sums, spelling and a little talk.
+const QUESTIONS: [&str; 3] =
+    ["What is 17 + 15?", "Spell the word \"sister\".", "Tell me about music."];
+const SENTENCE: &str = "It is a truth universally acknowledged, that";
+/// Most tokens of an answer.
+const TOKENS: usize = 64;
+const END_DEADLINE: Duration = Duration::from_secs(40);
+
+/// Builds the program, starts a server and asks it questions; without MPI the ranks are threads of
+/// one process. On a terminal the server stays until Ctrl-C.
 pub fn command(model: Option<PathBuf>, ranks: usize) -> Result<ExitCode> {
     if ranks == 0 {
         bail!("-n 0: at least one rank is needed");
@@ -26,18 +39,50 @@ pub fn command(model: Option<PathBuf>, ranks: usize) -> Result<ExitCode> {
             eprintln!("demo: {}, {ranks} ranks inside one process, without MPI", shown.display())
         }
     }
-    command.arg("demo").arg("--model").arg(&model);
+    command.args(["serve", "--port", "0", "--model"]).arg(&model);
     if mpi.is_none() {
         command.arg("--ranks").arg(ranks.to_string());
     }
-    let status = command.status().context("cannot start the program")?;
-    if !status.success() {
-        eprintln!("demo: failed ({status})");
-        return Ok(ExitCode::FAILURE);
-    }
+    let mut server = Server::start(&mut command)?;
+    ask(&server)?;
     let here = std::env::current_dir().unwrap_or_default();
     print!("{}", next_steps(mpi.is_some(), program.strip_prefix(here).unwrap_or(&program), ranks));
-    Ok(ExitCode::SUCCESS)
+    if io::stdout().is_terminal() {
+        println!("\nThe page with a chat and the view of the cluster: {}", server.url);
+        println!("Ctrl-C ends the server.");
+        server.wait(Duration::from_secs(u32::MAX.into()))?;
+        return Ok(ExitCode::SUCCESS);
+    }
+    server.post("/drain", &json!({}))?;
+    match server.wait(END_DEADLINE)? {
+        Some(status) if status.success() => Ok(ExitCode::SUCCESS),
+        Some(status) => bail!("the server failed ({status})"),
+        None => bail!("the server does not end"),
+    }
+}
+
+/// Asks the questions through the API and shows the answers.
+fn ask(server: &Server) -> Result<()> {
+    let text = |answer: &Value, at: &str| {
+        let text = answer.pointer(at).and_then(Value::as_str).map(str::to_owned);
+        text.with_context(|| format!("the answer has no text: {answer}"))
+    };
+    for question in QUESTIONS {
+        let request = json!({
+            "messages": [{"role": "user", "content": question}],
+            "temperature": 0,
+            "max_tokens": TOKENS,
+            "reasoning_effort": "none",
+        });
+        let answer = server.post("/v1/chat/completions", &request)?;
+        println!("> {question}\n{}\n", text(&answer, "/choices/0/message/content")?);
+    }
+    let request = json!({"prompt": SENTENCE, "temperature": 0, "max_tokens": TOKENS});
+    let answer = server.post("/v1/completions", &request)?;
+    println!("{SENTENCE}{}", text(&answer, "/choices/0/text")?);
+    let rate = answer.pointer("/timings/predicted_per_second").and_then(Value::as_f64);
+    println!("\n({:.0} tokens per second)", rate.unwrap_or_default());
+    Ok(())
 }
 
 /// The built program, and the MPI that it was built with, if any.

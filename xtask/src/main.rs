@@ -12,6 +12,7 @@ mod setup;
 mod slurm;
 
 mod launch;
+mod server;
 mod demo;
 mod mpi_test;
 // Networks are a section of the report, and are measured with its instruments.
@@ -52,7 +53,7 @@ enum Command {
         #[arg(long)]
         check: bool,
     },
-    /// Build everything and talk to the bundled model on 2 MPI ranks
+    /// Build everything and serve the bundled model on 2 MPI ranks; on a terminal the server stays up
     Demo {
         /// The checkpoint folder [default: models/austen of this repository]
         #[arg(long, value_name = "DIR")]

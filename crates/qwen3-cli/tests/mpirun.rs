@@ -3,8 +3,9 @@
 mod program;
 
 use std::fs;
-use std::io::{Read as _, Write as _};
-use std::process::{Command, Stdio};
+use std::io::{BufRead as _, BufReader, Read as _, Write as _};
+use std::net::TcpStream;
+use std::process::{Child, Command, ExitStatus, Stdio};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -226,4 +227,80 @@ fn in_a_conversation_the_user_may_take_long_and_an_interrupt_of_all_ranks_ends_a
     let end = launcher.wait_with_output().unwrap();
     assert!(end.status.success(), "{end:?}");
     assert!(String::from_utf8_lossy(&end.stdout).ends_with(" (stopped)\n"), "{end:?}");
+}
+
+/// A server on two MPI ranks, and its address.
+fn serve() -> (Child, String) {
+    let args = ["serve", "--model", AUSTEN, "--port", "0", "--kv-memory", "16M", "--threads", "1"];
+    let mut launcher = mpirun(&args);
+    let mut launcher =
+        launcher.stdout(Stdio::piped()).stderr(Stdio::null()).spawn().expect("mpirun starts");
+    let mut lines = BufReader::new(launcher.stdout.take().unwrap()).lines();
+    let ready = lines.find_map(|line| {
+        let line = line.expect("the program writes UTF-8");
+        let rest = line.strip_prefix("ready at http://")?.to_owned();
+        Some(rest.split(' ').next().unwrap_or_default().to_owned())
+    });
+    thread::spawn(move || lines.for_each(drop));
+    (launcher, ready.expect("the server gets ready"))
+}
+
+/// A stream of tokens whose first one has come.
+fn begin(address: &str, tokens: usize) -> BufReader<TcpStream> {
+    let mut stream = TcpStream::connect(address).unwrap();
+    stream.set_read_timeout(Some(Duration::from_secs(60))).unwrap();
+    let body = serde_json::json!({"prompt": "The sea", "max_tokens": tokens, "temperature": 0,
+        "ignore_eos": true, "stream": true})
+    .to_string();
+    let length = body.len();
+    write!(
+        stream,
+        "POST /v1/completions HTTP/1.1\r\nhost: {address}\r\ncontent-type: application/json\r\n\
+         content-length: {length}\r\nconnection: close\r\n\r\n{body}"
+    )
+    .unwrap();
+    let mut reader = BufReader::new(stream);
+    let mut line = String::new();
+    while !line.starts_with("data: ") {
+        line.clear();
+        assert!(reader.read_line(&mut line).unwrap() > 0, "the stream begins");
+    }
+    reader
+}
+
+/// The launcher's status, which comes within `seconds`.
+fn status(launcher: &mut Child, seconds: u64) -> ExitStatus {
+    let start = Instant::now();
+    loop {
+        if let Some(status) = launcher.try_wait().unwrap() {
+            return status;
+        }
+        assert!(start.elapsed() < Duration::from_secs(seconds), "the ranks still run");
+        thread::sleep(Duration::from_millis(20));
+    }
+}
+
+#[test]
+fn a_lost_rank_ends_the_server_and_each_open_request_with_an_error() {
+    let (mut launcher, address) = serve();
+    let mut open: Vec<_> = (0..3).map(|_| begin(&address, 3000)).collect();
+    signal("-KILL", &ranks(launcher.id())[1..]);
+    assert!(!status(&mut launcher, 5).success());
+    for stream in &mut open {
+        let mut rest = String::new();
+        // The process may end before it has closed the connection.
+        let _ = stream.read_to_string(&mut rest);
+        assert!(rest.contains("data: {\"error\":"), "{rest}");
+    }
+}
+
+#[test]
+fn sigusr1_to_all_ranks_lets_answers_finish() {
+    let (mut launcher, address) = serve();
+    let mut open = begin(&address, 60);
+    signal("-USR1", &ranks(launcher.id()));
+    let mut rest = String::new();
+    open.read_to_string(&mut rest).unwrap();
+    assert!(rest.contains("data: [DONE]"), "{rest}");
+    assert!(status(&mut launcher, 60).success());
 }

@@ -83,8 +83,11 @@ pub fn tool_json(tool: &Function) -> Value {
     if let Some(description) = &tool.description {
         function.insert("description".into(), description.clone().into());
     }
-    let empty = || json!({"type": "object", "properties": {}});
-    function.insert("parameters".into(), tool.parameters.clone().unwrap_or_else(empty));
+    let parameters = match &tool.parameters {
+        Some(parameters) => Value::Object(parameters.clone()),
+        None => json!({"type": "object", "properties": {}}),
+    };
+    function.insert("parameters".into(), parameters);
     json!({"type": "function", "function": function})
 }
 

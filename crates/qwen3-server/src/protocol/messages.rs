@@ -2,7 +2,7 @@
 
 use serde::de::Error;
 use serde::{Deserialize, Deserializer, Serialize};
-use serde_json::Value;
+use serde_json::{Map, Value};
 use utoipa::ToSchema;
 
 use super::content::{Text, kind};
@@ -198,7 +198,7 @@ pub struct InputTool {
     pub description: Option<String>,
     /// Its parameters, as a JSON schema.
     #[schema(value_type = Object)]
-    pub input_schema: Value,
+    pub input_schema: Map<String, Value>,
 }
 
 /// Kinds of tools.

@@ -169,7 +169,7 @@ pub struct FunctionTool {
     pub description: Option<String>,
     /// Its parameters, as a JSON schema.
     #[schema(value_type = Option<Object>)]
-    pub parameters: Option<Value>,
+    pub parameters: Option<Map<String, Value>>,
     /// Accepted; calls of required or named functions always follow the schema.
     pub strict: Option<bool>,
 }

@@ -182,6 +182,11 @@ fn texts_survive_tokenization() {
     assert_eq!(rendered["prompt"], expected);
 }
 
+/// A tool with these parameters.
+fn tool(parameters: Value) -> Value {
+    json!({"tools": [{"type": "function", "function": {"name": "f", "parameters": parameters}}]})
+}
+
 #[test]
 fn parameters_that_would_be_ignored_are_refused_by_name() {
     let running = start(1, config(), &small());
@@ -195,6 +200,7 @@ fn parameters_that_would_be_ignored_are_refused_by_name() {
         (json!({"chat_template_kwargs": {"tools": []}}), "chat_template_kwargs.tools"),
         (json!({"structured_outputs": {}}), "structured_outputs"),
         (json!({"tool_choice": "required"}), "tool_choice"),
+        (tool(json!([])), "tools[0].function.parameters"),
     ] {
         let answer = running.post("/v1/chat/completions", &with(chat("a", 4), fields));
         assert_eq!((answer.status, answer.json()["error"]["param"].as_str()), (400, Some(param)));
