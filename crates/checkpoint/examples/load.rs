@@ -47,9 +47,9 @@ fn main() -> Result<(), Box<dyn Error>> {
             .into_iter()
             .map(|share| {
                 scope.spawn(|| {
-                    share
-                        .into_iter()
-                        .try_for_each(|(chunk, matrix)| chunk.load(std::slice::from_ref(matrix)))
+                    share.into_iter().try_for_each(|(chunk, matrix)| {
+                        chunk.load(std::slice::from_ref(matrix)).map(drop)
+                    })
                 })
             })
             .collect();

@@ -2,7 +2,7 @@
 
 use comm::{CommError, Communicator, CommunicatorExt};
 use simd_kernels::{Input, InputKind, Isa, MatMut, PanelData, Panels, Store, matmul};
-use tensor::{Activations, MatrixSource, PackedData, PackedMatrix, WeightFormat};
+use tensor::{Activations, MatrixSource, PackedData, PackedMatrix, Rounding, WeightFormat};
 
 use crate::context::{ActivationFormat, Context};
 use crate::cost::{Cost, F32, Operand, Work};
@@ -48,6 +48,7 @@ impl MatrixShape {
 /// The weights of a linear layer, [out, in], or the rows or columns of them that this rank owns.
 pub struct Linear {
     weights: PackedMatrix,
+    rounding: Rounding,
 }
 
 impl Linear {
@@ -65,16 +66,18 @@ impl Linear {
         let cols = stack.first().map_or(0, M::cols);
         let mut weights = PackedMatrix::allocate(format, rows, cols);
         let chunks = weights.split_panels(&ctx.team.panel_ranges(rows));
-        let failed = std::sync::Mutex::new(None);
+        let loaded = std::sync::Mutex::new(Ok(Rounding::default()));
         ctx.team.each(chunks, |chunk| {
-            if let Err(error) = chunk.load(stack) {
-                failed.lock().expect("no job panics while it holds the lock").get_or_insert(error);
+            let part = chunk.load(stack);
+            let mut loaded = loaded.lock().expect("no job panics while it holds the lock");
+            match (&mut *loaded, part) {
+                (Ok(sum), Ok(part)) => *sum += part,
+                (Ok(_), Err(error)) => *loaded = Err(error),
+                (Err(_), _) => {}
             }
         });
-        match failed.into_inner().expect("all jobs have returned") {
-            Some(error) => Err(error),
-            None => Ok(Self { weights }),
-        }
+        let rounding = loaded.into_inner().expect("all jobs have returned")?;
+        Ok(Self { weights, rounding })
     }
 
     /// Weights that mean nothing, in memory as [`load`](Self::load) leaves it: for measurements.
@@ -84,7 +87,12 @@ impl Linear {
         // As a half-precision number, and so as the scale of a group, this byte twice is 0.08: sums
         // stay small in every format.
         ctx.team.each(chunks, |chunk| chunk.fill(0x2d));
-        Self { weights }
+        Self { weights, rounding: Rounding::default() }
+    }
+
+    /// What loading rounded.
+    pub fn rounding(&self) -> Rounding {
+        self.rounding
     }
 
     /// Output features of this share.

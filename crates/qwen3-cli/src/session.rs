@@ -69,7 +69,32 @@ pub fn load(rank: &Rank, engine: &EngineOptions, work: Workload) -> Result<Loade
     if threads > cores && rank.is_root() {
         eprintln!("warning: {threads} threads share the {cores} cores that this process may use");
     }
+    if rank.is_root()
+        && let Some(line) = rounding_line(&model, engine.weights.0.is_none())
+    {
+        eprintln!("{line}");
+    }
     Ok(Loaded { model, reason })
+}
+
+/// What the user has to know of weights that loading rounded: the error if no format was chosen,
+/// and groups that became zero always.
+fn rounding_line(model: &Model, chosen_by_program: bool) -> Option<String> {
+    let (rounding, mb) = (model.rounding(), model.weight_bytes() as f64 / 1e6);
+    let mut line = String::new();
+    if chosen_by_program && rounding.norm > 0.0 {
+        let percent = 100.0 * rounding.relative();
+        line = format!(
+            "weights: no packed format represents the stored ones exactly; rounded with an RMS \
+             error of {percent:.2} %, {mb:.0} MB in memory on rank 0 (--weights selects a format)"
+        );
+    }
+    if rounding.vanished > 0 {
+        let separator = if line.is_empty() { "weights: " } else { "; " };
+        let groups = rounding.vanished;
+        line += &format!("{separator}{groups} groups of 32 tiny weights became zero on rank 0");
+    }
+    Some(line).filter(|line| !line.is_empty())
 }
 
 /// The options with which the model is loaded for `work`, and the reason for its split if the plan

@@ -1,5 +1,6 @@
 //! Loading: which rows and columns of the checkpoint become this rank's share of the model.
 
+use std::cell::Cell;
 use std::ops::Range;
 use std::sync::Arc;
 
@@ -10,7 +11,7 @@ use ops::mlp::{Expert, Mlp};
 use ops::routing::Router;
 use ops::schedule::{ExpertSplit, MlpSchedule};
 use ops::{ActivationFormat, Context, Embedding, Linear};
-use tensor::{GROUP, WeightFormat, split_range};
+use tensor::{GROUP, Rounding, WeightFormat, split_range};
 
 use crate::config::Config;
 use crate::error::ModelError;
@@ -162,6 +163,7 @@ fn load_share(
         embedding: Embedding::new(embedding),
         shape: share.shape,
         weight_format: lm_head.format(),
+        rounding: share.rounding.get(),
         options: *options,
         config,
         ctx,
@@ -185,6 +187,7 @@ struct Share<'a> {
     queries: Range<usize>,
     keys: Range<usize>,
     shape: AttentionShape,
+    rounding: Cell<Rounding>,
 }
 
 impl<'a> Share<'a> {
@@ -205,6 +208,7 @@ impl<'a> Share<'a> {
             shape: AttentionShape { groups: plan.groups, head_dim: config.head_dim },
             queries: plan.query_heads,
             keys: plan.kv_heads,
+            rounding: Cell::default(),
         }
     }
 
@@ -274,8 +278,8 @@ impl<'a> Share<'a> {
             let pair = self.weights.unwrap_or(WeightFormat::common([gate.format(), up.format()]));
             let down = self.checkpoint.matrix(&names.down_proj, hidden_size, shape.columns)?;
             Ok(Expert {
-                gate: Linear::load(self.ctx, pair, &[gate])?,
-                up: Linear::load(self.ctx, pair, &[up])?,
+                gate: self.pack(pair, &[gate])?,
+                up: self.pack(pair, &[up])?,
                 down: self.linear(&[down.slice(own.down.0.clone(), own.down.1.clone())])?,
             })
         };
@@ -296,6 +300,14 @@ impl<'a> Share<'a> {
     /// Packs stacked matrices in the chosen format, or one that keeps the stored weights.
     fn linear(&self, stack: &[Matrix]) -> Result<Linear, CheckpointError> {
         let stored = || WeightFormat::common(stack.iter().map(Matrix::format));
-        Linear::load(self.ctx, self.weights.unwrap_or_else(stored), stack)
+        self.pack(self.weights.unwrap_or_else(stored), stack)
+    }
+
+    fn pack(&self, format: WeightFormat, stack: &[Matrix]) -> Result<Linear, CheckpointError> {
+        let linear = Linear::load(self.ctx, format, stack)?;
+        let mut rounding = self.rounding.get();
+        rounding += linear.rounding();
+        self.rounding.set(rounding);
+        Ok(linear)
     }
 }

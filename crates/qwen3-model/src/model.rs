@@ -37,6 +37,7 @@ pub struct Model {
     pub(crate) lm_head: Linear,
     pub(crate) vocab: Range<usize>,
     pub(crate) weight_format: tensor::WeightFormat,
+    pub(crate) rounding: tensor::Rounding,
 }
 
 /// Logits of some rows, as far as this rank has them.
@@ -77,6 +78,12 @@ impl Model {
     /// The format of the projection weights in memory.
     pub fn weight_format(&self) -> tensor::WeightFormat {
         self.weight_format
+    }
+
+    /// What loading rounded of this rank's weights, because their format in memory does not
+    /// represent the stored ones exactly.
+    pub fn rounding(&self) -> tensor::Rounding {
+        self.rounding
     }
 
     /// Which passes go through the layers in halves.

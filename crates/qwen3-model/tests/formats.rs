@@ -143,13 +143,17 @@ fn every_format_is_exact_in_f32_on_any_number_of_ranks() {
     }
 }
 
-/// As stored, floats and FP8 stay exact. Codes of at most 8 bits are kept in q8, whose products
-/// round activations to 8 bits for prompts.
+/// As stored, floats and FP8 stay exact. Q8_0 is q8, whose products round activations of prompts to
+/// 8 bits. Other codes are rounded to q8 when they are loaded, which adds to that.
 #[test]
 fn formats_as_stored() {
     for case in cases() {
         let exact = ["f32", "f16", "bf16", "fp8"].iter().any(|part| case.name.contains(part));
-        let limit = if exact { 2e-4 } else { 3.5e-2 };
+        let limit = match case.name {
+            _ if exact => 2e-4,
+            "gguf-q8_0" => 3e-2,
+            _ => 5e-2,
+        };
         for ranks in [1, 3] {
             let (distance, _) = case.distance(ranks, ModelOptions::new(Isa::detect()));
             println!("{} on {ranks} ranks: {distance:.1e}", case.name);

@@ -26,6 +26,9 @@ mod buffer;
 
 mod panel;
 
+// What rounding costs.
+mod rounding;
+
 mod packer;
 
 mod packed;
@@ -34,6 +37,7 @@ pub use encode::{EncodeError, decode_row, encode_rows};
 pub use format::{GROUP, PANEL, UnknownFormat, WeightFormat};
 pub use packed::{PackedData, PackedMatrix, PanelChunk};
 pub use quantize::{GroupQ4, GroupQ8, quantize_group_q4, quantize_group_q8};
+pub use rounding::Rounding;
 pub use source::{DenseMatrix, MatrixSource};
 pub use split::{split_granular, split_range};
 

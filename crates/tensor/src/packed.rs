@@ -5,7 +5,7 @@ use std::{fmt, ops::Range};
 use half::{bf16, f16};
 
 use crate::{
-    DenseMatrix, EncodeError, MatrixSource, PANEL, WeightFormat,
+    DenseMatrix, EncodeError, MatrixSource, PANEL, Rounding, WeightFormat,
     buffer::HugeBuffer,
     packer::Packer,
     panel::{slot_bf16, weight_q4, weight_q8},
@@ -217,7 +217,7 @@ impl PanelChunk<'_> {
 
     /// Fills the panels with their rows of `stack`, matrices one below the other that together are
     /// the packed matrix; reads only those rows, converts them if they are stored in another
-    /// format, and needs the memory of about one panel.
+    /// format, and needs the memory of about one panel. Returns what was rounded.
     ///
     /// # Errors
     ///
@@ -226,20 +226,20 @@ impl PanelChunk<'_> {
     /// # Panics
     ///
     /// If the matrices of `stack` do not have the packed matrix's columns, or not its rows in all.
-    pub fn load<M: MatrixSource>(self, stack: &[M]) -> Result<(), M::Error> {
+    pub fn load<M: MatrixSource>(self, stack: &[M]) -> Result<Rounding, M::Error> {
         let rows: usize = stack.iter().map(M::rows).sum();
         assert_eq!(rows, self.rows, "rows of the stack, rows of the packed matrix");
         for matrix in stack {
             assert_eq!(matrix.cols(), self.cols, "columns of the stack, of the packed matrix");
         }
         if self.data.is_empty() {
-            return Ok(());
+            return Ok(Rounding::default());
         }
         let mut packer = Packer::new(self.format, self.cols, stack);
         let panel_bytes = self.format.panel_bytes(self.cols);
         for (panel, data) in self.panels.zip(self.data.chunks_exact_mut(panel_bytes)) {
             packer.pack(panel, data)?;
         }
-        Ok(())
+        Ok(packer.rounding())
     }
 }

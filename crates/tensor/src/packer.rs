@@ -6,9 +6,9 @@ use half::{
 };
 
 use crate::{
-    EncodeError, GROUP, MatrixSource, PANEL, WeightFormat,
+    EncodeError, GROUP, MatrixSource, PANEL, Rounding, WeightFormat,
     panel::{BLOCK_Q4, BLOCK_Q8, interleave, interleave_bf16, pack_q4, pack_q8},
-    quantize::{GroupQ8, load_q4, load_q8, quantize_group_q4, quantize_group_q8},
+    quantize::{GroupQ4, GroupQ8, load_q4, load_q8, quantize_group_q4, quantize_group_q8},
 };
 
 /// One thread's way from the rows of a source to panels. Its memory is that of one panel, in two or
@@ -27,6 +27,7 @@ pub(crate) struct Packer<'a, M: MatrixSource> {
     bits: Vec<u16>,
     /// `[16, groups]` encoded groups.
     blocks: Vec<u8>,
+    rounding: Rounding,
 }
 
 impl<'a, M: MatrixSource> Packer<'a, M> {
@@ -43,6 +44,7 @@ impl<'a, M: MatrixSource> Packer<'a, M> {
             floats: Vec::new(),
             bits: Vec::new(),
             blocks: Vec::new(),
+            rounding: Rounding::default(),
         };
         match (exact, format.is_quantized()) {
             (true, false) => packer.bits = vec![0; PANEL * cols],
@@ -50,6 +52,11 @@ impl<'a, M: MatrixSource> Packer<'a, M> {
             (false, _) => packer.floats = vec![0.0; PANEL * cols],
         }
         packer
+    }
+
+    /// What was rounded so far.
+    pub(crate) fn rounding(&self) -> Rounding {
+        self.rounding
     }
 
     /// Reads the rows of panel `panel` and writes `data`, the panel's bytes.
@@ -83,12 +90,16 @@ impl<'a, M: MatrixSource> Packer<'a, M> {
             }
             (false, WeightFormat::Q8) => {
                 for (g, block) in data.chunks_exact_mut(BLOCK_Q8).enumerate() {
-                    pack_q8(&self.quantize(panel, g, quantize_group_q8)?, block);
+                    let groups = self.quantize(panel, g, quantize_group_q8, |group| {
+                        let scale = group.scale.to_f32();
+                        group.codes.map(|code| scale * f32::from(code))
+                    })?;
+                    pack_q8(&groups, block);
                 }
             }
             (false, WeightFormat::Q4) => {
                 for (g, block) in data.chunks_exact_mut(BLOCK_Q4).enumerate() {
-                    pack_q4(&self.quantize(panel, g, quantize_group_q4)?, block);
+                    pack_q4(&self.quantize(panel, g, quantize_group_q4, GroupQ4::weights)?, block);
                 }
             }
         }
@@ -141,6 +152,16 @@ impl<'a, M: MatrixSource> Packer<'a, M> {
         } else {
             self.bits.reinterpret_cast_mut::<f16>().convert_from_f32_slice(&self.floats);
         }
+        match self.format {
+            WeightFormat::Bf16 => {
+                let values = self.bits.iter().map(|bits| bf16::from_bits(*bits).to_f32());
+                self.rounding.add(&self.floats, values);
+            }
+            _ => {
+                let values = self.bits.iter().map(|bits| f16::from_bits(*bits).to_f32());
+                self.rounding.add(&self.floats, values);
+            }
+        }
         // A weight beyond the format's range would silently become infinite.
         let infinite = if self.format == WeightFormat::Bf16 { 0x7f80 } else { 0x7c00 };
         match self.bits.iter().position(|bits| bits & 0x7fff == infinite) {
@@ -153,10 +174,11 @@ impl<'a, M: MatrixSource> Packer<'a, M> {
 
     /// Quantizes group `g` of the 16 rows of the f32 tile.
     fn quantize<G: Copy + Default>(
-        &self,
+        &mut self,
         panel: usize,
         g: usize,
         quantize_group: impl Fn(&[f32; GROUP]) -> Option<G>,
+        weights_of: impl Fn(&G) -> [f32; GROUP],
     ) -> Result<[G; PANEL], M::Error> {
         let cols = g * GROUP..((g + 1) * GROUP).min(self.cols);
         let mut groups = [G::default(); PANEL];
@@ -168,6 +190,11 @@ impl<'a, M: MatrixSource> Packer<'a, M> {
                 let largest = row.iter().copied().max_by(|a, b| a.abs().total_cmp(&b.abs()));
                 self.not_representable(panel, r, largest.unwrap_or_default())
             })?;
+            let rounded = weights_of(group);
+            self.rounding.add(row, rounded.into_iter());
+            if rounded == [0.0; GROUP] && weights != rounded {
+                self.rounding.vanished += 1;
+            }
         }
         Ok(groups)
     }
