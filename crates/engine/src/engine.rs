@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 use std::sync::{Arc, mpsc};
 use std::time::{Duration, Instant};
+use std::{panic, thread};
 
 use qwen3_model::comm::{CommError, Communicator, CommunicatorExt as _};
 use qwen3_model::ops::KvFormat;
@@ -163,6 +164,31 @@ impl Engine {
     /// here excepted: [`run`](Self::run) drops it.
     pub fn handle(&self) -> Option<EngineHandle> {
         self.front.as_ref().map(|(_, handle)| handle.clone())
+    }
+
+    /// Serves the requests of `client`, which runs on a thread of rank 0 and has its value there,
+    /// until it returns. All ranks call it together.
+    ///
+    /// # Errors
+    ///
+    /// As [`run`](Self::run). `client` has ended in that case, too.
+    ///
+    /// # Panics
+    ///
+    /// If `client` panics.
+    pub fn serve<T: Send>(
+        self,
+        client: impl FnOnce(&EngineHandle) -> T + Send,
+    ) -> Result<(Model, Option<T>), EngineError> {
+        thread::scope(|scope| {
+            let client = self.handle().map(|handle| scope.spawn(move || client(&handle)));
+            let model = self.run();
+            let join = |client: thread::ScopedJoinHandle<'_, T>| {
+                client.join().unwrap_or_else(|payload| panic::resume_unwind(payload))
+            };
+            let value = client.map(join);
+            Ok((model?, value))
+        })
     }
 
     /// Serves requests until the engine is drained or shut down, or all handles are dropped. All

@@ -1,7 +1,10 @@
 //! The client's side of the engine: submitting requests and reading their events.
 
+use std::pin::pin;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, mpsc};
+use std::task::{Context, Poll, Wake, Waker};
+use std::thread;
 use std::time::{Duration, Instant};
 
 use qwen3_model::ModelError;
@@ -183,6 +186,20 @@ impl EngineHandle {
     }
 }
 
+/// There was no event in time.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("no event within the time given")]
+pub struct TimedOut;
+
+/// Wakes the thread that waits for an event.
+struct Unpark(thread::Thread);
+
+impl Wake for Unpark {
+    fn wake(self: Arc<Self>) {
+        self.0.unpark();
+    }
+}
+
 /// The events of one request. Dropping it cancels the request between two steps.
 pub struct Stream {
     events: async_channel::Receiver<Event>,
@@ -199,9 +216,22 @@ impl Stream {
         self.events.recv().await.ok()
     }
 
-    /// The next event if it is there already.
-    pub fn try_recv(&self) -> Option<Event> {
-        self.events.try_recv().ok()
+    /// The next event, as [`recv_blocking`](Self::recv_blocking), or an error if there is none
+    /// within `timeout`.
+    pub fn recv_timeout(&self, timeout: Duration) -> Result<Option<Event>, TimedOut> {
+        let end = Instant::now() + timeout;
+        let waker = Waker::from(Arc::new(Unpark(thread::current())));
+        let mut event = pin!(self.recv());
+        loop {
+            if let Poll::Ready(event) = event.as_mut().poll(&mut Context::from_waker(&waker)) {
+                return Ok(event);
+            }
+            let rest = end.saturating_duration_since(Instant::now());
+            if rest.is_zero() {
+                return Err(TimedOut);
+            }
+            thread::park_timeout(rest);
+        }
     }
 }
 

@@ -29,7 +29,7 @@ mod engine;
 
 pub use constraint::{ConstraintError, Next, ThinkingBudget, TokenConstraint};
 pub use engine::{Engine, EngineConfig, EngineError, KvMemory};
-pub use handle::{EngineHandle, Limits, Stream};
+pub use handle::{EngineHandle, Limits, Stream, TimedOut};
 pub use qwen3_model;
 pub use record::RecordError;
 pub use request::{

@@ -1,10 +1,8 @@
 //! Asks the bundled model a question on two ranks of this process, and streams its answer.
 
-use std::ops::ControlFlow;
-
-use qwen3_model::generation::Progress;
+use engine::{Engine, EngineConfig, Event, Request};
 use qwen3_model::generation_config::eos_token_ids;
-use qwen3_model::{GenerateParams, Isa, Model, ModelOptions, ModelSource, Sequence, generate};
+use qwen3_model::{Isa, Model, ModelOptions, ModelSource};
 use qwen3_text::{ChatTemplate, ControlTokens, Conversation, Tokenizer};
 use ranks::{Failure, JobOptions, run_in_threads};
 
@@ -23,15 +21,16 @@ pub fn answer(question: &str, show: &(dyn Fn(&str) -> bool + Sync)) -> Result<()
         let options = ModelOptions::new(Isa::from_env()?);
         let model = Model::load(&source, rank.comm().clone(), &options, &|_| ())?;
         let eos_token_ids = eos_token_ids(&source, model.config())?;
-        let params = GenerateParams { eos_token_ids, ..GenerateParams::default() };
-        let mut cache = Sequence::new(&model, prompt.len() + params.max_new_tokens)?;
-        let mut text = tokenizer.detokenizer();
-        generate(&model, &mut cache, &prompt, &params, &mut |progress| match progress {
-            Progress::Token(id) if rank.is_root() && !show(&text.push(id)) => {
-                ControlFlow::Break(())
+        let request = Request { eos_token_ids, ..Request::new(prompt.clone(), 256) };
+        let (_, asked) = Engine::new(model, &EngineConfig::default())?.serve(|handle| {
+            let (stream, mut text) = (handle.submit(request)?, tokenizer.detokenizer());
+            while let Some(event) = stream.recv_blocking() {
+                if matches!(event, Event::Token { id, .. } if !show(&text.push(id))) {
+                    break;
+                }
             }
-            _ => ControlFlow::Continue(()),
+            Ok(())
         })?;
-        Ok(())
+        asked.unwrap_or(Ok(()))
     })
 }

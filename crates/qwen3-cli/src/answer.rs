@@ -1,26 +1,32 @@
 //! One answer of the model, shown as it comes.
 
-use std::ops::ControlFlow;
-use std::sync::mpsc;
 use std::time::{Duration, Instant};
-use std::{panic, thread};
 
-use qwen3_model::generation::{Generated, Progress, StopReason};
+use engine::{EngineConfig, EngineHandle, Event, FinishReason, KvMemory, Request};
 use qwen3_model::generation_config::eos_token_ids;
-use qwen3_model::{GenerateParams, Model, SamplingParams, Sequence, generate};
-use qwen3_text::{Detokenizer, Tokenizer};
-use ranks::{Failure, Rank, RankError, print};
+use qwen3_model::{Model, SamplingParams};
+use qwen3_text::Tokenizer;
+use ranks::{Failure, Rank, print};
 
 use crate::ctrl_c;
 use crate::empty_thought::EmptyThought;
 use crate::failure::CliError;
 use crate::options::EngineOptions;
 
+/// How often an answer looks whether Ctrl-C was pressed while there is no token.
+const INTERRUPT_CHECK: Duration = Duration::from_millis(20);
+
 /// How answers are made.
 #[derive(Clone, Debug)]
 pub struct AnswerOptions {
-    /// How tokens are chosen, and when an answer ends.
-    pub params: GenerateParams,
+    /// How tokens are chosen.
+    pub sampling: SamplingParams,
+    /// The largest number of tokens of an answer.
+    pub max_new_tokens: usize,
+    /// Tokens that end an answer.
+    pub eos_token_ids: Vec<u32>,
+    /// Go on after these.
+    pub ignore_eos: bool,
     /// Nothing is shown before the end.
     pub quiet: bool,
     /// A thought without content at the start of an answer is not shown.
@@ -40,178 +46,120 @@ impl AnswerOptions {
         // Rank 0's count: the files of others may be of another day.
         let eos_token_ids =
             rank.broadcast(|| Ok(eos_token_ids(&*engine.model.open()?, model.config())?))?;
-        let prefill_chunk = engine.chunk;
-        let params = GenerateParams {
-            sampling,
-            max_new_tokens,
-            eos_token_ids,
-            ignore_eos: false,
-            prefill_chunk,
-        };
-        Ok(Self { params, quiet: false, hide_empty_thought: false })
+        let (ignore_eos, quiet, hide_empty_thought) = (false, false, false);
+        Ok(Self { sampling, max_new_tokens, eos_token_ids, ignore_eos, quiet, hide_empty_thought })
+    }
+
+    /// The request for an answer to `tokens`.
+    pub fn request(&self, tokens: &[u32]) -> Request {
+        Request {
+            sampling: self.sampling.clone(),
+            eos_token_ids: self.eos_token_ids.clone(),
+            ignore_eos: self.ignore_eos,
+            ..Request::new(tokens.to_vec(), self.max_new_tokens)
+        }
+    }
+}
+
+/// The configuration of an engine for one sequence at a time, of at most `positions` tokens and
+/// never more than the context.
+pub fn single_sequence(model: &Model, engine: &EngineOptions, positions: usize) -> EngineConfig {
+    EngineConfig {
+        kv_memory: KvMemory::Positions(positions.min(model.config().context_length())),
+        max_sequences: 1,
+        step_rows: engine.chunk,
+        // Whoever reads standard output may take any time.
+        stream_limit: usize::MAX,
+        ..EngineConfig::default()
+    }
+}
+
+/// How long some tokens took.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct Timing {
+    /// Number of tokens.
+    pub tokens: usize,
+    /// Their time.
+    pub elapsed: Duration,
+}
+
+impl Timing {
+    /// Tokens per second; 0 if no time was measured.
+    pub fn tokens_per_s(&self) -> f64 {
+        let seconds = self.elapsed.as_secs_f64();
+        if seconds > 0.0 { self.tokens as f64 / seconds } else { 0.0 }
     }
 }
 
 /// One answer, whole.
 #[derive(Debug)]
 pub struct Answer {
-    /// The tokens, with the one that ended the answer, and what they took.
-    pub generated: Generated,
-    /// Their text on rank 0, without special tokens.
+    /// Its tokens, with the one that ended it.
+    pub ids: Vec<u32>,
+    /// Their text, without special tokens; empty without a tokenizer.
     pub text: String,
+    /// Why it ended; `None` if Ctrl-C ended it.
+    pub reason: Option<FinishReason>,
+    /// Tokens of the prompt that were computed, and the time until the first new token.
+    pub prefill: Timing,
+    /// New tokens after the first, and their time.
+    pub decode: Timing,
 }
 
 impl Answer {
-    /// Computes and shows the answer to `tokens`, of which the first `cache.len()` are in the
-    /// cache. All ranks call it; rank 0 alone has `text`, and without it shows ids.
+    /// Asks for the answer to `tokens` and shows it; without a tokenizer it shows ids.
     pub fn write(
-        rank: &Rank,
-        model: &Model,
-        cache: &mut Sequence,
+        handle: &EngineHandle,
         tokens: &[u32],
         text: Option<&Tokenizer>,
         options: &AnswerOptions,
-    ) -> Result<Self, Failure> {
-        let mut screen = Screen::new(rank, text, options);
-        let generated =
-            generate(model, cache, tokens, &options.params, &mut |progress| screen.show(progress))
-                .map_err(Failure::agreed)?;
-        let text = rank.agree_after(|| Ok(screen.finish(&generated.ids)?))?;
-        Ok(Self { generated, text })
+    ) -> Result<Self, CliError> {
+        let start = Instant::now();
+        let stream = handle.submit(options.request(tokens))?;
+        let mut words = text.map(Tokenizer::detokenizer);
+        let mut filter = options.hide_empty_thought.then(EmptyThought::default);
+        let mut ids = Vec::new();
+        let (mut computed, mut first, mut last) = (tokens.len(), start, start);
+        let reason = loop {
+            if ctrl_c::pressed() {
+                break None;
+            }
+            let Ok(event) = stream.recv_timeout(INTERRUPT_CHECK) else { continue };
+            match event.ok_or(CliError::EngineEnded)? {
+                Event::Started { cached_tokens, .. } => computed = tokens.len() - cached_tokens,
+                Event::Token { id, .. } => {
+                    last = Instant::now();
+                    if ids.is_empty() {
+                        first = last;
+                    }
+                    ids.push(id);
+                    if !options.quiet {
+                        let words = words.as_mut().map_or(format!("{id} "), |words| words.push(id));
+                        print(&filter.as_mut().map_or(words.clone(), |held| held.push(&words)))?;
+                    }
+                }
+                Event::Finished { reason, .. } => break Some(reason),
+                Event::Failed(error) => return Err(error.into()),
+                Event::PromptLogprobs(_) | Event::Hidden(_) => {}
+            }
+        };
+        if let Some(words) = words.filter(|_| !options.quiet && reason.is_some()) {
+            let words = words.finish();
+            print(&filter.map_or(words.clone(), |mut held| held.push(&words) + &held.finish()))?;
+        }
+        let text = text.map(|text| text.decode(&ids)).unwrap_or_default();
+        let prefill = Timing { tokens: computed, elapsed: first - start };
+        let decode = Timing { tokens: ids.len().saturating_sub(1), elapsed: last - first };
+        Ok(Self { ids, text, reason, prefill, decode })
     }
 }
 
 /// Why an answer ended, as the JSON of `generate` has it.
-pub fn stop_word(stop: StopReason) -> &'static str {
-    match stop {
-        StopReason::EndOfSequence => "end",
-        StopReason::MaxNewTokens => "limit",
-        StopReason::ContextFull => "context",
-        StopReason::Callback => "stopped",
-    }
-}
-
-/// Where the answer appears, on rank 0.
-struct Screen<'a> {
-    rank: &'a Rank,
-    text: Option<&'a Tokenizer>,
-    stream: Option<Detokenizer>,
-    filter: Option<EmptyThought>,
-    quiet: bool,
-    writer: Option<Writer>,
-    /// The first thing that went wrong; it ends the answer on all ranks.
-    result: Result<(), CliError>,
-}
-
-impl<'a> Screen<'a> {
-    fn new(rank: &'a Rank, text: Option<&'a Tokenizer>, options: &AnswerOptions) -> Self {
-        let quiet = options.quiet;
-        let others_wait = rank.is_root() && rank.comm().size() > 1 && !quiet;
-        let (writer, result) = match others_wait.then(Writer::start).transpose() {
-            Ok(writer) => (writer, Ok(())),
-            Err(error) => (None, Err(error)),
-        };
-        let stream = text.map(Tokenizer::detokenizer);
-        let filter = options.hide_empty_thought.then(EmptyThought::default);
-        Self { rank, text, stream, filter, quiet, writer, result }
-    }
-
-    fn show(&mut self, progress: Progress) -> ControlFlow<()> {
-        if let Progress::Token(id) = progress
-            && self.result.is_ok()
-            && !self.quiet
-        {
-            let words = match &mut self.stream {
-                Some(stream) => Ok(stream.push(id)),
-                None => Ok(format!("{id} ")),
-            };
-            self.result = words.and_then(|words| {
-                let shown = self.filter.as_mut().map(|filter| filter.push(&words));
-                self.print(shown.unwrap_or(words))
-            });
-        }
-        if self.result.is_err() || ctrl_c::pressed() {
-            ControlFlow::Break(())
-        } else {
-            ControlFlow::Continue(())
-        }
-    }
-
-    fn print(&mut self, words: String) -> Result<(), CliError> {
-        match &mut self.writer {
-            Some(writer) => writer.write(words),
-            None => Ok(self.rank.print(&words)?),
-        }
-    }
-
-    /// Shows what is left, however long that takes; returns the whole text.
-    fn finish(mut self, ids: &[u32]) -> Result<String, CliError> {
-        std::mem::replace(&mut self.result, Ok(()))?;
-        if let Some(stream) = self.stream.take()
-            && !self.quiet
-        {
-            let words = stream.finish();
-            let shown = self.filter.as_mut().map(|filter| filter.push(&words) + &filter.finish());
-            self.print(shown.unwrap_or(words))?;
-        }
-        self.writer.as_mut().map_or(Ok(()), Writer::finish)?;
-        Ok(self.text.map(|text| text.decode(ids)).unwrap_or_default())
-    }
-}
-
-/// A thread that writes to standard output. Whoever reads may take any time (a terminal that is
-/// held, a pager), and the other ranks wait for this one's next collective no longer than they wait
-/// for any.
-struct Writer {
-    words: Option<mpsc::Sender<String>>,
-    thread: Option<thread::JoinHandle<Result<(), RankError>>>,
-}
-
-impl Writer {
-    fn start() -> Result<Self, CliError> {
-        let (words, written) = mpsc::channel::<String>();
-        // Whoever interrupts an answer wants to see no more of it.
-        let write = move || {
-            written
-                .iter()
-                .try_for_each(|words| if ctrl_c::pressed() { Ok(()) } else { print(&words) })
-        };
-        let thread = thread::Builder::new()
-            .name("standard output".into())
-            .spawn(write)
-            .map_err(|source| CliError::Thread { purpose: "writes to standard output", source })?;
-        Ok(Self { words: Some(words), thread: Some(thread) })
-    }
-
-    /// Has `words` written soon. An error is that of words before them.
-    fn write(&mut self, words: String) -> Result<(), CliError> {
-        match &self.words {
-            Some(channel) if channel.send(words).is_ok() => Ok(()),
-            _ => self.finish(),
-        }
-    }
-
-    /// Waits until all is written, or until the first thing that cannot be.
-    fn finish(&mut self) -> Result<(), CliError> {
-        self.words = None;
-        match self.thread.take().map(thread::JoinHandle::join) {
-            Some(Ok(result)) => Ok(result?),
-            Some(Err(payload)) => panic::resume_unwind(payload),
-            None => Ok(()),
-        }
-    }
-}
-
-impl Drop for Writer {
-    /// Without `finish` the command fails: what was said before is written first, as far as that is
-    /// quickly done.
-    fn drop(&mut self) {
-        self.words = None;
-        let end = Instant::now() + Duration::from_millis(500);
-        while self.thread.as_ref().is_some_and(|thread| !thread.is_finished())
-            && Instant::now() < end
-        {
-            thread::sleep(Duration::from_millis(1));
-        }
+pub fn stop_word(reason: Option<FinishReason>) -> &'static str {
+    match reason {
+        Some(FinishReason::EndOfSequence | FinishReason::StopToken(_)) => "end",
+        Some(FinishReason::Length) => "limit",
+        Some(FinishReason::Context) => "context",
+        Some(FinishReason::Constraint | FinishReason::Deadline) | None => "stopped",
     }
 }

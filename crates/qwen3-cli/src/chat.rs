@@ -9,14 +9,15 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use clap::Args;
 use qwen3_model::generation_config::GenerationConfig;
 use qwen3_model::options::KvFormat;
-use qwen3_model::{Model, SamplingParams, Sequence};
+use qwen3_model::{Model, SamplingParams};
 use qwen3_text::{ChatTemplate, Conversation, Json, Tokenizer};
 use ranks::{Failure, Rank};
 
 use self::dialogue::{Dialogue, Form};
 
 use crate::ahead;
-use crate::answer::{Answer, AnswerOptions};
+use crate::answer::{Answer, AnswerOptions, single_sequence};
+use crate::client;
 use crate::ctrl_c;
 use crate::failure::CliError;
 use crate::options::{EngineOptions, LaunchOptions, SamplingOptions, positive};
@@ -89,39 +90,20 @@ impl ChatArgs {
         let limit = self.max_new_tokens.unwrap_or(context);
         let mut options = AnswerOptions::new(rank, &model, &self.engine, sampling, limit)?;
         options.hide_empty_thought = true;
-        let mut cache = Sequence::new(&model, context)?;
-        let mut seen: Vec<u32> = Vec::new();
-        while let Some(tokens) = self.next(rank, &mut dialogue)? {
-            // What the template left as it was is still in the cache.
-            let same = seen.iter().zip(&tokens).take_while(|(old, new)| old == new).count();
-            let keep = same.min(tokens.len() - 1).min(cache.len());
-            cache.truncate(keep);
-            let text = dialogue.as_ref().map(Dialogue::tokenizer);
-            ctrl_c::begin();
-            let answer = Answer::write(rank, &model, &mut cache, &tokens, text, &options)?;
-            ctrl_c::end();
-            rank.agree_after(|| {
-                Ok(dialogue.as_mut().map_or(Ok(()), |dialogue| dialogue.keep(rank, &answer))?)
-            })?;
-            seen = tokens;
-            seen.extend(&answer.generated.ids);
-            seen.truncate(cache.len());
-            // Another seed, so that the next answer does not draw alike.
-            options.params.sampling.seed = options.params.sampling.seed.wrapping_add(1);
-        }
+        let config = single_sequence(&model, &self.engine, context);
+        client::serve(rank, model, &config, |handle| {
+            let dialogue = dialogue.as_mut().expect("rank 0 has the texts");
+            while let Some(tokens) = dialogue.next()? {
+                ctrl_c::begin();
+                let answer = Answer::write(handle, &tokens, Some(dialogue.tokenizer()), &options);
+                ctrl_c::end();
+                dialogue.keep(&answer?)?;
+                // Another seed, so that the next answer does not draw alike.
+                options.sampling.seed = options.sampling.seed.wrapping_add(1);
+            }
+            Ok(())
+        })?;
         Ok(())
-    }
-
-    /// The tokens of the conversation with the user's next message; `None` when the user leaves.
-    /// The user may take any time: meanwhile the ranks wait without a deadline.
-    fn next(
-        &self,
-        rank: &Rank,
-        dialogue: &mut Option<Dialogue>,
-    ) -> Result<Option<Vec<u32>>, Failure> {
-        rank.without_deadline(|| {
-            rank.broadcast(|| Ok(dialogue.as_mut().expect("rank 0 has the texts").next()?))
-        })
     }
 
     fn dialogue(

@@ -1,13 +1,13 @@
 //! `qwen3 demo`: three questions, a sentence to continue, and what they cost.
 
 use clap::Args;
-use qwen3_model::generation::Timing;
+use qwen3_model::SamplingParams;
 use qwen3_model::options::KvFormat;
-use qwen3_model::{SamplingParams, Sequence};
-use ranks::{Failure, Rank};
+use ranks::{Failure, Rank, print};
 
 use crate::ahead;
-use crate::answer::{Answer, AnswerOptions};
+use crate::answer::{Answer, AnswerOptions, Timing, single_sequence};
+use crate::client;
 use crate::options::{EngineOptions, LaunchOptions};
 use crate::plan::Workload;
 use crate::session::{self, Loaded};
@@ -46,29 +46,28 @@ impl DemoArgs {
         let options =
             AnswerOptions::new(rank, &model, &self.engine, SamplingParams::default(), TOKENS)?;
         rank.comm().ledger().reset();
-        let (mut prefill, mut decode) = (Timing::default(), Timing::default());
-        for prompt in QUESTIONS.iter().chain([&SENTENCE]) {
-            let sentence = *prompt == SENTENCE;
-            rank.print_and_agree(&if sentence {
-                (*prompt).to_owned()
-            } else {
-                format!("> {prompt}\n")
-            })?;
-            let tokens = rank.broadcast(|| {
-                let (text, template) = texts.as_ref().expect("rank 0 read them");
-                if sentence {
-                    return Ok(text.encode(prompt)?);
-                }
-                let chat = Conversation::question(prompt, Some(false));
-                Ok(template.prompt(text, &chat, ControlTokens::Literal)?.tokens)
-            })?;
-            let mut cache = Sequence::new(&model, tokens.len() + TOKENS)?;
-            let text = texts.as_ref().map(|(text, _)| text);
-            let answer = Answer::write(rank, &model, &mut cache, &tokens, text, &options)?;
-            add(&mut prefill, answer.generated.prefill);
-            add(&mut decode, answer.generated.decode);
-            rank.print_and_agree("\n\n")?;
-        }
+        // Texts of the demo are much shorter.
+        let config = single_sequence(&model, &self.engine, 1024);
+        let (model, timings) = client::serve(rank, model, &config, |handle| {
+            let (text, template) = texts.as_ref().expect("rank 0 read them");
+            let (mut prefill, mut decode) = (Timing::default(), Timing::default());
+            for prompt in QUESTIONS.iter().chain([&SENTENCE]) {
+                let tokens = if *prompt == SENTENCE {
+                    print(prompt)?;
+                    text.encode(prompt)?
+                } else {
+                    print(&format!("> {prompt}\n"))?;
+                    let chat = Conversation::question(prompt, Some(false));
+                    template.prompt(text, &chat, ControlTokens::Literal)?.tokens
+                };
+                let answer = Answer::write(handle, &tokens, Some(text), &options)?;
+                add(&mut prefill, answer.prefill);
+                add(&mut decode, answer.decode);
+                print("\n\n")?;
+            }
+            Ok((prefill, decode))
+        })?;
+        let (prefill, decode) = timings.unwrap_or_default();
         let entries = rank.comm().ledger().entries();
         rank.print_and_agree(&summary(&model, reason.as_deref(), prefill, decode, &entries))
     }

@@ -2,6 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
+use engine::{EngineError, RequestError, SubmitError};
 use qwen3_model::ModelError;
 use qwen3_model::checkpoint::{DocumentError, OpenError};
 use qwen3_model::config::ConfigError;
@@ -67,6 +68,26 @@ pub enum CliError {
     /// The model fails.
     #[error(transparent)]
     Model(#[from] ModelError),
+    /// The engine fails, or a rank is lost.
+    #[error(transparent)]
+    Engine(#[from] EngineError),
+    /// The engine refuses a request.
+    #[error(transparent)]
+    Submit(#[from] SubmitError),
+    /// A request fails.
+    #[error(transparent)]
+    Request(#[from] RequestError),
+    /// The engine ended while an answer was expected.
+    #[error("the engine ended before the answer")]
+    EngineEnded,
+    /// Requests of a file have failed; each has its own message.
+    #[error("{errors} of {requests} requests failed")]
+    Requests {
+        /// Those that failed.
+        errors: u64,
+        /// All of them.
+        requests: u64,
+    },
     /// A checkpoint cannot be written.
     #[error(transparent)]
     Export(#[from] ExportError),
@@ -76,14 +97,6 @@ pub enum CliError {
     /// The job of ranks fails.
     #[error("{0}")]
     Rank(#[from] RankError),
-    /// The operating system refused a thread.
-    #[error("cannot start the thread that {purpose}: {source}")]
-    Thread {
-        /// What the thread is for.
-        purpose: &'static str,
-        /// What the system says.
-        source: std::io::Error,
-    },
     /// The command line is wrong.
     #[error("{problem}")]
     Usage {

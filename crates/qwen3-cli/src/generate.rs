@@ -1,16 +1,24 @@
 //! `qwen3 generate`: the continuation of a prompt.
 
+use std::path::{Path, PathBuf};
+
 use clap::Args;
+use engine::{EngineConfig, KvMemory};
+use qwen3_model::SamplingParams;
 use qwen3_model::generation_config::GenerationConfig;
 use qwen3_model::options::KvFormat;
-use qwen3_model::{SamplingParams, Sequence};
-use ranks::{Failure, Rank};
+use qwen3_text::Conversation;
+use ranks::{Failure, Rank, print};
 use serde_json::json;
 
 use crate::ahead;
-use crate::answer::{Answer, AnswerOptions, stop_word};
+use crate::answer::{Answer, AnswerOptions, single_sequence, stop_word};
+use crate::client;
+use crate::failure::CliError;
+use crate::jsonl::{self, Lines};
 use crate::options::{EngineOptions, LaunchOptions, SamplingOptions, positive};
 use crate::plan::Workload;
+use crate::progress::{Progress, Unit};
 use crate::prompt::{PromptForm, PromptOptions, TextOptions};
 use crate::session::{self, Loaded};
 
@@ -26,6 +34,19 @@ pub struct GenerateArgs {
 
     #[command(flatten)]
     prompt: PromptOptions,
+
+    /// A file with one request per line, each a JSON object with "prompt", "messages" or "tokens"
+    ///
+    /// A line may also have "id", "max_new_tokens", "temperature", "top_k", "top_p", "min_p",
+    /// "repetition_penalty", "presence_penalty", "frequency_penalty", "seed" and "ignore_eos". The
+    /// requests are computed together. One result per line is printed, in the order of the file:
+    /// {"id","prompt_tokens","cached_tokens","ids","text","stop"} or {"id","error"}.
+    #[arg(long, value_name = "FILE", group = "PromptOptions", conflicts_with = "json")]
+    jsonl: Option<PathBuf>,
+
+    /// With --jsonl: memory for keys and values on each rank, in MiB
+    #[arg(long, value_name = "MIB", default_value_t = 1024, requires = "jsonl", value_parser = positive)]
+    kv_memory: usize,
 
     /// Take the prompt as a user's message and write it with the chat template
     #[arg(long, conflicts_with = "tokens")]
@@ -62,6 +83,9 @@ impl GenerateArgs {
     /// Runs the command on this rank.
     pub fn run(&self, rank: &Rank) -> Result<(), Failure> {
         let chat = self.chat.then(|| self.no_thinking.then_some(false));
+        if let Some(file) = &self.jsonl {
+            return self.run_lines(rank, file, chat);
+        }
         let form = PromptForm { chat, control: self.text.control() };
         let (prompt, path) = (self.prompt.clone(), self.engine.model.clone());
         let length = ahead::look(rank, &self.engine, |config| prompt.look(&path, config, form))?;
@@ -84,23 +108,71 @@ impl GenerateArgs {
         let mut options =
             AnswerOptions::new(rank, &model, &self.engine, sampling, self.max_new_tokens)?;
         options.quiet = self.json;
-        options.params.ignore_eos = self.ignore_eos;
-        let mut cache = Sequence::new(&model, tokens.len().saturating_add(self.max_new_tokens))?;
-        let answer = Answer::write(rank, &model, &mut cache, &tokens, text.as_ref(), &options)?;
-        let end = if self.json {
-            let object = json!({
-                "prompt_tokens": tokens.len(),
-                "ids": answer.generated.ids,
-                "text": answer.text,
-                "prefill_tokens_per_s": answer.generated.prefill.tokens_per_s(),
-                "decode_tokens_per_s": answer.generated.decode.tokens_per_s(),
-                "stop": stop_word(answer.generated.stop),
-            });
-            format!("{object}\n")
-        } else {
-            "\n".to_owned()
+        options.ignore_eos = self.ignore_eos;
+        let positions = tokens.len().saturating_add(self.max_new_tokens);
+        let config = single_sequence(&model, &self.engine, positions);
+        client::serve(rank, model, &config, |handle| {
+            let answer = Answer::write(handle, &tokens, text.as_ref(), &options)?;
+            let end = if self.json {
+                let object = json!({
+                    "prompt_tokens": tokens.len(),
+                    "ids": answer.ids,
+                    "text": answer.text,
+                    "prefill_tokens_per_s": answer.prefill.tokens_per_s(),
+                    "decode_tokens_per_s": answer.decode.tokens_per_s(),
+                    "stop": stop_word(answer.reason),
+                });
+                format!("{object}\n")
+            } else {
+                "\n".to_owned()
+            };
+            Ok(print(&end)?)
+        })?;
+        Ok(())
+    }
+
+    /// Answers the requests in `file`.
+    fn run_lines(
+        &self,
+        rank: &Rank,
+        file: &Path,
+        chat: Option<Option<bool>>,
+    ) -> Result<(), Failure> {
+        let path = self.engine.model.clone();
+        ahead::look(rank, &self.engine, |_| {
+            ahead::input(file)?;
+            let hello = |thinking| Conversation::question("Hello", thinking);
+            chat.map_or(Ok(()), |thinking| ahead::conversation(&path, &hello(thinking)))
+        })?;
+        // Without a template only requests with messages fail.
+        let read = move || Ok((path.tokenizer()?, path.template().ok()));
+        let work = Workload { kv: KvFormat::F16, prompt: 512, generate: 256 };
+        let (Loaded { model, .. }, texts) = session::load_with(rank, &self.engine, work, read)?;
+        let greedy = SamplingParams::default();
+        let mut options =
+            AnswerOptions::new(rank, &model, &self.engine, greedy, self.max_new_tokens)?;
+        options.ignore_eos = self.ignore_eos;
+        let config = EngineConfig {
+            kv_memory: KvMemory::Bytes(self.kv_memory.saturating_mul(1 << 20)),
+            step_rows: self.engine.chunk,
+            stream_limit: usize::MAX,
+            ..EngineConfig::default()
         };
-        rank.print_and_agree(&end)
+        let shown = Progress::new(rank, "generating", Unit::Count("requests"));
+        client::serve(rank, model, &config, |handle| {
+            let (tokenizer, template) = texts.as_ref().expect("rank 0 read them");
+            let (template, control) = (template.as_ref(), self.text.control());
+            let generation = GenerationConfig::read(&*self.engine.model.open()?)?;
+            let sampling = &self.sampling;
+            let lines = Lines { tokenizer, template, control, chat, generation, sampling, options };
+            let update = |done, total| shown.update(done, total);
+            let (requests, errors) = jsonl::run(file, &lines, handle, update)?;
+            if errors > 0 {
+                return Err(CliError::Requests { errors, requests });
+            }
+            Ok(())
+        })?;
+        Ok(())
     }
 
     fn params(&self, rank: &Rank) -> Result<SamplingParams, Failure> {

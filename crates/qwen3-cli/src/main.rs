@@ -20,6 +20,7 @@ mod progress;
 mod ahead;
 mod empty_thought;
 mod answer;
+mod client;
 mod prompt;
 mod session;
 
@@ -34,6 +35,7 @@ mod calibrate;
 mod chat;
 mod summary;
 mod demo;
+mod jsonl;
 mod generate;
 mod logits;
 mod perplexity;

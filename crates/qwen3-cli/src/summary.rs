@@ -2,8 +2,8 @@
 
 use qwen3_model::Model;
 use qwen3_model::comm::{Collective, Entry, Phase};
-use qwen3_model::generation::Timing;
 
+use crate::answer::Timing;
 use crate::calibration::count;
 
 /// A few lines for people: the model with its ranks, why it is split as it is where the plan said

@@ -30,7 +30,6 @@ mod layer;
 mod model;
 pub mod load;
 mod sequence;
-pub mod generation;
 pub mod perplexity;
 
 pub use batch::{Batch, Output, Span, Wanted};
@@ -39,7 +38,6 @@ pub use checkpoint::ModelSource;
 pub use comm;
 pub use config::Config;
 pub use error::ModelError;
-pub use generation::{GenerateParams, generate};
 pub use model::{Logits, Model};
 pub use ops;
 pub use ops::{Isa, KvArena, LogitRows, PAGE_POSITIONS, PageId};

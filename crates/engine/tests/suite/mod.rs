@@ -45,11 +45,7 @@ pub fn serve<T: Send>(
     client: impl FnOnce(EngineHandle) -> T + Send,
 ) -> Option<T> {
     let engine = Engine::new(load(comm, strategy), config).expect("the engine starts");
-    std::thread::scope(|scope| {
-        let client = engine.handle().map(|handle| scope.spawn(|| client(handle)));
-        engine.run().expect("no rank is lost");
-        client.map(|client| client.join().expect("the client's checks pass"))
-    })
+    engine.serve(|handle| client(handle.clone())).expect("no rank is lost").1
 }
 
 /// Runs an engine on `ranks` threads.

@@ -1,12 +1,12 @@
 //! Rank 0's side of a conversation: the messages, the user's commands, and the history that fits.
 
+use engine::FinishReason;
 use qwen3_model::Model;
-use qwen3_model::generation::{StopReason, Timing};
 use qwen3_text::{ChatTemplate, ControlTokens, Conversation, Json, Tokenizer};
-use ranks::{Rank, printable};
+use ranks::{print, printable};
 
 use super::input::{Entry, HELP, Input};
-use crate::answer::Answer;
+use crate::answer::{Answer, Timing};
 use crate::failure::CliError;
 
 /// The form in which the model reads messages.
@@ -188,23 +188,22 @@ impl Dialogue {
     }
 
     /// Keeps an answer. The template drops its thinking when the next question comes.
-    pub fn keep(&mut self, rank: &Rank, answer: &Answer) -> Result<(), CliError> {
-        let stop = answer.generated.stop;
+    pub fn keep(&mut self, answer: &Answer) -> Result<(), CliError> {
         // An answer that was cut is marked: it may look like a whole one.
-        rank.print(match stop {
-            StopReason::EndOfSequence => "\n",
-            StopReason::MaxNewTokens => " (--max-new-tokens reached)\n",
-            StopReason::ContextFull => " (the context is full)\n",
-            StopReason::Callback => " (stopped)\n",
+        print(match answer.reason {
+            Some(FinishReason::EndOfSequence | FinishReason::StopToken(_)) => "\n",
+            Some(FinishReason::Length) => " (--max-new-tokens reached)\n",
+            Some(FinishReason::Context) => " (the context is full)\n",
+            None | Some(FinishReason::Constraint | FinishReason::Deadline) => " (stopped)\n",
         })?;
-        if stop == StopReason::Callback && answer.generated.ids.is_empty() {
+        if answer.reason.is_none() && answer.ids.is_empty() {
             // Stopped during the prefill: the conversation goes on as if the message had not been
             // sent.
             self.messages.pop();
             return Ok(());
         }
         self.messages.push(Json::message("assistant", &answer.text));
-        self.last = Some((answer.generated.prefill, answer.generated.decode));
+        self.last = Some((answer.prefill, answer.decode));
         Ok(())
     }
 }
