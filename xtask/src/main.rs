@@ -53,7 +53,8 @@ enum Command {
         #[arg(long)]
         check: bool,
     },
-    /// Build everything and serve the bundled model on 2 MPI ranks; on a terminal the server stays up
+    /// Build everything and serve the bundled model on 2 MPI ranks; on a terminal the server stays
+    /// up
     Demo {
         /// The checkpoint folder [default: models/austen of this repository]
         #[arg(long, value_name = "DIR")]
