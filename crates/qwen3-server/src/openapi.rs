@@ -2,11 +2,13 @@
 
 use utoipa::OpenApi;
 
+use crate::protocol::chat::ChatChunk;
 use crate::routes::{chat, completions, messages, plain, responses};
 
 /// The description.
 #[derive(OpenApi)]
 #[openapi(
+    components(schemas(ChatChunk)),
     info(title = "qwen3 serve", description = "Qwen3 models on clusters of CPUs"),
     paths(
         chat::create,

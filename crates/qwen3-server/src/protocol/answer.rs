@@ -3,6 +3,15 @@
 use serde::Serialize;
 use utoipa::ToSchema;
 
+/// An event of a streamed answer.
+#[derive(Clone, Debug, Serialize, ToSchema)]
+pub struct ServerSentEvent {
+    /// The kind of event, in the streams of `/v1/responses` and `/v1/messages`.
+    pub event: Option<String>,
+    /// JSON, or `[DONE]` at the end of OpenAI's older streams.
+    pub data: String,
+}
+
 /// Tokens that a request took.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, ToSchema)]
 pub struct Usage {

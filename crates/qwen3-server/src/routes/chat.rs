@@ -11,7 +11,7 @@ use crate::answer::{Answer, Delta, Piece, Whole};
 use crate::conversation::{self, Continuation, Structure};
 use crate::error::{ApiError, Dialect, ErrorBody};
 use crate::prompt::{self, Chat};
-use crate::protocol::answer::Timings;
+use crate::protocol::answer::{ServerSentEvent, Timings};
 use crate::protocol::chat::{
     ACCEPTED, AnswerMessage, CalledFunction, ChatChoice, ChatChunk, ChatCompletion, ChatLogprobs,
     ChatRequest, ChunkChoice, Delta as ChunkDelta, FunctionDelta, ResponseFormat, TokenLogprob,
@@ -24,7 +24,7 @@ use crate::sse::{self, StreamError};
 /// Continues a conversation.
 #[utoipa::path(post, path = "/v1/chat/completions", request_body = ChatRequest,
     responses((status = 200, content(
-        (ChatCompletion = "application/json"), (ChatChunk = "text/event-stream"))),
+        (ChatCompletion = "application/json"), (ServerSentEvent = "text/event-stream"))),
         (status = "4XX", body = ErrorBody), (status = "5XX", body = ErrorBody)))]
 pub async fn create(
     State(service): State<Arc<Service>>,

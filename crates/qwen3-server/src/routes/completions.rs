@@ -15,7 +15,7 @@ use crate::error::{ApiError, Dialect, ErrorBody};
 use crate::gate::Caller;
 use crate::plan;
 use crate::prompt::encoded;
-use crate::protocol::answer::{Timings, Usage};
+use crate::protocol::answer::{ServerSentEvent, Timings, Usage};
 use crate::protocol::completions::{
     ACCEPTED, Completion, CompletionChoice, CompletionLogprobs, CompletionRequest, Prompt,
 };
@@ -29,7 +29,7 @@ const DEFAULT_MAX_TOKENS: usize = 16;
 /// Continues text.
 #[utoipa::path(post, path = "/v1/completions", request_body = CompletionRequest,
     responses((status = 200, content(
-        (Completion = "application/json"), (Completion = "text/event-stream"))),
+        (Completion = "application/json"), (ServerSentEvent = "text/event-stream"))),
         (status = "4XX", body = ErrorBody), (status = "5XX", body = ErrorBody)))]
 pub async fn create(
     State(service): State<Arc<Service>>,

@@ -13,6 +13,7 @@ use crate::answer::{Answer, Delta, Part, Reason};
 use crate::conversation::{Continuation, ToolChoice};
 use crate::error::{ApiError, Dialect, MessagesErrorBody};
 use crate::prompt::{Chat, call_json};
+use crate::protocol::answer::ServerSentEvent;
 use crate::protocol::chat::Function;
 use crate::protocol::messages::{
     ACCEPTED, AnswerBlock, Block, CountTokensRequest, InputMessage, InputRole, InputTool,
@@ -29,7 +30,7 @@ type Shared = State<Arc<Service>>;
 /// Continues a conversation, in Anthropic's form.
 #[utoipa::path(post, path = "/v1/messages", request_body = MessagesRequest,
     responses((status = 200, content(
-        (MessagesResponse = "application/json"), (String = "text/event-stream"))),
+        (MessagesResponse = "application/json"), (ServerSentEvent = "text/event-stream"))),
         (status = "4XX", body = MessagesErrorBody), (status = "5XX", body = MessagesErrorBody)))]
 pub async fn create(State(service): Shared, caller: From, request: Request) -> Response<Body> {
     let answer = async {

@@ -13,6 +13,7 @@ use crate::answer::{Answer, Delta, Part, Reason, Whole};
 use crate::conversation::{Continuation, Structure, ToolChoice};
 use crate::error::{ApiError, Dialect, ErrorBody};
 use crate::prompt::{Chat, call_json};
+use crate::protocol::answer::ServerSentEvent;
 use crate::protocol::chat::{Function, ReasoningEffort, ToolMode};
 use crate::protocol::responses::{
     ACCEPTED, FunctionChoice, IncompleteDetails, InputDetails, Item, OutputDetails, OutputItem,
@@ -26,7 +27,7 @@ use crate::sse::{self, Events, StreamError};
 /// Continues a text or a conversation. The answer is not stored.
 #[utoipa::path(post, path = "/v1/responses", request_body = ResponsesRequest,
     responses((status = 200, content(
-        (ResponseObject = "application/json"), (String = "text/event-stream"))),
+        (ResponseObject = "application/json"), (ServerSentEvent = "text/event-stream"))),
         (status = "4XX", body = ErrorBody), (status = "5XX", body = ErrorBody)))]
 pub async fn create(
     State(service): State<Arc<Service>>,
