@@ -23,6 +23,14 @@ pub enum CliError {
         /// Why.
         source: std::io::Error,
     },
+    /// The system refuses a thread.
+    #[error("cannot start a thread for {work}: {source}")]
+    Thread {
+        /// What the thread is for.
+        work: &'static str,
+        /// What the system reported.
+        source: std::io::Error,
+    },
     /// The user's words cannot be read.
     #[error("standard input: {source}")]
     Input {

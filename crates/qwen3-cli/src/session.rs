@@ -31,7 +31,11 @@ pub fn load_with<T: Send + 'static>(
     work: Workload,
     read: impl FnOnce() -> Result<T, CliError> + Send + 'static,
 ) -> Result<(Loaded, Option<T>), Failure> {
-    let reading = rank.is_root().then(|| thread::spawn(read));
+    let start = || thread::Builder::new().name("input".to_owned()).spawn(read);
+    let reading = rank.agree_after(|| {
+        let reading = rank.is_root().then(start).transpose();
+        Ok(reading.map_err(|source| CliError::Thread { work: "the input", source })?)
+    })?;
     let loaded = load(rank, engine, work)?;
     let value =
         reading.map(|thread| thread.join().unwrap_or_else(|payload| panic::resume_unwind(payload)));

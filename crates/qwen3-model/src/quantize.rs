@@ -102,12 +102,26 @@ pub fn quantize(
     writer.finish(&value)
 }
 
-/// Copies the files beside the weights, as far as they are there.
+/// The folder that a companion file may lie in: that of the checkpoint, or the whole
+/// `models--ORGANIZATION--NAME` folder where the checkpoint is a snapshot of a Hugging Face cache,
+/// whose files are links to `blobs`.
+fn companions_root(source: &Path) -> PathBuf {
+    let is_cache = |folder: &&Path| {
+        folder.file_name().is_some_and(|name| name.to_string_lossy().starts_with("models--"))
+    };
+    let above = source.ancestors().skip(1).take(2).find(is_cache);
+    above.unwrap_or(source).to_owned()
+}
+
+/// Copies the files beside the weights, as far as they are there. Links are followed only inside
+/// [`companions_root`].
 fn copy_companions(source: &Path, target: &Path) -> Result<(), ExportError> {
     let read_error = |file: &Path| {
         let file = file.to_owned();
         move |source| DocumentError::Read { file, source: Arc::new(source) }
     };
+    let source = &source.canonicalize().map_err(read_error(source))?;
+    let root = companions_root(source);
     let mut names: Vec<PathBuf> = COMPANIONS.map(PathBuf::from).into();
     let templates = source.join(TEMPLATES);
     if templates.is_dir() {
@@ -123,6 +137,10 @@ fn copy_companions(source: &Path, target: &Path) -> Result<(), ExportError> {
     for name in names {
         let (from, file) = (source.join(&name), target.join(&name));
         if from.is_file() {
+            let found = from.canonicalize().map_err(read_error(&from))?;
+            if !found.starts_with(&root) {
+                return Err(ExportError::ForeignLink { file: from, found });
+            }
             let bytes = std::fs::read(&from).map_err(read_error(&from))?;
             std::fs::write(&file, bytes).map_err(|source| ExportError::Io { file, source })?;
         }

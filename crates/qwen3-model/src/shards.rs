@@ -55,6 +55,17 @@ pub enum ExportError {
         /// The format.
         found: tensor::WeightFormat,
     },
+    /// A file beside the weights is a link to a file elsewhere, whose content nobody asked to copy.
+    #[error(
+        "{} is a link to {}, expected a file of the model's folder or of its Hugging Face cache",
+        file.display(), found.display()
+    )]
+    ForeignLink {
+        /// The link.
+        file: PathBuf,
+        /// The file that it leads to.
+        found: PathBuf,
+    },
     /// The configuration is not valid.
     #[error(transparent)]
     Config(#[from] ConfigError),
@@ -163,6 +174,14 @@ impl ShardWriter {
             self.next += 1;
             let shard = &self.shards[index];
             let metadata = [("format".to_owned(), "pt".to_owned())];
+            // A file of this name was left by a program that was ended, or is a link that somebody
+            // else made; a link is removed and never followed.
+            match std::fs::remove_file(self.part(index)) {
+                Err(source) if source.kind() != io::ErrorKind::NotFound => {
+                    return Err(ExportError::Io { file: self.part(index), source });
+                }
+                _ => {}
+            }
             let writer = CheckpointWriter::create(self.part(index), shard, &metadata)?;
             self.current = Some((writer, shard.len()));
         }

@@ -1,5 +1,6 @@
 //! Checkpoints that this crate writes: made up and quantized ones.
 
+use std::os::unix::fs::symlink;
 use std::path::Path;
 use std::sync::Arc;
 use std::thread;
@@ -533,4 +534,42 @@ fn what_cannot_be_written() {
     )
     .expect_err("no weights");
     assert!(matches!(error, ExportError::Checkpoint(_)), "{error}");
+}
+
+#[test]
+fn companions_that_link_elsewhere_are_not_copied() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let secret = folder.path().join("secret");
+    std::fs::write(&secret, "private").expect("writable");
+    let quantized = |source: &Path, name: &str| {
+        let target = folder.path().join(name);
+        let source = ModelSource::open(source).expect("a model");
+        quantize(&source, &target, WeightFormat::Q8, &mut |_| ()).map(|()| target)
+    };
+    let source = folder.path().join("source");
+    synth(&source, &tiny(Preset::Tiny, 1));
+    symlink(&secret, source.join("vocab.json")).expect("a link");
+    let error = quantized(&source, "a").expect_err("a foreign link");
+    assert!(
+        matches!(&error, ExportError::ForeignLink { found, .. } if *found == secret),
+        "{error}"
+    );
+    assert!(!folder.path().join("a/config.json").exists());
+
+    // In a Hugging Face cache all files of a snapshot are links to blobs beside it.
+    let cache = folder.path().join("models--a--b");
+    let snapshot = cache.join("snapshots/1");
+    synth(&snapshot, &tiny(Preset::Tiny, 1));
+    std::fs::create_dir(cache.join("blobs")).expect("a folder");
+    std::fs::write(cache.join("blobs/0"), "{}").expect("writable");
+    symlink("../../blobs/0", snapshot.join("vocab.json")).expect("a link");
+    let target = quantized(&snapshot, "b").expect("a link inside the cache");
+    assert_eq!(std::fs::read(target.join("vocab.json")).expect("a copy"), b"{}");
+
+    // A link in the way of a file that is written is replaced, and not followed.
+    let target = folder.path().join("c");
+    std::fs::create_dir(&target).expect("a folder");
+    symlink(&secret, target.join("model.safetensors.part")).expect("a link");
+    quantized(&snapshot, "c").expect("the link is in nobody's way");
+    assert_eq!(std::fs::read(&secret).expect("still there"), b"private");
 }
