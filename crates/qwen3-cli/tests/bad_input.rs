@@ -78,6 +78,8 @@ fn broken_configs() {
     copy_fails(&copy, &["embed_tokens", "4096", "4095"]);
     let copy = Copy::new();
     copy.config(|config| drop(config.insert("eos_token_id".into(), json!(4096))));
+    // The ids of generation_config.json, if it has any, are taken instead.
+    fs::write(copy.file("generation_config.json"), "{}").unwrap();
     copy_fails(&copy, &["config.json", "eos_token_id", "4096", "vocab_size"]);
     let copy = Copy::new();
     fs::write(copy.file("generation_config.json"), r#"{"eos_token_id": [4089, 5000]}"#).unwrap();

@@ -107,7 +107,6 @@ fn what_was_measured_is_said_though_its_file_cannot_be_written() {
         "2",
         "--threads",
         "1",
-        "--force",
         "--output",
         "/dev/null/file",
     ];

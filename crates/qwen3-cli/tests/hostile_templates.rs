@@ -11,8 +11,11 @@ use program::{AUSTEN, Run, run};
 const HARMLESS: [&str; 8] =
     ["count", "esc-out", "int-min", "int-overflow", "mod-min", "ns-cycle-eq", "round", "strip"];
 
+/// Takes about as long as a template may: whether it renders depends on the machine.
+const BORDERLINE: &str = "sort-quadr";
+
 fn check(name: &str, run: &Run) {
-    if HARMLESS.contains(&name) {
+    if HARMLESS.contains(&name) || (name == BORDERLINE && run.success) {
         assert!(run.success && run.stderr.is_empty(), "{name}: {run:?}");
         return;
     }
