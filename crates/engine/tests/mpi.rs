@@ -7,11 +7,14 @@ use std::sync::Arc;
 use engine::qwen3_model::ParallelStrategy;
 use engine::qwen3_model::comm::{Communicator, MpiComm};
 
+/// A test that runs on the ranks of a communicator.
+type Check = fn(Arc<dyn Communicator>, ParallelStrategy);
+
 fn main() {
     let comm: Arc<dyn Communicator> = Arc::new(MpiComm::init().expect("MPI starts"));
     let ranks = comm.size();
     // A failed check ends the other ranks too: dropped in a panic, this end fails them all.
-    let checks: [(&str, fn(Arc<dyn Communicator>, ParallelStrategy)); 2] = [
+    let checks: [(&str, Check); 2] = [
         ("concurrent", suite::concurrent_requests_get_the_answers_that_they_get_alone),
         ("log-probabilities", suite::log_probabilities_are_those_of_one_pass),
     ];

@@ -160,8 +160,8 @@ pub fn panels(weights: &PackedMatrix) -> Panels<'_> {
     Panels::new(data, weights.rows(), weights.cols())
 }
 
-/// `y = W · x` on the calling thread; W [rows, cols], x [cols], y [rows]. Activations are rounded
-/// as the format of the weights asks ([`InputKind::of`]).
+/// `y = W · x` on the calling thread; W `[rows, cols]`, x `[cols]`, y `[rows]`. Activations are
+/// rounded as the format of the weights asks ([`InputKind::of`]).
 ///
 /// # Panics
 /// When `x` has another length than the columns, or `y` than the rows.

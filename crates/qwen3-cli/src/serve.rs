@@ -64,7 +64,8 @@ pub struct ServeArgs {
     #[arg(long, value_name = "HOST", help_heading = "Serving")]
     allowed_host: Vec<String>,
 
-    /// Allow web pages of this origin, such as https://app.example, to use the server (repeatable)
+    /// Allow web pages of this origin, such as `https://app.example`, to use the server
+    /// (repeatable)
     #[arg(long, value_name = "ORIGIN", help_heading = "Serving")]
     cors_origin: Vec<String>,
 

@@ -222,12 +222,12 @@ fn play(
     Ok(format!("ranks gone after {:.1} s: {}", gone.as_secs_f64(), line.trim()))
 }
 
-/// Whether a process has a file of weights open.
+/// Whether a process reads its share of the weights: it has read more than everything else that it
+/// reads takes.
 fn loads(process: u32) -> bool {
-    let files = fs::read_dir(format!("/proc/{process}/fd")).into_iter().flatten().flatten();
-    files
-        .filter_map(|file| fs::read_link(file.path()).ok())
-        .any(|file| file.extension().is_some_and(|e| e == "safetensors"))
+    let counters = fs::read_to_string(format!("/proc/{process}/io")).unwrap_or_default();
+    let read = counters.lines().find_map(|line| line.strip_prefix("rchar: ")?.parse().ok());
+    read.is_some_and(|bytes: u64| bytes > 2_000_000)
 }
 
 /// The ranks of a job that run: number and process.
