@@ -152,6 +152,14 @@ pub enum DocumentError {
         /// What would do.
         expected: String,
     },
+    /// A file of the model names a file elsewhere.
+    #[error("{name:?} leads out of {}, expected a file of the model's folder", folder.display())]
+    Outside {
+        /// The model's folder.
+        folder: PathBuf,
+        /// The name.
+        name: String,
+    },
     /// The header of a GGUF file cannot be read.
     #[error(transparent)]
     Header(Arc<CheckpointError>),

@@ -3,7 +3,7 @@
 use std::{
     collections::HashMap,
     fs,
-    path::{Path, PathBuf},
+    path::{Component, Path, PathBuf},
     sync::{Arc, OnceLock, atomic::AtomicU64},
 };
 
@@ -125,6 +125,22 @@ impl ModelSource {
             }
         };
         kept(self.generation_config.get_or_init(read))
+    }
+
+    /// A small JSON file of the model's folder, such as `modules.json`, if there is one. It is read
+    /// at each call. A GGUF file has none.
+    ///
+    /// # Errors
+    ///
+    /// If it cannot be read, or `name` leads out of the folder.
+    pub fn document(&self, name: &str) -> Result<Option<Document>, DocumentError> {
+        let Place::Folder(folder) = &self.place else { return Ok(None) };
+        let inside = |part| matches!(part, Component::Normal(_) | Component::CurDir);
+        if !Path::new(name).components().all(inside) {
+            let (folder, name) = (folder.clone(), name.to_owned());
+            return Err(DocumentError::Outside { folder, name });
+        }
+        Document::read(&folder.join(name), MAX_CONFIG)
     }
 
     /// `tokenizer_config.json`, if there is one.

@@ -249,6 +249,7 @@ fn front(
     };
     let shared = Arc::new(Shared::new(Limits {
         vocab_size,
+        has_head: model.config().has_head,
         context_length: model.config().context_length(),
         pages: pages * arenas,
         page_positions: PAGE_POSITIONS,

@@ -21,6 +21,8 @@ const MAX_LOGPROBS: usize = 100;
 pub struct Limits {
     /// Size of the vocabulary.
     pub vocab_size: usize,
+    /// Whether the model generates tokens. Without a head it only takes pooling requests.
+    pub has_head: bool,
     /// Tokens that a prompt and its answer may have together.
     pub context_length: usize,
     /// Pages that one sequence may take, on all ranks that split positions.
@@ -167,6 +169,9 @@ impl EngineHandle {
         }
         if request.pooling == Some(Pooling::LastToken) && (max_tokens, n) != (0, 1) {
             return Err(SubmitError::Pooling { max_tokens, n });
+        }
+        if !limits.has_head && (request.pooling.is_none() || request.prompt_logprobs.is_some()) {
+            return Err(SubmitError::NoHead);
         }
         let logprobs = sampling.logprobs.max(request.prompt_logprobs).unwrap_or(0);
         if logprobs > MAX_LOGPROBS {

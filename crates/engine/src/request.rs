@@ -246,6 +246,12 @@ pub enum SubmitError {
         /// The request's `n`.
         n: usize,
     },
+    /// A request for tokens to a model without a head.
+    #[error(
+        "the model has no head over the vocabulary: it gives embeddings or scores, expected a \
+         model that generates text"
+    )]
+    NoHead,
     /// A sampling parameter is out of range.
     #[error(transparent)]
     Sampling(#[from] SamplingError),

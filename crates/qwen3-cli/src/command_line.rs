@@ -13,6 +13,7 @@ use crate::bench::BenchArgs;
 use crate::calibrate::CalibrateArgs;
 use crate::chat::ChatArgs;
 use crate::demo::DemoArgs;
+use crate::embed::EmbedArgs;
 use crate::failure::CliError;
 use crate::generate::GenerateArgs;
 use crate::logits::LogitsArgs;
@@ -20,6 +21,7 @@ use crate::options::LaunchOptions;
 use crate::perplexity::PerplexityArgs;
 use crate::plan::PlanArgs;
 use crate::quantize::QuantizeArgs;
+use crate::rerank::RerankArgs;
 use crate::serve::ServeArgs;
 use crate::synth::SynthArgs;
 use crate::tokenize::TokenizeArgs;
@@ -71,6 +73,8 @@ enum Command {
     Generate(GenerateArgs),
     Chat(ChatArgs),
     Serve(ServeArgs),
+    Embed(EmbedArgs),
+    Rerank(RerankArgs),
     Logits(LogitsArgs),
     Bench(BenchArgs),
     Perplexity(PerplexityArgs),
@@ -104,6 +108,8 @@ fn dispatch(command: &Command) -> ExitCode {
         Command::Generate(args) => launch(&args.launch, |rank| args.run(rank)),
         Command::Chat(args) => launch(&args.launch, |rank| args.run(rank)),
         Command::Serve(args) => launch(&args.launch, |rank| args.run(rank)),
+        Command::Embed(args) => launch(&args.launch.exact(), |rank| args.run(rank)),
+        Command::Rerank(args) => launch(&args.launch.exact(), |rank| args.run(rank)),
         Command::Logits(args) => launch(&args.launch.exact(), |rank| args.run(rank)),
         Command::Bench(args) => launch(&args.launch, |rank| args.run(rank)),
         Command::Perplexity(args) => launch(&args.launch.exact(), |rank| args.run(rank)),

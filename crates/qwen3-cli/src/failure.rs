@@ -7,10 +7,11 @@ use qwen3_model::ModelError;
 use qwen3_model::checkpoint::{DocumentError, OpenError};
 use qwen3_model::config::ConfigError;
 use qwen3_model::perplexity::PerplexityError;
+use qwen3_model::pooling::PoolingError;
 use qwen3_model::shards::ExportError;
 use ranks::RankError;
 
-use qwen3_text::{PromptError, TemplateError, TokenizerError};
+use qwen3_text::{PoolingTextError, PromptError, TemplateError, TokenizerError};
 
 /// Why a command ends early. Each message is one line.
 #[derive(Debug, thiserror::Error)]
@@ -73,6 +74,12 @@ pub enum CliError {
         /// Why.
         source: Box<PerplexityError>,
     },
+    /// The model does not pool, or its scores cannot be read.
+    #[error(transparent)]
+    Pooling(#[from] PoolingError),
+    /// A text to embed or to rank cannot be encoded.
+    #[error(transparent)]
+    PoolingText(#[from] PoolingTextError),
     /// The model fails.
     #[error(transparent)]
     Model(#[from] ModelError),

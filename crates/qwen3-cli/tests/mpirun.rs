@@ -44,6 +44,30 @@ fn assert_one_error(run: &Run, words: &[&str]) {
     }
 }
 
+/// The vectors and the probabilities of two processes are those of one, within rounding.
+#[test]
+fn two_processes_embed_and_rank_as_one() {
+    for (command, case, field) in
+        [("embed", "embedding", "embeddings"), ("rerank", "reranker", "scores")]
+    {
+        let model = format!("{}/tests/data/{case}", env!("CARGO_MANIFEST_DIR"));
+        let args = [command, "--json", "--model", &model, "--tokens", "1,2,3", "7,8"];
+        let one = program::json(&args);
+        let numbers = |value: &Value| -> Vec<f64> {
+            let flat = value[field].to_string().replace(['[', ']'], "");
+            flat.split(',').map(|number| number.parse().unwrap()).collect()
+        };
+        for strategy in ["heads", "sequence"] {
+            let run = run_with(mpirun(&[&args[..], &["--strategy", strategy]].concat()), "");
+            assert!(run.success && run.stderr.is_empty(), "{run:?}");
+            let two: Value = serde_json::from_str(&run.stdout).unwrap();
+            let (one, two) = (numbers(&one), numbers(&two));
+            assert_eq!(one.len(), two.len());
+            assert!(one.iter().zip(&two).all(|(a, b)| (a - b).abs() < 1e-5), "{one:?} {two:?}");
+        }
+    }
+}
+
 #[test]
 fn two_processes_answer_as_one() {
     let case = &read_json(format!("{AUSTEN}/expected.json"))[0];

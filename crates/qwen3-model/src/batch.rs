@@ -99,6 +99,15 @@ pub enum BatchError {
         /// Tokens of the vocabulary.
         vocab_size: usize,
     },
+    /// Logits of a model without a head.
+    #[error(
+        "sequence {sequence}: the model has no head over the vocabulary, expected a model that \
+         generates text (this one gives embeddings or scores)"
+    )]
+    NoHead {
+        /// The sequence.
+        sequence: u64,
+    },
     /// A sequence longer than the model's context.
     #[error(
         "sequence {sequence}: it reaches position {end}, expected at most {context_length}, the length of the context"
@@ -184,6 +193,8 @@ pub enum BatchError {
 /// What a batch has to fit.
 pub(crate) struct Bounds {
     pub vocab_size: usize,
+    /// Whether the model computes logits.
+    pub has_head: bool,
     pub context_length: usize,
     /// Pages of an arena.
     pub pages: usize,
@@ -267,7 +278,7 @@ impl Span {
     }
 
     fn check(&self, expected: usize, tokens: &[u32], bounds: &Bounds) -> Result<(), BatchError> {
-        let &Bounds { vocab_size, context_length, pages, ranks } = bounds;
+        let &Bounds { vocab_size, has_head, context_length, pages, ranks } = bounds;
         let (sequence, found) = (self.sequence, self.tokens.clone());
         let Some(own) =
             tokens.get(found.clone()).filter(|own| found.start == expected && !own.is_empty())
@@ -301,6 +312,9 @@ impl Span {
         };
         if let Some((_, &(index, _))) = self.wanted.iter().enumerate().find(|one| !ascends(*one)) {
             return Err(BatchError::Wanted { sequence, index, tokens: own.len() });
+        }
+        if !has_head && self.wanted.iter().any(|(_, wanted)| *wanted == Wanted::Logits) {
+            return Err(BatchError::NoHead { sequence });
         }
         Ok(())
     }

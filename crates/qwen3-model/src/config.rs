@@ -47,6 +47,10 @@ pub struct Config {
     pub moe: Option<MoeConfig>,
     /// Ids that end an answer, as far as this file says (`generation_config.json` says more).
     pub eos_token_ids: Vec<u32>,
+    /// Whether the model has a head over the vocabulary. Without one the model gives hidden states
+    /// only: `architectures` is `Qwen3Model` or a sequence classification, or `modules.json` says
+    /// that the hidden states are pooled.
+    pub has_head: bool,
     /// The id that begins a text.
     pub bos_token_id: Option<u32>,
     /// `dtype` or `torch_dtype`; the weights' own headers decide, this is what the file claims.
@@ -80,7 +84,9 @@ impl Config {
     /// When it is absent or does not describe a model that this crate runs.
     pub fn read(source: &ModelSource) -> Result<Self, ConfigError> {
         let document = source.config()?;
-        Self::from_json(&document.file, &parse_json(document)?)
+        let mut config = Self::from_json(&document.file, &parse_json(document)?)?;
+        config.has_head &= source.document("modules.json")?.is_none();
+        Ok(config)
     }
 
     /// Reads a parsed `config.json`; errors name `file`.
@@ -123,6 +129,7 @@ impl Config {
             tie_word_embeddings: fields.boolean("tie_word_embeddings", false)?,
             rope,
             moe,
+            has_head: has_head(&fields)?,
             eos_token_ids: fields.token_ids("eos_token_id")?,
             bos_token_id: fields.token_ids("bos_token_id")?.first().copied(),
             dtype: dtype(&fields)?,
@@ -164,6 +171,11 @@ impl Config {
                 self.max_position_embeddings.max(extended as usize)
             }
         }
+    }
+
+    /// Rows of the head: `vocab_size`, or 0 without a head.
+    pub fn head_rows(&self) -> usize {
+        if self.has_head { self.vocab_size } else { 0 }
     }
 
     /// Query heads that share a KV head.
@@ -374,6 +386,17 @@ fn head_dim(
         return Err(fields.range("head_dim", head_dim, "an even number"));
     }
     Ok(head_dim)
+}
+
+/// Whether one of `architectures` predicts tokens. A file without this field describes a model that
+/// does.
+fn has_head(fields: &Fields<'_>) -> Result<bool, ConfigError> {
+    let Some(value) = fields.value("architectures") else { return Ok(true) };
+    let names = value.as_array().and_then(|own| own.iter().map(Value::as_str).collect());
+    let names: Vec<&str> =
+        names.ok_or_else(|| fields.mistyped("architectures", value, "a list of strings"))?;
+    let headless = |name: &&str| name.ends_with("Model") || name.contains("SequenceClassification");
+    Ok(!names.iter().any(headless))
 }
 
 fn rms_norm_eps(fields: &Fields<'_>) -> Result<f32, ConfigError> {

@@ -98,8 +98,8 @@ pub enum ModelError {
         /// Tokens of the vocabulary.
         vocab_size: usize,
     },
-    /// Logits are not finite.
-    #[error("the logits of token {token} of sequence {sequence} are not finite: {cause}")]
+    /// Logits or a hidden state are not finite.
+    #[error("the numbers of token {token} of sequence {sequence} are not finite: {cause}")]
     NotFinite {
         /// The sequence.
         sequence: u64,

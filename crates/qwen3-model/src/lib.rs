@@ -9,6 +9,7 @@ pub mod rope_config;
 pub mod config;
 pub mod generation_config;
 pub mod names;
+pub mod pooling;
 pub mod rotary;
 pub mod batch;
 mod error;

@@ -154,7 +154,7 @@ fn load_share(
     }
     let head =
         checkpoint.matrix(head(&config, checkpoint), config.vocab_size, config.hidden_size)?;
-    let vocab = split_range(config.vocab_size, ctx.comm.size(), ctx.comm.rank());
+    let vocab = split_range(config.head_rows(), ctx.comm.size(), ctx.comm.rank());
     let lm_head = share.linear(&[head.slice(vocab.clone(), 0..config.hidden_size)])?;
     let norm = checkpoint.vector(FINAL_NORM, config.hidden_size)?;
     let weights = if ctx.comm.size() > 1 { first_rows(&config, checkpoint)? } else { 0 };

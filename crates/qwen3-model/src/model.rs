@@ -148,6 +148,7 @@ impl Model {
         }
         batch.check(&Bounds {
             vocab_size: self.config.vocab_size,
+            has_head: self.config.has_head,
             context_length: self.config.context_length(),
             pages: arena.pages(),
             ranks: ctx.positions.size(),
@@ -170,7 +171,8 @@ impl Model {
             ctx.comm.ledger().set_layer(None);
         }
         let output = self.output(batch, &layout, workspace)?;
-        self.check_finite(batch, &output.logits)?;
+        self.check_finite(batch, Wanted::Logits, &output.logits.values)?;
+        self.check_finite(batch, Wanted::Hidden, &output.hidden)?;
         Ok(output)
     }
 
@@ -239,14 +241,19 @@ impl Model {
     }
 
     /// An answer that is chosen from NaN looks like an answer, so the pass fails instead.
-    fn check_finite(&self, batch: &Batch, logits: &Logits) -> Result<(), ModelError> {
+    fn check_finite(
+        &self,
+        batch: &Batch,
+        kind: Wanted,
+        values: &Activations,
+    ) -> Result<(), ModelError> {
         // NaN and infinity times 0 are NaN, which no sum loses.
-        let finite = |row: &[f32]| row.iter().map(|logit| logit * 0.0).sum::<f32>() == 0.0;
-        let rows = logits.values.rows().into_iter();
+        let finite = |row: &[f32]| row.iter().map(|value| value * 0.0).sum::<f32>() == 0.0;
+        let rows = values.rows().into_iter();
         let found = rows.map(|row| row.to_slice().is_none_or(finite)).position(|finite| !finite);
         let Some(found) = found else { return Ok(()) };
-        let mut wanted = batch.wanted().filter(|(_, wanted)| *wanted == Wanted::Logits);
-        let (token, _) = wanted.nth(found).expect("each row of logits is a wanted one");
+        let mut wanted = batch.wanted().filter(|(_, wanted)| *wanted == kind);
+        let (token, _) = wanted.nth(found).expect("each row is a wanted one");
         let span = batch.spans.iter().find(|span| span.tokens.contains(&token));
         let span = span.expect("each token belongs to a span");
         Err(ModelError::NotFinite {

@@ -177,7 +177,8 @@ fn reject_biases<E: From<ConfigError> + From<CheckpointError>>(
 /// The tensor that is the head. A tied model may have a head that was trained apart all the same;
 /// transformers, from version 5 on, uses it, and where the two are equal it is all one.
 pub(crate) fn head(config: &Config, checkpoint: &Checkpoint) -> &'static str {
-    if config.tie_word_embeddings && !checkpoint.contains(LM_HEAD) { EMBEDDING } else { LM_HEAD }
+    let shared = config.tie_word_embeddings && !checkpoint.contains(LM_HEAD);
+    if shared || !config.has_head { EMBEDDING } else { LM_HEAD }
 }
 
 /// All tensors of a model in reading order: embedding, layers, final norm, head.
@@ -185,7 +186,8 @@ pub fn tensor_specs(config: &Config) -> impl Iterator<Item = TensorSpec> + '_ {
     let hidden = config.hidden_size;
     let first = [matrix(EMBEDDING.into(), config.vocab_size, hidden)];
     let last = [norm(FINAL_NORM.into(), hidden)];
-    let head = (!config.tie_word_embeddings).then(|| head_spec(config));
+    let own_head = config.has_head && !config.tie_word_embeddings;
+    let head = own_head.then(|| head_spec(config));
     let layers = (0..config.num_hidden_layers).flat_map(|layer| layer_specs(config, layer));
     first.into_iter().chain(layers).chain(last).chain(head)
 }

@@ -150,7 +150,7 @@ fn copy_companions(source: &Path, target: &Path) -> Result<(), ExportError> {
 
 /// Whether a tied model has another head than its embedding.
 fn has_own_head(checkpoint: &Checkpoint, config: &Config) -> Result<bool, ExportError> {
-    if !config.tie_word_embeddings || !checkpoint.contains(LM_HEAD) {
+    if !config.has_head || !config.tie_word_embeddings || !checkpoint.contains(LM_HEAD) {
         return Ok(false);
     }
     let (rows, cols) = (config.vocab_size, config.hidden_size);

@@ -122,7 +122,7 @@ impl<'a> ModelShape<'a> {
             layers: formats.layers.iter().map(layer).collect(),
             head: MatrixShape {
                 format: formats.head,
-                rows: split_range(config.vocab_size, ranks, rank).len(),
+                rows: split_range(config.head_rows(), ranks, rank).len(),
                 cols: config.hidden_size,
             },
         }

@@ -17,6 +17,7 @@ mod chat_template;
 mod tokenizer;
 mod detokenizer;
 mod prompt;
+mod pooling;
 mod answer;
 mod stop;
 
@@ -26,6 +27,7 @@ pub use conversation::Conversation;
 pub use detokenizer::Detokenizer;
 pub use error::TemplateError;
 pub use json::{Json, JsonError};
+pub use pooling::{PoolingTextError, RerankPrompt, embedding_tokens, instructed, yes_and_no};
 pub use process::serve_templates;
 pub use prompt::{ControlTokens, Prompt, PromptError};
 pub use stop::{StopError, StopStrings};
