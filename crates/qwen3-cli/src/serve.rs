@@ -9,12 +9,14 @@ use std::time::Duration;
 use clap::Args;
 use qwen3_model::generation_config::{GenerationConfig, eos_token_ids};
 use qwen3_model::options::KvFormat;
+use qwen3_model::pooling::{Scorer, is_embedding_model};
+use qwen3_model::{Config, ModelError, ModelSource};
 use qwen3_server::engine::{Engine, EngineConfig, EngineHandle, KvMemory};
 use qwen3_server::{
-    Control, Keys, Limits, Listen, LogFormat, Phase, SamplingDefaults, ServedModel, Server,
-    ServerConfig, Tls, notify, start_logging,
+    Control, Keys, Limits, Listen, LogFormat, Phase, PoolingModel, SamplingDefaults, ServedModel,
+    Server, ServerConfig, Tls, notify, start_logging,
 };
-use qwen3_text::{ChatTemplate, ControlTokens, TemplateError, Tokenizer};
+use qwen3_text::{ChatTemplate, ControlTokens, TemplateError, Tokenizer, yes_and_no};
 use ranks::{Failure, Neighbours, Rank, Response, Signal};
 
 use crate::ahead;
@@ -124,6 +126,7 @@ struct Texts {
     tokenizer: Tokenizer,
     template: Option<ChatTemplate>,
     defaults: SamplingDefaults,
+    pooling: PoolingModel,
 }
 
 impl ServeArgs {
@@ -297,6 +300,7 @@ impl ServeArgs {
             },
             eos_token_ids: eos,
             defaults: texts.defaults,
+            pooling: texts.pooling,
         }
     }
 
@@ -350,8 +354,10 @@ impl Texts {
         let defaults = SamplingDefaults::default();
         let greedy = config.do_sample == Some(false);
         let temperature = config.temperature.unwrap_or(defaults.temperature);
+        let tokenizer = path.tokenizer()?;
         Ok(Self {
-            tokenizer: path.tokenizer()?,
+            pooling: pooling(&*path.open()?, &tokenizer)?,
+            tokenizer,
             template,
             defaults: SamplingDefaults {
                 temperature: if greedy { 0.0 } else { temperature },
@@ -364,6 +370,19 @@ impl Texts {
             },
         })
     }
+}
+
+/// What the model does with hidden states. A language model that cannot answer "yes" or "no" with
+/// one token ranks nothing.
+fn pooling(source: &ModelSource, tokenizer: &Tokenizer) -> Result<PoolingModel, CliError> {
+    let config = Config::read(source).map_err(ModelError::from)?;
+    let embeds = config.has_head || is_embedding_model(source, &config)?;
+    let scorer = match yes_and_no(tokenizer) {
+        _ if embeds && !config.has_head => Err("it is an embedding model".to_owned()),
+        Err(error) if config.has_head => Err(error.to_string()),
+        answers => Ok(Scorer::read(source, &config, answers.ok())?),
+    };
+    Ok(PoolingModel { embeds, hidden_size: config.hidden_size, scorer })
 }
 
 /// Ends the engine once the server has drained, or the server once the engine has failed.

@@ -198,6 +198,10 @@ impl From<SubmitError> for ApiError {
                 error.code = Some("context_length_exceeded");
                 error
             }
+            SubmitError::NoHead => Self::new(
+                StatusCode::BAD_REQUEST,
+                "the model generates no text; use /v1/embeddings, /v1/rerank or /v1/score",
+            ),
             SubmitError::Sequences { .. } => Self::param("n", message),
             SubmitError::Logprobs { .. } => Self::param("logprobs", message),
             _ => Self::new(StatusCode::BAD_REQUEST, message),

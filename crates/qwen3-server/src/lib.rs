@@ -34,4 +34,4 @@ pub use listen::ListenError;
 pub use logging::{LogFormat, escape, start as start_logging};
 pub use notify::notify;
 pub use server::{Control, Server};
-pub use service::{Phase, SamplingDefaults, ServedModel};
+pub use service::{Phase, PoolingModel, SamplingDefaults, ServedModel};

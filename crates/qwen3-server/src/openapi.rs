@@ -3,7 +3,7 @@
 use utoipa::OpenApi;
 
 use crate::protocol::chat::ChatChunk;
-use crate::routes::{chat, completions, messages, plain, responses};
+use crate::routes::{chat, completions, messages, plain, pooling, responses};
 
 /// The description.
 #[derive(OpenApi)]
@@ -16,6 +16,9 @@ use crate::routes::{chat, completions, messages, plain, responses};
         responses::create,
         messages::create,
         messages::count,
+        pooling::embeddings,
+        pooling::rerank,
+        pooling::score,
         plain::models,
         plain::model,
         plain::tokenize,

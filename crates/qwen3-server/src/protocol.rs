@@ -8,3 +8,4 @@ pub mod completions;
 pub mod messages;
 pub mod responses;
 pub mod plain;
+pub mod pooling;

@@ -5,6 +5,7 @@ pub mod completions;
 pub mod messages;
 mod page;
 pub mod plain;
+pub mod pooling;
 pub mod responses;
 
 use std::sync::Arc;
@@ -34,6 +35,9 @@ pub fn router(service: &Arc<Service>) -> Router {
         .route("/v1/responses", post(responses::create))
         .route("/v1/messages", post(messages::create))
         .route("/v1/messages/count_tokens", post(messages::count))
+        .route("/v1/embeddings", post(pooling::embeddings))
+        .route("/v1/rerank", post(pooling::rerank))
+        .route("/v1/score", post(pooling::score))
         .route("/v1/models", get(plain::models))
         .route("/v1/models/{id}", get(plain::model))
         .route("/tokenize", post(plain::tokenize))

@@ -5,6 +5,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use axum::http::StatusCode;
 use engine::EngineHandle;
+use engine::qwen3_model::pooling::Scorer;
 use qwen3_text::{ChatTemplate, ControlTokens, Tokenizer};
 use tokio::sync::{Semaphore, watch};
 
@@ -59,6 +60,17 @@ impl Default for SamplingDefaults {
     }
 }
 
+/// What a model does with the hidden states of texts.
+#[derive(Clone, Debug)]
+pub struct PoolingModel {
+    /// Whether the hidden state of a text's last token is an embedding. That of a classifier is not.
+    pub embeds: bool,
+    /// Numbers of a hidden state.
+    pub hidden_size: usize,
+    /// Scores documents, or the reason why the model cannot.
+    pub scorer: Result<Scorer, String>,
+}
+
 /// A loaded model, as the server needs it.
 pub struct ServedModel {
     /// Its name in requests.
@@ -75,6 +87,8 @@ pub struct ServedModel {
     pub eos_token_ids: Vec<u32>,
     /// How tokens are chosen by default.
     pub defaults: SamplingDefaults,
+    /// What the model does besides generating.
+    pub pooling: PoolingModel,
 }
 
 impl ServedModel {

@@ -219,7 +219,7 @@ fn the_description_of_the_api_has_all_routes() {
     let running = start(1, config(), &small());
     let answer = running.request("GET", "/openapi.json", "", "");
     let paths = answer.json()["paths"].as_object().expect("paths").len();
-    assert_eq!(paths, 15);
+    assert_eq!(paths, 18);
     let metrics = running.request("GET", "/metrics", "", "").body;
     assert!(metrics.contains("qwen3_kv_pages{state=\"total\"}"), "{metrics}");
     let page = running.request("GET", "/", "", "");

@@ -2,6 +2,7 @@
 
 mod answers;
 mod lifecycle;
+mod pooling;
 
 use std::io::{BufReader, Write as _};
 use std::net::TcpStream;
@@ -13,8 +14,11 @@ use std::time::{Duration, Instant};
 use engine::{Engine, EngineConfig, EngineHandle, KvMemory};
 use qwen3_model::comm::{Communicator, SoloComm, ThreadComm};
 use qwen3_model::generation_config::eos_token_ids;
-use qwen3_model::{Isa, Model, ModelOptions, ModelSource};
-use qwen3_server::{Control, Listen, SamplingDefaults, ServedModel, Server, ServerConfig};
+use qwen3_model::pooling::Scorer;
+use qwen3_model::{Config, Isa, Model, ModelOptions, ModelSource};
+use qwen3_server::{
+    Control, Listen, PoolingModel, SamplingDefaults, ServedModel, Server, ServerConfig,
+};
 use qwen3_text::{ChatTemplate, ControlTokens, Tokenizer};
 use serde_json::{Value, json};
 
@@ -91,6 +95,7 @@ fn source() -> Arc<ModelSource> {
 
 fn ready(control: &Control, engine: EngineHandle, eos_token_ids: Vec<u32>) {
     let source = source();
+    let config = Config::read(&source).expect("a configuration");
     control.ready(ServedModel {
         name: "austen".to_owned(),
         engine,
@@ -99,6 +104,12 @@ fn ready(control: &Control, engine: EngineHandle, eos_token_ids: Vec<u32>) {
         control_tokens: ControlTokens::Literal,
         eos_token_ids,
         defaults: SamplingDefaults::default(),
+        pooling: PoolingModel {
+            embeds: true,
+            hidden_size: config.hidden_size,
+            // The tokens of "a" and "b" stand for the answers.
+            scorer: Ok(Scorer::read(&source, &config, Some([65, 64])).expect("two rows")),
+        },
     });
 }
 
@@ -159,14 +170,15 @@ impl Drop for Running {
     }
 }
 
-/// Writes a request.
+/// Writes a request, after whose answer the server closes the connection.
 pub fn send(stream: &mut TcpStream, method: &str, path: &str, headers: &str, body: &str) {
     let host = stream.peer_addr().expect("the stream is connected");
     let host = if headers.contains("host:") { String::new() } else { format!("host: {host}\r\n") };
     let kind = if body.is_empty() { "" } else { "content-type: application/json\r\n" };
     let length = body.len();
     let head = format!(
-        "{method} {path} HTTP/1.1\r\n{host}{kind}content-length: {length}\r\n{headers}\r\n"
+        "{method} {path} HTTP/1.1\r\n{host}{kind}content-length: {length}\r\n\
+         connection: close\r\n{headers}\r\n"
     );
     // A server that refuses a body may close before it is written.
     let _ = stream.write_all(head.as_bytes()).and_then(|()| stream.write_all(body.as_bytes()));
