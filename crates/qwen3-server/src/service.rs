@@ -63,7 +63,7 @@ impl Default for SamplingDefaults {
 /// What a model does with the hidden states of texts.
 #[derive(Clone, Debug)]
 pub struct PoolingModel {
-    /// Whether the hidden state of a text's last token is an embedding. That of a classifier is not.
+    /// Whether the hidden state of a text's last token is an embedding. A classifier's is not.
     pub embeds: bool,
     /// Numbers of a hidden state.
     pub hidden_size: usize,
