@@ -243,7 +243,9 @@ impl Answer {
                     let sequence = &mut self.sequences[index];
                     sequence.finish_text();
                     let reason = match reason {
-                        _ if sequence.calls > 0 && reason == FinishReason::EndOfSequence => {
+                        FinishReason::EndOfSequence | FinishReason::Constraint
+                            if sequence.calls > 0 =>
+                        {
                             Reason::ToolCalls
                         }
                         FinishReason::EndOfSequence | FinishReason::Constraint => Reason::End,

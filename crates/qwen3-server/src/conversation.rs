@@ -2,7 +2,9 @@
 
 use std::sync::Arc;
 
-use qwen3_text::AnswerOptions;
+use engine::TokenConstraint;
+use qwen3_text::{AnswerOptions, Calls, Grammar, Guide, Tool};
+use serde_json::Value;
 
 use crate::access::Permit;
 use crate::answer::{Answer, Job};
@@ -12,8 +14,9 @@ use crate::gate::Caller;
 use crate::plan;
 use crate::prompt::{Chat, tool_json};
 use crate::protocol::chat::Function;
-use crate::protocol::sampling::{SamplingFields, StructuredOutputs};
+use crate::protocol::sampling::SamplingFields;
 use crate::service::{ServedModel, Service};
+use crate::structure::{self, Guided, Structure};
 use crate::thinking::ThinkingGate;
 
 /// Whether and which function is called.
@@ -28,50 +31,6 @@ pub enum ToolChoice {
     Required,
     /// A call of this function.
     Named(String),
-}
-
-/// A structure that the answer must have.
-#[derive(Clone, Debug, PartialEq)]
-pub enum Structure {
-    /// A JSON object.
-    JsonObject,
-    /// JSON that follows a schema.
-    JsonSchema(serde_json::Value),
-    /// A text that a regular expression matches.
-    Regex(String),
-    /// One of these texts.
-    Choice(Vec<String>),
-    /// A text that a grammar in Lark's notation allows.
-    Grammar(String),
-}
-
-impl Structure {
-    /// The structure that `structured_outputs` asks for.
-    pub fn of(fields: StructuredOutputs) -> Result<Self, ApiError> {
-        let wrong = |message: String| ApiError::param("structured_outputs", message);
-        let mut found = Vec::new();
-        if let Some(schema) = fields.json {
-            let schema = match schema {
-                serde_json::Value::String(text) => serde_json::from_str(&text)
-                    .map_err(|error| wrong(format!("json is not JSON: {error}")))?,
-                schema => schema,
-            };
-            found.push(Self::JsonSchema(schema));
-        }
-        found.extend(fields.regex.map(Self::Regex));
-        found.extend(fields.choice.map(Self::Choice));
-        found.extend(fields.grammar.map(Self::Grammar));
-        let count = found.len();
-        match (count, found.pop()) {
-            (1, Some(Self::Choice(texts))) if texts.is_empty() => {
-                Err(wrong("choice is empty, expected at least one text".to_owned()))
-            }
-            (1, Some(structure)) => Ok(structure),
-            _ => Err(wrong(format!(
-                "found {count} structures, expected one of json, regex, choice and grammar"
-            ))),
-        }
-    }
 }
 
 /// A conversation to be continued.
@@ -89,8 +48,8 @@ pub struct Continuation {
     pub tool_choice: ToolChoice,
     /// Allows at most one call.
     pub one_call: bool,
-    /// A structure that the answer must have.
-    pub structure: Option<Structure>,
+    /// A structure that the answer must have, and the field that asks for it.
+    pub structure: Option<(&'static str, Structure)>,
 }
 
 impl Continuation {
@@ -125,24 +84,61 @@ impl Continuation {
             let variables = &mut self.chat.variables;
             variables.entry("enable_thinking").or_insert(thinking.into());
         }
-        // Both need a grammar that the tokens follow.
-        let grammar = match (&self.structure, &self.tool_choice) {
-            (Some(_), _) => Some("response_format"),
-            (_, ToolChoice::Required | ToolChoice::Named(_)) => Some("tool_choice"),
+        let guide = match self.grammar(service.model()?) {
+            Some((param, grammar)) => Some(structure::compile(service, param, grammar).await?),
+            None => None,
+        };
+        let limits = Arc::clone(&service.limits);
+        service.encode(move |model| self.job(model, guide, &limits, permit.as_deref())).await
+    }
+
+    /// The grammar that the answer follows, and the field that asks for it. Calls that are asked
+    /// for come before a structure; where both are possible, the model chooses.
+    fn grammar(&mut self, model: &ServedModel) -> Option<(&'static str, Grammar)> {
+        let form = model.template.as_ref()?.call_form();
+        let named = match &self.tool_choice {
+            ToolChoice::Named(name) => Some(name),
             _ => None,
         };
-        if let Some(param) = grammar {
-            let message = format!("{param} is supported only with values that need no grammar");
-            return Err(ApiError::unsupported(param, message));
+        let called =
+            self.chat.tools.iter().filter(|tool| named.is_none_or(|name| tool.name == *name));
+        let forced = matches!(self.tool_choice, ToolChoice::Required | ToolChoice::Named(_));
+        let strict = self.chat.tools.iter().any(|tool| tool.strict == Some(true));
+        let tools = called.map(|tool| Tool {
+            name: tool.name.clone(),
+            // Beside strict tools, arguments of others are as the model likes.
+            parameters: match &tool.parameters {
+                Some(fields) if forced || !strict || tool.strict == Some(true) => {
+                    Value::Object(fields.clone())
+                }
+                Some(_) => serde_json::json!({"type": "object"}),
+                None => Value::Null,
+            },
+        });
+        let calls = Calls { form, tools: tools.collect(), one: self.one_call || named.is_some() };
+        match self.structure.take() {
+            _ if forced => Some(("tool_choice", Grammar::Calls(calls))),
+            Some((param, structure)) => {
+                let grammar = match structure.grammar() {
+                    Grammar::JsonSchema(schema) if !calls.tools.is_empty() => {
+                        Grammar::CallsOrJson(calls, schema)
+                    }
+                    grammar => grammar,
+                };
+                Some((param, grammar))
+            }
+            None if strict && model.tokenizer.added_token("<tool_call>").is_some() => {
+                Some(("tools", Grammar::CallsInText(calls)))
+            }
+            None => None,
         }
-        let limits = Arc::clone(&service.limits);
-        service.encode(move |model| self.job(model, &limits, permit.as_deref())).await
     }
 
     /// What the engine computes, and how it is read.
     fn job(
         self,
         model: &ServedModel,
+        guide: Option<Guide>,
         limits: &Limits,
         permit: Option<&Permit>,
     ) -> Result<Job, ApiError> {
@@ -156,9 +152,18 @@ impl Continuation {
         let in_thinking = parse.in_thinking;
         let (mut request, stops) =
             plan::request(model, limits, permit, &self.sampling, prompt.tokens)?;
-        if let Some(budget) = self.thinking_budget.filter(|_| !closed && !continues) {
-            let gate = || ThinkingGate::new(&model.tokenizer, in_thinking, Some(budget), None);
-            request.constraints = (0..request.n).map(|_| Box::new(gate()) as _).collect();
+        let thinks = !closed && !continues;
+        let budget = self.thinking_budget.filter(|_| thinks);
+        if guide.is_some() || budget.is_some() {
+            let constraint = || -> Box<dyn TokenConstraint> {
+                match guide.clone().map(|guide| Box::new(Guided::new(guide)) as _) {
+                    Some(guided) if !thinks => guided,
+                    inner => {
+                        Box::new(ThinkingGate::new(&model.tokenizer, in_thinking, budget, inner))
+                    }
+                }
+            };
+            request.constraints = (0..request.n).map(|_| constraint()).collect();
         }
         Ok(Job { request, stops, parse: Some(parse), one_call: self.one_call })
     }

@@ -21,6 +21,7 @@ mod answer;
 mod plan;
 mod prompt;
 mod gate;
+mod structure;
 mod conversation;
 mod routes;
 mod openapi;

@@ -6,7 +6,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use axum::http::StatusCode;
 use engine::EngineHandle;
 use engine::qwen3_model::pooling::Scorer;
-use qwen3_text::{ChatTemplate, ControlTokens, Tokenizer};
+use qwen3_text::{ChatTemplate, ControlTokens, GrammarError, Grammars, Tokenizer};
 use tokio::sync::{Semaphore, watch};
 
 use crate::access::{Keys, Sites};
@@ -124,6 +124,7 @@ pub struct Service {
     pub encoders: Arc<Semaphore>,
     phase: watch::Sender<Phase>,
     model: OnceLock<Arc<ServedModel>>,
+    grammars: OnceLock<Result<Grammars, GrammarError>>,
 }
 
 impl Service {
@@ -140,6 +141,7 @@ impl Service {
             encoders: Arc::new(Semaphore::new(2)),
             phase: watch::Sender::new(Phase::Loading),
             model: OnceLock::new(),
+            grammars: OnceLock::new(),
         }
     }
 
@@ -193,6 +195,15 @@ impl Service {
             )),
             _ => Err(ApiError::unavailable("the model is loading")),
         }
+    }
+
+    /// Compiles grammars. The first call prepares the vocabulary, which takes about as long as
+    /// reading the tokenizer.
+    pub fn grammars(&self) -> Result<Grammars, GrammarError> {
+        let Some(model) = self.model.get() else {
+            return Err(GrammarError::Vocabulary { problem: "the model is loading".to_owned() });
+        };
+        self.grammars.get_or_init(|| Grammars::new(&model.tokenizer, &model.eos_token_ids)).clone()
     }
 
     /// Checks the model's name in a request; an absent name means the one model.

@@ -75,8 +75,8 @@ impl AnswerOptions {
 
 const THINK: &str = "<think>";
 const THINK_END: &str = "</think>";
-const CALL: &str = "<tool_call>";
-const CALL_END: &str = "</tool_call>";
+pub(crate) const CALL: &str = "<tool_call>";
+pub(crate) const CALL_END: &str = "</tool_call>";
 const FUNCTION: &str = "<function=";
 
 /// Takes an answer apart while it is generated.

@@ -20,12 +20,14 @@ mod prompt;
 mod pooling;
 mod answer;
 mod stop;
+mod grammar;
 
 pub use answer::{AnswerEvent, AnswerOptions, AnswerParser};
-pub use chat_template::ChatTemplate;
+pub use chat_template::{CallForm, ChatTemplate};
 pub use conversation::Conversation;
 pub use detokenizer::Detokenizer;
 pub use error::TemplateError;
+pub use grammar::{Calls, Grammar, GrammarError, Grammars, Guide, Tool};
 pub use json::{Json, JsonError};
 pub use pooling::{PoolingTextError, RerankPrompt, embedding_tokens, instructed, yes_and_no};
 pub use process::serve_templates;

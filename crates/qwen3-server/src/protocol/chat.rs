@@ -141,7 +141,8 @@ pub struct Function {
     /// Its parameters, as a JSON schema.
     #[schema(value_type = Option<Object>)]
     pub parameters: Option<Map<String, Value>>,
-    /// Accepted; calls of required or named functions always follow the schema.
+    /// Whether calls follow the schema where the model decides about them. Those of required and
+    /// named functions always do.
     pub strict: Option<bool>,
 }
 

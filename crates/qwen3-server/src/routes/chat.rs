@@ -8,7 +8,7 @@ use axum::http::Response;
 
 use super::{From, json, ok, respond};
 use crate::answer::{Answer, Delta, Piece, Whole};
-use crate::conversation::{self, Continuation, Structure};
+use crate::conversation::{self, Continuation};
 use crate::error::{ApiError, Dialect, ErrorBody};
 use crate::prompt::{self, Chat};
 use crate::protocol::answer::{ServerSentEvent, Timings};
@@ -20,6 +20,7 @@ use crate::protocol::chat::{
 use crate::request_id;
 use crate::service::{FINGERPRINT, ServedModel, Service, now};
 use crate::sse::{self, StreamError};
+use crate::structure::Structure;
 
 /// Continues a conversation.
 #[utoipa::path(post, path = "/v1/chat/completions", request_body = ChatRequest,
@@ -70,14 +71,14 @@ fn continuation(body: ChatRequest) -> Result<Continuation, ApiError> {
     let effort = body.reasoning_effort;
     let structured = body.structured_outputs.map(Structure::of).transpose()?;
     let structure = match body.response_format {
-        None | Some(ResponseFormat::Text) => structured,
+        None | Some(ResponseFormat::Text) => structured.map(|found| ("structured_outputs", found)),
         Some(_) if structured.is_some() => {
             let message = "response_format and structured_outputs exclude each other";
             return Err(ApiError::param("response_format", message));
         }
-        Some(ResponseFormat::JsonObject) => Some(Structure::JsonObject),
+        Some(ResponseFormat::JsonObject) => Some(("response_format", Structure::JsonObject)),
         Some(ResponseFormat::JsonSchema { json_schema }) => match json_schema.schema {
-            Some(schema) => Some(Structure::JsonSchema(schema)),
+            Some(schema) => Some(("response_format", Structure::JsonSchema(schema))),
             None => {
                 let message = "response_format.json_schema has no schema";
                 return Err(ApiError::param("response_format.json_schema.schema", message));

@@ -22,6 +22,7 @@ use crate::protocol::completions::{
 use crate::request_id;
 use crate::service::{FINGERPRINT, ServedModel, Service, now};
 use crate::sse::{self, StreamError};
+use crate::structure::{self, Guided, Structure};
 
 /// Tokens of an answer, if the request does not say; as in OpenAI's API.
 const DEFAULT_MAX_TOKENS: usize = 16;
@@ -106,14 +107,17 @@ async fn submit(
     caller: &Caller,
     body: CompletionRequest,
 ) -> Result<Vec<Prompted>, ApiError> {
-    if body.structured_outputs.is_some() {
-        let message = "structured_outputs is supported by /v1/chat/completions only";
-        return Err(ApiError::unsupported("structured_outputs", message));
-    }
     let mut sampling = body.sampling();
     sampling.max_tokens = Some(sampling.max_tokens.unwrap_or(DEFAULT_MAX_TOKENS));
     sampling.logprobs = body.logprobs;
     let echo = body.echo.unwrap_or(false);
+    let guide = match body.structured_outputs {
+        Some(fields) => {
+            let grammar = Structure::of(fields)?.grammar();
+            Some(structure::compile(service, "structured_outputs", grammar).await?)
+        }
+        None => None,
+    };
     let permit = caller.permit.clone();
     let limits = Arc::clone(&service.limits);
     let jobs = service.encode(move |model| {
@@ -123,6 +127,10 @@ async fn submit(
             let (mut request, stops) =
                 plan::request(model, &limits, permit.as_deref(), &sampling, prompt)?;
             request.prompt_logprobs = sampling.logprobs.filter(|_| echo);
+            if let Some(guide) = &guide {
+                let guided = || Box::new(Guided::new(guide.clone())) as _;
+                request.constraints = (0..request.n).map(|_| guided()).collect();
+            }
             Ok((Job { request, stops, parse: None, one_call: false }, text))
         };
         prompts.into_iter().map(job).collect::<Result<Vec<_>, ApiError>>()

@@ -10,7 +10,7 @@ use serde_json::{Map, Value, json as value};
 use super::chat::call_id;
 use super::{From, json, ok, respond};
 use crate::answer::{Answer, Delta, Part, Reason, Whole};
-use crate::conversation::{Continuation, Structure, ToolChoice};
+use crate::conversation::{Continuation, ToolChoice};
 use crate::error::{ApiError, Dialect, ErrorBody};
 use crate::prompt::{Chat, call_json};
 use crate::protocol::answer::ServerSentEvent;
@@ -23,6 +23,7 @@ use crate::protocol::sampling::SamplingFields;
 use crate::request_id;
 use crate::service::{Service, now};
 use crate::sse::{self, Events, StreamError};
+use crate::structure::Structure;
 
 /// Continues a text or a conversation. The answer is not stored.
 #[utoipa::path(post, path = "/v1/responses", request_body = ResponsesRequest,
@@ -98,7 +99,7 @@ fn continuation(body: ResponsesRequest) -> Result<Continuation, ApiError> {
         name: tool.name,
         description: tool.description,
         parameters: tool.parameters,
-        strict: None,
+        strict: tool.strict,
     });
     let effort = body.reasoning.and_then(|reasoning| reasoning.effort);
     Ok(Continuation {
@@ -120,8 +121,10 @@ fn continuation(body: ResponsesRequest) -> Result<Continuation, ApiError> {
         one_call: body.parallel_tool_calls == Some(false),
         structure: match body.text.and_then(|text| text.format) {
             None | Some(TextFormat::Text) => None,
-            Some(TextFormat::JsonObject) => Some(Structure::JsonObject),
-            Some(TextFormat::JsonSchema { schema, .. }) => Some(Structure::JsonSchema(schema)),
+            Some(TextFormat::JsonObject) => Some(("text.format", Structure::JsonObject)),
+            Some(TextFormat::JsonSchema { schema, .. }) => {
+                Some(("text.format", Structure::JsonSchema(schema)))
+            }
         },
     })
 }
