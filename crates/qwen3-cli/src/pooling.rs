@@ -6,7 +6,9 @@ use std::str::FromStr;
 
 use engine::{EngineConfig, Event, KvMemory, Pooling, Request, Stream};
 use qwen3_model::options::KvFormat;
-use qwen3_model::{ModelError, PAGE_POSITIONS};
+use qwen3_model::pooling::{PoolingError, Scorer};
+use qwen3_model::{Config, ModelError, ModelSource, PAGE_POSITIONS};
+use qwen3_text::{Tokenizer, yes_and_no};
 use ranks::{Failure, Rank};
 
 use crate::ahead;
@@ -44,6 +46,26 @@ pub struct Pooled<T> {
     pub rows: Vec<Vec<f32>>,
     /// What the command read beside the prompts.
     pub value: T,
+}
+
+/// What scores a reranker's documents; `tokenizer` has the ids of its answers unless `rerank.json`
+/// of the model states them.
+///
+/// # Errors
+/// When the model is no reranker, or its answers are not single tokens.
+pub fn scorer(
+    source: &ModelSource,
+    config: &Config,
+    tokenizer: Option<&Tokenizer>,
+) -> Result<Scorer, CliError> {
+    let (answers, problem) = match tokenizer.map(yes_and_no).transpose() {
+        Ok(answers) => (answers, None),
+        Err(problem) => (None, Some(problem)),
+    };
+    match (Scorer::read(source, config, answers), problem) {
+        (Err(PoolingError::NoAnswers { .. }), Some(problem)) => Err(problem.into()),
+        (scorer, _) => Ok(scorer?),
+    }
 }
 
 /// The lines of a file, at least one.

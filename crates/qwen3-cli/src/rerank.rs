@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use clap::Args;
 use qwen3_model::Config;
 use qwen3_model::pooling::Scorer;
-use qwen3_text::{RerankPrompt, yes_and_no};
+use qwen3_text::RerankPrompt;
 use ranks::{Failure, Rank};
 use serde_json::json;
 
@@ -89,8 +89,7 @@ impl RerankArgs {
         let Some(query) = &self.query else {
             let tokenizer = source.has_tokenizer();
             let tokenizer = tokenizer.then(|| self.engine.model.tokenizer()).transpose()?;
-            let answers = tokenizer.map(|own| yes_and_no(&own)).transpose()?;
-            let scorer = Scorer::read(&source, &config, answers)?;
+            let scorer = pooling::scorer(&source, &config, tokenizer.as_ref())?;
             let prompts = self.input.tokens.iter().map(|list| list.0.clone()).collect();
             return Ok((prompts, scorer));
         };
@@ -106,9 +105,7 @@ impl RerankArgs {
             return Err(CliError::option(option, found, "a text"));
         }
         let tokenizer = self.engine.model.tokenizer()?;
-        // A sequence classification needs no ids of answers.
-        let answers = if config.has_head { Some(yes_and_no(&tokenizer)?) } else { None };
-        let scorer = Scorer::read(&source, &config, answers)?;
+        let scorer = pooling::scorer(&source, &config, Some(&tokenizer))?;
         let prompt = RerankPrompt::new(&tokenizer, self.instruct.as_deref())?;
         let control = self.text_options.control();
         let tokens =

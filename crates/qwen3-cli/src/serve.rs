@@ -9,14 +9,14 @@ use std::time::Duration;
 use clap::Args;
 use qwen3_model::generation_config::{GenerationConfig, eos_token_ids};
 use qwen3_model::options::KvFormat;
-use qwen3_model::pooling::{Scorer, is_embedding_model};
+use qwen3_model::pooling::is_embedding_model;
 use qwen3_model::{Config, ModelError, ModelSource};
 use qwen3_server::engine::{Engine, EngineConfig, EngineHandle, KvMemory};
 use qwen3_server::{
     Control, Keys, Limits, Listen, LogFormat, Phase, PoolingModel, SamplingDefaults, ServedModel,
     Server, ServerConfig, Tls, notify, start_logging,
 };
-use qwen3_text::{ChatTemplate, ControlTokens, TemplateError, Tokenizer, yes_and_no};
+use qwen3_text::{ChatTemplate, ControlTokens, TemplateError, Tokenizer};
 use ranks::{Failure, Neighbours, Rank, Response, Signal};
 
 use crate::ahead;
@@ -25,6 +25,7 @@ use crate::memory;
 use crate::model_path::ModelPath;
 use crate::options::{EngineOptions, LaunchOptions, positive};
 use crate::plan::Workload;
+use crate::pooling::scorer;
 use crate::session::{self, Loaded};
 
 /// The variable of the environment that may hold the only key.
@@ -377,10 +378,10 @@ impl Texts {
 fn pooling(source: &ModelSource, tokenizer: &Tokenizer) -> Result<PoolingModel, CliError> {
     let config = Config::read(source).map_err(ModelError::from)?;
     let embeds = config.has_head || is_embedding_model(source, &config)?;
-    let scorer = match yes_and_no(tokenizer) {
+    let scorer = match scorer(source, &config, Some(tokenizer)) {
         _ if embeds && !config.has_head => Err("it is an embedding model".to_owned()),
-        Err(error) if config.has_head => Err(error.to_string()),
-        answers => Ok(Scorer::read(source, &config, answers.ok())?),
+        Err(CliError::PoolingText(error)) => Err(error.to_string()),
+        scorer => Ok(scorer?),
     };
     Ok(PoolingModel { embeds, hidden_size: config.hidden_size, scorer })
 }

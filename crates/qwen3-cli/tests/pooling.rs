@@ -184,6 +184,30 @@ fn copy_files(from: &Path, to: &Path) {
     }
 }
 
+/// `rerank.json` comes before the tokenizer, which here has "yes" as two tokens.
+#[test]
+fn a_file_may_name_the_answers() {
+    let model = program::Copy::new();
+    let args = ["rerank", "--model", model.path(), "--query", "Who?", "--document", "The sea", "I"];
+    let scores = |yes: u32, no: u32| -> Vec<f32> {
+        fs::write(model.file("rerank.json"), json!({ "yes": yes, "no": no }).to_string()).unwrap();
+        let shown = run(&args);
+        assert!(shown.success, "{shown:?}");
+        shown.stdout.lines().map(|line| line.parse().unwrap()).collect()
+    };
+    let (one, other) = (scores(304, 2154), scores(2154, 304));
+    assert_eq!(one.len(), 2);
+    assert!(one.iter().zip(&other).all(|(one, other)| (one + other - 1.0).abs() < 1e-5));
+    for (text, words) in [
+        (r#"{"yes": 1}"#, &["rerank.json", "field no"][..]),
+        (r#"{"yes": 1, "no": 99999}"#, &["\"no\"", "99999", "4096"]),
+        ("[", &["rerank.json", "is not JSON"]),
+    ] {
+        fs::write(model.file("rerank.json"), text).unwrap();
+        assert_one_line(&run(&args), words);
+    }
+}
+
 #[test]
 fn bad_input_is_named() {
     let embedding = model("embedding");
