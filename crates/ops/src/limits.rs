@@ -5,7 +5,10 @@ use std::ops::Range;
 use std::sync::Mutex;
 use std::time::{Duration, Instant};
 
-use simd_kernels::{Isa, MULTIPLY_ADD_FLOPS, PANEL, multiply_add, read};
+use simd_kernels::{
+    DOT_BF16_OPS, InputKind, Isa, MULTIPLY_ADD_FLOPS, PANEL, dot_bf16, dot_int8, dot_int8_ops,
+    multiply_add, read,
+};
 use tensor::{PackedData, PackedMatrix, WeightFormat};
 
 use crate::context::Context;
@@ -58,6 +61,27 @@ impl LimitsProbe {
             std::hint::black_box(multiply_add(isa, std::hint::black_box(rounds)));
             (rounds * MULTIPLY_ADD_FLOPS) as f64
         })
+    }
+}
+
+impl LimitsProbe {
+    /// Operations (two for each multiply-add) that the threads of this rank do in a second with the
+    /// instruction that multiplies weights and activations of this kind, measured for `time`.
+    /// Products of int16 are half as many as of int8, as `vpdpwssd` and `vpdpbusd` are.
+    pub fn operations_per_s(&self, ctx: &Context, input: InputKind, time: Duration) -> f64 {
+        let bytes = |_: &Range<usize>, _| {
+            std::hint::black_box(dot_int8(ctx.isa, std::hint::black_box(ROUNDS)));
+            (ROUNDS * dot_int8_ops(ctx.isa)) as f64
+        };
+        match input {
+            InputKind::Int8 => rate(ctx, self.parts.clone(), time, bytes),
+            InputKind::Int16 => rate(ctx, self.parts.clone(), time, bytes) / 2.0,
+            InputKind::Bf16 => rate(ctx, self.parts.clone(), time, |_, _| {
+                std::hint::black_box(dot_bf16(ctx.isa, std::hint::black_box(ROUNDS)));
+                (ROUNDS * DOT_BF16_OPS) as f64
+            }),
+            InputKind::Float => self.flops_per_s(ctx, ctx.isa, time),
+        }
     }
 }
 

@@ -12,6 +12,7 @@ use ranks::{Failure, Rank};
 
 use crate::ahead;
 use crate::allocations::{self, Allocations};
+use crate::bench_batch::BatchBench;
 use crate::bench_limits::{Limits, median};
 use crate::bench_profile::Recording;
 use crate::bench_report::{Measured, Report};
@@ -40,6 +41,11 @@ pub struct BenchArgs {
     /// Decode after this many tokens, one measurement for each [default: after the first prompt]
     #[arg(long, value_name = "N", value_delimiter = ',', value_parser = positive)]
     depth: Vec<usize>,
+
+    /// Decode so many sequences together, one measurement for each number and depth; prompts are
+    /// not measured then
+    #[arg(long, value_name = "B", value_delimiter = ',', value_parser = positive, conflicts_with_all = ["profile", "trace"])]
+    batch: Vec<usize>,
 
     /// Print a table of operations and collectives for each phase: calls, time, share, GB/s,
     /// GFLOP/s
@@ -75,9 +81,10 @@ impl BenchArgs {
 
     /// Runs the command on this rank.
     pub fn run(&self, rank: &Rank) -> Result<(), Failure> {
-        if self.gen_len == 0 && !self.depth.is_empty() {
+        if self.gen_len == 0 && !(self.depth.is_empty() && self.batch.is_empty()) {
+            let option = if self.depth.is_empty() { "--batch" } else { "--depth" };
             return Err(Failure::agreed(CliError::option(
-                "--depth",
+                option,
                 "nothing is generated there",
                 "a --gen-len above 0",
             )));
@@ -107,10 +114,21 @@ impl BenchArgs {
             recordings: (self.profile || self.trace.is_some()).then(Vec::new),
         };
         let mut results = Vec::new();
-        for &tokens in &self.prompt_len {
+        if !self.batch.is_empty() {
+            let most = self.batch.iter().copied().max().unwrap_or(1);
+            for &depth in depths {
+                let sizes = (most, depth, self.gen_len);
+                let mut sequences = BatchBench::new(rank, &model, bench.chunk, sizes)?;
+                for &count in &self.batch {
+                    let (memory, limits) = (&bench.memory, &mut bench.limits);
+                    results.push(sequences.measure(count, self.reps, memory, limits)?);
+                }
+            }
+        }
+        for &tokens in self.prompt_len.iter().filter(|_| self.batch.is_empty()) {
             results.push(bench.prefill(tokens, self.reps)?);
         }
-        if self.gen_len > 0 {
+        if self.gen_len > 0 && self.batch.is_empty() {
             for &depth in depths {
                 results.push(bench.decode(depth, self.gen_len, self.reps)?);
             }
@@ -166,7 +184,7 @@ impl BenchArgs {
 }
 
 /// Bytes of weights on all ranks together.
-struct Memory {
+pub struct Memory {
     /// Bytes of weights that each rank holds.
     held: Vec<u64>,
     /// Parameters of them. A tied head is read as the head; the embedding itself costs a row a
@@ -192,7 +210,7 @@ impl Memory {
 
     /// Bytes that a pass of `tokens` tokens reads: all of a dense model, of a mixture those of the
     /// experts that the tokens visit.
-    fn pass(&self, config: &Config, tokens: usize) -> f64 {
+    pub fn pass(&self, config: &Config, tokens: usize) -> f64 {
         let visited = config.visited_matrix_elements(tokens.div_ceil(self.parts))
             + config.head_parameters() as f64;
         self.held.iter().sum::<u64>() as f64 * (visited / self.parameters as f64).min(1.0)
@@ -247,12 +265,13 @@ impl Bench<'_> {
             + if last > 0 { pass(last) } else { 0.0 };
         Ok(Measured {
             phase: what.phase,
+            batch: 1,
             tokens,
             flops,
             bytes,
             depth: 0,
             seconds,
-            limit,
+            limit_seconds: flops / limit,
             allocations,
         })
     }
@@ -269,7 +288,17 @@ impl Bench<'_> {
         let per_position = self.cache_bytes()? / self.cache.len() as f64;
         let positions = (0..tokens).map(|step| (depth + step + 1) as f64).sum::<f64>();
         let bytes = tokens as f64 * self.memory.pass(config, 1) + per_position * positions;
-        Ok(Measured { phase: what.phase, tokens, flops, bytes, depth, seconds, limit, allocations })
+        Ok(Measured {
+            phase: what.phase,
+            batch: 1,
+            tokens,
+            flops,
+            bytes,
+            depth,
+            seconds,
+            limit_seconds: bytes / limit,
+            allocations,
+        })
     }
 
     /// Times `work` after one repetition that does not count, each from the same state of the
@@ -355,6 +384,6 @@ impl Bench<'_> {
 }
 
 /// Ids spread over the vocabulary, so that every expert and many rows of the embedding are visited.
-fn made_up(index: usize, vocab_size: usize) -> u32 {
+pub fn made_up(index: usize, vocab_size: usize) -> u32 {
     ((index as u64).wrapping_mul(0x9E37_79B9_7F4A_7C15) >> 33) as u32 % vocab_size as u32
 }

@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use qwen3_model::Model;
 use qwen3_model::comm::{CommError, CommunicatorExt as _, Phase};
+use qwen3_model::ops::kernels::InputKind;
 use qwen3_model::ops::limits::LimitsProbe;
 
 /// How long one window of a look takes. A bench takes a look before, between and after the
@@ -73,6 +74,13 @@ impl<'a> Limits<'a> {
             self.wide_flops.push(wide);
         }
         Ok(best)
+    }
+
+    /// Operations that all ranks do in a second with the instruction that multiplies activations of
+    /// this kind. All ranks call it together.
+    pub fn operations_per_s(&self, input: InputKind) -> Result<f64, CommError> {
+        let ctx = self.model.context();
+        self.best(|probe| probe.operations_per_s(ctx, input, WINDOW))
     }
 
     /// The best window of all ranks together.

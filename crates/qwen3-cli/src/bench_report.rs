@@ -14,7 +14,9 @@ use crate::bench_profile::Recording;
 pub struct Measured {
     /// Prefill or decode.
     pub phase: Phase,
-    /// Tokens of a repetition.
+    /// Sequences that are computed together.
+    pub batch: usize,
+    /// Tokens of a repetition, of all sequences.
     pub tokens: usize,
     /// Floating-point operations of a repetition, on all ranks together.
     pub flops: f64,
@@ -24,9 +26,9 @@ pub struct Measured {
     pub depth: usize,
     /// The time of each repetition.
     pub seconds: Vec<f64>,
-    /// What all ranks could do in a second, measured around the repetitions: operations in prefill,
-    /// bytes in decode.
-    pub limit: f64,
+    /// The shortest time that the machine's limits allow for a repetition, measured around the
+    /// repetitions.
+    pub limit_seconds: f64,
     /// What rank 0's process allocated in a repetition, where it is counted.
     pub allocations: Option<Allocations>,
 }
@@ -38,8 +40,7 @@ impl Measured {
 
     /// The share of the limit that the median repetition reaches.
     fn limit_share(&self) -> f64 {
-        let work = if self.phase == Phase::Prefill { self.flops } else { self.bytes };
-        work / self.median() / self.limit
+        self.limit_seconds / self.median()
     }
 
     /// Fastest and slowest repetition, in tokens a second.
@@ -87,6 +88,7 @@ impl Report<'_> {
                     "gb_per_s": result.bytes / seconds * 1e-9,
                     "limit_share": result.limit_share(),
                     "depth": result.depth,
+                    "batch": result.batch,
                 });
                 if let Some(Allocations { count, bytes }) = result.allocations {
                     (object["allocations"], object["allocated_bytes"]) =
@@ -158,15 +160,16 @@ impl Report<'_> {
         if let Some(reason) = &self.reason {
             let _ = writeln!(out, "plan: {reason}\n");
         }
-        out.push_str("phase    tokens  after  tokens/s (slowest..fastest)       ms     GFLOP/s    GB/s  of limit\n");
+        out.push_str("phase    batch tokens  after  tokens/s (slowest..fastest)       ms     GFLOP/s    GB/s  of limit\n");
         for result in &self.results {
             let seconds = result.median();
             let (slowest, fastest) = result.spread();
             let spread = format!("({slowest:.1}..{fastest:.1})");
             let _ = writeln!(
                 out,
-                "{:<8} {:>6} {:>6} {:>9.1} {spread:<20} {:>9.2} {:>9.1} {:>8.2} {:>8.1}%",
+                "{:<8} {:>5} {:>6} {:>6} {:>9.1} {spread:<20} {:>9.2} {:>9.1} {:>8.2} {:>8.1}%",
                 result.phase.name(),
+                result.batch,
                 result.tokens,
                 result.depth,
                 result.tokens as f64 / seconds,

@@ -95,6 +95,21 @@ pub enum CliError {
     /// The engine ended while an answer was expected.
     #[error("the engine ended before the answer")]
     EngineEnded,
+    /// A sequence of a batch gets another answer than alone.
+    #[error(
+        "sequence {sequence} of {count}: its logits differ by {distance} from those that it gets \
+         alone (the largest is {largest}), so that no time is reported"
+    )]
+    Batch {
+        /// The sequence.
+        sequence: usize,
+        /// Sequences of the batch.
+        count: usize,
+        /// The largest difference of a logit.
+        distance: f32,
+        /// The largest logit.
+        largest: f32,
+    },
     /// Requests of a file have failed; each has its own message.
     #[error("{errors} of {requests} requests failed")]
     Requests {

@@ -30,6 +30,7 @@ mod bench_limits;
 mod bench_profile;
 mod bench_trace;
 mod bench_report;
+mod bench_batch;
 mod bench;
 mod calibrate;
 mod chat;

@@ -45,6 +45,38 @@ fn limits_and_depth_are_part_of_the_results() {
 }
 
 #[test]
+fn several_sequences_are_measured_together_on_any_ranks() {
+    let batch = ["--json", "--batch", "3,1", "--depth", "140", "--weights", "q8"];
+    for ranks in [
+        &["--threads", "2"][..],
+        &["--ranks", "3", "--kv", "q8"],
+        &["--ranks", "4", "--grid", "tp=2,sp=2"],
+    ] {
+        let found = json(&bench(&[&batch, ranks].concat()));
+        let results = found["results"].as_array().unwrap();
+        let kinds: Vec<_> = results
+            .iter()
+            .map(|one| {
+                let number = |key: &str| one[key].as_u64().unwrap();
+                (one["phase"].as_str().unwrap(), number("batch"), number("depth"))
+            })
+            .collect();
+        assert_eq!(kinds, [("decode", 3, 140), ("decode", 1, 140)]);
+        for one in results {
+            let number = |key: &str| one[key].as_f64().unwrap();
+            assert!(number("limit_share") > 0.0);
+            // Three tokens of each sequence were decoded.
+            let tokens = number("tokens_per_s") * number("ms") / 1e3;
+            assert!((tokens - 3.0 * number("batch")).abs() < 1e-6, "{one}");
+        }
+    }
+    assert_one_line(&run(&bench(&["--batch", "2", "--depth", "5000"])), &["--depth", "4096"]);
+    let none = run(&["bench", "--model", AUSTEN, "--batch", "2", "--gen-len", "0"]);
+    assert_one_line(&none, &["--batch", "--gen-len above 0"]);
+    assert_one_line(&run(&bench(&["--batch", "0"])), &["--batch"]);
+}
+
+#[test]
 fn a_prompt_reads_the_experts_of_all_its_tokens() {
     let dir = tempfile::tempdir().unwrap();
     let model = dir.path().join("mixture");

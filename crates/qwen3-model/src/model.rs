@@ -9,6 +9,7 @@ use comm::{CommError, Communicator};
 use ndarray::Axis;
 use ops::attention::AttentionShape;
 use ops::attention_sequence::PassPlan;
+use ops::kernels::InputKind;
 use ops::layout::TokenLayout;
 use ops::linear::{gather_columns, reshape};
 use ops::lm_head::wanted_rows;
@@ -78,6 +79,11 @@ impl Model {
     /// The format of the projection weights in memory.
     pub fn weight_format(&self) -> tensor::WeightFormat {
         self.weight_format
+    }
+
+    /// How the projections take activations, which decides the instruction of their arithmetic.
+    pub fn product_input(&self) -> InputKind {
+        self.layers.first().map_or(InputKind::Float, |layer| layer.qkv_proj.input_kind(&self.ctx))
     }
 
     /// What loading rounded of this rank's weights, because their format in memory does not

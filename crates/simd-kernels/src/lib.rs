@@ -59,7 +59,9 @@ pub use kv::{
     KV_SPAN, KvFormat, KvHead, KvLayout, KvMemory, KvMemoryError, KvPart, KvReader, KvSpan,
     KvSpanMut, UnknownKvFormat,
 };
-pub use limits::{MULTIPLY_ADD_FLOPS, multiply_add, read};
+pub use limits::{
+    DOT_BF16_OPS, MULTIPLY_ADD_FLOPS, dot_bf16, dot_int8, dot_int8_ops, multiply_add, read,
+};
 pub use matmul::{Store, matmul, matmul_swiglu};
 pub use matrix::MatMut;
 pub use norm::rms_norm;

@@ -1,4 +1,4 @@
-//! The two limits of a core, to be timed next to the kernels: multiply-add rate and read bandwidth.
+//! The limits of a core, to be timed next to the kernels: multiply-add rates and read bandwidth.
 //!
 //! Neither times anything itself; the caller runs them on as many threads as the kernels it
 //! compares.
@@ -19,6 +19,47 @@ pub fn multiply_add(isa: Isa, rounds: usize) -> f32 {
     dispatch!(isa, avx2::multiply_add, scalar::multiply_add, (rounds))
 }
 
+/// Operations of one round of [`dot_int8`] with AVX2 and with AVX-512.
+const INT8_OPS: usize = 8 * 12 * 32 * 2;
+
+/// Operations of one round of [`dot_int8`].
+pub fn dot_int8_ops(isa: Isa) -> usize {
+    if isa.has_avx512() { 2 * INT8_OPS } else { INT8_OPS }
+}
+
+/// Does `rounds` rounds of independent dot products of unsigned and signed bytes in registers,
+/// [`dot_int8_ops`] operations each, with the instruction that products with integer codes use:
+/// `vpdpbusd`, or `vpmaddubsw` and two more where the CPU lacks it. Returns a sum of the results;
+/// all factors are 1.
+pub fn dot_int8(isa: Isa, rounds: usize) -> i32 {
+    #[cfg(target_arch = "x86_64")]
+    if isa.has_avx512() {
+        // SAFETY: the instruction set proves the target features.
+        return unsafe { avx512::dot_int8(rounds) };
+    }
+    #[cfg(target_arch = "x86_64")]
+    if isa == Isa::avx2_vnni().unwrap_or(Isa::scalar()) && isa.has_avx2() {
+        // SAFETY: the instruction set proves the target features.
+        return unsafe { avx2::dot_int8_vnni(rounds) };
+    }
+    dispatch!(isa, avx2::dot_int8, scalar::dot_int8, (rounds))
+}
+
+/// Operations of one round of [`dot_bf16`].
+pub const DOT_BF16_OPS: usize = 8 * 12 * 32 * 2;
+
+/// Does `rounds` rounds of independent `vdpbf16ps` in registers, [`DOT_BF16_OPS`] operations each,
+/// and returns the mean of the sums; `None` where the CPU lacks the instruction. All factors are 1.
+pub fn dot_bf16(isa: Isa, rounds: usize) -> Option<f32> {
+    #[cfg(target_arch = "x86_64")]
+    if isa.has_bf16_dot() {
+        // SAFETY: the instruction set proves the target features.
+        return Some(unsafe { avx512::dot_bf16(rounds) });
+    }
+    let _ = rounds;
+    None
+}
+
 /// Reads all of `data` once, in order, and returns the exclusive or of its bits.
 pub fn read(isa: Isa, data: &[f32]) -> u32 {
     dispatch!(isa, avx2::read, scalar::read, (data))
@@ -31,6 +72,16 @@ mod scalar {
             sums.iter_mut().for_each(|sum| *sum = *sum * factor + 0.5);
         }
         sums.iter().sum::<f32>() / 96.0
+    }
+
+    pub(super) fn dot_int8(rounds: usize) -> i32 {
+        let (mut sums, factor) = ([0_i32; 96], std::hint::black_box(1_i8));
+        for _ in 0..8 * rounds {
+            for sum in &mut sums {
+                *sum += (0..4).map(|_| i32::from(factor) * i32::from(factor)).sum::<i32>();
+            }
+        }
+        sums.iter().sum()
     }
 
     pub(super) fn read(data: &[f32]) -> u32 {
@@ -56,6 +107,45 @@ mod avx2 {
             }
         }
         sums.into_iter().map(|v| sum(v)).sum::<f32>() / 96.0
+    }
+
+    #[target_feature(enable = "avx2,fma,f16c")]
+    pub(super) fn dot_int8(rounds: usize) -> i32 {
+        let factor = _mm256_set1_epi8(std::hint::black_box(1));
+        let (mut sums, pairs) = ([_mm256_setzero_si256(); 12], _mm256_set1_epi16(1));
+        for _ in 0..rounds {
+            for _ in 0..8 {
+                for sum in &mut sums {
+                    // The sum takes part, so that the product is computed each time.
+                    let codes = _mm256_or_si256(factor, _mm256_and_si256(*sum, factor));
+                    let words = _mm256_madd_epi16(_mm256_maddubs_epi16(codes, factor), pairs);
+                    *sum = _mm256_add_epi32(*sum, words);
+                }
+            }
+        }
+        total(sums)
+    }
+
+    #[target_feature(enable = "avx2,fma,f16c,avxvnni")]
+    pub(super) fn dot_int8_vnni(rounds: usize) -> i32 {
+        let factor = _mm256_set1_epi8(std::hint::black_box(1));
+        let mut sums = [_mm256_setzero_si256(); 12];
+        for _ in 0..rounds {
+            for _ in 0..8 {
+                for sum in &mut sums {
+                    *sum = _mm256_dpbusd_avx_epi32(*sum, factor, factor);
+                }
+            }
+        }
+        total(sums)
+    }
+
+    #[target_feature(enable = "avx2,fma,f16c")]
+    fn total(sums: [__m256i; 12]) -> i32 {
+        let sum = sums.into_iter().fold(_mm256_setzero_si256(), |a, b| _mm256_add_epi32(a, b));
+        let mut lanes = [0.0; 8];
+        crate::lanes::store(&mut lanes, _mm256_castsi256_ps(sum));
+        lanes.iter().fold(0, |sum, x| sum.wrapping_add(x.to_bits() as i32))
     }
 
     /// One stream, eight loads in flight and a prefetch ahead, as plain as a loop can be.
@@ -101,6 +191,35 @@ mod avx512 {
         }
         sums.into_iter().map(|v| _mm512_reduce_add_ps(v)).sum::<f32>() / 192.0
     }
+
+    #[target_feature(enable = "avx512f,avx512vnni")]
+    pub(super) fn dot_int8(rounds: usize) -> i32 {
+        let factor = _mm512_set1_epi8(std::hint::black_box(1));
+        let mut sums = [_mm512_setzero_si512(); 12];
+        for _ in 0..rounds {
+            for _ in 0..8 {
+                for sum in &mut sums {
+                    *sum = _mm512_dpbusd_epi32(*sum, factor, factor);
+                }
+            }
+        }
+        sums.into_iter().map(|v| _mm512_reduce_add_epi32(v)).sum()
+    }
+
+    #[target_feature(enable = "avx512f,avx512bf16")]
+    pub(super) fn dot_bf16(rounds: usize) -> f32 {
+        let factor = _mm512_set1_ps(std::hint::black_box(1.0));
+        let factor = _mm512_cvtne2ps_pbh(factor, factor);
+        let mut sums = [_mm512_setzero_ps(); 12];
+        for _ in 0..rounds {
+            for _ in 0..8 {
+                for sum in &mut sums {
+                    *sum = _mm512_dpbf16_ps(*sum, factor, factor);
+                }
+            }
+        }
+        sums.into_iter().map(|v| _mm512_reduce_add_ps(v)).sum::<f32>() / 192.0
+    }
 }
 
 #[cfg(test)]
@@ -127,5 +246,17 @@ mod tests {
             assert_eq!(multiply_add(isa, 3), 1.0);
         }
         assert_entered("avx2::multiply_add");
+    }
+
+    #[test]
+    fn dot_products_sum_ones() {
+        for isa in Isa::all() {
+            // Without AVX2 a round has fewer lanes.
+            let lanes = if isa.has_avx2() { dot_int8_ops(isa) / 2 } else { 8 * 96 * 4 };
+            assert_eq!(dot_int8(isa, 3), 3 * lanes as i32, "{isa}");
+            if let Some(mean) = dot_bf16(isa, 3) {
+                assert_eq!(mean, 3.0 * 8.0 * 2.0);
+            }
+        }
     }
 }
