@@ -26,6 +26,7 @@ mod writer;
 pub use checkpoint::Checkpoint;
 pub use error::{CheckpointError, DocumentError, OpenError};
 pub use file::Document;
+pub use locate::hub_folder;
 pub use matrix::{Matrix, Scratch};
 pub use source::ModelSource;
 pub use writer::{CheckpointWriter, TensorSpec, WriteError};

@@ -91,7 +91,7 @@ fn locate_missing(path: &Path) -> Result<Place, OpenError> {
         return Err(OpenError::Missing { path: path.to_owned() });
     }
     if is_hub_name(&text) {
-        let cache = hub_cache(|name| env::var_os(name).map(PathBuf::from));
+        let cache = hub_folder();
         let folder = cache.join(format!("models--{}", text.replace('/', "--")));
         return match fs::metadata(&folder) {
             Ok(metadata) if metadata.is_dir() => locate_in_folder(&folder),
@@ -109,6 +109,11 @@ fn is_hub_name(text: &str) -> bool {
             && part.chars().all(|c| c.is_ascii_alphanumeric() || "-_.".contains(c))
     };
     text.split_once('/').is_some_and(|(owner, name)| plain(owner) && plain(name))
+}
+
+/// The folder in which Hugging Face's tools keep the models that they download.
+pub fn hub_folder() -> PathBuf {
+    hub_cache(|name| env::var_os(name).filter(|value| !value.is_empty()).map(PathBuf::from))
 }
 
 /// The folder in which Hugging Face's programs keep what they downloaded; `variable` reads the

@@ -20,6 +20,8 @@ use crate::logits::LogitsArgs;
 use crate::options::LaunchOptions;
 use crate::perplexity::PerplexityArgs;
 use crate::plan::PlanArgs;
+#[cfg(feature = "pull")]
+use crate::pull::PullArgs;
 use crate::quantize::QuantizeArgs;
 use crate::rerank::RerankArgs;
 use crate::serve::ServeArgs;
@@ -80,6 +82,8 @@ enum Command {
     Perplexity(PerplexityArgs),
     Plan(PlanArgs),
     Calibrate(CalibrateArgs),
+    #[cfg(feature = "pull")]
+    Pull(PullArgs),
     Synth(SynthArgs),
     Quantize(QuantizeArgs),
     Tokenize(TokenizeArgs),
@@ -115,6 +119,8 @@ fn dispatch(command: &Command) -> ExitCode {
         Command::Perplexity(args) => launch(&args.launch.exact(), |rank| args.run(rank)),
         Command::Plan(args) => alone(|rank| args.run(rank)),
         Command::Calibrate(args) => launch(&args.launch, |rank| args.run(rank)),
+        #[cfg(feature = "pull")]
+        Command::Pull(args) => alone(|rank| args.run(rank)),
         Command::Synth(args) => alone(|rank| args.run(rank)),
         Command::Quantize(args) => alone(|rank| args.run(rank)),
         Command::Tokenize(args) => alone(|rank| args.run(rank)),

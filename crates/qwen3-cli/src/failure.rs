@@ -118,6 +118,10 @@ pub enum CliError {
         /// All of them.
         requests: u64,
     },
+    /// A model cannot be downloaded.
+    #[cfg(feature = "pull")]
+    #[error(transparent)]
+    Pull(#[from] crate::pull::PullError),
     /// A checkpoint cannot be written.
     #[error(transparent)]
     Export(#[from] ExportError),

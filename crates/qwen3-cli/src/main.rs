@@ -45,6 +45,8 @@ mod embed;
 mod rerank;
 mod quantize;
 mod serve;
+#[cfg(feature = "pull")]
+mod pull;
 mod synth;
 mod tokenize;
 
