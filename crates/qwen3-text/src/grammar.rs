@@ -8,9 +8,7 @@
 mod call;
 mod schema;
 
-use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::mpsc;
+use std::sync::{Arc, Condvar, Mutex, PoisonError, mpsc};
 use std::thread;
 use std::time::Duration;
 
@@ -25,8 +23,8 @@ pub use call::{Calls, Tool};
 
 /// Largest grammar in bytes of its text.
 pub const MAX_GRAMMAR_BYTES: usize = 1 << 20;
-/// Longest compilation.
-pub const MAX_COMPILE_TIME: Duration = Duration::from_millis(1500);
+/// Longest compilation, and longest time that a compilation waits for others.
+pub const MAX_COMPILE_TIME: Duration = Duration::from_millis(1000);
 /// Most compilations at the same time. One that exceeds its time cannot be interrupted and keeps
 /// its place until it ends.
 const MAX_COMPILATIONS: usize = 2;
@@ -115,7 +113,7 @@ pub enum GrammarError {
 pub struct Grammars {
     factory: Arc<ParserFactory>,
     special: Arc<[String]>,
-    running: Arc<AtomicUsize>,
+    running: Arc<Running>,
 }
 
 struct Vocabulary {
@@ -163,10 +161,11 @@ impl Grammars {
         limits.precompute_large_lexemes = false;
         limits.verbose_errors = false;
         let special = tokenizer.added().iter().map(|token| token.content.clone()).collect();
-        Ok(Self { factory: Arc::new(factory), special, running: Arc::new(AtomicUsize::new(0)) })
+        Ok(Self { factory: Arc::new(factory), special, running: Arc::default() })
     }
 
-    /// Compiles a grammar on a thread of its own, and waits at most `MAX_COMPILE_TIME`.
+    /// Compiles a grammar on a thread of its own. Waits at most `MAX_COMPILE_TIME` for other
+    /// compilations, and then at most as long for this one.
     pub fn compile(&self, grammar: &Grammar) -> Result<Guide, GrammarError> {
         let text = self.lark(grammar)?;
         let place = Place::take(&self.running)?;
@@ -234,22 +233,34 @@ fn failed(problem: &str) -> GrammarError {
     GrammarError::Compile { problem: problem.lines().next().unwrap_or_default().to_owned() }
 }
 
+/// How many compilations run.
+#[derive(Default)]
+struct Running {
+    count: Mutex<usize>,
+    ended: Condvar,
+}
+
 /// A place among the compilations that run.
-struct Place(Arc<AtomicUsize>);
+struct Place(Arc<Running>);
 
 impl Place {
-    fn take(running: &Arc<AtomicUsize>) -> Result<Self, GrammarError> {
-        let more = |count: usize| (count < MAX_COMPILATIONS).then_some(count + 1);
-        running
-            .fetch_update(Ordering::AcqRel, Ordering::Acquire, more)
-            .map_err(|running| GrammarError::Busy { running })?;
+    fn take(running: &Arc<Running>) -> Result<Self, GrammarError> {
+        let count = running.count.lock().unwrap_or_else(PoisonError::into_inner);
+        let full = |count: &mut usize| *count >= MAX_COMPILATIONS;
+        let waited = running.ended.wait_timeout_while(count, MAX_COMPILE_TIME, full);
+        let (mut count, _) = waited.unwrap_or_else(PoisonError::into_inner);
+        if *count >= MAX_COMPILATIONS {
+            return Err(GrammarError::Busy { running: *count });
+        }
+        *count += 1;
         Ok(Self(Arc::clone(running)))
     }
 }
 
 impl Drop for Place {
     fn drop(&mut self) {
-        self.0.fetch_sub(1, Ordering::AcqRel);
+        *self.0.count.lock().unwrap_or_else(PoisonError::into_inner) -= 1;
+        self.0.ended.notify_one();
     }
 }
 

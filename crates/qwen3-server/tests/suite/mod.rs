@@ -3,6 +3,7 @@
 mod answers;
 mod lifecycle;
 mod pooling;
+mod schemas;
 mod structure;
 
 use std::io::{BufReader, Write as _};

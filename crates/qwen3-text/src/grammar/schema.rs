@@ -28,6 +28,7 @@ pub(super) fn node(schema: &Value) -> Result<String, GrammarError> {
     if !mentions(&schema, &["allOf", "unevaluatedProperties", "$dynamicRef"]) {
         close(&mut schema);
     }
+    normalize(&mut schema);
     let mut options = json!({"whitespace_flexible": false});
     for (name, separator) in SEPARATORS {
         options[name] = separator.into();
@@ -50,6 +51,37 @@ fn check(value: &Value, levels: usize) -> Result<(), GrammarError> {
             value => check(value, levels),
         }),
         _ => Ok(()),
+    }
+}
+
+/// Limits that the compiler expects as integers.
+const COUNTS: [&str; 6] =
+    ["minLength", "maxLength", "minItems", "maxItems", "minProperties", "maxProperties"];
+
+/// Writes counts such as `2.0` as integers and removes `uniqueItems: false`, which says nothing.
+fn normalize(value: &mut Value) {
+    match value {
+        Value::Array(items) => items.iter_mut().for_each(normalize),
+        Value::Object(fields) => {
+            if fields.get("uniqueItems") == Some(&Value::Bool(false)) {
+                fields.shift_remove("uniqueItems");
+            }
+            for (name, value) in fields.iter_mut() {
+                match value.as_f64() {
+                    // These hold values, not schemas.
+                    _ if matches!(&**name, "const" | "enum" | "default" | "examples") => {}
+                    Some(count)
+                        if COUNTS.contains(&&**name)
+                            && count.fract() == 0.0
+                            && (0.0..1e15).contains(&count) =>
+                    {
+                        *value = (count as u64).into();
+                    }
+                    _ => normalize(value),
+                }
+            }
+        }
+        _ => {}
     }
 }
 

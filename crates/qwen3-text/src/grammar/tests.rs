@@ -87,6 +87,13 @@ fn a_schema_allows_its_json_and_no_other() {
 }
 
 #[test]
+fn counts_may_be_written_as_decimals() {
+    let schema = json!({"type": "array", "items": {"const": 1}, "minItems": 1.0, "maxItems": 2.0,
+        "uniqueItems": false});
+    check(&Grammar::JsonSchema(schema), &["[1]", "[1, 1]"], &["[]", "[1, 1, 1]"]);
+}
+
+#[test]
 fn a_schema_of_true_allows_any_json() {
     check(&Grammar::JsonSchema(json!(true)), &["1", "[]", r#"{"a": [null]}"#], &["x", "[1"]);
 }
@@ -260,6 +267,22 @@ fn work_that_a_grammar_causes_is_bounded() {
         assert!(taken < MAX_COMPILE_TIME * 2, "{at}: {taken:?}");
         assert!(!refused || result.is_err(), "{at} compiles");
     }
+}
+
+#[test]
+fn a_compilation_waits_for_others_and_then_gives_up() {
+    let tokenizer = austen();
+    let grammars = Grammars::new(&tokenizer, &[0]).unwrap();
+    let grammar = Grammar::Regex("a".to_owned());
+    let mut places: Vec<_> =
+        (0..MAX_COMPILATIONS).map(|_| Place::take(&grammars.running).unwrap()).collect();
+    let busy = GrammarError::Busy { running: MAX_COMPILATIONS };
+    assert_eq!(grammars.compile(&grammar).err(), Some(busy));
+    thread::scope(|scope| {
+        let waiting = scope.spawn(|| grammars.compile(&grammar).is_ok());
+        places.pop();
+        assert!(waiting.join().unwrap());
+    });
 }
 
 #[test]
