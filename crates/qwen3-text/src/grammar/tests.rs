@@ -1,6 +1,7 @@
 //! Texts that grammars allow and refuse, with both tokenizers, and grammars that are refused.
 
 use std::path::Path;
+use std::sync::LazyLock;
 use std::time::Instant;
 
 use serde_json::json;
@@ -19,11 +20,21 @@ fn qwen3() -> Option<Tokenizer> {
     Tokenizer::open(&Path::new(ROOT).join("../shared/qwen3-tokenizer")).ok()
 }
 
-fn each_tokenizer(check: impl Fn(&Tokenizer, &Grammars)) {
-    for tokenizer in std::iter::once(austen()).chain(qwen3()) {
+/// Preparing a vocabulary takes longer than a test.
+static PREPARED: LazyLock<Vec<(Tokenizer, Grammars)>> = LazyLock::new(|| {
+    let prepare = |tokenizer: Tokenizer| {
         let eos = tokenizer.added_token("<|im_end|>").unwrap();
-        check(&tokenizer, &Grammars::new(&tokenizer, &[eos]).unwrap());
-    }
+        let grammars = Grammars::new(&tokenizer, &[eos]).unwrap();
+        (tokenizer, grammars)
+    };
+    std::iter::once(austen()).chain(qwen3()).map(prepare).collect()
+});
+
+fn each_tokenizer(check: impl Fn(&Tokenizer, &Grammars)) {
+    // A compiler that other tests use is busy now and then.
+    static ONE_TEST: Mutex<()> = Mutex::new(());
+    let _turn = ONE_TEST.lock().unwrap_or_else(PoisonError::into_inner);
+    PREPARED.iter().for_each(|(tokenizer, grammars)| check(tokenizer, grammars));
 }
 
 /// Whether the grammar allows the text and lets the answer end after it.
