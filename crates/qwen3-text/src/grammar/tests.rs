@@ -7,7 +7,9 @@ use std::time::Instant;
 use serde_json::json;
 
 use super::*;
+use crate::answer::{AnswerEvent, AnswerOptions, AnswerParser};
 use crate::chat_template::CallForm;
+use crate::json::Json;
 
 const ROOT: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../..");
 
@@ -182,6 +184,37 @@ fn calls_in_tags_have_the_form_of_the_template() {
             &call(&format!("{city}{}", value("other", "1"))),
         ],
     );
+}
+
+#[test]
+fn arguments_of_calls_that_a_grammar_allows_join_to_json() {
+    let json = "<tool_call>\n{\"name\": \"weather\", \"arguments\": \
+                {\"city\": \"</think> \\\"<tool_call>\", \"days\": 3}}\n</tool_call>";
+    let tagged = "<tool_call>\n<function=weather>\n<parameter=city>\n</think> \"<tool_call>\n\
+                  </parameter>\n<parameter=days>\n3\n</parameter>\n</function>\n</tool_call>";
+    let listed = tools().into_iter().map(|tool| {
+        Json::from(json!({"type": "function",
+            "function": {"name": tool.name, "parameters": tool.parameters}}))
+    });
+    let listed: Vec<Json> = listed.collect();
+    for text in [json, tagged] {
+        let options = AnswerOptions { tools: listed.clone(), ..AnswerOptions::default() };
+        let mut parser = AnswerParser::new(options);
+        let mut events: Vec<_> =
+            text.chars().flat_map(|c| parser.push(c.encode_utf8(&mut [0; 4]))).collect();
+        events.extend(parser.finish());
+        let mut joined = String::new();
+        for event in &events {
+            match event {
+                AnswerEvent::CallArguments { index: 0, json } => joined += json,
+                AnswerEvent::CallStart { index: 0, name } => assert_eq!(name, "weather"),
+                AnswerEvent::CallEnd { index: 0, complete } => assert!(complete),
+                event => panic!("{event:?} in {text}"),
+            }
+        }
+        let expected = json!({"city": "</think> \"<tool_call>", "days": 3});
+        assert_eq!(serde_json::from_str::<Value>(&joined).unwrap(), expected, "{text}");
+    }
 }
 
 #[test]
