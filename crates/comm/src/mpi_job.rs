@@ -61,17 +61,18 @@ pub(crate) fn share(
         Some(&first) if first == own => Segment::create(words, data).ok(),
         _ => None,
     };
-    let mut offer = [0, 0, 0];
+    let mut offer = [0, 0, 0, 0];
     if let Some((segment, file)) = &created {
         segment.word(nonce_at).store(nonce, Relaxed);
-        offer = [process::id() as u64, file.as_raw_fd() as u64 + 1, nonce];
+        offer = [process::id() as u64, file.as_raw_fd() as u64 + 1, nonce, process_space()];
     }
     let offers = gather(&offer)?;
     let mut mapped = None;
     if let Some(&first) = local.first().filter(|&&first| first != own) {
-        let [id, descriptor, nonce] = [0, 1, 2].map(|i| offers[3 * first + i]);
+        let [id, descriptor, nonce, space] = [0, 1, 2, 3].map(|i| offers[4 * first + i]);
         let open = |path| fs::OpenOptions::new().read(true).write(true).open(path);
-        mapped = (descriptor > 0)
+        // In another name space the number of the process is that of another process.
+        mapped = (descriptor > 0 && space == process_space())
             .then(|| open(format!("/proc/{id}/fd/{}", descriptor - 1)).ok())
             .flatten()
             .and_then(|file| Segment::of_file(&file, words, data).ok())

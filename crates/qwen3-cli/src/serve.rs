@@ -162,7 +162,10 @@ impl ServeArgs {
             rank.print(&self.ready_line(rank, &server, &handle, weights))?;
             let _ = notify("READY=1");
             let timeout = Duration::from_secs(self.drain_timeout);
-            supervisor = Some(thread::spawn(move || supervise(server, &handle, timeout)));
+            let supervise = move || supervise(server, &handle, timeout);
+            let thread = thread::Builder::new().name("supervisor".to_owned()).spawn(supervise);
+            let work = "the end of the server";
+            supervisor = Some(thread.map_err(|source| CliError::Thread { work, source })?);
             failed = Some(control);
         }
         let result = engine.run();
