@@ -273,6 +273,16 @@ impl Open<'_> {
         self.quantization.awq || tensor.shape == [cols, rows / 8] && rows != cols / 8
     }
 
+    /// `qzeros`, whose words have several zero points each.
+    fn zero_points(&self, shape: [usize; 2]) -> Result<&Tensor, CheckpointError> {
+        let zeros = self.need("qzeros")?;
+        if zeros.dtype() != Some(Dtype::I32) {
+            return Err(self.wrong(zeros, format!("{:?}", zeros.dtype()), "I32"));
+        }
+        self.expect(zeros, shape)?;
+        Ok(zeros)
+    }
+
     fn gptq(&self, tensor: &Tensor) -> Result<Coded, CheckpointError> {
         let [rows, cols] = self.shape;
         let bits = match tensor.shape[..] {
@@ -285,8 +295,7 @@ impl Open<'_> {
         let scale = self.need("scales")?;
         let (scales, [groups, _]) = self.scales(scale, true)?;
         self.expect(scale, [groups, rows])?;
-        let zeros = self.need("qzeros")?;
-        self.expect(zeros, [groups, rows.div_ceil(per)])?;
+        let zeros = self.zero_points([groups, rows.div_ceil(per)])?;
         let add = if self.quantization.gptq_v2 { 0.0 } else { 1.0 };
         Ok(Coded {
             shape: self.shape,
@@ -316,8 +325,7 @@ impl Open<'_> {
         let scale = self.need("scales")?;
         let (scales, [groups, _]) = self.scales(scale, true)?;
         self.expect(scale, [groups, rows])?;
-        let zeros = self.need("qzeros")?;
-        self.expect(zeros, [groups, rows.div_ceil(8)])?;
+        let zeros = self.zero_points([groups, rows.div_ceil(8)])?;
         Ok(Coded {
             shape: self.shape,
             codes: Codes::Awq { region: tensor.region(cols, rows.div_ceil(8) * 4) },

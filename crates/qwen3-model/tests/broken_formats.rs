@@ -89,6 +89,7 @@ fn a_fault_in_a_tensor_of_codes_or_scales_names_the_file_and_the_tensor() {
         (gptq, q_proj, "qweight", Shape(&[8192])),
         (gptq, q_proj, "qweight", Shape(&[32, 256, 1])),
         (gptq, q_proj, "qzeros", Missing),
+        (gptq, q_proj, "qzeros", Type("F32")),
         (gptq, q_proj, "qzeros", Shape(&[32, 8])),
         (gptq, q_proj, "scales", Missing),
         (gptq, q_proj, "scales", Type("I16")),
