@@ -43,7 +43,7 @@ pub struct BenchArgs {
     depth: Vec<usize>,
 
     /// Decode so many sequences together, one measurement for each number and depth; prompts are
-    /// not measured then
+    /// not measured then, but passes over one prompt token of each ("prompt_rows_ratio" in JSON)
     #[arg(long, value_name = "B", value_delimiter = ',', value_parser = positive, conflicts_with_all = ["profile", "trace"])]
     batch: Vec<usize>,
 
@@ -266,6 +266,7 @@ impl Bench<'_> {
         Ok(Measured {
             phase: what.phase,
             batch: 1,
+            prompt_rows_ratio: None,
             tokens,
             flops,
             bytes,
@@ -291,6 +292,7 @@ impl Bench<'_> {
         Ok(Measured {
             phase: what.phase,
             batch: 1,
+            prompt_rows_ratio: None,
             tokens,
             flops,
             bytes,

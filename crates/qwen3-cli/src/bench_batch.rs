@@ -24,6 +24,9 @@ const OWN_TOKENS: usize = 16;
 /// where the bits may differ (positions split over ranks, a q8 cache).
 const TOLERANCE: f32 = 2e-4;
 
+/// Passes over prompt rows in a repetition, at most.
+const PROMPT_PASSES: usize = 16;
+
 /// Sequences of equal length, each with pages of its own.
 pub struct BatchBench<'a> {
     rank: &'a Rank,
@@ -65,7 +68,7 @@ impl<'a> BatchBench<'a> {
         let shared = depth.saturating_sub(OWN_TOKENS);
         for start in (0..shared).step_by(chunk) {
             let tokens = (start..shared.min(start + chunk)).map(|at| made_up(at, vocab_size));
-            bench.pass(&[0], start, &tokens.collect::<Vec<_>>(), false)?;
+            bench.pass(&[0], start, &tokens.collect::<Vec<_>>(), CHUNK)?;
         }
         for sequence in 1..sequences {
             for page in 0..local_pages {
@@ -76,19 +79,19 @@ impl<'a> BatchBench<'a> {
         for sequence in 0..sequences {
             let first = shared + sequence * OWN_TOKENS;
             let own = (0..depth - shared).map(|at| made_up(first + at, vocab_size));
-            bench.pass(&[sequence], shared, &own.collect::<Vec<_>>(), false)?;
+            bench.pass(&[sequence], shared, &own.collect::<Vec<_>>(), CHUNK)?;
         }
         Ok(bench)
     }
 
-    /// Computes tokens of `sequences`, as many of each, from position `start` on. With `generated`
-    /// there is one row of logits per sequence.
+    /// Computes tokens of `sequences`, as many of each, from position `start` on. Where
+    /// `kind` wants logits, there is one row of them per sequence.
     fn pass(
         &mut self,
         sequences: &[usize],
         start: usize,
         tokens: &[u32],
-        generated: bool,
+        kind: PassKind,
     ) -> Result<Logits, Failure> {
         let ranks = self.model.context().positions.size();
         let each = tokens.len() / sequences.len();
@@ -100,8 +103,8 @@ impl<'a> BatchBench<'a> {
                 .map(|page| PageId((sequence * self.local_pages + page / ranks) as u32))
                 .collect(),
             first_rank: 0,
-            generated,
-            wanted: if generated { vec![(each - 1, Wanted::Logits)] } else { Vec::new() },
+            generated: kind.generated,
+            wanted: if kind.logits { vec![(each - 1, Wanted::Logits)] } else { Vec::new() },
         };
         let spans = sequences.iter().enumerate().map(span).collect();
         let batch = Batch { tokens: tokens.to_vec(), spans };
@@ -122,7 +125,7 @@ impl<'a> BatchBench<'a> {
         let mut tokens: Vec<u32> = sequences.iter().map(first).collect();
         let (mut first_logits, mut chosen) = (None, Vec::new());
         for step in 0..steps {
-            let logits = self.pass(sequences, self.depth + step, &tokens, true)?;
+            let logits = self.pass(sequences, self.depth + step, &tokens, STEP)?;
             let row = |row| SampleRow {
                 row,
                 params: &greedy,
@@ -182,6 +185,10 @@ impl<'a> BatchBench<'a> {
         let sequences: Vec<_> = (0..count).collect();
         let (mut seconds, mut reads) = (Vec::new(), Vec::new());
         let (mut products, mut floats) = (Vec::new(), Vec::new());
+        let mut passes = Vec::new();
+        let vocab_size = self.model.config().vocab_size;
+        let first = |sequence: &usize| made_up(self.depth + 7 * sequence, vocab_size);
+        let rows: Vec<u32> = sequences.iter().map(first).collect();
         let input = self.model.product_input();
         for rep in 0..=reps {
             comm.barrier()?;
@@ -192,8 +199,15 @@ impl<'a> BatchBench<'a> {
             comm.ledger().set_phase(Phase::Other);
             // The slowest rank's time is the step's.
             comm.barrier()?;
+            let decode = start.elapsed().as_secs_f64();
+            let (start, runs) = (Instant::now(), steps.min(PROMPT_PASSES));
+            for _ in 0..runs {
+                self.pass(&sequences, self.depth, &rows, PROMPT_ROWS)?;
+            }
+            comm.barrier()?;
             if rep > 0 {
-                seconds.push(start.elapsed().as_secs_f64());
+                seconds.push(decode);
+                passes.push(start.elapsed().as_secs_f64() / runs as f64);
             }
             reads.push(limits.look(Phase::Decode)?);
             floats.push(limits.operations_per_s(InputKind::Float)?);
@@ -218,12 +232,29 @@ impl<'a> BatchBench<'a> {
             flops: work.product_flops + work.attention_flops,
             bytes,
             depth: self.depth,
+            prompt_rows_ratio: Some(median(&passes) * steps as f64 / median(&seconds)),
             seconds,
             limit_seconds: (bytes / median(&reads)).max(arithmetic),
             allocations: None,
         })
     }
 }
+
+/// What a pass is told about its tokens.
+#[derive(Clone, Copy)]
+struct PassKind {
+    /// Whether the model has generated them, which decides how attention rounds.
+    generated: bool,
+    /// Whether the logits of the last token of each sequence are wanted.
+    logits: bool,
+}
+
+/// Tokens of a prompt that only fill the cache.
+const CHUNK: PassKind = PassKind { generated: false, logits: false };
+/// A prompt token of each sequence, with logits for all.
+const PROMPT_ROWS: PassKind = PassKind { generated: false, logits: true };
+/// A decode step.
+const STEP: PassKind = PassKind { generated: true, logits: true };
 
 /// What the steps of a measurement have to do on all ranks together.
 struct Work {

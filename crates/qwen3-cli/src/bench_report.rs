@@ -24,6 +24,9 @@ pub struct Measured {
     pub bytes: f64,
     /// Tokens in the cache before the repetition.
     pub depth: usize,
+    /// With `--batch`, the time of a pass over one prompt token of each sequence, with logits for
+    /// all, divided by the time of a decode step, which chooses tokens besides.
+    pub prompt_rows_ratio: Option<f64>,
     /// The time of each repetition.
     pub seconds: Vec<f64>,
     /// The shortest time that the machine's limits allow for a repetition, measured around the
@@ -90,6 +93,9 @@ impl Report<'_> {
                     "depth": result.depth,
                     "batch": result.batch,
                 });
+                if let Some(ratio) = result.prompt_rows_ratio {
+                    object["prompt_rows_ratio"] = ratio.into();
+                }
                 if let Some(Allocations { count, bytes }) = result.allocations {
                     (object["allocations"], object["allocated_bytes"]) =
                         (count.into(), bytes.into());

@@ -65,6 +65,7 @@ fn several_sequences_are_measured_together_on_any_ranks() {
         for one in results {
             let number = |key: &str| one[key].as_f64().unwrap();
             assert!(number("limit_share") > 0.0);
+            assert!(number("prompt_rows_ratio") > 0.0);
             // Three tokens of each sequence were decoded.
             let tokens = number("tokens_per_s") * number("ms") / 1e3;
             assert!((tokens - 3.0 * number("batch")).abs() < 1e-6, "{one}");
