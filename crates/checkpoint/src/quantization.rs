@@ -20,7 +20,11 @@ pub(crate) struct Quantization {
     block: Option<[usize; 2]>,
     /// Whether GPTQ's zero points are stored as they are, and not less one.
     gptq_v2: bool,
+    /// What the config calls the method, if it is one of the two that share names of tensors.
     awq: bool,
+    gptq: bool,
+    /// Whether all groups of the config have zero points.
+    asymmetric: bool,
 }
 
 impl Quantization {
@@ -53,6 +57,9 @@ impl Quantization {
                 .filter(|block| !block.contains(&0)),
             gptq_v2: own["checkpoint_format"].as_str() == Some("gptq_v2"),
             awq: own["quant_method"].as_str() == Some("awq"),
+            gptq: own["quant_method"].as_str() == Some("gptq"),
+            asymmetric: weights().next().is_some()
+                && weights().all(|weights| weights["symmetric"] == false),
         }
     }
 }
@@ -270,7 +277,8 @@ impl Open<'_> {
 
     fn is_awq(&self, tensor: &Tensor) -> bool {
         let [rows, cols] = self.shape;
-        self.quantization.awq || tensor.shape == [cols, rows / 8] && rows != cols / 8
+        let other = tensor.shape == [cols, rows / 8] && rows != cols / 8;
+        self.quantization.awq || !self.quantization.gptq && other
     }
 
     /// `qzeros`, whose words have several zero points each.
@@ -362,7 +370,11 @@ impl Open<'_> {
         let scale = self.need("weight_scale")?;
         let (scales, [_, groups]) = self.scales(scale, false)?;
         self.expect(scale, [rows, groups])?;
-        let zeros = match self.part("weight_zero_point") {
+        let stored = match self.quantization.asymmetric {
+            true => Some(self.need("weight_zero_point")?),
+            false => self.part("weight_zero_point"),
+        };
+        let zeros = match stored {
             None => Zeros::Constant((1_u32 << (bits - 1)) as f32),
             Some(zeros) => {
                 let packed = rows.div_ceil(32 / bits);
