@@ -28,8 +28,8 @@ pub(crate) struct Quantization {
 }
 
 impl Quantization {
-    /// Reads the parsed `config.json`; values of other types are taken as absent, since the model's
-    /// own check names them.
+    /// Reads the parsed `config.json`. A value of another type counts as absent; where the tensors
+    /// then do not fit, the loader names them.
     pub(crate) fn parse(config: &Value) -> Self {
         let own = &config["quantization_config"];
         let groups = own["config_groups"].as_object();

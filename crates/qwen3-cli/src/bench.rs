@@ -265,7 +265,7 @@ impl Bench<'_> {
             + if last > 0 { pass(last) } else { 0.0 };
         Ok(Measured {
             phase: what.phase,
-            batch: 1,
+            batch: None,
             prompt_rows_ratio: None,
             tokens,
             flops,
@@ -291,7 +291,7 @@ impl Bench<'_> {
         let bytes = tokens as f64 * self.memory.pass(config, 1) + per_position * positions;
         Ok(Measured {
             phase: what.phase,
-            batch: 1,
+            batch: None,
             prompt_rows_ratio: None,
             tokens,
             flops,

@@ -227,7 +227,7 @@ impl<'a> BatchBench<'a> {
             work.product_flops / median(&products) + work.attention_flops / median(&floats);
         Ok(Measured {
             phase: Phase::Decode,
-            batch: count,
+            batch: Some(count),
             tokens: count * steps,
             flops: work.product_flops + work.attention_flops,
             bytes,

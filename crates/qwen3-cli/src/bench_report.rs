@@ -14,8 +14,8 @@ use crate::bench_profile::Recording;
 pub struct Measured {
     /// Prefill or decode.
     pub phase: Phase,
-    /// Sequences that are computed together.
-    pub batch: usize,
+    /// With `--batch`, the number of sequences that are computed together.
+    pub batch: Option<usize>,
     /// Tokens of a repetition, of all sequences.
     pub tokens: usize,
     /// Floating-point operations of a repetition, on all ranks together.
@@ -91,10 +91,12 @@ impl Report<'_> {
                     "gb_per_s": result.bytes / seconds * 1e-9,
                     "limit_share": result.limit_share(),
                     "depth": result.depth,
-                    "batch": result.batch,
                 });
                 if let Some(ratio) = result.prompt_rows_ratio {
                     object["prompt_rows_ratio"] = ratio.into();
+                }
+                if let Some(batch) = result.batch {
+                    object["batch"] = batch.into();
                 }
                 if let Some(Allocations { count, bytes }) = result.allocations {
                     (object["allocations"], object["allocated_bytes"]) =
@@ -166,16 +168,22 @@ impl Report<'_> {
         if let Some(reason) = &self.reason {
             let _ = writeln!(out, "plan: {reason}\n");
         }
-        out.push_str("phase    batch tokens  after  tokens/s (slowest..fastest)       ms     GFLOP/s    GB/s  of limit\n");
+        let batches = self.results.iter().any(|result| result.batch.is_some());
+        out.push_str(if batches { "phase    sequences  " } else { "phase    " });
+        out.push_str(
+            "tokens  after  tokens/s (slowest..fastest)       ms     GFLOP/s    GB/s  of limit\n",
+        );
         for result in &self.results {
             let seconds = result.median();
             let (slowest, fastest) = result.spread();
             let spread = format!("({slowest:.1}..{fastest:.1})");
+            let _ = write!(out, "{:<8} ", result.phase.name());
+            if let Some(batch) = result.batch {
+                let _ = write!(out, "{batch:>9}  ");
+            }
             let _ = writeln!(
                 out,
-                "{:<8} {:>5} {:>6} {:>6} {:>9.1} {spread:<20} {:>9.2} {:>9.1} {:>8.2} {:>8.1}%",
-                result.phase.name(),
-                result.batch,
+                "{:>6} {:>6} {:>9.1} {spread:<20} {:>9.2} {:>9.1} {:>8.2} {:>8.1}%",
                 result.tokens,
                 result.depth,
                 result.tokens as f64 / seconds,

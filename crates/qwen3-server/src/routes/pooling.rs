@@ -10,7 +10,7 @@ use base64::Engine as _;
 use base64::prelude::BASE64_STANDARD;
 use engine::qwen3_model::pooling::{check_dimensions, embedding};
 use engine::{Event, Pooling, Stream, SubmitError};
-use qwen3_text::{ControlTokens, PoolingTextError, RerankPrompt, embedding_tokens, instructed};
+use qwen3_text::{PoolingTextError, RerankPrompt, embedding_tokens, instructed};
 
 use super::{From, json, ok, respond};
 use crate::error::{ApiError, Dialect, ErrorBody};
@@ -182,7 +182,7 @@ fn inputs(
     let tokens = |text: &String| {
         let query = task.map(|task| instructed(task, text));
         let text = query.as_ref().unwrap_or(text);
-        embedding_tokens(&model.tokenizer, text, ControlTokens::Literal).map_err(prompt_error)
+        embedding_tokens(&model.tokenizer, text, model.control_tokens).map_err(prompt_error)
     };
     texts.iter().map(tokens).collect()
 }
@@ -213,7 +213,7 @@ async fn scores(
         let tokenizer = &model.tokenizer;
         let prompts = RerankPrompt::new(tokenizer, instruction.as_deref()).map_err(prompt_error)?;
         let prompt = |(query, document): &(String, String)| {
-            let tokens = prompts.tokens(tokenizer, query, document, ControlTokens::Literal);
+            let tokens = prompts.tokens(tokenizer, query, document, model.control_tokens);
             tokens.map_err(prompt_error)
         };
         pairs.iter().map(prompt).collect::<Result<Vec<_>, _>>()
