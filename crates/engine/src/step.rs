@@ -1,5 +1,7 @@
 //! One step as every rank carries it out: copy pages, run the forward pass, sample.
 
+use std::sync::{Mutex, PoisonError};
+use std::thread;
 use std::time::{Duration, Instant};
 
 use qwen3_model::comm::{CommError, Communicator, CommunicatorExt as _, Phase};
@@ -97,20 +99,26 @@ impl Executor {
         let decodes = pass.batch.tokens.len() == pass.batch.spans.len();
         comm.ledger().set_phase(if decodes { Phase::Decode } else { Phase::Prefill });
         let start = Instant::now();
-        let (output, decisions) = std::thread::scope(|scope| {
-            let decide = decide.filter(|_| !constrained.is_empty());
-            let deciding = decide.map(|decide| scope.spawn(|| decide(&constrained)));
+        let decides = decide.is_some() && !constrained.is_empty();
+        let decide = Mutex::new(decide.filter(|_| decides));
+        let answer = || {
+            let decide = decide.lock().unwrap_or_else(PoisonError::into_inner).take();
+            decide.map_or_else(Vec::new, |decide| decide(&constrained))
+        };
+        let (output, decisions) = thread::scope(|scope| {
+            let builder = || thread::Builder::new().name("constraints".to_owned());
+            let deciding = decides.then(|| builder().spawn_scoped(scope, answer));
             let output = self.model.forward(&mut self.arena, &pass.batch, &mut self.workspace);
-            let decisions = deciding.map(|thread| thread.join());
+            // Where the system refuses a thread, the constraints are asked after the pass.
+            let decisions = match deciding {
+                Some(Ok(thread)) => thread.join(),
+                _ => Ok(answer()),
+            };
             (output, decisions)
         });
         let output = output?;
         let forward = start.elapsed();
-        let decisions = match decisions {
-            Some(Ok(decisions)) => decisions,
-            Some(Err(panic)) => std::panic::resume_unwind(panic),
-            None => Vec::new(),
-        };
+        let decisions = decisions.unwrap_or_else(|panic| std::panic::resume_unwind(panic));
         let guides = share(&*comm, self.model.config().vocab_size, constrained.len(), decisions)?;
         self.sequences.computed(record);
         let mut outcome = self.sample(&pass, &output.logits, &constrained, &guides)?;

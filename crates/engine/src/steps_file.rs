@@ -1,10 +1,10 @@
 //! The latest steps, kept for the case that a rank is lost: shapes and ids, no text and no tokens.
 
 use std::collections::VecDeque;
-use std::fs::OpenOptions;
 use std::io::{self, Write as _};
-use std::os::unix::fs::OpenOptionsExt as _;
 use std::path::Path;
+
+use tempfile::NamedTempFile;
 
 use crate::record::Record;
 
@@ -57,12 +57,13 @@ impl LatestSteps {
 
     /// Writes the steps to `path`, which only its owner may read.
     pub fn write(&self, path: &Path, error: &str) -> io::Result<()> {
-        let mut options = OpenOptions::new();
-        let mut file = options.write(true).create(true).truncate(true).mode(0o600).open(path)?;
-        // The mode above applies to new files only.
-        file.set_permissions(std::os::unix::fs::PermissionsExt::from_mode(0o600))?;
+        // A new file of mode 0600 takes the place of whatever has the name, also of a link.
+        let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty());
+        let mut file = NamedTempFile::new_in(folder.unwrap_or(Path::new(".")))?;
         let lines: Vec<&str> = self.lines.iter().map(String::as_str).collect();
-        writeln!(file, "{}\nended by: {error}", lines.join("\n"))
+        writeln!(file, "{}\nended by: {error}", lines.join("\n"))?;
+        file.persist(path)?;
+        Ok(())
     }
 }
 
@@ -80,7 +81,9 @@ mod tests {
         }
         let folder = tempfile::tempdir().expect("a folder");
         let path = folder.path().join("steps");
-        std::fs::write(&path, "old").expect("a file");
+        let other = folder.path().join("other");
+        std::fs::write(&other, "another user's").expect("a file");
+        std::os::unix::fs::symlink(&other, &path).expect("a link");
         steps.write(&path, "rank 1 failed").expect("the file is written");
         let text = std::fs::read_to_string(&path).expect("the file");
         assert_eq!(text.lines().count(), STEPS + 1);
@@ -88,5 +91,6 @@ mod tests {
         assert!(text.contains("spans (sequence, tokens) [(299, 7)]"));
         let mode = std::fs::metadata(&path).expect("the file").permissions().mode();
         assert_eq!(mode & 0o777, 0o600);
+        assert_eq!(std::fs::read_to_string(&other).expect("the file"), "another user's");
     }
 }

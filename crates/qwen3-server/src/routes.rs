@@ -19,7 +19,7 @@ use axum::{Router, middleware};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use tower_http::catch_panic::CatchPanicLayer;
-use tower_http::cors::{AllowOrigin, CorsLayer};
+use tower_http::cors::{AllowHeaders, AllowOrigin, CorsLayer};
 
 use crate::body::{self, Accepted};
 use crate::error::{ApiError, Dialect};
@@ -55,13 +55,8 @@ pub fn router(service: &Arc<Service>) -> Router {
     let cors = CorsLayer::new()
         .allow_origin(AllowOrigin::list(origins.collect::<Vec<HeaderValue>>()))
         .allow_methods([Method::GET, Method::POST])
-        .allow_headers([
-            header::AUTHORIZATION,
-            header::CONTENT_TYPE,
-            HeaderName::from_static("x-api-key"),
-            HeaderName::from_static("anthropic-version"),
-            REQUEST_ID,
-        ])
+        // Clients of several languages send headers of their own, such as `x-stainless-lang`.
+        .allow_headers(AllowHeaders::mirror_request())
         .expose_headers([REQUEST_ID]);
     router
         .fallback(async |request: Request| {
@@ -77,8 +72,9 @@ pub fn router(service: &Arc<Service>) -> Router {
         })
         .layer(DefaultBodyLimit::disable())
         .layer(CatchPanicLayer::custom(panicked))
-        .layer(cors)
         .layer(middleware::from_fn_with_state(Arc::clone(service), gate))
+        // A page that may use the server can read the gate's errors, too.
+        .layer(cors)
         .with_state(Arc::clone(service))
 }
 
