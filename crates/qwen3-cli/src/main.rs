@@ -53,6 +53,10 @@ mod tokenize;
 mod command_line;
 
 fn main() -> std::process::ExitCode {
+    // With a limit on address space, heaps of each thread could take all of it.
+    if rustix::process::getrlimit(rustix::process::Resource::As).current.is_some() {
+        qwen3_model::tensor::share_heap();
+    }
     qwen3_text::serve_templates();
     command_line::run()
 }

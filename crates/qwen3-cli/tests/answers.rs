@@ -384,3 +384,20 @@ fn a_slow_reader_fails_no_rank() {
     assert!(run.success && run.stderr.is_empty(), "{run:?}");
     assert!(run.stdout.len() > 2 * 4096, "{} bytes never filled the pipe", run.stdout.len());
 }
+
+#[test]
+fn the_bundled_model_runs_in_200_mb_of_address_space() {
+    let within = |rest: &str| {
+        let mut command = std::process::Command::new("sh");
+        let binary = env!("CARGO_BIN_EXE_qwen3");
+        command.args(["-c", &format!("ulimit -v 200000; exec '{binary}' {rest}")]);
+        run_with(command, "Hello\n")
+    };
+    for arguments in ["--threads 2", "--ranks 2", "--ranks 2 --strategy sequence"] {
+        let limited = within(&format!("generate -m '{AUSTEN}' -p Elizabeth -n 4 {arguments}"));
+        let free = run(&["generate", "-m", AUSTEN, "-p", "Elizabeth", "-n", "4"]);
+        assert_eq!((limited.success, &limited.stdout), (true, &free.stdout), "{limited:?}");
+    }
+    let chat = within(&format!("chat -m '{AUSTEN}'"));
+    assert!(chat.success && !chat.stdout.is_empty(), "{chat:?}");
+}

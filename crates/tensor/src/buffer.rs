@@ -26,7 +26,8 @@ const LARGE: usize = 32 << 20;
 /// Below this size a buffer comes from the ordinary allocator.
 const SMALL: usize = 64 << 10;
 
-/// Address space of a shared mapping; only what is touched takes memory.
+/// Address space of a shared mapping; only what is touched takes memory. Where the address space is
+/// limited (`ulimit -v`) and has no such piece, [`LARGE`] bytes have to do.
 const SHARED: usize = 256 << 20;
 
 /// A cache line, which is also the widest load of any kernel.
@@ -83,7 +84,8 @@ impl HugeBuffer {
         let mapping = match current.0.upgrade() {
             Some(mapping) if len <= mapping.len - current.1 => mapping,
             _ => {
-                let mapping = Arc::new(Mapping::new(SHARED));
+                let mapping = Mapping::try_new(SHARED).unwrap_or_else(|| Mapping::new(LARGE));
+                let mapping = Arc::new(mapping);
                 *current = (Arc::downgrade(&mapping), 0);
                 mapping
             }
@@ -121,6 +123,18 @@ impl Drop for HugeBuffer {
     }
 }
 
+/// Has the threads of this process share one heap. glibc otherwise reserves 64 MiB of address space
+/// for a heap of each thread, which a small limit on address space (`RLIMIT_AS`) does not allow.
+/// Costs speed where many threads allocate at once, so only processes with such a limit call it,
+/// before they start threads. Does nothing with other C libraries.
+pub fn share_heap() {
+    #[cfg(all(target_os = "linux", target_env = "gnu"))]
+    // SAFETY: sets a number of the allocator; no memory is touched.
+    unsafe {
+        libc::mallopt(libc::M_ARENA_MAX, 1);
+    }
+}
+
 #[repr(align(64))]
 struct CacheLine;
 
@@ -137,17 +151,19 @@ unsafe impl Send for Mapping {}
 unsafe impl Sync for Mapping {}
 
 impl Mapping {
-    /// At least `len` bytes (`len` > 0), rounded up to small pages: nothing beyond the last one can
-    /// become resident.
+    /// As [`try_new`](Self::try_new); a refusal ends the process as it does for `Vec`.
     fn new(len: usize) -> Self {
-        let failed = || -> ! {
-            match alloc::Layout::from_size_align(len, HUGE_PAGE) {
-                Ok(layout) => alloc::handle_alloc_error(layout),
-                Err(_) => panic!("{len} bytes exceed the address space"),
-            }
-        };
-        let Some(kept) = len.checked_next_multiple_of(page_size()) else { failed() };
-        let Some(reserved) = kept.checked_add(HUGE_PAGE) else { failed() };
+        Self::try_new(len).unwrap_or_else(|| match alloc::Layout::from_size_align(len, HUGE_PAGE) {
+            Ok(layout) => alloc::handle_alloc_error(layout),
+            Err(_) => panic!("{len} bytes exceed the address space"),
+        })
+    }
+
+    /// At least `len` bytes (`len` > 0), rounded up to small pages: nothing beyond the last one can
+    /// become resident. `None` where the system refuses them.
+    fn try_new(len: usize) -> Option<Self> {
+        let kept = len.checked_next_multiple_of(page_size())?;
+        let reserved = kept.checked_add(HUGE_PAGE)?;
         // SAFETY: a new private anonymous mapping touches no existing memory.
         let base = unsafe {
             libc::mmap(
@@ -160,7 +176,7 @@ impl Mapping {
             )
         };
         if base == libc::MAP_FAILED {
-            failed()
+            return None;
         }
         // mmap aligns to small pages only: cut an aligned piece out of a mapping that is one huge
         // page longer.
@@ -185,7 +201,7 @@ impl Mapping {
             libc::madvise(start, kept, libc::MADV_HUGEPAGE);
         }
         let start = NonNull::new(start.cast()).expect("mmap never chooses address 0");
-        Self { start, len: kept }
+        Some(Self { start, len: kept })
     }
 }
 

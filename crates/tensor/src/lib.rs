@@ -33,6 +33,7 @@ mod packer;
 
 mod packed;
 
+pub use buffer::share_heap;
 pub use encode::{EncodeError, decode_row, encode_rows};
 pub use format::{GROUP, PANEL, UnknownFormat, WeightFormat};
 pub use packed::{PackedData, PackedMatrix, PanelChunk};
