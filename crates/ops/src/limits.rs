@@ -62,9 +62,7 @@ impl LimitsProbe {
             (rounds * MULTIPLY_ADD_FLOPS) as f64
         })
     }
-}
 
-impl LimitsProbe {
     /// Operations (two for each multiply-add) that the threads of this rank do in a second with the
     /// instruction that multiplies weights and activations of this kind, measured for `time`.
     /// Products of int16 are half as many as of int8, as `vpdpwssd` and `vpdpbusd` are.

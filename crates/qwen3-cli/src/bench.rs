@@ -364,15 +364,7 @@ impl Bench<'_> {
         let mut id = made_up(self.cache.len(), self.model.config().vocab_size);
         for step in 0..tokens {
             let logits = self.cache.decode(self.model, id).map_err(Failure::agreed)?;
-            let row = SampleRow {
-                row: 0,
-                params: &greedy,
-                prompt: &[],
-                generated: &[],
-                step: step as u64,
-                mask: None,
-                forced: None,
-            };
+            let row = SampleRow::new(0, &greedy, step as u64);
             let mut samples = self.sampler.sample_rows(&logits, &[row])?;
             id = samples.pop().expect("one row was sampled").map_err(Failure::agreed)?.id;
         }

@@ -126,15 +126,7 @@ impl<'a> BatchBench<'a> {
         let (mut first_logits, mut chosen) = (None, Vec::new());
         for step in 0..steps {
             let logits = self.pass(sequences, self.depth + step, &tokens, STEP)?;
-            let row = |row| SampleRow {
-                row,
-                params: &greedy,
-                prompt: &[],
-                generated: &[],
-                step: step as u64,
-                mask: None,
-                forced: None,
-            };
+            let row = |row| SampleRow::new(row, &greedy, step as u64);
             let rows: Vec<_> = (0..sequences.len()).map(row).collect();
             let samples = self.sampler.sample_rows(&logits, &rows)?;
             first_logits.get_or_insert(logits);
@@ -240,10 +232,10 @@ impl<'a> BatchBench<'a> {
     }
 }
 
-/// What a pass is told about its tokens.
+/// The two properties in which the passes of this benchmark differ.
 #[derive(Clone, Copy)]
 struct PassKind {
-    /// Whether the model has generated them, which decides how attention rounds.
+    /// Whether the model has generated the tokens, which decides how attention rounds.
     generated: bool,
     /// Whether the logits of the last token of each sequence are wanted.
     logits: bool,

@@ -110,6 +110,13 @@ pub struct SampleRow<'a> {
     pub forced: Option<u32>,
 }
 
+impl<'a> SampleRow<'a> {
+    /// A row whose token may be any and does not depend on earlier tokens, as a benchmark draws it.
+    pub fn new(row: usize, params: &'a SamplingParams, step: u64) -> Self {
+        Self { row, params, prompt: &[], generated: &[], step, mask: None, forced: None }
+    }
+}
+
 /// A chosen token.
 #[derive(Clone, Debug, PartialEq)]
 pub struct SampledToken {

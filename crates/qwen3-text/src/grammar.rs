@@ -181,7 +181,7 @@ impl Grammars {
                 (None, _) => Ok(Guide { matcher, mask: None }),
             };
             drop(place);
-            // Nobody waits after the time is over.
+            // The send fails if `compile` has returned because the time was over.
             let _ = sender.send(result);
         };
         thread::Builder::new()

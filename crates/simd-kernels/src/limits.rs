@@ -38,7 +38,7 @@ pub fn dot_int8(isa: Isa, rounds: usize) -> i32 {
         return unsafe { avx512::dot_int8(rounds) };
     }
     #[cfg(target_arch = "x86_64")]
-    if isa == Isa::avx2_vnni().unwrap_or(Isa::scalar()) && isa.has_avx2() {
+    if Isa::avx2_vnni() == Some(isa) {
         // SAFETY: the instruction set proves the target features.
         return unsafe { avx2::dot_int8_vnni(rounds) };
     }
