@@ -302,6 +302,9 @@ fn follow(
         if record.end {
             return Ok(());
         }
+        if record.heartbeat {
+            continue;
+        }
         steps.add(&record);
         let begin = Instant::now();
         executor.execute(&record, None)?;

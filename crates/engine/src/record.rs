@@ -2,9 +2,7 @@
 //!
 //! A record names only what changes: tokens that were sampled are known to every rank already, so
 //! a sequence that decodes takes a few bytes. The first [`HEAD`] bytes travel in a broadcast of
-//! fixed size, for which ranks wait without a deadline; longer records need a second broadcast.
-
-use std::time::Duration;
+//! fixed size; longer records need a second broadcast.
 
 use qwen3_model::SamplingParams;
 use qwen3_model::comm::{CommError, Communicator, CommunicatorExt as _};
@@ -46,6 +44,8 @@ pub(crate) enum AfterPrompt {
 pub(crate) struct Record {
     /// The engine ends; all else is empty.
     pub end: bool,
+    /// Rank 0 has no work and shows that it can still be reached; all else is empty.
+    pub heartbeat: bool,
     /// The ranks exchange where their time went.
     pub report: bool,
     pub arrived: Vec<NewRequest>,
@@ -117,14 +117,11 @@ impl Record {
         if rest.is_empty() { Ok(()) } else { comm.broadcast(0, rest) }
     }
 
-    /// Waits for the next record of rank 0, as long as it takes. A lost rank ends the wait.
+    /// Waits for the next record of rank 0. It fails if there is none within the timeout of
+    /// collectives: an idle rank 0 sends heartbeats, so either rank 0 or the link to it is lost.
     pub fn receive(comm: &dyn Communicator) -> Result<Result<Self, RecordError>, CommError> {
         let mut bytes = vec![0; HEAD];
-        let timeout = comm.timeout();
-        comm.set_timeout(Duration::MAX);
-        let head = comm.broadcast(0, &mut bytes[..]);
-        comm.set_timeout(timeout);
-        head?;
+        comm.broadcast(0, &mut bytes[..])?;
         let (length, _) = bytes.split_first_chunk().expect("a head is longer than a number");
         let end = size_of::<u32>() + u32::from_le_bytes(*length) as usize;
         if end > HEAD {
@@ -157,6 +154,13 @@ mod tests {
     fn thirty_two_sequences_decode_from_one_broadcast() {
         let bytes = postcard::to_allocvec(&decoding(32)).expect("a record can be encoded");
         assert!(bytes.len() + 4 < HEAD, "{} bytes", bytes.len());
+    }
+
+    #[test]
+    fn a_rank_that_hears_nothing_of_rank_0_gives_up() {
+        let [_silent, waiting] = &ThreadComm::group(2)[..] else { panic!("two ranks") };
+        waiting.set_timeout(std::time::Duration::from_millis(50));
+        assert!(Record::receive(waiting).is_err());
     }
 
     #[test]

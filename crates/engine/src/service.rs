@@ -20,6 +20,8 @@ use crate::step::{Decide, Decision, Outcome};
 
 /// How often an idle engine looks whether a rank is lost.
 const IDLE_CHECK: Duration = Duration::from_millis(50);
+/// Heartbeats of an idle engine within the timeout of collectives.
+const HEARTBEATS: u32 = 4;
 /// The shortest time between two reports of the ranks' shares.
 const REPORT_INTERVAL: Duration = Duration::from_secs(1);
 
@@ -113,12 +115,16 @@ impl Service {
         }
     }
 
-    /// Waits for work and plans the next step; `None` if there will be no further request.
+    /// Waits for work and plans the next step; `None` if there will be no further request. Without
+    /// work it sends heartbeats to the other ranks, which wait no longer than the timeout of
+    /// collectives.
     ///
     /// # Errors
     ///
     /// When a rank is lost while there is no work.
     pub fn next(&mut self, comm: &dyn Communicator) -> Result<Option<Step>, CommError> {
+        let interval = comm.timeout() / HEARTBEATS;
+        let mut sent = Instant::now();
         loop {
             let open = self.take_submissions();
             self.drop_cancelled();
@@ -133,10 +139,14 @@ impl Service {
             if !open {
                 return Ok(None);
             }
-            match self.submissions.recv_timeout(IDLE_CHECK) {
+            match self.submissions.recv_timeout(IDLE_CHECK.min(interval)) {
                 Ok(submission) => self.add(submission),
                 Err(RecvTimeoutError::Timeout) => comm.check()?,
                 Err(RecvTimeoutError::Disconnected) => {}
+            }
+            if sent.elapsed() >= interval {
+                Record { heartbeat: true, ..Record::default() }.send(comm)?;
+                sent = Instant::now();
             }
         }
     }

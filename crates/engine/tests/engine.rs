@@ -3,7 +3,7 @@
 mod suite;
 
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use engine::qwen3_model::comm::{Communicator, ThreadComm};
 use engine::qwen3_model::sampling::SamplingError;
@@ -277,6 +277,27 @@ fn a_hidden_state_is_that_of_a_pass() {
             assert_eq!(answer.reason(0), FinishReason::Length);
         });
     }
+}
+
+#[test]
+fn an_idle_engine_outlives_the_timeout_of_collectives() {
+    let timeout = Duration::from_secs(2);
+    let (prompt, ids) = expected().swap_remove(0);
+    std::thread::scope(|scope| {
+        for comm in ThreadComm::group(3) {
+            let (prompt, ids) = (&prompt, &ids);
+            scope.spawn(move || {
+                comm.set_timeout(timeout);
+                serve(Arc::new(comm), HEADS, &config(8), |handle| {
+                    let idle = Instant::now();
+                    while idle.elapsed() < timeout * 2 {
+                        std::thread::park_timeout((timeout * 2).saturating_sub(idle.elapsed()));
+                    }
+                    assert_eq!(ask(&handle, greedy(prompt, ids.len())).tokens[0], *ids);
+                })
+            });
+        }
+    });
 }
 
 #[test]
