@@ -1,4 +1,5 @@
-//! What attention needs to know besides the data, and the steps before it: norm and rotation.
+//! The description of attention (heads, norms, rotary factors), and the norm and rotation before
+//! it.
 
 use simd_kernels::{
     AttentionInput, KvFormat, SoftmaxState, attention_materialized, attention_streaming,
@@ -13,10 +14,10 @@ use crate::cost::Work;
 use crate::linear::slice_mut;
 use crate::norm::SERIAL_TOKENS;
 
-/// How scores become outputs; both give the same answer.
+/// The algorithm of attention. Both give the same answer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
 pub enum AttentionAlgorithm {
-    /// All scores in memory, then softmax, then the weighted sum: the reference.
+    /// Stores all scores, then computes the softmax, then the weighted sum: the reference.
     Materialized,
     /// Online softmax over blocks of keys (Milakov & Gimelshein 2018; Dao et al. 2022).
     #[default]
@@ -24,7 +25,7 @@ pub enum AttentionAlgorithm {
 }
 
 impl AttentionAlgorithm {
-    /// Leaves in `state` what the rows of queries see.
+    /// Computes attention of the query rows and leaves their softmax states in `state`.
     pub(crate) fn run(self, ctx: &Context, input: &AttentionInput<'_>, state: &mut SoftmaxState) {
         state.reset(input.visible.len(), input.kv.head_dim());
         match self {
@@ -55,45 +56,46 @@ impl FromStr for AttentionAlgorithm {
     }
 }
 
-/// The heads of this rank. A row of its fused projection holds the queries of all its heads, then
-/// the keys, then the values of its KV heads: `[queries | keys | values]`, each head `head_dim`
-/// wide.
+/// The heads of this rank. A row of the fused projection is `[queries | keys | values]`: the
+/// queries of the rank's heads, then the keys and the values of its KV heads. Each head has
+/// `head_dim` elements.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct AttentionShape {
-    /// For each KV head here, its query heads among those here; consecutive and ascending.
+    /// For each KV head of this rank, the range of this rank's query heads that use it; consecutive
+    /// and ascending.
     pub groups: Vec<Range<usize>>,
-    /// Elements of a head.
+    /// Elements per head.
     pub head_dim: usize,
 }
 
 impl AttentionShape {
-    /// Query heads of this rank.
+    /// Number of query heads of this rank.
     pub fn heads(&self) -> usize {
         self.groups.last().map_or(0, |group| group.end)
     }
 
-    /// Width of the queries of a token, and of its attention output.
+    /// Number of elements of a token's queries, and of its attention output.
     pub fn query_width(&self) -> usize {
         self.heads() * self.head_dim
     }
 
-    /// Width of the keys, or of the values, of a token.
+    /// Number of elements of a token's keys; its values have the same number.
     pub fn kv_width(&self) -> usize {
         self.groups.len() * self.head_dim
     }
 
-    /// Factor of the scores.
+    /// The factor of the scores, 1 / sqrt(head_dim).
     pub(crate) fn score_scale(&self) -> f32 {
         1.0 / (self.head_dim as f32).sqrt()
     }
 
-    /// Bytes of the cached keys and values of a position.
+    /// Bytes of the cached keys and values of one position in one layer.
     pub fn position_bytes(&self, kv: KvFormat) -> usize {
         2 * self.groups.len() * kv.bytes(self.head_dim)
     }
 
-    /// Attention with `pairs` pairs of a token and a key that it sees, over `keys` cached keys: two
-    /// products for each pair and query head, and one reading of the keys and values.
+    /// The work of attention with `pairs` (token, visible key) pairs over `keys` cached positions:
+    /// two products per pair and query head, and one reading of the keys and values.
     pub fn work(&self, kv: KvFormat, pairs: usize, keys: usize) -> Work {
         Work {
             flops: 4.0 * (pairs * self.query_width()) as f64,
@@ -101,7 +103,7 @@ impl AttentionShape {
         }
     }
 
-    /// Width of a row of the fused projection.
+    /// Number of elements of a row of the fused projection.
     pub fn qkv_width(&self) -> usize {
         self.query_width() + 2 * self.kv_width()
     }
@@ -118,7 +120,7 @@ pub struct QkNorm<'a> {
     pub eps: f32,
 }
 
-/// Rotary factors of the tokens at hand, each [tokens, head_dim / 2].
+/// Rotary factors of the rank's tokens, each [tokens, head_dim / 2].
 #[derive(Clone, Copy)]
 pub struct Rotary<'a> {
     /// Cosines.
@@ -127,7 +129,7 @@ pub struct Rotary<'a> {
     pub sin: &'a Activations,
 }
 
-/// What attention needs to know besides the data.
+/// The parameters of attention in one layer.
 #[derive(Clone, Copy)]
 pub struct AttentionSpec<'a> {
     /// How scores become outputs.
@@ -140,7 +142,7 @@ pub struct AttentionSpec<'a> {
     pub rotary: Rotary<'a>,
 }
 
-/// Normalizes each query and key head of some consecutive rows and rotates it by its position; qkv
+/// Normalizes each query and key head of the rows in `ranges` and rotates it by its position; qkv
 /// [tokens, `qkv_width`].
 pub(crate) fn norm_and_rotate(
     ctx: &Context,

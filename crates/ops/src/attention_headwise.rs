@@ -1,5 +1,5 @@
-//! Attention of a batch to the pages of this rank, without any collective: all positions where each
-//! rank owns heads, the rank's own positions where these are split.
+//! Attention of a batch to the pages of this rank, without collectives. The pages hold all
+//! positions if ranks split heads only, and this rank's positions if ranks split positions.
 
 use std::ops::Range;
 
@@ -19,16 +19,17 @@ use crate::pages::{LayerPages, PAGE_POSITIONS, PageId, PageOwners};
 pub struct TokenSpan {
     /// Number of tokens.
     pub tokens: usize,
-    /// Position of the first one. Keys and values of all earlier positions are in the pages.
+    /// Position of the first token. The pages hold the keys and values of all earlier positions.
     pub start: usize,
-    /// Pages of the sequence, in order, at least up to the last token. Where ranks split positions,
-    /// each number counts in the arena of the page's rank.
+    /// Pages of the sequence in order, at least up to the last token. If ranks split positions, a
+    /// page id counts in the arena of the rank that owns the page.
     pub pages: Vec<PageId>,
-    /// The rank of the first page, among those that split positions; 0 where they are not split.
+    /// The owner of the first page among the ranks that split positions; 0 if positions are not
+    /// split.
     pub first_rank: usize,
-    /// Whether a model has generated the tokens: then queries meet a cache of 16 or 8 bits in f32,
-    /// also when the tokens are computed again, several at once. Those of a prompt meet it in
-    /// int16, also a single one.
+    /// Whether a model has generated the tokens. The queries of generated tokens multiply a cache
+    /// of 16 or 8 bits in f32, also when a preempted sequence computes several of them again. The
+    /// queries of prompt tokens multiply it in int16, also a single one.
     pub generated: bool,
 }
 
@@ -38,12 +39,12 @@ impl TokenSpan {
         self.start + self.tokens
     }
 
-    /// How its queries meet keys of 16 or 8 bits.
+    /// The arithmetic of products between the span's queries and keys of 16 or 8 bits.
     pub(crate) fn arithmetic(&self) -> AttentionArithmetic {
         if self.generated { AttentionArithmetic::Float } else { AttentionArithmetic::Int16 }
     }
 
-    /// Which of its pages lie on `rank`, of `ranks` that split positions.
+    /// The rule for which of its pages `rank` owns, of `ranks` ranks that split positions.
     pub(crate) fn owners(&self, rank: usize, ranks: usize) -> PageOwners {
         PageOwners { first: self.first_rank, ranks, rank }
     }
@@ -54,27 +55,28 @@ impl TokenSpan {
     }
 }
 
-/// Attention of a pass whose tokens this rank has all: computed once for all layers.
+/// The tasks of attention for a pass whose tokens are all on this rank. It is the same for all
+/// layers.
 pub struct AttentionPlan {
     tasks: AttentionTasks,
-    /// Pages that spans of one token write, ascending.
+    /// Pages that spans of one token write to, ascending.
     written: Vec<PageId>,
-    /// Rows of spans of several tokens, which are normalized, rotated and stored before attention.
+    /// Rows of spans with several tokens. They are normalized, rotated and stored before attention.
     several: Vec<Range<usize>>,
-    /// Where these are stored, by page ascending.
+    /// The places where these rows are stored, ascending by page.
     stores: Vec<Rows>,
 }
 
-/// Rows that are stored in one page.
+/// Consecutive rows that are stored in one page.
 struct Rows {
     page: PageId,
-    /// Position of the first one in the page.
+    /// Position of the first row within the page.
     position: usize,
     rows: Range<usize>,
 }
 
 impl AttentionPlan {
-    /// The plan for spans whose tokens are the rows of the pass, in order.
+    /// The plan for spans whose tokens are, in order, the rows of the pass.
     ///
     /// # Panics
     /// When the pages of a span end before its last token.
@@ -137,10 +139,9 @@ pub struct AttentionScratch {
     pub(crate) block: Option<simd_kernels::KvMemory>,
 }
 
-/// Attention of the heads of this rank, with all of its pages. The keys and values of the rows, as
-/// far as the rank owns their positions, are stored in `pages` first. qkv [tokens, `qkv_width`] is
-/// normalized and rotated, in place where a span has several tokens; out [tokens, heads *
-/// head_dim].
+/// Attention of this rank's heads to this rank's pages. First it stores the keys and values of the
+/// rows whose positions this rank owns in `pages`. qkv [tokens, `qkv_width`] is normalized and
+/// rotated (in place for spans of several tokens); out [tokens, heads * head_dim].
 pub fn attention_headwise(
     ctx: &Context,
     spec: &AttentionSpec<'_>,
@@ -153,7 +154,8 @@ pub fn attention_headwise(
     attend_own(ctx, spec, plan, qkv, pages, &mut scratch.tasks, (out, None));
 }
 
-/// As [`attention_headwise`]; with a [`Partial`], out is left undivided.
+/// Like [`attention_headwise`]. With a [`Partial`], `out` is not divided by the sum of
+/// exponentials.
 pub(crate) fn attend_own(
     ctx: &Context,
     spec: &AttentionSpec<'_>,
@@ -173,7 +175,7 @@ pub(crate) fn attend_own(
     attend(ctx, spec, &plan.tasks, queries, (&keys, written), scratch, out);
 }
 
-/// Stores keys and values of rows [tokens, `qkv_width`].
+/// Stores the keys and values of `qkv` [tokens, `qkv_width`] in the pages.
 fn store(
     ctx: &Context,
     shape: &AttentionShape,

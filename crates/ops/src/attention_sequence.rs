@@ -1,5 +1,5 @@
-//! Attention where each rank owns pages of positions: queries meet the keys of all earlier
-//! positions, on whichever rank these are.
+//! Attention with positions split over ranks: each rank owns pages of positions, and queries see
+//! the keys of all earlier positions on all ranks.
 //!
 //! Split tokens (a prompt): each rank attends its own queries to the keys and values of the whole
 //! pass. On one machine these are gathered first; between machines they go round in a ring, and a
@@ -32,7 +32,7 @@ use crate::linear::{reshape, slice, slice_mut};
 use crate::merged::Merged;
 use crate::pages::{Keys, LayerPages, PAGE_POSITIONS, PageId};
 
-/// A pass as attention sees it, computed once for all layers.
+/// The attention plan of a pass, the same for all layers.
 pub struct PassPlan {
     layout: TokenLayout,
     way: Way,
@@ -151,7 +151,7 @@ fn attend_split(
     let own: Vec<_> = layout.indices(ctx.positions.rank()).collect();
     let keys = wire.pack(ctx, columns(qkv, shape.query_width(), numbers));
     let mut block = scratch.block.take();
-    if layout.goes_round(ctx.positions.machines()) {
+    if layout.uses_ring(ctx.positions.machines()) {
         let mut ring = KvRing::new(ctx, layout, width, keys);
         let mut merged = if span.start == 0 {
             Merged::new(ctx, own.len(), shape)
@@ -311,7 +311,7 @@ fn attend_past(
     let own = columns(qkv, 0, width);
     ctx.positions.all_gather_v(&own, &layout.lengths(ctx.positions.size(), width), gathered)?;
     if let Some(ring) = &mut ring {
-        ring.pass_on();
+        ring.start_transfer();
     }
     let owners = span.owners(ctx.positions.rank(), ctx.positions.size());
     let rows = RowSpan {
@@ -411,7 +411,7 @@ pub fn attention_cost(shape: &AttentionShape, pass: &AttentionPass<'_>) -> Cost 
         return cost;
     }
     let keys = KvWire::of(kv, machines).width(2 * shape.kv_width());
-    let round = layout.goes_round(machines);
+    let round = layout.uses_ring(machines);
     if round {
         // Every block but the next rank's leaves, every block but this rank's own arrives.
         let block = |number: usize| keys * layout.count((rank + ranks - number) % ranks);

@@ -1,9 +1,9 @@
 //! Attention of many rows as one list of tasks: (span, KV head, rows, segments of the keys),
 //! balanced by keys.
 //!
-//! Keys are cut into segments of a fixed length. Each segment's softmax state is computed from
-//! nothing, and the states are merged in order of position. Which tasks compute which segments
-//! therefore changes no bit, and neither does the number of threads.
+//! Keys are cut into segments of a fixed length. Each segment has a softmax state of its own, and
+//! the states are merged in order of position. The result is therefore bit-identical for every
+//! assignment of segments to tasks and every number of threads.
 
 use std::ops::Range;
 
@@ -19,72 +19,71 @@ use crate::cost::Work;
 use crate::linear::{matrix, reshape, slice};
 use crate::pages::{Keys, PAGE_POSITIONS, PageId};
 
-/// Positions of a segment. Shorter ones could be shared by more threads, longer ones merge less.
+/// Positions per segment. Shorter segments spread over more threads; longer ones need fewer merges.
 const SEGMENT: usize = 8 * PAGE_POSITIONS;
-/// Rows of queries that one task handles: at most those that share a tile of keys, and fewer, down
-/// to a point, where that leaves a thread too few tasks to balance.
+/// Range for the number of query rows per task. The maximum is what shares a tile of keys. Fewer
+/// rows give more tasks, which balance better over the threads.
 const TASK_ROWS: Range<usize> = 64..ATTENTION_ROWS;
-/// Tasks of a thread, so that the last ones to finish do not finish long after the others.
-const TASKS: usize = 4;
-/// Rows whose arithmetic takes as long as reading the keys.
+/// Number of tasks per thread. With several, the threads finish at about the same time.
+const TASKS_PER_THREAD: usize = 4;
+/// Number of query rows whose arithmetic takes as long as reading the keys.
 const READING_ROWS: usize = 8;
 
-/// Rows of queries of a task, where a team of `threads` shares those of `heads` heads and some
-/// tokens.
+/// Number of query rows per task, for a team of `threads` threads.
 fn task_rows(tokens: usize, heads: usize, threads: usize) -> usize {
-    (tokens * heads / (TASKS * threads)).clamp(TASK_ROWS.start, TASK_ROWS.end)
+    (tokens * heads / (TASKS_PER_THREAD * threads)).clamp(TASK_ROWS.start, TASK_ROWS.end)
 }
 
-/// Consecutive rows of queries that see the keys of the same pages.
+/// Consecutive query rows that see keys in the same pages.
 pub(crate) struct RowSpan {
     /// The rows.
     pub rows: Range<usize>,
-    /// For each row, how many of the keys it sees.
+    /// For each row, the number of keys that it sees.
     pub visible: Vec<usize>,
-    /// Where the keys are, in order.
+    /// The pages of the keys, in order.
     pub pages: Vec<PageId>,
-    /// How queries meet keys of 16 or 8 bits.
+    /// The arithmetic of products between queries and keys of 16 or 8 bits.
     pub arithmetic: AttentionArithmetic,
-    /// Of a single row whose tasks normalize, rotate and store it themselves.
+    /// Set for a span of a single row that its tasks normalize, rotate and store.
     pub fresh: Option<Fresh>,
 }
 
-/// A row that is not normalized, rotated and stored yet.
+/// A row that is not yet normalized, rotated and stored.
 #[derive(Clone, Copy)]
 pub(crate) struct Fresh {
-    /// Where its key and value belong on this rank: the index among the pages that are written, and
-    /// the position in the page. The page is the last one of the span.
+    /// Where the row's key and value are stored if this rank owns the position: the index in the
+    /// list of written pages, and the position in the page. It is the span's last page.
     pub store: Option<(usize, usize)>,
 }
 
-/// Rows of a span that meet the keys of a head together.
+/// Rows of a span that are multiplied with the keys of one KV head together.
 struct Tile {
     span: usize,
     head: usize,
     /// Counted from the first row of the span.
     rows: Range<usize>,
     segments: usize,
-    /// The segments, cut into what one task computes.
+    /// Number of tasks that compute the segments.
     pieces: usize,
 }
 
-/// Tasks for rows of queries, the same for all layers of a pass.
+/// The attention tasks of a pass, the same for all layers.
 pub(crate) struct AttentionTasks {
     spans: Vec<RowSpan>,
     tiles: Vec<Tile>,
-    /// Tiles with their pieces, the most expensive first.
+    /// Pairs (tile, piece), the most expensive first.
     order: Vec<(usize, usize)>,
 }
 
 impl AttentionTasks {
-    /// Tasks for spans that together are all rows, in order.
+    /// The tasks for `spans`, which cover all rows in order.
     pub fn new(shape: &AttentionShape, threads: usize, spans: Vec<RowSpan>) -> Self {
         let tokens = spans.iter().map(|span| span.rows.len()).sum();
         let most = task_rows(tokens, shape.heads(), threads);
         let mut tiles = Vec::new();
         for (index, span) in spans.iter().enumerate() {
             for (head, group) in shape.groups.iter().enumerate() {
-                // Tasks of about the same size.
+                // The tiles of a span have about the same size.
                 let count = span.rows.len().div_ceil((most / group.len()).max(1));
                 for part in 0..count {
                     let rows = split_range(span.rows.len(), count, part);
@@ -108,7 +107,7 @@ impl AttentionTasks {
         Self { spans, tiles, order }
     }
 
-    /// What the queries have to do.
+    /// The work of all tasks in one layer.
     fn work(&self, shape: &AttentionShape, keys: &Keys<'_>) -> Work {
         let pairs = self.spans.iter().flat_map(|span| &span.visible).sum();
         let most = |span: &RowSpan| span.visible.iter().copied().max().unwrap_or(0);
@@ -116,12 +115,12 @@ impl AttentionTasks {
     }
 }
 
-/// Cuts the segments of long tiles into pieces where a thread would wait for others else.
+/// Cuts long tiles into pieces if whole tiles would leave threads waiting for the longest one.
 fn cut(tiles: &mut [Tile], costs: &[usize], threads: usize) {
     let total: usize = costs.iter().sum();
     let mut sorted = costs.to_vec();
     sorted.sort_unstable_by_key(|cost| std::cmp::Reverse(*cost));
-    // What each thread would do if each took the next tile when it is done.
+    // The load of each thread if a thread takes the next tile whenever it is free.
     let mut loads = vec![0; threads.max(1)];
     for cost in sorted {
         *loads.iter_mut().min().expect("at least one thread") += cost;
@@ -130,7 +129,7 @@ fn cut(tiles: &mut [Tile], costs: &[usize], threads: usize) {
     if 10 * longest * threads <= 11 * total {
         return;
     }
-    let limit = (total / (TASKS * threads)).max(1);
+    let limit = (total / (TASKS_PER_THREAD * threads)).max(1);
     for (tile, cost) in tiles.iter_mut().zip(costs) {
         tile.pieces = cost.div_ceil(limit).clamp(1, tile.segments);
     }
@@ -140,7 +139,7 @@ fn cut(tiles: &mut [Tile], costs: &[usize], threads: usize) {
 #[derive(Default)]
 pub(crate) struct TaskScratch {
     threads: Vec<ThreadScratch>,
-    /// A state for each segment of tiles that are cut.
+    /// One state per segment, for tiles that are cut into pieces.
     states: Vec<Rows>,
 }
 
@@ -150,8 +149,8 @@ struct ThreadScratch {
     queries: Vec<f32>,
     key: Vec<f32>,
     visible: Vec<usize>,
-    /// The state of the segment at hand, with the kernels' own working memory, and that of all
-    /// segments so far.
+    /// The state of the current segment, with the kernels' working memory; then the merged state of
+    /// the segments so far.
     state: SoftmaxState,
     total: SoftmaxState,
 }
@@ -164,28 +163,27 @@ struct Rows {
     acc: Vec<f32>,
 }
 
-/// Attention to some of the keys, not yet divided by its sum: what merges with the other keys'
-/// part.
+/// Maxima and sums of attention to a part of the keys, for merging with the results of other parts.
 #[derive(Default)]
 pub(crate) struct Partial {
-    /// Largest score, [rows, heads].
+    /// Largest scores, [rows, heads].
     pub max: Activations,
-    /// Sum of exponentials relative to it, [rows, heads].
+    /// Sums of `exp(score - max)`, [rows, heads].
     pub sum: Activations,
 }
 
-/// What tasks read besides the keys.
+/// The projected rows that the tasks read.
 #[derive(Clone, Copy)]
 pub(crate) struct Queries<'a> {
-    /// [rows, stride], the queries first in each row; of fresh rows keys and values follow.
+    /// [rows, stride]. Each row starts with the queries; in fresh rows keys and values follow.
     pub rows: &'a [f32],
-    /// Numbers of a row.
+    /// Elements per row.
     pub stride: usize,
 }
 
-/// Attention of the given queries; out [rows, heads * head_dim]. `written` are the spans of the
-/// pages that fresh rows belong to, by page and then by head. With `partial`, out is left undivided
-/// and the maxima and sums go there.
+/// Attention of the given queries; out [rows, heads * head_dim]. `written` has the memory of the
+/// pages that fresh rows are stored in, by page and then by head. With `partial`, `out` is not
+/// divided by the sums, and the maxima and sums go to `partial`.
 pub(crate) fn attend(
     ctx: &Context,
     spec: &AttentionSpec<'_>,
@@ -210,7 +208,7 @@ pub(crate) fn attend(
     let TaskScratch { threads, states } = scratch;
     threads.resize_with(ctx.team.threads(), ThreadScratch::default);
 
-    // Where each tile's result goes, in the order of the tiles.
+    // The output block of each tile, in the order of the tiles.
     let mut blocks = Vec::with_capacity(tasks.tiles.len());
     let mut rest = OutputBlocks::whole(out, partial);
     let mut tiles = tasks.tiles.iter().peekable();
@@ -227,7 +225,7 @@ pub(crate) fn attend(
             }
         }
     }
-    // The states of tiles that are cut.
+    // The segment states of tiles that are cut into pieces.
     let cut: Vec<_> =
         tasks.tiles.iter().map(|tile| if tile.pieces > 1 { tile.segments } else { 0 }).collect();
     states.resize_with(cut.iter().sum(), Rows::default);
@@ -285,11 +283,11 @@ pub(crate) fn attend(
     }
 }
 
-/// What becomes of a task's states.
+/// What a task does with its segment states.
 enum Outcome<'a> {
-    /// All segments of a tile, merged and written.
+    /// The task has all segments of a tile: it merges the states and writes the output.
     Whole(OutputBlocks<'a>),
-    /// Some of them, each for itself.
+    /// The task has some segments of a tile: it stores each state for a later merge.
     Segments(Vec<&'a mut Rows>),
 }
 
@@ -297,7 +295,8 @@ enum Outcome<'a> {
 struct Part<'a> {
     tile: &'a Tile,
     segments: Range<usize>,
-    /// Where to store the key and the value of a fresh row first, and as which position.
+    /// Where the task stores the key and value of a fresh row before attention: the memory of the
+    /// page and head, and the position in the page.
     store: Option<(KvSpanMut<'a>, usize)>,
     result: Outcome<'a>,
 }
@@ -338,7 +337,7 @@ impl Part<'_> {
                 written.store(ctx.isa, *position, key, value);
             }
         }
-        // The page that a row is stored in is read by the task that stores it, and by no other.
+        // Only the task that stores a fresh row reads the page it is stored in.
         let stored = span.fresh.is_some_and(|fresh| fresh.store.is_some());
         let read = &span.pages[..span.pages.len() - usize::from(stored)];
         let mut spans: Vec<KvSpan<'_>> = Vec::with_capacity(span.pages.len());
@@ -387,7 +386,7 @@ impl Part<'_> {
     }
 }
 
-/// Where the results of some rows and heads go.
+/// The output memory of some rows and heads.
 struct OutputBlocks<'a> {
     out: MatMut<'a>,
     partial: Option<(MatMut<'a>, MatMut<'a>)>,
@@ -413,7 +412,7 @@ impl<'a> OutputBlocks<'a> {
         (Self { out, partial }, Self { out: out_rest, partial: partial_rest })
     }
 
-    /// Writes a state whose rows are ordered by token and then by head.
+    /// Writes `state`, whose rows are ordered by token and then by head.
     fn write(mut self, ctx: &Context, state: &SoftmaxState) {
         let tokens = self.out.rows();
         let heads = state.max.len() / tokens;

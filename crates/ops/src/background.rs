@@ -1,4 +1,4 @@
-//! A second thread of a rank: it makes collectives while the team computes.
+//! A second thread of each rank, which calls collectives while the team computes.
 
 use std::any::Any;
 use std::io;
@@ -11,27 +11,26 @@ use comm::{Activity, CommError, Communicator};
 
 type Job = Box<dyn FnOnce() + Send>;
 
-/// Makes calls in the order in which they are handed over: all ranks hand over the same ones in the
-/// same order.
+/// Runs communication calls on a second thread, in the order of submission. All ranks must submit
+/// the same calls in the same order.
 ///
-/// The thread is there from the start, before the team pins this one to a core, which a thread
-/// started later would inherit: where cores are left over it runs on one of them. It sleeps while
-/// nothing is to do. A rank alone needs none.
+/// The thread starts before the team pins the calling thread to a core. A thread started later
+/// would inherit that core; started first, it can run on a core that the team leaves free. It
+/// sleeps while there are no calls. A group of one rank has no second thread.
 pub struct Background {
     comm: Arc<dyn Communicator>,
     jobs: Option<Sender<Job>>,
     thread: Option<JoinHandle<()>>,
 }
 
-/// The result of a call that another thread makes.
+/// The future result of a call on the second thread.
 #[must_use = "a call has failed or not, which only its result tells"]
 pub struct Pending<T>(Receiver<thread::Result<T>>);
 
 impl Background {
     /// The second thread of this rank of `comm`.
     ///
-    /// # Errors
-    /// When the system has no more threads.
+    /// # Errors When the operating system refuses a thread.
     pub fn new(comm: Arc<dyn Communicator>) -> Result<Self, CommError> {
         if comm.size() == 1 {
             return Ok(Self { comm, jobs: None, thread: None });
@@ -48,9 +47,9 @@ impl Background {
         Ok(Self { comm, jobs: Some(jobs), thread: Some(thread) })
     }
 
-    /// Hands `call` over, which has its buffers with it and returns them. It counts where the
-    /// calling thread stands now, and the calling thread makes no call of its own on the same
-    /// communicator until it has the result.
+    /// Submits `call`, which owns its buffers and returns them. The ledger attributes the call to
+    /// the calling thread's current activity. The calling thread must not use the same communicator
+    /// before it has the result.
     pub fn start<T: Send + 'static>(
         &self,
         comm: &Arc<dyn Communicator>,
@@ -60,11 +59,12 @@ impl Background {
         let activity = Activity { background: true, ..comm.ledger().activity() };
         let (sender, result) = mpsc::sync_channel(1);
         let job = move || {
-            // What the call owns is gone before its result is there: whoever waits holds the last
-            // ends of the communicators.
+            // The closure is dropped, with its clone of the communicator, before the result is
+            // sent. The thread that waits therefore holds the last reference to the communicator.
             let result =
                 panic::catch_unwind(AssertUnwindSafe(move || activity.during(|| call(&*comm))));
-            // Nobody waits any more where the other thread has failed.
+            // Sending fails only if the thread that waited has panicked; then the result is not
+            // needed.
             let _ = sender.send(result);
         };
         match &self.jobs {
@@ -78,7 +78,7 @@ impl Background {
 }
 
 impl<T> Pending<T> {
-    /// Waits for the call; a panic in it goes on here.
+    /// Waits for the result. A panic of the call continues on the calling thread.
     pub fn wait(self) -> T {
         let result = self.0.recv().unwrap_or_else(|_| -> thread::Result<T> {
             Err(Box::new("the thread that makes calls is gone") as Box<dyn Any + Send>)
@@ -88,8 +88,9 @@ impl<T> Pending<T> {
 }
 
 impl Drop for Background {
-    /// Makes what was handed over, unless this thread panics: then no other rank may wait for it,
-    /// nor it for them.
+    /// Waits until all submitted calls have run. If this thread is panicking, it aborts the
+    /// communicator first: otherwise the other ranks would wait for this one, and the submitted
+    /// calls for them.
     fn drop(&mut self) {
         if thread::panicking() {
             let thread = thread::current();

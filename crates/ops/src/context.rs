@@ -1,4 +1,4 @@
-//! What every operation needs besides its data: the instruction set, the team and the other ranks.
+//! The execution context of a rank's operations: instruction set, threads, communicators.
 
 use std::fmt;
 use std::str::FromStr;
@@ -12,14 +12,15 @@ use crate::background::Background;
 use crate::profile::Profile;
 use crate::team::{Placement, Team};
 
-/// The numbers in which activations meet bf16 weights. Weights of other formats are not concerned.
+/// The number format of activations in products with bf16 weights. It does not affect other weight
+/// formats.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 pub enum ActivationFormat {
-    /// f32: products round only in their sums.
+    /// f32: only the sums of a product are rounded.
     #[default]
     F32,
-    /// bf16, for instruction sets with dot products of bf16 ([`Isa::has_bf16_dot`]): twice the rate
-    /// of f32, and an error of up to 2^-9 of each activation.
+    /// bf16, for instruction sets with bf16 dot products ([`Isa::has_bf16_dot`]): twice the rate of
+    /// f32. The relative error of each activation is at most 2^-9.
     Bf16,
 }
 
@@ -44,16 +45,16 @@ impl FromStr for ActivationFormat {
     }
 }
 
-/// The surroundings of one rank's operations.
+/// The execution context of one rank's operations.
 ///
-/// The ranks form a grid: those of a row hold the same positions and split the heads and the
-/// weights; those of a column hold the same heads and split the positions. Either group may be this
+/// The ranks form a grid. The ranks of a row hold the same positions and split heads and weights.
+/// The ranks of a column hold the same heads and split positions. Either group may consist of this
 /// rank alone.
 pub struct Context {
     /// The instruction set of the kernels.
     pub isa: Isa,
-    /// The activations of products with bf16 weights: f32 unless set. `Bf16` needs an instruction
-    /// set with dot products of bf16, or products panic.
+    /// The format of activations in products with bf16 weights; f32 unless set. Products panic if
+    /// it is `Bf16` and the instruction set has no bf16 dot product.
     pub activations: ActivationFormat,
     /// The threads of this rank.
     pub team: Team,
@@ -63,19 +64,17 @@ pub struct Context {
     pub heads: Arc<dyn Communicator>,
     /// The ranks that hold the same heads and split the positions (sequence parallel).
     pub positions: Arc<dyn Communicator>,
-    /// What makes calls while the team computes.
+    /// The thread that calls collectives while the team computes.
     pub background: Background,
-    /// What the operations took.
+    /// The recorded time of each operation.
     pub profile: Arc<Profile>,
 }
 
 impl Context {
-    /// Surroundings with a team of `threads`, `columns` ranks to a row of the grid: world rank `r`
-    /// is in row `r / columns` and column `r % columns`. All ranks call it.
+    /// A context with a team of `threads` threads and rows of `columns` ranks: rank `r` of `comm`
+    /// is in row `r / columns` and column `r % columns`. All ranks must call it.
     ///
-    /// # Errors
-    /// When the groups cannot be formed, or the operating system refuses a thread of the team or
-    /// the one for calls in the background.
+    /// # Errors When the groups cannot be formed, or the operating system refuses a thread.
     ///
     /// # Panics
     /// When `columns` does not divide the number of ranks.
@@ -100,8 +99,8 @@ impl Context {
         Ok(Self { isa, activations, team, comm, heads, positions, background, profile })
     }
 
-    /// The ranks over which the feed-forward block is split: those that split the heads, or, where
-    /// none do, those that split the positions.
+    /// The ranks over which the feed-forward block is split: the group that splits heads if it has
+    /// several ranks, otherwise the group that splits positions.
     pub fn mlp_ranks(&self) -> &Arc<dyn Communicator> {
         if self.heads.size() > 1 { &self.heads } else { &self.positions }
     }

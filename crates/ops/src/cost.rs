@@ -1,4 +1,5 @@
-//! What an operation costs, stated from shapes alone: arithmetic, bytes read, scratch, collectives.
+//! The cost of an operation, computed from shapes alone: arithmetic, bytes read, scratch,
+//! collectives.
 //!
 //! Each operation states its cost next to its code. The profile measures times against the same
 //! statement, and the tests of `qwen3-model` compare the stated collectives with the ledger.
@@ -13,7 +14,7 @@ use tensor::WeightFormat;
 /// Bytes of an f32.
 pub(crate) const F32: usize = size_of::<f32>();
 
-/// Arithmetic and reading.
+/// Amounts of arithmetic and of memory reads.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct Work {
     /// Floating-point (or integer) operations; a multiply-add counts as two.
@@ -44,7 +45,7 @@ impl Sum for Work {
     }
 }
 
-/// What work reads; the format decides how fast kernels are.
+/// The kind of data that work reads. Its format decides the speed of the kernels.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Operand {
     /// Weights of a linear layer.
@@ -56,33 +57,33 @@ pub enum Operand {
 /// The ranks that take part in a collective.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Group {
-    /// Those that split weights.
+    /// The ranks that split heads and weights.
     Heads,
-    /// Those that split positions.
+    /// The ranks that split positions.
     Positions,
 }
 
 /// One call of a collective.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Call {
-    /// Who takes part.
+    /// The ranks that take part.
     pub group: Group,
     /// Which collective.
     pub collective: Collective,
     /// Payload in f32 elements, as the [`Ledger`](comm::Ledger) counts it: the whole buffer of an
-    /// Allreduce, Reduce-scatter or Broadcast, the whole gathered result of an Allgather.
+    /// Allreduce, Reduce-scatter or Broadcast; the whole gathered result of an Allgather.
     pub elements: usize,
-    /// Whether the payload travels as f32 on every wire.
+    /// Whether the payload travels as f32 in every wire format.
     pub exact: bool,
 }
 
 impl Call {
-    /// A call whose payload has the format of the wire if it is a sum, and f32 otherwise.
+    /// A call whose payload has the wire format if it is a sum, and f32 otherwise.
     pub(crate) fn new(group: Group, collective: Collective, elements: usize) -> Self {
         Self { group, collective, elements, exact: false }
     }
 
-    /// Bytes of payload on a wire of this format.
+    /// Bytes of payload in this wire format.
     pub fn bytes(&self, wire: WireFormat) -> u64 {
         let sum = matches!(self.collective, Collective::Allreduce | Collective::ReduceScatter);
         let bytes = if sum && !self.exact {
@@ -97,7 +98,7 @@ impl Call {
 /// The cost of an operation on one rank, or the sum of several operations.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Cost {
-    /// Work by what it reads, one entry for each product or attention.
+    /// The work by operand, one entry per product or attention.
     pub work: Vec<(Operand, Work)>,
     /// Bytes of the buffers that the operation fills.
     pub scratch: usize,
@@ -106,7 +107,7 @@ pub struct Cost {
 }
 
 impl Cost {
-    /// All work together.
+    /// The sum of all work.
     pub fn total(&self) -> Work {
         self.work.iter().map(|(_, work)| *work).sum()
     }

@@ -1,4 +1,4 @@
-//! Token embeddings, read from the checkpoint row by row as they are needed.
+//! Token embeddings, read from the checkpoint row by row on demand.
 
 use tensor::{Activations, MatrixSource};
 
@@ -6,8 +6,8 @@ use crate::linear::reshape;
 
 /// The embedding table [vocabulary, hidden].
 ///
-/// It stays in the file: a token needs one row of it, the system's page cache keeps the rows that
-/// are used, and no rank holds the table in memory or asks another rank for a row.
+/// The table stays in the file. A token needs one row, and the page cache of the operating system
+/// keeps the rows that are used. No rank holds the table in memory or asks another rank for a row.
 pub struct Embedding<M> {
     table: M,
 }

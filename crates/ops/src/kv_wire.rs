@@ -1,5 +1,5 @@
-//! Keys and values as they travel between machines: in half precision where the cache keeps them
-//! so, which loses nothing more.
+//! The wire format of keys and values. Between machines they travel as f16 if the cache stores f16,
+//! which loses no further precision.
 
 use std::borrow::Cow;
 
@@ -7,26 +7,25 @@ use simd_kernels::{KvFormat, pack_halves, unpack_halves};
 
 use crate::context::Context;
 
-/// How keys and values go to other ranks.
+/// The wire format of keys and values.
 #[derive(Clone, Copy)]
 pub(crate) struct KvWire {
-    /// Two numbers in the place of an f32. Within one memory that would be work for nothing.
+    /// Two f16 travel in the slot of one f32. On a single machine packing would only cost time.
     halves: bool,
 }
 
 impl KvWire {
-    /// For numbers that are going to be kept in this format, with ranks on so many machines.
+    /// The wire format for a cache of `format` and ranks on `machines` machines.
     pub fn of(format: KvFormat, machines: usize) -> Self {
         Self { halves: format == KvFormat::F16 && machines > 1 }
     }
 
-    /// Places of f32 that the keys and values of a token take, `numbers` in all: as many of the one
-    /// as of the other.
+    /// Number of f32 slots that a token with `numbers` elements of keys and values takes.
     pub fn width(self, numbers: usize) -> usize {
         if self.halves { numbers / 2 } else { numbers }
     }
 
-    /// The numbers on their way.
+    /// Encodes `numbers` for the wire.
     pub fn pack(self, ctx: &Context, numbers: Vec<f32>) -> Vec<f32> {
         if !self.halves {
             return numbers;
@@ -36,7 +35,7 @@ impl KvWire {
         places
     }
 
-    /// The numbers again.
+    /// Decodes slots from the wire.
     pub fn unpack<'a>(self, ctx: &Context, places: &'a [f32]) -> Cow<'a, [f32]> {
         if !self.halves {
             return places.into();

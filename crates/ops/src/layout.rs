@@ -1,21 +1,21 @@
-//! Which tokens of a forward pass a rank holds.
+//! The distribution of a forward pass's tokens over the ranks.
 
 use std::ops::Range;
 
 use tensor::split_range;
 
-/// Tokens of a rank from which its keys and values go round. On 2 ranks with 1 GbE between them the
-/// shape of Qwen3-0.6B loses 1 % to it with 256 tokens a rank, and gains 3 % with 512 and 7 % with
-/// 1024.
-const ROUND_TOKENS: usize = 512;
+/// Smallest number of tokens per rank for which keys and values travel in a ring. With fewer
+/// tokens, attention to a block takes less time than merging its result (measured with the shapes
+/// of Qwen3-0.6B on 2 ranks over 1 GbE).
+const RING_TOKENS: usize = 512;
 
-/// How the tokens of one forward pass lie on the ranks.
+/// The distribution of a forward pass's tokens over the ranks.
 ///
-/// `Split` gives rank i the chunks i and 2R−1−i of 2R: causal attention costs the later chunks
-/// more, and each such pair costs about the same.
+/// `Split` cuts the tokens into 2R chunks and gives rank i the chunks i and 2R−1−i. In causal
+/// attention later chunks cost more; each such pair costs about the same.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum TokenLayout {
-    /// Every rank holds all the tokens.
+    /// Every rank holds all tokens.
     Replicated {
         /// Tokens of the pass.
         tokens: usize,
@@ -24,14 +24,14 @@ pub enum TokenLayout {
     Split {
         /// Tokens of the pass.
         tokens: usize,
-        /// Ranks that hold them.
+        /// Number of ranks that hold them.
         ranks: usize,
     },
 }
 
 impl TokenLayout {
-    /// Splits `tokens` over `ranks` where each gets at least two; fewer are replicated, since then
-    /// a pass over the weights costs the same for one token as for a few.
+    /// Splits `tokens` over `ranks` if each rank gets at least two. Fewer tokens are replicated:
+    /// reading the weights then takes the time, for one token as for a few.
     pub fn balanced(tokens: usize, ranks: usize) -> Self {
         if ranks > 1 && tokens >= 2 * ranks {
             Self::Split { tokens, ranks }
@@ -40,26 +40,27 @@ impl TokenLayout {
         }
     }
 
-    /// Tokens of the pass, on all ranks together.
+    /// Number of tokens of the pass on all ranks.
     pub fn tokens(&self) -> usize {
         match self {
             Self::Replicated { tokens } | Self::Split { tokens, .. } => *tokens,
         }
     }
 
-    /// Whether each token is on one rank only.
+    /// Returns true if each token is on exactly one of several ranks.
     pub fn is_split(&self) -> bool {
         matches!(self, Self::Split { .. })
     }
 
-    /// Whether keys and values of the pass go round the ranks block by block instead of being
-    /// gathered: where they travel between machines, and a block is long enough for attention to it
-    /// to take longer than merging its result.
-    pub fn goes_round(&self, machines: usize) -> bool {
-        matches!(*self, Self::Split { tokens, ranks } if machines > 1 && tokens >= ranks * ROUND_TOKENS)
+    /// Returns true if the pass's keys and values travel round the ranks block by block (ring
+    /// attention) instead of being gathered. It is so between machines, for blocks that are long
+    /// enough that attention to a block takes longer than merging its result.
+    pub fn uses_ring(&self, machines: usize) -> bool {
+        matches!(*self, Self::Split { tokens, ranks } if machines > 1 && tokens >= ranks * RING_TOKENS)
     }
 
-    /// The tokens of `rank`, as up to two ascending ranges of indices into the pass.
+    /// The tokens of `rank` as two ascending ranges of indices into the pass; the second may be
+    /// empty.
     pub fn ranges(&self, rank: usize) -> [Range<usize>; 2] {
         match *self {
             Self::Replicated { tokens } => [0..tokens, tokens..tokens],
@@ -76,17 +77,17 @@ impl TokenLayout {
         first.chain(second)
     }
 
-    /// How many tokens `rank` holds.
+    /// Number of tokens that `rank` holds.
     pub fn count(&self, rank: usize) -> usize {
         self.ranges(rank).iter().map(ExactSizeIterator::len).sum()
     }
 
-    /// How many elements each rank holds where a token has `width`.
+    /// Number of elements that each rank holds, with `width` elements per token.
     pub fn lengths(&self, ranks: usize, width: usize) -> Vec<usize> {
         (0..ranks).map(|rank| self.count(rank) * width).collect()
     }
 
-    /// The rows of a gather in the order of the tokens: consecutive ranges.
+    /// The rows of a gathered buffer, as consecutive ranges in the order of the tokens.
     pub fn gathered_ranges(&self) -> Vec<Range<usize>> {
         let Self::Split { ranks, .. } = *self else {
             return std::iter::once(0..self.tokens()).collect();
@@ -102,7 +103,7 @@ impl TokenLayout {
         ranges
     }
 
-    /// The index of each token in the order of a gather: rank 0's tokens, rank 1's, and so on.
+    /// The token of each row of a gathered buffer: rank 0's tokens, then rank 1's, and so on.
     pub fn gathered_order(&self) -> Vec<usize> {
         match self {
             Self::Replicated { tokens } => (0..*tokens).collect(),

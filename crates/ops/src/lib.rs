@@ -1,12 +1,12 @@
-//! What a decoder is made of, for one rank of many: each operation computes this rank's share on
-//! the rank's team of threads and calls the collectives that make the shares whole.
+//! The operations of a decoder on one of several ranks. Each operation computes this rank's share
+//! with the rank's team of threads and calls the collectives that combine the shares.
 
 #![doc = include_str!("../README.md")]
 #![forbid(unsafe_code)]
 
 // Modules in reading order, lowest first; a module uses only those above it.
 
-// What every operation is given: the ranks, the threads, and what notes their time.
+// The context of every operation: ranks, threads, cost and profile.
 pub mod background;
 pub mod cost;
 pub mod profile;
@@ -19,7 +19,7 @@ pub mod linear;
 mod embedding;
 pub mod norm;
 
-// Attention and what it reads.
+// Attention and the KV pages that it reads.
 pub mod attention;
 pub mod pages;
 mod attention_tasks;
@@ -38,7 +38,7 @@ pub mod mlp;
 // The head.
 pub mod lm_head;
 
-// What the machine allows.
+// The limits of the hardware.
 pub mod limits;
 
 pub use attention_sequence::attention_sequence;

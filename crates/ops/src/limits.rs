@@ -1,4 +1,4 @@
-//! What this rank's threads can do at best, measured: multiply-adds a second, and bytes read a
+//! Measures the hardware limits of this rank's threads: operations per second and bytes read per
 //! second.
 
 use std::ops::Range;
@@ -13,49 +13,51 @@ use tensor::{PackedData, PackedMatrix, WeightFormat};
 
 use crate::context::Context;
 
-/// Floats read between two looks at the clock: 1 MiB, about 50 microseconds.
+/// Number of f32 read between two readings of the clock: 1 MiB, tens of microseconds.
 const STRIDE: usize = 1 << 18;
-/// Rounds of multiply-adds between two looks at the clock: about as long.
+/// Rounds of multiply-adds between two readings of the clock, for about the same time.
 const ROUNDS: usize = 1 << 10;
-/// Columns of the matrix that lends its memory: a panel is 1 MiB.
+/// Columns of the matrix that provides the memory: a panel is 1 MiB.
 const COLS: usize = STRIDE / PANEL;
 
-/// Memory to read from, held as weights are: on huge pages, each thread's part touched first by
-/// that thread.
+/// Memory to read from. It is allocated like weights: on huge pages, and each thread touches its
+/// part first.
 pub struct LimitsProbe {
     memory: PackedMatrix,
     parts: Vec<Range<usize>>,
 }
 
 impl LimitsProbe {
-    /// A probe that reads `bytes` (rounded to MiB, at least one for each thread), which should be
-    /// many times the caches.
+    /// A probe that reads `bytes` bytes, rounded to MiB and at least 1 MiB per thread. Choose a
+    /// multiple of the size of the caches.
     pub fn new(ctx: &Context, bytes: usize) -> Self {
         let panels = (bytes / (STRIDE * size_of::<f32>())).max(ctx.team.threads());
         let mut memory = PackedMatrix::allocate(WeightFormat::F32, panels * PANEL, COLS);
         let parts = ctx.team.panel_ranges(panels * PANEL);
-        // A page that nobody wrote is the one page of zeros, which never leaves the cache.
+        // All pages that were never written map to one page of zeros, which would stay in the
+        // cache.
         ctx.team.each(memory.split_panels(&parts), |chunk| chunk.fill(0x3c));
         Self { memory, parts }
     }
 
-    /// Bytes that the threads of this rank read in a second, measured for `time`.
+    /// Bytes per second that this rank's threads read together, measured for `time`.
     pub fn read_bytes_per_s(&self, ctx: &Context, time: Duration) -> f64 {
         let PackedData::F32(floats) = self.memory.data() else {
             unreachable!("the memory was allocated as f32")
         };
         rate(ctx, self.parts.clone(), time, |part, step| {
             let panel = part.start + step % part.len();
-            // The kernel's result depends on every bit, and this makes it wanted.
+            // The result depends on every byte read; `black_box` keeps the compiler from removing
+            // the reads.
             std::hint::black_box(read(ctx.isa, &floats[panel * STRIDE..][..STRIDE]));
             (STRIDE * size_of::<f32>()) as f64
         })
     }
 
-    /// Floating-point operations that the threads of this rank do in a second with multiply-adds of
-    /// `isa`, measured for `time`.
+    /// Floating-point operations per second that this rank's threads do together with the
+    /// multiply-adds of `isa`, measured for `time`.
     pub fn flops_per_s(&self, ctx: &Context, isa: Isa, time: Duration) -> f64 {
-        // The loop without AVX2 is about a tenth as fast.
+        // Without AVX2 the loop is about ten times slower.
         let rounds = if isa.has_avx2() { ROUNDS } else { ROUNDS / 8 };
         rate(ctx, self.parts.clone(), time, |_, _| {
             std::hint::black_box(multiply_add(isa, std::hint::black_box(rounds)));
@@ -63,9 +65,9 @@ impl LimitsProbe {
         })
     }
 
-    /// Operations (two for each multiply-add) that the threads of this rank do in a second with the
-    /// instruction that multiplies weights and activations of this kind, measured for `time`.
-    /// Products of int16 are half as many as of int8, as `vpdpwssd` and `vpdpbusd` are.
+    /// Operations per second (two per multiply-add) that this rank's threads do together with the
+    /// instruction for activations of this kind, measured for `time`. The rate of int16 products is
+    /// taken to be half that of int8 products, as for `vpdpwssd` and `vpdpbusd`.
     pub fn operations_per_s(&self, ctx: &Context, input: InputKind, time: Duration) -> f64 {
         let bytes = |_: &Range<usize>, _| {
             std::hint::black_box(dot_int8(ctx.isa, std::hint::black_box(ROUNDS)));
@@ -83,8 +85,8 @@ impl LimitsProbe {
     }
 }
 
-/// The rates of all threads together; each repeats `step(part, count)`, which says how much it did,
-/// for `time`.
+/// The sum of the threads' rates. Each thread repeats `step(part, count)` for `time`; a step
+/// returns the amount of work it did.
 fn rate(
     ctx: &Context,
     parts: Vec<Range<usize>>,

@@ -1,4 +1,5 @@
-//! Matrix products with packed weights: this rank's share, and columns gathered from all ranks.
+//! Matrix products with this rank's packed weights, and the gathering of output columns from all
+//! ranks.
 
 use comm::{CommError, Communicator, CommunicatorExt};
 use simd_kernels::{Input, InputKind, Isa, MatMut, PanelData, Panels, Store, matmul};
@@ -7,10 +8,11 @@ use tensor::{Activations, MatrixSource, PackedData, PackedMatrix, Rounding, Weig
 use crate::context::{ActivationFormat, Context};
 use crate::cost::{Cost, F32, Operand, Work};
 
-// The layout of a panel is a contract between two crates that do not know each other.
+// The crates `tensor` and `simd-kernels` do not depend on each other but share the layout of
+// panels.
 const _: () = assert!(tensor::PANEL == simd_kernels::PANEL && tensor::GROUP == simd_kernels::GROUP);
 
-/// The shape of a linear layer's weights, [rows, cols], as one rank holds them.
+/// The shape of one rank's weights of a linear layer, [rows, cols].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct MatrixShape {
     /// Format in memory.
@@ -27,15 +29,15 @@ impl MatrixShape {
         self.format.packed_bytes(self.rows, self.cols)
     }
 
-    /// A product with `tokens` tokens: a multiply-add for each weight and token, and one reading of
-    /// the weights.
+    /// The work of a product with `tokens` tokens: one multiply-add per weight and token, and one
+    /// reading of the weights.
     pub fn work(self, tokens: usize) -> Work {
         let flops = 2.0 * (self.rows * self.cols * tokens) as f64;
         Work { flops, bytes: if tokens > 0 { self.bytes() as f64 } else { 0.0 } }
     }
 
-    /// The cost of preparing `tokens` tokens and of the product with them. A prepared number takes
-    /// at most four bytes.
+    /// The cost of preparing `tokens` tokens and multiplying them. A prepared element takes at most
+    /// four bytes.
     pub fn cost(self, tokens: usize) -> Cost {
         Cost {
             work: vec![(Operand::Weights(self.format), self.work(tokens))],
@@ -45,15 +47,15 @@ impl MatrixShape {
     }
 }
 
-/// The weights of a linear layer, [out, in], or the rows or columns of them that this rank owns.
+/// This rank's rows or columns of the weights of a linear layer, [out, in].
 pub struct Linear {
     weights: PackedMatrix,
     rounding: Rounding,
 }
 
 impl Linear {
-    /// Reads the vertically stacked matrices and packs them as `format`; each thread of the team
-    /// packs, and so first touches, the panels that it will read (of many tokens: read first).
+    /// Reads the vertically stacked matrices and packs them as `format`. Each thread of the team
+    /// packs, and so touches first, the panels that it will read.
     ///
     /// # Errors
     /// When the stack cannot be read, or does not fit the format.
@@ -80,17 +82,17 @@ impl Linear {
         Ok(Self { weights, rounding })
     }
 
-    /// Weights that mean nothing, in memory as [`load`](Self::load) leaves it: for measurements.
+    /// Meaningless weights for measurements, in the memory layout of [`load`](Self::load).
     pub fn sample(ctx: &Context, format: WeightFormat, rows: usize, cols: usize) -> Self {
         let mut weights = PackedMatrix::allocate(format, rows, cols);
         let chunks = weights.split_panels(&ctx.team.panel_ranges(rows));
-        // As a half-precision number, and so as the scale of a group, this byte twice is 0.08: sums
-        // stay small in every format.
+        // Read as f16, for example as the scale of a group, this byte twice is 0.08. Sums stay
+        // small in every format.
         ctx.team.each(chunks, |chunk| chunk.fill(0x2d));
         Self { weights, rounding: Rounding::default() }
     }
 
-    /// What loading rounded.
+    /// The rounding errors of loading.
     pub fn rounding(&self) -> Rounding {
         self.rounding
     }
@@ -120,7 +122,7 @@ impl Linear {
         MatrixShape { format: self.format(), rows: self.rows(), cols: self.cols() }
     }
 
-    /// How the activations that these weights multiply are prepared.
+    /// The form in which activations are prepared for these weights.
     pub fn input_kind(&self, ctx: &Context) -> InputKind {
         match (self.format(), ctx.activations) {
             (WeightFormat::Bf16, ActivationFormat::Bf16) => InputKind::Bf16,
@@ -128,13 +130,13 @@ impl Linear {
         }
     }
 
-    /// The same for products that take f32 activations where the format allows it, whatever
-    /// `ctx.activations` says.
+    /// Like [`input_kind`](Self::input_kind), but without regard to `ctx.activations`: f32
+    /// activations if the format allows them.
     pub(crate) fn exact_input_kind(&self, ctx: &Context) -> InputKind {
         InputKind::of(ctx.isa, &self.panels().data())
     }
 
-    /// The weights as the kernels see them.
+    /// The weights as an argument of kernels.
     pub fn panels(&self) -> Panels<'_> {
         panels(&self.weights)
     }
@@ -148,7 +150,7 @@ impl Linear {
     }
 }
 
-/// A packed matrix as the kernels see it: the same memory.
+/// A view of a packed matrix as an argument of kernels; no copy.
 pub fn panels(weights: &PackedMatrix) -> Panels<'_> {
     let data = match weights.data() {
         PackedData::F32(data) => PanelData::F32(data),
@@ -183,9 +185,9 @@ pub fn gemv(isa: Isa, weights: &PackedMatrix, x: &[f32], y: &mut [f32]) {
     matmul(isa, w, 0..w.count(), &input, MatMut::new(y, 1, rows, rows), Store::Set);
 }
 
-/// Makes `[tokens, n]` on every rank from each rank's `[tokens, counts[rank]]` columns: one
-/// Allgather where the counts are equal and `vector` is false, else one Allgatherv, of tokens · n ·
-/// 4 bytes.
+/// Gathers `[tokens, n]` on every rank from each rank's `[tokens, counts[rank]]` columns, n = Σ
+/// counts. It calls one Allgather if the counts are equal and `vector` is false, otherwise one
+/// Allgatherv, of tokens · n · 4 bytes.
 ///
 /// # Errors
 /// When the collective fails.
@@ -219,7 +221,7 @@ pub fn gather_columns(
     Ok(())
 }
 
-/// Gives `activations` the shape [rows, cols], keeping its memory; the contents are unspecified.
+/// Gives `activations` the shape [rows, cols] and reuses its memory. The contents are unspecified.
 pub fn reshape(activations: &mut Activations, rows: usize, cols: usize) {
     if activations.dim() == (rows, cols) {
         return;
@@ -240,7 +242,7 @@ pub(crate) fn slice_mut(activations: &mut Activations) -> &mut [f32] {
     activations.as_slice_mut().expect("activations are row-major and contiguous")
 }
 
-/// All of `activations` as a kernel's output.
+/// The whole of `activations` as a kernel's output.
 pub(crate) fn matrix(activations: &mut Activations) -> MatMut<'_> {
     let (rows, cols) = activations.dim();
     MatMut::new(slice_mut(activations), rows, cols, cols)

@@ -13,18 +13,19 @@ use crate::norm::prepare;
 /// The tokens of a pass whose logits are wanted.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum LogitRows {
-    /// None: the pass only fills the cache.
+    /// No logits: the pass only fills the cache.
     None,
-    /// The last token's.
+    /// Those of the last token.
     Last,
-    /// All tokens'.
+    /// Those of all tokens.
     All,
 }
 
-/// Gives every rank the wanted rows of `x` [own tokens, hidden]: `wanted` are tokens of the pass,
-/// ascending; out [wanted, hidden].
+/// Gives every rank the rows of `x` [own tokens, hidden] for the tokens `wanted`, which are
+/// ascending indices into the pass; out [wanted, hidden].
 ///
-/// Where the tokens are split: one Broadcast of a single row, or one Allgatherv of several.
+/// If the tokens are split over ranks, it calls one Broadcast for a single row or one Allgatherv
+/// for several.
 ///
 /// # Errors
 /// When the collective fails.
@@ -46,7 +47,7 @@ pub fn wanted_rows(
         }
         return Ok(());
     }
-    // The wanted rows of each rank: their places among its own tokens and in `out`.
+    // The wanted rows of a rank: (index among its own tokens, row of `out`).
     let own = |rank: usize| {
         let tokens = layout.indices(rank).enumerate();
         tokens.filter_map(|(row, index)| Some((row, wanted.binary_search(&index).ok()?)))

@@ -1,4 +1,4 @@
-//! Attention of some tokens to several sets of keys, merged by the softmax states of its parts.
+//! Merges the results of attention to several sets of keys, by their softmax states.
 
 use std::ops::Range;
 
@@ -10,8 +10,7 @@ use crate::context::Context;
 use crate::linear::slice_mut;
 use crate::norm::SERIAL_TOKENS;
 
-/// The states of the heads of some tokens, [tokens * heads], in blocks of tokens that the team's
-/// threads share.
+/// The softmax states of some tokens, [tokens * heads], in one block of tokens per thread.
 pub(crate) struct Merged {
     heads: usize,
     head_dim: usize,
@@ -19,7 +18,7 @@ pub(crate) struct Merged {
 }
 
 impl Merged {
-    /// Before any key.
+    /// States that have seen no key yet.
     pub fn new(ctx: &Context, tokens: usize, shape: &AttentionShape) -> Self {
         let (heads, head_dim) = (shape.heads(), shape.head_dim);
         let parts = if tokens < SERIAL_TOKENS { 1 } else { ctx.team.threads() };
@@ -32,8 +31,8 @@ impl Merged {
         Self { heads, head_dim, blocks: (0..parts).map(block).collect() }
     }
 
-    /// Adds the result for other keys: maxima and sums [tokens * heads], accumulators [tokens *
-    /// heads * head_dim].
+    /// Adds the result for another set of keys: maxima and sums [tokens * heads], accumulators
+    /// [tokens * heads * head_dim].
     pub fn add(&mut self, ctx: &Context, max: &[f32], sum: &[f32], acc: &[f32]) {
         let (heads, head_dim) = (self.heads, self.head_dim);
         ctx.team.each(self.blocks.iter_mut().collect(), |(tokens, state)| {
@@ -43,7 +42,7 @@ impl Merged {
         });
     }
 
-    /// The attention over all keys so far; out [tokens, heads * head_dim].
+    /// Writes the attention to all keys added so far; out [tokens, heads * head_dim].
     pub fn write(&self, ctx: &Context, out: &mut Activations) {
         let width = self.heads * self.head_dim;
         let mut rest = slice_mut(out);

@@ -1,4 +1,4 @@
-//! The feed-forward block, dense or a mixture of experts, under each schedule.
+//! The feed-forward block, dense or a mixture of experts, for each schedule.
 
 use std::ops::Range;
 
@@ -14,7 +14,7 @@ use crate::norm::prepare;
 use crate::residual::{Residual, sums_cost};
 use crate::routing::{Router, Routing, route, visited_experts};
 use crate::schedule::MlpSchedule;
-use crate::team::{FEW_TOKENS, PIECES, cut_columns};
+use crate::team::{FEW_TOKENS, PIECES_PER_THREAD, cut_columns};
 
 /// This rank's share of one expert's weights.
 pub struct Expert {
@@ -28,13 +28,13 @@ pub struct Expert {
 
 /// A feed-forward block: one expert and no router when it is dense.
 pub struct Mlp {
-    /// What is exchanged; also decides how the weights were split.
+    /// The schedule, which also decides how the weights are split.
     pub schedule: MlpSchedule,
-    /// The experts of which this rank has a share, of equal shape.
+    /// This rank's experts or parts of experts, all of equal shape.
     pub experts: Vec<Expert>,
-    /// Which of the router's experts these are.
+    /// The indices of these experts in the router's order.
     pub own: Range<usize>,
-    /// Chooses experts for each token.
+    /// Selects experts for each token; `None` for a dense block.
     pub router: Option<Router>,
     /// Intermediate features that each rank owns.
     pub intermediate: Vec<usize>,
@@ -59,7 +59,7 @@ pub struct MlpScratch {
 
 /// `residual += mlp(x)` for normalized tokens `x`; x and residual [own tokens, hidden].
 ///
-/// Where the tokens are split over ranks, the schedules that split weights first gather the tokens.
+/// If the tokens are split over ranks, the schedules that split weights gather the tokens first.
 ///
 /// # Errors
 /// When a collective fails.
@@ -73,8 +73,7 @@ pub fn mlp(
 ) -> Result<(), CommError> {
     let mut tokens = std::mem::take(&mut scratch.tokens);
     let comm = ctx.mlp_ranks();
-    // Ranks that split the heads hold the same tokens: only ranks that split the positions have to
-    // gather.
+    // Ranks that split heads hold the same tokens. Only ranks that split positions have to gather.
     let gathers =
         layout.is_split() && block.schedule != MlpSchedule::Local && ctx.heads.size() == 1;
     if gathers {
@@ -104,8 +103,8 @@ impl Mlp {
         experts.chain(self.router.iter().map(|router| &router.weights)).map(Linear::bytes).sum()
     }
 
-    /// The block on tokens that all ranks hold, or that this rank holds alone (`Local`). `split`
-    /// tells whose of the gathered tokens the residual's are.
+    /// Runs the block on tokens that all ranks hold, or that only this rank holds (`Local`). If the
+    /// tokens were gathered, `split` is their layout, and the residual has this rank's tokens only.
     fn forward(
         &self,
         ctx: &Context,
@@ -126,7 +125,8 @@ impl Mlp {
         let MlpScratch { inputs, activation, result, partial, own, visits, .. } = scratch;
         self.prepare_groups(ctx, &routing, (activation, None), inputs, |expert| &expert.down);
 
-        // Not from an expert: a rank may have none, and then its part of the sum is 0.
+        // The width cannot come from an expert: a rank may have none, and its part of the sum is
+        // then 0.
         let width = if self.schedule == MlpSchedule::Gathered {
             self.hidden[comm.rank()]
         } else {
@@ -139,7 +139,7 @@ impl Mlp {
             reshape(out, x.nrows(), width);
         }
         if self.router.is_some() {
-            // Rows of visits are combined into rows of tokens before anything is exchanged.
+            // The rows of visits are combined into rows of tokens before the exchange.
             reshape(visits, routing.rows(), width);
             self.down(ctx, &routing, inputs, visits, Store::Set);
             routing.combine(ctx, visits, out, store);
@@ -171,8 +171,8 @@ impl Mlp {
         Ok(())
     }
 
-    /// The activation that this rank's part of `down` needs, [rows, own intermediate] (`Gathered`:
-    /// all of it).
+    /// Computes the activation that this rank's part of `down` multiplies: [rows, own
+    /// intermediate], or all columns under `Gathered`.
     fn activate(
         &self,
         ctx: &Context,
@@ -223,8 +223,8 @@ impl Mlp {
         let start: usize = self.intermediate[..comm.rank()].iter().sum();
         let columns = start..start + self.intermediate[comm.rank()];
         if self.schedule == MlpSchedule::Naive {
-            // The whole activation on every rank, as the schedule has it, then this rank's part of
-            // it.
+            // The schedule computes the whole activation on every rank and then takes this rank's
+            // part.
             let whole = &mut *own;
             reshape(whole, rows, gate.ncols());
             simd_kernels::swiglu(ctx.isa, slice(gate), slice(up), slice_mut(whole));
@@ -262,7 +262,7 @@ impl Mlp {
         });
     }
 
-    /// What the products with the given matrices of the visited experts have to do.
+    /// The work of the products with the given matrices of the visited experts.
     fn work<const N: usize>(
         &self,
         routing: &Routing,
@@ -274,9 +274,9 @@ impl Mlp {
         visited.sum()
     }
 
-    /// Calls `job(expert, panels, input, out)` for each visited expert and each thread's panels of
-    /// it, or pieces of them, all experts in one go: a decoded token wakes the team once, not once
-    /// an expert.
+    /// Calls `job(expert, panels, input, out)` for each visited expert and each thread's panels, or
+    /// pieces of them. All experts share one parallel section, so that a decoded token wakes the
+    /// team once instead of once per expert.
     fn each_group(
         &self,
         ctx: &Context,
@@ -285,11 +285,12 @@ impl Mlp {
         out: &mut Activations,
         job: impl Fn(&Expert, Range<usize>, &Input, MatMut<'_>) + Sync,
     ) {
-        // Many experts are pieces enough.
+        // Several experts provide several pieces already.
         let few = routing.rows() <= FEW_TOKENS * routing.groups.len();
-        let (owners, ranges) = ctx
-            .team
-            .panel_pieces(out.ncols(), if few { 1 } else { PIECES.div_ceil(routing.groups.len()) });
+        let (owners, ranges) = ctx.team.panel_pieces(
+            out.ncols(),
+            if few { 1 } else { PIECES_PER_THREAD.div_ceil(routing.groups.len()) },
+        );
         let mut threads: Vec<Vec<_>> =
             (0..owners.last().map_or(0, |last| last + 1)).map(|_| Vec::new()).collect();
         let mut rest = matrix(out);
@@ -310,8 +311,9 @@ impl Mlp {
         }
     }
 
-    /// Prepares each group's rows as the input of its expert: one group by the whole team, many
-    /// groups side by side. Row i of the sorted order is row `tokens[i]` of `x`, or row i.
+    /// Prepares each group's rows as the input of its expert. The whole team works on the single
+    /// group of a dense block; groups of a mixture are prepared in parallel. Row i of the sorted
+    /// order is row `tokens[i]` of `x`, or row i without `tokens`.
     fn prepare_groups(
         &self,
         ctx: &Context,
@@ -348,19 +350,21 @@ impl Mlp {
 /// The shape of one rank's share of a feed-forward block.
 #[derive(Clone, Debug, PartialEq)]
 pub struct MlpShape {
-    /// What is exchanged.
+    /// The schedule.
     pub schedule: MlpSchedule,
     /// The ranks that split the block.
     pub group: Group,
-    /// How many they are.
+    /// The number of these ranks.
     pub ranks: usize,
     /// Width of the residual stream.
     pub hidden: usize,
     /// Columns of the block, or of each expert, on all ranks together.
     pub columns: usize,
-    /// Whether each rank owns equally many of the columns, and under `Gathered` of the result's.
+    /// Whether all ranks own the same number of columns, and under `Gathered` the same number of
+    /// columns of the result.
     pub even: [bool; 2],
-    /// Gate, up and down of this rank's experts: runs of experts of equal format and their number.
+    /// Gate, up and down of this rank's experts, as runs of experts with equal formats: (number of
+    /// experts, shapes).
     pub experts: Vec<(usize, [MatrixShape; 3])>,
     /// The router and the experts that each token visits.
     pub router: Option<(MatrixShape, usize)>,
@@ -376,9 +380,9 @@ impl MlpShape {
             + self.router.map_or(0, |(router, _)| router.bytes())
     }
 
-    /// Experts of this rank that `tokens` tokens visit and the rows of each of them. Expected
-    /// values where all choices are equally likely; with whole experts on ranks those of a full
-    /// rank, one standard deviation above the mean.
+    /// The expected number of this rank's experts that `tokens` tokens visit, and of rows per
+    /// visited expert, if all choices are equally likely. With whole experts on ranks it is the
+    /// value of a busy rank: one standard deviation above the mean.
     fn visits(&self, tokens: usize) -> (f64, f64) {
         let here: usize = self.experts.iter().map(|(count, _)| count).sum();
         let Some((router, visits)) = self.router else { return (here as f64, tokens as f64) };
@@ -389,7 +393,8 @@ impl MlpShape {
         (most.min(here), (tokens * visits) as f64 / visited.max(1.0))
     }
 
-    /// The cost of [`mlp`] for `parts` of this rank's tokens, each part a pass of its own.
+    /// The cost of [`mlp`], called once per entry of `parts`, which is a number of this rank's
+    /// tokens.
     pub fn cost(&self, layout: &TokenLayout, parts: &[usize]) -> Cost {
         let Self { schedule, group, ranks, hidden, columns, even, .. } = *self;
         let own = parts.iter().sum();
@@ -415,7 +420,7 @@ impl MlpShape {
         if gathers {
             call(Collective::Allgatherv, tokens * hidden);
         }
-        // A row for each visit to an expert until the experts' results are combined.
+        // Until the experts' results are combined, each visit to an expert has a row.
         let inner = tokens * columns * self.router.map_or(1, |(_, visits)| visits);
         let reduces = ranks > 1 && schedule != MlpSchedule::Local;
         match schedule {
@@ -429,7 +434,8 @@ impl MlpShape {
             _ if gathers => call(Collective::ReduceScatter, tokens * hidden),
             _ => cost = cost + sums_cost(group, parts, hidden),
         }
-        // Inputs and activation of this rank's rows, in a mixture their results; what is gathered.
+        // The inputs and the activation of this rank's rows, their results in a mixture, and the
+        // gathered buffers.
         let rows = (visited * rows).ceil() as usize;
         let [gate, _, down] = self
             .experts

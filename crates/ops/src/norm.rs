@@ -1,4 +1,4 @@
-//! RMSNorm of tokens, and the preparation of a matmul's input from them.
+//! RMSNorm, and the preparation of activations as the input of a product.
 
 use simd_kernels::{Input, InputKind};
 use tensor::Activations;
@@ -7,7 +7,7 @@ use crate::context::Context;
 use crate::cost::Work;
 use crate::linear::{Linear, reshape, slice, slice_mut};
 
-/// Tokens below which waking the team costs more than it saves.
+/// Below this number of tokens, waking the team costs more time than it saves.
 pub(crate) const SERIAL_TOKENS: usize = 8;
 
 /// `out[t] = x[t] / sqrt(mean(x[t]²) + eps) · weight` for each token (Zhang & Sennrich 2019); x and
@@ -29,13 +29,13 @@ pub fn rms_norm(ctx: &Context, x: &Activations, weight: &[f32], eps: f32, out: &
     ctx.team.each(parts, |(x, out)| norm_rows(x, out));
 }
 
-/// Prepares `x` [tokens, features] as the input of matmuls with `weights` and others of their
-/// format: packed, or quantized.
+/// Prepares `x` [tokens, features] as the input of products with `weights` and with other weights
+/// of the same format: it packs or quantizes.
 pub fn prepare(ctx: &Context, weights: &Linear, x: &Activations, input: &mut Input) {
     prepare_as(ctx, weights.input_kind(ctx), x, input);
 }
 
-/// As [`prepare`], as the given kind.
+/// Like [`prepare`], for the given kind.
 pub(crate) fn prepare_as(ctx: &Context, kind: InputKind, x: &Activations, input: &mut Input) {
     let (tokens, cols) = x.dim();
     let _operation = ctx.profile.operation("prepare", Work::default());

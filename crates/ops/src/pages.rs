@@ -1,4 +1,4 @@
-//! Pages of keys and values: their memory on a rank, and which rank holds which page.
+//! Pages of keys and values: the memory of a rank's pages, and the rule for which rank owns a page.
 
 use std::ops::Range;
 
@@ -8,7 +8,7 @@ use simd_kernels::{
 
 use crate::context::Context;
 
-/// Positions of a page.
+/// Positions per page.
 pub const PAGE_POSITIONS: usize = KV_SPAN;
 
 /// The number of a page in the arena of a rank.
@@ -21,10 +21,10 @@ impl PageId {
     }
 }
 
-/// The memory of keys and values of a rank: pages of 128 positions, each of all layers and KV heads
-/// of the rank. What a page holds, whoever fills it decides.
+/// A rank's memory for keys and values, in pages. A page holds 128 positions of all layers and KV
+/// heads of the rank. The arena does not know which sequence a page belongs to.
 ///
-/// Within a page the layers follow each other, within a layer the KV heads, each as a span of
+/// A page holds its layers one after another, and a layer its KV heads, each as a span of
 /// [`KvLayout`].
 pub struct KvArena {
     memory: KvMemory,
@@ -32,11 +32,10 @@ pub struct KvArena {
 }
 
 impl KvArena {
-    /// An arena of `pages` pages. The system provides the memory of a page when it is first
-    /// written; [`touch`](Self::touch) has it provided at once.
+    /// An arena of `pages` pages. The operating system provides the memory of a page at the first
+    /// write; [`touch`](Self::touch) requests all of it at once.
     ///
-    /// # Errors
-    /// When the system refuses so much memory.
+    /// # Errors When the operating system refuses the memory.
     ///
     /// # Panics
     /// When `head_dim` is 0.
@@ -62,22 +61,22 @@ impl KvArena {
         self.layers * self.memory.heads() * self.memory.layout().span_bytes()
     }
 
-    /// Bytes of a page of so many layers and KV heads.
+    /// Bytes of a page with `layers` layers and `heads` KV heads.
     pub fn bytes_of_page(format: KvFormat, layers: usize, heads: usize, head_dim: usize) -> usize {
         layers * heads * KvLayout::new(format, head_dim).span_bytes()
     }
 
-    /// Bytes of `positions` positions in pages that they fill: what attention to all of them reads.
+    /// Bytes that attention to `positions` positions reads.
     pub fn bytes(&self, positions: usize) -> usize {
         self.layers * self.memory.heads() * self.memory.layout().bytes(positions)
     }
 
-    /// Layers of a page.
+    /// Number of layers.
     pub fn layers(&self) -> usize {
         self.layers
     }
 
-    /// Overwrites all pages with zeros, so that the system provides their memory.
+    /// Writes zeros to all pages, so that the operating system provides their memory now.
     pub fn touch(&mut self, ctx: &Context) {
         ctx.team.each(self.memory.parts(ctx.team.threads()), |part| part.clear());
     }
@@ -91,7 +90,7 @@ impl KvArena {
         self.memory.copy(from.index() * layers, to.index() * layers, layers);
     }
 
-    /// The pages' share of a layer.
+    /// The part of all pages that belongs to one layer.
     ///
     /// # Panics
     /// When there is no such layer.
@@ -101,7 +100,7 @@ impl KvArena {
     }
 }
 
-/// What the pages of an arena hold for one layer.
+/// The part of an arena's pages that belongs to one layer.
 pub struct LayerPages<'a> {
     memory: &'a mut KvMemory,
     layer: usize,
@@ -114,8 +113,8 @@ impl LayerPages<'_> {
         self.memory.layout()
     }
 
-    /// The spans of the pages `written`, which ascend, by page and then by head; and all other
-    /// pages, to be read meanwhile.
+    /// Mutable spans of the pages `written` (ascending), by page and then by head; and read access
+    /// to all other pages.
     pub(crate) fn split(&mut self, written: &[PageId]) -> (Vec<KvSpanMut<'_>>, Keys<'_>) {
         let (layer, layers) = (self.layer, self.layers);
         let groups: Vec<_> = written.iter().map(|page| page.index() * layers + layer).collect();
@@ -123,13 +122,13 @@ impl LayerPages<'_> {
         (spans, Keys { reader, layer, layers })
     }
 
-    /// All pages, to be read.
+    /// Read access to all pages.
     pub(crate) fn keys(&self) -> Keys<'_> {
         Keys { reader: self.memory.reader(), layer: self.layer, layers: self.layers }
     }
 }
 
-/// Keys and values of a layer that are read.
+/// Read access to the keys and values of a layer.
 pub(crate) struct Keys<'a> {
     reader: KvReader<'a>,
     layer: usize,
@@ -137,7 +136,7 @@ pub(crate) struct Keys<'a> {
 }
 
 impl<'a> Keys<'a> {
-    /// Those of memory with one group for each page.
+    /// Access to memory that has one group per page.
     pub fn of(memory: &'a KvMemory) -> Self {
         Self { reader: memory.reader(), layer: 0, layers: 1 }
     }
@@ -153,24 +152,25 @@ impl<'a> Keys<'a> {
     }
 }
 
-/// Which pages of a sequence lie on a rank: page i on rank (first + i) mod `ranks`.
+/// The rule for which rank owns a page of a sequence: page i belongs to rank (first + i) mod
+/// `ranks`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct PageOwners {
-    /// The rank of the first page.
+    /// The rank that owns the first page.
     pub first: usize,
-    /// Ranks that split positions.
+    /// Number of ranks that split positions.
     pub ranks: usize,
-    /// The rank in question.
+    /// The rank that the methods ask about.
     pub rank: usize,
 }
 
 impl PageOwners {
-    /// Whether page `index` of the sequence lies on the rank.
+    /// Returns true if the rank owns page `index` of the sequence.
     pub fn owns(self, index: usize) -> bool {
         (self.first + index) % self.ranks == self.rank
     }
 
-    /// How many of the first `positions` positions of the sequence lie on the rank.
+    /// Number of the first `positions` positions of the sequence that the rank owns.
     pub fn positions(self, positions: usize) -> usize {
         let (whole, rest) = (positions / PAGE_POSITIONS, positions % PAGE_POSITIONS);
         let offset = (self.rank + self.ranks - self.first % self.ranks) % self.ranks;
@@ -178,14 +178,14 @@ impl PageOwners {
         owned * PAGE_POSITIONS + if self.owns(whole) { rest } else { 0 }
     }
 
-    /// Of `pages`, all those of the sequence in order, the ones on the rank.
+    /// The rank's own pages among `pages`, which are all pages of the sequence in order.
     pub fn pages(self, pages: &[PageId]) -> Vec<PageId> {
         let own = pages.iter().enumerate().filter(|(index, _)| self.owns(*index));
         own.map(|(_, page)| *page).collect()
     }
 
-    /// The runs of `positions` that lie in one page of the rank: the index of the page in the
-    /// sequence and the positions, ascending.
+    /// Cuts `positions` at page boundaries and returns the runs that the rank owns, ascending:
+    /// (index of the page in the sequence, positions).
     pub fn runs(self, positions: Range<usize>) -> impl Iterator<Item = (usize, Range<usize>)> {
         let pages = positions.start / PAGE_POSITIONS..positions.end.div_ceil(PAGE_POSITIONS);
         pages.filter(move |page| self.owns(*page)).map(move |page| {

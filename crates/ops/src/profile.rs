@@ -1,4 +1,4 @@
-//! What each operation and each thread did, when and for how long; off unless asked for.
+//! Records when each operation and each thread worked, and for how long. It is off by default.
 
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -6,22 +6,22 @@ use std::time::{Duration, Instant};
 
 use crate::cost::Work;
 
-/// A stretch of time.
+/// A recorded period of time.
 #[derive(Clone, Copy, Debug)]
 pub struct Span {
     /// The operation.
     pub name: &'static str,
-    /// The thread of the team; `None` is the operation as a whole, as the rank's own thread saw it.
+    /// The thread of the team, or `None` for the whole operation as measured by the calling thread.
     pub thread: Option<usize>,
-    /// From the profile's start to the span's.
+    /// Time from the profile's epoch to the start of the span.
     pub start: Duration,
-    /// How long it took.
+    /// Duration of the span.
     pub length: Duration,
-    /// What it had to do; zero for the spans of threads.
+    /// The work of the operation; zero for spans of threads.
     pub work: Work,
 }
 
-/// A recorder of spans. While it is off, an operation costs it one relaxed load.
+/// A recorder of spans. While it is off, it costs one relaxed load per operation.
 pub struct Profile {
     on: AtomicBool,
     epoch: Instant,
@@ -30,7 +30,7 @@ pub struct Profile {
 }
 
 impl Profile {
-    /// A recorder that is off and counts from `epoch`: ranks of one process share theirs.
+    /// A recorder that is off. Times count from `epoch`, which ranks of one process share.
     pub fn new(epoch: Instant) -> Self {
         Self {
             on: AtomicBool::new(false),
@@ -45,22 +45,23 @@ impl Profile {
         self.on.store(on, Ordering::Relaxed);
     }
 
-    /// Whether spans are recorded.
+    /// Returns true if spans are recorded.
     pub fn is_on(&self) -> bool {
         self.on.load(Ordering::Relaxed)
     }
 
-    /// Where `instant` lies on the clock of the spans.
+    /// Time from the epoch to `instant`.
     pub fn since_start(&self, instant: Instant) -> Duration {
         instant.saturating_duration_since(self.epoch)
     }
 
-    /// The spans so far, which are forgotten.
+    /// Removes and returns the spans recorded so far.
     pub fn take(&self) -> Vec<Span> {
         std::mem::take(&mut *lock(&self.spans))
     }
 
-    /// Records `name` until the guard is dropped, and names the threads' spans meanwhile.
+    /// Records an operation until the returned guard is dropped. Spans of threads get its name
+    /// meanwhile.
     pub fn operation(&self, name: &'static str, work: Work) -> Operation<'_> {
         let start = self.is_on().then(Instant::now);
         if start.is_some() {
@@ -69,7 +70,7 @@ impl Profile {
         Operation { profile: self, name, work, start }
     }
 
-    /// Runs a thread's part of the current operation.
+    /// Runs and records a thread's part of the current operation.
     pub(crate) fn thread<R>(&self, thread: usize, job: impl FnOnce() -> R) -> R {
         if !self.is_on() {
             return job();
@@ -106,6 +107,6 @@ impl Drop for Operation<'_> {
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
-    // What a panicking thread left behind is still a list of spans.
+    // A panic while the lock was held leaves a valid list of spans.
     mutex.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
 }

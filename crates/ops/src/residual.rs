@@ -1,5 +1,5 @@
-//! The residual stream, to which the blocks of a layer add sums over the ranks: at once, or while
-//! the team goes on.
+//! The residual stream. The blocks of a layer add sums over the ranks to it, either at once or in
+//! the background.
 
 use std::sync::Arc;
 
@@ -17,37 +17,37 @@ use crate::linear::{Linear, MatrixShape, reshape, slice, slice_mut};
 pub struct Residual {
     tokens: Activations,
     overlap: bool,
-    /// A sum on its way, which brings back its input and the tokens.
+    /// A sum in progress; its result returns the input buffer and the tokens.
     sum: Option<Pending<Result<(Activations, Activations), CommError>>>,
-    /// The input of the last sum: memory for the next one.
+    /// The input buffer of the last sum, reused by the next one.
     spare: Activations,
 }
 
 impl Residual {
-    /// The stream of new tokens. `overlap`: sums are made in the background, for whoever has
-    /// something to do meanwhile.
+    /// Starts a new pass and returns the tokens to fill. With `overlap`, sums are computed in the
+    /// background while the caller works on another part of the batch.
     pub fn start(&mut self, overlap: bool) -> &mut Activations {
-        // What an earlier pass that failed left behind is of no use.
+        // A failed earlier pass may have left a sum; its result is discarded.
         self.sum = None;
         self.overlap = overlap;
         &mut self.tokens
     }
 
-    /// The tokens. No sum may be on its way.
+    /// The tokens. No sum may be in progress.
     pub fn tokens(&self) -> &Activations {
         assert!(self.sum.is_none(), "a sum that is on its way has the tokens");
         &self.tokens
     }
 
-    /// The tokens, to add to them. No sum may be on its way.
+    /// The tokens, mutable. No sum may be in progress.
     pub fn tokens_mut(&mut self) -> &mut Activations {
         assert!(self.sum.is_none(), "a sum that is on its way has the tokens");
         &mut self.tokens
     }
 
-    /// Adds the sum over the ranks of `partial`, like the tokens [tokens, hidden]: one Allreduce of
-    /// tokens · hidden · 4 bytes. In the background it is done only after [`settle`](Self::settle),
-    /// and `partial` is left with unspecified contents.
+    /// Adds the sum of `partial` [tokens, hidden] over the ranks: one Allreduce of tokens · hidden
+    /// · 4 bytes. With overlap, the sum is complete only after [`settle`](Self::settle), and the
+    /// contents of `partial` are unspecified afterwards.
     ///
     /// # Errors
     /// When the collective fails.
@@ -70,10 +70,9 @@ impl Residual {
         Ok(())
     }
 
-    /// Waits for the sum that is on its way, if there is one.
+    /// Waits for the sum in progress, if there is one.
     ///
-    /// # Errors
-    /// When the collective has failed; the tokens are lost then.
+    /// # Errors When the collective has failed. The tokens are lost then.
     pub fn settle(&mut self, ctx: &Context) -> Result<(), CommError> {
         if let Some(sum) = self.sum.take() {
             let _operation = ctx.profile.operation("wait for sums", Work::default());
@@ -83,9 +82,9 @@ impl Residual {
     }
 }
 
-/// Adds the sum over the ranks of `partial` to `rows`, both [rows, width]. Rows that travel in q8
-/// are padded to whole groups, so that no group spans two rows: the bits of a row do not depend on
-/// the others.
+/// Adds the sum of `partial` over the ranks to `rows`, both [rows, width]. With q8 on the wire,
+/// rows are padded to whole groups. No group then spans two rows, and the result of a row does not
+/// depend on other rows.
 fn add_sum_of_rows(
     comm: &dyn Communicator,
     partial: &Activations,
@@ -108,7 +107,7 @@ fn add_sum_of_rows(
 }
 
 /// A linear layer whose *input* features are split over the ranks that split heads: `residual += Σᵣ
-/// xᵣ · Wᵣᵀ`, with one Allreduce of tokens · out · 4 bytes. `partial` is scratch.
+/// xᵣ · Wᵣᵀ`. It calls one Allreduce of tokens · out · 4 bytes. `partial` is scratch.
 ///
 /// # Errors
 /// When the collective fails.
@@ -129,17 +128,18 @@ pub fn linear_mpi(
     residual.add_sum(ctx, &ctx.heads, partial)
 }
 
-/// The cost of [`linear_mpi`] with this rank's share of the weights on `ranks` ranks, for parts of
-/// so many tokens, each part a call of its own.
+/// The cost of [`linear_mpi`] on one of `ranks` ranks. `weights` is the rank's share. Each entry of
+/// `parts` is the number of tokens of one call.
 pub fn linear_mpi_cost(weights: MatrixShape, ranks: usize, parts: &[usize]) -> Cost {
     let cost = weights.cost(parts.iter().sum());
     if ranks == 1 { cost } else { cost + sums_cost(Group::Heads, parts, weights.rows) }
 }
 
-/// The cost of [`Residual::add_sum`] once for each part of so many tokens, `width` elements each.
+/// The cost of one [`Residual::add_sum`] per entry of `parts`, which is its number of tokens. A
+/// token has `width` elements.
 pub(crate) fn sums_cost(group: Group, parts: &[usize], width: usize) -> Cost {
     let call = |tokens: &usize| Call::new(group, Collective::Allreduce, tokens * width);
-    // A sum in the background lends the next one its memory.
+    // With sums in the background, two buffers alternate.
     let buffers = if parts.len() > 1 { 2 } else { 1 };
     Cost {
         scratch: buffers * F32 * width * parts.iter().sum::<usize>(),

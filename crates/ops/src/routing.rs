@@ -1,4 +1,4 @@
-//! Which experts a token visits, and the order in which the experts see the tokens.
+//! The selection of experts for each token, and the sorting of tokens by expert.
 
 use std::ops::Range;
 
@@ -9,29 +9,30 @@ use crate::context::Context;
 use crate::linear::{Linear, reshape, slice, slice_mut};
 use crate::norm::{SERIAL_TOKENS, prepare_as};
 
-/// The router of a mixture-of-experts block; every rank holds all of it and routes alike.
+/// The router of a mixture-of-experts block. Every rank holds all of it and computes the same
+/// selection.
 pub struct Router {
     /// Weights [experts, hidden].
     pub weights: Linear,
-    /// Experts that each token visits.
+    /// Number of experts per token.
     pub experts_per_token: usize,
-    /// Whether the chosen experts' probabilities are scaled to sum to 1 (`norm_topk_prob`).
+    /// Whether the probabilities of the selected experts are scaled to sum to 1 (`norm_topk_prob`).
     pub normalize: bool,
 }
 
-/// The visits of some tokens to the experts of this rank, sorted by expert; experts count from the
-/// rank's first one.
+/// The visits of tokens to this rank's experts, sorted by expert. Indices of experts count from
+/// this rank's first expert.
 #[derive(Debug, Default, PartialEq)]
 pub(crate) struct Routing {
-    /// The experts here that are visited, each with its rows of the sorted order; ascending, none
-    /// empty.
+    /// The visited experts of this rank in ascending order, each with its non-empty range of rows
+    /// in the sorted order.
     pub groups: Vec<(usize, Range<usize>)>,
-    /// For each row of the sorted order, its token. Empty for a dense block: one expert sees all
-    /// the tokens in their own order.
+    /// The token of each row of the sorted order. Empty for a dense block, whose single expert sees
+    /// all tokens in their own order.
     pub tokens: Vec<usize>,
-    /// For each token in turn, its rows of the sorted order and the experts' weights there.
+    /// The visits token by token: (row of the sorted order, weight of the expert).
     visits: Vec<(usize, f32)>,
-    /// For each token, where its visits end.
+    /// For each token, the end of its visits in `visits`.
     ends: Vec<usize>,
 }
 
@@ -44,13 +45,13 @@ impl Routing {
         }
     }
 
-    /// Rows of the sorted order.
+    /// Number of rows of the sorted order.
     pub fn rows(&self) -> usize {
         self.groups.last().map_or(0, |(_, rows)| rows.end)
     }
 
-    /// Counting sort of those of `choices`, for each token its experts and their weights, that are
-    /// among the experts `own`.
+    /// Sorts `choices` by expert (counting sort) and keeps the experts `own`. `choices` has the
+    /// selected experts and their weights for each token.
     fn sorted(choices: &[Vec<(usize, f32)>], own: &Range<usize>) -> Self {
         let here = |&(expert, weight): &(usize, f32)| {
             own.contains(&expert).then(|| (expert - own.start, weight))
@@ -80,8 +81,8 @@ impl Routing {
         Self { groups, tokens, visits, ends }
     }
 
-    /// `out[t] = Σ weight · y[row]` over the visits of token t here, or `+=`; y [visits, n], out
-    /// [tokens, n].
+    /// `out[t] = Σ weight · y[row]`, or `+=`, over the visits of token t to this rank's experts; y
+    /// [visits, n], out [tokens, n].
     pub fn combine(&self, ctx: &Context, y: &Activations, out: &mut Activations, store: Store) {
         let width = y.ncols();
         by_rows(ctx, out, |token, out| {
@@ -96,20 +97,20 @@ impl Routing {
     }
 }
 
-/// Experts that `tokens` tokens visit on average, `visits` of `experts` each, where all choices are
-/// equally likely.
+/// The expected number of distinct experts that `tokens` tokens visit, if each selects `visits` of
+/// `experts` and all choices are equally likely.
 pub fn visited_experts(experts: usize, visits: usize, tokens: usize) -> f64 {
     let missed = 1.0 - visits as f64 / experts as f64;
     experts as f64 * (1.0 - missed.powf(tokens as f64))
 }
 
-/// Rows that one thread takes of so many: at least one.
+/// Number of rows per thread of `count` rows, at least one.
 fn part_rows(ctx: &Context, count: usize) -> usize {
     let threads = if count < SERIAL_TOKENS { 1 } else { ctx.team.threads() };
     count.div_ceil(threads).max(1)
 }
 
-/// Calls `job(index, row)` for each row, the rows shared among the team's threads.
+/// Calls `job(index, row)` for each row; the team's threads share the rows.
 fn by_rows(ctx: &Context, rows: &mut Activations, job: impl Fn(usize, &mut [f32]) + Sync) {
     let (count, width) = rows.dim();
     if width == 0 || count == 0 {
@@ -126,9 +127,9 @@ fn by_rows(ctx: &Context, rows: &mut Activations, job: impl Fn(usize, &mut [f32]
     );
 }
 
-/// Routes `x` [tokens, hidden]: softmax over all experts, then the largest `experts_per_token`;
-/// among equals the lower expert. Of the visits, those to the experts `own` are kept. `input` and
-/// `scores` are scratch.
+/// Routes `x` [tokens, hidden]: a softmax over all experts, then the `experts_per_token` largest
+/// probabilities; of equal ones, the expert with the lower index. The result has the visits to the
+/// experts `own`. `input` and `scores` are scratch.
 pub(crate) fn route(
     ctx: &Context,
     router: &Router,
@@ -137,7 +138,7 @@ pub(crate) fn route(
     input: &mut Input,
     scores: &mut Activations,
 ) -> Routing {
-    // Small errors would choose other experts.
+    // The router always uses f32 activations, because small errors would select other experts.
     prepare_as(ctx, router.weights.exact_input_kind(ctx), x, input);
     reshape(scores, x.nrows(), router.weights.rows());
     router.weights.apply(ctx, input, scores, Store::Set);

@@ -1,11 +1,11 @@
-//! How the feed-forward block is split over the ranks.
+//! The ways to split the feed-forward block over the ranks.
 
 use std::fmt;
 use std::str::FromStr;
 
-/// The feed-forward block computes `(silu(x · Wgateᵀ) ⊙ (x · Wupᵀ)) · Wdownᵀ`; the schedules differ
-/// in what they split and what they exchange. T tokens, H hidden, I intermediate features; all give
-/// the same answer.
+/// The feed-forward block computes `(silu(x · Wgateᵀ) ⊙ (x · Wupᵀ)) · Wdownᵀ`. The schedules give
+/// the same answer and differ in what is split and exchanged. T is the number of tokens, H the
+/// hidden size, I the intermediate size.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum MlpSchedule {
     /// Gate, up and activation stay split; 1 Allreduce of T·H·4 bytes.
@@ -14,20 +14,20 @@ pub enum MlpSchedule {
     Naive,
     /// Gate, up, activation and result are gathered; 3 Allgather of T·I·4 bytes and 1 of T·H·4.
     Gathered,
-    /// Whole weights on every rank, no collective.
+    /// Every rank holds all weights; no collective.
     Local,
 }
 
-/// How a mixture of experts lies on the ranks that split the feed-forward block.
+/// How the experts of a mixture are distributed over the ranks that split the feed-forward block.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
 pub enum ExpertSplit {
-    /// Each rank has a part of every expert, as the schedule cuts it: equal work whatever the
-    /// router chooses.
+    /// Each rank has a part of every expert, cut as the schedule cuts a dense block. The ranks have
+    /// equal work for every choice of the router.
     #[default]
     Inside,
-    /// Each rank has whole experts, a contiguous share of them, and computes the visits to these.
-    /// The partial sums of `Fused` are then sums over experts instead of columns; the other
-    /// schedules exchange parts of experts and have no such form.
+    /// Each rank has a contiguous share of whole experts and computes the visits to these. The
+    /// partial sums of `Fused` are then sums over experts instead of columns. The other schedules
+    /// exchange parts of experts and do not support this split.
     Ranks,
 }
 

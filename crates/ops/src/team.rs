@@ -1,4 +1,4 @@
-//! The threads of one rank, and the ways in which an operation shares its work among them.
+//! The threads of one rank, and the ways to divide an operation's work among them.
 
 use std::ops::Range;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -11,24 +11,24 @@ use tensor::split_range;
 
 use crate::profile::Profile;
 
-/// The cores that this process may use, listed before its first team pins a thread, which then sees
-/// its own only.
+/// The cores that this process may use. They are listed before the first team pins a thread,
+/// because a pinned thread sees only its own core.
 static CORES: LazyLock<Vec<CoreId>> =
     LazyLock::new(|| core_affinity::get_core_ids().unwrap_or_default());
 
-/// Tokens up to which each thread keeps to the weights that it touched first.
+/// Largest number of tokens for which each thread reads only the weights that it touched first.
 pub(crate) const FEW_TOKENS: usize = Input::TILE;
-/// Pieces of a thread's panels, from which other threads can take when they are done.
-pub(crate) const PIECES: usize = 8;
-/// Panels that kernels take together, at most.
-const TOGETHER: usize = 8;
+/// Number of pieces of a thread's panels. Threads that finish early take pieces of other threads.
+pub(crate) const PIECES_PER_THREAD: usize = 8;
+/// Largest number of panels in one kernel call.
+const PANELS_PER_CALL: usize = 8;
 
 /// Where the threads of a team run.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Placement {
-    /// Wherever the system puts them: right when there are more threads than cores.
+    /// The operating system places them: right when there are more threads than cores.
     Free,
-    /// Thread `i` on the `first + i`-th core this process may use.
+    /// Thread `i` runs on core `first + i` of those this process may use.
     Cores {
         /// Index of the first core among those the process may use.
         first: usize,
@@ -36,10 +36,11 @@ pub enum Placement {
 }
 
 impl Placement {
-    /// The placement of rank `rank` of `ranks` on this machine with `threads` threads each: a core
-    /// for each thread where together they take all of the process's cores, otherwise free. With
-    /// fewer threads nobody knows which cores are idle but the system: two jobs, or two containers
-    /// with a share of the machine, would otherwise meet on the first ones.
+    /// The placement of rank `rank` of the `ranks` ranks on this machine, with `threads` threads
+    /// each. Each thread gets a core of its own if all threads together use all cores of the
+    /// process. With fewer threads the operating system places them, because only it knows which
+    /// cores are idle: two jobs or containers that share a machine would otherwise both pin their
+    /// threads to the first cores.
     pub fn for_rank(rank: usize, ranks: usize, threads: usize) -> Self {
         if ranks * threads == CORES.len() {
             Self::Cores { first: rank * threads }
@@ -49,18 +50,17 @@ impl Placement {
     }
 }
 
-/// A team of threads: the calling thread and `threads - 1` workers that wait for it.
+/// A team of threads: the calling thread and `threads - 1` workers that wait for its jobs.
 pub struct Team {
     pool: ForkJoin,
     profile: Arc<Profile>,
 }
 
 impl Team {
-    /// Starts a team of `threads` (at least 1) threads; the caller is thread 0 and is placed too.
-    /// Their work is recorded in `profile`.
+    /// Starts a team of `threads` (at least 1) threads. The calling thread is thread 0 and is
+    /// placed too. `profile` records the work of all threads.
     ///
-    /// # Errors
-    /// When the operating system refuses a thread, with its number.
+    /// # Errors When the operating system refuses a thread. The error has the thread's number.
     pub fn new(
         threads: usize,
         placement: Placement,
@@ -70,7 +70,7 @@ impl Team {
             Placement::Free => Vec::new(),
             Placement::Cores { first } => CORES.iter().copied().skip(first).take(threads).collect(),
         };
-        // A refused pin (a container may forbid it) costs speed, not correctness.
+        // A container may forbid pinning. Results do not depend on it.
         let pin = move |thread: usize| {
             if let Some(&core) = cores.get(thread) {
                 core_affinity::set_for_current(core);
@@ -85,13 +85,14 @@ impl Team {
         Ok(Self { pool, profile })
     }
 
-    /// Number of threads, the caller among them.
+    /// Number of threads, including the caller.
     pub fn threads(&self) -> usize {
         self.pool.threads()
     }
 
-    /// Calls `job` once for each part, part `i` on thread `i % threads`; returns when all are done.
-    /// The fixed assignment keeps each thread on the memory that it touched first.
+    /// Calls `job` once for each part, part `i` on thread `i % threads`, and returns when all parts
+    /// are done. Because the assignment is fixed, each thread works on the memory that it touched
+    /// first.
     pub fn each<P: Send>(&self, parts: Vec<P>, job: impl Fn(P) + Sync) {
         let threads = self.threads();
         if parts.len() <= 1 || threads == 1 {
@@ -107,12 +108,11 @@ impl Team {
         });
     }
 
-    /// Calls `job` once for each part: `parts[i]` in their order on thread `i`, which then takes
-    /// what the others have not begun, their last parts first. For arithmetic, which a thread whose
-    /// core another program slows down would else hold up.
+    /// Calls `job` once for each part. Thread `i` first runs `parts[i]` in order, then takes parts
+    /// that other threads have not begun, from the end of their lists. It suits work bound by
+    /// arithmetic: the team does not wait for a thread whose core also runs another program.
     ///
-    /// # Panics
-    /// When there are parts of more threads than the team has.
+    /// # Panics When `parts` has more lists than the team has threads.
     pub fn share<P: Send>(&self, parts: Vec<Vec<P>>, job: impl Fn(P) + Sync) {
         let threads = self.threads();
         assert!(parts.len() <= threads, "parts of {} threads, the team has {threads}", parts.len());
@@ -134,8 +134,8 @@ impl Team {
         });
     }
 
-    /// Calls `job(part, scratch)` once for each part, each on whichever thread is free next, with
-    /// that thread's scratch; for parts of unequal cost, the most expensive first.
+    /// Calls `job(part, scratch)` once for each part. The next free thread takes the next part and
+    /// passes its own scratch. It suits parts of unequal cost; put the most expensive first.
     pub fn drain<P: Send, S: Send>(
         &self,
         parts: Vec<P>,
@@ -168,9 +168,9 @@ impl Team {
         });
     }
 
-    /// Splits `out` [tokens, rows] by the panels of a packed matrix with `rows` output rows: thread
-    /// `i` calls `job(panels, columns)` for its panels, always the same ones for few tokens, whose
-    /// time is that of the memory.
+    /// Splits `out` [tokens, rows] by the panels of a packed matrix with `rows` output rows, and
+    /// calls `job(panels, columns)` for each part. For few tokens, where reading memory takes the
+    /// time, each thread always has the same panels.
     pub fn panels(
         &self,
         rows: usize,
@@ -183,7 +183,7 @@ impl Team {
                 job(panels, block)
             });
         }
-        let (threads, pieces) = self.panel_pieces(rows, PIECES);
+        let (threads, pieces) = self.panel_pieces(rows, PIECES_PER_THREAD);
         let mut parts: Vec<_> = (0..self.threads()).map(|_| Vec::new()).collect();
         for (thread, part) in threads.into_iter().zip(cut_columns(out, &pieces)) {
             parts[thread].push(part);
@@ -191,13 +191,13 @@ impl Team {
         self.share(parts, |(panels, block)| job(panels, block));
     }
 
-    /// As [`panel_ranges`](Self::panel_ranges), each range in up to `most` pieces; and the thread
-    /// of each piece.
+    /// The [`panel_ranges`](Self::panel_ranges), each cut into up to `most` pieces, and the thread
+    /// that owns each piece.
     pub(crate) fn panel_pieces(&self, rows: usize, most: usize) -> (Vec<usize>, Vec<Range<usize>>) {
-        // Nobody takes from a thread that is alone.
+        // Without other threads, pieces serve no purpose.
         let most = if self.threads() == 1 { 1 } else { most };
         let cut = |(thread, range): (usize, Range<usize>)| {
-            let step = range.len().div_ceil(most).next_multiple_of(TOGETHER);
+            let step = range.len().div_ceil(most).next_multiple_of(PANELS_PER_CALL);
             range
                 .clone()
                 .step_by(step)
@@ -206,7 +206,8 @@ impl Team {
         self.panel_ranges(rows).into_iter().enumerate().flat_map(cut).unzip()
     }
 
-    /// The panels of a matrix with `rows` output rows that each thread owns; none is empty.
+    /// The panels that each thread owns of a matrix with `rows` output rows. Empty ranges are left
+    /// out.
     pub fn panel_ranges(&self, rows: usize) -> Vec<Range<usize>> {
         let panels = rows.div_ceil(PANEL);
         (0..self.threads())
@@ -215,7 +216,8 @@ impl Team {
             .collect()
     }
 
-    /// Cuts `0..items` into at most one range a thread, at multiples of `granule`; none is empty.
+    /// Cuts `0..items` into at most one range per thread, at multiples of `granule`. Empty ranges
+    /// are left out.
     pub fn ranges(&self, items: usize, granule: usize) -> Vec<Range<usize>> {
         (0..self.threads())
             .map(|i| tensor::split_granular(items, granule, self.threads(), i))
@@ -252,8 +254,8 @@ mod tests {
     fn a_thread_that_is_done_takes_what_others_have_left() {
         let team = Team::new(3, Placement::Free, Arc::new(Profile::new(std::time::Instant::now())))
             .unwrap();
-        // The first thread's first part ends when all others have: some thread has to take its
-        // second one.
+        // Part 0 ends only after all other parts, so another thread has to take part 1 from thread
+        // 0.
         let done = AtomicUsize::new(0);
         team.share(vec![vec![0, 1], vec![2, 3, 4], vec![]], |part| {
             let start = std::time::Instant::now();
@@ -275,7 +277,7 @@ mod tests {
         let team = Team::new(2, Placement::Free, Arc::new(Profile::new(std::time::Instant::now())))
             .unwrap();
         for panels in [0, 1, 2, 9, 64, 130] {
-            let (threads, pieces) = team.panel_pieces(panels * PANEL, PIECES);
+            let (threads, pieces) = team.panel_pieces(panels * PANEL, PIECES_PER_THREAD);
             assert!(pieces.iter().all(|piece| !piece.is_empty()));
             for (thread, range) in team.panel_ranges(panels * PANEL).into_iter().enumerate() {
                 let own: Vec<_> = pieces
@@ -285,8 +287,8 @@ mod tests {
                     .map(|(p, _)| p)
                     .collect();
                 assert!(
-                    own.len() <= PIECES
-                        && own.iter().rev().skip(1).all(|piece| piece.len() % TOGETHER == 0)
+                    own.len() <= PIECES_PER_THREAD
+                        && own.iter().rev().skip(1).all(|piece| piece.len() % PANELS_PER_CALL == 0)
                 );
                 assert_eq!(
                     own.iter().copied().cloned().flatten().collect::<Vec<_>>(),
