@@ -1,7 +1,9 @@
 """Independent clients against a running server: QWEN3_URL names it, QWEN3_MODEL its model."""
 
+import base64
 import concurrent.futures
 import os
+import struct
 
 import anthropic
 import openai
@@ -78,6 +80,23 @@ def test_completions_of_several_prompts():
         assert len(choice.logprobs.tokens) == len(choice.logprobs.top_logprobs)
 
 
+def test_the_prompt_alone_has_log_probabilities():
+    prompt = "It is a truth universally acknowledged, that"
+    options = {"model": MODEL, "prompt": prompt, "temperature": 0, "logprobs": 2}
+    alone = client.completions.create(**options, max_tokens=0, echo=True).choices[0]
+    assert (alone.text, alone.finish_reason) == (prompt, "length")
+    assert alone.logprobs.token_logprobs[0] is None
+    assert all(value <= 0 for value in alone.logprobs.token_logprobs[1:])
+    more = client.completions.create(**options, max_tokens=2, echo=True).choices[0].logprobs
+    count = len(alone.logprobs.tokens)
+    assert more.tokens[:count] == alone.logprobs.tokens
+    assert more.token_logprobs[1:count] == pytest.approx(
+        alone.logprobs.token_logprobs[1:], rel=1e-4)
+    with pytest.raises(openai.BadRequestError) as error:
+        client.completions.create(**options, max_tokens=0)
+    assert error.value.param == "max_tokens"
+
+
 def test_sixteen_at_once_answer_as_alone():
     questions = [f"What is {a} + {b}?" for a in range(3, 7) for b in range(5, 9)]
     alone = [ask(question).choices[0].message.content for question in questions]
@@ -97,6 +116,7 @@ def test_errors_name_the_parameter():
         ({"extra_body": {"chat_template_kwargs": {"messages": []}}},
          "chat_template_kwargs.messages"),
         ({"logit_bias": {"x": 1}}, "logit_bias"),
+        ({"extra_body": {"min_tokens": 33}}, "min_tokens"),
     ]:
         with pytest.raises(openai.BadRequestError) as error:
             ask(**options)
@@ -108,7 +128,7 @@ def test_images_and_long_prompts_are_refused():
         ask([{"type": "image_url", "image_url": {"url": "http://localhost/x.png"}}])
     with pytest.raises(openai.BadRequestError) as error:
         ask("sea " * 9000)
-    assert error.value.code == "context_length_exceeded"
+    assert (error.value.code, error.value.param) == ("context_length_exceeded", "messages")
 
 
 def test_tools_may_be_offered():
@@ -167,3 +187,26 @@ def test_a_stream_can_be_left():
         next(iter(stream))
         stream.close()
     assert "32" in ask().choices[0].message.content
+
+
+def test_embeddings():
+    texts = ["The sea is calm.", "A storm is coming."]
+    options = {"model": MODEL, "input": texts}
+    numbers = client.embeddings.create(**options, encoding_format="float")
+    encoded = client.embeddings.create(**options, encoding_format="base64")
+    # Without a format the package asks for base64 and decodes it itself.
+    decoded = client.embeddings.create(**options)
+    assert [entry.index for entry in numbers.data] == [0, 1]
+    for plain, text, own in zip(numbers.data, encoded.data, decoded.data):
+        raw = base64.b64decode(text.embedding)
+        unpacked = list(struct.unpack(f"<{len(raw) // 4}f", raw))
+        assert unpacked == own.embedding
+        assert plain.embedding == pytest.approx(unpacked, rel=1e-6)
+        assert sum(x * x for x in unpacked) == pytest.approx(1, rel=1e-4)
+    assert numbers.data[0].embedding != numbers.data[1].embedding
+    assert numbers.usage.prompt_tokens == numbers.usage.total_tokens > 0
+    short = client.embeddings.create(**options, encoding_format="float", dimensions=32)
+    assert [len(entry.embedding) for entry in short.data] == [32, 32]
+    with pytest.raises(openai.BadRequestError) as error:
+        client.embeddings.create(model=MODEL, input="sea " * 9000)
+    assert (error.value.code, error.value.param) == ("context_length_exceeded", "input")

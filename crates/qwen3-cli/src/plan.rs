@@ -11,7 +11,8 @@ use qwen3_model::formats::WeightFormats;
 use qwen3_model::names::open_weights;
 use qwen3_model::options::{ExpertSplit, KvFormat, MlpSchedule, WeightFormat};
 use qwen3_model::presets::Preset;
-use qwen3_model::{Config, ModelError, ParallelStrategy};
+use qwen3_model::{Config, ModelError, ModelOptions, ParallelStrategy};
+use qwen3_server::Expected;
 use ranks::{Failure, Rank};
 use serde_json::{Value, json};
 
@@ -398,6 +399,41 @@ pub fn choose(
     })?;
     let experts = experts.parse().expect("a place's own name");
     Ok((name.parse().expect("a strategy's own name"), experts, reason))
+}
+
+/// What a step of one token takes on the ranks of a server, as they divide the model. `choose`
+/// finds the machine's figures in the same way.
+pub fn expected(rank: &Rank, engine: &EngineOptions, options: &ModelOptions) -> Expected {
+    let comm = rank.comm();
+    let (ranks, nodes) = (comm.size(), comm.machines());
+    // A checkpoint whose headers do not describe its weights in memory has no figures.
+    let Ok((config, weights)) = headers(&engine.model, engine.weights.0) else {
+        return Expected::default();
+    };
+    let link = rank.emulated_link().map(LinkFigures::from);
+    let threads = Some(options.threads);
+    let layout = Layout { transport: Some(comm.transport()), ranks, nodes, threads, link };
+    let (machine, _) = Calibration::by_itself(&layout);
+    let prompt = 512.clamp(1, config.context_length());
+    let plan = plan(&PlanInput {
+        kv: options.kv,
+        wire: comm.wire(),
+        prompt,
+        generate: 512.min(config.context_length() - prompt),
+        chunk: engine.chunk,
+        schedule: options.mlp,
+        ..PlanInput::new(&config, &weights, &machine)
+    });
+    let here = |way: &&Prediction| {
+        way.strategy == options.strategy && (ranks == 1 || way.experts == options.experts)
+    };
+    let Some(way) = plan.ways.iter().find(here) else { return Expected::default() };
+    // Figures that were measured name the processor.
+    let measured = machine.processor.is_some();
+    Expected {
+        bytes_per_token: Some(way.token.bytes),
+        steps_per_second: measured.then(|| way.token.work_seconds.recip()),
+    }
 }
 
 #[cfg(test)]

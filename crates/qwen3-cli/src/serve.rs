@@ -13,8 +13,8 @@ use qwen3_model::pooling::is_embedding_model;
 use qwen3_model::{Config, ModelError, ModelSource};
 use qwen3_server::engine::{Engine, EngineConfig, EngineHandle, KvMemory};
 use qwen3_server::{
-    Control, Keys, Limits, Listen, LogFormat, Phase, PoolingModel, SamplingDefaults, ServedModel,
-    Server, ServerConfig, Tls, notify, start_logging,
+    Control, Expected, Keys, Limits, Listen, LogFormat, Phase, PoolingModel, SamplingDefaults,
+    ServedModel, Server, ServerConfig, Tls, notify, start_logging,
 };
 use qwen3_text::{ChatTemplate, ControlTokens, TemplateError, Tokenizer};
 use ranks::{Failure, Neighbours, Rank, Response, Signal};
@@ -24,7 +24,7 @@ use crate::failure::CliError;
 use crate::memory;
 use crate::model_path::ModelPath;
 use crate::options::{EngineOptions, LaunchOptions, positive};
-use crate::plan::Workload;
+use crate::plan::{self, Workload};
 use crate::pooling::scorer;
 use crate::session::{self, Loaded};
 
@@ -148,10 +148,12 @@ impl ServeArgs {
         let eos =
             rank.on_root(|| Ok(eos_token_ids(&*self.engine.model.open()?, model.config())?))?;
         let config = self.engine_config(rank, &model)?;
+        let model_options = *model.options();
         let engine = Engine::new(model, &config)?;
         let served = match (engine.handle(), texts, eos, control) {
             (Some(handle), Some(texts), Some(eos), Some(control)) => {
-                control.ready(self.served(handle.clone(), texts, eos));
+                let expected = plan::expected(rank, &self.engine, &model_options);
+                control.ready(self.served(handle.clone(), texts, eos, expected));
                 Some((handle, control))
             }
             _ => None,
@@ -291,8 +293,15 @@ impl ServeArgs {
         })
     }
 
-    fn served(&self, engine: EngineHandle, texts: Texts, eos: Vec<u32>) -> ServedModel {
+    fn served(
+        &self,
+        engine: EngineHandle,
+        texts: Texts,
+        eos: Vec<u32>,
+        expected: Expected,
+    ) -> ServedModel {
         ServedModel {
+            expected,
             name: self.name(),
             engine,
             tokenizer: texts.tokenizer,

@@ -1,12 +1,14 @@
 //! Request bodies: read within limits of size, time and depth, then parsed with errors that name
 //! the field.
 
+use std::fmt;
 use std::time::Duration;
 
 use axum::body::Body;
 use axum::http::{HeaderMap, Request, StatusCode, header};
 use http_body_util::{BodyExt, LengthLimitError, Limited};
-use serde::de::DeserializeOwned;
+use serde::de::{self, DeserializeOwned, MapAccess, SeqAccess, Visitor};
+use serde::{Deserialize, Deserializer};
 use serde_json::{Map, Value};
 
 use crate::error::ApiError;
@@ -102,9 +104,7 @@ pub fn parse<T: DeserializeOwned>(
             limits.depth
         )));
     }
-    let value: Value = serde_json::from_slice(bytes)
-        .map_err(|error| invalid(format!("the request body is not JSON: {error}")))?;
-    let Value::Object(mut fields) = value else {
+    let Value::Object(mut fields) = value(bytes)? else {
         return Err(invalid("the request body is not a JSON object".to_owned()));
     };
     fields.retain(|_, value| !value.is_null());
@@ -119,6 +119,93 @@ pub fn parse<T: DeserializeOwned>(
         }
     }
     from_fields(fields)
+}
+
+/// Parses JSON. An object with two fields of the same name is an error: programs differ in which
+/// of the two they take.
+fn value(bytes: &[u8]) -> Result<Value, ApiError> {
+    let mut json = serde_json::Deserializer::from_slice(bytes);
+    let mut track = serde_path_to_error::Track::new();
+    let tracked = serde_path_to_error::Deserializer::new(&mut json, &mut track);
+    let parsed = Unique::deserialize(tracked);
+    parsed.and_then(|Unique(value)| json.end().map(|()| value)).map_err(|error| {
+        let path = track.path().to_string();
+        let message = format!("the request body is not JSON: {error}");
+        match error.to_string().strip_prefix(DUPLICATE).and_then(|rest| rest.split('`').next()) {
+            Some(field) => {
+                let field = if path == "." { field.to_owned() } else { format!("{path}.{field}") };
+                ApiError::param(&*field, format!("{field} occurs twice in its object"))
+            }
+            None if path == "." => ApiError::new(StatusCode::BAD_REQUEST, message),
+            None => ApiError::param(path, message),
+        }
+    })
+}
+
+/// How the message of a field that occurs twice begins; the field's name and a quote follow.
+const DUPLICATE: &str = "duplicate field `";
+
+/// A JSON value in which no object has two fields of the same name.
+struct Unique(Value);
+
+impl<'de> Deserialize<'de> for Unique {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        deserializer.deserialize_any(UniqueVisitor)
+    }
+}
+
+struct UniqueVisitor;
+
+impl<'de> Visitor<'de> for UniqueVisitor {
+    type Value = Unique;
+
+    fn expecting(&self, out: &mut fmt::Formatter<'_>) -> fmt::Result {
+        out.write_str("a JSON value")
+    }
+
+    fn visit_unit<E>(self) -> Result<Unique, E> {
+        Ok(Unique(Value::Null))
+    }
+
+    fn visit_bool<E>(self, value: bool) -> Result<Unique, E> {
+        Ok(Unique(value.into()))
+    }
+
+    fn visit_u64<E>(self, value: u64) -> Result<Unique, E> {
+        Ok(Unique(value.into()))
+    }
+
+    fn visit_i64<E>(self, value: i64) -> Result<Unique, E> {
+        Ok(Unique(value.into()))
+    }
+
+    fn visit_f64<E>(self, value: f64) -> Result<Unique, E> {
+        Ok(Unique(value.into()))
+    }
+
+    fn visit_str<E>(self, value: &str) -> Result<Unique, E> {
+        Ok(Unique(value.into()))
+    }
+
+    fn visit_seq<A: SeqAccess<'de>>(self, mut access: A) -> Result<Unique, A::Error> {
+        let mut values = Vec::new();
+        while let Some(Unique(value)) = access.next_element()? {
+            values.push(value);
+        }
+        Ok(Unique(Value::Array(values)))
+    }
+
+    fn visit_map<A: MapAccess<'de>>(self, mut access: A) -> Result<Unique, A::Error> {
+        let mut fields = Map::new();
+        while let Some(name) = access.next_key::<String>()? {
+            if fields.contains_key(&name) {
+                return Err(de::Error::custom(format!("{DUPLICATE}{name}`")));
+            }
+            let Unique(value) = access.next_value()?;
+            fields.insert(name, value);
+        }
+        Ok(Unique(Value::Object(fields)))
+    }
 }
 
 fn from_fields<T: DeserializeOwned>(fields: Map<String, Value>) -> Result<T, ApiError> {
@@ -173,8 +260,6 @@ fn depth(bytes: &[u8]) -> usize {
 
 #[cfg(test)]
 mod tests {
-    use serde::Deserialize;
-
     use super::*;
 
     #[derive(Debug, Deserialize, PartialEq)]
@@ -219,6 +304,32 @@ mod tests {
             named(r#"{"count": 1, "inner": {"name": "", "more": 1}}"#).as_deref(),
             Some("inner.more")
         );
+    }
+
+    #[test]
+    fn a_field_that_occurs_twice_is_refused_by_name() {
+        let named = |text| refused(text).0;
+        assert_eq!(named(r#"{"count": 1, "count": 1}"#).as_deref(), Some("count"));
+        let inner = r#"{"count": 1, "inner": {"name": "a", "na\u006de": "b"}}"#;
+        assert_eq!(named(inner).as_deref(), Some("inner.name"));
+        // Fields without effect are no exception, and neither are those of a list's objects.
+        assert_eq!(named(r#"{"user": 1, "user": 2}"#).as_deref(), Some("user"));
+        assert_eq!(named(r#"{"user": [1, {"a": 1, "a": 2}]}"#).as_deref(), Some("user[1].a"));
+    }
+
+    #[test]
+    fn an_error_of_the_notation_names_the_field_where_it_is() {
+        let (param, message) = refused(r#"{"count": 1, "inner": {"name": tru}}"#);
+        assert_eq!(param.as_deref(), Some("inner.name"));
+        assert!(message.contains("not JSON") && message.contains("line 1 column"), "{message}");
+        assert_eq!(refused(r#"{"count": 1} {}"#).0, None);
+    }
+
+    #[test]
+    fn numbers_and_texts_keep_their_values() {
+        let text = r#"[0, -1, 18446744073709551615, 0.1, 1e300, "\ud83d\ude00\n", null, true, {}]"#;
+        let expected: Value = serde_json::from_str(text).unwrap();
+        assert_eq!(value(text.as_bytes()).unwrap(), expected);
     }
 
     #[test]

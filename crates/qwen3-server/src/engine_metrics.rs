@@ -10,6 +10,8 @@ use prometheus_client::metrics::family::Family;
 use prometheus_client::metrics::gauge::Gauge;
 use prometheus_client::registry::{Registry, Unit};
 
+use crate::service::Expected;
+
 type Seconds = Counter<f64, AtomicU64>;
 
 /// A kind of collective.
@@ -37,6 +39,10 @@ struct RankLabel {
     part: &'static str,
 }
 
+/// The labels of a metric that has none.
+#[derive(Clone, Debug, Hash, PartialEq, Eq, EncodeLabelSet)]
+struct NoLabel {}
+
 /// The engine's counters. The engine counts from its start; each update adds what is new.
 #[derive(Debug, Default)]
 pub struct EngineMetrics {
@@ -57,6 +63,9 @@ pub struct EngineMetrics {
     seconds: Family<CollectiveLabel, Seconds>,
     wait_seconds: Family<CollectiveLabel, Seconds>,
     shares: Family<RankLabel, Gauge<f64, AtomicU64>>,
+    /// Metrics that are absent where their value is not known.
+    expected_bytes: Family<NoLabel, Gauge<i64, AtomicI64>>,
+    step_limit: Family<NoLabel, Gauge<f64, AtomicU64>>,
     last: Mutex<Stats>,
 }
 
@@ -91,6 +100,20 @@ impl EngineMetrics {
         registry.register_with_unit("collective_wait", help, Unit::Seconds, wait);
         let shares = self.shares.clone();
         registry.register("rank_time_share", "Where each rank's time goes, from 0 to 1", shares);
+        let help = "Payload bytes per token by the formula, of the rank that has most";
+        registry.register("expected_bytes_per_token", help, self.expected_bytes.clone());
+        let help = "Steps per second that the calibrated speed of the ranks allows";
+        registry.register("limit_steps_per_second", help, self.step_limit.clone());
+    }
+
+    /// Takes what a step is expected to take.
+    pub fn expect(&self, expected: Expected) {
+        if let Some(bytes) = expected.bytes_per_token {
+            self.expected_bytes.get_or_create(&NoLabel {}).set(bytes as i64);
+        }
+        if let Some(steps) = expected.steps_per_second {
+            self.step_limit.get_or_create(&NoLabel {}).set(steps);
+        }
     }
 
     /// Takes the engine's counters of now.

@@ -89,6 +89,22 @@ impl ApiError {
         error
     }
 
+    /// A prompt for which the context or the cache has no room. [`Self::about_prompt`] adds the
+    /// field.
+    pub fn too_long(message: impl Into<String>) -> Self {
+        let mut error = Self::new(StatusCode::BAD_REQUEST, message);
+        error.code = Some("context_length_exceeded");
+        error
+    }
+
+    /// Names `field` as the one that holds the prompt, if the prompt is too long.
+    pub fn about_prompt(mut self, field: &str) -> Self {
+        if self.code == Some("context_length_exceeded") && self.param.is_none() {
+            self.param = Some(field.to_owned());
+        }
+        self
+    }
+
     /// The server cannot answer now.
     pub fn unavailable(message: impl Into<String>) -> Self {
         let mut error = Self::new(StatusCode::SERVICE_UNAVAILABLE, message);
@@ -194,9 +210,7 @@ impl From<SubmitError> for ApiError {
                 Self::too_many(message, Duration::from_secs(1))
             }
             SubmitError::PromptTooLong { .. } | SubmitError::NeverFits { .. } => {
-                let mut error = Self::new(StatusCode::BAD_REQUEST, message);
-                error.code = Some("context_length_exceeded");
-                error
+                Self::too_long(message)
             }
             SubmitError::NoHead => Self::new(
                 StatusCode::BAD_REQUEST,

@@ -35,4 +35,4 @@ pub use listen::ListenError;
 pub use logging::{LogFormat, escape, start as start_logging};
 pub use notify::notify;
 pub use server::{Control, Server};
-pub use service::{Phase, PoolingModel, SamplingDefaults, ServedModel};
+pub use service::{Expected, Phase, PoolingModel, SamplingDefaults, ServedModel};

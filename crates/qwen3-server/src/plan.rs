@@ -1,6 +1,5 @@
 //! From a request's fields to what the engine computes.
 
-use axum::http::StatusCode;
 use engine::Request;
 use engine::qwen3_model::SamplingParams;
 
@@ -32,9 +31,7 @@ pub fn request(
             "the prompt has {} tokens, expected fewer than {context}, the length of the context",
             prompt.len(),
         );
-        let mut error = ApiError::new(StatusCode::BAD_REQUEST, message);
-        error.code = Some("context_length_exceeded");
-        return Err(error);
+        return Err(ApiError::too_long(message));
     }
     let expected = sizes.vocab_size;
     if let Some(id) = prompt.iter().find(|id| **id as usize >= expected) {
@@ -51,12 +48,20 @@ pub fn request(
     // smaller.
     let room = context.min(sizes.pages * sizes.page_positions).saturating_sub(prompt.len()).max(1);
     let max_tokens = match fields.max_tokens {
+        Some(0) if fields.echo => 0,
         Some(0) => {
             return Err(ApiError::param("max_tokens", "max_tokens is 0, expected at least 1"));
         }
         Some(tokens) => tokens.min(limits.max_tokens).min(context - prompt.len()),
         None => room.min(limits.max_tokens),
     };
+    if let Some(least) = fields.min_tokens.filter(|least| *least > max_tokens) {
+        let message = format!(
+            "min_tokens is {least}, expected at most {max_tokens}, the most tokens that the answer \
+             may have"
+        );
+        return Err(ApiError::param("min_tokens", message));
+    }
     let stops = stops(limits, &fields.stop)?;
     let mut salt = permit.map_or_else(Vec::new, |permit| permit.key().salt().to_vec());
     salt.extend(fields.cache_salt.iter().flat_map(|salt| salt.bytes()));

@@ -29,12 +29,13 @@ use crate::service::Service;
 
 /// All routes, behind the gate.
 pub fn router(service: &Arc<Service>) -> Router {
+    let anthropic = Router::new()
+        .route("/v1/messages", post(messages::create))
+        .route("/v1/messages/count_tokens", post(messages::count));
     let mut router = Router::new()
         .route("/v1/chat/completions", post(chat::create))
         .route("/v1/completions", post(completions::create))
         .route("/v1/responses", post(responses::create))
-        .route("/v1/messages", post(messages::create))
-        .route("/v1/messages/count_tokens", post(messages::count))
         .route("/v1/embeddings", post(pooling::embeddings))
         .route("/v1/rerank", post(pooling::rerank))
         .route("/v1/score", post(pooling::score))
@@ -51,6 +52,7 @@ pub fn router(service: &Arc<Service>) -> Router {
     if service.page {
         router = router.route("/", get(page::page));
     }
+    let router = guarded(router, Dialect::OpenAi).merge(guarded(anthropic, Dialect::Anthropic));
     let origins = service.sites.origins.iter().filter_map(|origin| origin.parse().ok());
     let cors = CorsLayer::new()
         .allow_origin(AllowOrigin::list(origins.collect::<Vec<HeaderValue>>()))
@@ -71,18 +73,19 @@ pub fn router(service: &Arc<Service>) -> Router {
             ApiError::new(StatusCode::METHOD_NOT_ALLOWED, message).response(dialect)
         })
         .layer(DefaultBodyLimit::disable())
-        .layer(CatchPanicLayer::custom(panicked))
         .layer(middleware::from_fn_with_state(Arc::clone(service), gate))
         // A page that may use the server can read the gate's errors, too.
         .layer(cors)
         .with_state(Arc::clone(service))
 }
 
-/// A handler's panic is an error of that request alone.
-fn panicked(_: Box<dyn std::any::Any + Send>) -> Response<Body> {
-    tracing::error!("a request handler panicked");
-    let error = ApiError::new(StatusCode::INTERNAL_SERVER_ERROR, "the request handler failed");
-    error.response(Dialect::OpenAi)
+/// The routes, with an error in the form of `dialect` for a request whose handler panics.
+fn guarded(router: Router<Arc<Service>>, dialect: Dialect) -> Router<Arc<Service>> {
+    router.layer(CatchPanicLayer::custom(move |_: Box<dyn std::any::Any + Send>| {
+        tracing::error!("a request handler panicked");
+        let status = StatusCode::INTERNAL_SERVER_ERROR;
+        ApiError::new(status, "the request handler failed").response(dialect)
+    }))
 }
 
 /// Reads and parses a request's body.
@@ -108,5 +111,46 @@ fn respond(dialect: Dialect, result: Result<Response<Body>, ApiError>) -> Respon
     result.unwrap_or_else(|error| error.response(dialect))
 }
 
+/// [`respond`] for a route whose prompt is in the field `prompt`, which the error names if the
+/// prompt is too long.
+fn respond_to_prompt(
+    dialect: Dialect,
+    prompt: &str,
+    result: Result<Response<Body>, ApiError>,
+) -> Response<Body> {
+    respond(dialect, result.map_err(|error| error.about_prompt(prompt)))
+}
+
 /// The caller that the gate has let in.
 type From = axum::Extension<Caller>;
+
+#[cfg(test)]
+mod tests {
+    use tower::ServiceExt as _;
+
+    use super::*;
+    use crate::access::{Keys, Sites};
+    use crate::config::Limits;
+
+    #[tokio::test]
+    async fn a_panic_is_an_error_in_the_form_of_the_route_s_api() {
+        let panics =
+            || Router::new().route("/", get(async || -> Response<Body> { panic!("here") }));
+        let sites = Sites::default();
+        let service =
+            Service::new(Keys::default(), sites, Arc::new(Limits::default()), true, false);
+        let service = Arc::new(service);
+        for (dialect, pointer, kind) in [
+            (Dialect::OpenAi, "/error/type", "server_error"),
+            (Dialect::Anthropic, "/error/type", "api_error"),
+        ] {
+            let router = guarded(panics(), dialect).with_state(Arc::clone(&service));
+            let response = router.oneshot(Request::new(Body::empty())).await.unwrap();
+            assert_eq!(response.status(), StatusCode::INTERNAL_SERVER_ERROR);
+            let body = axum::body::to_bytes(response.into_body(), 1 << 16).await.unwrap();
+            let body: serde_json::Value = serde_json::from_slice(&body).unwrap();
+            assert_eq!(body.pointer(pointer).and_then(|kind| kind.as_str()), Some(kind));
+            assert_eq!(body["type"] == "error", dialect == Dialect::Anthropic);
+        }
+    }
+}

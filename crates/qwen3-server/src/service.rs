@@ -71,6 +71,16 @@ pub struct PoolingModel {
     pub scorer: Result<Scorer, String>,
 }
 
+/// What the formulas of the operations and the calibration say about a step of one token.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct Expected {
+    /// Payload bytes per token, of the rank that has most.
+    pub bytes_per_token: Option<u64>,
+    /// Steps per second that the measured speed of this machine's ranks allows, without time for
+    /// messages; `None` where nobody measured it.
+    pub steps_per_second: Option<f64>,
+}
+
 /// A loaded model, as the server needs it.
 pub struct ServedModel {
     /// Its name in requests.
@@ -89,6 +99,8 @@ pub struct ServedModel {
     pub defaults: SamplingDefaults,
     /// What the model does besides generating.
     pub pooling: PoolingModel,
+    /// What a step is expected to take.
+    pub expected: Expected,
 }
 
 impl ServedModel {
@@ -157,6 +169,7 @@ impl Service {
 
     /// The model is loaded. Only the first call has an effect.
     pub fn ready(&self, model: ServedModel) {
+        self.metrics.engine.expect(model.expected);
         if self.model.set(Arc::new(model)).is_ok() {
             self.phase.send_if_modified(|phase| {
                 let loading = *phase == Phase::Loading;

@@ -59,6 +59,8 @@ pub struct StructuredOutputs {
 pub struct SamplingFields {
     /// Longest answer in tokens.
     pub max_tokens: Option<usize>,
+    /// The answer repeats the prompt, so that it may have no token of its own.
+    pub echo: bool,
     /// Divides the logits; 0 takes the most probable token.
     pub temperature: Option<f32>,
     /// Probability mass that stays.
@@ -164,6 +166,7 @@ macro_rules! request {
             pub fn sampling(&self) -> crate::protocol::sampling::SamplingFields {
                 crate::protocol::sampling::SamplingFields {
                     max_tokens: self.max_tokens,
+                    echo: false,
                     temperature: self.temperature,
                     top_p: self.top_p,
                     top_k: self.top_k,

@@ -6,7 +6,7 @@ use axum::body::Body;
 use axum::extract::{Request, State};
 use axum::http::Response;
 
-use super::{From, json, ok, respond};
+use super::{From, json, ok, respond_to_prompt};
 use crate::answer::{Answer, Delta, Piece, Whole};
 use crate::conversation::{self, Continuation};
 use crate::error::{ApiError, Dialect, ErrorBody};
@@ -45,7 +45,7 @@ pub async fn create(
         let all = answer.whole().await?;
         Ok(ok(&format.whole(&answer, all, prompt)))
     };
-    respond(Dialect::OpenAi, answer.await)
+    respond_to_prompt(Dialect::OpenAi, "messages", answer.await)
 }
 
 /// What the request asks for.

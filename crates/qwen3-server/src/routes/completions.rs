@@ -9,7 +9,7 @@ use engine::TokenLogprobs;
 use tokio::sync::mpsc;
 
 use super::chat::finite;
-use super::{From, json, ok, respond};
+use super::{From, json, ok, respond_to_prompt};
 use crate::answer::{Answer, Delta, Job, Piece};
 use crate::error::{ApiError, Dialect, ErrorBody};
 use crate::gate::Caller;
@@ -51,7 +51,7 @@ pub async fn create(
         }
         whole(format, answers).await
     };
-    respond(Dialect::OpenAi, answer.await)
+    respond_to_prompt(Dialect::OpenAi, "prompt", answer.await)
 }
 
 /// How the answers are written.
@@ -110,7 +110,7 @@ async fn submit(
     let mut sampling = body.sampling();
     sampling.max_tokens = Some(sampling.max_tokens.unwrap_or(DEFAULT_MAX_TOKENS));
     sampling.logprobs = body.logprobs;
-    let echo = body.echo.unwrap_or(false);
+    sampling.echo = body.echo.unwrap_or(false);
     let guide = match body.structured_outputs {
         Some(fields) => {
             let grammar = Structure::of(fields)?.grammar();
@@ -123,10 +123,10 @@ async fn submit(
     let jobs = service.encode(move |model| {
         let prompts = prompts(model, body.prompt, limits.prompts)?;
         let job = |prompt: Vec<u32>| {
-            let text = if echo { model.tokenizer.decode(&prompt) } else { String::new() };
+            let text = if sampling.echo { model.tokenizer.decode(&prompt) } else { String::new() };
             let (mut request, stops) =
                 plan::request(model, &limits, permit.as_deref(), &sampling, prompt)?;
-            request.prompt_logprobs = sampling.logprobs.filter(|_| echo);
+            request.prompt_logprobs = sampling.logprobs.filter(|_| sampling.echo);
             if let Some(guide) = &guide {
                 let guided = || Box::new(Guided::new(guide.clone())) as _;
                 request.constraints = (0..request.n).map(|_| guided()).collect();

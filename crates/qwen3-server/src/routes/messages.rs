@@ -8,7 +8,7 @@ use axum::http::Response;
 use serde_json::{Map, Value, json as value};
 
 use super::chat::call_id;
-use super::{From, json, ok, respond};
+use super::{From, json, ok, respond, respond_to_prompt};
 use crate::answer::{Answer, Delta, Part, Reason};
 use crate::conversation::{Continuation, ToolChoice};
 use crate::error::{ApiError, Dialect, MessagesErrorBody};
@@ -45,7 +45,7 @@ pub async fn create(State(service): Shared, caller: From, request: Request) -> R
         }
         whole(id, &mut answer).await
     };
-    respond(Dialect::Anthropic, answer.await)
+    respond_to_prompt(Dialect::Anthropic, "messages", answer.await)
 }
 
 /// Counts the tokens of a conversation's prompt.

@@ -12,7 +12,7 @@ use engine::qwen3_model::pooling::{check_dimensions, embedding};
 use engine::{Event, Pooling, Stream, SubmitError};
 use qwen3_text::{PoolingTextError, RerankPrompt, embedding_tokens, instructed};
 
-use super::{From, json, ok, respond};
+use super::{From, json, ok, respond_to_prompt};
 use crate::error::{ApiError, Dialect, ErrorBody};
 use crate::gate::Caller;
 use crate::protocol::completions::Prompt;
@@ -75,7 +75,7 @@ pub async fn embeddings(
             usage,
         }))
     };
-    respond(Dialect::OpenAi, answer.await)
+    respond_to_prompt(Dialect::OpenAi, "input", answer.await)
 }
 
 /// Ranks documents by their relevance for a query.
@@ -109,7 +109,7 @@ pub async fn rerank(
         let id = request_id::new("rerank-");
         Ok(ok(&RerankResponse { id, model: model.name.clone(), results, usage }))
     };
-    respond(Dialect::OpenAi, answer.await)
+    respond_to_prompt(Dialect::OpenAi, "documents", answer.await)
 }
 
 /// Scores pairs of texts.
@@ -147,7 +147,7 @@ pub async fn score(
             usage,
         }))
     };
-    respond(Dialect::OpenAi, answer.await)
+    respond_to_prompt(Dialect::OpenAi, "text_2", answer.await)
 }
 
 fn check_count(param: &str, count: usize) -> Result<(), ApiError> {

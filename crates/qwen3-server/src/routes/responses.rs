@@ -8,7 +8,7 @@ use axum::http::Response;
 use serde_json::{Map, Value, json as value};
 
 use super::chat::call_id;
-use super::{From, json, ok, respond};
+use super::{From, json, ok, respond_to_prompt};
 use crate::answer::{Answer, Delta, Part, Reason, Whole};
 use crate::conversation::{Continuation, ToolChoice};
 use crate::error::{ApiError, Dialect, ErrorBody};
@@ -48,7 +48,7 @@ pub async fn create(
         let whole = answer.whole().await?.into_iter().next().unwrap_or_default();
         Ok(ok(&finished(object, &answer, whole)))
     };
-    respond(Dialect::OpenAi, answer.await)
+    respond_to_prompt(Dialect::OpenAi, "input", answer.await)
 }
 
 /// The response before its first token.

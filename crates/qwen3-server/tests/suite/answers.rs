@@ -228,3 +228,39 @@ fn the_description_of_the_api_has_all_routes() {
     assert!(page.body.contains(&format!("<script nonce=\"{}\">", nonce.expect("a nonce"))));
     assert!(!page.body.contains("NONCE"));
 }
+
+#[test]
+fn an_echo_without_further_tokens_is_the_prompt_with_its_log_probabilities() {
+    let running = start(2, config(), &small());
+    let prompt = "It is a truth universally acknowledged, that";
+    let asked = json!({"prompt": prompt, "temperature": 0, "echo": true, "logprobs": 1, "n": 2});
+    let request = |max_tokens: usize| with(asked.clone(), json!({"max_tokens": max_tokens}));
+    let alone = running.ok("/v1/completions", &request(0));
+    let more = running.ok("/v1/completions", &request(3));
+    for index in 0..2 {
+        let (alone, more) = (&alone["choices"][index], &more["choices"][index]);
+        assert_eq!((&alone["text"], &alone["finish_reason"]), (&json!(prompt), &json!("length")));
+        let of = |choice: &Value| {
+            choice["logprobs"]["token_logprobs"].as_array().cloned().expect("a list")
+        };
+        let (alone, more) = (of(alone), of(more));
+        assert!(alone[0].is_null() && alone.len() + 3 == more.len(), "{alone:?} {more:?}");
+        for (one, other) in alone[1..].iter().zip(&more[1..]) {
+            let difference = one.as_f64().unwrap() - other.as_f64().unwrap();
+            assert!(difference.abs() < 1e-4, "{one} {other}");
+        }
+    }
+    assert_eq!(alone["usage"]["completion_tokens"], 0);
+    let streamed = running.post("/v1/completions", &with(request(0), json!({"stream": true})));
+    let events = streamed.events();
+    let texts = events.iter().filter_map(|event| event["choices"][0]["text"].as_str());
+    assert_eq!(texts.collect::<Vec<_>>(), [prompt, prompt]);
+    let refused = |fields: Value| {
+        let answer = running.post("/v1/completions", &with(request(0), fields));
+        assert_eq!(answer.status, 400, "{}", answer.body);
+        answer.json()["error"]["param"].clone()
+    };
+    assert_eq!(refused(json!({"echo": false})), "max_tokens");
+    assert_eq!(refused(json!({"max_tokens": 3, "min_tokens": 4})), "min_tokens");
+    assert_eq!(refused(json!({"prompt": "sea ".repeat(9000)})), "prompt");
+}

@@ -1,6 +1,6 @@
 //! Clients that go away, read slowly or send nonsense, full queues, and the server's own end.
 
-use std::io::{BufRead as _, BufReader, Read as _, Write as _};
+use std::io::{BufRead as _, BufReader, ErrorKind, Read as _, Write as _};
 use std::net::TcpStream;
 use std::thread;
 use std::time::Duration;
@@ -90,7 +90,11 @@ fn a_reader_that_takes_nothing_is_cut_off_and_blocks_nobody() {
     running.wait("the slow reader's request ends", is_idle);
     // The connection is closed once its deadline has passed, with whatever was sent before.
     let mut rest = Vec::new();
-    let _ = stream.read_to_end(&mut rest);
+    if let Err(error) = stream.read_to_end(&mut rest) {
+        assert_eq!(error.kind(), ErrorKind::ConnectionReset, "{error}");
+    }
+    let rest = String::from_utf8_lossy(&rest);
+    assert!(rest.starts_with("HTTP/1.1 200") && !rest.contains("[DONE]"), "{} bytes", rest.len());
 }
 
 #[test]
@@ -129,6 +133,12 @@ fn only_health_and_the_page_need_no_key() {
     let first = "authorization: Bearer first-secret\r\n";
     let second = "x-api-key: second-secret\r\n";
     assert_eq!((get("/v1/models", first), get("/v1/models", second)), (200, 200));
+    let metrics = running.request("GET", "/metrics", first, "").body;
+    assert!(
+        metrics.lines().any(|line| line == "qwen3_expected_bytes_per_token{} 4096"),
+        "{metrics}"
+    );
+    assert!(!metrics.contains("\nqwen3_limit_steps_per_second"), "nobody measured it: {metrics}");
     // A prefix that one key's request left is not found by another's.
     let prompt = "the sea and the wind ".repeat(60);
     let cached = |headers: &str| {

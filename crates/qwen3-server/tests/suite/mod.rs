@@ -19,7 +19,7 @@ use qwen3_model::generation_config::eos_token_ids;
 use qwen3_model::pooling::Scorer;
 use qwen3_model::{Config, Isa, Model, ModelOptions, ModelSource};
 use qwen3_server::{
-    Control, Listen, PoolingModel, SamplingDefaults, ServedModel, Server, ServerConfig,
+    Control, Expected, Listen, PoolingModel, SamplingDefaults, ServedModel, Server, ServerConfig,
 };
 use qwen3_text::{ChatTemplate, ControlTokens, Tokenizer};
 use serde_json::{Value, json};
@@ -106,6 +106,7 @@ fn ready(control: &Control, engine: EngineHandle, eos_token_ids: Vec<u32>) {
         control_tokens: ControlTokens::Literal,
         eos_token_ids,
         defaults: SamplingDefaults::default(),
+        expected: Expected { bytes_per_token: Some(4096), steps_per_second: None },
         pooling: PoolingModel {
             embeds: true,
             hidden_size: config.hidden_size,
