@@ -19,6 +19,8 @@ mod lanes;
 mod halves;
 
 // Elementwise kernels and one row at a time.
+mod causal_conv;
+mod delta_rule;
 mod exp;
 mod norm;
 mod rope;
@@ -50,6 +52,8 @@ pub use attention::{
     ATTENTION_ROWS, AttentionArithmetic, AttentionInput, SoftmaxState, attention_materialized,
     attention_streaming,
 };
+pub use causal_conv::causal_conv_silu;
+pub use delta_rule::{DeltaTokens, delta_rule, delta_state_len};
 pub use exp::exp;
 pub use fork_join::{ForkJoin, ThreadError};
 pub use halves::{pack_halves, unpack_halves};
@@ -68,5 +72,5 @@ pub use norm::rms_norm;
 pub use panels::{GROUP, PANEL, PanelData, Panels};
 pub use rope::{norm_rope, rope};
 pub use softmax::softmax;
-pub use swiglu::swiglu;
+pub use swiglu::{sigmoid_gate, swiglu};
 pub use vector::{add, argmax, dot, scale, scale_add};

@@ -1,4 +1,4 @@
-//! SwiGLU: silu(gate) · up.
+//! SwiGLU: silu(gate) · up; and the gate of an attention output, sigmoid(gate) · x.
 
 #[cfg(target_arch = "x86_64")]
 pub(crate) use avx2::gated256;
@@ -21,8 +21,29 @@ pub fn swiglu(isa: Isa, gate: &[f32], up: &[f32], out: &mut [f32]) {
     dispatch!(isa, avx2::swiglu, scalar::swiglu, (gate, up, out))
 }
 
+/// `x[i] = x[i] / (1 + e^(−gate[i]))`.
+///
+/// # Panics
+/// When the lengths differ.
+pub fn sigmoid_gate(isa: Isa, gate: &[f32], x: &mut [f32]) {
+    assert_eq!(
+        gate.len(),
+        x.len(),
+        "sigmoid_gate: gate has {} elements, x {}",
+        gate.len(),
+        x.len()
+    );
+    dispatch!(isa, avx2::sigmoid_gate, scalar::sigmoid_gate, (gate, x))
+}
+
 pub(crate) mod scalar {
     use crate::exp::scalar::exp1;
+
+    pub(super) fn sigmoid_gate(gate: &[f32], x: &mut [f32]) {
+        for (x, &gate) in x.iter_mut().zip(gate) {
+            *x /= 1.0 + exp1(-gate);
+        }
+    }
 
     /// silu(gate) · up.
     pub(crate) fn gated1(gate: f32, up: f32) -> f32 {
@@ -51,6 +72,24 @@ mod avx2 {
             store(out, gated256(load(gate), load(up)));
         }
         store_tail(out_tail, gated256(load_tail(gate_tail), load_tail(up_tail)));
+    }
+
+    #[target_feature(enable = "avx2,fma,f16c")]
+    pub(super) fn sigmoid_gate(gate: &[f32], x: &mut [f32]) {
+        let (gate, gate_tail) = gate.as_chunks();
+        let (x, x_tail) = x.as_chunks_mut();
+        for (x, gate) in x.iter_mut().zip(gate) {
+            store(x, sigmoid256(load(gate), load(x)));
+        }
+        store_tail(x_tail, sigmoid256(load_tail(gate_tail), load_tail(x_tail)));
+    }
+
+    /// x · sigmoid(gate) in each lane.
+    #[inline]
+    #[target_feature(enable = "avx2,fma,f16c")]
+    fn sigmoid256(gate: __m256, x: __m256) -> __m256 {
+        let e = exp256(_mm256_sub_ps(_mm256_setzero_ps(), gate));
+        _mm256_div_ps(x, _mm256_add_ps(_mm256_set1_ps(1.0), e))
     }
 
     /// silu(gate) · up in each lane.
@@ -92,6 +131,25 @@ mod tests {
             }
         }
         assert_entered("avx2::swiglu");
+    }
+
+    #[test]
+    fn sigmoids_of_every_length_and_offset() {
+        for isa in Isa::all() {
+            for (len, offset) in lengths_and_offsets() {
+                let gate = Guarded::of(noise(len, 6).iter().map(|x| x * 30.0), offset);
+                let values = noise(len, 7);
+                let mut x = Guarded::of(values.iter().copied(), offset ^ 1);
+                sigmoid_gate(isa, &gate, &mut x);
+                let exact: Vec<_> = gate
+                    .iter()
+                    .zip(&values)
+                    .map(|(&gate, &x)| (f64::from(x) / (1.0 + (-f64::from(gate)).exp())) as f32)
+                    .collect();
+                x.assert_close(&exact, tolerance);
+            }
+        }
+        assert_entered("avx2::sigmoid_gate");
     }
 
     #[test]

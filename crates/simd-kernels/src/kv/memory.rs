@@ -28,7 +28,7 @@ pub struct KvMemoryError {
 impl fmt::Display for KvMemoryError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Self { group_bytes, groups } = self;
-        write!(f, "no memory for keys and values: {groups} times {group_bytes} bytes")
+        write!(f, "no memory for keys, values and states: {groups} times {group_bytes} bytes")
     }
 }
 
