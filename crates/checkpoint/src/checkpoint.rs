@@ -195,10 +195,20 @@ impl Checkpoint {
     ///
     /// If it is absent, has another shape or dtype, or cannot be read.
     pub fn vector(&self, name: &str, len: usize) -> Result<Vec<f32>, CheckpointError> {
+        self.values(name, &[len])
+    }
+
+    /// Reads all values of a small tensor of the given shape, row-major, stored in any float
+    /// format.
+    ///
+    /// # Errors
+    ///
+    /// If it is absent, has another shape or dtype, or cannot be read.
+    pub fn values(&self, name: &str, shape: &[usize]) -> Result<Vec<f32>, CheckpointError> {
         let tensor = self.tensor(name)?;
-        tensor.expect_shape(&[len])?;
-        let mut out = vec![0.0; len];
-        Matrix::new(tensor.stored(0, 1, len)?).read_row(0, &mut out)?;
+        tensor.expect_shape(shape)?;
+        let mut out = vec![0.0; shape.iter().product()];
+        Matrix::new(tensor.stored(0, 1, out.len())?).read_row(0, &mut out)?;
         Ok(out)
     }
 

@@ -41,6 +41,9 @@ pub struct EngineConfig {
     pub touch: bool,
     /// Sequences that run together.
     pub max_sequences: usize,
+    /// Snapshots of recurrent states that are kept for prompts with the same beginning. Only hybrid
+    /// models have such states; memory is taken as it is needed.
+    pub state_snapshots: usize,
     /// Requests that may wait.
     pub max_queue: usize,
     /// Prompt tokens of all requests that may wait.
@@ -64,6 +67,7 @@ impl Default for EngineConfig {
             kv_memory: KvMemory::Bytes(1 << 30),
             touch: false,
             max_sequences: 64,
+            state_snapshots: 32,
             max_queue: 1024,
             max_queued_tokens: 1 << 22,
             step_rows: 512,
@@ -130,7 +134,7 @@ impl Engine {
     ///
     /// # Errors
     ///
-    /// When some rank has no memory for a page, or a rank is lost.
+    /// When some rank has no memory for a page or for the states, or a rank is lost.
     pub fn new(model: Model, config: &EngineConfig) -> Result<Self, EngineError> {
         let comm = model.comm().clone();
         let arenas = model.context().positions.size();
@@ -146,7 +150,9 @@ impl Engine {
         if pages == 0 {
             return Err(EngineError::NoPages { rank, pages, page_bytes });
         }
-        let mut arena = model.new_arena(pages)?;
+        let mut slots = [(config.max_sequences.max(1) + config.state_snapshots) as u64];
+        comm.broadcast(0, &mut slots)?;
+        let mut arena = model.new_arena(pages, slots[0] as usize)?;
         if config.touch {
             arena.touch(model.context());
         }
@@ -244,6 +250,7 @@ fn front(
         pages,
         sequences: config.max_sequences.max(1),
         uniform_pages: model.options().kv == KvFormat::F32,
+        snapshots: model.config().hybrid.as_ref().map(|_| config.state_snapshots),
         logit_rows: (LOGITS_AT_ONCE / slice).clamp(1, step_rows),
         aging: config.aging,
     };

@@ -14,6 +14,7 @@ mod stats;
 mod pages;
 mod chain;
 mod pace;
+mod states;
 mod scheduler;
 
 // One step on every rank.

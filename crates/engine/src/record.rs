@@ -54,6 +54,8 @@ pub(crate) struct Record {
     pub preempted: Vec<SequenceId>,
     /// Arena, source and target.
     pub copies: Vec<(u32, u32, u32)>,
+    /// Recurrent states to copy, from slot to slot, one after another.
+    pub state_copies: Vec<(u32, u32)>,
     pub placed: Vec<Placed>,
     /// Sequences with their further pages.
     pub grown: Vec<(SequenceId, u32)>,
@@ -65,6 +67,7 @@ pub(crate) struct Record {
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub(crate) struct Placed {
     pub id: SequenceId,
+    pub slot: u32,
     pub first: u32,
     pub computed: u32,
     pub pages: Vec<u32>,
@@ -89,11 +92,13 @@ impl Record {
                 .iter()
                 .map(|(from, to)| (from.arena as u32, from.id.0, to.id.0))
                 .collect(),
+            state_copies: plan.state_copies.clone(),
             placed: plan
                 .placed
                 .iter()
                 .map(|placement| Placed {
                     id: placement.id,
+                    slot: placement.slot,
                     first: placement.first as u32,
                     computed: placement.computed as u32,
                     pages: ids(&placement.pages),

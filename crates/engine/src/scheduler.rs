@@ -20,6 +20,7 @@ use qwen3_model::PAGE_POSITIONS;
 
 use crate::chain::{ChainKey, PageHash};
 use crate::pages::{Page, PagePool, pages_for};
+use crate::states::{StatePool, next_snapshot};
 
 /// Names a sequence on all ranks.
 pub(crate) type SequenceId = u64;
@@ -35,6 +36,8 @@ pub(crate) struct Sizes {
     pub sequences: usize,
     /// The pages of generated tokens equal those of the same tokens in a prompt.
     pub uniform_pages: bool,
+    /// Snapshots of recurrent states that are kept; `None` for a model without such states.
+    pub snapshots: Option<usize>,
     /// Rows of a step for prompts that need logits for every token.
     pub logit_rows: usize,
     /// The waiting time that makes up for one level of priority.
@@ -67,6 +70,8 @@ struct Sequence {
     /// Tokens whose keys and values are in `pages`.
     computed: usize,
     pages: Vec<Page>,
+    /// The slot of the recurrent states, while the sequence runs.
+    slot: u32,
     /// The arena of page 0.
     first: usize,
     /// For each arena, the hashes of the full pages of a chain that starts there.
@@ -90,6 +95,8 @@ pub(crate) struct PlannedSpan {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Placement {
     pub id: SequenceId,
+    /// The slot of its recurrent states; 0 in a model without such states.
+    pub slot: u32,
     /// The arena of page 0.
     pub first: usize,
     /// Tokens that are in the pages already.
@@ -105,6 +112,8 @@ pub(crate) struct Plan {
     pub preempted: Vec<SequenceId>,
     /// Pages to copy, from and to; both are of one arena.
     pub copies: Vec<(Page, Page)>,
+    /// Recurrent states to copy, from slot to slot, one after another.
+    pub state_copies: Vec<(u32, u32)>,
     /// Sequences that get pages.
     pub placed: Vec<Placement>,
     /// Running sequences that get one more page.
@@ -135,6 +144,8 @@ pub(crate) struct Scheduler {
     sizes: Sizes,
     key: ChainKey,
     pool: PagePool,
+    /// The recurrent states of a hybrid model.
+    states: Option<StatePool>,
     sequences: HashMap<SequenceId, Sequence>,
     waiting: BTreeSet<Order>,
     running: BTreeSet<Order>,
@@ -152,6 +163,7 @@ impl Scheduler {
             sizes,
             key,
             pool: PagePool::new(sizes.arenas, sizes.pages),
+            states: sizes.snapshots.map(|snapshots| StatePool::new(sizes.sequences, snapshots)),
             sequences: HashMap::new(),
             waiting: BTreeSet::new(),
             running: BTreeSet::new(),
@@ -176,6 +188,7 @@ impl Scheduler {
             tokens,
             computed: 0,
             pages: Vec::new(),
+            slot: 0,
             first: 0,
             chains,
             published: 0,
@@ -227,14 +240,18 @@ impl Scheduler {
         plan.decoding = plan.spans.len();
         let mut rows = prompt_rows;
         let mut logit_rows = self.sizes.logit_rows;
+        let hybrid = self.states.is_some();
         for (_, id) in &self.running {
             let sequence = &self.sequences[id];
             if sequence.remaining() > 1 {
-                sequence.add_chunk(*id, &mut rows, &mut logit_rows, &mut plan);
+                sequence.add_chunk(*id, hybrid, &mut rows, &mut logit_rows, &mut plan);
             }
         }
         if plan.preempted.is_empty() {
             self.admit(&mut rows, &mut logit_rows, &mut plan);
+        }
+        if let Some(states) = &mut self.states {
+            plan.state_copies = states.take_copies();
         }
         plan
     }
@@ -289,7 +306,8 @@ impl Scheduler {
                     self.waiting.remove(&order);
                     self.running.insert(order);
                     plan.placed.push(placement);
-                    self.sequences[&id].add_chunk(id, rows, logit_rows, plan);
+                    let hybrid = self.states.is_some();
+                    self.sequences[&id].add_chunk(id, hybrid, rows, logit_rows, plan);
                 }
                 Err(Refusal::PagesArePending) => {}
                 Err(Refusal::NoPages) => return,
@@ -307,9 +325,14 @@ impl Scheduler {
         let mut best: Option<(usize, Vec<Page>)> = None;
         for (first, (start, hashes)) in sequence.chains.iter_mut().enumerate() {
             self.key.extend(start, hashes, &sequence.tokens, prompt);
-            let hits: Vec<Page> =
+            let mut hits: Vec<Page> =
                 hashes[..most].iter().map_while(|hash| self.pool.find(hash)).collect();
-            if hits.len() < most && self.pending.contains_key(&hashes[hits.len()]) {
+            if let Some(states) = &self.states {
+                hits.truncate(states.longest(hashes, hits.len()));
+            }
+            // Pages of a hybrid model are of use up to a snapshot, so only these are waited for.
+            let next = if self.states.is_some() { most } else { most.min(hits.len() + 1) };
+            if hashes[hits.len()..next].iter().any(|hash| self.pending.contains_key(hash)) {
                 return Err(Refusal::PagesArePending);
             }
             if best.as_ref().is_none_or(|(_, longest)| hits.len() > longest.len()) {
@@ -343,10 +366,23 @@ impl Scheduler {
         sequence.computed = computed;
         sequence.published = computed / PAGE_POSITIONS;
         sequence.pages = pages.clone();
-        for hash in &sequence.chains[first].1[sequence.published..] {
-            self.pending.entry(*hash).or_insert(id);
+        let hashes = &sequence.chains[first].1;
+        if let Some(states) = &mut self.states {
+            sequence.slot = states.take();
+            if computed > 0 {
+                states.restore(&hashes[computed / PAGE_POSITIONS - 1], sequence.slot);
+            }
+            let mut at = next_snapshot(computed, sequence.prompt);
+            while at / PAGE_POSITIONS <= hashes.len() {
+                self.pending.entry(hashes[at / PAGE_POSITIONS - 1]).or_insert(id);
+                at = next_snapshot(at, sequence.prompt);
+            }
+        } else {
+            for hash in &hashes[sequence.published..] {
+                self.pending.entry(*hash).or_insert(id);
+            }
         }
-        Ok(Placement { id, first, computed, pages })
+        Ok(Placement { id, slot: sequence.slot, first, computed, pages })
     }
 
     /// Takes the pages of a running sequence away; it waits again.
@@ -362,17 +398,23 @@ impl Scheduler {
         plan.preempted.push(id);
     }
 
-    /// Releases the pages of a sequence and its claim on those that it was going to compute.
+    /// Releases the pages and the slot of a sequence, if it runs, and its claim on the pages that
+    /// it was going to compute.
     fn release(&mut self, id: SequenceId) {
         let sequence = self.sequences.get_mut(&id).expect("the sequence is known");
         let pages = std::mem::take(&mut sequence.pages);
         (sequence.computed, sequence.published) = (0, 0);
         self.pool.release(&pages);
+        if let Some(states) =
+            self.states.as_mut().filter(|_| self.running.contains(&sequence.order))
+        {
+            states.release(sequence.slot);
+        }
         self.pending.retain(|_, owner| *owner != id);
     }
 
     /// Notes that a step has computed `count` further tokens of a sequence, and makes full pages
-    /// known to others.
+    /// and snapshots of states known to others.
     pub fn computed(&mut self, id: SequenceId, count: usize) {
         let sequence = self.sequences.get_mut(&id).expect("a span's sequence is known");
         sequence.computed += count;
@@ -380,6 +422,11 @@ impl Scheduler {
         let (start, hashes) = &mut sequence.chains[sequence.first];
         self.key.extend(start, hashes, &sequence.tokens, prompt);
         let full = sequence.computed / PAGE_POSITIONS;
+        if let Some(states) = &mut self.states
+            && next_snapshot(sequence.computed - count, sequence.prompt) == sequence.computed
+        {
+            states.save(hashes[full - 1], sequence.slot);
+        }
         let new = sequence.published..full;
         for (page, hash) in sequence.pages[new.clone()].iter().zip(&hashes[new]) {
             self.pool.publish(*page, *hash);
@@ -420,6 +467,7 @@ impl Scheduler {
             prompt: computed,
             computed: 0,
             pages: Vec::new(),
+            slot: 0,
             first,
             chains: sequence.chains.clone(),
             published: 0,
@@ -437,8 +485,13 @@ impl Scheduler {
             pages.iter().for_each(|page| self.pool.retain(*page));
             pages.extend(copy.map(|(_, to)| to));
             (new.computed, new.published, new.pages) = (computed, full, pages.clone());
+            if let Some(states) = &mut self.states {
+                new.slot = states.take();
+                states.fork(self.sequences[&parent].slot, new.slot);
+            }
             self.running.insert(order);
-            self.forked.push((Placement { id: child, first, computed, pages }, copy));
+            let placement = Placement { id: child, slot: new.slot, first, computed, pages };
+            self.forked.push((placement, copy));
         } else {
             self.waiting.insert(order);
         }
@@ -462,9 +515,20 @@ impl Sequence {
     }
 
     /// Adds a chunk of the remaining tokens to a plan, within the budgets. A chunk has tokens of
-    /// the prompt or generated ones, not both.
-    fn add_chunk(&self, id: SequenceId, rows: &mut usize, logit_rows: &mut usize, plan: &mut Plan) {
-        let end = if self.computed < self.prompt { self.prompt } else { self.tokens.len() };
+    /// the prompt or generated ones, not both, and in a hybrid model ends where the states are
+    /// saved.
+    fn add_chunk(
+        &self,
+        id: SequenceId,
+        hybrid: bool,
+        rows: &mut usize,
+        logit_rows: &mut usize,
+        plan: &mut Plan,
+    ) {
+        let mut end = if self.computed < self.prompt { self.prompt } else { self.tokens.len() };
+        if hybrid {
+            end = end.min(next_snapshot(self.computed, self.prompt));
+        }
         let mut count = (end - self.computed).min(*rows);
         if self.all_logits {
             count = count.min(*logit_rows);

@@ -21,6 +21,8 @@ pub(crate) struct Sequence {
     siblings: std::ops::Range<SequenceId>,
     /// Prompt tokens whose log-probabilities were computed, the first token included.
     scored: usize,
+    /// The slot of the recurrent states.
+    slot: usize,
     first: usize,
     computed: usize,
     pages: Vec<PageId>,
@@ -87,6 +89,7 @@ impl Sequences {
         }
         for placed in &record.placed {
             let sequence = self.get_mut(placed.id);
+            sequence.slot = placed.slot as usize;
             sequence.first = placed.first as usize;
             sequence.computed = placed.computed as usize;
             sequence.pages = placed.pages.iter().map(|id| PageId(*id)).collect();
@@ -137,6 +140,7 @@ impl Sequences {
                 start,
                 tokens: first..pass.batch.tokens.len(),
                 pages: sequence.pages.clone(),
+                slot: sequence.slot,
                 first_rank: sequence.first,
                 generated: start >= sequence.prompt.len(),
                 wanted,
@@ -188,6 +192,7 @@ impl Sequence {
             constrained: request.constrained,
             siblings: request.id + 1..request.id + u64::from(request.n),
             scored: 1,
+            slot: 0,
             first: 0,
             computed: 0,
             pages: Vec::new(),
@@ -209,6 +214,7 @@ impl Sequence {
             constrained: self.constrained,
             siblings: 0..0,
             scored: self.prompt.len(),
+            slot: 0,
             first: self.first,
             computed: 0,
             pages: Vec::new(),

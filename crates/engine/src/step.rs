@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use qwen3_model::comm::{CommError, Communicator, CommunicatorExt as _, Phase};
 use qwen3_model::sampling::{SampleRow, SampledToken, SamplingError};
 use qwen3_model::tensor::split_range;
-use qwen3_model::{KvArena, Logits, Model, ModelError, PageId, Sampler, SamplingParams, Workspace};
+use qwen3_model::{Arena, Logits, Model, ModelError, PageId, Sampler, SamplingParams, Workspace};
 
 use crate::record::Record;
 use crate::request::TokenLogprobs;
@@ -53,7 +53,7 @@ pub(crate) struct Outcome {
 /// This rank's model, pages and sequences.
 pub(crate) struct Executor {
     pub model: Model,
-    arena: KvArena,
+    arena: Arena,
     workspace: Workspace,
     sampler: Sampler,
     sequences: Sequences,
@@ -61,7 +61,7 @@ pub(crate) struct Executor {
 
 impl Executor {
     /// An executor without sequences.
-    pub fn new(model: Model, arena: KvArena) -> Self {
+    pub fn new(model: Model, arena: Arena) -> Self {
         let vocab_size = model.config().vocab_size;
         let sampler = Sampler::new(vocab_size, model.comm().clone(), model.options().isa);
         let workspace = model.new_workspace();
@@ -79,8 +79,11 @@ impl Executor {
         let position = self.model.context().positions.rank();
         for &(arena, from, to) in &record.copies {
             if arena as usize == position {
-                self.arena.copy_page(PageId(from), PageId(to));
+                self.arena.pages.copy_page(PageId(from), PageId(to));
             }
+        }
+        for &(from, to) in &record.state_copies {
+            self.arena.states.copy(from as usize, to as usize);
         }
         if record.spans.is_empty() {
             return Ok(Outcome::default());

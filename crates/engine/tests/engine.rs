@@ -246,13 +246,14 @@ fn a_hidden_state_is_that_of_a_pass() {
                 let prompt = &prompt;
                 scope.spawn(move || {
                     let model = load(Arc::new(comm), strategy);
-                    let mut arena = model.new_arena(2).expect("memory");
+                    let mut arena = model.new_arena(2, 1).expect("memory");
                     let ranks = model.context().positions.size() as u32;
                     let span = Span {
                         sequence: 0,
                         start: 0,
                         tokens: 0..prompt.len(),
                         pages: vec![PageId(0), PageId(1 / ranks)],
+                        slot: 0,
                         first_rank: 0,
                         generated: false,
                         wanted: vec![(prompt.len() - 1, Wanted::Hidden)],

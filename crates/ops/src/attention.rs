@@ -3,6 +3,7 @@
 
 use simd_kernels::{
     AttentionInput, KvFormat, SoftmaxState, attention_materialized, attention_streaming,
+    sigmoid_gate,
 };
 use std::fmt;
 use std::ops::Range;
@@ -11,7 +12,7 @@ use tensor::Activations;
 
 use crate::context::Context;
 use crate::cost::Work;
-use crate::linear::slice_mut;
+use crate::linear::{slice, slice_mut};
 use crate::norm::SERIAL_TOKENS;
 
 /// The algorithm of attention. Both give the same answer.
@@ -140,6 +141,22 @@ pub struct AttentionSpec<'a> {
     pub norm: QkNorm<'a>,
     /// Rotary factors of this rank's tokens.
     pub rotary: Rotary<'a>,
+}
+
+/// Multiplies the outputs of attention by the sigmoid of their gates; both [tokens, heads *
+/// head_dim].
+///
+/// # Panics
+/// When the shapes differ.
+pub fn gate(ctx: &Context, gates: &Activations, out: &mut Activations) {
+    assert_eq!(gates.dim(), out.dim(), "shapes of the gates and of the outputs");
+    let tokens = gates.nrows();
+    if tokens < SERIAL_TOKENS {
+        return sigmoid_gate(ctx.isa, slice(gates), slice_mut(out));
+    }
+    let part = (tokens.div_ceil(ctx.team.threads()) * gates.ncols()).max(1);
+    let parts = slice(gates).chunks(part).zip(slice_mut(out).chunks_mut(part)).collect();
+    ctx.team.each(parts, |(gates, out)| sigmoid_gate(ctx.isa, gates, out));
 }
 
 /// Normalizes each query and key head of the rows in `ranges` and rotates it by its position; qkv

@@ -29,6 +29,10 @@ mod kv_wire;
 mod merged;
 pub mod attention_sequence;
 
+// The gated delta rule and its states.
+pub mod delta_rule;
+pub mod states;
+
 // The feed-forward block.
 pub mod residual;
 pub mod routing;
@@ -45,6 +49,7 @@ pub use attention_sequence::attention_sequence;
 pub use comm;
 pub use context::{ActivationFormat, Context};
 pub use cost::Cost;
+pub use delta_rule::delta_rule;
 pub use embedding::Embedding;
 pub use linear::Linear;
 pub use lm_head::{LogitRows, lm_head};
@@ -54,6 +59,7 @@ pub use pages::{KvArena, PAGE_POSITIONS, PageId};
 pub use profile::Profile;
 pub use residual::linear_mpi;
 pub use simd_kernels::{Isa, KvFormat};
+pub use states::StateArena;
 pub use team::Placement;
 pub use tensor;
 

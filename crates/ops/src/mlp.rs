@@ -40,6 +40,17 @@ pub struct Mlp {
     pub intermediate: Vec<usize>,
     /// Hidden features of the result that each rank computes under `Gathered`.
     pub hidden: Vec<usize>,
+    /// An expert that every token visits beside those of the router.
+    pub shared: Option<Box<SharedExpert>>,
+}
+
+/// An expert that every token visits. Its result is multiplied by sigmoid(x · gate) before it is
+/// added to that of the other experts.
+pub struct SharedExpert {
+    /// The expert as a dense block, split over the same ranks.
+    pub block: Mlp,
+    /// [1, hidden]; every rank holds it.
+    pub gate: Linear,
 }
 
 /// Working memory of the block, kept from layer to layer.
@@ -55,6 +66,7 @@ pub struct MlpScratch {
     activation: Activations,
     result: Activations,
     partial: Activations,
+    shared_gate: Activations,
 }
 
 /// `residual += mlp(x)` for normalized tokens `x`; x and residual [own tokens, hidden].
@@ -100,7 +112,10 @@ impl Mlp {
     pub fn bytes(&self) -> usize {
         let experts =
             self.experts.iter().flat_map(|expert| [&expert.gate, &expert.up, &expert.down]);
-        experts.chain(self.router.iter().map(|router| &router.weights)).map(Linear::bytes).sum()
+        let router = self.router.iter().map(|router| &router.weights);
+        let shared =
+            self.shared.as_ref().map_or(0, |shared| shared.block.bytes() + shared.gate.bytes());
+        experts.chain(router).map(Linear::bytes).sum::<usize>() + shared
     }
 
     /// Runs the block on tokens that all ranks hold, or that only this rank holds (`Local`). If the
@@ -114,17 +129,6 @@ impl Mlp {
         residual: &mut Residual,
     ) -> Result<(), CommError> {
         let comm = ctx.mlp_ranks();
-        scratch.inputs.resize_with(self.experts.len().max(1), Input::new);
-        let routing = match &self.router {
-            Some(router) => {
-                route(ctx, router, &self.own, x, &mut scratch.inputs[0], &mut scratch.scores)
-            }
-            None => Routing::dense(x.nrows()),
-        };
-        self.activate(ctx, &routing, x, scratch)?;
-        let MlpScratch { inputs, activation, result, partial, own, visits, .. } = scratch;
-        self.prepare_groups(ctx, &routing, (activation, None), inputs, |expert| &expert.down);
-
         // The width cannot come from an expert: a rank may have none, and its part of the sum is
         // then 0.
         let width = if self.schedule == MlpSchedule::Gathered {
@@ -133,19 +137,76 @@ impl Mlp {
             residual.tokens().ncols()
         };
         let whole = self.schedule == MlpSchedule::Local || comm.size() == 1;
+        let mut partial = std::mem::take(&mut scratch.partial);
         let (out, store) =
-            if whole { (residual.tokens_mut(), Store::Add) } else { (&mut *partial, Store::Set) };
+            if whole { (residual.tokens_mut(), Store::Add) } else { (&mut partial, Store::Set) };
         if !whole {
             reshape(out, x.nrows(), width);
         }
+        self.experts(ctx, x, None, scratch, (out, store))?;
+        if let Some(shared) = &self.shared {
+            let mut gate = std::mem::take(&mut scratch.shared_gate);
+            reshape(&mut gate, x.nrows(), 1);
+            prepare(ctx, &shared.gate, x, &mut scratch.inputs[0]);
+            shared.gate.apply(ctx, &scratch.inputs[0], &mut gate, Store::Set);
+            gate.mapv_inplace(|x| 1.0 / (1.0 + (-x).exp()));
+            shared.block.experts(ctx, x, Some(&gate), scratch, (out, Store::Add))?;
+            scratch.shared_gate = gate;
+        }
+        let result = self.exchange(ctx, whole, split, &mut partial, scratch, residual);
+        scratch.partial = partial;
+        result
+    }
+
+    /// Writes this rank's part of the experts' results to `out`, or adds it; if there are factors
+    /// [tokens, 1], each token's result is multiplied by its factor.
+    fn experts(
+        &self,
+        ctx: &Context,
+        x: &Activations,
+        factors: Option<&Activations>,
+        scratch: &mut MlpScratch,
+        (out, store): (&mut Activations, Store),
+    ) -> Result<(), CommError> {
+        scratch.inputs.resize_with(self.experts.len().max(1), Input::new);
+        let routing = match &self.router {
+            Some(router) => {
+                route(ctx, router, &self.own, x, &mut scratch.inputs[0], &mut scratch.scores)
+            }
+            None => Routing::dense(x.nrows()),
+        };
+        self.activate(ctx, &routing, x, scratch)?;
+        let MlpScratch { inputs, activation, visits, .. } = scratch;
+        if let Some(factors) = factors {
+            for (mut row, factor) in activation.outer_iter_mut().zip(factors) {
+                row *= *factor;
+            }
+        }
+        self.prepare_groups(ctx, &routing, (activation, None), inputs, |expert| &expert.down);
         if self.router.is_some() {
             // The rows of visits are combined into rows of tokens before the exchange.
-            reshape(visits, routing.rows(), width);
+            reshape(visits, routing.rows(), out.ncols());
             self.down(ctx, &routing, inputs, visits, Store::Set);
             routing.combine(ctx, visits, out, store);
         } else {
             self.down(ctx, &routing, inputs, out, store);
         }
+        Ok(())
+    }
+
+    /// Adds the sum of all ranks' parts to the residual stream, which already has it if this rank's
+    /// part is the `whole`.
+    fn exchange(
+        &self,
+        ctx: &Context,
+        whole: bool,
+        split: Option<&TokenLayout>,
+        partial: &mut Activations,
+        scratch: &mut MlpScratch,
+        residual: &mut Residual,
+    ) -> Result<(), CommError> {
+        let comm = ctx.mlp_ranks();
+        let MlpScratch { result, own, .. } = scratch;
         if whole {
             return Ok(());
         }
@@ -368,6 +429,8 @@ pub struct MlpShape {
     pub experts: Vec<(usize, [MatrixShape; 3])>,
     /// The router and the experts that each token visits.
     pub router: Option<(MatrixShape, usize)>,
+    /// The expert that every token visits, as a dense block, and its gate.
+    pub shared: Option<(Box<MlpShape>, MatrixShape)>,
 }
 
 impl MlpShape {
@@ -378,6 +441,7 @@ impl MlpShape {
         };
         self.experts.iter().map(expert).sum::<usize>()
             + self.router.map_or(0, |(router, _)| router.bytes())
+            + self.shared.as_ref().map_or(0, |(block, gate)| block.bytes() + gate.bytes())
     }
 
     /// The expected number of this rank's experts that `tokens` tokens visit, and of rows per
@@ -396,13 +460,36 @@ impl MlpShape {
     /// The cost of [`mlp`], called once per entry of `parts`, which is a number of this rank's
     /// tokens.
     pub fn cost(&self, layout: &TokenLayout, parts: &[usize]) -> Cost {
-        let Self { schedule, group, ranks, hidden, columns, even, .. } = *self;
+        let Self { schedule, group, ranks, hidden, even, .. } = *self;
         let own = parts.iter().sum();
         let gathers =
             layout.is_split() && schedule != MlpSchedule::Local && group == Group::Positions;
         let tokens = if gathers { layout.tokens() } else { own };
-        let mut cost = self.router.map_or(Cost::default(), |(router, _)| router.cost(tokens));
+        let call = |collective| Cost {
+            calls: vec![Call::new(group, collective, tokens * hidden)],
+            ..Cost::default()
+        };
+        let mut cost = if gathers { call(Collective::Allgatherv) } else { Cost::default() };
+        cost = cost + self.experts_cost(tokens);
+        if let Some((block, gate)) = &self.shared {
+            cost = cost + gate.cost(tokens) + block.experts_cost(tokens);
+        }
+        cost = match schedule {
+            _ if ranks == 1 || schedule == MlpSchedule::Local => cost,
+            MlpSchedule::Gathered => cost + call(gather(even[1])),
+            _ if gathers => cost + call(Collective::ReduceScatter),
+            _ => cost + sums_cost(group, parts, hidden),
+        };
+        if gathers {
+            cost.scratch += F32 * (2 * tokens + own) * hidden;
+        }
+        cost
+    }
 
+    /// The cost of everything between the tokens and the exchange of the result.
+    fn experts_cost(&self, tokens: usize) -> Cost {
+        let Self { schedule, group, hidden, columns, even, .. } = *self;
+        let mut cost = self.router.map_or(Cost::default(), |(router, _)| router.cost(tokens));
         let (visited, rows) = self.visits(tokens);
         let here = self.experts.iter().map(|(count, _)| count).sum::<usize>() as f64;
         for (count, matrices) in &self.experts {
@@ -413,27 +500,14 @@ impl MlpShape {
                 cost.work.push((Operand::Weights(matrix.format), work));
             }
         }
-
-        let mut call =
-            |collective, elements| cost.calls.push(Call::new(group, collective, elements));
-        let gather = |even| if even { Collective::Allgather } else { Collective::Allgatherv };
-        if gathers {
-            call(Collective::Allgatherv, tokens * hidden);
-        }
         // Until the experts' results are combined, each visit to an expert has a row.
         let inner = tokens * columns * self.router.map_or(1, |(_, visits)| visits);
-        let reduces = ranks > 1 && schedule != MlpSchedule::Local;
-        match schedule {
-            MlpSchedule::Fused | MlpSchedule::Local => {}
-            MlpSchedule::Naive => (0..2).for_each(|_| call(Collective::Allgatherv, inner)),
-            MlpSchedule::Gathered => (0..3).for_each(|_| call(gather(even[0]), inner)),
-        }
-        match schedule {
-            _ if !reduces => {}
-            MlpSchedule::Gathered => call(gather(even[1]), tokens * hidden),
-            _ if gathers => call(Collective::ReduceScatter, tokens * hidden),
-            _ => cost = cost + sums_cost(group, parts, hidden),
-        }
+        let (count, collective) = match schedule {
+            MlpSchedule::Fused | MlpSchedule::Local => (0, Collective::Allgather),
+            MlpSchedule::Naive => (2, Collective::Allgatherv),
+            MlpSchedule::Gathered => (3, gather(even[0])),
+        };
+        cost.calls.extend((0..count).map(|_| Call::new(group, collective, inner)));
         // The inputs and the activation of this rank's rows, their results in a mixture, and the
         // gathered buffers.
         let rows = (visited * rows).ceil() as usize;
@@ -442,14 +516,13 @@ impl MlpShape {
             .first()
             .map_or([(0, 0); 3], |(_, matrices)| matrices.map(|matrix| (matrix.rows, matrix.cols)));
         let results = if self.router.is_some() { 2 * hidden } else { 0 };
-        let whole = if matches!(schedule, MlpSchedule::Naive | MlpSchedule::Gathered) {
-            4 * inner + tokens * hidden
-        } else {
-            0
-        };
-        let gathered = if gathers { (2 * tokens + own) * hidden } else { 0 };
-        cost.scratch +=
-            F32 * (tokens * hidden + rows * (gate.0 + down.1 + results) + whole + gathered);
+        let whole = if count > 0 { 4 * inner + tokens * hidden } else { 0 };
+        cost.scratch += F32 * (tokens * hidden + rows * (gate.0 + down.1 + results) + whole);
         cost
     }
+}
+
+/// The collective that gathers columns: all ranks own equally many, or not.
+fn gather(even: bool) -> Collective {
+    if even { Collective::Allgather } else { Collective::Allgatherv }
 }

@@ -60,7 +60,7 @@ impl Imbalance {
             MlpSchedule::Local if tp == 1 => 1,
             _ => division.block_ranks(shapes.len()),
         };
-        let heads = || shapes[..tp].iter().map(|shape| &shape.layers[0].1.attention);
+        let heads = || shapes[..tp].iter().map(ModelShape::attention);
         let columns = shapes[..blocks].iter().map(|shape| {
             let mut layers = shape.layers.iter().map(|(_, layer)| &layer.mlp);
             let mlp = layers.clone().find(|mlp| mlp.router.is_none()).or_else(|| layers.next());

@@ -137,6 +137,7 @@ impl Layer {
                 router: None,
                 intermediate: vec![columns],
                 hidden: Vec::new(),
+                shared: None,
             },
         }
     }

@@ -158,8 +158,10 @@ pub fn plan(input: &PlanInput<'_>) -> Plan {
     let inner = (2..ranks).filter(|tp| ranks.is_multiple_of(*tp));
     let grids = inner.map(|tp| ParallelStrategy::Grid { tp, sp: ranks / tp });
     let sequence = (ranks > 1).then_some(ParallelStrategy::Sequence);
+    // Recurrent states go from token to token, so that hybrid models split heads only.
+    let others = sequence.into_iter().chain(grids).filter(|_| input.config.hybrid.is_none());
     let mut ways = Vec::new();
-    for strategy in [ParallelStrategy::Heads].into_iter().chain(sequence).chain(grids) {
+    for strategy in [ParallelStrategy::Heads].into_iter().chain(others) {
         let own = if strategy == ParallelStrategy::Sequence {
             MlpSchedule::Local
         } else {
@@ -269,7 +271,7 @@ impl Way<'_> {
             let [row, column] =
                 [Group::Heads, Group::Positions].map(|group| self.nodes(rank, group));
             let starts = shape.layers.iter().map(|(count, layer)| {
-                let heads = layer.attention.groups.len() as f64;
+                let heads = layer.key_heads() as f64;
                 let each = machine.attention_rate(kv).start_us * heads;
                 *count as f64 * (machine.rate(weights.main()).start_us + each) * 1e-6
             });

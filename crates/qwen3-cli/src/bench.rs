@@ -314,6 +314,7 @@ impl Bench<'_> {
         let comm = self.rank.comm();
         let (mut seconds, mut looks) = (Vec::new(), Vec::new());
         let mut allocations = None;
+        self.cache.keep();
         for rep in 0..=what.reps {
             self.cache.truncate(what.depth);
             comm.barrier()?;

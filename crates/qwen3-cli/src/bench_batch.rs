@@ -7,7 +7,7 @@ use qwen3_model::ops::kernels::InputKind;
 use qwen3_model::options::KvFormat;
 use qwen3_model::sampling::SampleRow;
 use qwen3_model::{
-    Batch, Config, KvArena, LogitRows, Logits, Model, PAGE_POSITIONS, PageId, ParallelStrategy,
+    Arena, Batch, Config, LogitRows, Logits, Model, PAGE_POSITIONS, PageId, ParallelStrategy,
     Sampler, SamplingParams, Span, Wanted, Workspace,
 };
 use ranks::{Failure, Rank};
@@ -31,7 +31,7 @@ const PROMPT_PASSES: usize = 16;
 pub struct BatchBench<'a> {
     rank: &'a Rank,
     model: &'a Model,
-    arena: KvArena,
+    arena: Arena,
     workspace: Workspace,
     sampler: Sampler,
     depth: usize,
@@ -57,7 +57,7 @@ impl<'a> BatchBench<'a> {
         let mut bench = Self {
             rank,
             model,
-            arena: model.new_arena(local_pages * sequences)?,
+            arena: model.new_arena(local_pages * sequences, 2 * sequences)?,
             workspace: model.new_workspace(),
             sampler: Sampler::new(vocab_size, rank.comm().clone(), model.options().isa),
             depth,
@@ -73,15 +73,25 @@ impl<'a> BatchBench<'a> {
         for sequence in 1..sequences {
             for page in 0..local_pages {
                 let (from, to) = (page as u32, (sequence * local_pages + page) as u32);
-                bench.arena.copy_page(PageId(from), PageId(to));
+                bench.arena.pages.copy_page(PageId(from), PageId(to));
             }
+            bench.copy_states(0, sequence);
         }
         for sequence in 0..sequences {
             let first = shared + sequence * OWN_TOKENS;
             let own = (0..depth - shared).map(|at| made_up(first + at, vocab_size));
             bench.pass(&[sequence], shared, &own.collect::<Vec<_>>(), CHUNK)?;
+            bench.copy_states(sequence, sequences + sequence);
         }
         Ok(bench)
+    }
+
+    /// Copies recurrent states from slot to slot, where the model has such. A repetition begins
+    /// with those at `depth`, which are kept in the slots after the sequences' own.
+    fn copy_states(&mut self, from: usize, to: usize) {
+        if self.arena.states.slots() > 0 {
+            self.arena.states.copy(from, to);
+        }
     }
 
     /// Computes tokens of `sequences`, as many of each, from position `start` on. Where
@@ -93,6 +103,11 @@ impl<'a> BatchBench<'a> {
         tokens: &[u32],
         kind: PassKind,
     ) -> Result<Logits, Failure> {
+        if start == self.depth {
+            for sequence in sequences {
+                self.copy_states(self.sequences + sequence, *sequence);
+            }
+        }
         let ranks = self.model.context().positions.size();
         let each = tokens.len() / sequences.len();
         let span = |(index, sequence): (usize, &usize)| Span {
@@ -102,6 +117,7 @@ impl<'a> BatchBench<'a> {
             pages: (0..(start + each).div_ceil(PAGE_POSITIONS))
                 .map(|page| PageId((sequence * self.local_pages + page / ranks) as u32))
                 .collect(),
+            slot: *sequence,
             first_rank: 0,
             generated: kind.generated,
             wanted: if kind.logits { vec![(each - 1, Wanted::Logits)] } else { Vec::new() },

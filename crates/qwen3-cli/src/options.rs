@@ -16,7 +16,7 @@ use crate::failure::CliError;
 use crate::model_path::ModelPath;
 
 /// A value that is one of `names`, which the help lists; `T` reads them.
-pub fn choice<T>(names: &'static [&'static str]) -> impl TypedValueParser<Value = T>
+pub fn choice<T>(names: impl Into<PossibleValuesParser>) -> impl TypedValueParser<Value = T>
 where
     T: FromStr + Clone + Send + Sync + 'static,
     T::Err: ToString,

@@ -32,7 +32,7 @@ pub struct PlanArgs {
     model: Option<ModelPath>,
 
     /// A published model instead of files
-    #[arg(long, value_name = "NAME", value_parser = choice::<Preset>(&["0.6b", "1.7b", "4b", "8b", "14b", "32b", "30b-a3b", "tiny", "tiny-moe"]))]
+    #[arg(long, value_name = "NAME", value_parser = choice::<Preset>(Preset::ALL.map(Preset::name)))]
     preset: Option<Preset>,
 
     /// Ranks that would share the model

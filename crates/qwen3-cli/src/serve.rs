@@ -72,9 +72,10 @@ pub struct ServeArgs {
     #[arg(long, value_name = "ORIGIN", help_heading = "Serving")]
     cors_origin: Vec<String>,
 
-    /// Sequences that run together
-    #[arg(long, value_name = "N", default_value_t = 64, value_parser = positive, help_heading = "Serving")]
-    max_sequences: usize,
+    /// Sequences that run together [default: 64; with a hybrid model fewer, if the recurrent states
+    /// of 64 need more than a quarter of the free memory]
+    #[arg(long, value_name = "N", value_parser = positive, help_heading = "Serving")]
+    max_sequences: Option<usize>,
 
     /// Requests that may wait; further ones get the status 429
     #[arg(long, value_name = "N", default_value_t = 256, value_parser = positive, help_heading = "Serving")]
@@ -149,6 +150,7 @@ impl ServeArgs {
             rank.on_root(|| Ok(eos_token_ids(&*self.engine.model.open()?, model.config())?))?;
         let config = self.engine_config(rank, &model)?;
         let model_options = *model.options();
+        let states = model.state_bytes() * (config.max_sequences + config.state_snapshots);
         let engine = Engine::new(model, &config)?;
         let served = match (engine.handle(), texts, eos, control) {
             (Some(handle), Some(texts), Some(eos), Some(control)) => {
@@ -161,7 +163,7 @@ impl ServeArgs {
         let mut supervisor = None;
         let mut failed = None;
         if let (Some(server), Some((handle, control))) = (server, served) {
-            rank.print(&self.ready_line(rank, &server, &handle, weights))?;
+            rank.print(&self.ready_line(rank, &server, &handle, (weights, states)))?;
             let _ = notify("READY=1");
             let timeout = Duration::from_secs(self.drain_timeout);
             let supervise = move || supervise(server, &handle, timeout);
@@ -270,22 +272,28 @@ impl ServeArgs {
         rank: &Rank,
         model: &qwen3_model::Model,
     ) -> Result<EngineConfig, Failure> {
+        // Ranks of one machine share its memory.
+        let ranks = Neighbours::find(rank)?.count.max(1);
+        let free = memory::available(Path::new("/")).unwrap_or(usize::MAX) / ranks;
+        let EngineConfig { max_sequences, state_snapshots, .. } = EngineConfig::default();
+        // A quarter of it for the states of sequences, an eighth for snapshots.
+        let states = |part: usize| (free / part).checked_div(model.state_bytes());
+        let most = states(4).unwrap_or(max_sequences).clamp(1, max_sequences);
+        let max_sequences = self.max_sequences.unwrap_or(most);
+        let state_snapshots = states(8).unwrap_or(0).min(state_snapshots);
         let bytes = match self.kv_memory {
             Some(bytes) => bytes,
             None => {
                 let context = model.config().context_length();
-                let pages = context.div_ceil(qwen3_model::PAGE_POSITIONS) * self.max_sequences;
-                let wanted = pages.saturating_mul(model.page_bytes());
-                let free = memory::available(Path::new("/")).unwrap_or(usize::MAX);
-                // Ranks of one machine share it.
-                let ranks = Neighbours::find(rank)?.count.max(1);
-                wanted.min(free / 2 / ranks)
+                let pages = context.div_ceil(qwen3_model::PAGE_POSITIONS) * max_sequences;
+                pages.saturating_mul(model.page_bytes()).min(free / 2)
             }
         };
         Ok(EngineConfig {
             kv_memory: KvMemory::Bytes(bytes),
             touch: true,
-            max_sequences: self.max_sequences,
+            max_sequences,
+            state_snapshots,
             max_queue: self.max_queue,
             step_rows: self.engine.chunk,
             steps_file: Some(std::env::temp_dir().join(format!("qwen3-steps-{}", process::id()))),
@@ -333,13 +341,17 @@ impl ServeArgs {
         rank: &Rank,
         server: &Server,
         engine: &EngineHandle,
-        weights: usize,
+        (weights, states): (usize, usize),
     ) -> String {
         let limits = engine.limits();
         let mib = |bytes: usize| bytes >> 20;
         let positions = limits.pages * limits.page_positions;
+        let states = match mib(states) {
+            0 => String::new(),
+            states => format!(", {states} MiB of recurrent states"),
+        };
         format!(
-            "{} on {} rank(s): {} MiB of weights and {} MiB of keys and values on rank 0; \
+            "{} on {} rank(s): {} MiB of weights{states} and {} MiB of keys and values on rank 0; \
              {} sequences of full length ({}) fit, {} may run together\n\
              ready at {}{}\n",
             self.name(),

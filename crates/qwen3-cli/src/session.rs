@@ -5,6 +5,7 @@ use std::panic;
 use std::thread;
 
 use qwen3_model::load::LoadProgress;
+use qwen3_model::names::unused_parts;
 use qwen3_model::options::Placement;
 use qwen3_model::{Isa, Model, ModelError, ModelOptions, ParallelStrategy};
 use ranks::{Failure, Neighbours, Rank, available_cores, one_line};
@@ -72,6 +73,13 @@ pub fn load(rank: &Rank, engine: &EngineOptions, work: Workload) -> Result<Loade
     let threads = model.options().threads;
     if threads > cores && rank.is_root() {
         eprintln!("warning: {threads} threads share the {cores} cores that this process may use");
+    }
+    if rank.is_root()
+        && let Ok(weights) = source.weights()
+    {
+        for (part, tensors) in unused_parts(weights) {
+            eprintln!("weights: {tensors} tensors of the {part} are not used");
+        }
     }
     if rank.is_root()
         && let Some(line) = rounding_line(&model, engine.weights.0.is_none())

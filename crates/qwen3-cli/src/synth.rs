@@ -15,8 +15,8 @@ use crate::progress::{Progress, Unit};
 /// weights
 #[derive(Args, Clone, Debug)]
 pub struct SynthArgs {
-    /// The published model; tiny and tiny-moe are small ones for tests
-    #[arg(long, value_parser = choice::<Preset>(&["0.6b", "1.7b", "4b", "8b", "14b", "32b", "30b-a3b", "tiny", "tiny-moe"]))]
+    /// The published model; those named tiny are small ones for tests
+    #[arg(long, value_parser = choice::<Preset>(Preset::ALL.map(Preset::name)))]
     preset: Preset,
 
     /// The folder to write; it must not hold a checkpoint yet

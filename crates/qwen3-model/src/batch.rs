@@ -5,7 +5,7 @@ use std::ops::Range;
 
 use ops::attention_headwise::TokenSpan;
 use ops::pages::PageOwners;
-use ops::{PAGE_POSITIONS, PageId};
+use ops::{PAGE_POSITIONS, PageId, StateArena};
 use tensor::Activations;
 
 use crate::model::Logits;
@@ -31,6 +31,9 @@ pub struct Span {
     /// Page i holds positions 128 i and following; together they reach to the last token at least.
     /// Where positions are split over ranks, each number counts in the arena of the page's rank.
     pub pages: Vec<PageId>,
+    /// The slot of the sequence's recurrent states, which have seen the `start` tokens before the
+    /// span. Without a meaning in a model that has attention everywhere.
+    pub slot: usize,
     /// The rank of page 0 among those that split positions: page i lies on rank `(first_rank + i)`
     /// modulo their number. 0 where positions are not split.
     pub first_rank: usize,
@@ -168,6 +171,41 @@ pub enum BatchError {
         /// The other sequence.
         other: u64,
     },
+    /// A slot of recurrent states that is not in the arena.
+    #[error("sequence {sequence}: found slot {found} for its states, expected one below {slots}")]
+    NoSuchSlot {
+        /// The sequence.
+        sequence: u64,
+        /// The slot.
+        found: usize,
+        /// Slots of the arena.
+        slots: usize,
+    },
+    /// Two spans have their recurrent states in the same slot.
+    #[error("sequence {sequence}: slot {slot} for its states is also that of sequence {other}")]
+    SharedSlot {
+        /// The sequence.
+        sequence: u64,
+        /// The slot.
+        slot: usize,
+        /// The other sequence.
+        other: u64,
+    },
+    /// The recurrent states are not those before the first token of the span.
+    #[error(
+        "sequence {sequence}: the states in slot {slot} have seen {} tokens, expected the {expected} before its span",
+        found.map_or("an unknown number of".to_owned(), |found| found.to_string())
+    )]
+    States {
+        /// The sequence.
+        sequence: u64,
+        /// The slot.
+        slot: usize,
+        /// Tokens that the states have seen; `None` after a pass that failed.
+        found: Option<usize>,
+        /// Tokens before the span.
+        expected: usize,
+    },
     /// A wanted row that the span does not have, or that is out of order.
     #[error(
         "sequence {sequence}: row {index} is wanted, expected ascending rows below {tokens}, the tokens of its span"
@@ -188,6 +226,17 @@ pub enum BatchError {
         /// Bytes of the model's pages.
         expected: usize,
     },
+}
+
+/// Tokens of one sequence that go through the layers together.
+#[derive(Clone, Copy)]
+pub(crate) struct StateSpan {
+    /// The slot of the sequence's recurrent states.
+    pub slot: usize,
+    /// Position of the first token.
+    pub start: usize,
+    /// Number of tokens.
+    pub tokens: usize,
 }
 
 /// What a batch has to fit.
@@ -261,6 +310,48 @@ impl Batch {
                 first_rank: span.first_rank,
                 generated: span.generated,
             })
+        };
+        self.spans.iter().filter_map(part).collect()
+    }
+
+    /// Each span must continue the recurrent states in its slot, or begin new ones. All slots are
+    /// marked as unknown, until [`finish_states`](Self::finish_states).
+    pub(crate) fn start_states(&self, states: &mut StateArena) -> Result<(), BatchError> {
+        let mut owners = HashMap::new();
+        for &Span { sequence, slot, start, .. } in &self.spans {
+            if slot >= states.slots() {
+                let slots = states.slots();
+                return Err(BatchError::NoSuchSlot { sequence, found: slot, slots });
+            }
+            if let Some(other) = owners.insert(slot, sequence) {
+                return Err(BatchError::SharedSlot { sequence, slot, other });
+            }
+            let found = states.tokens(slot);
+            if start > 0 && found != Some(start) {
+                return Err(BatchError::States { sequence, slot, found, expected: start });
+            }
+        }
+        for span in &self.spans {
+            if span.start == 0 {
+                states.reset(span.slot);
+            }
+            states.set_tokens(span.slot, None);
+        }
+        Ok(())
+    }
+
+    /// Notes what the states have seen after a pass.
+    pub(crate) fn finish_states(&self, states: &mut StateArena) {
+        self.spans.iter().for_each(|span| states.set_tokens(span.slot, Some(span.end())));
+    }
+
+    /// The tokens `range` of the batch, as recurrent states see them.
+    pub(crate) fn state_spans(&self, range: Range<usize>) -> Vec<StateSpan> {
+        let part = |span: &Span| {
+            let first = span.tokens.start.max(range.start);
+            let end = span.tokens.end.min(range.end);
+            let start = span.start + first - span.tokens.start;
+            (first < end).then(|| StateSpan { slot: span.slot, start, tokens: end - first })
         };
         self.spans.iter().filter_map(part).collect()
     }

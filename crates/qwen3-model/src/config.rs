@@ -1,5 +1,5 @@
-//! `config.json` of a Qwen3 checkpoint, dense or mixture-of-experts, read once and validated as a
-//! whole.
+//! `config.json` of a Qwen3 checkpoint (dense, mixture of experts or hybrid), read once and
+//! validated as a whole.
 
 use std::path::Path;
 
@@ -8,11 +8,12 @@ use serde_json::Value;
 
 pub use crate::fields::ConfigError;
 use crate::fields::{Fields, parse_json};
+use crate::hybrid_config::HybridConfig;
 use crate::rope_config::{RopeConfig, RopeScaling};
 
 /// Layers and experts of a layer that a configuration may state, several times those of the largest
 /// published models: work before loading is proportional to them.
-const MAX_LAYERS: usize = 1024;
+pub(crate) const MAX_LAYERS: usize = 1024;
 const MAX_EXPERTS: usize = 8192;
 
 /// What a Qwen3 checkpoint's `config.json` says; the names are that file's.
@@ -45,6 +46,8 @@ pub struct Config {
     pub rope: RopeConfig,
     /// The mixture of experts; `None` in a dense model.
     pub moe: Option<MoeConfig>,
+    /// The layers with a gated delta rule; `None` in a model whose layers all have attention.
+    pub hybrid: Option<HybridConfig>,
     /// Ids that end an answer, as far as this file says (`generation_config.json` says more).
     pub eos_token_ids: Vec<u32>,
     /// Whether the model has a head over the vocabulary. Without one the model gives hidden states
@@ -69,6 +72,8 @@ pub struct MoeConfig {
     pub num_experts_per_tok: usize,
     /// Columns of one expert.
     pub moe_intermediate_size: usize,
+    /// Columns of the expert that every token visits; `None` in a model without one.
+    pub shared_expert_intermediate_size: Option<usize>,
     /// Whether the weights of the visited experts are scaled to a sum of 1.
     pub norm_topk_prob: bool,
     /// Every how many layers one is sparse.
@@ -91,9 +96,13 @@ impl Config {
 
     /// Reads a parsed `config.json`; errors name `file`.
     pub fn from_json(file: &Path, value: &Value) -> Result<Self, ConfigError> {
-        let fields = Fields::top(file, value)?;
-        let sparse = model_type(&fields)?;
-        reject_variants(&fields)?;
+        let top = Fields::top(file, value)?;
+        let kind = ModelKind::parse(&top)?;
+        // A model that also reads images has the fields of its decoder in an object of their own.
+        let text = if kind.hybrid { top.object("text_config")? } else { None };
+        let fields = text.as_ref().unwrap_or(&top);
+        let sparse = kind.sparse;
+        reject_variants(fields)?;
 
         let hidden_size = fields.size("hidden_size")?;
         let num_hidden_layers = fields.size_up_to("num_hidden_layers", MAX_LAYERS)?;
@@ -111,10 +120,15 @@ impl Config {
                 "a multiple of it",
             ));
         }
-        let head_dim = head_dim(&fields, sparse, hidden_size, num_attention_heads)?;
+        let head_dim = head_dim(fields, &kind, hidden_size, num_attention_heads)?;
         let max_position_embeddings = fields.size("max_position_embeddings")?;
-        let rope = RopeConfig::parse(&fields, max_position_embeddings)?;
-        let moe = if sparse { Some(MoeConfig::parse(&fields)?) } else { None };
+        let rope = RopeConfig::parse(fields, max_position_embeddings, kind.hybrid)?;
+        rope.check_rotary_dim(fields, head_dim)?;
+        let moe = if sparse { Some(MoeConfig::parse(fields, &kind)?) } else { None };
+        let hybrid = match kind.hybrid {
+            true => Some(HybridConfig::parse(fields, num_hidden_layers, kind.fused_projections)?),
+            false => None,
+        };
 
         let mut config = Self {
             hidden_size,
@@ -125,15 +139,19 @@ impl Config {
             head_dim,
             vocab_size: fields.size("vocab_size")?,
             max_position_embeddings,
-            rms_norm_eps: rms_norm_eps(&fields)?,
-            tie_word_embeddings: fields.boolean("tie_word_embeddings", false)?,
+            rms_norm_eps: rms_norm_eps(fields)?,
+            tie_word_embeddings: match top.has("tie_word_embeddings") {
+                true => top.boolean("tie_word_embeddings", false)?,
+                false => fields.boolean("tie_word_embeddings", false)?,
+            },
             rope,
             moe,
-            has_head: has_head(&fields)?,
+            hybrid,
+            has_head: has_head(&top)?,
             eos_token_ids: fields.token_ids("eos_token_id")?,
             bos_token_id: fields.token_ids("bos_token_id")?.first().copied(),
-            dtype: dtype(&fields)?,
-            quantization_bits: quantization_bits(&fields)?,
+            dtype: dtype(fields)?,
+            quantization_bits: quantization_bits(&top)?,
         };
         // A model whose layers are all sparse may leave the dense size out, or state it without
         // using it.
@@ -142,9 +160,11 @@ impl Config {
         } else {
             fields.count("intermediate_size", 0)?.unwrap_or(0)
         };
-        config.check_sliding_window(&fields, sparse)?;
-        config.check_dual_chunk(&fields)?;
-        config.check_total(&fields)?;
+        if config.hybrid.is_none() {
+            config.check_sliding_window(fields, sparse)?;
+        }
+        config.check_dual_chunk(fields)?;
+        config.check_total(fields)?;
         Ok(config)
     }
 
@@ -159,6 +179,26 @@ impl Config {
             (layer + 1).is_multiple_of(moe.decoder_sparse_step)
                 && !moe.mlp_only_layers.contains(&layer)
         })
+    }
+
+    /// Whether `layer` has attention; the other layers of a hybrid model have a gated delta rule.
+    pub fn has_attention(&self, layer: usize) -> bool {
+        self.delta_of(layer).is_none()
+    }
+
+    /// The gated delta rule of `layer`; `None` where the layer has attention.
+    pub(crate) fn delta_of(&self, layer: usize) -> Option<&HybridConfig> {
+        self.hybrid.as_ref().filter(|hybrid| !hybrid.attention_layers[layer])
+    }
+
+    /// Layers with attention, and so with pages of keys and values.
+    pub fn attention_layers(&self) -> usize {
+        (0..self.num_hidden_layers).filter(|layer| self.has_attention(*layer)).count()
+    }
+
+    /// Rows of `q_proj`: the queries, and in a hybrid model as many rows of the output gate.
+    pub fn query_rows(&self) -> usize {
+        if self.hybrid.is_some() { 2 * self.query_size() } else { self.query_size() }
     }
 
     /// Positions that a cache may hold: the stated ones, or more where YaRN extends the original
@@ -264,10 +304,17 @@ impl Config {
     fn check_total(&self, fields: &Fields<'_>) -> Result<(), ConfigError> {
         let product = |a: usize, b: usize| (a as u128).saturating_mul(b as u128);
         let hidden = self.hidden_size as u128;
-        let heads = product(self.num_attention_heads + self.num_key_value_heads, self.head_dim)
-            .saturating_mul(2 * hidden);
-        let experts =
-            self.moe.as_ref().map_or(0, |moe| product(moe.num_experts, moe.moe_intermediate_size));
+        let query_heads = self.num_attention_heads * if self.hybrid.is_some() { 2 } else { 1 };
+        let attention = product(query_heads + self.num_key_value_heads, self.head_dim);
+        let delta = self
+            .hybrid
+            .as_ref()
+            .map_or(0, |hybrid| hybrid.projection_rows() as u128 + hybrid.value_size() as u128);
+        let heads = attention.saturating_mul(2).max(delta).saturating_mul(hidden);
+        let experts = self.moe.as_ref().map_or(0, |moe| {
+            let shared = moe.shared_expert_intermediate_size.unwrap_or(0) as u128;
+            product(moe.num_experts, moe.moe_intermediate_size).saturating_add(shared)
+        });
         let columns =
             experts.saturating_add(self.intermediate_size as u128).saturating_mul(3 * hidden);
         let layers = heads.saturating_add(columns).saturating_mul(self.num_hidden_layers as u128);
@@ -284,7 +331,7 @@ impl Config {
 }
 
 impl MoeConfig {
-    fn parse(fields: &Fields<'_>) -> Result<Self, ConfigError> {
+    fn parse(fields: &Fields<'_>, kind: &ModelKind) -> Result<Self, ConfigError> {
         let num_experts =
             match (fields.count("num_experts", 1)?, fields.count("num_local_experts", 1)?) {
                 (Some(older), Some(newer)) if older != newer => {
@@ -333,21 +380,42 @@ impl MoeConfig {
             num_experts,
             num_experts_per_tok,
             moe_intermediate_size: fields.size("moe_intermediate_size")?,
-            norm_topk_prob: fields.boolean("norm_topk_prob", false)?,
+            shared_expert_intermediate_size: match kind.hybrid {
+                true => Some(fields.size("shared_expert_intermediate_size")?),
+                false => None,
+            },
+            // In transformers the hybrid models scale the weights unless told otherwise.
+            norm_topk_prob: fields.boolean("norm_topk_prob", kind.hybrid)?,
             decoder_sparse_step: fields.count("decoder_sparse_step", 1)?.unwrap_or(1),
             mlp_only_layers,
         })
     }
 }
 
-/// Whether the model is a mixture of experts.
-fn model_type(fields: &Fields<'_>) -> Result<bool, ConfigError> {
-    let expected = "\"qwen3\" or \"qwen3_moe\"";
-    match fields.string("model_type")? {
-        Some("qwen3") => Ok(false),
-        Some("qwen3_moe") => Ok(true),
-        Some(other) => Err(fields.unsupported("model_type", format!("{other:?}"), expected)),
-        None => Err(fields.missing("model_type", expected)),
+/// What `model_type` says of the architecture.
+struct ModelKind {
+    /// A mixture of experts.
+    sparse: bool,
+    /// Most layers have a gated delta rule instead of attention.
+    hybrid: bool,
+    /// The delta rule's projections are stored as two fused matrices instead of four.
+    fused_projections: bool,
+}
+
+impl ModelKind {
+    fn parse(fields: &Fields<'_>) -> Result<Self, ConfigError> {
+        let expected = "\"qwen3\", \"qwen3_moe\", \"qwen3_next\", \"qwen3_5\" or \"qwen3_5_moe\"";
+        let kind = |sparse, hybrid, fused_projections| Self { sparse, hybrid, fused_projections };
+        match fields.string("model_type")? {
+            Some("qwen3") => Ok(kind(false, false, false)),
+            Some("qwen3_moe") => Ok(kind(true, false, false)),
+            // Its feed-forward blocks are sparse unless the file states that there are no experts.
+            Some("qwen3_next") => Ok(kind(fields.count("num_experts", 0)? != Some(0), true, true)),
+            Some("qwen3_5" | "qwen3_5_text") => Ok(kind(false, true, false)),
+            Some("qwen3_5_moe" | "qwen3_5_moe_text") => Ok(kind(true, true, false)),
+            Some(other) => Err(fields.unsupported("model_type", format!("{other:?}"), expected)),
+            None => Err(fields.missing("model_type", expected)),
+        }
     }
 }
 
@@ -362,17 +430,18 @@ fn reject_variants(fields: &Fields<'_>) -> Result<(), ConfigError> {
     }
 }
 
-/// Where it is not stated, what transformers take: a fixed size for dense models, an equal share of
-/// the width for mixtures of experts.
+/// Where it is not stated, what transformers take: a fixed size for dense and hybrid models, an
+/// equal share of the width for mixtures of experts.
 fn head_dim(
     fields: &Fields<'_>,
-    sparse: bool,
+    kind: &ModelKind,
     hidden_size: usize,
     heads: usize,
 ) -> Result<usize, ConfigError> {
     let head_dim = match fields.count("head_dim", 1)? {
         Some(head_dim) => head_dim,
-        None if !sparse => 128,
+        None if kind.hybrid => 256,
+        None if !kind.sparse => 128,
         None if hidden_size.is_multiple_of(heads) => hidden_size / heads,
         None => {
             return Err(fields.missing(

@@ -88,6 +88,18 @@ pub enum ModelError {
         /// Its `config.json`.
         file: PathBuf,
     },
+    /// A recurrent state goes from token to token, so that ranks cannot split a sequence.
+    #[error(
+        "{}: found a model with a gated delta rule and {ranks} ranks that split positions, \
+         expected ranks that split heads only (strategy heads)",
+        file.display()
+    )]
+    HybridPositions {
+        /// Its `config.json`.
+        file: PathBuf,
+        /// Ranks that split positions.
+        ranks: usize,
+    },
     /// A token is not in the vocabulary.
     #[error("token {index} has id {id}, expected an id below the vocabulary size {vocab_size}")]
     TokenOutOfRange {

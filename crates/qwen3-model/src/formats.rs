@@ -7,7 +7,7 @@ use checkpoint::{Checkpoint, CheckpointError};
 use tensor::{GROUP, WeightFormat};
 
 use crate::config::Config;
-use crate::names::{LayerNames, head};
+use crate::names::{LayerNames, MlpNames, head};
 
 /// The formats that a model's matrices have in memory.
 #[derive(Clone, Debug)]
@@ -20,20 +20,28 @@ pub struct WeightFormats {
 /// The formats of a layer's matrices.
 #[derive(Clone, Debug, PartialEq)]
 pub(crate) struct LayerFormats {
-    pub qkv: WeightFormat,
-    pub output: WeightFormat,
+    /// Of [`DecoderLayer`](crate::layer::DecoderLayer)'s matrices of the same names.
+    pub in_proj: WeightFormat,
+    pub gates: Option<WeightFormat>,
+    pub out_proj: WeightFormat,
     /// In a mixture of experts.
     pub router: Option<WeightFormat>,
     /// Gate, up and down of consecutive experts; one run of one expert in a dense layer.
     pub experts: Vec<(Range<usize>, [WeightFormat; 3])>,
+    /// Gate, up and down of the shared expert, and the gate of its result.
+    pub shared: Option<([WeightFormat; 3], WeightFormat)>,
 }
 
 impl LayerFormats {
-    /// Feed-forward columns that are never cut apart: 1, or the group of a quantized format. The
-    /// first expert's down projection decides.
+    /// Feed-forward columns that are never cut apart. The first expert's down projection decides.
     pub fn granularity(&self) -> usize {
-        if self.experts[0].1[2].is_quantized() { GROUP } else { 1 }
+        granularity(self.experts[0].1[2])
     }
+}
+
+/// Columns of a down projection that are never cut apart: 1, or the group of a quantized format.
+pub(crate) fn granularity(down: WeightFormat) -> usize {
+    if down.is_quantized() { GROUP } else { 1 }
 }
 
 /// Appends `value` of index `index` to runs of equal values.
@@ -45,7 +53,8 @@ fn extend<T: PartialEq>(runs: &mut Vec<(Range<usize>, T)>, index: usize, value: 
 }
 
 impl WeightFormats {
-    /// Reads the headers; `chosen` replaces the stored formats except those of routers.
+    /// Reads the headers; `chosen` replaces the stored formats except those of routers and of other
+    /// small matrices.
     ///
     /// # Errors
     /// When a tensor is missing or its format unknown.
@@ -65,14 +74,40 @@ impl WeightFormats {
             let names = LayerNames::new(index);
             let moe = config.moe_of(index);
             let mut experts = Vec::new();
+            let block = |names: MlpNames| -> Result<[WeightFormat; 3], CheckpointError> {
+                let pair = common(&[&names.gate_proj, &names.up_proj])?;
+                Ok([pair, pair, format(&names.down_proj)?])
+            };
             for expert in 0..moe.map_or(1, |moe| moe.num_experts) {
                 let names = if moe.is_some() { names.expert(expert) } else { names.mlp() };
-                let pair = common(&[&names.gate_proj, &names.up_proj])?;
-                extend(&mut experts, expert, [pair, pair, format(&names.down_proj)?]);
+                extend(&mut experts, expert, block(names)?);
             }
+            let shared = moe.and_then(|moe| moe.shared_expert_intermediate_size).map(|_| {
+                let gate = checkpoint.stored_format(&names.shared_expert_gate())?;
+                Ok::<_, CheckpointError>((block(names.shared_expert())?, gate))
+            });
+            let (in_proj, gates, out_proj) = match config.delta_of(index) {
+                Some(hybrid) => {
+                    let delta = names.delta(hybrid);
+                    let (large, small): (Vec<_>, Vec<_>) =
+                        delta.inputs.iter().partition(|input| !hybrid.is_small(input.1));
+                    let large: Vec<_> = large.iter().map(|(name, _)| name).collect();
+                    let small = small.iter().map(|(name, _)| checkpoint.stored_format(name));
+                    let small = WeightFormat::common(small.collect::<Result<Vec<_>, _>>()?);
+                    (common(&large)?, Some(small), format(&delta.out_proj)?)
+                }
+                None => {
+                    let gates =
+                        config.hybrid.as_ref().map(|_| format(&names.q_proj)).transpose()?;
+                    let qkv = common(&[&names.q_proj, &names.k_proj, &names.v_proj])?;
+                    (qkv, gates, format(&names.o_proj)?)
+                }
+            };
             let formats = LayerFormats {
-                qkv: common(&[&names.q_proj, &names.k_proj, &names.v_proj])?,
-                output: format(&names.o_proj)?,
+                in_proj,
+                gates,
+                out_proj,
+                shared: shared.transpose()?,
                 router: moe.map(|_| checkpoint.stored_format(&names.router())).transpose()?,
                 experts,
             };
@@ -81,14 +116,22 @@ impl WeightFormats {
         Ok(Self { layers, head: format(&head(config, checkpoint).to_owned())? })
     }
 
-    /// `format` everywhere, and `router` for routers: for a model without files.
+    /// `format` everywhere, and `router` for routers and other small matrices: for a model without
+    /// files.
     pub fn uniform(config: &Config, format: WeightFormat, router: WeightFormat) -> Self {
         let mut layers = Vec::new();
         for index in 0..config.num_hidden_layers {
             let moe = config.moe_of(index);
             let formats = LayerFormats {
-                qkv: format,
-                output: format,
+                in_proj: format,
+                gates: config
+                    .hybrid
+                    .as_ref()
+                    .map(|_| if config.has_attention(index) { format } else { router }),
+                out_proj: format,
+                shared: moe
+                    .and_then(|moe| moe.shared_expert_intermediate_size)
+                    .map(|_| ([format; 3], router)),
                 router: moe.map(|_| router),
                 experts: vec![(0..moe.map_or(1, |moe| moe.num_experts), [format; 3])],
             };

@@ -6,6 +6,7 @@ use ops::schedule::{ExpertSplit, MlpSchedule};
 use tensor::{split_granular, split_range};
 
 use crate::config::Config;
+use crate::hybrid_config::HybridConfig;
 
 /// The attention heads of one rank.
 ///
@@ -32,11 +33,21 @@ impl HeadPlan {
     ///
     /// If `rank >= ranks`.
     pub fn new(config: &Config, ranks: usize, rank: usize) -> Self {
-        let query_heads = split_range(config.num_attention_heads, ranks, rank);
+        Self::split(config.num_attention_heads, config.group_size(), ranks, rank)
+    }
+
+    /// The heads of a layer with a gated delta rule: its value heads are split like query heads,
+    /// and its key heads are those that they need.
+    pub(crate) fn delta(hybrid: &HybridConfig, ranks: usize, rank: usize) -> Self {
+        Self::split(hybrid.linear_num_value_heads, hybrid.group_size(), ranks, rank)
+    }
+
+    /// `heads` heads, of which `size` consecutive ones share a KV head.
+    fn split(heads: usize, size: usize, ranks: usize, rank: usize) -> Self {
+        let query_heads = split_range(heads, ranks, rank);
         if query_heads.is_empty() {
             return Self { query_heads, kv_heads: 0..0, groups: Vec::new() };
         }
-        let size = config.group_size();
         let kv_heads = query_heads.start / size..(query_heads.end - 1) / size + 1;
         let groups = kv_heads.clone().map(|kv| {
             let start = (kv * size).max(query_heads.start);
@@ -63,6 +74,12 @@ pub(crate) struct BlockShape {
 }
 
 impl BlockShape {
+    /// The expert of `layer` that every token visits, as a dense block; `None` without one.
+    pub fn shared(config: &Config, layer: usize, granularity: usize) -> Option<Self> {
+        let columns = config.moe_of(layer)?.shared_expert_intermediate_size?;
+        Some(Self { experts: None, columns, hidden: config.hidden_size, granularity })
+    }
+
     /// The block of `layer`.
     pub fn new(config: &Config, layer: usize, granularity: usize) -> Self {
         let moe = config.moe_of(layer);

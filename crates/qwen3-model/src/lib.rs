@@ -6,11 +6,13 @@
 // Modules in reading order, lowest first; a module uses only those above it.
 mod fields;
 pub mod rope_config;
+pub mod hybrid_config;
 pub mod config;
 pub mod generation_config;
 pub mod names;
 pub mod pooling;
 pub mod rotary;
+pub mod arena;
 pub mod batch;
 mod error;
 pub mod options;
@@ -33,6 +35,7 @@ pub mod load;
 mod sequence;
 pub mod perplexity;
 
+pub use arena::Arena;
 pub use batch::{Batch, Output, Span, Wanted};
 pub use checkpoint;
 pub use checkpoint::ModelSource;
@@ -41,7 +44,7 @@ pub use config::Config;
 pub use error::ModelError;
 pub use model::{Logits, Model};
 pub use ops;
-pub use ops::{Isa, KvArena, LogitRows, PAGE_POSITIONS, PageId};
+pub use ops::{Isa, LogitRows, PAGE_POSITIONS, PageId};
 pub use options::{ModelOptions, ParallelStrategy};
 pub use sampling::{Sampler, SamplingParams};
 pub use sequence::Sequence;

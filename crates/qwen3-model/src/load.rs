@@ -1,30 +1,36 @@
 //! Loading: which rows and columns of the checkpoint become this rank's share of the model.
 
 use std::cell::Cell;
+use std::iter;
 use std::ops::Range;
+use std::slice::from_ref;
 use std::sync::Arc;
 
 use checkpoint::{Checkpoint, CheckpointError, Matrix, ModelSource};
 use comm::{Communicator, CommunicatorExt, Phase, digest};
 use ops::attention::AttentionShape;
-use ops::mlp::{Expert, Mlp};
+use ops::delta_rule::{DeltaShape, DeltaWeights};
+use ops::mlp::{Expert, Mlp, SharedExpert};
 use ops::routing::Router;
 use ops::schedule::{ExpertSplit, MlpSchedule};
 use ops::{ActivationFormat, Context, Embedding, Linear};
-use tensor::{GROUP, Rounding, WeightFormat, split_range};
+use tensor::{Rounding, WeightFormat, split_range};
 
 use crate::config::Config;
 use crate::error::ModelError;
 use crate::fields::ConfigError;
+use crate::formats::granularity;
 use crate::heads::{BlockShape, BlockShare, HeadPlan};
-use crate::layer::DecoderLayer;
+use crate::hybrid_config::HybridConfig;
+use crate::layer::{DecoderLayer, Mixer};
 use crate::model::Model;
 use crate::names::{
-    EMBEDDING, FINAL_NORM, LayerNames, MlpNames, TensorRole, TensorSpec, head, head_spec,
-    open_weights, tensor_specs,
+    DeltaNames, EMBEDDING, FINAL_NORM, LayerNames, MlpNames, TensorRole, TensorSpec, head,
+    head_spec, open_weights, tensor_specs,
 };
 use crate::options::ModelOptions;
 use crate::rotary::RotaryTable;
+use crate::shape::{attention_shape, delta_shape};
 
 /// By so many times the deadline of collectives is longer while the others load: one may have the
 /// files in memory, and another a slow disk.
@@ -143,6 +149,12 @@ fn load_share(
             file: source.config().map_err(ConfigError::from)?.file.clone(),
         });
     }
+    if config.hybrid.is_some() && ctx.positions.size() > 1 {
+        return Err(ModelError::HybridPositions {
+            file: source.config().map_err(ConfigError::from)?.file.clone(),
+            ranks: ctx.positions.size(),
+        });
+    }
     let checkpoint = open_weights::<ModelError>(source, &config)?;
     let embedding = checkpoint.matrix(EMBEDDING, config.vocab_size, config.hidden_size)?;
     let share = Share::new(&ctx, &config, checkpoint, options);
@@ -156,12 +168,13 @@ fn load_share(
         checkpoint.matrix(head(&config, checkpoint), config.vocab_size, config.hidden_size)?;
     let vocab = split_range(config.head_rows(), ctx.comm.size(), ctx.comm.rank());
     let lm_head = share.linear(&[head.slice(vocab.clone(), 0..config.hidden_size)])?;
-    let norm = checkpoint.vector(FINAL_NORM, config.hidden_size)?;
+    let norm = share.norm(FINAL_NORM, config.hidden_size)?;
     let weights = if ctx.comm.size() > 1 { first_rows(&config, checkpoint)? } else { 0 };
     let model = Model {
         rotary: RotaryTable::new(&config.rope, config.head_dim),
         embedding: Embedding::new(embedding),
         shape: share.shape,
+        delta: share.delta,
         weight_format: lm_head.format(),
         rounding: share.rounding.get(),
         options: *options,
@@ -184,9 +197,9 @@ struct Share<'a> {
     schedule: MlpSchedule,
     experts: ExpertSplit,
     /// Query heads and the KV heads that they need.
-    queries: Range<usize>,
-    keys: Range<usize>,
+    heads: HeadPlan,
     shape: AttentionShape,
+    delta: DeltaShape,
     rounding: Cell<Rounding>,
 }
 
@@ -197,7 +210,7 @@ impl<'a> Share<'a> {
         checkpoint: &'a Checkpoint,
         options: &ModelOptions,
     ) -> Self {
-        let plan = HeadPlan::new(config, ctx.heads.size(), ctx.heads.rank());
+        let (ranks, rank) = (ctx.heads.size(), ctx.heads.rank());
         Self {
             ctx,
             config,
@@ -205,65 +218,228 @@ impl<'a> Share<'a> {
             weights: options.weights,
             schedule: options.schedule(),
             experts: options.experts,
-            shape: AttentionShape { groups: plan.groups, head_dim: config.head_dim },
-            queries: plan.query_heads,
-            keys: plan.kv_heads,
+            heads: HeadPlan::new(config, ranks, rank),
+            shape: attention_shape(config, ranks, rank),
+            delta: config
+                .hybrid
+                .as_ref()
+                .map_or(DeltaShape::default(), |hybrid| delta_shape(hybrid, ranks, rank)),
             rounding: Cell::default(),
         }
     }
 
     fn layer(&self, index: usize) -> Result<DecoderLayer, CheckpointError> {
-        let Config { hidden_size, head_dim, .. } = *self.config;
+        let hidden = self.config.hidden_size;
         let names = LayerNames::new(index);
-        let elements = |heads: &Range<usize>| heads.start * head_dim..heads.end * head_dim;
-        let (queries, keys) = (elements(&self.queries), elements(&self.keys));
-        let (query_size, kv_size) = (self.config.query_size(), self.config.key_value_size());
-        let rows = |name, size, own: &Range<usize>| -> Result<Matrix, CheckpointError> {
-            Ok(self.checkpoint.matrix(name, size, hidden_size)?.slice(own.clone(), 0..hidden_size))
+        let attends = self.config.has_attention(index);
+        let before = |layer: &usize| self.config.has_attention(*layer) == attends;
+        let place = (0..index).filter(before).count();
+        let MixerWeights { in_proj, gates, mixer, out_proj } = match self.config.delta_of(index) {
+            Some(hybrid) => self.delta_rule(hybrid, place, &names.delta(hybrid))?,
+            None => self.attention(place, &names)?,
         };
-        let qkv = [
-            rows(&names.q_proj, query_size, &queries)?,
-            rows(&names.k_proj, kv_size, &keys)?,
-            rows(&names.v_proj, kv_size, &keys)?,
-        ];
-        let o_proj = self
-            .checkpoint
-            .matrix(&names.o_proj, hidden_size, query_size)?
-            .slice(0..hidden_size, queries);
         Ok(DecoderLayer {
-            input_norm: self.checkpoint.vector(&names.input_layernorm, hidden_size)?,
-            qkv_proj: self.linear(&qkv)?,
-            q_norm: self.checkpoint.vector(&names.q_norm, head_dim)?,
-            k_norm: self.checkpoint.vector(&names.k_norm, head_dim)?,
-            o_proj: self.linear(&[o_proj])?,
-            post_attention_norm: self
-                .checkpoint
-                .vector(&names.post_attention_layernorm, hidden_size)?,
+            input_norm: self.norm(&names.input_layernorm, hidden)?,
+            in_proj,
+            gates,
+            mixer,
+            out_proj,
+            post_attention_norm: self.norm(&names.post_attention_layernorm, hidden)?,
             mlp: self.mlp(index, &names)?,
         })
     }
 
+    /// The attention of a layer, the `index`th that has one.
+    ///
+    /// The kernels rotate a whole head, element i together with element i + head_dim / 2. Where
+    /// only a part of a head rotates, the rows of queries and keys are put in an order in which its
+    /// pairs lie like this; scores do not change, as both have the same order.
+    fn attention(&self, index: usize, names: &LayerNames) -> Result<MixerWeights, CheckpointError> {
+        let Config { hidden_size, head_dim, .. } = *self.config;
+        let (queries, keys) = (&self.heads.query_heads, &self.heads.kv_heads);
+        let order = rotary_order(head_dim, self.config.rope.rotary_dim(head_dim));
+        let gated = self.config.hybrid.is_some();
+        let query_stride = if gated { 2 * head_dim } else { head_dim };
+        let kv_size = self.config.key_value_size();
+
+        let mut qkv = Vec::new();
+        let q_proj =
+            self.checkpoint.matrix(&names.q_proj, self.config.query_rows(), hidden_size)?;
+        qkv.extend(head_rows(&q_proj, queries, query_stride, &order));
+        let k_proj = self.checkpoint.matrix(&names.k_proj, kv_size, hidden_size)?;
+        qkv.extend(head_rows(&k_proj, keys, head_dim, &order));
+        let v_proj = self.checkpoint.matrix(&names.v_proj, kv_size, hidden_size)?;
+        qkv.extend(head_rows(&v_proj, keys, head_dim, from_ref(&(0..head_dim))));
+        let gates =
+            || head_rows(&q_proj, queries, query_stride, from_ref(&(head_dim..2 * head_dim)));
+        let o_proj =
+            self.checkpoint.matrix(&names.o_proj, hidden_size, self.config.query_size())?;
+        let own_columns = queries.start * head_dim..queries.end * head_dim;
+        let head_norm = |name| -> Result<Vec<f32>, CheckpointError> {
+            let weights = self.norm(name, head_dim)?;
+            Ok(order.iter().flat_map(|part| weights[part.clone()].to_vec()).collect())
+        };
+        Ok(MixerWeights {
+            in_proj: self.linear(&qkv)?,
+            gates: if gated { Some(self.linear(&gates())?) } else { None },
+            mixer: Mixer::Attention {
+                index,
+                q_norm: head_norm(&names.q_norm)?,
+                k_norm: head_norm(&names.k_norm)?,
+            },
+            out_proj: self.linear(&[o_proj.slice(0..hidden_size, own_columns)])?,
+        })
+    }
+
+    /// The gated delta rule of a layer, the `index`th that has one.
+    fn delta_rule(
+        &self,
+        hybrid: &HybridConfig,
+        index: usize,
+        names: &DeltaNames,
+    ) -> Result<MixerWeights, CheckpointError> {
+        let hidden = self.config.hidden_size;
+        let heads = HeadPlan::delta(hybrid, self.ctx.heads.size(), self.ctx.heads.rank());
+        let (keys, values) = (&heads.kv_heads, &heads.query_heads);
+        let (key_dim, value_dim) = (hybrid.linear_key_head_dim, hybrid.linear_value_head_dim);
+        let open = |(name, rows): &(String, usize)| self.checkpoint.matrix(name, *rows, hidden);
+        let inputs = names.inputs.iter().map(open).collect::<Result<Vec<_>, _>>()?;
+
+        let (mut large, mut small) = (Vec::new(), Vec::new());
+        if let [qkvz, ba] = &inputs[..] {
+            // Each key head has its query and key, then the values and the output gates of its
+            // value heads; in the small matrix strength and decay of these.
+            let group = hybrid.group_size();
+            let (values_at, stride) = (2 * key_dim, 2 * key_dim + 2 * group * value_dim);
+            large.extend(head_rows(qkvz, keys, stride, from_ref(&(0..key_dim))));
+            large.extend(head_rows(qkvz, keys, stride, from_ref(&(key_dim..values_at))));
+            let row = |head: usize, first: usize, dim: usize, stride: usize| {
+                let start = head / group * stride + first + head % group * dim;
+                start..start + dim
+            };
+            for first in [values_at, values_at + group * value_dim] {
+                let rows = values.clone().map(|head| row(head, first, value_dim, stride));
+                large.extend(rows.map(|rows| qkvz.slice(rows, 0..hidden)));
+            }
+            small.push(ba.slice(0..0, 0..hidden));
+            for first in [0, group] {
+                let rows = values.clone().map(|head| row(head, first, 1, 2 * group));
+                small.extend(rows.map(|rows| ba.slice(rows, 0..hidden)));
+            }
+        } else {
+            let [qkv, z, b, a] = &inputs[..] else { unreachable!("two or four projections") };
+            for first in [0, hybrid.key_size()] {
+                let rows = first + keys.start * key_dim..first + keys.end * key_dim;
+                large.push(qkv.slice(rows, 0..hidden));
+            }
+            let own = values.start * value_dim..values.end * value_dim;
+            let first = 2 * hybrid.key_size();
+            large.push(qkv.slice(first + own.start..first + own.end, 0..hidden));
+            large.push(z.slice(own, 0..hidden));
+            small.extend([b, a].map(|matrix| matrix.slice(values.clone(), 0..hidden)));
+        }
+        let out_proj = self.checkpoint.matrix(&names.out_proj, hidden, hybrid.value_size())?;
+        let own_columns = values.start * value_dim..values.end * value_dim;
+        let own_heads = |name: &str| -> Result<Vec<f32>, CheckpointError> {
+            let all = self.checkpoint.vector(name, hybrid.linear_num_value_heads)?;
+            Ok(all[values.clone()].to_vec())
+        };
+        let weights = DeltaWeights {
+            conv: self.convolution(hybrid, &heads, &names.conv1d)?,
+            a_log: own_heads(&names.a_log)?,
+            dt_bias: own_heads(&names.dt_bias)?,
+            norm: self.checkpoint.vector(&names.norm, value_dim)?,
+            eps: self.config.rms_norm_eps,
+        };
+        Ok(MixerWeights {
+            in_proj: self.linear(&large)?,
+            gates: Some(self.stored_precision(&small)?),
+            mixer: Mixer::DeltaRule { index, weights },
+            out_proj: self.linear(&[out_proj.slice(0..hidden, own_columns)])?,
+        })
+    }
+
+    /// The weights of the convolution in the order of [`DeltaWeights::conv`].
+    fn convolution(
+        &self,
+        hybrid: &HybridConfig,
+        heads: &HeadPlan,
+        name: &str,
+    ) -> Result<Vec<f32>, CheckpointError> {
+        let taps = hybrid.linear_conv_kernel_dim;
+        let all = self.checkpoint.values(name, &[hybrid.conv_channels(), 1, taps])?;
+        let mut own = Vec::new();
+        for (first, heads, dim) in [
+            (0, &heads.kv_heads, hybrid.linear_key_head_dim),
+            (hybrid.key_size(), &heads.kv_heads, hybrid.linear_key_head_dim),
+            (2 * hybrid.key_size(), &heads.query_heads, hybrid.linear_value_head_dim),
+        ] {
+            for head in heads.clone() {
+                let channels = first + head * dim..first + (head + 1) * dim;
+                for tap in 0..taps {
+                    own.extend(channels.clone().map(|channel| all[channel * taps + tap]));
+                }
+            }
+        }
+        Ok(own)
+    }
+
+    /// The weight of a norm of the residual stream, or of queries and keys. Hybrid models store it
+    /// less one.
+    fn norm(&self, name: &str, len: usize) -> Result<Vec<f32>, CheckpointError> {
+        let mut weights = self.checkpoint.vector(name, len)?;
+        if self.config.hybrid.is_some() {
+            weights.iter_mut().for_each(|weight| *weight += 1.0);
+        }
+        Ok(weights)
+    }
+
     fn mlp(&self, layer: usize, names: &LayerNames) -> Result<Mlp, CheckpointError> {
         let hidden_size = self.config.hidden_size;
-        let moe = self.config.moe_of(layer);
-        let expert_names = |expert| if moe.is_some() { names.expert(expert) } else { names.mlp() };
-        let router = match moe {
-            Some(moe) => {
-                // The router decides which weights count at all: it keeps its stored precision.
-                let weights =
-                    self.checkpoint.matrix(&names.router(), moe.num_experts, hidden_size)?;
-                Some(Router {
-                    weights: Linear::load(self.ctx, weights.format(), &[weights])?,
-                    experts_per_token: moe.num_experts_per_tok,
-                    normalize: moe.norm_topk_prob,
-                })
-            }
-            None => None,
+        let Some(moe) = self.config.moe_of(layer) else {
+            let dense = |granularity| BlockShape::new(self.config, layer, granularity);
+            return self.block(dense, |_| names.mlp());
         };
-        let stored = || self.checkpoint.stored_format(&expert_names(0).down_proj);
-        let format = self.weights.map_or_else(stored, Ok)?;
-        let shape =
-            BlockShape::new(self.config, layer, if format.is_quantized() { GROUP } else { 1 });
+        // The router decides which weights count at all: it keeps its stored precision.
+        let router = self.checkpoint.matrix(&names.router(), moe.num_experts, hidden_size)?;
+        let shared = match moe.shared_expert_intermediate_size {
+            None => None,
+            Some(_) => {
+                let shape = |granularity| {
+                    let shape = BlockShape::shared(self.config, layer, granularity);
+                    shape.expect("a layer with a shared expert")
+                };
+                let gate = self.checkpoint.matrix(&names.shared_expert_gate(), 1, hidden_size)?;
+                Some(Box::new(SharedExpert {
+                    block: self.block(shape, |_| names.shared_expert())?,
+                    gate: self.stored_precision(&[gate])?,
+                }))
+            }
+        };
+        let block = self.block(
+            |granularity| BlockShape::new(self.config, layer, granularity),
+            |expert| names.expert(expert),
+        )?;
+        Ok(Mlp {
+            router: Some(Router {
+                weights: self.stored_precision(&[router])?,
+                experts_per_token: moe.num_experts_per_tok,
+                normalize: moe.norm_topk_prob,
+            }),
+            shared,
+            ..block
+        })
+    }
+
+    /// The experts of a block whose shape depends on the columns that are never cut apart.
+    fn block(
+        &self,
+        shape: impl Fn(usize) -> BlockShape,
+        names: impl Fn(usize) -> MlpNames,
+    ) -> Result<Mlp, CheckpointError> {
+        let hidden_size = self.config.hidden_size;
+        let stored = || self.checkpoint.stored_format(&names(0).down_proj);
+        let shape = shape(granularity(self.weights.map_or_else(stored, Ok)?));
         let ranks = self.ctx.mlp_ranks().size();
         let share = |rank| BlockShare::new(shape, self.schedule, self.experts, ranks, rank);
         let shares: Vec<_> = (0..ranks).map(share).collect();
@@ -288,13 +464,19 @@ impl<'a> Share<'a> {
             experts: own
                 .experts
                 .clone()
-                .map(|index| expert(expert_names(index)))
+                .map(|index| expert(names(index)))
                 .collect::<Result<_, _>>()?,
             own: own.experts.clone(),
-            router,
+            router: None,
             intermediate: shares.iter().map(|share| share.inner.len()).collect(),
             hidden: shares.iter().map(|share| share.down.0.len()).collect(),
+            shared: None,
         })
+    }
+
+    /// Packs stacked small matrices in their stored precision.
+    fn stored_precision(&self, stack: &[Matrix]) -> Result<Linear, CheckpointError> {
+        Linear::load(self.ctx, WeightFormat::common(stack.iter().map(Matrix::format)), stack)
     }
 
     /// Packs stacked matrices in the chosen format, or one that keeps the stored weights.
@@ -310,4 +492,41 @@ impl<'a> Share<'a> {
         self.rounding.set(rounding);
         Ok(linear)
     }
+}
+
+/// The matrices of a layer's mixer, as [`DecoderLayer`] has them.
+struct MixerWeights {
+    in_proj: Linear,
+    gates: Option<Linear>,
+    mixer: Mixer,
+    out_proj: Linear,
+}
+
+/// The order of the elements of a head in which each of the first `rotary / 2` elements lies half a
+/// head before its partner, as parts of the stored order. Stored, the partners are `rotary / 2`
+/// apart.
+fn rotary_order(head_dim: usize, rotary: usize) -> Vec<Range<usize>> {
+    let (half, pairs) = (head_dim / 2, rotary / 2);
+    let rest = rotary + half - pairs;
+    let parts = [0..pairs, rotary..rest, pairs..rotary, rest..head_dim];
+    if rotary == head_dim { iter::once(0..head_dim).collect() } else { parts.to_vec() }
+}
+
+/// Some rows of each of some heads: head i begins at row `i * stride`, and `parts` are ranges of
+/// rows within a head.
+fn head_rows(
+    matrix: &Matrix,
+    heads: &Range<usize>,
+    stride: usize,
+    parts: &[Range<usize>],
+) -> Vec<Matrix> {
+    let cols = 0..matrix.cols();
+    // A rank without heads has matrices without rows, which still have columns.
+    if heads.is_empty() || parts == from_ref(&(0..stride)) {
+        return vec![matrix.slice(heads.start * stride..heads.end * stride, cols)];
+    }
+    let rows = heads.clone().flat_map(|head| {
+        parts.iter().map(move |part| head * stride + part.start..head * stride + part.end)
+    });
+    rows.map(|rows| matrix.slice(rows, cols.clone())).collect()
 }

@@ -9,13 +9,15 @@ use comm::{CommError, Communicator};
 use ndarray::Axis;
 use ops::attention::AttentionShape;
 use ops::attention_sequence::PassPlan;
+use ops::delta_rule::DeltaShape;
 use ops::kernels::InputKind;
 use ops::layout::TokenLayout;
 use ops::linear::{gather_columns, reshape};
 use ops::lm_head::wanted_rows;
-use ops::{Context, Embedding, KvArena, Linear, Profile, lm_head, rms_norm};
+use ops::{Context, Embedding, KvArena, Linear, Profile, StateArena, lm_head, rms_norm};
 use tensor::{Activations, split_range};
 
+use crate::arena::Arena;
 use crate::batch::{Batch, BatchError, Bounds, Output, Wanted};
 use crate::config::Config;
 use crate::error::ModelError;
@@ -31,6 +33,8 @@ pub struct Model {
     pub(crate) options: ModelOptions,
     pub(crate) ctx: Context,
     pub(crate) shape: AttentionShape,
+    /// The heads of layers with a gated delta rule.
+    pub(crate) delta: DeltaShape,
     pub(crate) rotary: RotaryTable,
     pub(crate) embedding: Embedding<Matrix>,
     pub(crate) layers: Vec<DecoderLayer>,
@@ -83,7 +87,7 @@ impl Model {
 
     /// How the projections take activations, which decides the instruction of their arithmetic.
     pub fn product_input(&self) -> InputKind {
-        self.layers.first().map_or(InputKind::Float, |layer| layer.qkv_proj.input_kind(&self.ctx))
+        self.layers.first().map_or(InputKind::Float, |layer| layer.in_proj.input_kind(&self.ctx))
     }
 
     /// What loading rounded of this rank's weights, because their format in memory does not
@@ -108,24 +112,37 @@ impl Model {
         self.layers.iter().map(DecoderLayer::bytes).sum::<usize>() + self.lm_head.bytes()
     }
 
-    /// An arena of `pages` pages for this rank's layers and KV heads.
+    /// An arena of `pages` pages and of recurrent states for `sequences` sequences, for this rank's
+    /// heads.
     ///
     /// # Errors
     /// When the system refuses so much memory.
-    pub fn new_arena(&self, pages: usize) -> Result<KvArena, ModelError> {
+    pub fn new_arena(&self, pages: usize, sequences: usize) -> Result<Arena, ModelError> {
         let AttentionShape { groups, head_dim } = &self.shape;
-        let (format, layers) = (self.options.kv, self.layers.len());
-        Ok(KvArena::new(format, layers, groups.len(), *head_dim, pages)?)
+        let attention = self.config.attention_layers();
+        let delta = self.layers.len() - attention;
+        let slots = if delta > 0 { sequences } else { 0 };
+        Ok(Arena {
+            pages: KvArena::new(self.options.kv, attention, groups.len(), *head_dim, pages)?,
+            states: StateArena::new(self.delta.state_len(), delta, slots)?,
+        })
     }
 
     /// Bytes of a page on this rank.
     pub fn page_bytes(&self) -> usize {
         KvArena::bytes_of_page(
             self.options.kv,
-            self.layers.len(),
+            self.config.attention_layers(),
             self.shape.groups.len(),
             self.shape.head_dim,
         )
+    }
+
+    /// Bytes of the recurrent states of a sequence on this rank; 0 in a model that has attention
+    /// everywhere.
+    pub fn state_bytes(&self) -> usize {
+        let delta = self.layers.len() - self.config.attention_layers();
+        delta * self.delta.state_len() * size_of::<f32>()
     }
 
     /// Memory for forward passes.
@@ -134,21 +151,21 @@ impl Model {
     }
 
     /// Runs the tokens of a batch through the model: stores their keys and values in the pages of
-    /// `arena` and gives the wanted rows, of logits each rank its part of the vocabulary. All ranks
-    /// call it with the same batch.
+    /// `arena`, updates the recurrent states of their sequences, and gives the wanted rows. Of
+    /// logits each rank has its part of the vocabulary. All ranks call it with the same batch.
     ///
     /// # Errors
-    /// When the batch does not fit the model or the arena, with nothing computed; when the
-    /// embedding cannot be read or a rank is lost, after which the pages that the batch writes are
-    /// of no further use.
+    /// When the batch does not fit the model or the arena; nothing has been computed then. When the
+    /// embedding cannot be read or a rank is lost; the pages and states that the batch writes are
+    /// of no further use then.
     pub fn forward(
         &self,
-        arena: &mut KvArena,
+        arena: &mut Arena,
         batch: &Batch,
         workspace: &mut Workspace,
     ) -> Result<Output, ModelError> {
         let ctx = &self.ctx;
-        let (found, expected) = (arena.page_bytes(), self.page_bytes());
+        let (found, expected) = (arena.pages.page_bytes(), self.page_bytes());
         if found != expected {
             return Err(BatchError::Arena { found, expected }.into());
         }
@@ -156,14 +173,18 @@ impl Model {
             vocab_size: self.config.vocab_size,
             has_head: self.config.has_head,
             context_length: self.config.context_length(),
-            pages: arena.pages(),
+            pages: arena.pages.pages(),
             ranks: ctx.positions.size(),
         })?;
+        if self.config.hybrid.is_some() {
+            batch.start_states(&mut arena.states)?;
+        }
         let layout = self.start(batch, workspace)?;
         let pass = Pass {
             ctx,
             algorithm: self.options.attention,
             shape: &self.shape,
+            delta: &self.delta,
             eps: self.config.rms_norm_eps,
         };
         let parts = if workspace.parts[1].plan.is_some() { 2 } else { 1 };
@@ -171,10 +192,13 @@ impl Model {
         if !batch.tokens.is_empty() {
             for (index, layer) in self.layers.iter().enumerate() {
                 ctx.comm.ledger().set_layer(Some(index));
-                layer.forward(&pass, &mut arena.layer(index), parts)?;
+                layer.forward(&pass, arena, parts)?;
             }
             parts.iter_mut().try_for_each(|part| part.x.settle(ctx))?;
             ctx.comm.ledger().set_layer(None);
+        }
+        if self.config.hybrid.is_some() {
+            batch.finish_states(&mut arena.states);
         }
         let output = self.output(batch, &layout, workspace)?;
         self.check_finite(batch, Wanted::Logits, &output.logits.values)?;
@@ -207,6 +231,7 @@ impl Model {
             let own: Vec<_> = layout.indices(rank).filter(|index| range.contains(index)).collect();
             (part.cos, part.sin) =
                 self.rotary.rows(&own.iter().map(|index| positions[*index]).collect::<Vec<_>>());
+            part.states = batch.state_spans(range.clone());
             let ids = own.iter().map(|index| batch.tokens[*index]);
             self.embedding.lookup(ids, part.x.start(overlap))?;
         }

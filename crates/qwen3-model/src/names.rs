@@ -4,6 +4,7 @@ use checkpoint::{Checkpoint, CheckpointError, ModelSource};
 
 use crate::config::Config;
 use crate::fields::ConfigError;
+use crate::hybrid_config::HybridConfig;
 
 /// Rows of the vocabulary, `[vocab_size, hidden_size]`; also the head where the two are tied.
 pub const EMBEDDING: &str = "model.embed_tokens.weight";
@@ -17,7 +18,8 @@ pub const LM_HEAD: &str = "lm_head.weight";
 pub struct LayerNames {
     /// Norm before attention, `[hidden_size]`.
     pub input_layernorm: String,
-    /// Queries, `[num_attention_heads * head_dim, hidden_size]`.
+    /// Queries, `[num_attention_heads * head_dim, hidden_size]`. In a hybrid model each head has
+    /// the rows of its output gate after those of its query.
     pub q_proj: String,
     /// Keys, `[num_key_value_heads * head_dim, hidden_size]`.
     pub k_proj: String,
@@ -32,6 +34,25 @@ pub struct LayerNames {
     /// Norm before the feed-forward block, `[hidden_size]`.
     pub post_attention_layernorm: String,
     layer: usize,
+}
+
+/// The tensors of a gated delta rule.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct DeltaNames {
+    /// Matrices from the residual stream, each with its rows, in the order of the checkpoint:
+    /// `in_proj_qkv`, `in_proj_z`, `in_proj_b` and `in_proj_a`, or `in_proj_qkvz` and
+    /// `in_proj_ba` where the checkpoint fuses them.
+    pub inputs: Vec<(String, usize)>,
+    /// Convolution of queries, keys and values, [channels, 1, taps].
+    pub conv1d: String,
+    /// Logarithm of each value head's rate of decay, [value heads].
+    pub a_log: String,
+    /// Bias of each value head's decay, [value heads].
+    pub dt_bias: String,
+    /// Norm of each value head, [value head size].
+    pub norm: String,
+    /// Back to the residual stream, [hidden_size, all values].
+    pub out_proj: String,
 }
 
 /// The matrices of a dense feed-forward block or of one expert.
@@ -62,6 +83,27 @@ impl LayerNames {
         }
     }
 
+    /// The gated delta rule of a layer without attention.
+    pub fn delta(&self, hybrid: &HybridConfig) -> DeltaNames {
+        let part = |part: &str| format!("model.layers.{}.linear_attn.{part}", self.layer);
+        let (channels, values) = (hybrid.conv_channels(), hybrid.value_size());
+        let heads = hybrid.linear_num_value_heads;
+        let inputs: &[_] = if hybrid.fused_projections {
+            &[("qkvz", channels + values), ("ba", 2 * heads)]
+        } else {
+            &[("qkv", channels), ("z", values), ("b", heads), ("a", heads)]
+        };
+        let input = |(name, rows): &(&str, usize)| (part(&format!("in_proj_{name}.weight")), *rows);
+        DeltaNames {
+            inputs: inputs.iter().map(input).collect(),
+            conv1d: part("conv1d.weight"),
+            a_log: part("A_log"),
+            dt_bias: part("dt_bias"),
+            norm: part("norm.weight"),
+            out_proj: part("out_proj.weight"),
+        }
+    }
+
     /// The feed-forward block of a dense layer.
     pub fn mlp(&self) -> MlpNames {
         MlpNames::new(&format!("model.layers.{}.mlp", self.layer))
@@ -70,6 +112,16 @@ impl LayerNames {
     /// The router of a sparse layer, `[num_experts, hidden_size]`.
     pub fn router(&self) -> String {
         format!("model.layers.{}.mlp.gate.weight", self.layer)
+    }
+
+    /// The expert of a sparse layer that every token visits.
+    pub fn shared_expert(&self) -> MlpNames {
+        MlpNames::new(&format!("model.layers.{}.mlp.shared_expert", self.layer))
+    }
+
+    /// The gate of that expert, `[1, hidden_size]`.
+    pub fn shared_expert_gate(&self) -> String {
+        format!("model.layers.{}.mlp.shared_expert_gate.weight", self.layer)
     }
 
     /// One expert of a sparse layer.
@@ -92,10 +144,10 @@ impl MlpNames {
 /// What a tensor is for, as far as its storage depends on it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum TensorRole {
-    /// A weight of a norm: a vector, never quantized.
+    /// A weight of a norm or of the convolution, or a number for each head: never quantized.
     Norm,
-    /// The router of a sparse layer: small, and its rounding would change which experts are
-    /// visited.
+    /// The router of a sparse layer, or another small matrix that decides how much something
+    /// counts at all: it keeps its stored precision.
     Router,
     /// Any other matrix.
     Matrix,
@@ -106,7 +158,7 @@ pub enum TensorRole {
 pub struct TensorSpec {
     /// Its name in the file.
     pub name: String,
-    /// Its shape: one or two dimensions.
+    /// Its shape: one to three dimensions.
     pub shape: Vec<usize>,
     /// What it is for.
     pub role: TensorRole,
@@ -117,6 +169,22 @@ impl TensorSpec {
     pub fn elements(&self) -> usize {
         self.shape.iter().product()
     }
+}
+
+/// The parts of a checkpoint that this crate does not run, with their numbers of tensors: the
+/// vision encoder of a model that also reads images, and the layers that predict further tokens.
+pub fn unused_parts(checkpoint: &Checkpoint) -> Vec<(&'static str, usize)> {
+    let parts = [
+        ("vision encoder", &["model.visual.", "visual."][..]),
+        ("multi-token prediction", &["mtp.", "model.mtp."]),
+    ];
+    let names = checkpoint.names();
+    let count = |prefixes: &[&str]| {
+        let inside = |name: &&&str| prefixes.iter().any(|prefix| name.starts_with(prefix));
+        names.iter().filter(inside).count()
+    };
+    let counts = parts.map(|(part, prefixes)| (part, count(prefixes)));
+    counts.into_iter().filter(|(_, count)| *count > 0).collect()
 }
 
 /// The weights of a model, if they are those of its configuration: all tensors are there in their
@@ -194,36 +262,67 @@ pub fn tensor_specs(config: &Config) -> impl Iterator<Item = TensorSpec> + '_ {
 
 fn layer_specs(config: &Config, layer: usize) -> impl Iterator<Item = TensorSpec> + use<> {
     let names = LayerNames::new(layer);
-    let (hidden, queries, keys) =
-        (config.hidden_size, config.query_size(), config.key_value_size());
-    let attention = [
-        norm(names.input_layernorm.clone(), hidden),
-        matrix(names.q_proj.clone(), queries, hidden),
-        matrix(names.k_proj.clone(), keys, hidden),
-        matrix(names.v_proj.clone(), keys, hidden),
-        matrix(names.o_proj.clone(), hidden, queries),
-        norm(names.q_norm.clone(), config.head_dim),
-        norm(names.k_norm.clone(), config.head_dim),
-        norm(names.post_attention_layernorm.clone(), hidden),
-    ];
+    let hidden = config.hidden_size;
+    let mut mixer = vec![norm(names.input_layernorm.clone(), hidden)];
+    match config.delta_of(layer) {
+        Some(hybrid) => mixer.extend(delta_specs(hybrid, names.delta(hybrid), hidden)),
+        None => mixer.extend(attention_specs(config, &names)),
+    }
+    mixer.push(norm(names.post_attention_layernorm.clone(), hidden));
+
     let moe = config.moe_of(layer);
     let (experts, columns) = moe.map_or((None, config.intermediate_size), |moe| {
         (Some(moe.num_experts), moe.moe_intermediate_size)
     });
-    let router = experts.map(|experts| TensorSpec {
-        name: names.router(),
-        shape: vec![experts, hidden],
-        role: TensorRole::Router,
-    });
-    let blocks = (0..experts.unwrap_or(1)).flat_map(move |expert| {
-        let names = if experts.is_some() { names.expert(expert) } else { names.mlp() };
+    let router = experts.map(|experts| small(names.router(), experts, hidden));
+    let block = move |names: MlpNames, columns| {
         [
             matrix(names.gate_proj, columns, hidden),
             matrix(names.up_proj, columns, hidden),
             matrix(names.down_proj, hidden, columns),
         ]
+    };
+    let shared = moe.and_then(|moe| moe.shared_expert_intermediate_size).map(|columns| {
+        let gate = small(names.shared_expert_gate(), 1, hidden);
+        block(names.shared_expert(), columns).into_iter().chain([gate])
     });
-    attention.into_iter().chain(blocks).chain(router)
+    let blocks = (0..experts.unwrap_or(1)).flat_map(move |expert| {
+        block(if experts.is_some() { names.expert(expert) } else { names.mlp() }, columns)
+    });
+    mixer.into_iter().chain(blocks).chain(router).chain(shared.into_iter().flatten())
+}
+
+fn attention_specs(config: &Config, names: &LayerNames) -> [TensorSpec; 6] {
+    let (hidden, keys) = (config.hidden_size, config.key_value_size());
+    [
+        matrix(names.q_proj.clone(), config.query_rows(), hidden),
+        matrix(names.k_proj.clone(), keys, hidden),
+        matrix(names.v_proj.clone(), keys, hidden),
+        matrix(names.o_proj.clone(), hidden, config.query_size()),
+        norm(names.q_norm.clone(), config.head_dim),
+        norm(names.k_norm.clone(), config.head_dim),
+    ]
+}
+
+fn delta_specs(
+    hybrid: &HybridConfig,
+    names: DeltaNames,
+    hidden: usize,
+) -> impl Iterator<Item = TensorSpec> + use<> {
+    let (heads, small_inputs) = (hybrid.linear_num_value_heads, hybrid.clone());
+    let conv = vec![hybrid.conv_channels(), 1, hybrid.linear_conv_kernel_dim];
+    let rest = [
+        TensorSpec { name: names.conv1d, shape: conv, role: TensorRole::Norm },
+        norm(names.a_log, heads),
+        norm(names.dt_bias, heads),
+        norm(names.norm, hybrid.linear_value_head_dim),
+        matrix(names.out_proj, hidden, hybrid.value_size()),
+    ];
+    let input = move |(name, rows): (String, usize)| match small_inputs.is_small(rows) {
+        true => small(name, rows, hidden),
+        false => matrix(name, rows, hidden),
+    };
+    names.inputs.into_iter().map(input).chain(rest)
 }
 
 /// A head of its own.
@@ -233,6 +332,10 @@ pub(crate) fn head_spec(config: &Config) -> TensorSpec {
 
 fn matrix(name: String, rows: usize, cols: usize) -> TensorSpec {
     TensorSpec { name, shape: vec![rows, cols], role: TensorRole::Matrix }
+}
+
+fn small(name: String, rows: usize, cols: usize) -> TensorSpec {
+    TensorSpec { name, shape: vec![rows, cols], role: TensorRole::Router }
 }
 
 fn norm(name: String, len: usize) -> TensorSpec {

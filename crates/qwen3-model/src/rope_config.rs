@@ -8,6 +8,8 @@ use crate::fields::{ConfigError, Fields};
 pub struct RopeConfig {
     /// Base of the geometric series of wavelengths.
     pub theta: f64,
+    /// The part of a head's elements that positions rotate; the others stay as they are.
+    pub partial_rotary_factor: f64,
     /// How positions beyond the training window are reached.
     pub scaling: RopeScaling,
 }
@@ -45,10 +47,12 @@ impl RopeConfig {
     pub(crate) fn parse(
         fields: &Fields<'_>,
         max_position_embeddings: usize,
+        hybrid: bool,
     ) -> Result<Self, ConfigError> {
         let newer = fields.object("rope_parameters")?;
         let older = fields.object("rope_scaling")?;
         let theta = read_theta(fields, [newer.as_ref(), older.as_ref()])?;
+        let partial_rotary_factor = read_partial(fields, [newer.as_ref(), older.as_ref()], hybrid)?;
         let scaling = |parameters: Option<&Fields<'_>>| {
             parameters.map_or(Ok(RopeScaling::Default), |part| {
                 parse_scaling(part, max_position_embeddings)
@@ -56,9 +60,11 @@ impl RopeConfig {
         };
         match (scaling(newer.as_ref())?, scaling(older.as_ref())?) {
             (scaling, RopeScaling::Default) | (RopeScaling::Default, scaling) => {
-                Ok(Self { theta, scaling })
+                Ok(Self { theta, partial_rotary_factor, scaling })
             }
-            (newer, older) if newer == older => Ok(Self { theta, scaling: newer }),
+            (newer, older) if newer == older => {
+                Ok(Self { theta, partial_rotary_factor, scaling: newer })
+            }
             (newer, older) => Err(fields.contradiction(
                 ("rope_scaling", format!("{older:?}")),
                 ("rope_parameters", format!("{newer:?}")),
@@ -66,6 +72,51 @@ impl RopeConfig {
             )),
         }
     }
+
+    /// Elements of a head of `head_dim` elements that positions rotate.
+    pub fn rotary_dim(&self, head_dim: usize) -> usize {
+        (head_dim as f64 * self.partial_rotary_factor) as usize
+    }
+
+    /// Positions rotate pairs, so their elements must be even in number.
+    pub(crate) fn check_rotary_dim(
+        &self,
+        fields: &Fields<'_>,
+        head_dim: usize,
+    ) -> Result<(), ConfigError> {
+        let rotary = self.rotary_dim(head_dim);
+        if rotary >= 2 && rotary.is_multiple_of(2) {
+            return Ok(());
+        }
+        Err(fields.range(
+            "partial_rotary_factor",
+            format!("{} and head_dim is {head_dim}", self.partial_rotary_factor),
+            "a part of the head that is an even number of elements, at least 2",
+        ))
+    }
+}
+
+/// The newer form has it among the parameters, the older one at the top. Only hybrid models may
+/// rotate a part: transformers ignores or rejects the field in the others.
+fn read_partial(
+    fields: &Fields<'_>,
+    parameters: [Option<&Fields<'_>>; 2],
+    hybrid: bool,
+) -> Result<f64, ConfigError> {
+    let mut found = None;
+    for owner in parameters.into_iter().flatten().chain([fields]) {
+        let part = owner.number("partial_rotary_factor")?;
+        found = found.or(part.map(|part| (owner, part)));
+    }
+    // What transformers takes where nothing is stated.
+    let Some((owner, part)) = found else { return Ok(if hybrid { 0.25 } else { 1.0 }) };
+    if !hybrid && part != 1.0 {
+        return Err(owner.unsupported("partial_rotary_factor", part, "1"));
+    }
+    if !(part > 0.0 && part <= 1.0) {
+        return Err(owner.range("partial_rotary_factor", part, "a number above 0, at most 1"));
+    }
+    Ok(part)
 }
 
 fn read_theta(fields: &Fields<'_>, inner: [Option<&Fields<'_>>; 2]) -> Result<f64, ConfigError> {
@@ -97,11 +148,6 @@ fn parse_scaling(
     parameters: &Fields<'_>,
     max_position_embeddings: usize,
 ) -> Result<RopeScaling, ConfigError> {
-    if let Some(part) = parameters.number("partial_rotary_factor")?
-        && part != 1.0
-    {
-        return Err(parameters.unsupported("partial_rotary_factor", part, "1"));
-    }
     let kind = match parameters.string("rope_type")? {
         Some(kind) => Some(kind),
         None => parameters.string("type")?,

@@ -14,29 +14,32 @@ use crate::rope_config::{RopeConfig, RopeScaling, Yarn};
 pub struct RotaryTable {
     /// `[head_dim / 2]`
     inv_freq: Vec<f32>,
-    /// Multiplies cosines and sines.
+    /// Pairs that positions rotate; the frequencies after them are 0.
+    rotated: usize,
+    /// Multiplies cosines and sines of the rotated pairs.
     attention_factor: f32,
 }
 
 impl RotaryTable {
-    /// Frequencies for heads of `head_dim` elements.
+    /// Frequencies for heads of `head_dim` elements. Where positions rotate only a part of a head,
+    /// the pairs beyond it have frequency 0.
     ///
     /// # Panics
-    ///
-    /// If `head_dim` is odd.
+    /// When `head_dim` is odd.
     pub fn new(config: &RopeConfig, head_dim: usize) -> Self {
         assert!(head_dim.is_multiple_of(2), "head_dim is {head_dim}, expected an even number");
-        match &config.scaling {
+        let dim = config.rotary_dim(head_dim);
+        let (mut inv_freq, attention_factor): (Vec<f32>, _) = match &config.scaling {
             RopeScaling::Default => {
-                let inv_freq =
-                    wavelengths(config.theta, head_dim).map(|length| 1.0 / length).collect();
-                Self { inv_freq, attention_factor: 1.0 }
+                (wavelengths(config.theta, dim).map(|length| 1.0 / length).collect(), 1.0)
             }
-            RopeScaling::Yarn(yarn) => Self {
-                inv_freq: yarn_frequencies(config.theta, yarn, head_dim),
-                attention_factor: yarn.attention_factor as f32,
-            },
-        }
+            RopeScaling::Yarn(yarn) => {
+                (yarn_frequencies(config.theta, yarn, dim), yarn.attention_factor as f32)
+            }
+        };
+        let rotated = inv_freq.len();
+        inv_freq.resize(head_dim / 2, 0.0);
+        Self { inv_freq, rotated, attention_factor }
     }
 
     /// Radians a position, `[head_dim / 2]`.
@@ -67,10 +70,10 @@ impl RotaryTable {
         for ((&position, mut cos), mut sin) in
             positions.iter().zip(cos.rows_mut()).zip(sin.rows_mut())
         {
-            for ((&frequency, cos), sin) in self.inv_freq.iter().zip(&mut cos).zip(&mut sin) {
+            for (pair, &frequency) in self.inv_freq.iter().enumerate() {
                 let (sine, cosine) = (position as f32 * frequency).sin_cos();
-                *cos = cosine * self.attention_factor;
-                *sin = sine * self.attention_factor;
+                let factor = if pair < self.rotated { self.attention_factor } else { 1.0 };
+                (cos[pair], sin[pair]) = (cosine * factor, sine * factor);
             }
         }
     }
@@ -121,6 +124,22 @@ fn correction_range(theta: f64, yarn: &Yarn, head_dim: usize) -> (f64, f64) {
 mod tests {
     use super::*;
 
+    fn rope(theta: f64, scaling: RopeScaling) -> RopeConfig {
+        RopeConfig { theta, partial_rotary_factor: 1.0, scaling }
+    }
+
+    #[test]
+    fn a_part_of_a_head_rotates() {
+        let mut config = rope(10_000.0, RopeScaling::Default);
+        config.partial_rotary_factor = 0.25;
+        let table = RotaryTable::new(&config, 32);
+        let whole = RotaryTable::new(&rope(10_000.0, RopeScaling::Default), 8);
+        assert_eq!(table.frequencies()[..4], *whole.frequencies());
+        assert_eq!(table.frequencies()[4..], [0.0; 12]);
+        let (cos, sin) = table.rows(&[7]);
+        assert!((4..16).all(|pair| (cos[(0, pair)], sin[(0, pair)]) == (1.0, 0.0)));
+    }
+
     fn yarn() -> Yarn {
         Yarn {
             factor: 4.0,
@@ -134,8 +153,7 @@ mod tests {
 
     #[test]
     fn default_frequencies_are_a_geometric_series() {
-        let table =
-            RotaryTable::new(&RopeConfig { theta: 10_000.0, scaling: RopeScaling::Default }, 8);
+        let table = RotaryTable::new(&rope(10_000.0, RopeScaling::Default), 8);
         let expected = [1.0, 0.1, 0.01, 0.001];
         for (found, expected) in table.frequencies().iter().zip(expected) {
             assert!(
@@ -156,9 +174,9 @@ mod tests {
     fn yarn_keeps_fast_dimensions_and_divides_slow_ones() {
         // low = floor(32 ln(64 / 64π) / 2 ln 1e6) = -2, cut to 0; high = ceil(32 ln(64 / 2π) / 2 ln
         // 1e6) = ceil(2.688) = 3.
-        let config = RopeConfig { theta: 1e6, scaling: RopeScaling::Yarn(yarn()) };
+        let config = rope(1e6, RopeScaling::Yarn(yarn()));
         let table = RotaryTable::new(&config, 32);
-        let plain = RotaryTable::new(&RopeConfig { theta: 1e6, scaling: RopeScaling::Default }, 32);
+        let plain = RotaryTable::new(&rope(1e6, RopeScaling::Default), 32);
         for (pair, (&scaled, &plain)) in
             table.frequencies().iter().zip(plain.frequencies()).enumerate()
         {
@@ -187,7 +205,7 @@ mod tests {
         let steep = Yarn { beta_fast: 2.0, beta_slow: 2.0, ..exact };
         let (low, high) = correction_range(theta, &steep, 32);
         assert!(high > low, "a ramp from {low} to {high}");
-        let table = RotaryTable::new(&RopeConfig { theta, scaling: RopeScaling::Yarn(steep) }, 32);
+        let table = RotaryTable::new(&rope(theta, RopeScaling::Yarn(steep)), 32);
         assert!(
             table.frequencies().iter().all(|frequency| frequency.is_finite() && *frequency > 0.0)
         );

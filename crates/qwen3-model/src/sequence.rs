@@ -1,19 +1,26 @@
 //! One sequence with an arena to itself, for programs that run one at a time.
 
-use ops::{KvArena, LogitRows, PAGE_POSITIONS, PageId};
+use ops::{LogitRows, PAGE_POSITIONS, PageId};
 
+use crate::arena::Arena;
 use crate::batch::{Batch, Span, Wanted, local_positions, pages_in_order};
 use crate::error::ModelError;
 use crate::model::{Logits, Model};
 use crate::workspace::Workspace;
 
+/// The slots of the recurrent states of the sequence, and of their copy.
+const OWN: usize = 0;
+const KEPT: usize = 1;
+
 /// A sequence, its pages and a workspace.
 pub struct Sequence {
-    arena: KvArena,
+    arena: Arena,
     workspace: Workspace,
     pages: Vec<PageId>,
     len: usize,
     capacity: usize,
+    /// Tokens of the states that [`keep`](Self::keep) copied.
+    kept: usize,
     /// This rank among those that split positions, and their number.
     place: (usize, usize),
 }
@@ -30,11 +37,12 @@ impl Sequence {
         let (rank, ranks) = (positions.rank(), positions.size());
         let pages = capacity.div_ceil(PAGE_POSITIONS).div_ceil(ranks);
         Ok(Self {
-            arena: model.new_arena(pages)?,
+            arena: model.new_arena(pages, 2)?,
             workspace: model.new_workspace(),
             pages: pages_in_order(capacity, ranks),
             len: 0,
             capacity,
+            kept: 0,
             place: (rank, ranks),
         })
     }
@@ -54,15 +62,29 @@ impl Sequence {
         self.capacity
     }
 
-    /// Forgets all but the first `tokens` of the sequence.
+    /// Forgets all but the first `tokens` of the sequence. The recurrent states of a hybrid model
+    /// only go back to where they were [kept](Self::keep) last; with another number of tokens, none
+    /// excepted, the next pass fails.
     pub fn truncate(&mut self, tokens: usize) {
+        if tokens < self.len && tokens == self.kept && self.arena.states.slots() > 0 {
+            self.arena.states.copy(KEPT, OWN);
+        }
         self.len = self.len.min(tokens);
     }
 
-    /// Bytes of keys and values on this rank.
+    /// Makes it possible to [truncate](Self::truncate) the sequence to its present length later.
+    pub fn keep(&mut self) {
+        if self.arena.states.slots() > 0 {
+            self.arena.states.copy(OWN, KEPT);
+        }
+        self.kept = self.len;
+    }
+
+    /// Bytes of keys, values and recurrent states on this rank.
     pub fn bytes(&self) -> usize {
         let (rank, ranks) = self.place;
-        self.arena.bytes(local_positions(self.len, rank, ranks))
+        self.arena.pages.bytes(local_positions(self.len, rank, ranks))
+            + self.arena.states.slot_bytes()
     }
 
     /// Runs tokens of a prompt, which follow those so far, through the model. All ranks call it
@@ -113,6 +135,7 @@ impl Sequence {
             start: self.len,
             tokens: 0..tokens.len(),
             pages: self.pages.clone(),
+            slot: OWN,
             first_rank: 0,
             generated,
             wanted: (first..tokens.len()).map(|index| (index, Wanted::Logits)).collect(),

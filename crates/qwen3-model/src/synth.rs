@@ -56,6 +56,7 @@ fn write_checkpoint(
     let config = Config::from_json(&dir.join("config.json"), &value)?;
     let folder = create_folder(dir)?;
 
+    let hybrid = config.hybrid.is_some();
     let specs: Vec<TensorSpec> = tensor_specs(&config).collect();
     let stored = |spec: &TensorSpec| StoredSpec {
         name: spec.name.clone(),
@@ -77,7 +78,11 @@ fn write_checkpoint(
                     let count = PIECE.min(spec.elements() - first);
                     let quantiles = &quantiles;
                     scope.spawn(move || match spec.role {
-                        TensorRole::Norm => fill_constant(1.0, count, piece),
+                        // Hybrid models store all norms but that of the delta rule less one.
+                        TensorRole::Norm => {
+                            let less_one = hybrid && !spec.name.contains(".linear_attn.");
+                            fill_constant(if less_one { 0.0 } else { 1.0 }, count, piece);
+                        }
                         TensorRole::Matrix | TensorRole::Router => {
                             fill_random(mix(key ^ (first / PIECE) as u64), quantiles, count, piece);
                         }

@@ -2,10 +2,13 @@
 
 use ops::attention_headwise::AttentionScratch;
 use ops::attention_sequence::PassPlan;
+use ops::delta_rule::DeltaScratch;
 use ops::kernels::Input;
 use ops::mlp::MlpScratch;
 use ops::residual::Residual;
 use tensor::Activations;
+
+use crate::batch::StateSpan;
 
 /// Memory for the forward passes of a model, as large as the largest of them needed. A pass uses
 /// one exclusively; nothing of it means anything between passes.
@@ -27,6 +30,8 @@ pub(crate) struct Part {
     pub x: Residual,
     /// Which of the pass's tokens these are, where they are stored and what they see.
     pub plan: Option<PassPlan>,
+    /// The sequences of these tokens.
+    pub states: Vec<StateSpan>,
     /// Rotary factors, each [tokens, head_dim / 2].
     pub cos: Activations,
     pub sin: Activations,
@@ -41,10 +46,12 @@ pub(crate) struct LayerBuffers {
     pub normed: Activations,
     /// Prepared for the products that come next.
     pub input: Input,
-    /// [tokens, `qkv_width`]
-    pub qkv: Activations,
-    /// [tokens, heads * head_dim]
-    pub attended: Activations,
+    /// What the mixer reads, [tokens, rows of `in_proj`].
+    pub projected: Activations,
+    /// [tokens, rows of `gates`]
+    pub gates: Activations,
+    /// The result of the mixer, [tokens, columns of `out_proj`].
+    pub mixed: Activations,
 }
 
 /// What only single operations use.
@@ -52,5 +59,6 @@ pub(crate) struct LayerBuffers {
 pub(crate) struct Scratch {
     pub partial: Activations,
     pub attention: AttentionScratch,
+    pub delta: DeltaScratch,
     pub mlp: MlpScratch,
 }

@@ -22,7 +22,9 @@ const PAGES: usize = 24;
 
 fn folder(preset: Preset) -> tempfile::TempDir {
     let folder = tempfile::tempdir().expect("a folder");
-    let options = SynthOptions { preset, layers: Some(2), seed: 5 };
+    // The fourth layer of a hybrid model is the first with attention.
+    let layers = if preset == Preset::TinyHybrid { 4 } else { 2 };
+    let options = SynthOptions { preset, layers: Some(layers), seed: 5 };
     synthesize(folder.path(), &options, &mut |_| ()).expect("written");
     folder
 }
@@ -75,6 +77,7 @@ fn batch(spans: &[(usize, std::ops::Range<usize>)], ranks: usize) -> Batch {
             start: positions.start,
             tokens: first..batch.tokens.len(),
             pages: pages(*sequence, positions.end, ranks),
+            slot: *sequence,
             first_rank: sequence % ranks,
             generated: positions.len() == 1,
             wanted: hidden.into_iter().chain([(last, Wanted::Logits)]).collect(),
@@ -88,7 +91,7 @@ type Rows = (Vec<Vec<f32>>, Vec<Vec<f32>>);
 
 /// The wanted rows of passes over such batches.
 fn run(model: &Model, ranks: usize, passes: &[&[(usize, std::ops::Range<usize>)]]) -> Vec<Rows> {
-    let mut arena = model.new_arena(PAGES).expect("memory");
+    let mut arena = model.new_arena(PAGES, PAGES).expect("memory");
     let mut workspace = model.new_workspace();
     let pass = |spans: &&[(usize, std::ops::Range<usize>)]| {
         let batch = batch(spans, ranks);
@@ -134,7 +137,7 @@ fn sequences_get_together_what_they_get_alone() {
         grid(2, 3),
         grid(3, 2),
     ];
-    for preset in [Preset::Tiny, Preset::TinyMoe] {
+    for preset in [Preset::Tiny, Preset::TinyMoe, Preset::TinyHybrid] {
         let folder = folder(preset);
         let expected = on_ranks(folder.path(), 1, ModelOptions::new(Isa::scalar()), |model| {
             let alone = |spans: &&[(usize, std::ops::Range<usize>)]| {
@@ -157,6 +160,9 @@ fn sequences_get_together_what_they_get_alone() {
         });
         for (ranks, strategy) in splits {
             let (_, sp) = strategy.grid(ranks);
+            if preset == Preset::TinyHybrid && sp > 1 {
+                continue;
+            }
             let options = ModelOptions {
                 strategy,
                 threads: 1 + ranks % 2,
@@ -185,7 +191,7 @@ fn sequences_get_together_what_they_get_alone() {
 fn batches_that_do_not_fit_are_refused() {
     let folder = folder(Preset::Tiny);
     on_ranks(folder.path(), 1, ModelOptions::new(Isa::detect()), |model| {
-        let mut arena = model.new_arena(PAGES).expect("memory");
+        let mut arena = model.new_arena(PAGES, 0).expect("memory");
         let mut workspace = model.new_workspace();
         let good = || batch(&[(1, 0..3), (2, 0..1)], 1);
         let mut fails = |change: &dyn Fn(&mut Batch)| {
@@ -264,25 +270,71 @@ fn batches_that_do_not_fit_are_refused() {
         }
         let other = ModelOptions { kv: KvFormat::F16, ..ModelOptions::new(Isa::detect()) };
         let found = on_ranks(folder.path(), 1, other, |model| {
-            let mut arena = model.new_arena(PAGES).expect("memory");
-            let bytes = arena.page_bytes();
+            let mut arena = model.new_arena(PAGES, 0).expect("memory");
+            let bytes = arena.pages.page_bytes();
             (model.page_bytes() == bytes).then_some(()).expect("the model's own pages");
-            arena.copy_page(PageId(0), PageId(1));
+            arena.pages.copy_page(PageId(0), PageId(1));
             bytes
         })[0];
         let mut arena =
-            on_ranks(folder.path(), 1, other, |model| model.new_arena(PAGES).expect("memory"));
+            on_ranks(folder.path(), 1, other, |model| model.new_arena(PAGES, 0).expect("memory"));
         let error = model.forward(&mut arena[0], &good(), &mut workspace);
         let expected = BatchError::Arena { found, expected: model.page_bytes() };
         assert!(matches!(error, Err(ModelError::Batch(error)) if error == expected));
-        assert!(matches!(model.new_arena(usize::MAX / 2), Err(ModelError::Memory(_))));
+        assert!(matches!(model.new_arena(usize::MAX / 2, 0), Err(ModelError::Memory(_))));
 
         // Nothing was computed, and the workspace is as good as new. No tokens are a batch too.
         let output =
-            model.forward(&mut model.new_arena(PAGES).expect("memory"), &good(), &mut workspace);
+            model.forward(&mut model.new_arena(PAGES, 0).expect("memory"), &good(), &mut workspace);
         assert_eq!(output.expect("a good batch").logits.values.nrows(), 2);
-        let mut arena = model.new_arena(0).expect("nothing");
+        let mut arena = model.new_arena(0, 0).expect("nothing");
         let output = model.forward(&mut arena, &Batch::default(), &mut workspace);
         assert_eq!(output.expect("an empty batch").logits.values.dim(), (0, vocab_size));
+    });
+}
+
+/// The slots of recurrent states, and states of other tokens than those before a span.
+#[test]
+fn states_that_do_not_fit_are_refused() {
+    let folder = folder(Preset::TinyHybrid);
+    on_ranks(folder.path(), 1, ModelOptions::new(Isa::detect()), |model| {
+        let mut arena = model.new_arena(PAGES, 3).expect("memory");
+        let mut workspace = model.new_workspace();
+        let mut forward = |batch: &Batch| match model.forward(&mut arena, batch, &mut workspace) {
+            Ok(_) => None,
+            Err(ModelError::Batch(error)) => Some(error),
+            Err(error) => panic!("{error}"),
+        };
+        let error = BatchError::NoSuchSlot { sequence: 3, found: 3, slots: 3 };
+        assert_eq!(forward(&batch(&[(3, 0..2)], 1)), Some(error));
+        let mut shared = batch(&[(1, 0..2), (2, 0..2)], 1);
+        shared.spans[1].slot = 1;
+        let error = BatchError::SharedSlot { sequence: 2, slot: 1, other: 1 };
+        assert_eq!(forward(&shared), Some(error));
+        assert_eq!(forward(&batch(&[(1, 0..5)], 1)), None);
+        let error = BatchError::States { sequence: 1, slot: 1, found: Some(5), expected: 4 };
+        assert_eq!(forward(&batch(&[(1, 4..6)], 1)), Some(error.clone()));
+        assert!(error.to_string().contains("have seen 5 tokens, expected the 4"), "{error}");
+        assert_eq!(forward(&batch(&[(1, 5..6)], 1)), None);
+        // A first token begins again.
+        assert_eq!(forward(&batch(&[(1, 0..2)], 1)), None);
+    });
+}
+
+#[test]
+fn a_hybrid_model_splits_no_positions() {
+    let folder = folder(Preset::TinyHybrid);
+    let strategy = ParallelStrategy::Sequence;
+    let options = ModelOptions { strategy, ..ModelOptions::new(Isa::detect()) };
+    std::thread::scope(|scope| {
+        let folder = folder.path();
+        for comm in ThreadComm::group(2) {
+            scope.spawn(move || {
+                let source = ModelSource::open(folder).expect("a model");
+                let error = Model::load(&source, Arc::new(comm), &options, &|_| ()).err();
+                let text = error.expect("refused").to_string();
+                assert!(text.contains("expected ranks that split heads only"), "{text}");
+            });
+        }
     });
 }

@@ -78,6 +78,24 @@ fn presets_have_the_published_numbers_of_parameters() {
     }
 }
 
+/// That of Qwen3-Coder-Next is the published number without the layer that predicts a second token;
+/// the others are those of the text parts.
+#[test]
+fn hybrid_presets_have_the_published_numbers_of_parameters() {
+    for (preset, parameters) in [
+        (Preset::Hybrid0_8B, 752_393_024),
+        (Preset::Hybrid4B, 4_205_751_296),
+        (Preset::Hybrid27B, 26_895_998_464),
+        (Preset::Hybrid35BA3B, 34_660_610_688),
+        (Preset::Next80B, 79_674_391_296),
+    ] {
+        let config =
+            Config::from_json(Path::new("config.json"), &preset.config(None)).expect("valid");
+        assert_eq!(config.parameters(), parameters, "{preset}");
+        assert_eq!(config.attention_layers(), config.num_hidden_layers / 4);
+    }
+}
+
 #[test]
 fn presets_have_names() {
     for preset in Preset::ALL {
@@ -86,14 +104,17 @@ fn presets_have_names() {
     let error = "0.5b".parse::<Preset>().expect_err("no such preset");
     assert_eq!(
         error.to_string(),
-        "found `0.5b`, expected 0.6b, 1.7b, 4b, 8b, 14b, 32b, 30b-a3b, tiny, tiny-moe"
+        "found `0.5b`, expected 0.6b, 1.7b, 4b, 8b, 14b, 32b, 30b-a3b, qwen3.5-0.8b, qwen3.5-4b, \
+         qwen3.5-27b, qwen3.5-35b-a3b, qwen3-next-80b-a3b, tiny, tiny-moe, tiny-hybrid"
     );
 }
 
 #[test]
 fn a_made_up_checkpoint_is_complete() {
     let folder = tempfile::tempdir().expect("a folder");
-    for (preset, layers) in [(Preset::Tiny, None), (Preset::TinyMoe, Some(2))] {
+    for (preset, layers) in
+        [(Preset::Tiny, None), (Preset::TinyMoe, Some(2)), (Preset::TinyHybrid, None)]
+    {
         let dir = folder.path().join(preset.name());
         let mut progress = Vec::new();
         synthesize(&dir, &SynthOptions { preset, layers, seed: 1 }, &mut |now| progress.push(now))
@@ -104,7 +125,10 @@ fn a_made_up_checkpoint_is_complete() {
 
         let config = Config::read(&ModelSource::open(&dir).expect("a model"))
             .expect("a valid configuration");
-        assert_eq!(config.num_hidden_layers, layers.unwrap_or(3));
+        assert_eq!(
+            config.num_hidden_layers,
+            layers.unwrap_or(if preset == Preset::TinyHybrid { 4 } else { 3 })
+        );
         assert_eq!(last.total, 2 * config.parameters());
         assert_eq!(
             GenerationConfig::read(&ModelSource::open(&dir).expect("a model"))
@@ -119,7 +143,8 @@ fn a_made_up_checkpoint_is_complete() {
         }
         assert_eq!(
             checkpoint.vector("model.norm.weight", config.hidden_size).expect("present"),
-            vec![1.0; 96]
+            // Hybrid models store their norms less one.
+            vec![if config.hybrid.is_some() { 0.0 } else { 1.0 }; 96]
         );
         let logits = logits(&dir);
         assert_eq!(logits.len(), 5 * 512);

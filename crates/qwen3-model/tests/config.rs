@@ -1,7 +1,8 @@
 //! Configuration files: published forms, defaults, and one malformed input for each error.
 
-use std::path::Path;
+mod configs;
 
+use configs::{parse, rejected, with};
 use qwen3_model::config::ConfigError;
 use qwen3_model::rope_config::RopeScaling;
 use qwen3_model::{Config, LogitRows, ModelSource};
@@ -26,23 +27,7 @@ fn sparse() -> Value {
         "mlp_only_layers": [], "moe_intermediate_size": 768, "norm_topk_prob": true, "num_experts": 128,
         "num_experts_per_tok": 8
     });
-    merged(dense(), &moe)
-}
-
-fn parse(value: &Value) -> Result<Config, ConfigError> {
-    Config::from_json(Path::new("models/x/config.json"), value)
-}
-
-/// The base with some fields replaced; `null` is the same as absent.
-fn merged(mut base: Value, fields: &Value) -> Value {
-    for (field, value) in fields.as_object().expect("an object") {
-        base[field] = value.clone();
-    }
-    base
-}
-
-fn with(base: Value, fields: Value) -> Result<Config, ConfigError> {
-    parse(&merged(base, &fields))
+    configs::merged(dense(), &moe)
 }
 
 #[test]
@@ -300,26 +285,6 @@ fn quantized_by_this_project() {
     for bits in [4, 8] {
         let fields = json!({"quantization_config": {"quant_method": "group32", "bits": bits}});
         assert_eq!(with(dense(), fields).expect("quantized").quantization_bits, Some(bits));
-    }
-}
-
-/// (fields, the error's variant, the field it names)
-fn rejected(base: fn() -> Value, cases: &[(Value, &str, &str)]) {
-    for (fields, variant, name) in cases {
-        let error = with(base(), fields.clone()).expect_err(&format!("{fields} must be rejected"));
-        let (found, field) = match &error {
-            ConfigError::Missing { field, .. } => ("missing", field),
-            ConfigError::Type { field, .. } => ("type", field),
-            ConfigError::Range { field, .. } => ("range", field),
-            ConfigError::Contradiction { field, .. } => ("contradiction", field),
-            ConfigError::Unsupported { field, .. } => ("unsupported", field),
-            ConfigError::Document(_) | ConfigError::Json { .. } => panic!("{fields}: {error}"),
-        };
-        assert_eq!((found, field.as_str()), (*variant, *name), "{fields}: {error}");
-        let message = error.to_string();
-        assert!(message.starts_with("models/x/config.json: "), "{message}");
-        assert!(message.contains("expected "), "{message}");
-        assert!(!message.contains('\n'), "{message}");
     }
 }
 

@@ -140,6 +140,7 @@ fn add(batch: &mut Batch, sequence: usize, positions: Range<usize>, prompt: usiz
         start: positions.start,
         tokens: first..batch.tokens.len(),
         pages: (0..pages).map(|index| PageId(page(index) as u32)).collect(),
+        slot: 0,
         first_rank: 0,
         generated: positions.start >= prompt,
         wanted: rows.map(|row| (row - positions.start, Wanted::Logits)).collect(),
@@ -150,7 +151,7 @@ fn add(batch: &mut Batch, sequence: usize, positions: Range<usize>, prompt: usiz
 /// behind its first pages that a sequence with the same tokens gets, which begins there.
 fn run(model: &Model, prompt: usize, schedule: Schedule) -> [BTreeMap<usize, Vec<u32>>; 2] {
     let pages = FIRST_PAGES + 1 + schedule.others * OTHER_PAGES;
-    let mut arena = model.new_arena(pages).expect("memory");
+    let mut arena = model.new_arena(pages, 0).expect("memory");
     let mut workspace = model.new_workspace();
     let rows = wanted(prompt);
     let [mut found, mut hit] = [const { BTreeMap::new() }; 2];

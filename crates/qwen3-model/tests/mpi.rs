@@ -17,10 +17,10 @@ fn main() {
     let comm: Arc<dyn Communicator> = Arc::new(world);
     // A failed check ends the other ranks too: dropped in a panic, this end fails them all.
     let mut passed = 0;
-    for case in cases::CASES {
+    for case in cases::CASES.into_iter().chain([suite::HYBRIDS[0]]) {
         let reference = suite::Reference::read(case);
         for isa in suite::isas() {
-            for what in suite::combinations(reference.mixture, comm.size(), isa, None, 1) {
+            for what in suite::combinations(&reference, comm.size(), isa, None, 1) {
                 reference.check(comm.clone(), &what);
                 passed += 1;
                 if what.goes_in_halves() {

@@ -11,7 +11,7 @@ use cases::CASES;
 use qwen3_model::ModelSource;
 use qwen3_model::comm::{Communicator, EmulatedComm, Link, ThreadComm, WireFormat};
 use qwen3_model::options::WeightFormat;
-use qwen3_model::{LogitRows, Model, ModelOptions, ParallelStrategy, Sequence};
+use qwen3_model::{Isa, LogitRows, Model, ModelOptions, ParallelStrategy, Sequence};
 
 fn check_ranks(
     reference: &suite::Reference,
@@ -27,13 +27,15 @@ fn check_ranks(
 }
 
 fn check_all(case: &str) {
+    check(case, &suite::isas(), &[None, Some(WeightFormat::F32)]);
+}
+
+fn check(case: &str, isas: &[Isa], weights: &[Option<WeightFormat>]) {
     let reference = suite::Reference::read(case);
     for ranks in 1..=5 {
-        for isa in suite::isas() {
-            for weights in [None, Some(WeightFormat::F32)] {
-                for what in
-                    suite::combinations(reference.mixture, ranks, isa, weights, 1 + ranks % 2)
-                {
+        for &isa in isas {
+            for &weights in weights {
+                for what in suite::combinations(&reference, ranks, isa, weights, 1 + ranks % 2) {
                     check_ranks(&reference, ranks, &what, |comm| Arc::new(comm));
                     if what.goes_in_halves() && ranks > 1 {
                         check_ranks(&reference, ranks, &what, |comm| {
@@ -78,6 +80,22 @@ fn dense_yarn_bf16() {
 #[test]
 fn moe_bf16() {
     check_all("moe-bf16");
+}
+
+#[test]
+fn hybrid_bundled() {
+    check(suite::HYBRIDS[0], &suite::isas(), &[None]);
+}
+
+#[test]
+fn hybrids_beside_the_workspace() {
+    for case in &suite::HYBRIDS[1..] {
+        if cases::folder(case).is_dir() {
+            check(case, &[Isa::detect(), Isa::scalar()], &[None]);
+        } else {
+            eprintln!("{case} is not checked: {} is absent", cases::folder(case).display());
+        }
+    }
 }
 
 /// What shorter sums cost: the contract for ranks on several machines, whose default is bf16, is

@@ -35,11 +35,11 @@ pub struct DeltaTokens<'a> {
     pub k: &'a [f32],
     /// Values, [tokens, value_dim].
     pub v: &'a [f32],
-    /// The product of each token's key and query, [tokens].
+    /// The product of each token's key and query, `[tokens]`.
     pub key_query: &'a [f32],
-    /// What the state is multiplied by before each token, [tokens].
+    /// What the state is multiplied by before each token, `[tokens]`.
     pub decay: &'a [f32],
-    /// How far each token moves the state towards its value, [tokens].
+    /// How far each token moves the state towards its value, `[tokens]`.
     pub beta: &'a [f32],
 }
 

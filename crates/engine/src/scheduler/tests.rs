@@ -2,7 +2,8 @@
 //!
 //! The simulated cache stores, for each position of each page, a hash of the tokens up to that
 //! position. A step checks that every earlier position of every span has the right hash, which a
-//! page that was given away, not copied, or matched wrongly would not have.
+//! page that was given away, not copied, or matched wrongly would not have. In the same way a slot
+//! of recurrent states has the hash of the tokens that its states have seen.
 
 use std::collections::HashMap;
 use std::time::Duration;
@@ -53,6 +54,7 @@ struct Follower {
     siblings: Vec<SequenceId>,
     computed: usize,
     first: usize,
+    slot: u32,
     pages: Vec<Page>,
 }
 
@@ -60,6 +62,7 @@ struct Simulation {
     scheduler: Scheduler,
     now: Duration,
     cache: HashMap<(Page, usize), u64>,
+    states: HashMap<u32, u64>,
     followers: HashMap<SequenceId, Follower>,
     next: SequenceId,
     finished: Vec<(SequenceId, Vec<u32>)>,
@@ -68,11 +71,22 @@ struct Simulation {
 
 impl Simulation {
     fn new(arenas: usize, pages: usize, sequences: usize) -> Self {
+        Self::with_states(arenas, pages, sequences, None)
+    }
+
+    /// With so many snapshots of recurrent states, if the model has such states.
+    fn with_states(
+        arenas: usize,
+        pages: usize,
+        sequences: usize,
+        snapshots: Option<usize>,
+    ) -> Self {
         let aging = Duration::from_secs(1);
         let sizes = Sizes {
             arenas,
             pages,
             sequences,
+            snapshots,
             uniform_pages: pages.is_multiple_of(2),
             logit_rows: 100,
             aging,
@@ -81,6 +95,7 @@ impl Simulation {
             scheduler: Scheduler::new(sizes, ChainKey::new([3; 32], b"simulation")),
             now: Duration::ZERO,
             cache: HashMap::new(),
+            states: HashMap::new(),
             followers: HashMap::new(),
             next: 0,
             finished: Vec::new(),
@@ -113,6 +128,7 @@ impl Simulation {
             siblings: (id + 1..id + wish.n as u64).collect(),
             computed: 0,
             first: 0,
+            slot: 0,
             pages: Vec::new(),
         };
         self.followers.insert(id, follower);
@@ -156,14 +172,28 @@ impl Simulation {
                 };
             }
         }
+        for (from, to) in &plan.state_copies {
+            match self.states.get(from).copied() {
+                Some(hash) => self.states.insert(*to, hash),
+                None => self.states.remove(to),
+            };
+        }
         for placement in &plan.placed {
             let follower = self.followers.get_mut(&placement.id).expect("a live sequence");
             follower.first = placement.first;
+            follower.slot = placement.slot;
             follower.computed = placement.computed;
             follower.pages = placement.pages.clone();
         }
         for (id, page) in &plan.grown {
             self.followers.get_mut(id).expect("a live sequence").pages.push(*page);
+        }
+        // No two sequences have the same slot.
+        if self.scheduler.states.is_some() {
+            let running = self.followers.values().filter(|follower| !follower.pages.is_empty());
+            let mut slots: Vec<_> = running.map(|follower| follower.slot).collect();
+            slots.sort_unstable();
+            assert!(slots.windows(2).all(|pair| pair[0] != pair[1]), "{slots:?}");
         }
         // Every reference that the pool counts is a page of a live sequence.
         let mut tables: HashMap<Page, u32> = HashMap::new();
@@ -180,6 +210,13 @@ impl Simulation {
         // A span is of the prompt or of generated tokens.
         assert!(end <= follower.prompt || follower.computed >= follower.prompt);
         let arenas = self.scheduler.pool().arenas();
+        if self.scheduler.states.is_some() {
+            let hashes = prefixes(&follower.tokens);
+            if let Some(last) = follower.computed.checked_sub(1) {
+                assert_eq!(self.states.get(&follower.slot), Some(&hashes[last]), "{}", span.id);
+            }
+            self.states.insert(follower.slot, hashes[end - 1]);
+        }
         for (position, hash) in prefixes(&follower.tokens)[..end].iter().enumerate() {
             let page = follower.pages[position / PAGE_POSITIONS];
             assert_eq!(page.arena, (follower.first + position / PAGE_POSITIONS) % arenas);
@@ -208,8 +245,9 @@ impl Simulation {
             self.scheduler.fork(span.id, id, token);
             let tokens = [&before[..], &[token]].concat();
             let (siblings, pages) = Default::default();
+            let (computed, first, slot) = Default::default();
             let child =
-                Follower { tokens, prompt, index, limit, siblings, computed: 0, first: 0, pages };
+                Follower { tokens, prompt, index, limit, siblings, computed, first, slot, pages };
             self.followers.insert(id, child);
             // Placed in the next plan; until then the pool counts pages that no table shows.
             self.finish_if_done(id);
@@ -268,11 +306,14 @@ proptest! {
         extra in prop_oneof![Just(0), 0..6usize, Just(60)],
         sequences in 1..9usize,
         prompt_rows in prop_oneof![16..64usize, Just(512)],
+        snapshots in proptest::option::of(0..4usize),
     ) {
         // The fewest pages with which each sequence fits alone.
         let longest = wishes.iter().map(|wish| pages_for(wish.prompt + wish.tokens)).max();
         let pages = longest.expect("a wish").div_ceil(arenas) + extra;
-        let mut simulation = Simulation::new(arenas, pages, sequences);
+        // A hybrid model splits no positions.
+        let snapshots = snapshots.filter(|_| arenas == 1);
+        let mut simulation = Simulation::with_states(arenas, pages, sequences, snapshots);
         let mut arrivals = wishes.iter();
         let mut next = arrivals.next();
         let mut due = Duration::ZERO;

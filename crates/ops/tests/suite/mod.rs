@@ -257,6 +257,7 @@ fn every_schedule_gives_the_formula(rank: &Rank, experts: bool) {
             ),
         };
         let block = Mlp {
+            shared: None,
             schedule,
             experts: own.clone().map(expert).collect(),
             own,
