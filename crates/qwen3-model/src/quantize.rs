@@ -92,7 +92,7 @@ pub fn quantize(
                 convert(&matrix, *format, target, &mut write)?;
             }
             _ => {
-                let values = checkpoint.vector(&spec.name, spec.elements())?;
+                let values = checkpoint.values(&spec.name, &spec.shape)?;
                 write(&encode(&spec.name, *format, 1, &values, 0, target)?)?;
             }
         }
