@@ -18,7 +18,7 @@ use crate::{
     CheckpointError, Document, DocumentError, Matrix,
     file::WeightFile,
     gguf::GgufTensor,
-    gguf_model::tensor_name,
+    gguf_model::{further_layers, tensor_name, tensor_shape},
     header::{Entry, Fields, excerpt, read_header},
     matrix::Stored,
     names::Renaming,
@@ -129,13 +129,19 @@ impl Checkpoint {
             quantization: Quantization::default(),
             bytes_read,
         };
+        let names = parts.iter().flat_map(|(_, tensors)| tensors).map(|tensor| &*tensor.name);
+        let further = further_layers(names);
         for (file, tensors) in parts {
             for tensor in tensors {
-                let known = tensor_name(&tensor.name).unwrap_or_else(|| tensor.name.clone());
+                let layer = tensor.name.split('.').nth(1).unwrap_or_default();
+                let known = match further.contains(&layer) {
+                    true => format!("mtp.{}", tensor.name),
+                    false => tensor_name(&tensor.name).unwrap_or_else(|| tensor.name.clone()),
+                };
                 let tensor = Tensor {
                     file: Arc::clone(file),
                     name: tensor.name.as_str().into(),
-                    shape: tensor.shape.clone(),
+                    shape: tensor_shape(&known, &tensor.shape),
                     offset: tensor.offset,
                     encoding: Encoding::Ggml(tensor.kind),
                 };

@@ -12,6 +12,11 @@ use crate::{Document, DocumentError, gguf::Value};
 const SPLIT: &str = "(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\\r\\n\\p{L}\\p{N}]?\\p{L}+|\\p{N}| \
                      ?[^\\s\\p{L}\\p{N}]+[\\r\\n]*|\\s*[\\r\\n]+|\\s+(?!\\S)|\\s+";
 
+/// The same of the tokenizers since Qwen3.5, which keep marks with their letters (`qwen35`).
+const SPLIT_WITH_MARKS: &str = "(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\\r\\n\\p{L}\\p{N}]?[\\p{L}\\p{M}]+|\
+                                \\p{N}| ?[^\\s\\p{L}\\p{M}\\p{N}]+[\\r\\n]*|\\s*[\\r\\n]+|\
+                                \\s+(?!\\S)|\\s+";
+
 /// Token types of llama.cpp.
 const CONTROL: f64 = 3.0;
 const USER_DEFINED: f64 = 4.0;
@@ -28,19 +33,27 @@ impl GgufModel<'_> {
     /// its own, `vocabulary` is the number of rows of the embedding.
     pub(crate) fn config(&self, tied: bool, vocabulary: usize) -> Result<Document, DocumentError> {
         let architecture = self.text("general.architecture")?;
-        let (model_type, sparse) = match architecture {
-            "qwen3" => ("qwen3", false),
-            "qwen3moe" => ("qwen3_moe", true),
+        // How the tensors of a delta rule lie in the file; `None` in a model without one.
+        let (model_type, sparse, layout) = match architecture {
+            "qwen3" => ("qwen3", false, None),
+            "qwen3moe" => ("qwen3_moe", true, None),
+            "qwen3next" => ("qwen3_next", true, Some("gguf-grouped")),
+            "qwen35" => ("qwen3_5_text", false, Some("gguf-tiled")),
+            "qwen35moe" => ("qwen3_5_moe_text", true, Some("gguf-tiled")),
             other => {
-                return Err(self.wrong("general.architecture", other, "qwen3 or qwen3moe"));
+                let expected = "qwen3, qwen3moe, qwen3next, qwen35 or qwen35moe";
+                return Err(self.wrong("general.architecture", other, expected));
             }
         };
         let key = |name: &str| format!("{architecture}.{name}");
         let size = |name: &str| self.size(&key(name));
         let heads = size("attention.head_count")?;
+        // Layers that predict a second token come after the others.
+        let further = self.optional_size(&key("nextn_predict_layers"))?.unwrap_or(0);
+        let layers = size("block_count")?.saturating_sub(further);
         let mut config = json!({
             "model_type": model_type,
-            "num_hidden_layers": size("block_count")?,
+            "num_hidden_layers": layers,
             "hidden_size": size("embedding_length")?,
             "num_attention_heads": heads,
             "num_key_value_heads": self.optional_size(&key("attention.head_count_kv"))?
@@ -66,6 +79,10 @@ impl GgufModel<'_> {
             set("moe_intermediate_size", json!(size("expert_feed_forward_length")?));
             set("norm_topk_prob", json!(true));
         }
+        if let Some(layout) = layout {
+            self.add_delta_rule(&mut config, architecture, layout)?;
+        }
+        let mut set = |field: &str, value: Json| config[field] = value;
         match self.metadata.get(&key("rope.scaling.type")) {
             None => {}
             Some(Value::Text(kind)) if kind == "none" => {}
@@ -98,6 +115,57 @@ impl GgufModel<'_> {
         Ok(self.document(&config))
     }
 
+    /// The fields of `config.json` that only hybrid models have.
+    fn add_delta_rule(
+        &self,
+        config: &mut Json,
+        architecture: &str,
+        layout: &str,
+    ) -> Result<(), DocumentError> {
+        let key = |name: &str| format!("{architecture}.{name}");
+        let (key_heads, value_heads) =
+            (self.size(&key("ssm.group_count"))?, self.size(&key("ssm.time_step_rank"))?);
+        let inner = self.size(&key("ssm.inner_size"))?;
+        if value_heads == 0 || !inner.is_multiple_of(value_heads) {
+            let expected = format!("a multiple of {value_heads}, the number of value heads");
+            return Err(self.wrong(&key("ssm.inner_size"), &inner.to_string(), &expected));
+        }
+        let head_dim = self.size(&key("attention.key_length"))?;
+        let rotary = self.optional_size(&key("rope.dimension_count"))?.unwrap_or(head_dim / 4);
+        let fields = json!({
+            "linear_num_key_heads": key_heads,
+            "linear_num_value_heads": value_heads,
+            "linear_key_head_dim": self.size(&key("ssm.state_size"))?,
+            "linear_value_head_dim": inner / value_heads,
+            "linear_conv_kernel_dim": self.size(&key("ssm.conv_kernel"))?,
+            "full_attention_interval":
+                self.optional_size(&key("full_attention_interval"))?.unwrap_or(4),
+            "partial_rotary_factor": rotary as f64 / head_dim.max(1) as f64,
+            "delta_layout": layout,
+        });
+        for (field, value) in fields.as_object().into_iter().flatten() {
+            config[field] = value.clone();
+        }
+        // Only in mixtures of experts.
+        if let Some(columns) = self.optional_size(&key("expert_shared_feed_forward_length"))? {
+            config["shared_expert_intermediate_size"] = json!(columns);
+        }
+        let recurrent = key("attention.recurrent_layers");
+        match self.metadata.get(&recurrent) {
+            None => {}
+            Some(Value::Numbers(recurrent)) => {
+                let layers = config["num_hidden_layers"].as_u64().unwrap_or(0) as usize;
+                let kind = |recurrent: &f64| match *recurrent != 0.0 {
+                    true => "linear_attention",
+                    false => "full_attention",
+                };
+                config["layer_types"] = recurrent.iter().take(layers).map(kind).collect();
+            }
+            Some(other) => return Err(self.mistyped(&recurrent, other, "a list of booleans")),
+        }
+        Ok(())
+    }
+
     /// Whether the file has a tokenizer.
     pub(crate) fn has_tokenizer(&self) -> bool {
         self.metadata.contains_key("tokenizer.ggml.tokens")
@@ -110,8 +178,12 @@ impl GgufModel<'_> {
             found => Err(self.wrong(key, found, &expected.join(" or "))),
         };
         expect("tokenizer.ggml.model", &["gpt2"])?;
+        let mut pattern = SPLIT;
         if self.metadata.contains_key("tokenizer.ggml.pre") {
-            expect("tokenizer.ggml.pre", &["qwen2", "qwen3"])?;
+            expect("tokenizer.ggml.pre", &["qwen2", "qwen3", "qwen35"])?;
+            if self.text("tokenizer.ggml.pre")? == "qwen35" {
+                pattern = SPLIT_WITH_MARKS;
+            }
         }
         let tokens = self.texts("tokenizer.ggml.tokens")?;
         let merges = self.texts("tokenizer.ggml.merges")?;
@@ -154,7 +226,7 @@ impl GgufModel<'_> {
             "use_regex": false,
         });
         let split = json!({
-            "type": "Split", "pattern": {"Regex": SPLIT}, "behavior": "Isolated", "invert": false,
+            "type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": false,
         });
         Ok(self.document(&json!({
             "version": "1.0",
@@ -301,6 +373,14 @@ pub(crate) fn tensor_name(name: &str) -> Option<String> {
     }
     let (layer, part) = name.strip_prefix("blk.")?.split_once('.')?;
     layer.parse::<usize>().ok()?;
+    let delta = match part {
+        "ssm_a" => Some("A_log"),
+        "ssm_dt.bias" => Some("dt_bias"),
+        _ => None,
+    };
+    if let Some(own) = delta {
+        return Some(format!("model.layers.{layer}.linear_attn.{own}"));
+    }
     let (part, field) = part.rsplit_once('.')?;
     let own = match part {
         "attn_norm" => "input_layernorm",
@@ -310,7 +390,19 @@ pub(crate) fn tensor_name(name: &str) -> Option<String> {
         "attn_output" => "self_attn.o_proj",
         "attn_q_norm" => "self_attn.q_norm",
         "attn_k_norm" => "self_attn.k_norm",
-        "ffn_norm" => "post_attention_layernorm",
+        "ffn_norm" | "post_attention_norm" => "post_attention_layernorm",
+        "attn_qkv" => "linear_attn.in_proj_qkv",
+        "attn_gate" => "linear_attn.in_proj_z",
+        "ssm_beta" => "linear_attn.in_proj_b",
+        "ssm_alpha" => "linear_attn.in_proj_a",
+        "ssm_ba" => "linear_attn.in_proj_ba",
+        "ssm_conv1d" => "linear_attn.conv1d",
+        "ssm_norm" => "linear_attn.norm",
+        "ssm_out" => "linear_attn.out_proj",
+        "ffn_gate_shexp" => "mlp.shared_expert.gate_proj",
+        "ffn_up_shexp" => "mlp.shared_expert.up_proj",
+        "ffn_down_shexp" => "mlp.shared_expert.down_proj",
+        "ffn_gate_inp_shexp" => "mlp.shared_expert_gate",
         "ffn_gate" => "mlp.gate_proj",
         "ffn_up" => "mlp.up_proj",
         "ffn_down" => "mlp.down_proj",
@@ -321,4 +413,23 @@ pub(crate) fn tensor_name(name: &str) -> Option<String> {
         _ => return None,
     };
     Some(format!("model.layers.{layer}.{own}.{field}"))
+}
+
+/// The layers of these tensors that only predict further tokens.
+pub(crate) fn further_layers<'a>(names: impl Iterator<Item = &'a str>) -> Vec<&'a str> {
+    let layer = |name: &'a str| {
+        let (layer, part) = name.strip_prefix("blk.")?.split_once('.')?;
+        part.starts_with("nextn.").then_some(layer)
+    };
+    names.filter_map(layer).collect()
+}
+
+/// The shape in transformers of a tensor with the given name there. GGUF files leave out
+/// dimensions of 1.
+pub(crate) fn tensor_shape(name: &str, shape: &[usize]) -> Vec<usize> {
+    match *shape {
+        [channels, taps] if name.ends_with(".linear_attn.conv1d.weight") => vec![channels, 1, taps],
+        [hidden] if name.ends_with(".mlp.shared_expert_gate.weight") => vec![1, hidden],
+        _ => shape.to_vec(),
+    }
 }

@@ -25,9 +25,10 @@ const L2_EPS: f32 = 1e-6;
 /// first three.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct DeltaShape {
-    /// For each key head of this rank, the range of this rank's value heads that use it;
-    /// consecutive and ascending.
-    pub groups: Vec<Range<usize>>,
+    /// Key heads of this rank; there are as many query heads.
+    pub key_heads: usize,
+    /// For each value head of this rank the key head that it uses.
+    pub key_of: Vec<usize>,
     /// Elements of a query and of a key.
     pub key_dim: usize,
     /// Elements of a value.
@@ -39,12 +40,12 @@ pub struct DeltaShape {
 impl DeltaShape {
     /// Value heads of this rank.
     pub fn heads(&self) -> usize {
-        self.groups.last().map_or(0, |group| group.end)
+        self.key_of.len()
     }
 
     /// Elements of all queries of a token; its keys have as many.
     fn key_width(&self) -> usize {
-        self.groups.len() * self.key_dim
+        self.key_heads * self.key_dim
     }
 
     /// Elements of all values of a token, and of its result.
@@ -97,8 +98,8 @@ pub struct DeltaWeights {
     /// Weights of the convolution: [taps, elements] for each query head, each key head and each
     /// value head in turn, the last tap for the token itself.
     pub conv: Vec<f32>,
-    /// Logarithm of the rate of decay, [value heads].
-    pub a_log: Vec<f32>,
+    /// The rate of decay, e^A_log, [value heads].
+    pub rate: Vec<f32>,
     /// Bias of the decay, [value heads].
     pub dt_bias: Vec<f32>,
     /// Weight of the norm of each head's result, one number an element.
@@ -171,21 +172,18 @@ pub fn delta_rule(
         rest = below;
         let mut states = states.chunks_exact_mut(shape.head_state_len().max(1));
         let mut block = Some(block);
-        for (key_head, group) in shape.groups.iter().enumerate() {
-            for head in group.clone() {
-                let (own, right) =
-                    block.take().expect("columns are left").split_cols(shape.value_dim);
-                block = Some(right);
-                tasks.push(Task {
-                    rows: first..first + span.tokens,
-                    start: span.start,
-                    key_head,
-                    head,
-                    conv: &*conv,
-                    state: states.next().expect("a state for each value head"),
-                    out: own,
-                });
-            }
+        for (head, &key_head) in shape.key_of.iter().enumerate() {
+            let (own, right) = block.take().expect("columns are left").split_cols(shape.value_dim);
+            block = Some(right);
+            tasks.push(Task {
+                rows: first..first + span.tokens,
+                start: span.start,
+                key_head,
+                head,
+                conv: &*conv,
+                state: states.next().expect("a state for each value head"),
+                out: own,
+            });
         }
         first += span.tokens;
     }
@@ -259,7 +257,7 @@ impl Task<'_> {
         // RMSNorm with these weights is L2 normalization; queries are also scaled as in attention.
         let key_norm = (key_dim as f32).sqrt().recip();
         let query_norm = key_norm * key_norm;
-        let rate = weights.a_log[self.head].exp();
+        let rate = weights.rate[self.head];
         let ThreadScratch { window, mixed, q, k, v, key_query, decay, beta, result, normed } =
             scratch;
         for start in self.rows.clone().step_by(BLOCK_TOKENS) {
@@ -359,13 +357,19 @@ mod tests {
     /// of their results, and the states.
     fn run(isa: Isa, threads: usize, cuts: &[usize]) -> ([Vec<Vec<f32>>; 2], Vec<f32>) {
         const TOKENS: usize = 50;
-        let shape = DeltaShape { groups: vec![0..3, 3..5], key_dim: 12, value_dim: 20, taps: 4 };
+        let shape = DeltaShape {
+            key_heads: 2,
+            key_of: vec![0, 1, 1, 0, 1],
+            key_dim: 12,
+            value_dim: 20,
+            taps: 4,
+        };
         let ctx = Context::new(isa, Arc::new(SoloComm::new()), 1, threads, Placement::Free)
             .expect("threads");
         let numbers = |len, seed| noise(0..1, len, seed).into_raw_vec_and_offset().0;
         let weights = DeltaWeights {
             conv: numbers(4 * shape.channels(), 1),
-            a_log: numbers(5, 2),
+            rate: numbers(5, 2).iter().map(|x| x.exp()).collect(),
             dt_bias: numbers(5, 3),
             norm: numbers(20, 4),
             eps: 1e-6,
@@ -412,12 +416,13 @@ mod tests {
 
     #[test]
     fn a_rank_without_heads_has_nothing_to_do() {
-        let shape = DeltaShape { groups: Vec::new(), key_dim: 12, value_dim: 20, taps: 4 };
+        let shape =
+            DeltaShape { key_heads: 0, key_of: Vec::new(), key_dim: 12, value_dim: 20, taps: 4 };
         let ctx = Context::new(Isa::detect(), Arc::new(SoloComm::new()), 1, 2, Placement::Free)
             .expect("threads");
         let weights = DeltaWeights {
             conv: Vec::new(),
-            a_log: Vec::new(),
+            rate: Vec::new(),
             dt_bias: Vec::new(),
             norm: vec![1.0; 20],
             eps: 1e-6,

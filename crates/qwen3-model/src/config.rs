@@ -8,7 +8,7 @@ use serde_json::Value;
 
 pub use crate::fields::ConfigError;
 use crate::fields::{Fields, parse_json};
-use crate::hybrid_config::HybridConfig;
+use crate::hybrid_config::{DeltaLayout, HybridConfig};
 use crate::rope_config::{RopeConfig, RopeScaling};
 
 /// Layers and experts of a layer that a configuration may state, several times those of the largest
@@ -126,7 +126,7 @@ impl Config {
         rope.check_rotary_dim(fields, head_dim)?;
         let moe = if sparse { Some(MoeConfig::parse(fields, &kind)?) } else { None };
         let hybrid = match kind.hybrid {
-            true => Some(HybridConfig::parse(fields, num_hidden_layers, kind.fused_projections)?),
+            true => Some(HybridConfig::parse(fields, num_hidden_layers, kind.layout)?),
             false => None,
         };
 
@@ -398,21 +398,22 @@ struct ModelKind {
     sparse: bool,
     /// Most layers have a gated delta rule instead of attention.
     hybrid: bool,
-    /// The delta rule's projections are stored as two fused matrices instead of four.
-    fused_projections: bool,
+    /// How a folder stores the tensors of the delta rule.
+    layout: DeltaLayout,
 }
 
 impl ModelKind {
     fn parse(fields: &Fields<'_>) -> Result<Self, ConfigError> {
         let expected = "\"qwen3\", \"qwen3_moe\", \"qwen3_next\", \"qwen3_5\" or \"qwen3_5_moe\"";
-        let kind = |sparse, hybrid, fused_projections| Self { sparse, hybrid, fused_projections };
+        use DeltaLayout::{Fused, Split};
+        let kind = |sparse, hybrid, layout| Self { sparse, hybrid, layout };
         match fields.string("model_type")? {
-            Some("qwen3") => Ok(kind(false, false, false)),
-            Some("qwen3_moe") => Ok(kind(true, false, false)),
+            Some("qwen3") => Ok(kind(false, false, Split)),
+            Some("qwen3_moe") => Ok(kind(true, false, Split)),
             // Its feed-forward blocks are sparse unless the file states that there are no experts.
-            Some("qwen3_next") => Ok(kind(fields.count("num_experts", 0)? != Some(0), true, true)),
-            Some("qwen3_5" | "qwen3_5_text") => Ok(kind(false, true, false)),
-            Some("qwen3_5_moe" | "qwen3_5_moe_text") => Ok(kind(true, true, false)),
+            Some("qwen3_next") => Ok(kind(fields.count("num_experts", 0)? != Some(0), true, Fused)),
+            Some("qwen3_5" | "qwen3_5_text") => Ok(kind(false, true, Split)),
+            Some("qwen3_5_moe" | "qwen3_5_moe_text") => Ok(kind(true, true, Split)),
             Some(other) => Err(fields.unsupported("model_type", format!("{other:?}"), expected)),
             None => Err(fields.missing("model_type", expected)),
         }

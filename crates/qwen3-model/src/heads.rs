@@ -33,21 +33,11 @@ impl HeadPlan {
     ///
     /// If `rank >= ranks`.
     pub fn new(config: &Config, ranks: usize, rank: usize) -> Self {
-        Self::split(config.num_attention_heads, config.group_size(), ranks, rank)
-    }
-
-    /// The heads of a layer with a gated delta rule: its value heads are split like query heads,
-    /// and its key heads are those that they need.
-    pub(crate) fn delta(hybrid: &HybridConfig, ranks: usize, rank: usize) -> Self {
-        Self::split(hybrid.linear_num_value_heads, hybrid.group_size(), ranks, rank)
-    }
-
-    /// `heads` heads, of which `size` consecutive ones share a KV head.
-    fn split(heads: usize, size: usize, ranks: usize, rank: usize) -> Self {
-        let query_heads = split_range(heads, ranks, rank);
+        let query_heads = split_range(config.num_attention_heads, ranks, rank);
         if query_heads.is_empty() {
             return Self { query_heads, kv_heads: 0..0, groups: Vec::new() };
         }
+        let size = config.group_size();
         let kv_heads = query_heads.start / size..(query_heads.end - 1) / size + 1;
         let groups = kv_heads.clone().map(|kv| {
             let start = (kv * size).max(query_heads.start);
@@ -56,6 +46,38 @@ impl HeadPlan {
         });
         let groups = groups.collect();
         Self { query_heads, kv_heads, groups }
+    }
+}
+
+/// The heads of a gated delta rule on one rank.
+///
+/// Value heads are split like query heads; the key heads are those that they need, some of them
+/// perhaps also on other ranks.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct DeltaPlan {
+    /// Value heads.
+    pub values: Range<usize>,
+    /// Key heads, ascending.
+    pub keys: Vec<usize>,
+    /// For each value head the place of its key head in `keys`.
+    pub key_of: Vec<usize>,
+}
+
+impl DeltaPlan {
+    /// The heads of `rank` among `ranks`.
+    ///
+    /// # Panics
+    ///
+    /// If `rank >= ranks`.
+    pub fn new(hybrid: &HybridConfig, ranks: usize, rank: usize) -> Self {
+        let values = split_range(hybrid.linear_num_value_heads, ranks, rank);
+        let of_values: Vec<_> = values.clone().map(|head| hybrid.key_head(head)).collect();
+        let mut keys = of_values.clone();
+        keys.sort_unstable();
+        keys.dedup();
+        let place = |head: &usize| keys.binary_search(head).expect("all key heads are listed");
+        let key_of = of_values.iter().map(place).collect();
+        Self { values, keys, key_of }
     }
 }
 

@@ -22,17 +22,47 @@ pub struct HybridConfig {
     pub linear_value_head_dim: usize,
     /// Tokens that the causal convolution before the delta rule covers.
     pub linear_conv_kernel_dim: usize,
-    /// Whether the checkpoint stores `in_proj_qkvz` and `in_proj_ba`, ordered by key head, instead
-    /// of `in_proj_qkv`, `in_proj_z`, `in_proj_b` and `in_proj_a`.
-    pub fused_projections: bool,
+    /// How the checkpoint stores the tensors of the delta rule.
+    pub layout: DeltaLayout,
+}
+
+/// How a checkpoint stores the tensors of the delta rule.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum DeltaLayout {
+    /// Qwen3.5: `in_proj_qkv`, `in_proj_z`, `in_proj_b` and `in_proj_a`.
+    Split,
+    /// Qwen3-Next: `in_proj_qkvz` and `in_proj_ba`, ordered by key head.
+    Fused,
+    /// GGUF files of Qwen3.5: as `Split`, but the value heads of a key head are not consecutive:
+    /// value head i uses key head i modulo their number.
+    GgufTiled,
+    /// GGUF files of Qwen3-Next: as `Split`, but `in_proj_ba` is one matrix, ordered by key head.
+    GgufGrouped,
+}
+
+impl DeltaLayout {
+    /// Whether the tensors are as llama.cpp's converter writes them: norms with the one added that
+    /// other files leave out, and −e^A_log in place of A_log.
+    pub fn is_gguf(self) -> bool {
+        matches!(self, Self::GgufTiled | Self::GgufGrouped)
+    }
 }
 
 impl HybridConfig {
     pub(crate) fn parse(
         fields: &Fields<'_>,
         num_hidden_layers: usize,
-        fused_projections: bool,
+        layout: DeltaLayout,
     ) -> Result<Self, ConfigError> {
+        let layout = match fields.string("delta_layout")? {
+            None => layout,
+            Some("gguf-tiled") => DeltaLayout::GgufTiled,
+            Some("gguf-grouped") => DeltaLayout::GgufGrouped,
+            Some(other) => {
+                let expected = "\"gguf-tiled\" or \"gguf-grouped\"";
+                return Err(fields.unsupported("delta_layout", format!("{other:?}"), expected));
+            }
+        };
         let hybrid = Self {
             attention_layers: attention_layers(fields, num_hidden_layers)?,
             linear_num_key_heads: fields.size("linear_num_key_heads")?,
@@ -40,7 +70,7 @@ impl HybridConfig {
             linear_key_head_dim: fields.size_up_to("linear_key_head_dim", MAX_HEAD_DIM)?,
             linear_value_head_dim: fields.size_up_to("linear_value_head_dim", MAX_HEAD_DIM)?,
             linear_conv_kernel_dim: fields.size_up_to("linear_conv_kernel_dim", MAX_TAPS)?,
-            fused_projections,
+            layout,
         };
         if !hybrid.linear_num_value_heads.is_multiple_of(hybrid.linear_num_key_heads) {
             return Err(fields.contradiction(
@@ -65,6 +95,14 @@ impl HybridConfig {
     /// it is small and keeps its stored precision.
     pub(crate) fn is_small(&self, rows: usize) -> bool {
         rows <= 2 * self.linear_num_value_heads
+    }
+
+    /// The key head of a value head.
+    pub fn key_head(&self, value_head: usize) -> usize {
+        match self.layout {
+            DeltaLayout::GgufTiled => value_head % self.linear_num_key_heads,
+            _ => value_head / self.group_size(),
+        }
     }
 
     /// Value heads that share a key head.

@@ -20,7 +20,7 @@ use crate::config::Config;
 use crate::error::ModelError;
 use crate::fields::ConfigError;
 use crate::formats::granularity;
-use crate::heads::{BlockShape, BlockShare, HeadPlan};
+use crate::heads::{BlockShape, BlockShare, DeltaPlan, HeadPlan};
 use crate::hybrid_config::HybridConfig;
 use crate::layer::{DecoderLayer, Mixer};
 use crate::model::Model;
@@ -299,54 +299,69 @@ impl<'a> Share<'a> {
         names: &DeltaNames,
     ) -> Result<MixerWeights, CheckpointError> {
         let hidden = self.config.hidden_size;
-        let heads = HeadPlan::delta(hybrid, self.ctx.heads.size(), self.ctx.heads.rank());
-        let (keys, values) = (&heads.kv_heads, &heads.query_heads);
+        let plan = DeltaPlan::new(hybrid, self.ctx.heads.size(), self.ctx.heads.rank());
+        let (keys, values) = (&plan.keys, &plan.values);
         let (key_dim, value_dim) = (hybrid.linear_key_head_dim, hybrid.linear_value_head_dim);
         let open = |(name, rows): &(String, usize)| self.checkpoint.matrix(name, *rows, hidden);
         let inputs = names.inputs.iter().map(open).collect::<Result<Vec<_>, _>>()?;
 
-        let (mut large, mut small) = (Vec::new(), Vec::new());
-        if let [qkvz, ba] = &inputs[..] {
+        // Rows of heads that lie one after another from row `first` on.
+        let rows = |matrix: &Matrix, first: usize, heads: &[usize], dim: usize| {
+            some_rows(matrix, heads.iter().map(|head| first + head * dim..first + (head + 1) * dim))
+        };
+        let own: Vec<_> = values.clone().collect();
+        let group = hybrid.group_size();
+        let large = match &inputs[..] {
             // Each key head has its query and key, then the values and the output gates of its
-            // value heads; in the small matrix strength and decay of these.
-            let group = hybrid.group_size();
-            let (values_at, stride) = (2 * key_dim, 2 * key_dim + 2 * group * value_dim);
-            large.extend(head_rows(qkvz, keys, stride, from_ref(&(0..key_dim))));
-            large.extend(head_rows(qkvz, keys, stride, from_ref(&(key_dim..values_at))));
-            let row = |head: usize, first: usize, dim: usize, stride: usize| {
-                let start = head / group * stride + first + head % group * dim;
-                start..start + dim
-            };
-            for first in [values_at, values_at + group * value_dim] {
-                let rows = values.clone().map(|head| row(head, first, value_dim, stride));
-                large.extend(rows.map(|rows| qkvz.slice(rows, 0..hidden)));
+            // value heads.
+            [qkvz, _] => {
+                let stride = 2 * key_dim + 2 * group * value_dim;
+                let key_rows = |first| {
+                    keys.iter().map(move |key| key * stride + first..key * stride + first + key_dim)
+                };
+                let value_rows = |first| {
+                    values.clone().map(move |head| {
+                        let start = head / group * stride + first + head % group * value_dim;
+                        start..start + value_dim
+                    })
+                };
+                let queries = key_rows(0).chain(key_rows(key_dim));
+                let gates = value_rows(2 * key_dim + group * value_dim);
+                some_rows(qkvz, queries.chain(value_rows(2 * key_dim)).chain(gates))
             }
-            small.push(ba.slice(0..0, 0..hidden));
-            for first in [0, group] {
-                let rows = values.clone().map(|head| row(head, first, 1, 2 * group));
-                small.extend(rows.map(|rows| ba.slice(rows, 0..hidden)));
+            [qkv, z, ..] => {
+                let mut stack = rows(qkv, 0, keys, key_dim);
+                stack.extend(rows(qkv, hybrid.key_size(), keys, key_dim));
+                stack.extend(rows(qkv, 2 * hybrid.key_size(), &own, value_dim));
+                stack.extend(rows(z, 0, &own, value_dim));
+                stack
             }
-        } else {
-            let [qkv, z, b, a] = &inputs[..] else { unreachable!("two or four projections") };
-            for first in [0, hybrid.key_size()] {
-                let rows = first + keys.start * key_dim..first + keys.end * key_dim;
-                large.push(qkv.slice(rows, 0..hidden));
+            _ => unreachable!("every layout has two projections at least"),
+        };
+        let small = match &inputs[..] {
+            // Each key head has the strengths of its value heads, then their decays.
+            [_, ba] | [_, _, ba] => {
+                let row = |first| {
+                    values.clone().map(move |head| {
+                        let row = head / group * 2 * group + first + head % group;
+                        row..row + 1
+                    })
+                };
+                some_rows(ba, row(0).chain(row(group)))
             }
-            let own = values.start * value_dim..values.end * value_dim;
-            let first = 2 * hybrid.key_size();
-            large.push(qkv.slice(first + own.start..first + own.end, 0..hidden));
-            large.push(z.slice(own, 0..hidden));
-            small.extend([b, a].map(|matrix| matrix.slice(values.clone(), 0..hidden)));
-        }
+            [.., b, a] => [rows(b, 0, &own, 1), rows(a, 0, &own, 1)].concat(),
+            _ => unreachable!("every layout has two projections at least"),
+        };
         let out_proj = self.checkpoint.matrix(&names.out_proj, hidden, hybrid.value_size())?;
         let own_columns = values.start * value_dim..values.end * value_dim;
         let own_heads = |name: &str| -> Result<Vec<f32>, CheckpointError> {
             let all = self.checkpoint.vector(name, hybrid.linear_num_value_heads)?;
             Ok(all[values.clone()].to_vec())
         };
+        let rate = |stored: f32| if hybrid.layout.is_gguf() { -stored } else { stored.exp() };
         let weights = DeltaWeights {
-            conv: self.convolution(hybrid, &heads, &names.conv1d)?,
-            a_log: own_heads(&names.a_log)?,
+            conv: self.convolution(hybrid, &plan, &names.conv1d)?,
+            rate: own_heads(&names.a_log)?.into_iter().map(rate).collect(),
             dt_bias: own_heads(&names.dt_bias)?,
             norm: self.checkpoint.vector(&names.norm, value_dim)?,
             eps: self.config.rms_norm_eps,
@@ -363,18 +378,19 @@ impl<'a> Share<'a> {
     fn convolution(
         &self,
         hybrid: &HybridConfig,
-        heads: &HeadPlan,
+        plan: &DeltaPlan,
         name: &str,
     ) -> Result<Vec<f32>, CheckpointError> {
         let taps = hybrid.linear_conv_kernel_dim;
         let all = self.checkpoint.values(name, &[hybrid.conv_channels(), 1, taps])?;
         let mut own = Vec::new();
+        let values: Vec<_> = plan.values.clone().collect();
         for (first, heads, dim) in [
-            (0, &heads.kv_heads, hybrid.linear_key_head_dim),
-            (hybrid.key_size(), &heads.kv_heads, hybrid.linear_key_head_dim),
-            (2 * hybrid.key_size(), &heads.query_heads, hybrid.linear_value_head_dim),
+            (0, &plan.keys, hybrid.linear_key_head_dim),
+            (hybrid.key_size(), &plan.keys, hybrid.linear_key_head_dim),
+            (2 * hybrid.key_size(), &values, hybrid.linear_value_head_dim),
         ] {
-            for head in heads.clone() {
+            for head in heads {
                 let channels = first + head * dim..first + (head + 1) * dim;
                 for tap in 0..taps {
                     own.extend(channels.clone().map(|channel| all[channel * taps + tap]));
@@ -384,11 +400,11 @@ impl<'a> Share<'a> {
         Ok(own)
     }
 
-    /// The weight of a norm of the residual stream, or of queries and keys. Hybrid models store it
-    /// less one.
+    /// The weight of a norm of the residual stream, or of queries and keys. Folders of hybrid
+    /// models store it less one.
     fn norm(&self, name: &str, len: usize) -> Result<Vec<f32>, CheckpointError> {
         let mut weights = self.checkpoint.vector(name, len)?;
-        if self.config.hybrid.is_some() {
+        if self.config.hybrid.as_ref().is_some_and(|hybrid| !hybrid.layout.is_gguf()) {
             weights.iter_mut().for_each(|weight| *weight += 1.0);
         }
         Ok(weights)
@@ -520,13 +536,26 @@ fn head_rows(
     stride: usize,
     parts: &[Range<usize>],
 ) -> Vec<Matrix> {
-    let cols = 0..matrix.cols();
-    // A rank without heads has matrices without rows, which still have columns.
-    if heads.is_empty() || parts == from_ref(&(0..stride)) {
-        return vec![matrix.slice(heads.start * stride..heads.end * stride, cols)];
+    some_rows(
+        matrix,
+        heads.clone().flat_map(|head| {
+            parts.iter().map(move |part| head * stride + part.start..head * stride + part.end)
+        }),
+    )
+}
+
+/// Slices of some rows, adjacent ones as one slice. Without any there is a slice without rows,
+/// which still has columns.
+fn some_rows(matrix: &Matrix, rows: impl Iterator<Item = Range<usize>>) -> Vec<Matrix> {
+    let mut joined: Vec<Range<usize>> = Vec::new();
+    for rows in rows {
+        match joined.last_mut() {
+            Some(last) if last.end == rows.start => last.end = rows.end,
+            _ => joined.push(rows),
+        }
     }
-    let rows = heads.clone().flat_map(|head| {
-        parts.iter().map(move |part| head * stride + part.start..head * stride + part.end)
-    });
-    rows.map(|rows| matrix.slice(rows, cols.clone())).collect()
+    if joined.is_empty() {
+        joined.push(0..0);
+    }
+    joined.into_iter().map(|rows| matrix.slice(rows, 0..matrix.cols())).collect()
 }

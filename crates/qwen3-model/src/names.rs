@@ -4,7 +4,7 @@ use checkpoint::{Checkpoint, CheckpointError, ModelSource};
 
 use crate::config::Config;
 use crate::fields::ConfigError;
-use crate::hybrid_config::HybridConfig;
+use crate::hybrid_config::{DeltaLayout, HybridConfig};
 
 /// Rows of the vocabulary, `[vocab_size, hidden_size]`; also the head where the two are tied.
 pub const EMBEDDING: &str = "model.embed_tokens.weight";
@@ -40,8 +40,8 @@ pub struct LayerNames {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct DeltaNames {
     /// Matrices from the residual stream, each with its rows, in the order of the checkpoint:
-    /// `in_proj_qkv`, `in_proj_z`, `in_proj_b` and `in_proj_a`, or `in_proj_qkvz` and
-    /// `in_proj_ba` where the checkpoint fuses them.
+    /// `in_proj_qkv`, `in_proj_z`, `in_proj_b` and `in_proj_a`, some of them fused as the layout of
+    /// the checkpoint says.
     pub inputs: Vec<(String, usize)>,
     /// Convolution of queries, keys and values, [channels, 1, taps].
     pub conv1d: String,
@@ -88,10 +88,12 @@ impl LayerNames {
         let part = |part: &str| format!("model.layers.{}.linear_attn.{part}", self.layer);
         let (channels, values) = (hybrid.conv_channels(), hybrid.value_size());
         let heads = hybrid.linear_num_value_heads;
-        let inputs: &[_] = if hybrid.fused_projections {
-            &[("qkvz", channels + values), ("ba", 2 * heads)]
-        } else {
-            &[("qkv", channels), ("z", values), ("b", heads), ("a", heads)]
+        let inputs: &[_] = match hybrid.layout {
+            DeltaLayout::Fused => &[("qkvz", channels + values), ("ba", 2 * heads)],
+            DeltaLayout::GgufGrouped => &[("qkv", channels), ("z", values), ("ba", 2 * heads)],
+            DeltaLayout::Split | DeltaLayout::GgufTiled => {
+                &[("qkv", channels), ("z", values), ("b", heads), ("a", heads)]
+            }
         };
         let input = |(name, rows): &(&str, usize)| (part(&format!("in_proj_{name}.weight")), *rows);
         DeltaNames {

@@ -18,7 +18,7 @@ use tensor::{WeightFormat, split_range};
 
 use crate::config::Config;
 use crate::formats::{LayerFormats, WeightFormats, granularity};
-use crate::heads::{BlockShape, BlockShare, HeadPlan};
+use crate::heads::{BlockShape, BlockShare, DeltaPlan, HeadPlan};
 use crate::hybrid_config::HybridConfig;
 use crate::options::Division;
 use crate::overlap::Overlap;
@@ -61,7 +61,7 @@ impl LayerShape {
     pub fn key_heads(&self) -> usize {
         match &self.mixer {
             MixerShape::Attention(shape) => shape.groups.len(),
-            MixerShape::DeltaRule(shape) => shape.groups.len(),
+            MixerShape::DeltaRule(shape) => shape.key_heads,
         }
     }
 
@@ -236,8 +236,10 @@ pub(crate) fn attention_shape(config: &Config, tp: usize, rank: usize) -> Attent
 
 /// The heads of layers with a gated delta rule on a rank of the `tp` that split heads.
 pub(crate) fn delta_shape(hybrid: &HybridConfig, tp: usize, rank: usize) -> DeltaShape {
+    let plan = DeltaPlan::new(hybrid, tp, rank % tp);
     DeltaShape {
-        groups: HeadPlan::delta(hybrid, tp, rank % tp).groups,
+        key_heads: plan.keys.len(),
+        key_of: plan.key_of,
         key_dim: hybrid.linear_key_head_dim,
         value_dim: hybrid.linear_value_head_dim,
         taps: hybrid.linear_conv_kernel_dim,

@@ -3,6 +3,7 @@
 mod configs;
 
 use configs::{parse, rejected, with};
+use qwen3_model::hybrid_config::DeltaLayout;
 use serde_json::{Value, json};
 
 fn hybrid() -> Value {
@@ -15,8 +16,8 @@ fn hybrid_models_in_every_form() {
     let delta = flat.hybrid.as_ref().expect("a hybrid model");
     assert_eq!((flat.attention_layers(), flat.query_rows()), (6, 2 * 8 * 256));
     assert_eq!(
-        (delta.conv_channels(), delta.group_size(), delta.fused_projections),
-        (6144, 1, false)
+        (delta.conv_channels(), delta.group_size(), delta.layout),
+        (6144, 1, DeltaLayout::Split)
     );
     assert_eq!(flat.rope.rotary_dim(flat.head_dim), 64);
     // With the decoder in an object of its own, and what only the images need.
@@ -44,7 +45,7 @@ fn hybrid_models_in_every_form() {
         }),
     )
     .expect("valid");
-    assert!(next.hybrid.as_ref().expect("a hybrid model").fused_projections);
+    assert_eq!(next.hybrid.as_ref().expect("a hybrid model").layout, DeltaLayout::Fused);
     next.hybrid = flat.hybrid.clone();
     assert_eq!(next, flat);
 }
