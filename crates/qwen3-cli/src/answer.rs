@@ -67,6 +67,8 @@ pub fn single_sequence(model: &Model, engine: &EngineOptions, positions: usize) 
     EngineConfig {
         kv_memory: KvMemory::Positions(positions.min(model.config().context_length())),
         max_sequences: 1,
+        // Enough for a conversation that goes on, or returns to an earlier message.
+        state_snapshots: 4,
         step_rows: engine.chunk,
         // Whoever reads standard output may take any time.
         stream_limit: usize::MAX,
