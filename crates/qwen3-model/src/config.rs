@@ -9,6 +9,7 @@ use serde_json::Value;
 pub use crate::fields::ConfigError;
 use crate::fields::{Fields, parse_json};
 use crate::hybrid_config::{DeltaLayout, HybridConfig};
+use crate::quantization_config::quantization_bits;
 use crate::rope_config::{RopeConfig, RopeScaling};
 
 /// Layers and experts of a layer that a configuration may state, several times those of the largest
@@ -482,49 +483,4 @@ fn dtype(fields: &Fields<'_>) -> Result<Option<String>, ConfigError> {
     let newer = fields.string("dtype")?;
     let older = fields.string("torch_dtype")?;
     Ok(newer.or(older).map(str::to_owned))
-}
-
-/// The values of `quant_method` whose weights can be read.
-const METHODS: &str = "\"fp8\", \"gptq\", \"awq\", \"compressed-tensors\" or \"group32\"";
-
-/// The bits of weights that this project quantized; checks that weights of other programs can be
-/// read.
-fn quantization_bits(fields: &Fields<'_>) -> Result<Option<u32>, ConfigError> {
-    let Some(quantization) = fields.object("quantization_config")?.filter(|own| !own.is_empty())
-    else {
-        return Ok(None);
-    };
-    match quantization.string("quant_method")? {
-        Some("group32") => {}
-        Some("fp8" | "gptq") => return Ok(None),
-        Some("awq") => {
-            return match quantization.string("version")? {
-                None | Some("gemm" | "GEMM") => Ok(None),
-                Some(other) => {
-                    Err(quantization.unsupported("version", format!("{other:?}"), "\"gemm\""))
-                }
-            };
-        }
-        Some("compressed-tensors") => {
-            let expected = "pack-quantized, int-quantized, float-quantized, naive-quantized, \
-                            nvfp4-pack-quantized, mxfp4-pack-quantized or mixed-precision";
-            return match quantization.string("format")? {
-                None => Ok(None),
-                Some(format) if expected.split([' ', ',']).any(|known| known == format) => Ok(None),
-                Some(other) => {
-                    Err(quantization.unsupported("format", format!("{other:?}"), expected))
-                }
-            };
-        }
-        Some(other) => {
-            return Err(quantization.unsupported("quant_method", format!("{other:?}"), METHODS));
-        }
-        None => return Err(quantization.missing("quant_method", METHODS)),
-    }
-    match quantization.count("bits", 0)? {
-        Some(8) => Ok(Some(8)),
-        Some(4) => Ok(Some(4)),
-        Some(other) => Err(quantization.unsupported("bits", other, "8 or 4")),
-        None => Err(quantization.missing("bits", "8 or 4")),
-    }
 }

@@ -7,6 +7,7 @@
 mod fields;
 pub mod rope_config;
 pub mod hybrid_config;
+mod quantization_config;
 pub mod config;
 pub mod generation_config;
 pub mod names;

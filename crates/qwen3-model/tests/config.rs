@@ -289,6 +289,33 @@ fn quantized_by_this_project() {
 }
 
 #[test]
+fn sizes_of_codes() {
+    let config = |fields: &str| {
+        let value: Value = serde_json::from_str(fields).expect("JSON");
+        json!({"quantization_config": value})
+    };
+    for valid in [
+        r#"{"quant_method": "gptq", "bits": 4, "group_size": -1}"#,
+        r#"{"quant_method": "awq", "version": "gemm", "bits": 4, "group_size": 128}"#,
+        r#"{"quant_method": "fp8", "weight_block_size": [128, 64]}"#,
+        r#"{"quant_method": "fp8", "weight_block_size": null}"#,
+    ] {
+        with(dense(), config(valid)).expect(valid);
+    }
+    for (fields, variant, name) in [
+        (r#"{"quant_method": "gptq", "bits": "4"}"#, "type", "bits"),
+        (r#"{"quant_method": "gptq", "bits": 0}"#, "range", "bits"),
+        (r#"{"quant_method": "awq", "group_size": 0}"#, "range", "group_size"),
+        (r#"{"quant_method": "awq", "group_size": "128"}"#, "type", "group_size"),
+        (r#"{"quant_method": "fp8", "weight_block_size": [0, 128]}"#, "range", "weight_block_size"),
+        (r#"{"quant_method": "fp8", "weight_block_size": [128]}"#, "range", "weight_block_size"),
+        (r#"{"quant_method": "fp8", "weight_block_size": 128}"#, "type", "weight_block_size"),
+    ] {
+        rejected(dense, &[(config(fields), variant, &format!("quantization_config.{name}"))]);
+    }
+}
+
+#[test]
 fn missing_fields() {
     let required = [
         "model_type",
