@@ -11,6 +11,8 @@ use qwen3_model::pooling::PoolingError;
 use qwen3_model::shards::ExportError;
 use ranks::RankError;
 
+use crate::memory::Needed;
+
 use qwen3_text::{PoolingTextError, PromptError, TemplateError, TokenizerError};
 
 /// Why a command ends early. Each message is one line.
@@ -109,6 +111,25 @@ pub enum CliError {
         distance: f32,
         /// The largest logit.
         largest: f32,
+    },
+    /// The model does not fit.
+    #[error(
+        "{ranks} rank(s) here need {} MiB (each {} of weights, {} of keys, values and states, {} of \
+         activations), but {} MiB of {of} are free; expected more of it, a smaller format \
+         (--weights q8 or q4, --kv q8), or more machines",
+        total >> 20, needed.weights >> 20, needed.cache >> 20, needed.activations >> 20, free >> 20
+    )]
+    Memory {
+        /// Of one rank.
+        needed: Needed,
+        /// Ranks that count.
+        ranks: usize,
+        /// Bytes of all of them.
+        total: usize,
+        /// Bytes that are free.
+        free: usize,
+        /// Of what.
+        of: &'static str,
     },
     /// Requests of a file have failed; each has its own message.
     #[error("{errors} of {requests} requests failed")]

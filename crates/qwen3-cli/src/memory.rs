@@ -4,6 +4,8 @@
 use std::fs;
 use std::path::Path;
 
+use crate::failure::CliError;
+
 /// A control group's files of one version of the interface.
 struct Files {
     limit: &'static str,
@@ -20,6 +22,64 @@ const VERSION_1: Files = Files {
 };
 const VERSION_2: Files =
     Files { limit: "memory.max", usage: "memory.current", files: ["inactive_file", "active_file"] };
+
+/// What one rank needs, in bytes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Needed {
+    /// Packed weights.
+    pub weights: usize,
+    /// Keys, values and recurrent states.
+    pub cache: usize,
+    /// Activations of the largest pass.
+    pub activations: usize,
+}
+
+impl Needed {
+    fn total(self) -> usize {
+        self.weights.saturating_add(self.cache).saturating_add(self.activations)
+    }
+}
+
+/// Whether there is memory for `ranks` ranks of this machine, each of which needs as much as this
+/// one. A model that does not fit would otherwise end the program, or others, while it loads.
+///
+/// # Errors
+/// [`CliError::Memory`] when there is not, as far as the system tells.
+pub fn check(needed: Needed, ranks: usize) -> Result<(), CliError> {
+    let refused = |ranks: usize, free: usize, of: &'static str| {
+        Err(CliError::Memory {
+            needed,
+            ranks,
+            total: needed.total().saturating_mul(ranks),
+            free,
+            of,
+        })
+    };
+    if let Some(free) = address_space()
+        && needed.total() > free
+    {
+        return refused(1, free, "address space (ulimit -v)");
+    }
+    let free = available(Path::new("/")).map(|free| free.saturating_add(swap(Path::new("/"))));
+    match free {
+        Some(free) if needed.total().saturating_mul(ranks) > free => refused(ranks, free, "memory"),
+        _ => Ok(()),
+    }
+}
+
+/// Bytes that this process may still map under its limit; `None` without a limit.
+fn address_space() -> Option<usize> {
+    let limit = rustix::process::getrlimit(rustix::process::Resource::As).current?;
+    let pages: usize =
+        fs::read_to_string("/proc/self/statm").ok()?.split(' ').next()?.parse().ok()?;
+    Some((limit as usize).saturating_sub(pages * rustix::param::page_size()))
+}
+
+/// Bytes of swap that are free.
+fn swap(root: &Path) -> usize {
+    let text = fs::read_to_string(root.join("proc/meminfo")).unwrap_or_default();
+    field(&text, "SwapFree:").map_or(0, |kib| kib.saturating_mul(1024))
+}
 
 /// Bytes that this process can still take, where the system tells. `root` is `/`, or a folder with
 /// such files.

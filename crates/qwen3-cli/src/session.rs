@@ -4,13 +4,18 @@ use std::io::{self, IsTerminal as _};
 use std::panic;
 use std::thread;
 
+use qwen3_model::formats::WeightFormats;
 use qwen3_model::load::LoadProgress;
 use qwen3_model::names::unused_parts;
 use qwen3_model::options::Placement;
-use qwen3_model::{Isa, Model, ModelError, ModelOptions, ParallelStrategy};
+use qwen3_model::shape::{ModelShape, PassShape};
+use qwen3_model::{
+    Config, Isa, LogitRows, Model, ModelError, ModelOptions, ModelSource, ParallelStrategy,
+};
 use ranks::{Failure, Neighbours, Rank, available_cores, one_line};
 
 use crate::failure::CliError;
+use crate::memory::{self, Needed};
 use crate::options::{Auto, EngineOptions};
 use crate::plan::{Workload, choose};
 use crate::progress::{Progress, Unit};
@@ -55,6 +60,9 @@ pub fn load(rank: &Rank, engine: &EngineOptions, work: Workload) -> Result<Loade
         eprintln!("split: {}", one_line(reason));
     }
     let source = rank.agree(engine.model.open())?;
+    let here = Neighbours::find(rank)?.count;
+    let needed = needed(rank, &source, &options, work, engine.chunk);
+    rank.agree(needed.map_or(Ok(()), |needed| memory::check(needed, here)))?;
     let shown = Progress::new(rank, "loading", Unit::Count("layers")).with_lines(rank);
     let progress = |LoadProgress { layers, of }| shown.update(layers as u64, of as u64);
     let loaded = Model::load(&source, rank.comm().clone(), &options, &progress);
@@ -87,6 +95,38 @@ pub fn load(rank: &Rank, engine: &EngineOptions, work: Workload) -> Result<Loade
         eprintln!("{line}");
     }
     Ok(Loaded { model, reason })
+}
+
+/// What this rank's share of the model and `work` need; `None` where the files do not say, which
+/// loading reports.
+fn needed(
+    rank: &Rank,
+    source: &ModelSource,
+    options: &ModelOptions,
+    work: Workload,
+    chunk: usize,
+) -> Option<Needed> {
+    let config = Config::read(source).ok()?;
+    let formats = WeightFormats::read(&config, source.weights().ok()?, options.weights).ok()?;
+    let (ranks, own) = (rank.comm().size(), rank.comm().rank());
+    let (tp, sp) = options.strategy.grid(ranks);
+    if tp.checked_mul(sp) != Some(ranks) {
+        return None;
+    }
+    let shape = ModelShape::new(&config, &formats, options.division(), ranks, own);
+    let pass = PassShape {
+        tokens: work.prompt.min(chunk).max(1),
+        past: 0,
+        rows: LogitRows::Last,
+        kv: options.kv,
+        nodes: 1,
+        overlap: options.overlap,
+    };
+    Some(Needed {
+        weights: shape.weight_bytes(),
+        cache: shape.cache_bytes(options.kv, work.prompt + work.generate),
+        activations: shape.pass(&pass).scratch,
+    })
 }
 
 /// What the user has to know of weights that loading rounded: the error if no format was chosen,

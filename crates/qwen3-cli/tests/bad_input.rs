@@ -456,6 +456,42 @@ fn more_threads_than_the_system_gives_are_said() {
     assert_one_line(&run_with(command, ""), &["cannot start thread", "of 1024"]);
 }
 
+/// A checkpoint of 65 GB, all holes, and 30 GB of address space.
+#[test]
+fn a_model_that_does_not_fit_is_refused_before_it_loads() {
+    use qwen3_model::Config;
+    use qwen3_model::names::tensor_specs;
+    use qwen3_model::presets::Preset;
+    let folder = tempfile::tempdir().unwrap();
+    let value = Preset::Dense32B.config(None);
+    let config = Config::from_json(folder.path(), &value).unwrap();
+    std::fs::write(folder.path().join("config.json"), value.to_string()).unwrap();
+    let mut header = serde_json::Map::new();
+    let mut end = 0;
+    for spec in tensor_specs(&config) {
+        let (start, shape) = (end, spec.shape.clone());
+        end += 2 * spec.elements() as u64;
+        let tensor = json!({"dtype": "BF16", "shape": shape, "data_offsets": [start, end]});
+        header.insert(spec.name, tensor);
+    }
+    let header = serde_json::Value::Object(header).to_string();
+    let mut bytes = (header.len() as u64).to_le_bytes().to_vec();
+    bytes.extend(header.as_bytes());
+    let file = folder.path().join("model.safetensors");
+    std::fs::write(&file, &bytes).unwrap();
+    let sparse = std::fs::OpenOptions::new().write(true).open(&file).unwrap();
+    sparse.set_len(bytes.len() as u64 + end).unwrap();
+
+    let output = folder.path().join("logits.safetensors");
+    let mut command = std::process::Command::new("sh");
+    let script =
+        "ulimit -v 30000000; exec \"$0\" logits --model \"$1\" --tokens 1,2 --output \"$2\"";
+    command.args(["-c", script, env!("CARGO_BIN_EXE_qwen3")]);
+    command.arg(folder.path()).arg(&output);
+    let words = ["1 rank(s) here need 6", "of address space (ulimit -v) are free", "--weights q8"];
+    assert_one_line(&run_with(command, ""), &words);
+}
+
 #[test]
 fn a_launcher_without_mpi_is_one_line_from_its_first_process() {
     if cfg!(feature = "mpi") {
