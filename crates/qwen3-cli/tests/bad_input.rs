@@ -444,7 +444,10 @@ fn arguments_that_are_no_text_and_a_full_disk_are_said() {
 #[test]
 fn more_threads_than_the_system_gives_are_said() {
     let mut command = std::process::Command::new("sh");
-    // A gigabyte of addresses is enough for the model, and for some hundreds of stacks.
+    // A gigabyte of addresses is enough for the model, and for some hundreds of stacks. The
+    // allocator takes its memory before the stacks do: without any for small pieces the program
+    // would not say, but abort.
+    command.env("MALLOC_ARENA_MAX", "1").env("MALLOC_TOP_PAD_", "16777216");
     command.args([
         "-c",
         "ulimit -v 1000000; exec \"$0\" \"$@\"",

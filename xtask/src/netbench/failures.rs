@@ -207,7 +207,12 @@ fn play(
         scenario.open_mpi
     };
     let text = text();
-    let line = text.lines().find(|line| expected.iter().all(|words| line.contains(words)));
+    // A rank may wait for others beside the lost one: `ranks 0 and 2`.
+    let says = |line: &str, words: &str| {
+        let several = words.strip_prefix("rank ").map(|rank| format!(" and {rank}"));
+        line.contains(words) || several.is_some_and(|several| line.contains(&several))
+    };
+    let line = text.lines().find(|line| expected.iter().all(|words| says(line, words)));
     let line = line.with_context(|| format!("no line with {expected:?}\n{text}"))?;
     if text.contains("panicked") {
         bail!("a rank panicked\n{text}");
